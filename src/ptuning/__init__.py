@@ -1,0 +1,50 @@
+"""P-tuning for Hugging Face language models: learn a prompt's vectors, compare it honestly, use many at once."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ptuning.backbone import load_backbone as load_backbone
+    from ptuning.errors import PTuningError as PTuningError
+    from ptuning.labels import LabelWords as LabelWords
+    from ptuning.predict import PromptModel as PromptModel
+    from ptuning.prompt import Prompt as Prompt
+    from ptuning.records import load_records as load_records
+    from ptuning.template import Template as Template
+    from ptuning.trainer import TrainConfig as TrainConfig
+    from ptuning.trainer import train as train
+
+# Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
+_HOMES = {
+    "LabelWords": "labels",
+    "Prompt": "prompt",
+    "PromptModel": "predict",
+    "PTuningError": "errors",
+    "Template": "template",
+    "TrainConfig": "trainer",
+    "load_backbone": "backbone",
+    "load_records": "records",
+    "train": "trainer",
+}
+
+__all__ = [
+    "LabelWords",
+    "PTuningError",
+    "Prompt",
+    "PromptModel",
+    "Template",
+    "TrainConfig",
+    "load_backbone",
+    "load_records",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptuning' has no attribute '{name}'")
+    return getattr(import_module(f"ptuning.{_HOMES[name]}"), name)

@@ -1,0 +1,98 @@
+"""Collating examples into one padded batch with explicit mask and positions. Knows no model and draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptuning.errors import PromptError
+from ptuning.fill import Example
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows padded to T tokens, with S slot positions and N scored positions over all rows.
+
+    Args:
+        token_ids: (B, T) int64; zero at pads and slots, both of which only the mask and the positions know.
+        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. A pad is a mask entry, never a token id.
+        positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
+        slot_rows, slot_cols: (S,) int64; where slot vectors are written.
+        slot_index: (S,) int64; which row of the (P, E) table of slot vectors is written there.
+        logit_rows, logit_cols: (N,) int64; where logits are read, row by row.
+        counts: Number of scored positions of each row, summing up to N.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    slot_rows: Tensor
+    slot_cols: Tensor
+    slot_index: Tensor
+    logit_rows: Tensor
+    logit_cols: Tensor
+    counts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens and slots, without pads."""
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(self).values()))
+
+
+def collate(examples: Sequence[Example], *, slots: Sequence[int], offsets: Sequence[int] | None = None,
+            pad_side: Side = "right") -> Batch:
+    """Pad examples to one batch. Rows are whole before they are padded, so no pad stands between slots and text.
+
+    Args:
+        examples: B examples, in order.
+        slots: Number of slots of each row's prompt.
+        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
+        pad_side: Where pads stand.
+
+    Raises:
+        PromptError: If a row has another number of slot positions than its prompt has slots.
+    """
+    lengths = np.array([len(example.token_ids) for example in examples])
+    width = int(lengths.max())
+    starts = width - lengths if pad_side == "left" else np.zeros_like(lengths)
+    columns = np.arange(width)[None, :] - starts[:, None]  # (B, T): position within the row, negative at left pads
+    mask = (columns >= 0) & (columns < lengths[:, None])  # (B, T)
+    token_ids = np.zeros((len(examples), width), dtype=np.int64)
+    token_ids[mask] = np.fromiter((i for example in examples for i in example.token_ids), dtype=np.int64)
+    for row, (example, expected) in enumerate(zip(examples, slots, strict=True)):
+        if len(example.slot_positions) != expected:
+            raise PromptError(f"row {row} has {len(example.slot_positions)} slots, and its prompt has {expected} vectors")
+    slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts)
+    logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts)
+    table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        mask=torch.from_numpy(mask.astype(np.int64)),
+        positions=torch.from_numpy(np.where(mask, columns, 0).astype(np.int64)),
+        slot_rows=torch.from_numpy(slot_rows),
+        slot_cols=torch.from_numpy(slot_cols),
+        slot_index=torch.from_numpy(order + table[slot_rows]),
+        logit_rows=torch.from_numpy(logit_rows),
+        logit_cols=torch.from_numpy(logit_cols),
+        counts=tuple(len(example.logit_positions) for example in examples),
+    )
+
+
+def _flat(positions: Sequence[Sequence[int]], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns and the index within the row of all positions, row by row."""
+    counts = np.array([len(row) for row in positions], dtype=np.int64)
+    rows = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
+    columns = np.fromiter((p for row in positions for p in row), dtype=np.int64, count=int(counts.sum()))
+    order = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows, columns + starts[rows], order

