@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ptuning.predict import PromptModel as PromptModel
     from ptuning.prompt import Prompt as Prompt
     from ptuning.records import load_records as load_records
+    from ptuning.runs import train as train
     from ptuning.template import Template as Template
     from ptuning.trainer import TrainConfig as TrainConfig
-    from ptuning.trainer import train as train
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "TrainConfig": "trainer",
     "load_backbone": "backbone",
     "load_records": "records",
-    "train": "trainer",
+    "train": "runs",
 }
 
 __all__ = [

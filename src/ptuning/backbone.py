@@ -1,11 +1,13 @@
 """The language model: find, load, freeze, embed, run. The one module that knows transformers; knows no templates'
-pieces, no prompts and no training."""
+pieces, no prompts and no training.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from ptuning.files import sha256
 from ptuning.fill import Ids, Kind
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +105,18 @@ class Backbone:
         BackboneError: If the model is neither causal nor masked, or if its inputs cannot be embeddings.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str,
-                 revision: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
+    ) -> None:
         self.model = model
         self.name = name
         self.revision = revision
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
         accepted = inspect.signature(model.forward).parameters
         if "inputs_embeds" not in accepted:
-            raise BackboneError(f"{name}: {type(model).__name__} takes no embeddings as input, so slots cannot be filled")
+            raise BackboneError(
+                f"{name}: {type(model).__name__} takes no embeddings as input, so slots cannot be filled"
+            )
         self._takes_positions = "position_ids" in accepted
         self._takes_segments = "token_type_ids" in accepted and "token_type_ids" in tokenizer.model_input_names
         self._first_position = _first_position(model)
@@ -123,8 +128,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the embedding table lies."""
-        device: torch.device = self._embedding.weight.device
-        return device
+        return self._table_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +146,7 @@ class Backbone:
 
         Values are hashed as bfloat16, so that the same weights loaded as float32 have the same fingerprint.
         """
-        table = _as_bfloat16_bytes(self._embedding.weight)
+        table = _as_bfloat16_bytes(self._table_weight)
         samples = []
         for weight in self.model.parameters():
             step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
@@ -153,6 +157,18 @@ class Backbone:
     @property
     def _embedding(self) -> nn.Module:
         return self.model.get_input_embeddings()
+
+    @property
+    def _table_weight(self) -> Tensor:
+        weight = self._embedding.weight
+        if not isinstance(weight, Tensor):
+            raise BackboneError(f"{self.name}: the input embeddings of {type(self.model).__name__} have no weight")
+        return weight
+
+    @property
+    def embedding_rows(self) -> int:
+        """Number of token ids that the model can embed; at least as many as the tokenizer has."""
+        return len(self._table_weight)
 
     def freeze(self) -> None:
         """Put the model into evaluation mode and stop its weights from taking gradients."""
@@ -176,15 +192,25 @@ class Backbone:
         with torch.no_grad():
             return self.embed(torch.arange(self.vocabulary, device=self.device)[None])[0].float()
 
-    def run(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor, rows: Tensor, cols: Tensor,
-            cache: Cache | None = None, keep_cache: bool = False) -> tuple[Tensor, Cache | None]:
+    def run(
+        self,
+        embeddings: Tensor,
+        *,
+        mask: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
+    ) -> tuple[Tensor, Cache | None]:
         """Run the model and return logits at the asked positions only.
 
         Args:
             embeddings: (B, T, E).
             mask: (B, T_all) int64; 1 at tokens, cached ones included.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
-            rows, cols: (N,) int64; where logits are wanted.
+            rows: (N,) int64; in which rows logits are wanted.
+            cols: (N,) int64; and in which columns.
             cache: Keys and values of earlier tokens.
             keep_cache: Whether to return keys and values for the next call.
 
@@ -206,6 +232,13 @@ class Backbone:
         finally:
             _gather.reset(token)
         return output.logits[0].float(), output.get("past_key_values")  # (N, V)
+
+    @staticmethod
+    def reorder(cache: Cache | None, rows: Tensor) -> None:
+        """Let row i of a cache hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
+        if cache is None:
+            raise BackboneError("this model keeps no cache of keys and values")
+        cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
 
 
 def load_backbone(name: str | Path = defaults.BACKBONE, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
@@ -231,9 +264,22 @@ def load_backbone(name: str | Path = defaults.BACKBONE, *, dtype: Dtype = "auto"
     else:
         folder, revision = find_backbone(name)
     model, tokenizer = _load(folder, name=name, dtype=kind)
-    backbone = Backbone(model.to(place), tokenizer, name=name, revision=revision)
+    model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+    backbone = Backbone(model, tokenizer, name=name, revision=revision)
     backbone.freeze()
     return backbone
+
+
+def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer, Kind]:
+    """Load what templates need of a backbone, without its weights.
+
+    Raises:
+        BackboneError: As :func:`load_backbone`.
+    """
+    name = str(name)
+    folder = str(_default_folder(name)) if name in defaults.KNOWN else find_backbone(name)[0]
+    config, tokenizer, kind = _read_tokenizer(folder, name=name)
+    return TextTokenizer(tokenizer, max_tokens=_context(config)), kind
 
 
 def find_backbone(name: str) -> tuple[str, str | None]:
@@ -245,11 +291,15 @@ def find_backbone(name: str) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BackboneError(f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
-                                "tokenizer as save_pretrained writes them")
+            raise BackboneError(
+                f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
+                "tokenizer as save_pretrained writes them"
+            )
         return str(path), None
-    advice = (f"known names: {', '.join(defaults.KNOWN)}; or give a folder written by save_pretrained, or a hub id "
-              "such as gpt2 or owner/name")
+    advice = (
+        f"known names: {', '.join(defaults.KNOWN)}; or give a folder written by save_pretrained, or a hub id "
+        "such as gpt2 or owner/name"
+    )
     if closest(name, defaults.KNOWN):
         raise BackboneError(f"no such backbone: {name}.{closest(name, defaults.KNOWN)} ({advice})")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
@@ -280,32 +330,52 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
         return "masked"
     if model_type in causal:
         return "causal"
-    raise BackboneError(f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers")
+    raise BackboneError(
+        f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
+    )
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn whatever transformers' readers raise into an error that says which backbone cannot be loaded."""
+    with quiet():
+        try:
+            yield
+        except BackboneError as error:
+            raise BackboneError(f"{name}: {error}") from error
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackboneError(
+                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must hold config.json, "
+                "a tokenizer and whole safetensors files"
+            ) from error
+
+
+def _read_tokenizer(folder: str, *, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind]:
+    import transformers
+
+    with _reading(name):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 
 def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from safetensors, never from pickles, and never with code from the model's folder."""
     import transformers
 
-    with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            kind = kind_of(config, has_mask=tokenizer.mask_token_id is not None)
-            auto = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModelForMaskedLM
-            model, info = auto.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-        except BackboneError as error:
-            raise BackboneError(f"{name}: {error}") from error
-        except Exception as error:  # transformers raises whatever its readers raise; all of it means "cannot load"
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BackboneError(f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must "
-                                "hold config.json, a tokenizer and whole safetensors files") from error
+    _, tokenizer, kind = _read_tokenizer(folder, name=name)
+    auto = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModelForMaskedLM
+    with _reading(name):
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )  # type: ignore[misc]  # with output_loading_info it returns a pair
     missing = sorted(info["missing_keys"])
     if missing:
-        raise BackboneError(f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
-                            f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head")
+        raise BackboneError(
+            f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
+            f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
+        )
     return model, tokenizer
 
 
@@ -315,7 +385,8 @@ def _default_folder(name: str) -> Path:
     def convert(gguf: Path, target: Path) -> None:
         import transformers
 
-        with quiet():
+        # The reader of GGUF files has a progress bar of its own that nothing else silences.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             # Unpacked on reading: newer releases would keep the weights in GGUF blocks otherwise.
             packing = getattr(transformers, "GgufConfig", None)
             options = {"quantization_config": packing(dequantize=True)} if packing else {}
@@ -324,10 +395,12 @@ def _default_folder(name: str) -> Path:
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
             )
             # A model read from GGUF refuses save_pretrained, so a fresh one takes its weights.
-            plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+            plain = {
+                k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+            }
             fresh = type(read)(type(read.config)(**plain))
             fresh.load_state_dict(read.state_dict())
-            fresh.to(torch.bfloat16).save_pretrained(target)
+            fresh.bfloat16().save_pretrained(target)
             tokenizer.save_pretrained(target)
 
     return defaults.cached_folder(name, convert)
@@ -354,12 +427,13 @@ def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=revision is None)
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise BackboneError(f"no such backbone: '{name}' is no folder, not in the hub's cache, and {reason}; {advice}"
-                            ) from error
+        raise BackboneError(
+            f"no such backbone: '{name}' is no folder, not in the hub's cache, and {reason}; {advice}"
+        ) from error
     return folder, revision or Path(folder).name
 
 
-def _gather_hook(module: nn.Module, inputs: object, output: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+def _gather_hook(_module: nn.Module, _inputs: object, output: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
     asked = _gather.get()
     if asked is None:

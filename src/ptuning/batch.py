@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,11 +47,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on ``device``."""
-        return Batch(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(self).values()))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]  # only tensors are replaced
 
 
-def collate(examples: Sequence[Example], *, slots: Sequence[int], offsets: Sequence[int] | None = None,
-            pad_side: Side = "right") -> Batch:
+def collate(
+    examples: Sequence[Example], *, slots: Sequence[int], offsets: Sequence[int] | None = None, pad_side: Side = "right"
+) -> Batch:
     """Pad examples to one batch. Rows are whole before they are padded, so no pad stands between slots and text.
 
     Args:
@@ -72,7 +74,9 @@ def collate(examples: Sequence[Example], *, slots: Sequence[int], offsets: Seque
     token_ids[mask] = np.fromiter((i for example in examples for i in example.token_ids), dtype=np.int64)
     for row, (example, expected) in enumerate(zip(examples, slots, strict=True)):
         if len(example.slot_positions) != expected:
-            raise PromptError(f"row {row} has {len(example.slot_positions)} slots, and its prompt has {expected} vectors")
+            raise PromptError(
+                f"row {row} has {len(example.slot_positions)} slots, and its prompt has {expected} vectors"
+            )
     slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts)
     logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts)
     table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)

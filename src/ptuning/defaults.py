@@ -108,11 +108,15 @@ def _weights_file(name: str) -> Path:
         files = []
     found = [Path(str(file.locate())) for file in files if file.name.endswith(known.suffix)]
     if not found or not found[0].is_file():
-        raise BackboneError(f"the weights of {name} come in the package {known.package}, which is not installed: {advice}")
+        raise BackboneError(
+            f"the weights of {name} come in the package {known.package}, which is not installed: {advice}"
+        )
     try:
         metadata.version("gguf")
     except metadata.PackageNotFoundError as error:
-        raise BackboneError(f"reading the weights of {name} for the first time needs the package gguf: {advice}") from error
+        raise BackboneError(
+            f"reading the weights of {name} for the first time needs the package gguf: {advice}"
+        ) from error
     return found[0]
 
 

@@ -1,5 +1,6 @@
 """The prompt encoder: the module that makes slot vectors while a prompt is trained, and what slots start at. Knows no
-template pieces and no data; is thrown away after training."""
+template pieces and no data; is thrown away after training.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +78,9 @@ class PromptEncoder(nn.Module):
         return vectors
 
 
-def start_vectors(start_ids: Sequence[int | None], *, table: Tensor, how: RandomStart,
-                  generator: torch.Generator) -> Tensor:
+def start_vectors(
+    start_ids: Sequence[int | None], *, table: Tensor, how: RandomStart, generator: torch.Generator
+) -> Tensor:
     """Return what the slots start at.
 
     Args:

@@ -40,7 +40,9 @@ class Tokenizer(Protocol):
     special_ids: Mapping[str, int]  # special tokens by their text
     max_tokens: int  # longest row the model takes
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,20 @@ class BoundTemplate:
         for piece in self.template.pieces:
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
-                raise TemplateError(f"no field '{piece.name}' in {where}; its fields: {have}",
-                                    pattern=str(self.template), column=_column(self.template, piece))
+                raise TemplateError(
+                    f"no field '{piece.name}' in {where}; its fields: {have}",
+                    pattern=str(self.template),
+                    column=_column(self.template, piece),
+                )
 
-    def examples(self, records: Sequence[Record], *, targets: Sequence[str] | None = None, with_stop: bool = False,
-                 source: str = "record") -> list[Example]:
+    def examples(
+        self,
+        records: Sequence[Record],
+        *,
+        targets: Sequence[str] | None = None,
+        with_stop: bool = False,
+        source: str = "record",
+    ) -> list[Example]:
         """Fill the template with records and their targets.
 
         Args:
@@ -172,7 +183,8 @@ class BoundTemplate:
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
-        ``literal``, ``field NAME`` or ``target``. The id of a slot is its start's, None if it starts at random."""
+        ``literal``, ``field NAME`` or ``target``. The id of a slot is its start's, None if it starts at random.
+        """
         example = (self.examples if record.get(TARGET_FIELD, "").strip() else self.contexts)([record])[0]
         ids = list(example.token_ids)
         shift = 1 if self.kind == "causal" else 0
@@ -189,10 +201,11 @@ class BoundTemplate:
                 shown.append((names[position], token_id))
         return shown
 
-    def _names_by_position(self, record: Record, length: int, slots: Mapping[int, int | None],
-                           targets: set[int]) -> dict[int, str]:
+    def _names_by_position(
+        self, record: Record, length: int, slots: Mapping[int, int | None], targets: set[int]
+    ) -> dict[int, str]:
         # A position's name follows from how many text tokens stand before it: fill ever longer prefixes of the pieces.
-        names = {position: "target" for position in targets}
+        names = dict.fromkeys(targets, "target")
         body = [p for p in range(len(self.tokenizer.prefix_ids), length) if p not in slots and p not in targets]
         names |= {position: "special" for position in range(length) if position not in names and position not in slots}
         text = [self._piece_text(piece, record) for piece in self._pieces]
@@ -227,13 +240,15 @@ class BoundTemplate:
             elif isinstance(piece, TextSlots):
                 ids = self.tokenizer.encode([piece.text])[0]
                 if not ids:
-                    raise TemplateError("the words of this piece have no tokens", pattern=str(self.template),
-                                        column=piece.column)
+                    raise TemplateError(
+                        "the words of this piece have no tokens", pattern=str(self.template), column=piece.column
+                    )
                 starts.append(tuple(ids))
         return starts
 
-    def _build(self, records: Sequence[Record], targets: Sequence[str | None], *, with_stop: bool, masks: int,
-               source: str) -> list[Example]:
+    def _build(
+        self, records: Sequence[Record], targets: Sequence[str | None], *, with_stop: bool, masks: int, source: str
+    ) -> list[Example]:
         for number, record in enumerate(records, start=1):
             self.check_fields(record, where=f"{source} {number}")
         parts = [self._parts(record, target) for record, target in zip(records, targets, strict=True)]
@@ -290,8 +305,9 @@ class BoundTemplate:
                 parts.append(_Slots(next(starts)))
         return self._close(parts, text, target, gap)[0]
 
-    def _close(self, parts: list[_Part], text: str, target: str | None,
-               gap: tuple[int, str] | None) -> tuple[list[_Part], str, None]:
+    def _close(
+        self, parts: list[_Part], text: str, target: str | None, gap: tuple[int, str] | None
+    ) -> tuple[list[_Part], str, None]:
         if gap is not None:
             parts.append(_Gap(gap[1], target, text))
         elif text:
@@ -311,8 +327,9 @@ class BoundTemplate:
             text = text[at + len(token) :]
         return found
 
-    def _assemble(self, parts: Sequence[_Part], encoded: Mapping[str, list[int]], *, with_stop: bool, masks: int,
-                  where: str) -> Example:
+    def _assemble(
+        self, parts: Sequence[_Part], encoded: Mapping[str, list[int]], *, with_stop: bool, masks: int, where: str
+    ) -> Example:
         ids: list[int] = list(self.tokenizer.prefix_ids)
         slots: list[int] = []
         positions: list[int] = []
@@ -334,14 +351,17 @@ class BoundTemplate:
                 ids += before
                 if self.kind == "causal":
                     if not ids:
-                        raise TemplateError("a causal model needs something in front of [Y]; put text, a field or a "
-                                            "slot there", pattern=str(self.template), column=0)
+                        raise TemplateError(
+                            "a causal model needs something in front of [Y]; put text, a field or a slot there",
+                            pattern=str(self.template),
+                            column=0,
+                        )
                     if with_stop and self.tokenizer.stop_id is not None:
                         target_ids = (*target_ids, self.tokenizer.stop_id)
                     positions = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids))))
                     ids += target_ids[: len(target_ids) - 1] if target_ids else ()
                 else:
-                    assert self.tokenizer.mask_id is not None  # noqa: S101 - checked in the constructor
+                    assert self.tokenizer.mask_id is not None
                     count = own or masks
                     positions = list(range(len(ids), len(ids) + count))
                     ids += [self.tokenizer.mask_id] * count
@@ -376,8 +396,9 @@ class BoundTemplate:
                 low, best = middle, example
             else:
                 high = middle
-        return Example(best.token_ids, best.slot_positions, best.logit_positions, best.target_ids, best.own_tokens,
-                       shortened=True)
+        return Example(
+            best.token_ids, best.slot_positions, best.logit_positions, best.target_ids, best.own_tokens, shortened=True
+        )
 
 
 @functools.lru_cache(maxsize=1024)

@@ -32,8 +32,10 @@ class LabelWords:
                 raise LabelWordError(f"label '{label}' has an empty word or none, write them as in {EXAMPLE}")
             for word in words:
                 if word in owner:
-                    raise LabelWordError(f"the word '{word}' stands twice, for '{owner[word]}' and '{label}'; each label "
-                                         "needs words of its own")
+                    raise LabelWordError(
+                        f"the word '{word}' stands twice, for '{owner[word]}' and '{label}'; each label "
+                        "needs words of its own"
+                    )
                 owner[word] = label
 
     @classmethod
@@ -71,8 +73,9 @@ class LabelWords:
         """
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
-            raise RecordError(f"{where}: '{label}' is none of the labels {', '.join(self.labels)}."
-                              f"{closest(label, self.labels)}")
+            raise RecordError(
+                f"{where}: '{label}' is none of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
+            )
         return self.labels.index(label)
 
     def check_records(self, records: Records) -> None:
@@ -99,12 +102,16 @@ class LabelWords:
         for (label, word), example in zip(self.flat, self.examples(bound, record), strict=True):
             ids = example.target_ids
             if unknown_id is not None and unknown_id in ids:
-                raise LabelWordError(f"the word '{word}' of label '{self.labels[label]}' is unknown to the tokenizer "
-                                     f"(ids {list(ids)}); choose another")
+                raise LabelWordError(
+                    f"the word '{word}' of label '{self.labels[label]}' is unknown to the tokenizer "
+                    f"(ids {list(ids)}); choose another"
+                )
             other = seen.setdefault(ids, (label, word))
             if other[0] != label:
-                raise LabelWordError(f"the words '{other[1]}' and '{word}' of the labels '{self.labels[other[0]]}' and "
-                                     f"'{self.labels[label]}' have the same token ids {list(ids)}; choose others")
+                raise LabelWordError(
+                    f"the words '{other[1]}' and '{word}' of the labels '{self.labels[other[0]]}' and "
+                    f"'{self.labels[label]}' have the same token ids {list(ids)}; choose others"
+                )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
 

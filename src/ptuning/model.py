@@ -26,7 +26,9 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     if not len(batch.slot_rows):
         return embeddings
     if int(batch.slot_index.max()) >= len(vectors):
-        raise PromptError(f"the batch asks for slot {int(batch.slot_index.max())}, and there are {len(vectors)} vectors")
+        raise PromptError(
+            f"the batch asks for slot {int(batch.slot_index.max())}, and there are {len(vectors)} vectors"
+        )
     chosen = vectors.to(embeddings.device)[batch.slot_index].to(embeddings.dtype)  # (S, E)
     return embeddings.index_put((batch.slot_rows, batch.slot_cols), chosen)
 
@@ -44,6 +46,7 @@ def target_logits(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
     """
     batch = batch.to(backbone.device)
     embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
-    logits, _ = backbone.run(embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows,
-                             cols=batch.logit_cols)
+    logits, _ = backbone.run(
+        embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+    )
     return logits

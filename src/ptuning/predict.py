@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,15 +92,21 @@ class PromptModel:
                 rows[index] = example
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
         for chosen in _batches([[row] for row in rows]):
-            found_logits = self._run([rows[index] for index in chosen], [index for index in chosen], table)
+            found_logits = self._run([rows[index] for index in chosen], list(chosen), table)
             parts = found_logits.cpu().split([len(rows[index].logit_positions) for index in chosen])
             for index, part in zip(chosen, parts, strict=True):
                 logits[index] = part  # (target tokens, V)
         return logits
 
     @torch.no_grad()
-    def rank(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt], candidates: Sequence[str], *,
-             normalise: Normalise = "sum") -> list[list[Candidate]]:
+    def rank(
+        self,
+        records: Sequence[Record],
+        prompts: Prompt | Sequence[Prompt],
+        candidates: Sequence[str],
+        *,
+        normalise: Normalise = "sum",
+    ) -> list[list[Candidate]]:
         """Score a closed set of answers for each record.
 
         Args:
@@ -131,7 +137,9 @@ class PromptModel:
         return ranked
 
     @torch.no_grad()
-    def classify(self, records: Sequence[Record], prompt: Prompt, *, normalise: Normalise = "sum") -> list[list[Candidate]]:
+    def classify(
+        self, records: Sequence[Record], prompt: Prompt, *, normalise: Normalise = "sum"
+    ) -> list[list[Candidate]]:
         """Score the labels of a prompt with label words; log-probabilities are normalised over the labels.
 
         Returns:
@@ -159,9 +167,16 @@ class PromptModel:
         return found
 
     @torch.no_grad()
-    def predict(self, records: Sequence[Record], prompt: Prompt | Sequence[Prompt],
-                candidates: Sequence[str] | None = None, *, top_k: int = 1, max_tokens: int | None = None,
-                normalise: Normalise = "sum") -> list[Prediction]:
+    def predict(
+        self,
+        records: Sequence[Record],
+        prompt: Prompt | Sequence[Prompt],
+        candidates: Sequence[str] | None = None,
+        *,
+        top_k: int = 1,
+        max_tokens: int | None = None,
+        normalise: Normalise = "sum",
+    ) -> list[Prediction]:
         """Answer records.
 
         With candidates or label words the likeliest is chosen. Without, a causal model writes until it stops (beam
@@ -191,8 +206,9 @@ class PromptModel:
         for one, indices in _by_prompt(prompts):
             rows = [as_records(records)[index] for index in indices]
             if one.label_words is not None:
-                found = [Prediction(row[0].text, tuple(row[:top_k]))
-                         for row in self.classify(rows, one, normalise=normalise)]
+                found = [
+                    Prediction(row[0].text, tuple(row[:top_k])) for row in self.classify(rows, one, normalise=normalise)
+                ]
             else:
                 found = self._write(rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2)
             answers |= dict(zip(indices, found, strict=True))
@@ -210,8 +226,9 @@ class PromptModel:
                 found[index] = Prediction(beams[0][0].text, tuple(beam for beam, _ in beams), tokens=beams[0][1])
         return found
 
-    def _beams(self, examples: Sequence[Example], prompt: Prompt, *, width: int, max_tokens: int
-               ) -> list[list[tuple[Candidate, int]]]:
+    def _beams(
+        self, examples: Sequence[Example], prompt: Prompt, *, width: int, max_tokens: int
+    ) -> list[list[tuple[Candidate, int]]]:
         """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding).
 
         Returns:
@@ -222,13 +239,19 @@ class PromptModel:
         batch = collate(examples, slots=[prompt.slots] * rows, pad_side="left").to(backbone.device)
         embeddings = inject(backbone.embed(batch.token_ids), _vectors(prompt), batch)
         mask, positions = batch.mask, batch.mask.sum(dim=1)  # (B, T), (B,)
-        logits, cache = backbone.run(embeddings, mask=mask, positions=batch.positions, rows=batch.logit_rows,
-                                     cols=batch.logit_cols, keep_cache=True)
+        logits, cache = backbone.run(
+            embeddings,
+            mask=mask,
+            positions=batch.positions,
+            rows=batch.logit_rows,
+            cols=batch.logit_cols,
+            keep_cache=True,
+        )
         scores = torch.log_softmax(logits[:, : backbone.vocabulary], dim=-1)  # (B, V)
         best, tokens = scores.topk(width, dim=-1)  # (B, W)
         texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-        assert cache is not None  # noqa: S101 - a causal model was asked to keep it
-        cache.reorder_cache(torch.arange(rows, device=backbone.device).repeat_interleave(width))
+        assert cache is not None
+        backbone.reorder(cache, torch.arange(rows, device=backbone.device).repeat_interleave(width))
         mask, positions = (value.repeat_interleave(width, dim=0) for value in (mask, positions))
         ended = tokens == stop if stop is not None else torch.zeros_like(tokens, dtype=torch.bool)  # (B, W)
         for _ in range(max_tokens - 1):
@@ -236,8 +259,15 @@ class PromptModel:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B * W, T + 1)
             every = torch.arange(len(mask), device=backbone.device)
-            logits, cache = backbone.run(backbone.embed(tokens.reshape(-1, 1)), mask=mask, positions=positions[:, None],
-                                         rows=every, cols=torch.zeros_like(every), cache=cache, keep_cache=True)
+            logits, cache = backbone.run(
+                backbone.embed(tokens.reshape(-1, 1)),
+                mask=mask,
+                positions=positions[:, None],
+                rows=every,
+                cols=torch.zeros_like(every),
+                cache=cache,
+                keep_cache=True,
+            )
             positions = positions + 1
             step = torch.log_softmax(logits[:, : backbone.vocabulary], dim=-1).view(rows, width, -1)  # (B, W, V)
             # An ended beam goes on as itself: one continuation (the stop token again) at no cost.
@@ -247,22 +277,29 @@ class PromptModel:
             best, flat = (best[..., None] + step).flatten(1).topk(width, dim=-1)  # (B, W)
             parents, tokens = flat // step.shape[-1], flat % step.shape[-1]  # (B, W)
             ended = ended.gather(1, parents)
-            texts = [[texts[row][int(parent)] + ([] if over else [int(token)])
-                      for parent, token, over in zip(parents[row], tokens[row], ended[row], strict=True)]
-                     for row in range(rows)]
+            texts = [
+                [
+                    texts[row][int(parent)] + ([] if over else [int(token)])
+                    for parent, token, over in zip(parents[row], tokens[row], ended[row], strict=True)
+                ]
+                for row in range(rows)
+            ]
             if stop is not None:
                 ended = ended | (tokens == stop)
-            assert cache is not None  # noqa: S101
-            cache.reorder_cache((parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
-        return [[self._finished(ids, float(value), stop) for ids, value in zip(texts[row], best[row].tolist(), strict=True)]
-                for row in range(rows)]
+            assert cache is not None
+            backbone.reorder(cache, (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
+        return [
+            [self._finished(ids, float(value), stop) for ids, value in zip(texts[row], best[row].tolist(), strict=True)]
+            for row in range(rows)
+        ]
 
     def _finished(self, ids: Sequence[int], log_prob: float, stop: int | None) -> tuple[Candidate, int]:
         own = [token for token in ids if token != stop]
         return Candidate(self.backbone.tokenizer.decode(own).strip(), log_prob), len(own)
 
-    def _fill_masks(self, records: Sequence[Record], prompt: Prompt, bound: BoundTemplate, *, top_k: int,
-                    max_tokens: int) -> list[Prediction]:
+    def _fill_masks(
+        self, records: Sequence[Record], prompt: Prompt, bound: BoundTemplate, *, top_k: int, max_tokens: int
+    ) -> list[Prediction]:
         """Fill 1 to ``max_tokens`` masks, each with its likeliest token, and keep the likeliest length on average."""
         every: list[list[tuple[float, Candidate, int]]] = [[] for _ in records]
         for count in range(1, max_tokens + 1):
@@ -270,7 +307,9 @@ class PromptModel:
             table = _Table(self.backbone, [prompt] * len(records), force=self.force)
             for chosen in _batches([[example] for example in examples]):
                 logits = self._run([examples[index] for index in chosen], chosen, table)  # (B * count, V)
-                log_probs = torch.log_softmax(logits[:, : self.backbone.vocabulary], dim=-1).view(len(chosen), count, -1)
+                log_probs = torch.log_softmax(logits[:, : self.backbone.vocabulary], dim=-1).view(
+                    len(chosen), count, -1
+                )
                 values, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)  # (B, count, K)
                 for row, index in enumerate(chosen):
                     for answer in range(values.shape[-1]) if count == 1 else (0,):
@@ -286,13 +325,19 @@ class PromptModel:
         for bound, indices in table.groups():
             repeated = [records[index] for index in indices for _ in candidates]
             examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
-            items |= {index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)}
+            items |= {
+                index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)
+            }
         return [items[index] for index in range(len(records))]
 
     def _run(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> Tensor:
         """Run rows of any mix of prompts in one forward pass; ``owners`` are the records they belong to."""
-        batch = collate(examples, slots=[table.slots[owner] for owner in owners],
-                        offsets=[table.offsets[owner] for owner in owners], pad_side=self.pad_side)
+        batch = collate(
+            examples,
+            slots=[table.slots[owner] for owner in owners],
+            offsets=[table.offsets[owner] for owner in owners],
+            pad_side=self.pad_side,
+        )
         return target_logits(self.backbone, batch, table.vectors)
 
 
@@ -368,8 +413,3 @@ def _batches(inputs: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
         rows, positions, width = rows + len(inputs[index]), positions + add, wide
     if chosen:
         yield chosen
-
-
-def majority_prediction(targets: Mapping[str, int]) -> str:
-    """Return the most frequent target of counted ones."""
-    return min(targets.items(), key=lambda pair: (-pair[1], pair[0]))[0]

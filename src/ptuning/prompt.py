@@ -16,8 +16,8 @@ from torch import Tensor
 import ptuning
 from ptuning.backbone import Backbone
 from ptuning.errors import FileError, PromptError, TemplateError
-from ptuning.fill import BoundTemplate
 from ptuning.files import Json, publish_folder, read_bytes, read_json, sha256, write_bytes, write_json, write_text
+from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords
 from ptuning.template import Template
 
@@ -82,12 +82,16 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.slot_vectors is None:
             if self.template.has_slots:
-                raise PromptError(f"the template '{self.template}' has slots, and there are no vectors for them; train "
-                                  "it, or start from tokens with Prompt.from_token_ids")
+                raise PromptError(
+                    f"the template '{self.template}' has slots, and there are no vectors for them; train "
+                    "it, or start from tokens with Prompt.from_token_ids"
+                )
             return
         if self.slot_vectors.ndim != 2 or self.slot_vectors.dtype != torch.float32:
-            raise PromptError(f"slot vectors must be float32 of shape (slots, width), not {self.slot_vectors.dtype} of "
-                              f"shape {tuple(self.slot_vectors.shape)}")
+            raise PromptError(
+                f"slot vectors must be float32 of shape (slots, width), not {self.slot_vectors.dtype} of "
+                f"shape {tuple(self.slot_vectors.shape)}"
+            )
         if self.backbone is None:
             raise PromptError("slot vectors need to say which backbone they belong to")
 
@@ -111,9 +115,11 @@ class Prompt:
         parsed = as_template(template)
         slots = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind).slots
         if len(slot_token_ids) != slots:
-            raise PromptError(f"the template '{parsed}' has {slots} slots for this backbone, and {len(slot_token_ids)} "
-                              "token ids were given")
-        size = backbone.model.get_input_embeddings().weight.shape[0]
+            raise PromptError(
+                f"the template '{parsed}' has {slots} slots for this backbone, and {len(slot_token_ids)} "
+                "token ids were given"
+            )
+        size = backbone.embedding_rows
         outside = [token for token in slot_token_ids if not 0 <= token < size]
         if outside:
             raise PromptError(f"token ids {outside} are outside the vocabulary of {size}")
@@ -143,15 +149,21 @@ class Prompt:
         if self.backbone.fingerprint != backbone.fingerprint and not force:
             same_table = self.backbone.fingerprint.split("-")[0] == backbone.fingerprint.split("-")[0]
             what = "has the same embeddings and other weights (a tuned copy?)" if same_table else "is another model"
-            raise PromptError(f"the prompt was trained on the backbone '{self.backbone.name}' "
-                              f"({self.backbone.fingerprint}), and '{backbone.name}' ({backbone.fingerprint}) {what}; "
-                              "use the right backbone (--backbone), or insist with --force")
+            raise PromptError(
+                f"the prompt was trained on the backbone '{self.backbone.name}' "
+                f"({self.backbone.fingerprint}), and '{backbone.name}' ({backbone.fingerprint}) {what}; "
+                "use the right backbone (--backbone), or insist with --force"
+            )
         if self.slot_vectors.shape[1] != backbone.width:
-            raise PromptError(f"the prompt's vectors are {self.slot_vectors.shape[1]} wide, and the embeddings of "
-                              f"'{backbone.name}' {backbone.width}; it cannot be used with this backbone")
+            raise PromptError(
+                f"the prompt's vectors are {self.slot_vectors.shape[1]} wide, and the embeddings of "
+                f"'{backbone.name}' {backbone.width}; it cannot be used with this backbone"
+            )
         if bound.slots != self.slots:
-            raise PromptError(f"the template '{self.template}' has {bound.slots} slots with this tokenizer, and the "
-                              f"prompt has {self.slots} vectors")
+            raise PromptError(
+                f"the template '{self.template}' has {bound.slots} slots with this tokenizer, and the "
+                f"prompt has {self.slots} vectors"
+            )
         return bound
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -179,20 +191,25 @@ class Prompt:
         if not (path / MANIFEST_FILE).is_file() and (path / "prompt" / MANIFEST_FILE).is_file():
             path = path / "prompt"  # a run's folder was named; its prompt is meant
         if not (path / MANIFEST_FILE).is_file():
-            raise FileError(f"{folder} is no prompt: there is no {MANIFEST_FILE} in it; a prompt is a folder written by "
-                            "ptuning train, or write manual:TEMPLATE for a template without slots")
+            raise FileError(
+                f"{folder} is no prompt: there is no {MANIFEST_FILE} in it; a prompt is a folder written by "
+                "ptuning train, or write manual:TEMPLATE for a template without slots"
+            )
         manifest = read_json(path / MANIFEST_FILE)
         where = path / MANIFEST_FILE
         _check_manifest(manifest, where)
         data = read_bytes(path / VECTORS_FILE)
         vectors = _read_vectors(data, path / VECTORS_FILE)
         if sha256(data) != manifest["vectors_sha256"]:
-            raise PromptError(f"{path / VECTORS_FILE} was changed since it was saved: its sha256 is not the one in "
-                              f"{MANIFEST_FILE}")
+            raise PromptError(
+                f"{path / VECTORS_FILE} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}"
+            )
         slots, width = manifest["slots"], manifest["width"]
         if slots and tuple(vectors.shape) != (slots, width):
-            raise PromptError(f"{path / VECTORS_FILE}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says "
-                              f"({slots}, {width})")
+            raise PromptError(
+                f"{path / VECTORS_FILE}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says "
+                f"({slots}, {width})"
+            )
         try:
             return _from_manifest(manifest, vectors if slots else None)
         except (KeyError, TypeError, AttributeError, ValueError, TemplateError) as error:
@@ -217,9 +234,12 @@ class Prompt:
     def _card(self, size_bytes: int) -> str:
         owner = self.backbone.name if self.backbone else "any"
         lines = [
-            "# A prompt for a language model", "",
+            "# A prompt for a language model",
+            "",
             f"Made with [ptuning](https://arxiv.org/abs/2103.10385) {ptuning.__version__} by the method `{self.method}`.",
-            "", "| | |", "|---|---|",
+            "",
+            "| | |",
+            "|---|---|",
             f"| template | `{str(self.template).replace('|', chr(92) + '|')}` |",
             f"| slots | {self.slots} vectors, {size_bytes / 1000:.1f} KB |",
             f"| backbone | `{owner}`" + (f", fingerprint `{self.backbone.fingerprint}` |" if self.backbone else " |"),
@@ -227,11 +247,23 @@ class Prompt:
         if self.label_words:
             listed = "; ".join(f"{label}: {', '.join(words)}" for label, words in self.label_words.words.items())
             lines.append(f"| label words | {listed} |")
-        lines += [f"| {name.replace('_', ' ')} (development part) | {value:.3f} |" for name, value in self.scores.items()]
-        lines += ["| seed | " + str(self.seed) + " |", "", "Use it:", "", "```",
-                  "ptuning predict THIS_FOLDER \"some text\"", "ptuning inspect THIS_FOLDER", "```", "",
-                  "Scores on the development part chose this prompt and are therefore a little too good; "
-                  "score it on data that chose nothing with `ptuning eval`.", ""]
+        lines += [
+            f"| {name.replace('_', ' ')} (development part) | {value:.3f} |" for name, value in self.scores.items()
+        ]
+        lines += [
+            "| seed | " + str(self.seed) + " |",
+            "",
+            "Use it:",
+            "",
+            "```",
+            'ptuning predict THIS_FOLDER "some text"',
+            "ptuning inspect THIS_FOLDER",
+            "```",
+            "",
+            "Scores on the development part chose this prompt and are therefore a little too good; "
+            "score it on data that chose nothing with `ptuning eval`.",
+            "",
+        ]
         return "\n".join(lines)
 
 
@@ -252,8 +284,10 @@ def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
     if missing:
         raise PromptError(f"{where}: missing key '{missing[0]}'; the file is damaged or no prompt's")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise PromptError(f"{where}: format version {manifest['format_version']}, and this ptuning reads "
-                          f"{FORMAT_VERSION}; update ptuning")
+        raise PromptError(
+            f"{where}: format version {manifest['format_version']}, and this ptuning reads "
+            f"{FORMAT_VERSION}; update ptuning"
+        )
 
 
 def _read_vectors(data: bytes, where: Path) -> Tensor:
@@ -279,10 +313,16 @@ def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None) -> Prom
     return Prompt(
         Template.parse(str(manifest["template"])),
         vectors,
-        BackboneId(str(backbone["name"]), None if backbone["revision"] is None else str(backbone["revision"]),
-                   str(backbone["fingerprint"])) if backbone else None,
+        BackboneId(
+            str(backbone["name"]),
+            None if backbone["revision"] is None else str(backbone["revision"]),
+            str(backbone["fingerprint"]),
+        )
+        if backbone
+        else None,
         LabelWords({str(label): tuple(map(str, listed)) for label, listed in words.items() if isinstance(listed, list)})
-        if words else None,
+        if words
+        else None,
         target_tokens=int(str(manifest.get("target_tokens", DEFAULT_TARGET_TOKENS))),
         method=str(manifest["method"]),
         seed=seed,

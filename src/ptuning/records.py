@@ -15,7 +15,7 @@ from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import read_bytes, sha256
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+    from importlib.abc import Traversable  # where Python 3.10 has it
 
 Record = Mapping[str, str]
 
@@ -161,7 +161,9 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
     inputs = [canonical_json({k: v for k, v in row.items() if k != TARGET_FIELD}) for row in records]
     groups = sorted(set(inputs))
     if len(groups) < 2:
-        raise RecordError(f"{records.name}: too few different records to set some aside; give a development file (--dev)")
+        raise RecordError(
+            f"{records.name}: too few different records to set some aside; give a development file (--dev)"
+        )
     random.Random(seed).shuffle(groups)
     aside = set(groups[: min(len(groups) - 1, max(1, round(len(groups) * fraction)))])
     kept = [row for row, key in zip(records, inputs, strict=True) if key not in aside]
@@ -187,7 +189,9 @@ def _shipped_records(source: str) -> Records:
     name, _, split = source.partition(":")
     known = shipped_facts()
     if name not in known:
-        raise FileError(f"no data file and no shipped facts named '{source}'.{closest(name, known)} Shipped: {_names()}")
+        raise FileError(
+            f"no data file and no shipped facts named '{source}'.{closest(name, known)} Shipped: {_names()}"
+        )
     if split not in SPLITS:
         raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
     data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
@@ -273,6 +277,8 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
     for new, old in (fields or {}).items():
         if old not in record:
-            raise RecordError(f"{where}: no field '{old}' to use as '{new}'; the record has {', '.join(sorted(record))}")
+            raise RecordError(
+                f"{where}: no field '{old}' to use as '{new}'; the record has {', '.join(sorted(record))}"
+            )
         record = {**record, new: record[old]}
     return record

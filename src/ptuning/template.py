@@ -89,15 +89,22 @@ class Template:
         pattern = str(self)
         targets = [piece for piece in self.pieces if isinstance(piece, Target)]
         if not targets:
-            raise TemplateError("a template needs one [Y], the place of the target; this one has none", pattern=pattern,
-                                column=len(pattern))
+            raise TemplateError(
+                "a template needs one [Y], the place of the target; this one has none",
+                pattern=pattern,
+                column=len(pattern),
+            )
         if len(targets) > 1:
-            raise TemplateError("a template has exactly one [Y], this one has two or more", pattern=pattern,
-                                column=targets[1].column)
+            raise TemplateError(
+                "a template has exactly one [Y], this one has two or more", pattern=pattern, column=targets[1].column
+            )
         for piece in self.pieces:
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
-                raise TemplateError("{y} would show the target to the model; write [Y] where it is to be predicted",
-                                    pattern=pattern, column=piece.column)
+                raise TemplateError(
+                    "{y} would show the target to the model; write [Y] where it is to be predicted",
+                    pattern=pattern,
+                    column=piece.column,
+                )
 
     @classmethod
     def parse(cls, pattern: str) -> Template:
@@ -127,8 +134,9 @@ class Template:
         parsed = cls.parse(manual)
         for piece in parsed.pieces:
             if isinstance(piece, Slots | TextSlots):
-                raise TemplateError("a manual template has no slots; give this one as --template", pattern=manual,
-                                    column=piece.column)
+                raise TemplateError(
+                    "a manual template has no slots; give this one as --template", pattern=manual, column=piece.column
+                )
         front: list[Piece] = []
         if about is not None and about.strip():
             front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
@@ -223,12 +231,18 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
             text.append(pattern[at])
             at += 2
         elif pattern[at] == "[":
-            raise TemplateError("unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among "
-                                "them", pattern=pattern, column=start)
+            raise TemplateError(
+                "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them",
+                pattern=pattern,
+                column=start,
+            )
         elif pattern[at] == "]":
             if not "".join(text).strip():
-                raise TemplateError("[P:words] without words; write [P] for one slot that starts at random",
-                                    pattern=pattern, column=start)
+                raise TemplateError(
+                    "[P:words] without words; write [P] for one slot that starts at random",
+                    pattern=pattern,
+                    column=start,
+                )
             return TextSlots("".join(text), start), at + 1
         else:
             text.append(pattern[at])
@@ -239,14 +253,16 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
 def _field(pattern: str, start: int) -> tuple[Field, int]:
     end = pattern.find("}", start)
     if end < 0:
-        raise TemplateError("unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern,
-                            column=start)
+        raise TemplateError(
+            "unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern, column=start
+        )
     inside = pattern[start + 1 : end]
     keep = inside.endswith("!")
     name = inside[:-1] if keep else inside
     if not name.strip() or name != name.strip() or "{" in name or "[" in name:
-        raise TemplateError("a field's name stands in braces; expected {field} or {field!}", pattern=pattern,
-                            column=start)
+        raise TemplateError(
+            "a field's name stands in braces; expected {field} or {field!}", pattern=pattern, column=start
+        )
     return Field(name, keep, start), end + 1
 
 

@@ -1,5 +1,6 @@
 """Training a prompt: fit, evaluate, choose, stop early, checkpoint, resume exactly. Sees the training and development
-parts only; knows no files but its checkpoint."""
+parts only; knows no files but its checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
 from ptuning.encoder import EncoderKind, PromptEncoder, RandomStart, start_vectors
 from ptuning.errors import ConfigError, TrainingError, closest
-from ptuning.fill import BoundTemplate
 from ptuning.files import Json, make_folder, read_bytes, write_bytes
+from ptuning.fill import BoundTemplate
 from ptuning.model import target_logits
 from ptuning.objective import Item, hits, loss, loss_count, score_choices
 
@@ -80,7 +81,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation_steps", "patience"):
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1")
+            self._require(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1"
+            )
         self._require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63")
         self._require("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
         self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
@@ -126,8 +129,8 @@ class Progress:
     """What a run is doing, for whoever shows it.
 
     Args:
-        stage: ``train`` or ``dev``.
-        done, total: Records read in this stage.
+        stage: ``train``, ``dev``, or ``epoch`` at the end of one.
+        done, total: Records read in this stage, or epochs.
         note: A few words, such as the epoch and the loss so far.
     """
 
@@ -188,18 +191,27 @@ class Trainer:
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
     """
 
-    def __init__(self, backbone: Backbone, bound: BoundTemplate, *, config: TrainConfig, checkpoint: Path | None = None,
-                 identity: Mapping[str, Json] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        bound: BoundTemplate,
+        *,
+        config: TrainConfig,
+        checkpoint: Path | None = None,
+        identity: Mapping[str, Json] | None = None,
+    ) -> None:
         self.backbone = backbone
         self.bound = bound
         self.config = config
         self.checkpoint = checkpoint
         self.identity = dict(identity or {})
         self.accelerator = Accelerator()
-        start = start_vectors(bound.slot_start_ids, table=backbone.table(), how=config.start,
-                              generator=self.generator("slot starts"))
-        self.encoder = PromptEncoder(start, kind=config.encoder, dropout=config.dropout,
-                                     generator=self.generator("encoder weights")).to(backbone.device)
+        start = start_vectors(
+            bound.slot_start_ids, table=backbone.table(), how=config.start, generator=self.generator("slot starts")
+        )
+        self.encoder = PromptEncoder(
+            start, kind=config.encoder, dropout=config.dropout, generator=self.generator("encoder weights")
+        ).to(backbone.device)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.state = _State()
         self.best_vectors = self.vectors()
@@ -218,10 +230,17 @@ class Trainer:
         """Return the slot vectors as they would be saved: (P, E) float32 on the CPU, dropout off."""
         self.encoder.eval()
         with torch.no_grad():
-            return self.encoder().detach().float().cpu().clone()
+            vectors: Tensor = self.encoder()  # (P, E)
+        return vectors.detach().float().cpu().clone()
 
-    def fit(self, train: Sequence[Item], dev: Sequence[Item], *, report: Report | None = None,
-            should_stop: Callable[[], bool] | None = None) -> None:
+    def fit(
+        self,
+        train: Sequence[Item],
+        dev: Sequence[Item],
+        *,
+        report: Report | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
         """Train to the end, or from where a loaded checkpoint stands.
 
         The start is scored too and may be chosen, so that a learned prompt is never worse on the development part
@@ -237,7 +256,7 @@ class Trainer:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
-        state, tell = self.state, report or (lambda progress: None)
+        state, tell = self.state, report or (lambda _: None)
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
             state.start = {"dev_loss": found.loss, "dev_score": found.score}
@@ -246,11 +265,23 @@ class Trainer:
             for _ in self._epoch(train, tell):
                 if should_stop is not None and should_stop():
                     self.save()
-                    raise Interrupted(f"stopped in epoch {state.epoch} of {self.config.epochs}, after {state.step} steps")
+                    raise Interrupted(
+                        f"stopped in epoch {state.epoch} of {self.config.epochs}, after {state.step} steps"
+                    )
                 if time.monotonic() - self._saved_at > self.config.checkpoint_seconds:
                     self.save()
             self._end_epoch(self.evaluate(dev, report=tell, note=f"epoch {state.epoch}"))
             self.save()
+            last = state.history[-1]
+            tell(
+                Progress(
+                    "epoch",
+                    len(state.history),
+                    self.config.epochs,
+                    f"train loss {last['train_loss']:.3f}, dev loss {last['dev_loss']:.3f}, dev score "
+                    f"{last['dev_score']:.3f}",
+                )
+            )
 
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[None]:
         """Take the epoch's remaining optimizer steps, yielding after each."""
@@ -270,13 +301,20 @@ class Trainer:
             state.epoch_seconds += seconds
             state.train_seconds += seconds
             mean = state.epoch_loss_sum / max(1, state.epoch_loss_count)
-            tell(Progress("train", (state.epoch - 1) * len(train) + state.position, config.epochs * len(train),
-                          f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}"))
+            tell(
+                Progress(
+                    "train",
+                    (state.epoch - 1) * len(train) + state.position,
+                    config.epochs * len(train),
+                    f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}",
+                )
+            )
             yield
 
     def _step(self, group: Sequence[Item]) -> None:
         """Take one optimizer step. Its loss is the sum over all tokens divided once by their number, however the group
-        is cut into batches or spread over processes."""
+        is cut into batches or spread over processes.
+        """
         self.encoder.train()
         total = loss_count(group)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -300,8 +338,10 @@ class Trainer:
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
         if not torch.isfinite(loss_sum):
-            raise TrainingError(f"the loss became {float(loss_sum)} in epoch {self.state.epoch}; use a lower learning "
-                                f"rate than {self.config.lr} (--lr), or float32 (--dtype)")
+            raise TrainingError(
+                f"the loss became {float(loss_sum)} in epoch {self.state.epoch}; use a lower learning "
+                f"rate than {self.config.lr} (--lr), or float32 (--dtype)"
+            )
         torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.state.epoch_loss_sum += float(loss_sum)
@@ -313,13 +353,15 @@ class Trainer:
 
     def _end_epoch(self, found: Evaluation) -> None:
         state = self.state
-        state.history.append({
-            "epoch": state.epoch,
-            "train_loss": state.epoch_loss_sum / state.epoch_loss_count,
-            "dev_loss": found.loss,
-            "dev_score": found.score,
-            "seconds": state.epoch_seconds,
-        })
+        state.history.append(
+            {
+                "epoch": state.epoch,
+                "train_loss": state.epoch_loss_sum / state.epoch_loss_count,
+                "dev_loss": found.loss,
+                "dev_score": found.score,
+                "seconds": state.epoch_seconds,
+            }
+        )
         self._consider(found, epoch=state.epoch)
         waited = state.epoch - state.chosen_epoch
         state.done = state.epoch == self.config.epochs or waited >= self.config.patience
@@ -366,8 +408,9 @@ class Trainer:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             state = _State(**json.loads(metadata["state"]))
             self._check_identity(json.loads(metadata["identity"]))
-            self.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()
-                                          if name.startswith("encoder.")})
+            self.encoder.load_state_dict(
+                {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+            )
             self._load_optimizer(tensors)
             self.best_vectors = tensors["best_vectors"]
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -397,8 +440,10 @@ def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where:
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if names:
         shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
-        raise TrainingError(f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
-                            "--overwrite or in another folder")
+        raise TrainingError(
+            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
+            "--overwrite or in another folder"
+        )
 
 
 def item_batch(items: Sequence[Item], *, slots: int) -> Batch:
@@ -408,8 +453,15 @@ def item_batch(items: Sequence[Item], *, slots: int) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(backbone: Backbone, items: Sequence[Item], *, vectors: Tensor, slots: int, report: Report | None = None,
-             note: str = "") -> Evaluation:
+def evaluate(
+    backbone: Backbone,
+    items: Sequence[Item],
+    *,
+    vectors: Tensor,
+    slots: int,
+    report: Report | None = None,
+    note: str = "",
+) -> Evaluation:
     """Score items with given slot vectors, longest first so that a batch needs little padding.
 
     Args:
@@ -457,8 +509,9 @@ def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def measure_ceiling(backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
-                    ) -> float:
+def measure_ceiling(
+    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
+) -> float:
     """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
 
     The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
@@ -469,8 +522,9 @@ def measure_ceiling(backbone: Backbone, items: Sequence[Item], *, batch_size: in
         batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
         embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
         start = time.monotonic()
-        logits, _ = backbone.run(embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows,
-                                 cols=batch.logit_cols)
+        logits, _ = backbone.run(
+            embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+        )
         torch.logsumexp(logits, dim=-1).sum().backward()
         if backbone.device.type == "cuda":
             torch.cuda.synchronize(backbone.device)

@@ -1,0 +1,5 @@
+"""``python -m ptuning``."""
+
+from ptuning.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""The demo: learn country -> capital, compare with the sentence it started from and with the majority answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptuning.backbone import Backbone
+from ptuning.errors import TrainingError
+from ptuning.evaluate import score_prompt
+from ptuning.files import Json, write_json, write_json_lines
+from ptuning.metrics import Score, majority, score
+from ptuning.predict import PromptModel
+from ptuning.prompt import VECTORS_FILE, Prompt
+from ptuning.records import Records, load_records
+from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, train
+from ptuning.template import Template
+from ptuning.trainer import CHECKPOINT_FILE, Interrupted, Report, TrainConfig
+
+FACTS = "capitals"
+MANUAL = "The capital of [X] is [Y]"
+SHOWN_RECORDS = 5
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A test record with the answers of the manual and of the learned prompt."""
+
+    subject: str
+    target: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo shows.
+
+    Args:
+        prompt: The learned prompt.
+        record: What stands in ``run.json``.
+        scores: Method -> exact match on the test part.
+        answers: A few test records with the answers before and after.
+        folder: Where the files lie.
+        size_bytes: Size of the prompt's vectors on disk.
+    """
+
+    prompt: Prompt
+    record: Mapping[str, Json]
+    scores: Mapping[str, Score]
+    answers: Sequence[Answers]
+    folder: Path
+    size_bytes: int
+
+
+def run_demo(
+    out: Path,
+    *,
+    backbone: Backbone,
+    config: TrainConfig | None = None,
+    report: Report | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    command: str | None = None,
+) -> DemoResult:
+    """Train on the training part, choose on the development part, score the test part once, and leave the files.
+
+    A killed demo goes on where it stopped; a finished one is made anew.
+
+    Args:
+        out: Folder of the run.
+        backbone: The language model.
+        config: Settings; the defaults otherwise.
+        report: Called with progress.
+        should_stop: Asked after every step.
+        command: The command line, for the record.
+    """
+    parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
+    template = Template.from_manual(MANUAL)
+
+    def learn(*, resume: bool) -> TrainResult:
+        return train(
+            template,
+            parts["train"],
+            dev=parts["dev"],
+            backbone=backbone,
+            config=config,
+            out=out,
+            resume=resume,
+            overwrite=not resume,
+            report=report,
+            should_stop=should_stop,
+            command=command,
+        )
+
+    unfinished = (out / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file() and not (out / RUN_FILE).is_file()
+    try:
+        result = learn(resume=unfinished)
+    except Interrupted:
+        raise
+    except TrainingError:
+        if not unfinished:
+            raise
+        # The checkpoint is of other settings or an older version. The folder is the demo's own, so it starts anew.
+        result = learn(resume=False)
+    return _score_test(out, result, parts, PromptModel(backbone), report)
+
+
+def _score_test(
+    out: Path, result: TrainResult, parts: Mapping[str, Records], model: PromptModel, report: Report | None
+) -> DemoResult:
+    test, prompt, manual = parts["test"], result.prompt, Prompt.manual(MANUAL)
+    common = majority([row["y"] for row in parts["train"]])
+    before = score_prompt(model, test, manual, report=report)
+    after = score_prompt(model, test, prompt, report=report)
+    scores = {
+        "majority": score([float(row["y"] == common) for row in test]),
+        "manual": before.scores["exact_match"],
+        "p-tuning": after.scores["exact_match"],
+    }
+    # Left to itself the manual prompt goes on writing; it is stopped at the length of the longest training target.
+    written = model.predict(test, manual, max_tokens=prompt.target_tokens)
+    learned = model.predict(test, prompt)
+    rows: list[dict[str, Json]] = [
+        {
+            "record": dict(row),
+            "target": row["y"],
+            "prediction": new.text,
+            "hit": bool(new_hit),
+            "log_prob": new.log_prob,
+            "manual": {"prediction": old.text, "hit": bool(old_hit), "log_prob": old.log_prob},
+        }
+        for row, old, old_hit, new, new_hit in zip(test, written, before.hits, learned, after.hits, strict=True)
+    ]
+    record = dict(result.record)
+    data = record["data"]
+    tested: Json = {"name": test.name, "sha256": test.sha256, "rows": len(test), "kept": len(test), "dropped": 0}
+    record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
+    record["scores"] = {name: {"exact_match": found.to_json()} for name, found in scores.items()}
+    write_json_lines(out / PREDICTIONS_FILE, rows)
+    write_json(out / RUN_FILE, record)
+    answers = [
+        Answers(row["x"], row["y"], old.text.splitlines()[0] if old.text else "", new.text)
+        for row, old, new in list(zip(test, written, learned, strict=True))[:SHOWN_RECORDS]
+    ]
+    size_bytes = (out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size
+    return DemoResult(prompt, record, scores, answers, out, size_bytes)

@@ -1,0 +1,109 @@
+"""Scoring a prompt on records, once and with an interval: exact match, label accuracy, ranks among candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ptuning.files import Json
+from ptuning.metrics import Score, precision_at, reciprocal_ranks, score
+from ptuning.objective import Normalise, label_items, target_items
+from ptuning.predict import Prediction, PromptModel
+from ptuning.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
+from ptuning.trainer import Report, evaluate
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a prompt scored on some records.
+
+    Args:
+        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words; with candidates also ``accuracy``,
+            ``p_at_10`` and ``mrr`` among them.
+        loss: Negative log-likelihood in nats per target token, or per record with label words.
+        hits: 1.0 or 0.0 per record, for the first score.
+        missing: How many records have a target that is no candidate; they count as misses.
+    """
+
+    scores: Mapping[str, Score]
+    loss: float
+    hits: tuple[float, ...]
+    missing: int = 0
+
+
+def score_prompt(
+    model: PromptModel,
+    data: Records,
+    prompt: Prompt,
+    *,
+    candidates: Sequence[str] | None = None,
+    normalise: Normalise = "sum",
+    report: Report | None = None,
+) -> Result:
+    """Score a prompt on records.
+
+    Exact match asks whether greedy decoding would write the target's own tokens; what follows them is not looked at,
+    so a manual prompt is not punished for never stopping. A masked model is given as many masks as the target has.
+
+    Args:
+        model: The backbone in use.
+        data: Records with targets.
+        prompt: The prompt, learned or manual.
+        candidates: A closed set of answers to rank as well.
+        normalise: How candidates are scored, see :meth:`PromptModel.rank`.
+        report: Called with progress.
+
+    Raises:
+        RecordError: If a record lacks its target.
+    """
+    require_targets(data)
+    bound = prompt.bind(model.backbone, force=model.force)
+    if prompt.label_words is None:
+        items, name = target_items(bound, data, with_stop=False), "exact_match"
+    else:
+        items, name = label_items(bound, data, prompt.label_words), "accuracy"
+    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
+    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    scores = {name: score(found.hits)}
+    missing = 0
+    if candidates is not None and prompt.label_words is None:
+        ranked = model.rank(data, prompt, candidates, normalise=normalise)
+        places = [
+            _place(record[TARGET_FIELD].strip(), [candidate.text for candidate in row])
+            for record, row in zip(data, ranked, strict=True)
+        ]
+        missing = sum(place is None for place in places)
+        ranks = [place if place is not None else len(candidates) + 1 for place in places]
+        inverse = [
+            0.0 if place is None else value for place, value in zip(places, reciprocal_ranks(ranks), strict=True)
+        ]
+        scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(inverse)}
+        if len(candidates) > 10:
+            scores["p_at_10"] = score(precision_at(10, ranks))
+    return Result(scores, found.loss, found.hits, missing)
+
+
+def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the different targets of records, in order of appearance: a closed set of answers."""
+    return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
+
+
+def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequence[float]) -> list[dict[str, Json]]:
+    """Return one row per record for ``predictions.jsonl``."""
+    return [
+        {
+            "record": dict(record),
+            "target": record.get(TARGET_FIELD),
+            "prediction": found.text,
+            "hit": bool(hit),
+            "log_prob": found.log_prob,
+        }
+        for record, found, hit in zip(data, predictions, hits, strict=True)
+    ]
+
+
+def _place(target: str, ranked: Sequence[str]) -> int | None:
+    return ranked.index(target) + 1 if target in ranked else None

@@ -1,0 +1,295 @@
+"""A training run from data to files: split, bind, fit, leave ``prompt/``, ``run.json`` and ``predictions.jsonl``."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ptuning.backbone import Backbone
+from ptuning.errors import FileError, TemplateError
+from ptuning.evaluate import prediction_rows
+from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
+from ptuning.fill import BoundTemplate
+from ptuning.labels import LabelWords
+from ptuning.objective import Item, label_items, target_items
+from ptuning.predict import PromptModel
+from ptuning.prompt import BackboneId, Prompt, as_template, versions
+from ptuning.records import Record, Records, as_records, require_targets, split_records
+from ptuning.template import Template
+from ptuning.trainer import (
+    CHOICE_RULE,
+    Report,
+    TrainConfig,
+    Trainer,
+    check_identity,
+    derived_seed,
+    evaluate,
+    measure_ceiling,
+)
+
+FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+PROMPT_FOLDER = "prompt"
+CHECKPOINT_FOLDER = "checkpoint"
+# Settings that do not change what is trained, so that a run may be resumed with others.
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "device")
+# Room for the prompt, the record and the predictions, besides the checkpoint.
+FILES_BYTES = 5_000_000
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves.
+
+    Args:
+        prompt: The chosen prompt.
+        record: What stands in ``run.json``.
+        folder: Where the files lie, or None.
+    """
+
+    prompt: Prompt
+    record: Mapping[str, Json]
+    folder: Path | None
+
+
+def train(
+    template: str | Template,
+    data: Sequence[Record],
+    *,
+    backbone: Backbone,
+    dev: Sequence[Record] | None = None,
+    config: TrainConfig | None = None,
+    labels: LabelWords | str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    ceiling: bool = False,
+    command: str | None = None,
+) -> TrainResult:
+    """Learn the slot vectors of a template on a frozen backbone.
+
+    Args:
+        template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``.
+        data: Records to learn from, with targets.
+        backbone: From :func:`ptuning.load_backbone`; it does not change.
+        dev: Records to choose by; without them a seeded share of ``data`` is set aside.
+        config: Settings; the defaults of :class:`TrainConfig` otherwise.
+        labels: Label words, for classification.
+        out: Folder for prompt, record, predictions and checkpoint; without it nothing is written.
+        resume: Go on from the checkpoint in ``out``; a finished run is returned as it is.
+        overwrite: Replace an earlier run in ``out``.
+        report: Called with progress.
+        should_stop: Asked after every step.
+        ceiling: Whether to measure the speed of a bare forward and backward pass as well.
+        command: The command line, for the record.
+
+    Returns:
+        The chosen prompt and the record of the run.
+
+    Raises:
+        PTuningError: Of the stage at fault; before training starts, with nothing written.
+    """
+    began = time.monotonic()
+    config = config or TrainConfig()
+    parsed = as_template(template)
+    if not parsed.has_slots:
+        raise TemplateError(
+            f"the template '{parsed}' has no slots, so there is nothing to learn; write words as "
+            "[P:words] to start from them, or let --manual do it"
+        )
+    words = LabelWords.parse(labels) if isinstance(labels, str) else labels
+    parts = _parts(as_records(data), None if dev is None else as_records(dev), words, config)
+    bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    if words is not None:
+        words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
+    items = {name: _items(bound, records, words, config) for name, records in parts.items()}
+    record = _first_record(parsed, words, parts, items, backbone, config, command)
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        finished = _prepare(folder, identity(record), resume=resume, overwrite=overwrite)
+        if finished is not None:
+            return TrainResult(Prompt.load(folder / PROMPT_FOLDER), finished, folder)
+    trainer = Trainer(
+        backbone,
+        bound,
+        config=config,
+        checkpoint=folder / CHECKPOINT_FOLDER if folder else None,
+        identity=identity(record),
+    )
+    if folder is not None:
+        check_room(folder, FILES_BYTES + 8 * sum(4 * weight.numel() for weight in trainer.encoder.parameters()))
+    if resume:
+        trainer.load()
+    before = trainer.state.train_seconds
+    trainer.fit(items["train"], items["dev"], report=report, should_stop=should_stop)
+    prompt = _prompt(parsed, words, backbone, trainer, items)
+    record |= _outcome(trainer, seconds=time.monotonic() - began + before)
+    if ceiling:
+        record["ceiling_tokens_per_second"] = measure_ceiling(
+            backbone, items["train"], batch_size=config.batch_size, slots=bound.slots
+        )
+    if folder is not None and trainer.accelerator.is_main_process:
+        _write(folder, prompt, record, parts["dev"], items["dev"], backbone)
+    return TrainResult(prompt, record, folder)
+
+
+def identity(record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what must be equal for a run to be resumed: settings, data and backbone."""
+    settings, data, backbone = record["settings"], record["data"], record["backbone"]
+    if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
+        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects")
+    found: dict[str, Json] = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    for part in ("train", "dev"):
+        listed = data[part]
+        found[f"{part} data (sha256)"] = listed["sha256"] if isinstance(listed, Mapping) else None
+    found["backbone fingerprint"] = backbone["fingerprint"]
+    return found
+
+
+def _parts(train: Records, dev: Records | None, words: LabelWords | None, config: TrainConfig) -> dict[str, Records]:
+    """Check the data and set a development part aside where there is none."""
+    parts = {"train": train} if dev is None else {"train": train, "dev": dev}
+    for name, records in parts.items():
+        if not records:
+            raise FileError(f"the {name} data ({records.name}) holds no records")
+        require_targets(records)
+        if words is not None:
+            words.check_records(records)
+    if dev is None:
+        kept, aside = split_records(train, fraction=config.dev_fraction, seed=derived_seed(config.seed, "split"))
+        return {"train": kept, "dev": aside}
+    return parts
+
+
+def _items(bound: BoundTemplate, records: Records, words: LabelWords | None, config: TrainConfig) -> list[Item]:
+    if words is not None:
+        return label_items(bound, records, words)
+    return target_items(bound, records, with_stop=config.learn_to_stop)
+
+
+def _first_record(
+    template: Template,
+    words: LabelWords | None,
+    parts: Mapping[str, Records],
+    items: Mapping[str, Sequence[Item]],
+    backbone: Backbone,
+    config: TrainConfig,
+    command: str | None,
+) -> dict[str, Json]:
+    """Return what is known of a run before it starts."""
+    streams = ("split", "slot starts", "encoder weights", "data order", "dropout")
+    data: dict[str, Json] = {
+        name: {
+            "name": records.name,
+            "sha256": records.sha256,
+            "rows": len(records),
+            "kept": len(items[name]),
+            "dropped": len(records) - len(items[name]),
+            "shortened": sum(any(example.shortened for example in item.inputs) for item in items[name]),
+        }
+        for name, records in parts.items()
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "method": "p-tuning",
+        "tune": "frozen",
+        "settings": {
+            "template": str(template),
+            "label_words": {label: list(listed) for label, listed in words.words.items()} if words else None,
+            **config.to_json(),
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "device": str(backbone.device),
+        },
+        "seeds": {"seed": config.seed, **{stream: derived_seed(config.seed, stream) for stream in streams}},
+        "versions": dict(versions()),
+        "threads": torch.get_num_threads(),
+        "backbone": {
+            "name": backbone.name,
+            "revision": backbone.revision,
+            "fingerprint": backbone.fingerprint,
+            "kind": backbone.kind,
+            "parameters": backbone.parameters,
+        },
+        "data": {**data, "test": None},
+    }
+
+
+def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
+    state = trainer.state
+    return {
+        "trainable_parameters": trainer.trainable_parameters,
+        "frozen_parameters": trainer.backbone.parameters,
+        "slots": trainer.bound.slots,
+        "start": dict(state.start),
+        "history": [dict(epoch) for epoch in state.history],
+        "choice_rule": CHOICE_RULE,
+        "chosen_epoch": state.chosen_epoch,
+        "stopped_early": len(state.history) < trainer.config.epochs,
+        "seconds": seconds,
+        "train_seconds": state.train_seconds,
+        "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
+    }
+
+
+def _prompt(
+    template: Template,
+    words: LabelWords | None,
+    backbone: Backbone,
+    trainer: Trainer,
+    items: Mapping[str, Sequence[Item]],
+) -> Prompt:
+    longest = max(choice.own_tokens for item in items["train"] for choice in item.choices)
+    name = "accuracy" if words is not None else "exact_match"
+    return Prompt(
+        template,
+        trainer.best_vectors,
+        BackboneId.of(backbone),
+        label_words=words,
+        target_tokens=longest,
+        method="p-tuning",
+        seed=trainer.config.seed,
+        scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
+    )
+
+
+def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrite: bool) -> dict[str, Json] | None:
+    """Make room for a run; return the record of a finished one that is to be resumed."""
+    if resume and (folder / RUN_FILE).is_file():
+        record = read_json(folder / RUN_FILE)
+        check_identity(wanted, identity(record), where=str(folder))
+        return record
+    ours = {RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER}
+    only_ours = folder.is_dir() and all(entry.name in ours or entry.name.endswith(".tmp") for entry in folder.iterdir())
+    check_free(folder, overwrite=overwrite or (resume and only_ours))
+    if overwrite and not resume:
+        # The record goes first: without it nobody takes the rest for a finished run.
+        for name in (RUN_FILE, PREDICTIONS_FILE):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
+        for name in (PROMPT_FOLDER, CHECKPOINT_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return None
+
+
+def _write(
+    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Records, items: Sequence[Item], backbone: Backbone
+) -> None:
+    make_folder(folder)
+    prompt.save(folder / PROMPT_FOLDER, overwrite=True)
+    vectors = prompt.slot_vectors
+    assert vectors is not None
+    found = evaluate(backbone, items, vectors=vectors, slots=prompt.slots)
+    predictions = PromptModel(backbone).predict(dev, prompt)
+    write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev, predictions, found.hits))
+    write_json(folder / RUN_FILE, record)
+    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""Tiny random models of four families with tokenizers trained on the spot; everything offline, in a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from ptuning.backbone import Backbone, load_backbone
+
+FAMILIES = ("gpt2", "llama", "bert", "roberta")
+CAUSAL = ("gpt2", "llama")
+MASKED = ("bert", "roberta")
+CONTEXT = 64
+
+# Text for the tokenizers: enough for words of several tokens, digits, punctuation and letters beyond ASCII.
+CORPUS = [
+    "The capital of Kenya is Nairobi.",
+    "The capital of France is Paris, and the capital of Peru is Lima.",
+    "All in all, the movie was great. It was terrible; a good film and a bad one.",
+    "question: is this the answer? answer: yes or no",
+    "In 1999 they were 25 of 37, and 1234567890 is a number.",
+    "Zürich, São Tomé, Curaçao and Łódź are cities in which people live.",
+    "[P*3] {mask} [X] is located in [Y] (country) <tag> \"quoted\" it's",
+] * 4
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a family's tiny random model, made once per test session."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("models") / family
+            make_model(family, folder)
+            made[family] = folder
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def make_backbone(model_folder: Callable[[str], Path]) -> Callable[[str], Backbone]:
+    """Load a family's tiny model as a frozen float32 backbone."""
+
+    def get(family: str) -> Backbone:
+        return load_backbone(str(model_folder(family)), dtype="float32", device="cpu")
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the four families in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def backbone(family: str, make_backbone: Callable[[str], Backbone]) -> Backbone:
+    """Each family's tiny backbone in turn."""
+    return make_backbone(family)
+
+
+@pytest.fixture
+def causal(make_backbone: Callable[[str], Backbone]) -> Backbone:
+    """A tiny causal backbone (LLaMA)."""
+    return make_backbone("llama")
+
+
+@pytest.fixture
+def masked(make_backbone: Callable[[str], Backbone]) -> Backbone:
+    """A tiny masked backbone (BERT)."""
+    return make_backbone("bert")
+
+
+def make_model(family: str, folder: Path, *, seed: int = 0) -> None:
+    """Write a tiny random model and its tokenizer as ``save_pretrained`` does."""
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(seed)
+    model = build_model(family, tokenizer)
+    # Random models are far too sure of nothing: larger weights make logits differ enough to compare.
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(5.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Build a tiny model with random weights and dropout in its config (which a frozen backbone must not use)."""
+    size = len(tokenizer)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+        ))
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=CONTEXT, attention_dropout=0.1, tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        ))
+    shared = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id}
+    if family == "bert":
+        return BertForMaskedLM(BertConfig(**shared, max_position_embeddings=CONTEXT))
+    return RobertaForMaskedLM(RobertaConfig(**shared, max_position_embeddings=CONTEXT + 2, type_vocab_size=1))
+
+
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Train a family's kind of tokenizer: GPT-2's without and LLaMA's with a BOS, BERT's WordPiece, RoBERTa's pair."""
+    if family == "bert":
+        return _word_piece()
+    specials = {"gpt2": ["<|endoftext|>"], "llama": ["<unk>", "<s>", "</s>"],
+                "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}[family]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    raw.train_from_iterator(CORPUS, trainer)
+    if family == "gpt2":
+        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=specials[0], eos_token=specials[0],
+                                       unk_token=specials[0], model_max_length=CONTEXT)
+    if family == "llama":
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                       model_input_names=["input_ids", "attention_mask"], model_max_length=CONTEXT)
+    raw.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        cls_token="<s>", sep_token="</s>", mask_token="<mask>", model_input_names=["input_ids", "attention_mask"],
+        model_max_length=CONTEXT,
+    )
+
+
+def _word_piece() -> PreTrainedTokenizerFast:
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer(lowercase=False)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece()
+    raw.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials,
+                                                              show_progress=False))
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=CONTEXT,
+    )
