@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ptuning.backbone import load_backbone as load_backbone
+    from ptuning.config import TrainConfig as TrainConfig
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.labels import LabelWords as LabelWords
     from ptuning.predict import PromptModel as PromptModel
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from ptuning.records import load_records as load_records
     from ptuning.runs import train as train
     from ptuning.template import Template as Template
-    from ptuning.trainer import TrainConfig as TrainConfig
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "PromptModel": "predict",
     "PTuningError": "errors",
     "Template": "template",
-    "TrainConfig": "trainer",
+    "TrainConfig": "config",
     "load_backbone": "backbone",
     "load_records": "records",
     "train": "runs",

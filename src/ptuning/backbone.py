@@ -1,4 +1,4 @@
-"""The language model: find, load, freeze, embed, run. The one module that knows transformers; knows no templates'
+"""The language model: load, freeze, embed, run. The one module that knows transformers' models; knows no templates'
 pieces, no prompts and no training.
 """
 
@@ -10,8 +10,9 @@ import inspect
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 from ptuning import defaults
 from ptuning.errors import BackboneError, closest
 from ptuning.files import sha256
-from ptuning.fill import Ids, Kind
+from ptuning.fill import Kind
+from ptuning.hub import find_backbone
+from ptuning.tokenizer import UNBOUNDED_TOKENS, kind_of
+from ptuning.tokenizer import TextTokenizer as TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,65 +35,18 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 # How many values of each weight go into the fingerprint besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
-# Rows without a limit of their own (tokenizers say 1e30) are bounded by this many tokens.
-UNBOUNDED_TOKENS = 1 << 20
-
-_gather: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("ptuning_gather", default=None)
 
 
-class TextTokenizer:
-    """A transformers tokenizer as templates need it: no special tokens added, special text in records is plain text.
+@dataclass
+class _Asked:
+    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and whether a hook took them."""
 
-    Args:
-        tokenizer: The tokenizer; a copy of it is used, so the caller's stays as it is.
-        max_tokens: Longest row that the model takes.
-    """
+    rows: Tensor
+    cols: Tensor
+    taken: bool = False
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
-        self.mask_id: int | None = tokenizer.mask_token_id
-        self.stop_id: int | None = tokenizer.eos_token_id
-        self.unknown_id: int | None = tokenizer.unk_token_id
-        self.special_ids: Mapping[str, int] = {
-            token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        self.prefix_ids, self.suffix_ids, self.segment_id = self._probe_specials()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def token(self, token_id: int) -> str:
-        """Return a token as a person reads it: a space stays a space, other invisible characters are escaped."""
-        text = str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        written = self._tokenizer.convert_ids_to_tokens(token_id)
-        return text if text.strip() or text == " " else repr(text)[1:-1] or str(written)
-
-    def _probe_specials(self) -> tuple[Ids, Ids, int]:
-        """Ask the tokenizer where it puts special tokens and which segment id a single sentence gets."""
-        bare = self.encode(["a"])[0]
-        whole = self._tokenizer("a", verbose=False)
-        ids = list(whole["input_ids"])
-        at = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), None)
-        if at is None:
-            raise BackboneError(f"the tokenizer gives {ids} with special tokens and {bare} without; it cannot be used")
-        segments = whole.get("token_type_ids", [0])
-        return tuple(ids[:at]), tuple(ids[at + len(bare) :]), int(segments[min(at, len(segments) - 1)])
+_gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
 
 class Backbone:
@@ -113,17 +70,25 @@ class Backbone:
         self.revision = revision
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
         accepted = inspect.signature(model.forward).parameters
-        if "inputs_embeds" not in accepted:
-            raise BackboneError(
-                f"{name}: {type(model).__name__} takes no embeddings as input, so slots cannot be filled"
-            )
+        for needed, why in (
+            ("inputs_embeds", "so slots cannot be filled"),
+            ("attention_mask", "so it would read pads"),
+        ):
+            if needed not in accepted:
+                raise BackboneError(f"{name}: {type(model).__name__} takes no {needed} as input, {why}")
         self._takes_positions = "position_ids" in accepted
-        self._takes_segments = "token_type_ids" in accepted and "token_type_ids" in tokenizer.model_input_names
+        # A model without a table of segments (GPT-2, XLM) would add the embedding of the word with the segment's id.
+        self._takes_segments = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
         self._first_position = _first_position(model)
-        self.tokenizer = TextTokenizer(tokenizer, max_tokens=_context(model.config) - self._first_position)
+        self.tokenizer = TextTokenizer(
+            tokenizer, max_tokens=_context(model.config) - self._first_position, rows=self.embedding_rows
+        )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
-        self.vocabulary = len(tokenizer)
-        model.base_model.register_forward_hook(_gather_hook)
+        # Either may be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
+        self.vocabulary = min(len(tokenizer), self.embedding_rows)
+        # The head reads the body, or (OPT) calls the decoder inside of it.
+        for body in {model.base_model, getattr(model.base_model, "decoder", model.base_model)}:
+            body.register_forward_hook(_gather_hook)
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +132,7 @@ class Backbone:
 
     @property
     def embedding_rows(self) -> int:
-        """Number of token ids that the model can embed; at least as many as the tokenizer has."""
+        """Number of token ids that the model can embed."""
         return len(self._table_weight)
 
     def freeze(self) -> None:
@@ -215,7 +180,7 @@ class Backbone:
             keep_cache: Whether to return keys and values for the next call.
 
         Returns:
-            (N, V) float32 logits over the model's vocabulary, and the cache if asked for.
+            (N, V) float32 logits over the model's vocabulary, and the cache if asked for and the model keeps one.
 
         Source: docs/architecture.md, decision 7 (a hook on the body gathers before the head runs).
         """
@@ -226,18 +191,22 @@ class Backbone:
             inputs["token_type_ids"] = torch.full_like(positions, self.tokenizer.segment_id)
         if self.kind == "causal":
             inputs |= {"use_cache": keep_cache, "past_key_values": cache}
-        token = _gather.set((rows, cols))
+        asked = _Asked(rows, cols)
+        token = _gather.set(asked)
         try:
             output = self.model(**inputs, return_dict=True)
         finally:
             _gather.reset(token)
-        return output.logits[0].float(), output.get("past_key_values")  # (N, V)
+        logits = output.logits[0] if asked.taken else output.logits[rows, cols]  # (N, V)
+        return logits.float(), output.get("past_key_values")
 
     @staticmethod
     def reorder(cache: Cache | None, rows: Tensor) -> None:
         """Let row i of a cache hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
         if cache is None:
-            raise BackboneError("this model keeps no cache of keys and values")
+            raise BackboneError(
+                "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
+            )
         cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
 
 
@@ -280,59 +249,6 @@ def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer,
     folder = str(_default_folder(name)) if name in defaults.KNOWN else find_backbone(name)[0]
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
     return TextTokenizer(tokenizer, max_tokens=_context(config)), kind
-
-
-def find_backbone(name: str) -> tuple[str, str | None]:
-    """Return where to load a backbone from, and its hub revision: a folder, or what the hub has under that id.
-
-    Raises:
-        BackboneError: If there is neither; says what names are known and how to use a folder.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BackboneError(
-                f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
-                "tokenizer as save_pretrained writes them"
-            )
-        return str(path), None
-    advice = (
-        f"known names: {', '.join(defaults.KNOWN)}; or give a folder written by save_pretrained, or a hub id "
-        "such as gpt2 or owner/name"
-    )
-    if closest(name, defaults.KNOWN):
-        raise BackboneError(f"no such backbone: {name}.{closest(name, defaults.KNOWN)} ({advice})")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
-        raise BackboneError(f"no such backbone folder: '{name}'; {advice}")
-    return _find_on_hub(name, advice)
-
-
-def kind_of(config: object, *, has_mask: bool) -> Kind:
-    """Say from a model's config whether it is causal or masked.
-
-    Raises:
-        BackboneError: If it is neither.
-    """
-    from transformers.models.auto import modeling_auto
-
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError("encoder-decoder models are not supported yet; use a causal or a masked language model")
-    model_type = str(getattr(config, "model_type", ""))
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    named = list(getattr(config, "architectures", None) or [])
-    heads: dict[str, Kind] = {str(causal.get(model_type)): "causal", str(masked.get(model_type)): "masked"}
-    for architecture in named:
-        if architecture in heads:
-            return heads[architecture]
-    # No or another head is named: the family decides, and where it has both (BERT) whether there is a mask token.
-    if model_type in masked and (has_mask or model_type not in causal):
-        return "masked"
-    if model_type in causal:
-        return "causal"
-    raise BackboneError(
-        f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
-    )
 
 
 @contextlib.contextmanager
@@ -406,40 +322,13 @@ def _default_folder(name: str) -> Path:
     return defaults.cached_folder(name, convert)
 
 
-def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    reason = "the hub is switched off (HF_HUB_OFFLINE)"
-    revision = None
-    if not offline:
-        # One short question first: the download itself would try for half a minute where there is no network.
-        try:
-            revision = HfApi().model_info(name, timeout=5.0).sha
-        except HFValidationError as error:
-            raise BackboneError(f"no such backbone: '{name}' is no hub id; {advice}") from error
-        except HfHubHTTPError as error:
-            reason = f"the hub says {str(error).splitlines()[0]}"
-        except Exception as error:  # any failure of the network means the same here
-            reason = f"the hub cannot be reached ({type(error).__name__})"
-    try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=revision is None)
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise BackboneError(
-            f"no such backbone: '{name}' is no folder, not in the hub's cache, and {reason}; {advice}"
-        ) from error
-    return folder, revision or Path(folder).name
-
-
-def _gather_hook(_module: nn.Module, _inputs: object, output: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[str, Tensor] | None:
     """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
     asked = _gather.get()
-    if asked is None:
+    if asked is None or asked.taken or not isinstance(output, dict) or "last_hidden_state" not in output:
         return None
-    hidden = output["last_hidden_state"]  # (B, T, H)
-    output["last_hidden_state"] = hidden[asked[0], asked[1]][None]  # type: ignore[index]  # (1, N, H)
+    output["last_hidden_state"] = output["last_hidden_state"][asked.rows, asked.cols][None]  # (1, N, H)
+    asked.taken = True
     return output
 
 
@@ -450,8 +339,9 @@ def _first_position(model: PreTrainedModel) -> int:
     return 0 if padding is None else int(padding) + 1
 
 
-def _context(config: object) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED_TOKENS)
+def _context(config: PretrainedConfig) -> int:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return int(longest) if longest > 0 else UNBOUNDED_TOKENS  # XLNet says -1
 
 
 def _as_bfloat16_bytes(weight: Tensor) -> bytes:

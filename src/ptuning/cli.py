@@ -17,6 +17,7 @@ import typer
 
 import ptuning
 from ptuning import defaults
+from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ template_app = typer.Typer(help="Look at templates.", no_args_is_help=True)
 app.add_typer(template_app, name="template")
 
 INTERRUPTED_EXIT = 130
+SETTINGS = TrainConfig()
 
 BackboneOption = Annotated[
     str | None, typer.Option("--backbone", metavar="B", help="Known name, local folder or hub id.", show_default=False)
@@ -91,11 +93,11 @@ def train(
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
     backbone: BackboneOption = None,
-    encoder: Annotated[str | None, typer.Option(metavar="lstm|mlp|none", show_default="lstm")] = None,
-    epochs: Annotated[int | None, typer.Option(metavar="N", show_default="6")] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", show_default="16")] = None,
-    lr: Annotated[float | None, typer.Option(metavar="F", help="Peak learning rate.", show_default="0.001")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", show_default="0")] = None,
+    encoder: Annotated[str, typer.Option(metavar="lstm|mlp|none")] = SETTINGS.encoder,
+    epochs: Annotated[int, typer.Option(metavar="N")] = SETTINGS.epochs,
+    batch_size: Annotated[int, typer.Option(metavar="N")] = SETTINGS.batch_size,
+    lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    seed: Annotated[int, typer.Option(metavar="N")] = SETTINGS.seed,
     labels: Annotated[
         str | None, typer.Option(metavar="WORDS", help='"positive=great,good;negative=terrible".')
     ] = None,
@@ -326,11 +328,9 @@ def demo(
     show.demo(result)
 
 
-def _config(pairs: Sequence[str] | None, **named: object) -> Any:
+def _config(pairs: Sequence[str] | None, **named: object) -> TrainConfig:
     """Return the settings given; those not given keep the default of ``TrainConfig``."""
-    from ptuning.trainer import TrainConfig
-
-    values: dict[str, object] = {name: value for name, value in named.items() if value is not None}
+    values = dict(named)
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         if not equals:

@@ -5,13 +5,11 @@ template pieces and no data; is thrown away after training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-EncoderKind = Literal["lstm", "mlp", "none"]
-RandomStart = Literal["random", "vocabulary"]
+from ptuning.config import EncoderKind, RandomStart
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024

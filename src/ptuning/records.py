@@ -164,7 +164,7 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
         raise RecordError(
             f"{records.name}: too few different records to set some aside; give a development file (--dev)"
         )
-    random.Random(seed).shuffle(groups)
+    random.Random(f"split {seed}").shuffle(groups)
     aside = set(groups[: min(len(groups) - 1, max(1, round(len(groups) * fraction)))])
     kept = [row for row, key in zip(records, inputs, strict=True) if key not in aside]
     held = [row for row, key in zip(records, inputs, strict=True) if key in aside]

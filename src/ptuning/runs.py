@@ -165,7 +165,7 @@ def _parts(train: Records, dev: Records | None, words: LabelWords | None, config
         if words is not None:
             words.check_records(records)
     if dev is None:
-        kept, aside = split_records(train, fraction=config.dev_fraction, seed=derived_seed(config.seed, "split"))
+        kept, aside = split_records(train, fraction=config.dev_fraction, seed=config.seed)
         return {"train": kept, "dev": aside}
     return parts
 
@@ -186,7 +186,7 @@ def _first_record(
     command: str | None,
 ) -> dict[str, Json]:
     """Return what is known of a run before it starts."""
-    streams = ("split", "slot starts", "encoder weights", "data order", "dropout")
+    streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {
         name: {
             "name": records.name,

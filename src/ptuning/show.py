@@ -102,11 +102,11 @@ def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, ma
                 row["tokens"] = prediction.tokens
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif len(prediction.candidates) > 1:
-            typer.echo("\t".join(f"{one.text} ({one.log_prob:.2f})" for one in prediction.candidates))
+            typer.echo("\t".join(f"{_one_line(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif masked and prediction.tokens is not None:
-            typer.echo(f"{prediction.text}\t({prediction.tokens} tokens)")
+            typer.echo(f"{_one_line(prediction.text)}\t({prediction.tokens} tokens)")
         else:
-            typer.echo(prediction.text)
+            typer.echo(_one_line(prediction.text))
 
 
 def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
@@ -216,6 +216,11 @@ def demo(result: DemoResult) -> None:
         f"next:   ptuning predict {escape(str(result.folder))} Kenya   (in the environment that make set up: "
         f".venv/bin/ptuning)"
     )
+
+
+def _one_line(text: str) -> str:
+    """Return an answer on one line: records and answers stay side by side."""
+    return text.replace("\n", "\\n")
 
 
 def _parameters(record: Mapping[str, Json]) -> str:

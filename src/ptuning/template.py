@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD
@@ -30,7 +30,6 @@ class Literal:
     """Text that stands in every filled template (the paper's anchors)."""
 
     text: str
-    column: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Field:
 
     name: str
     keep: bool = False
-    column: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Slots:
     """A number of slots that start at random."""
 
     count: int
-    column: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,12 @@ class TextSlots:
     """One slot per token of ``text``, started at the embeddings of those tokens (warm start)."""
 
     text: str
-    column: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Target:
     """The place of the text to predict."""
 
-    column: int = field(default=0, compare=False)
 
 
 Piece = Literal | Field | Slots | TextSlots | Target
@@ -86,25 +81,14 @@ class Template:
     pieces: tuple[Piece, ...]
 
     def __post_init__(self) -> None:
-        pattern = str(self)
-        targets = [piece for piece in self.pieces if isinstance(piece, Target)]
+        targets = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)]
         if not targets:
-            raise TemplateError(
-                "a template needs one [Y], the place of the target; this one has none",
-                pattern=pattern,
-                column=len(pattern),
-            )
+            raise self.error("a template needs one [Y], the place of the target; this one has none", len(self.pieces))
         if len(targets) > 1:
-            raise TemplateError(
-                "a template has exactly one [Y], this one has two or more", pattern=pattern, column=targets[1].column
-            )
-        for piece in self.pieces:
+            raise self.error("a template has exactly one [Y], this one has two or more", targets[1])
+        for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
-                raise TemplateError(
-                    "{y} would show the target to the model; write [Y] where it is to be predicted",
-                    pattern=pattern,
-                    column=piece.column,
-                )
+                raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
 
     @classmethod
     def parse(cls, pattern: str) -> Template:
@@ -132,17 +116,15 @@ class Template:
         Source: docs/architecture.md, decision 4 (six LAMA relations).
         """
         parsed = cls.parse(manual)
-        for piece in parsed.pieces:
+        for index, piece in enumerate(parsed.pieces):
             if isinstance(piece, Slots | TextSlots):
-                raise TemplateError(
-                    "a manual template has no slots; give this one as --template", pattern=manual, column=piece.column
-                )
+                raise parsed.error("a manual template has no slots; give this one as --template", index)
         front: list[Piece] = []
         if about is not None and about.strip():
             front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
         elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
             front = [Slots(DEFAULT_FRONT_SLOTS), Literal(" ")]
-        return cls.parse(render(_joined([*front, *_words_to_slots(parsed.pieces)])))
+        return cls(tuple(_joined([*front, *_words_to_slots(parsed.pieces)])))
 
     @property
     def has_slots(self) -> bool:
@@ -158,6 +140,10 @@ class Template:
         """Return the template up to the target, and the dropped rest as a pattern (for causal models)."""
         end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
         return Template(self.pieces[:end]), render(self.pieces[end:])
+
+    def error(self, message: str, index: int) -> TemplateError:
+        """Return the error that shows the template with a caret under the piece at ``index``."""
+        return TemplateError(message, pattern=str(self), column=len(render(self.pieces[:index])))
 
     def __str__(self) -> str:
         return render(self.pieces)
@@ -186,7 +172,7 @@ def _scan(pattern: str) -> list[Piece]:
     at = 0
     while at < len(pattern):
         if pattern.startswith(("[[", "{{"), at):
-            pieces.append(Literal(pattern[at], at))
+            pieces.append(Literal(pattern[at]))
             at += 2
         elif pattern[at] == "[":
             piece, at = _bracket(pattern, at)
@@ -196,7 +182,7 @@ def _scan(pattern: str) -> list[Piece]:
             pieces.append(piece)
         else:
             end = next((i for i in range(at, len(pattern)) if pattern[i] in "[{"), len(pattern))
-            pieces.append(Literal(pattern[at:end], at))
+            pieces.append(Literal(pattern[at:end]))
             at = end
     return pieces
 
@@ -209,18 +195,18 @@ def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
         raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
     inside = pattern[start + 1 : end]
     if inside == "X":
-        return Field("x", column=start), end + 1
+        return Field("x"), end + 1
     if inside == "Y":
-        return Target(start), end + 1
+        return Target(), end + 1
     if inside == "P":
-        return Slots(1, start), end + 1
+        return Slots(1), end + 1
     counted = re.fullmatch(r"P\*([0-9]+)", inside)
     if counted is None:
         raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
     count = int(counted[1]) if len(counted[1]) < 7 else MAX_SLOTS + 1
     if not 1 <= count <= MAX_SLOTS:
         raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[1]}", pattern=pattern, column=start)
-    return Slots(count, start), end + 1
+    return Slots(count), end + 1
 
 
 def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
@@ -243,7 +229,7 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
                     pattern=pattern,
                     column=start,
                 )
-            return TextSlots("".join(text), start), at + 1
+            return TextSlots("".join(text)), at + 1
         else:
             text.append(pattern[at])
             at += 1
@@ -263,7 +249,7 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
         raise TemplateError(
             "a field's name stands in braces; expected {field} or {field!}", pattern=pattern, column=start
         )
-    return Field(name, keep, start), end + 1
+    return Field(name, keep), end + 1
 
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
@@ -271,7 +257,7 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     for piece in pieces:
         last = joined[-1] if joined else None
         if isinstance(piece, Literal) and isinstance(last, Literal):
-            joined[-1] = Literal(last.text + piece.text, last.column)
+            joined[-1] = Literal(last.text + piece.text)
         else:
             joined.append(piece)
     return joined

