@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,13 @@ from transformers import (
 )
 
 from ptuning.backbone import Backbone, load_backbone
+from ptuning.fill import BoundTemplate, Example
+from ptuning.objective import Item, target_items
+from ptuning.prompt import Prompt
+from ptuning.records import Record, as_records
+from ptuning.template import Template
+
+torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiting
 
 FAMILIES = ("gpt2", "llama", "bert", "roberta")
 CAUSAL = ("gpt2", "llama")
@@ -42,6 +51,16 @@ CORPUS = [
     "Zürich, São Tomé, Curaçao and Łódź are cities in which people live.",
     "[P*3] {mask} [X] is located in [Y] (country) <tag> \"quoted\" it's",
 ] * 4
+
+# Subjects and targets of different lengths, of one token and of several.
+RECORDS: list[Record] = [
+    {"x": "Kenya", "y": "Nairobi"},
+    {"x": "France and Peru", "y": "yes"},
+    {"x": "the movie Zürich was great", "y": "São Tomé"},
+    {"x": "a", "y": "a good film and a bad one"},
+    {"x": "1234567890", "y": "25"},
+]
+WARM = "[P:The capital of] [X] [P:is] [Y]"
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +83,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return get
 
 
+@pytest.fixture(scope="session")
+def raw_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Return a family's tokenizer as transformers has it, made once per test session."""
+    return functools.cache(make_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], Backbone]:
+    """Load a family's tiny model as a frozen float32 backbone, once per test session; not to be changed."""
+    return functools.cache(lambda family: load_backbone(str(model_folder(family)), dtype="float32", device="cpu"))
+
+
 @pytest.fixture
-def make_backbone(model_folder: Callable[[str], Path]) -> Callable[[str], Backbone]:
-    """Load a family's tiny model as a frozen float32 backbone."""
-
-    def get(family: str) -> Backbone:
-        return load_backbone(str(model_folder(family)), dtype="float32", device="cpu")
-
-    return get
+def make_backbone(loaded: Callable[[str], Backbone]) -> Callable[[str], Backbone]:
+    """Return a family's tiny backbone, a copy of its own for each test."""
+    return lambda family: copy.deepcopy(loaded(family))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -175,3 +202,36 @@ def _word_piece() -> PreTrainedTokenizerFast:
         mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=CONTEXT,
     )
+
+
+def bound(backbone: Backbone, template: str) -> BoundTemplate:
+    """Bind a pattern to a backbone."""
+    return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
+
+
+def learned(backbone: Backbone, template: str, *, seed: int = 0) -> Prompt:
+    """Return a prompt whose slots hold random vectors on the scale of the backbone's embeddings."""
+    slots = bound(backbone, template).slots
+    base = Prompt.from_token_ids(template, [5] * slots, backbone)
+    noise = torch.randn(slots, backbone.width, generator=torch.Generator().manual_seed(seed))
+    return Prompt(base.template, noise * float(backbone.table().std()), base.backbone, method="test")
+
+
+def items_of(backbone: Backbone, template: str, records: list[Record], *, with_stop: bool = True) -> list[Item]:
+    """Return target items of records, as training makes them."""
+    return target_items(bound(backbone, template), as_records(records), with_stop=with_stop)
+
+
+def spoken(example: Example, slot_ids: list[int]) -> list[int]:
+    """Return an example's ids with token ids where its slots are."""
+    ids = list(example.token_ids)
+    for position, token in zip(example.slot_positions, slot_ids, strict=True):
+        ids[position] = token
+    return ids
+
+
+@torch.no_grad()
+def plain_logits(backbone: Backbone, token_ids: list[int]) -> torch.Tensor:
+    """Return what transformers itself answers to token ids and nothing else, (T, V)."""
+    logits: torch.Tensor = backbone.model(input_ids=torch.tensor([token_ids], device=backbone.device)).logits[0]
+    return logits

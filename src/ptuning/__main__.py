@@ -1,5 +1,19 @@
 """``python -m ptuning``."""
 
-from ptuning.cli import main
+from __future__ import annotations
 
-main()
+import signal
+
+
+def main() -> None:
+    """Load the command line and run it."""
+    # While its modules load there is nothing to clean up, and Ctrl-C needs no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from ptuning.cli import main as run
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run()
+
+
+if __name__ == "__main__":
+    main()

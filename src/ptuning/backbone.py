@@ -10,7 +10,7 @@ import inspect
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +205,8 @@ class Backbone:
         """Let row i of a cache hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
         if cache is None:
             raise BackboneError(
-                "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
+                "this model keeps no cache of keys and values, so it cannot write answers; "
+                "give candidates to choose from"
             )
         cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
 
@@ -262,8 +263,8 @@ def _reading(name: str) -> Iterator[None]:
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackboneError(
-                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must hold config.json, "
-                "a tokenizer and whole safetensors files"
+                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must hold "
+                "config.json, a tokenizer and whole safetensors files"
             ) from error
 
 
@@ -302,7 +303,7 @@ def _default_folder(name: str) -> Path:
         import transformers
 
         # The reader of GGUF files has a progress bar of its own that nothing else silences.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with _reading(name), contextlib.redirect_stderr(io.StringIO()):
             # Unpacked on reading: newer releases would keep the weights in GGUF blocks otherwise.
             packing = getattr(transformers, "GgufConfig", None)
             options = {"quantization_config": packing(dequantize=True)} if packing else {}
@@ -310,10 +311,9 @@ def _default_folder(name: str) -> Path:
             read = transformers.AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
             )
-            # A model read from GGUF refuses save_pretrained, so a fresh one takes its weights.
-            plain = {
-                k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
-            }
+        # A model read from GGUF refuses save_pretrained, so a fresh one takes its weights.
+        plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        with quiet():
             fresh = type(read)(type(read.config)(**plain))
             fresh.load_state_dict(read.state_dict())
             fresh.bfloat16().save_pretrained(target)

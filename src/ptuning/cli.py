@@ -1,34 +1,70 @@
-"""The command line: parsing and wiring. The only place that prints or exits."""
+"""The command line: parsing and wiring. The only place that exits; ``show`` prints for it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import ptuning
-from ptuning import defaults
-from ptuning.config import TrainConfig
+from ptuning import defaults, show
+from ptuning.config import TrainConfig, named_values, unknown_option
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
 
 if TYPE_CHECKING:
     from ptuning.backbone import Backbone, Dtype
+    from ptuning.measure import Report
+    from ptuning.objective import Normalise
     from ptuning.prompt import Prompt
     from ptuning.records import Records
-    from ptuning.trainer import Progress, Report
 
 # Heavy modules (torch, transformers) are imported inside the commands: --help must not wait for them.
 
+SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
+STOPPED = "stopped; nothing was written"
+SETTINGS = TrainConfig()
+# Records answered between two steps of the progress bar.
+PREDICTED_ROWS = 64
+
+
+class _Group(TyperGroup):
+    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`_training`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            show.say(STOPPED)
+            raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+
+
+class _Command(TyperCommand):
+    """Names the closest option or setting to an unknown one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
+            name = getattr(error, "option_name", None)
+            if name is None or not hasattr(error, "possibilities"):
+                raise
+            raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,24 +72,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-template_app = typer.Typer(help="Look at templates.", no_args_is_help=True)
+template_app = typer.Typer(help="Look at how a template is filled.", no_args_is_help=True)
 app.add_typer(template_app, name="template")
 
-INTERRUPTED_EXIT = 130
-SETTINGS = TrainConfig()
-
-BackboneOption = Annotated[
-    str | None, typer.Option("--backbone", metavar="B", help="Known name, local folder or hub id.", show_default=False)
-]
+BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
 DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
-FieldOption = Annotated[
-    list[str] | None,
-    typer.Option("--field", metavar="NEW=NAME", help="Use the data's field NAME as NEW, such as y=answer. Repeatable."),
-]
+FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
+NormaliseOption = Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
+CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 
 
 def main() -> None:
@@ -61,30 +92,38 @@ def main() -> None:
     try:
         app(prog_name="ptuning")
     except PTuningError as error:
-        _complain(str(error))
-        sys.exit(2)
+        _fail(str(error), error)
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was written")
-        sys.exit(INTERRUPTED_EXIT)
+        show.say(STOPPED)
+        sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, as in "| head"
         sys.exit(1)
+    except OSError as error:
+        # A file or a disk behind the output, in a place where no module expects trouble.
+        _fail(f"{error}; check the path, its rights and the room on the disk", error)
+
+
+def _fail(text: str, error: Exception) -> None:
+    show.complain(text)
+    logging.getLogger(__name__).debug("the error in full", exc_info=error)
+    sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
 def common(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices too, not only warnings.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices, and errors in full.")] = False,
 ) -> None:
     """Options of every command."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("ptuning").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[show.LogHandler()])
+    logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if version:
         typer.echo(f"ptuning {ptuning.__version__}")
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
     data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
@@ -93,17 +132,15 @@ def train(
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
     backbone: BackboneOption = None,
-    encoder: Annotated[str, typer.Option(metavar="lstm|mlp|none")] = SETTINGS.encoder,
-    epochs: Annotated[int, typer.Option(metavar="N")] = SETTINGS.epochs,
-    batch_size: Annotated[int, typer.Option(metavar="N")] = SETTINGS.batch_size,
+    encoder: Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")] = SETTINGS.encoder,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Records per step.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    seed: Annotated[int, typer.Option(metavar="N")] = SETTINGS.seed,
-    labels: Annotated[
-        str | None, typer.Option(metavar="WORDS", help='"positive=great,good;negative=terrible".')
-    ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
+    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    set_: SetOption = None,
     field: FieldOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
     dtype: DtypeOption = "auto",
@@ -114,7 +151,6 @@ def train(
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
     from ptuning.files import check_free
-    from ptuning.records import load_records
     from ptuning.template import Template
 
     config = _config(set_, encoder=encoder, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
@@ -122,15 +158,14 @@ def train(
         raise ConfigError("give either --template, or --manual to have one made from a manual template")
     if about is not None and manual is None:
         raise ConfigError("--about goes with --manual")
-    parsed = Template.parse(template) if template else Template.from_manual(manual or "", about=about)
+    parsed = Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
     check_free(out, overwrite=overwrite or resume)
-    rows = load_records(data, fields=_fields(field))
-    dev_rows = load_records(dev, fields=_fields(field)) if dev else None
+    rows = _records(data, field)
+    dev_rows = _records(dev, field) if dev is not None else None
     if manual is not None:
-        _say(f"learned template: [bold]{_plain(str(parsed))}[/]")
+        show.say(f"learned template: {parsed}")
     loaded = _load(backbone, dtype=dtype, device=device)
-    command = shlex.join(["ptuning", *sys.argv[1:]])
-    with _training(command, out) as (report, should_stop):
+    with _training(out, again="--resume") as (report, should_stop):
         from ptuning.runs import train as run
 
         result = run(
@@ -146,19 +181,17 @@ def train(
             report=report,
             should_stop=should_stop,
             ceiling=measure_ceiling,
-            command=command,
+            command=_command(),
         )
-    from ptuning import show
-
     show.training(result)
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=_Command)
 def evaluate(
     prompt: PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
-    candidates: Annotated[str | None, typer.Option(metavar="FILE|train", help="Rank these answers as well.")] = None,
-    normalise: Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")] = "sum",
+    candidates: CandidatesOption = None,
+    normalise: NormaliseOption = "sum",
     backbone: BackboneOption = None,
     field: FieldOption = None,
     force: ForceOption = False,
@@ -170,38 +203,34 @@ def evaluate(
 
     Example: ptuning eval capitals --data capitals:test
     """
-    from ptuning.records import load_records, require_targets
+    from ptuning.records import require_targets
 
     chosen = _prompt(prompt)
-    rows = load_records(data, fields=_fields(field))
+    if chosen.label_words is not None and candidates is not None:
+        raise ConfigError("the prompt has label words, which are all its answers; leave --candidates out")
+    how = _normalise(normalise, closed=candidates is not None)
+    rows = _records(data, field)
     require_targets(rows)
-    listed = _candidates(candidates, prompt, data) if candidates else None
+    listed = _candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
-    from ptuning import show
     from ptuning.evaluate import score_prompt
     from ptuning.predict import PromptModel
 
-    with _bar() as report:
-        found = score_prompt(
-            PromptModel(loaded, force=force),
-            rows,
-            chosen,
-            candidates=listed,
-            normalise=_normalise(normalise),
-            report=report,
-        )
+    with show.bar() as report:
+        model = PromptModel(loaded, force=force)
+        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, report=report)
     show.evaluation(prompt, rows, found, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def predict(
     prompt: PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
-    candidates: Annotated[str | None, typer.Option(metavar="FILE", help="Choose among these answers.")] = None,
+    candidates: CandidatesOption = None,
     top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
-    normalise: Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")] = "sum",
+    normalise: NormaliseOption = "sum",
     backbone: BackboneOption = None,
     field: FieldOption = None,
     force: ForceOption = False,
@@ -214,24 +243,29 @@ def predict(
     Example: ptuning predict capitals Kenya
     """
     chosen = _prompt(prompt)
+    closed = candidates is not None or chosen.label_words is not None
+    if max_tokens is not None and closed:
+        raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
+    how = _normalise(normalise, closed=closed)
     rows = _records_to_answer(chosen, text, data, field)
-    listed = _candidates(candidates, prompt, data) if candidates else None
+    listed = _candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
-    from ptuning import show
+    from ptuning.measure import Progress
     from ptuning.predict import PromptModel
 
-    found = PromptModel(loaded, force=force).predict(
-        rows, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=_normalise(normalise)
-    )
+    model, found = PromptModel(loaded, force=force), []
+    with show.bar() as report:
+        for at in range(0, len(rows), PREDICTED_ROWS):
+            part = rows[at : at + PREDICTED_ROWS]
+            found += model.predict(part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how)
+            report(Progress("predict", len(found), len(rows), rows.name))
     show.predictions(rows, found, as_json=as_json, masked=loaded.kind == "masked")
 
 
-@app.command()
+@app.command(cls=_Command)
 def inspect(
     prompt: PromptArgument,
-    data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Score the nearest tokens in the slots' place.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
     backbone: BackboneOption = None,
     field: FieldOption = None,
     force: ForceOption = False,
@@ -243,20 +277,17 @@ def inspect(
 
     Example: ptuning inspect capitals --data capitals:dev
     """
-    from ptuning.records import load_records
-
     chosen = _prompt(prompt)
-    rows = load_records(data, fields=_fields(field)) if data else None
+    rows = _records(data, field) if data is not None else None
     loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
-    from ptuning import show
     from ptuning.inspection import inspect_prompt
 
-    with _bar() as report:
+    with show.bar() as report:
         found = inspect_prompt(loaded, chosen, data=rows, force=force, report=report)
     show.inspection(chosen, found, as_json=as_json)
 
 
-@template_app.command(name="show")
+@template_app.command(name="show", cls=_Command)
 def show_template(
     template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
     backbone: BackboneOption = None,
@@ -271,21 +302,22 @@ def show_template(
     from ptuning.template import Template
 
     parsed = Template.parse(template)
+    row = {name: name for name in parsed.fields}
     if record is not None:
-        row = dict(next(iter(read_rows(record.replace("\n", " ").encode(), name="--record")), {}))
-    else:
-        row = {name: name for name in parsed.fields}
-    from ptuning import show
-    from ptuning.backbone import load_tokenizer
-    from ptuning.fill import BoundTemplate
+        rows = read_rows(record.replace("\n", " ").encode(), name="--record")
+        if len(rows) != 1:
+            raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
+        row = dict(rows[0])
+    name = backbone if backbone is not None else defaults.BACKBONE
+    with show.loading(name):
+        from ptuning.backbone import load_tokenizer
+        from ptuning.fill import BoundTemplate
 
-    with _waiting(backbone or defaults.BACKBONE):
-        tokenizer, kind = load_tokenizer(backbone or defaults.BACKBONE)
-    bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
-    show.template(bound.describe(row), tokenizer, as_json=as_json)
+        tokenizer, kind = load_tokenizer(name)
+    show.template(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=_Command)
 def data(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
     split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
@@ -294,7 +326,6 @@ def data(
 
     Example: ptuning data capitals --split test
     """
-    from ptuning import show
     from ptuning.records import load_records, shipped_facts
 
     if name is None:
@@ -304,10 +335,10 @@ def data(
         typer.echo(json.dumps(dict(row), ensure_ascii=False))
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any setting.")] = None,
+    set_: SetOption = None,
     backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -318,48 +349,54 @@ def demo(
     """
     config = _config(set_)
     loaded = _load(backbone, dtype=dtype, device=device)
-    command = shlex.join(["ptuning", *sys.argv[1:]])
-    with _training(command, out) as (report, should_stop):
+    with _training(out) as (report, should_stop):
         from ptuning.demo import run_demo
 
-        result = run_demo(out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=command)
-    from ptuning import show
-
+        result = run_demo(
+            out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=_command()
+        )
     show.demo(result)
 
 
-def _config(pairs: Sequence[str] | None, **named: object) -> TrainConfig:
+def _command(program: str = "ptuning") -> str:
+    """Return the command line as it was given."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+def _config(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
     """Return the settings given; those not given keep the default of ``TrainConfig``."""
-    values = dict(named)
-    for pair in pairs or ():
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes NAME=VALUE, not '{pair}'")
-        try:
-            values[name.strip().replace("-", "_")] = json.loads(text)
-        except ValueError:
-            values[name.strip().replace("-", "_")] = text.strip()
-    return TrainConfig.from_json(values)
+    given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
+    values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
+    for name, text in values.items():
+        with contextlib.suppress(ValueError):
+            values[name] = json.loads(text)
+        if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
+            raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
+    return TrainConfig.from_json({**options, **values})
 
 
 def _fields(pairs: Sequence[str] | None) -> dict[str, str]:
-    found = {}
-    for pair in pairs or ():
-        new, equals, old = pair.partition("=")
-        if not (equals and new.strip() and old.strip()):
-            raise ConfigError(f"--field takes NEW=NAME, such as y=answer, not '{pair}'")
-        found[new.strip()] = old.strip()
-    return found
+    return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def _normalise(value: str) -> Any:
+def _normalise(value: str, *, closed: bool) -> Normalise:
     if value not in ("sum", "mean"):
         raise ConfigError(f"--normalise is sum or mean, not '{value}'")
-    return value
+    if value != "sum" and not closed:
+        raise ConfigError("--normalise goes with a closed set of answers: --candidates, or in predict label words")
+    return cast("Normalise", value)
+
+
+def _records(source: str, field: Sequence[str] | None) -> Records:
+    from ptuning.records import load_records
+
+    with show.waiting(f"reading {source}"):
+        return load_records(source, fields=_fields(field))
 
 
 def _prompt(source: str) -> Prompt:
-    from ptuning.prompt import Prompt
+    with show.waiting("starting"):
+        from ptuning.prompt import Prompt
 
     if source.startswith("manual:"):
         return Prompt.manual(source.removeprefix("manual:").lstrip())
@@ -367,7 +404,7 @@ def _prompt(source: str) -> Prompt:
 
 
 def _records_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> Records:
-    from ptuning.records import Records, load_records, read_rows
+    from ptuning.records import Records, read_rows
 
     if (text is None) == (data is None):
         raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
@@ -377,141 +414,94 @@ def _records_to_answer(prompt: Prompt, text: str | None, data: str | None, field
             raise RecordError("the standard input holds no records; it needs one JSON object per line")
         return Records(rows, name="standard input")
     if data is not None:
-        return load_records(data, fields=_fields(field))
+        return _records(data, field)
     fields = prompt.template.fields
     if len(fields) != 1:
-        raise ConfigError(
-            f"the template reads {len(fields)} fields ({', '.join(fields) or 'none'}), and a TEXT can fill "
-            "one; give records with --data"
-        )
+        listed = ", ".join(fields) or "none"
+        raise ConfigError(f"the template reads {len(fields)} fields ({listed}), and a TEXT fills one; use --data")
     return Records([{fields[0]: text or ""}], name="the command line")
 
 
-def _candidates(source: str, prompt: str, data: str | None) -> list[str]:
+def _candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
     """Read candidates: a text file with one per line, the targets of a data file, or those of the training part."""
     from ptuning.evaluate import candidates_of
-    from ptuning.files import read_bytes, read_json
-    from ptuning.records import load_records
+    from ptuning.files import read_bytes
+    from ptuning.records import TARGET_FIELD, load_records
 
     if source == "train" and not Path(source).exists():
-        record = next(
-            (
-                folder / "run.json"
-                for folder in (Path(prompt), Path(prompt).parent)
-                if not prompt.startswith("manual:") and (folder / "run.json").is_file()
-            ),
-            None,
-        )
-        if record is not None:
-            parts = cast("dict[str, dict[str, str]]", read_json(record)["data"])
-            source = parts["train"]["name"].split(" (without the ")[0]
-        elif data is not None and ":" in data and not Path(data).exists():
-            source = data.partition(":")[0] + ":train"
-        else:
-            raise ConfigError(
-                "--candidates train needs the run.json beside the prompt, or shipped facts as --data; name "
-                "a file with the candidates instead"
-            )
-    if source.endswith(".txt"):
-        lines = read_bytes(Path(source)).decode("utf-8-sig", errors="replace").splitlines()
-        return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    found = candidates_of(load_records(source))
+        source = _training_part(prompt, data)
+    if Path(source).suffix.lower() == ".txt":
+        try:
+            lines = read_bytes(Path(source)).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise FileError(f"{source} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    else:
+        # Other fields may well be missing beside the answers.
+        fields = {new: old for new, old in _fields(field).items() if new == TARGET_FIELD}
+        found = candidates_of(load_records(source, fields=fields))
     if not found:
-        raise FileError(f"{source} holds no candidates; its records need a field 'y'")
+        raise FileError(f"{source} holds no candidates; give .txt with one per line, or data with '{TARGET_FIELD}'")
     return found
+
+
+def _training_part(prompt: str, data: str | None) -> str:
+    """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
+    from ptuning.files import read_json
+
+    folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
+    record = next((folder / "run.json" for folder in folders if (folder / "run.json").is_file()), None)
+    if record is not None:
+        parts = cast("dict[str, dict[str, str]]", read_json(record)["data"])
+        return parts["train"]["name"].split(" (without the ")[0]
+    if data is not None and ":" in data and not Path(data).exists():
+        return data.partition(":")[0] + ":train"
+    raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 
 def _load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = None) -> Backbone:
     """Load the backbone that is asked for, the prompt's own, or the default."""
-    owner = prompt.backbone.name if prompt is not None and prompt.backbone is not None else defaults.BACKBONE
-    chosen = name or owner
-    with _waiting(chosen):
+    own = prompt.backbone.name if prompt is not None and prompt.backbone is not None else defaults.BACKBONE
+    chosen = name if name is not None else own
+    with show.loading(chosen):
         from ptuning.backbone import load_backbone
 
         return load_backbone(chosen, dtype=cast("Dtype", dtype), device=device)
 
 
-@contextmanager
-def _waiting(name: str) -> Iterator[None]:
-    from rich.console import Console
+@contextlib.contextmanager
+def _training(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[[], bool]]]:
+    """Show progress, and turn Ctrl-C or a termination into a checkpoint and a word on how to go on.
 
-    console = Console(stderr=True)
-    text = f"loading {name}"
-    if name in defaults.KNOWN and not defaults.is_cached(name):
-        text = f"converting {name} for the first time, about 20 seconds"
-        if not console.is_terminal:
-            console.print(text)
-    with console.status(text):
-        yield
-
-
-@contextmanager
-def _bar() -> Iterator[Report]:
-    """Show progress on the error stream: a bar on a terminal, a line per epoch anywhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(progress: Progress) -> None:
-            if progress.stage == "epoch":
-                console.print(f"epoch {progress.done}/{progress.total}: {progress.note}", highlight=False)
-                return
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.total, note="")
-            bar.update(tasks[progress.stage], completed=progress.done, total=progress.total, note=progress.note)
-
-        yield report
-
-
-@contextmanager
-def _training(command: str, out: Path) -> Iterator[tuple[Report, Callable[[], bool]]]:
-    """Show progress, and turn Ctrl-C or a termination into a checkpoint and a word on how to go on."""
+    Args:
+        out: Folder of the run.
+        again: What the command needs besides to go on.
+    """
+    from ptuning.runs import CHECKPOINT_FOLDER, RUN_FILE
     from ptuning.trainer import Interrupted
 
     asked: list[int] = []
+    # Said by a thread: the signal may come in the middle of drawing the progress bar.
+    word = Thread(target=show.say, args=("stopping after this step; once more to stop at once",))
 
     def note(number: int, _: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
         asked.append(number)
-        _say("stopping after this step; once more to stop at once")
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        word.start()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with _bar() as report:
+        with show.bar() as report:
             yield report, lambda: bool(asked)
-    except Interrupted as error:
-        again = command if command.startswith("ptuning demo") or "--resume" in command else f"{command} --resume"
-        _complain(f"{error}. The checkpoint is in {out}; go on with:\n  {again}")
-        raise typer.Exit(INTERRUPTED_EXIT) from error
+    except (Interrupted, KeyboardInterrupt) as error:
+        if word.ident is not None:
+            word.join()
+        command = _command(show.program()) + (f" {again}" if again and again not in sys.argv else "")
+        kept = [out / name for name in (CHECKPOINT_FOLDER, RUN_FILE) if (out / name).exists()]
+        where = f"{kept[0]} is kept, go on with:\n  {command}" if kept else "nothing was written"
+        show.say(f"{str(error) or 'stopped at once'}; {where}")
+        raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
-
-
-def _complain(text: str) -> None:
-    """Print an error as plain text: a caret must stay under its column, and brackets are no markup."""
-    typer.echo(f"error: {text}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +12,8 @@ from ptuning.errors import ConfigError, closest
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 RandomStart = Literal["random", "vocabulary"]
+
+TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TrainConfig:
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
 
     Raises:
-        ConfigError: If a value is out of range; names the setting.
+        ConfigError: If a value has a wrong type or is out of range; names the setting.
     """
 
     epochs: int = 6
@@ -56,20 +58,20 @@ class TrainConfig:
     checkpoint_seconds: float = 30.0
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, getattr(self, item.name), type(item.default))
         for name in ("epochs", "batch_size", "accumulation_steps", "patience"):
-            self._require(
-                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number from 1"
-            )
-        self._require("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63, "a whole number from 0 to 2^63")
-        self._require("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
-        self._require("max_grad_norm", self.max_grad_norm > 0, "above 0")
-        self._require("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more")
-        self._require("checkpoint_seconds", self.checkpoint_seconds >= 0, "0 or more")
-        self._require("warmup_fraction", 0 <= self.warmup_fraction < 1, "from 0 to below 1")
-        self._require("dropout", 0 <= self.dropout < 1, "from 0 to below 1")
-        self._require("dev_fraction", 0 < self.dev_fraction < 1, "between 0 and 1")
-        self._require("encoder", self.encoder in get_args(EncoderKind), f"one of {', '.join(get_args(EncoderKind))}")
-        self._require("start", self.start in get_args(RandomStart), f"one of {', '.join(get_args(RandomStart))}")
+            self._require(name, getattr(self, name) >= 1, "a whole number from 1")
+        self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        for name in ("lr", "max_grad_norm"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("weight_decay", "checkpoint_seconds"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
+        for name in ("warmup_fraction", "dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
+        self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")
+        for name, choices in (("encoder", get_args(EncoderKind)), ("start", get_args(RandomStart))):
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -86,15 +88,46 @@ class TrainConfig:
         Raises:
             ConfigError: If a setting is unknown (names the closest one) or its value has a wrong type.
         """
-        known = {item.name: type(item.default) for item in dataclasses.fields(cls)}
-        chosen: dict[str, object] = {}
-        for name, value in values.items():
+        known = {item.name: item.default for item in dataclasses.fields(cls)}
+        for name in values:
             if name not in known:
                 raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
-            wanted = known[name]
-            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            if type(value) is not wanted:
-                raise ConfigError(f"setting '{name}' is {value!r}; it must be of type {wanted.__name__}")
-            chosen[name] = value
-        return cls(**chosen)  # type: ignore[arg-type]  # types were checked above
+        return cls(**values)  # type: ignore[arg-type]  # the constructor checks the types
+
+
+def _check_type(name: str, value: object, wanted: type) -> None:
+    """Check that a setting has its type; a whole number is a number too, and true is none."""
+    fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"setting '{name}' is {value!r}; it must be {TYPE_NAMES[wanted]}")
+
+
+def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
+    """Read texts of the form ``NAME=VALUE``.
+
+    Raises:
+        ConfigError: If one is not of that form; says what was ``expected``.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if not (name.strip() and text.strip()):
+            raise ConfigError(f"'{pair}' is not {expected}")
+        found[name.strip()] = text.strip()
+    return found
+
+
+def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
+    """Return the error for an option of the command line that does not exist.
+
+    Args:
+        name: The option as written.
+        options: Those that exist; where ``--set`` is among them, settings without an option are suggested, too.
+    """
+    dashed = [option for option in options if option.startswith("-")]
+    settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
+    hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)
+    for option, setting in settings.items():
+        if option not in dashed and f"'{option}'" in hint:
+            hint = f" Did you mean --set {setting}=VALUE?"
+    return ConfigError(f"unknown option '{name}'.{hint} Options: {', '.join(dashed)}")

@@ -79,8 +79,9 @@ def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
                 raise FileError(f"cannot write the converted backbone to {folder.parent}: {error}") from error
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
             write_json(temporary / MANIFEST, {"source": weights.name, "bytes": dict(sizes)})
+            if _is_whole(folder):
+                raise FileError(f"another process was faster to convert {name}; its copy may be in use already")
     except FileError:
-        # Another process may have put its copy there between the check and the rename.
         if not _is_whole(folder):
             raise
     return folder
@@ -122,6 +123,6 @@ def _weights_file(name: str) -> Path:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed conversions left behind."""
-    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
-        if path.is_dir() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if path.suffix in (".tmp", ".old") and path.is_dir() and time.time() - path.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptuning.backbone import Backbone
-from ptuning.errors import TrainingError
+from ptuning.checkpoint import CHECKPOINT_FILE
+from ptuning.config import TrainConfig
+from ptuning.errors import FileError, TrainingError
 from ptuning.evaluate import score_prompt
-from ptuning.files import Json, write_json, write_json_lines
+from ptuning.files import Json, read_json, write_json, write_json_lines
+from ptuning.measure import Report
 from ptuning.metrics import Score, majority, score
 from ptuning.predict import PromptModel
 from ptuning.prompt import VECTORS_FILE, Prompt
 from ptuning.records import Records, load_records
 from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, train
 from ptuning.template import Template
-from ptuning.trainer import CHECKPOINT_FILE, Interrupted, Report, TrainConfig
+from ptuning.trainer import Interrupted
 
 FACTS = "capitals"
 MANUAL = "The capital of [X] is [Y]"
@@ -41,6 +44,7 @@ class DemoResult:
         prompt: The learned prompt.
         record: What stands in ``run.json``.
         scores: Method -> exact match on the test part.
+        described: Method -> what answers in it, for people.
         answers: A few test records with the answers before and after.
         folder: Where the files lie.
         size_bytes: Size of the prompt's vectors on disk.
@@ -49,6 +53,7 @@ class DemoResult:
     prompt: Prompt
     record: Mapping[str, Json]
     scores: Mapping[str, Score]
+    described: Mapping[str, str]
     answers: Sequence[Answers]
     folder: Path
     size_bytes: int
@@ -65,7 +70,7 @@ def run_demo(
 ) -> DemoResult:
     """Train on the training part, choose on the development part, score the test part once, and leave the files.
 
-    A killed demo goes on where it stopped; a finished one is made anew.
+    A demo that was stopped goes on where it was; a finished one is made anew.
 
     Args:
         out: Folder of the run.
@@ -74,26 +79,29 @@ def run_demo(
         report: Called with progress.
         should_stop: Asked after every step.
         command: The command line, for the record.
+
+    Raises:
+        FileError: If another run lies in ``out``.
+        Interrupted: If ``should_stop`` said so; the next call goes on from there.
     """
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
-    template = Template.from_manual(MANUAL)
+    unfinished = _is_unfinished(out)
 
     def learn(*, resume: bool) -> TrainResult:
         return train(
-            template,
+            Template.from_manual(MANUAL),
             parts["train"],
             dev=parts["dev"],
             backbone=backbone,
             config=config,
             out=out,
             resume=resume,
-            overwrite=not resume,
+            overwrite=True,
             report=report,
             should_stop=should_stop,
             command=command,
         )
 
-    unfinished = (out / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file() and not (out / RUN_FILE).is_file()
     try:
         result = learn(resume=unfinished)
     except Interrupted:
@@ -103,7 +111,31 @@ def run_demo(
             raise
         # The checkpoint is of other settings or an older version. The folder is the demo's own, so it starts anew.
         result = learn(resume=False)
+    if should_stop is not None and should_stop():
+        raise Interrupted("stopped after training, before the test part was scored")
     return _score_test(out, result, parts, PromptModel(backbone), report)
+
+
+def _is_unfinished(out: Path) -> bool:
+    """Whether a demo was stopped in ``out``: while it trained, or before it scored the test part.
+
+    Raises:
+        FileError: If the run in ``out`` is no demo, which would be lost.
+    """
+    if not (out / RUN_FILE).is_file():
+        return (out / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file()
+    record = read_json(out / RUN_FILE)
+    settings, data = record.get("settings"), record.get("data")
+    facts = data.get("train") if isinstance(data, Mapping) else None
+    is_demo = (
+        isinstance(settings, Mapping)
+        and settings.get("template") == str(Template.from_manual(MANUAL))
+        and isinstance(facts, Mapping)
+        and facts.get("name") == f"{FACTS}:train"
+    )
+    if not is_demo:
+        raise FileError(f"{out} holds another run, which the demo would replace; choose another folder (--out)")
+    return "scores" not in record
 
 
 def _score_test(
@@ -144,4 +176,5 @@ def _score_test(
         for row, old, new in list(zip(test, written, learned, strict=True))[:SHOWN_RECORDS]
     ]
     size_bytes = (out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size
-    return DemoResult(prompt, record, scores, answers, out, size_bytes)
+    described = {"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)}
+    return DemoResult(prompt, record, scores, described, answers, out, size_bytes)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ptuning.errors import RecordError
 from ptuning.files import Json
+from ptuning.measure import Report, evaluate
 from ptuning.metrics import Score, precision_at, reciprocal_ranks, score
 from ptuning.objective import Normalise, label_items, target_items
 from ptuning.predict import Prediction, PromptModel
 from ptuning.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
-from ptuning.trainer import Report, evaluate
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ def score_prompt(
         report: Called with progress.
 
     Raises:
-        RecordError: If a record lacks its target.
+        RecordError: If there are no records, or one lacks its target.
     """
+    if not data:
+        raise RecordError(f"{data.name} holds no records, so there is nothing to score")
     require_targets(data)
     bound = prompt.bind(model.backbone, force=model.force)
     if prompt.label_words is None:
@@ -72,7 +75,7 @@ def score_prompt(
     if candidates is not None and prompt.label_words is None:
         ranked = model.rank(data, prompt, candidates, normalise=normalise)
         places = [
-            _place(record[TARGET_FIELD].strip(), [candidate.text for candidate in row])
+            _place(record[TARGET_FIELD].strip(), [candidate.text.strip() for candidate in row])
             for record, row in zip(data, ranked, strict=True)
         ]
         missing = sum(place is None for place in places)

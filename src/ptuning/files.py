@@ -96,9 +96,15 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     Raises:
         FileError: If something stands there and ``overwrite`` is not set, or if it is no folder.
     """
-    if folder.exists() and not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+        in_the_way = folder.exists() and not is_folder
+        is_empty = not is_folder or not any(folder.iterdir())
+    except OSError as error:
+        raise file_error("write", folder, error) from error
+    if in_the_way:
         raise FileError(f"{folder} exists and is no folder; choose another output folder")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    if not overwrite and not is_empty:
         raise FileError(f"{folder} exists and is not empty; choose another folder, or overwrite it (--overwrite)")
 
 
@@ -109,7 +115,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         FileError: If fewer than ``needed_bytes`` are free.
     """
     parent = folder
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes:
@@ -149,12 +155,15 @@ def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise file_error("write beside", folder, error) from error
     try:
         yield temporary
+        check_free(folder, overwrite=overwrite)  # again: another process may have been faster
         aside = temporary.with_suffix(".old")
         try:
             if folder.exists():
                 folder.rename(aside)
             temporary.rename(folder)
         except OSError as error:
+            if aside.exists():
+                aside.rename(folder)
             raise file_error("write", folder, error) from error
         shutil.rmtree(aside, ignore_errors=True)
     finally:

@@ -1,5 +1,5 @@
-"""Filling a template: record -> token ids, slot positions and scored positions, unpadded. Knows tokenizers only as
-the :class:`Tokenizer` protocol, and no model.
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded. Knows no model, and
+tokenizers only as a protocol.
 
 The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
 follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
@@ -9,40 +9,27 @@ itself writes it, never in a record; only fields without ``!`` are shortened.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal as OneOf
-from typing import Protocol
 
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.template import Field, Literal, Piece, Slots, Target, Template, TextSlots, render
+from ptuning.segments import ANCHOR_WORD, LITERAL, TARGET, Encoded, Run, Tokenizer
+from ptuning.segments import Ids as Ids
+from ptuning.template import Field, Literal, Slots, Target, Template, TextSlots
 
 logger = logging.getLogger(__name__)
 
 Kind = OneOf["causal", "masked"]
-Ids = tuple[int, ...]
 
 # What stands at a slot's place until its vector is written in; any id would do, since its embedding is overwritten.
 SLOT_PLACEHOLDER = 0
-# A word put at the target's place when the target is unknown, to see how the text behind it is tokenised there.
-ANCHOR_WORD = "a"
-
-
-class Tokenizer(Protocol):
-    """What filling needs of a tokenizer. ``encode`` adds no special tokens and treats special text as plain text."""
-
-    prefix_ids: Ids  # what the tokenizer puts in front of a sentence, such as BOS or CLS
-    suffix_ids: Ids  # what it puts behind one, such as SEP
-    mask_id: int | None
-    stop_id: int | None  # what ends a text; a prompt for a causal model learns to give it after the target
-    special_ids: Mapping[str, int]  # special tokens by their text
-    max_tokens: int  # longest row the model takes
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text."""
-        ...
+# What a position of a filled template is, beside literal text, "field NAME" and the target.
+SPECIAL, SLOT = "special", "slot"
 
 
 @dataclass(frozen=True)
@@ -67,13 +54,19 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Text:
-    text: str
+class _Row:
+    """What is to be filled in; without a target, room is kept for ``target_tokens`` tokens of it."""
+
+    record: Record
+    target: str | None
+    where: str = "the record"
+    with_stop: bool = False
+    target_tokens: int = 1
 
 
 @dataclass(frozen=True)
-class _Ids:
-    ids: Ids
+class _Special:
+    token_id: int
 
 
 @dataclass(frozen=True)
@@ -81,16 +74,8 @@ class _Slots:
     start_ids: tuple[int | None, ...]
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """The target with the text it is tokenised together with."""
-
-    before: str
-    target: str | None
-    after: str
-
-
-_Part = _Text | _Ids | _Slots | _Gap
+_Piece = Literal | Field | Target | _Special | _Slots
+_Part = Run | _Special | _Slots
 
 
 class BoundTemplate:
@@ -114,18 +99,17 @@ class BoundTemplate:
         self.template = template
         self.tokenizer = tokenizer
         self.kind = kind
-        self._pieces = _spaces_to_followers(template.pieces)
-        self._slot_starts = self._tokenise_slots()
+        self._pieces = self._prepare()
 
     @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
         """For each slot, in template order, the token whose embedding it starts at; None for a random start."""
-        return tuple(start for starts in self._slot_starts for start in starts)
+        return tuple(start for piece in self._pieces if isinstance(piece, _Slots) for start in piece.start_ids)
 
     @property
     def slots(self) -> int:
         """Number of slots P."""
-        return sum(map(len, self._slot_starts))
+        return len(self.slot_start_ids)
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
         """Check that the record has every field of the template.
@@ -133,14 +117,10 @@ class BoundTemplate:
         Raises:
             TemplateError: At the first field it lacks; names the record's fields.
         """
-        for piece in self.template.pieces:
+        for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
-                raise TemplateError(
-                    f"no field '{piece.name}' in {where}; its fields: {have}",
-                    pattern=str(self.template),
-                    column=_column(self.template, piece),
-                )
+                raise self.template.error(f"no field '{piece.name}' in {where}; its fields: {have}", index)
 
     def examples(
         self,
@@ -167,238 +147,199 @@ class BoundTemplate:
         """
         if targets is None:
             targets = [record.get(TARGET_FIELD, "") for record in records]
-        for number, target in enumerate(targets, start=1):
-            if not target.strip():
-                raise RecordError(f"{source} {number} has no target (field '{TARGET_FIELD}')")
-        return self._build(records, targets, with_stop=with_stop, masks=0, source=source)
+        rows = [
+            _Row(record, target, f"{source} {number}", with_stop=with_stop)
+            for number, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
+        ]
+        for row in rows:
+            if not (row.target or "").strip():
+                raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
+        return self._build(rows)
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
-        """Fill the template without targets: for a causal model up to the target, for a masked one with
-        ``target_tokens`` masks at its place. ``target_ids`` is empty.
+        """Fill the template without targets, with room for ``target_tokens`` tokens at their place: for a causal model
+        up to the target, for a masked one with that many masks. ``target_ids`` is empty.
 
         Raises:
             TemplateError: As for :meth:`examples`.
         """
-        return self._build(records, [None] * len(records), with_stop=False, masks=target_tokens, source=source)
+        return self._build(
+            [
+                _Row(record, None, f"{source} {number}", target_tokens=target_tokens)
+                for number, record in enumerate(records, start=1)
+            ]
+        )
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
-        ``literal``, ``field NAME`` or ``target``. The id of a slot is its start's, None if it starts at random.
+        ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
+        The id of a slot is its start's, None if it starts at random.
+
+        Raises:
+            TemplateError: As for :meth:`examples`.
         """
-        example = (self.examples if record.get(TARGET_FIELD, "").strip() else self.contexts)([record])[0]
-        ids = list(example.token_ids)
-        shift = 1 if self.kind == "causal" else 0
-        targets = {position + shift for position in example.logit_positions}
-        if self.kind == "causal" and example.target_ids:
-            ids.append(example.target_ids[-1])  # scored, never read
-        slots = dict(zip(example.slot_positions, self.slot_start_ids, strict=True))
-        names = self._names_by_position(record, len(ids), slots, targets)
+        target = record.get(TARGET_FIELD, "")
+        row = _Row(record, target if target.strip() else None)
+        limit = self._limit(row) if self._build([row])[0].shortened else None
+        parts = self._parts(row, limit=limit, named=True)
+        starts = iter(self.slot_start_ids)
         shown: list[tuple[str, int | None]] = []
-        for position, token_id in enumerate(ids):
-            if position in slots:
-                shown.append(("slot", slots[position]))
+        for part, ids in self._spans(parts, self._encode(parts)):
+            if part == TARGET and self.kind == "masked":
+                shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
-                shown.append((names[position], token_id))
+                shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
         return shown
 
-    def _names_by_position(
-        self, record: Record, length: int, slots: Mapping[int, int | None], targets: set[int]
-    ) -> dict[int, str]:
-        # A position's name follows from how many text tokens stand before it: fill ever longer prefixes of the pieces.
-        names = dict.fromkeys(targets, "target")
-        body = [p for p in range(len(self.tokenizer.prefix_ids), length) if p not in slots and p not in targets]
-        names |= {position: "special" for position in range(length) if position not in names and position not in slots}
-        text = [self._piece_text(piece, record) for piece in self._pieces]
-        at, run, run_start = 0, "", 0
-        for piece, written in zip(self._pieces, text, strict=True):
-            if isinstance(piece, Slots | TextSlots | Target):
-                run, run_start = "", at
-                continue
-            run += written
-            end = run_start + sum(len(ids) for ids in self._encode_literal_parts(run))
-            name = f"field {piece.name}" if isinstance(piece, Field) else "literal"
-            for position in body[at:end]:
-                names[position] = name
-            at = max(at, end)
-        return names
-
-    def _piece_text(self, piece: Piece, record: Record) -> str:
-        if isinstance(piece, Literal):
-            return piece.text
-        return record[piece.name] if isinstance(piece, Field) else ""
-
-    def _encode_literal_parts(self, text: str) -> list[Ids]:
-        parts = self._split_specials(text)
-        encoded = iter(self.tokenizer.encode([part.text for part in parts if isinstance(part, _Text)]))
-        return [part.ids if isinstance(part, _Ids) else tuple(next(encoded)) for part in parts]
-
-    def _tokenise_slots(self) -> list[tuple[int | None, ...]]:
-        starts: list[tuple[int | None, ...]] = []
-        for piece in self._pieces:
-            if isinstance(piece, Slots):
-                starts.append((None,) * piece.count)
-            elif isinstance(piece, TextSlots):
-                ids = self.tokenizer.encode([piece.text])[0]
-                if not ids:
-                    raise TemplateError(
-                        "the words of this piece have no tokens", pattern=str(self.template), column=piece.column
-                    )
-                starts.append(tuple(ids))
-        return starts
-
-    def _build(
-        self, records: Sequence[Record], targets: Sequence[str | None], *, with_stop: bool, masks: int, source: str
-    ) -> list[Example]:
-        for number, record in enumerate(records, start=1):
-            self.check_fields(record, where=f"{source} {number}")
-        parts = [self._parts(record, target) for record, target in zip(records, targets, strict=True)]
-        encoded = self._encode_all(parts)
-        examples = []
-        for number, (record, target, row) in enumerate(zip(records, targets, parts, strict=True), start=1):
-            example = self._assemble(row, encoded, with_stop=with_stop, masks=masks, where=f"{source} {number}")
-            if self._length(example) > self.tokenizer.max_tokens:
-                example = self._shorten(record, target, with_stop=with_stop, masks=masks, where=f"{source} {number}")
-            examples.append(example)
-        return examples
-
-    def _length(self, example: Example) -> int:
-        # The stop token is scored but never read, so the target's last token needs no room of its own.
-        return len(example.token_ids)
-
-    def _encode_all(self, rows: Iterable[list[_Part]]) -> dict[str, list[int]]:
-        texts: dict[str, None] = {}
-        for part in (part for row in rows for part in row):
-            if isinstance(part, _Text):
-                texts[part.text] = None
-            elif isinstance(part, _Gap):
-                texts |= dict.fromkeys(_gap_texts(part))
-        wanted = list(texts)
-        return dict(zip(wanted, self.tokenizer.encode(wanted), strict=True)) if wanted else {}
-
-    def _parts(self, record: Record, target: str | None) -> list[_Part]:
-        """Cut a filled record at its slots, at special tokens of the template, and at the target."""
-        parts: list[_Part] = []
-        text = ""
-        starts = iter(self._slot_starts)
-        gap: tuple[int, str] | None = None  # index among parts, and the text in front of the target
-        for piece in self._pieces:
+    def _prepare(self) -> tuple[_Piece, ...]:
+        """Take special tokens out of literals, tokenise the words of slots, and give spaces to what follows them."""
+        prepared: list[_Piece] = []
+        for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Literal):
-                *fixed, last = self._split_specials(piece.text) or [_Text("")]
-                for part in fixed:
-                    if isinstance(part, _Text):
-                        text += part.text
-                    else:
-                        parts, text, gap = self._close(parts, text, target, gap)
-                        parts.append(part)
-                if isinstance(last, _Text):
-                    text += last.text
-                else:
-                    parts, text, gap = self._close(parts, text, target, gap)
-                    parts.append(last)
-            elif isinstance(piece, Field):
-                text += record[piece.name]
-            elif isinstance(piece, Target):
-                gap = (len(parts), text)
-                text = ""
+                prepared += self._split_specials(piece.text)
+            elif isinstance(piece, Slots):
+                _take_space(prepared)
+                prepared.append(_Slots((None,) * piece.count))
+            elif isinstance(piece, TextSlots):
+                words = _take_space(prepared) + piece.text
+                run = Run(((LITERAL, words),))
+                run = run.behind_slots() if prepared else run
+                starts = Encoded(self.tokenizer, [run]).cut(run)[0][1]
+                if not starts:
+                    raise self.template.error("the words of this piece have no tokens", index)
+                prepared.append(_Slots(starts))
             else:
-                parts, text, gap = self._close(parts, text, target, gap)
-                parts.append(_Slots(next(starts)))
-        return self._close(parts, text, target, gap)[0]
+                prepared.append(piece)
+        return tuple(prepared)
 
-    def _close(
-        self, parts: list[_Part], text: str, target: str | None, gap: tuple[int, str] | None
-    ) -> tuple[list[_Part], str, None]:
-        if gap is not None:
-            parts.append(_Gap(gap[1], target, text))
-        elif text:
-            parts.append(_Text(text))
-        return parts, "", None
-
-    def _split_specials(self, text: str) -> list[_Text | _Ids]:
-        found: list[_Text | _Ids] = []
+    def _split_specials(self, text: str) -> list[Literal | _Special]:
+        found: list[Literal | _Special] = []
         while text:
             hits = [(text.find(token), -len(token), token) for token in self.tokenizer.special_ids if token in text]
             if not hits:
-                return [*found, _Text(text)]
+                return [*found, Literal(text)]
             at, _, token = min(hits)
             if at:
-                found.append(_Text(text[:at]))
-            found.append(_Ids((self.tokenizer.special_ids[token],)))
+                found.append(Literal(text[:at]))
+            found.append(_Special(self.tokenizer.special_ids[token]))
             text = text[at + len(token) :]
         return found
 
-    def _assemble(
-        self, parts: Sequence[_Part], encoded: Mapping[str, list[int]], *, with_stop: bool, masks: int, where: str
-    ) -> Example:
-        ids: list[int] = list(self.tokenizer.prefix_ids)
+    def _build(self, rows: Sequence[_Row]) -> list[Example]:
+        for row in rows:
+            self.check_fields(row.record, where=row.where)
+        filled = [self._parts(row) for row in rows]
+        encoded = self._encode(part for parts in filled for part in parts)
+        examples = []
+        for row, parts in zip(rows, filled, strict=True):
+            example = self._example(row, self._spans(parts, encoded))
+            if not self._fits(row, example):
+                example = replace(self._fill(row, self._limit(row)), shortened=True)
+            examples.append(example)
+        return examples
+
+    def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
+        """Cut a filled record at its slots and special tokens, fields without ``!`` cut to ``limit`` characters.
+
+        Only the target is a segment of its own, unless every piece is to be ``named``.
+        """
+        parts: list[_Part] = []
+        for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Special | _Slots)):
+            if is_fixed:
+                parts += [piece for piece in pieces if isinstance(piece, _Special | _Slots)]
+                continue
+            segments: list[tuple[str, str]] = []
+            for piece in pieces:
+                if isinstance(piece, Literal):
+                    segments.append((LITERAL, piece.text))
+                elif isinstance(piece, Field):
+                    text = row.record[piece.name]
+                    segments.append((f"field {piece.name}" if named else LITERAL, text if piece.keep else text[:limit]))
+                else:
+                    segments.append((TARGET, ANCHOR_WORD if row.target is None else row.target))
+            joined = tuple(
+                (part, "".join(text for _, text in same)) for part, same in itertools.groupby(segments, itemgetter(0))
+            )
+            run = Run(joined, is_open=row.target is None)
+            parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
+        return parts
+
+    def _encode(self, parts: Iterable[_Part]) -> Encoded:
+        return Encoded(self.tokenizer, (part for part in parts if isinstance(part, Run)))
+
+    def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
+        """Return (part, ids) for the whole row, special tokens included."""
+        spans: list[tuple[str, Ids]] = [(SPECIAL, self.tokenizer.prefix_ids)]
+        for part in parts:
+            if isinstance(part, Run):
+                spans += encoded.cut(part)
+            elif isinstance(part, _Slots):
+                spans.append((SLOT, (SLOT_PLACEHOLDER,) * len(part.start_ids)))
+            else:
+                spans.append((SPECIAL, (part.token_id,)))
+        return [*spans, (SPECIAL, self.tokenizer.suffix_ids)] if self.kind == "masked" else spans
+
+    def _example(self, row: _Row, spans: Iterable[tuple[str, Ids]]) -> Example:
+        ids: list[int] = []
         slots: list[int] = []
-        positions: list[int] = []
+        positions: range = range(0)
         target_ids: Ids = ()
         own = 0
-        for part in parts:
-            if isinstance(part, _Ids):
-                ids += part.ids
-            elif isinstance(part, _Text):
-                ids += encoded[part.text]
-            elif isinstance(part, _Slots):
-                slots += range(len(ids), len(ids) + len(part.start_ids))
-                ids += [SLOT_PLACEHOLDER] * len(part.start_ids)
-            else:
-                before, target_ids, after = _cut_target(part, encoded)
-                if part.target is not None and not target_ids:
-                    raise RecordError(f"{where}: the target {part.target!r} has no tokens of its own there")
-                own = len(target_ids)
-                ids += before
-                if self.kind == "causal":
-                    if not ids:
-                        raise TemplateError(
-                            "a causal model needs something in front of [Y]; put text, a field or a slot there",
-                            pattern=str(self.template),
-                            column=0,
-                        )
-                    if with_stop and self.tokenizer.stop_id is not None:
-                        target_ids = (*target_ids, self.tokenizer.stop_id)
-                    positions = list(range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids))))
-                    ids += target_ids[: len(target_ids) - 1] if target_ids else ()
-                else:
-                    assert self.tokenizer.mask_id is not None
-                    count = own or masks
-                    positions = list(range(len(ids), len(ids) + count))
-                    ids += [self.tokenizer.mask_id] * count
-                    ids += after
-        if self.kind == "masked":
-            ids += self.tokenizer.suffix_ids
+        for part, span in spans:
+            if part == SLOT:
+                slots += range(len(ids), len(ids) + len(span))
+            if part != TARGET:
+                ids += span
+                continue
+            target_ids, own = span, len(span)
+            if row.target is not None and not own:
+                raise RecordError(f"{row.where}: the target {row.target!r} has no tokens of its own there")
+            if self.kind == "masked":
+                assert self.tokenizer.mask_id is not None
+                positions = range(len(ids), len(ids) + (own or row.target_tokens))
+                ids += [self.tokenizer.mask_id] * len(positions)
+                continue
+            if not ids:
+                raise self.template.error(
+                    "a causal model needs something in front of [Y]; put text, a field or a slot there",
+                    len(self.template.pieces) - 1,
+                )
+            if row.with_stop and self.tokenizer.stop_id is not None:
+                target_ids = (*target_ids, self.tokenizer.stop_id)
+            # Each logit stands one before the token it scores, so the last one is never read.
+            positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
+            ids += target_ids[:-1]
         return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own)
 
-    def _shorten(self, record: Record, target: str | None, *, with_stop: bool, masks: int, where: str) -> Example:
-        """Cut every shortenable field to the same number of characters, the largest that fits."""
-        names = {piece.name for piece in self._pieces if isinstance(piece, Field) and not piece.keep}
+    def _fill(self, row: _Row, limit: int) -> Example:
+        parts = self._parts(row, limit=limit)
+        return self._example(row, self._spans(parts, self._encode(parts)))
 
-        def attempt(characters: int) -> Example:
-            cut = {name: text[:characters] if name in names else text for name, text in record.items()}
-            parts = self._parts(cut, target)
-            return self._assemble(parts, self._encode_all([parts]), with_stop=with_stop, masks=masks, where=where)
+    def _fits(self, row: _Row, example: Example) -> bool:
+        ahead = row.target_tokens - 1 if self.kind == "causal" and row.target is None else 0
+        return len(example.token_ids) + ahead <= self.tokenizer.max_tokens
 
-        best = attempt(0)
-        if self._length(best) > self.tokenizer.max_tokens:
-            kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field)} - names)
+    def _limit(self, row: _Row) -> int:
+        """Return to how many characters, at most, all fields without ``!`` must be cut for the row to fit."""
+        bare = self._fill(row, 0)
+        fields = [piece for piece in self._pieces if isinstance(piece, Field)]
+        if not self._fits(row, bare):
+            kept = sorted({piece.name for piece in fields if piece.keep})
             raise TemplateError(
-                f"{where} does not fit: slots ({self.slots}), literal text, target ({max(best.own_tokens, masks)} tokens)"
-                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {self._length(best)} tokens, and the "
+                f"{row.where} does not fit: slots ({self.slots}), literal text, target "
+                f"({bare.own_tokens or row.target_tokens} tokens)"
+                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and the "
                 f"model reads {self.tokenizer.max_tokens}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )
-        low, high = 0, max(len(record[name]) for name in names)
+        low, high = 0, max(len(row.record[piece.name]) for piece in fields if not piece.keep)
         while high - low > 1:
             middle = (low + high) // 2
-            example = attempt(middle)
-            if self._length(example) <= self.tokenizer.max_tokens:
-                low, best = middle, example
+            if self._fits(row, self._fill(row, middle)):
+                low = middle
             else:
                 high = middle
-        return Example(
-            best.token_ids, best.slot_positions, best.logit_positions, best.target_ids, best.own_tokens, shortened=True
-        )
+        return low
 
 
 @functools.lru_cache(maxsize=1024)
@@ -409,60 +350,10 @@ def _notice_dropped(pattern: str, dropped: str) -> None:
         logger.log(level, "a causal model cannot see what stands behind [Y]; dropped '%s' from '%s'", dropped, pattern)
 
 
-def _spaces_to_followers(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """Move a space in front of slots to them: into the words of text slots, away before random ones."""
-    moved: list[Piece] = []
-    for piece in pieces:
-        last = moved[-1] if moved else None
-        if isinstance(piece, Slots | TextSlots) and isinstance(last, Literal) and last.text.endswith(" "):
-            moved.pop()
-            if last.text != " ":
-                moved.append(Literal(last.text[:-1], last.column))
-            if isinstance(piece, TextSlots):
-                piece = TextSlots(" " + piece.text, piece.column)
-        moved.append(piece)
-    return tuple(moved)
-
-
-def _column(template: Template, wanted: Piece) -> int:
-    """Return where a piece stands in the template as it is written."""
-    before = template.pieces[: next(i for i, piece in enumerate(template.pieces) if piece is wanted)]
-    return len(render(before))
-
-
-def _gap_texts(gap: _Gap) -> list[str]:
-    before, middle, after = _gap_strings(gap)
-    return [before, before + middle, before + middle + after, after]
-
-
-def _gap_strings(gap: _Gap) -> tuple[str, str, str]:
-    space = " " if gap.before.endswith(" ") else ""
-    before = gap.before[: len(gap.before) - len(space)]
-    return before, space + (gap.target if gap.target is not None else ANCHOR_WORD), gap.after
-
-
-def _cut_target(gap: _Gap, encoded: Mapping[str, list[int]]) -> tuple[Ids, Ids, Ids]:
-    """Return the ids before, of and behind the target.
-
-    The cuts are found by tokenising ever longer prefixes of the sentence rather than by character offsets, which
-    tokenizers trim and normalise in different ways.
-    """
-    before, middle, after = _gap_strings(gap)
-    full = encoded[before + middle + after]
-    start = _common(encoded[before], full) if before else 0
-    end = _common(encoded[before + middle], full) if after else len(full)
-    if gap.target is None:
-        behind = full[end:] if end > start else encoded[after]
-        return tuple(encoded[before]) if before else (), (), tuple(behind)
-    if end <= start:
-        # The target's last token runs on into the text behind it, as in "[Y]s"; then that whole token is the target.
-        end = len(full) - _common(encoded[after][::-1], full[start:][::-1])
-    return tuple(full[:start]), tuple(full[start:end]), tuple(full[end:])
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many ids two sequences share from their beginning."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return index
-    return min(len(one), len(other))
+def _take_space(pieces: list[_Piece]) -> str:
+    """Take the space off the end of the last literal and return it."""
+    last = pieces[-1] if pieces else None
+    if not isinstance(last, Literal) or not last.text.endswith(" "):
+        return ""
+    pieces[-1:] = [Literal(last.text[:-1])] if last.text != " " else []
+    return " "

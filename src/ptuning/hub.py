@@ -16,7 +16,7 @@ def find_backbone(name: str) -> tuple[str, str | None]:
         BackboneError: If there is neither; says what names are known and how to use a folder.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise BackboneError(
                 f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
@@ -50,7 +50,7 @@ def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
             raise BackboneError(f"no such backbone: '{name}' is no hub id; {advice}") from error
         except HfHubHTTPError as error:
             reason = f"the hub says {str(error).splitlines()[0]}"
-        except Exception as error:  # any failure of the network means the same here
+        except Exception as error:  # noqa: BLE001 - any failure of the network means the same here
             reason = f"the hub cannot be reached ({type(error).__name__})"
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=revision is None)

@@ -12,11 +12,11 @@ from ptuning.backbone import Backbone
 from ptuning.errors import PromptError
 from ptuning.evaluate import score_prompt
 from ptuning.files import Json
+from ptuning.measure import Report
 from ptuning.metrics import Score
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 from ptuning.records import Records
-from ptuning.trainer import Report
 
 NEAREST = 5
 SAMPLED_TOKENS = 512
@@ -105,7 +105,8 @@ def inspect_prompt(
     table = backbone.table().cpu()  # (V, E)
     vectors = prompt.slot_vectors  # (P, E)
     cosine = torch.nn.functional.normalize(vectors, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (P, V)
-    distance = torch.cdist(vectors, table)  # (P, V)
+    # Exact, since a slot may stand on a token: the faster way by matrix products would say a little above zero.
+    distance = torch.cdist(vectors, table, compute_mode="donot_use_mm_for_euclid_dist")  # (P, V)
     views = tuple(
         SlotView(
             start=None if start is None else backbone.tokenizer.token(start),

@@ -28,8 +28,8 @@ class LabelWords:
             raise LabelWordError(f"label words need at least two labels, as in {EXAMPLE}")
         owner: dict[str, str] = {}
         for label, words in self.words.items():
-            if not words or not all(word.strip() for word in words):
-                raise LabelWordError(f"label '{label}' has an empty word or none, write them as in {EXAMPLE}")
+            if not label.strip() or not words or not all(word.strip() for word in words):
+                raise LabelWordError(f"label '{label}' has no name, no word or an empty one; write them as in {EXAMPLE}")
             for word in words:
                 if word in owner:
                     raise LabelWordError(

@@ -10,6 +10,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 10_000
+# Values drawn at a time: all resamples of 10,000 rows together would take gigabytes.
+BOOTSTRAP_BATCH_VALUES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
         (array,),
         np.mean,
         n_resamples=BOOTSTRAP_RESAMPLES,
+        batch=max(1, BOOTSTRAP_BATCH_VALUES // len(array)),
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -66,13 +69,16 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
 def ranks(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> list[int]:
     """Return the one-based rank of each row's right candidate; equal scores rank behind (never in one's favour).
 
+    A right candidate whose score is no number ranks last.
+
     Args:
         scores: One list of candidate scores per row, higher is better.
         gold: Index of the right candidate per row.
     """
     found = []
     for row, right in zip(scores, gold, strict=True):
-        found.append(1 + sum(1 for index, value in enumerate(row) if index != right and value >= row[right]))
+        # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+        found.append(1 + sum(1 for index, value in enumerate(row) if index != right and not value < row[right]))
     return found
 
 

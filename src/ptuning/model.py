@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch
 from ptuning.errors import PromptError
+from ptuning.fill import Example
+
+# Bounds of one forward pass without gradients: tokens read, and (rows x vocabulary) of float32 logits kept.
+MAX_BATCH_TOKENS = 4096
+MAX_BATCH_POSITIONS = 256
 
 
 def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
@@ -50,3 +57,25 @@ def target_logits(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
         embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
     )
     return logits
+
+
+def batches(inputs: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
+    """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
+
+    Args:
+        inputs: For each index the rows that must be run together.
+    """
+    longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
+    chosen: list[int] = []
+    rows = positions = width = 0
+    for index in sorted(range(len(inputs)), key=lambda i: longest[i]):
+        add = sum(len(example.logit_positions) for example in inputs[index])
+        wide = max(width, longest[index])
+        full = (rows + len(inputs[index])) * wide > MAX_BATCH_TOKENS or positions + add > MAX_BATCH_POSITIONS
+        if chosen and full:
+            yield chosen
+            chosen, rows, positions, wide = [], 0, 0, longest[index]
+        chosen.append(index)
+        rows, positions, width = rows + len(inputs[index]), positions + add, wide
+    if chosen:
+        yield chosen

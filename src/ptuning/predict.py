@@ -10,16 +10,13 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import Side, collate
+from ptuning.decode import write_answers
 from ptuning.errors import PromptError, RecordError
 from ptuning.fill import BoundTemplate, Example
-from ptuning.model import inject, target_logits
-from ptuning.objective import Item, Normalise, candidate_item, class_scores, score_choices
+from ptuning.model import batches, target_logits
+from ptuning.objective import Choice, Item, Normalise, candidate_item, class_scores, score_choices
 from ptuning.prompt import Prompt
 from ptuning.records import Record, as_records
-
-# Bounds of one forward pass: tokens read, and (rows x vocabulary) of float32 logits kept.
-MAX_BATCH_TOKENS = 4096
-MAX_BATCH_POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -85,13 +82,14 @@ class PromptModel:
             RecordError: If a record has no target.
         """
         table = _Table(self.backbone, _per_row(prompts, len(records)), force=self.force)
-        rows: list[Example] = [Example((), (), (), (), 0)] * len(records)
+        data = as_records(records)
+        rows: list[Example] = [Example((), (), (), (), 0)] * len(data)
         for bound, indices in table.groups():
-            found = bound.examples([as_records(records)[index] for index in indices])
+            found = bound.examples([data[index] for index in indices])
             for index, example in zip(indices, found, strict=True):
                 rows[index] = example
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
-        for chosen in _batches([[row] for row in rows]):
+        for chosen in batches([[row] for row in rows]):
             found_logits = self._run([rows[index] for index in chosen], list(chosen), table)
             parts = found_logits.cpu().split([len(rows[index].logit_positions) for index in chosen])
             for index, part in zip(chosen, parts, strict=True):
@@ -124,17 +122,21 @@ class PromptModel:
         _check_candidates(candidates)
         table = _Table(self.backbone, _per_row(prompts, len(records)), force=self.force)
         items = self._items(as_records(records), table, list(candidates))
-        ranked: list[list[Candidate]] = [[]] * len(items)
-        for chosen in _batches([item.inputs for item in items]):
-            group = [items[index] for index in chosen]
-            examples = [example for item in group for example in item.inputs]
-            owners = [index for index in chosen for _ in items[index].inputs]
-            scored = score_choices(group, self._run(examples, owners, table))
-            scores = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
-            for index, values in zip(chosen, scores.cpu().split(scored.per_item), strict=True):
-                listed = [Candidate(text, value) for text, value in zip(candidates, values.tolist(), strict=True)]
-                ranked[index] = sorted(listed, key=lambda candidate: -candidate.log_prob)
-        return ranked
+        # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
+        pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
+        scores = [[0.0] * len(candidates) for _ in items]
+        for chosen in batches([piece.inputs for _, piece, _ in pieces]):
+            owners = [pieces[index][0] for index in chosen]
+            group = [pieces[index][1] for index in chosen]
+            scored = score_choices(group, self._run([piece.inputs[0] for piece in group], owners, table))
+            values = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
+            for index, found in zip(chosen, values.cpu().split(scored.per_item), strict=True):
+                owner, _, places = pieces[index]
+                for place, value in zip(places, found.tolist(), strict=True):
+                    scores[owner][place] = value
+        return [
+            sorted(map(Candidate, candidates, values), key=lambda candidate: -candidate.log_prob) for values in scores
+        ]
 
     @torch.no_grad()
     def classify(
@@ -156,7 +158,7 @@ class PromptModel:
         owners = tuple(label for label, _ in labels.flat)
         items = [Item(item.inputs, item.choices, owners, 0) for item in self._items(as_records(records), table, words)]
         found: list[list[Candidate]] = [[]] * len(items)
-        for chosen in _batches([item.inputs for item in items]):
+        for chosen in batches([item.inputs for item in items]):
             group = [items[index] for index in chosen]
             examples = [example for item in group for example in item.inputs]
             scored = score_choices(group, self._run(examples, [i for i in chosen for _ in items[i].inputs], table))
@@ -196,15 +198,16 @@ class PromptModel:
         """
         if not records:
             return []
-        if top_k < 1:
-            raise RecordError(f"top_k is {top_k}; it must be 1 or more")
+        for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise RecordError(f"{name} is {value}; it must be 1 or more")
         if candidates is not None:
             ranked = self.rank(records, prompt, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
-        prompts = _per_row(prompt, len(records))
+        prompts, data = _per_row(prompt, len(records)), as_records(records)
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(prompts):
-            rows = [as_records(records)[index] for index in indices]
+            rows = [data[index] for index in indices]
             if one.label_words is not None:
                 found = [
                     Prediction(row[0].text, tuple(row[:top_k])) for row in self.classify(rows, one, normalise=normalise)
@@ -215,109 +218,19 @@ class PromptModel:
         return [answers[index] for index in range(len(records))]
 
     def _write(self, records: Sequence[Record], prompt: Prompt, *, top_k: int, max_tokens: int) -> list[Prediction]:
-        bound = prompt.bind(self.backbone, force=self.force)
-        if self.backbone.kind == "masked":
-            return self._fill_masks(records, prompt, bound, top_k=top_k, max_tokens=max_tokens)
-        examples = bound.contexts(records)
-        found: list[Prediction] = [Prediction("", ())] * len(records)
-        for chosen in _batches([[example] * top_k for example in examples]):
-            written = self._beams([examples[index] for index in chosen], prompt, width=top_k, max_tokens=max_tokens)
-            for index, beams in zip(chosen, written, strict=True):
-                found[index] = Prediction(beams[0][0].text, tuple(beam for beam, _ in beams), tokens=beams[0][1])
-        return found
-
-    def _beams(
-        self, examples: Sequence[Example], prompt: Prompt, *, width: int, max_tokens: int
-    ) -> list[list[tuple[Candidate, int]]]:
-        """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding).
-
-        Returns:
-            For each of B rows ``width`` answers with their number of tokens, best first.
-        """
-        backbone, rows = self.backbone, len(examples)
-        stop = backbone.tokenizer.stop_id
-        batch = collate(examples, slots=[prompt.slots] * rows, pad_side="left").to(backbone.device)
-        embeddings = inject(backbone.embed(batch.token_ids), _vectors(prompt), batch)
-        mask, positions = batch.mask, batch.mask.sum(dim=1)  # (B, T), (B,)
-        logits, cache = backbone.run(
-            embeddings,
-            mask=mask,
-            positions=batch.positions,
-            rows=batch.logit_rows,
-            cols=batch.logit_cols,
-            keep_cache=True,
+        written = write_answers(
+            self.backbone,
+            prompt.bind(self.backbone, force=self.force),
+            records,
+            _vectors(prompt, width=self.backbone.width),
+            width=top_k,
+            max_tokens=max_tokens,
+            pad_side=self.pad_side,
         )
-        scores = torch.log_softmax(logits[:, : backbone.vocabulary], dim=-1)  # (B, V)
-        best, tokens = scores.topk(width, dim=-1)  # (B, W)
-        texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-        assert cache is not None
-        backbone.reorder(cache, torch.arange(rows, device=backbone.device).repeat_interleave(width))
-        mask, positions = (value.repeat_interleave(width, dim=0) for value in (mask, positions))
-        ended = tokens == stop if stop is not None else torch.zeros_like(tokens, dtype=torch.bool)  # (B, W)
-        for _ in range(max_tokens - 1):
-            if bool(ended.all()) or mask.shape[1] >= backbone.tokenizer.max_tokens:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B * W, T + 1)
-            every = torch.arange(len(mask), device=backbone.device)
-            logits, cache = backbone.run(
-                backbone.embed(tokens.reshape(-1, 1)),
-                mask=mask,
-                positions=positions[:, None],
-                rows=every,
-                cols=torch.zeros_like(every),
-                cache=cache,
-                keep_cache=True,
-            )
-            positions = positions + 1
-            step = torch.log_softmax(logits[:, : backbone.vocabulary], dim=-1).view(rows, width, -1)  # (B, W, V)
-            # An ended beam goes on as itself: one continuation (the stop token again) at no cost.
-            step = step.masked_fill(ended[..., None], -torch.inf)
-            if stop is not None:
-                step[..., stop] = step[..., stop].masked_fill(ended, 0.0)
-            best, flat = (best[..., None] + step).flatten(1).topk(width, dim=-1)  # (B, W)
-            parents, tokens = flat // step.shape[-1], flat % step.shape[-1]  # (B, W)
-            ended = ended.gather(1, parents)
-            texts = [
-                [
-                    texts[row][int(parent)] + ([] if over else [int(token)])
-                    for parent, token, over in zip(parents[row], tokens[row], ended[row], strict=True)
-                ]
-                for row in range(rows)
-            ]
-            if stop is not None:
-                ended = ended | (tokens == stop)
-            assert cache is not None
-            backbone.reorder(cache, (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
         return [
-            [self._finished(ids, float(value), stop) for ids, value in zip(texts[row], best[row].tolist(), strict=True)]
-            for row in range(rows)
+            Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
+            for row in written
         ]
-
-    def _finished(self, ids: Sequence[int], log_prob: float, stop: int | None) -> tuple[Candidate, int]:
-        own = [token for token in ids if token != stop]
-        return Candidate(self.backbone.tokenizer.decode(own).strip(), log_prob), len(own)
-
-    def _fill_masks(
-        self, records: Sequence[Record], prompt: Prompt, bound: BoundTemplate, *, top_k: int, max_tokens: int
-    ) -> list[Prediction]:
-        """Fill 1 to ``max_tokens`` masks, each with its likeliest token, and keep the likeliest length on average."""
-        every: list[list[tuple[float, Candidate, int]]] = [[] for _ in records]
-        for count in range(1, max_tokens + 1):
-            examples = bound.contexts(records, target_tokens=count)
-            table = _Table(self.backbone, [prompt] * len(records), force=self.force)
-            for chosen in _batches([[example] for example in examples]):
-                logits = self._run([examples[index] for index in chosen], chosen, table)  # (B * count, V)
-                log_probs = torch.log_softmax(logits[:, : self.backbone.vocabulary], dim=-1).view(
-                    len(chosen), count, -1
-                )
-                values, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)  # (B, count, K)
-                for row, index in enumerate(chosen):
-                    for answer in range(values.shape[-1]) if count == 1 else (0,):
-                        text = self.backbone.tokenizer.decode(tokens[row, :, answer].tolist()).strip()
-                        total = float(values[row, :, answer].sum())
-                        every[index].append((total / count, Candidate(text, total), count))
-        best = [sorted(found, key=lambda entry: -entry[0])[:top_k] for found in every]
-        return [Prediction(row[0][1].text, tuple(entry[1] for entry in row), tokens=row[0][2]) for row in best]
 
     def _items(self, records: Sequence[Record], table: _Table, candidates: Sequence[str]) -> list[Item]:
         items: dict[int, Item] = {}
@@ -366,6 +279,18 @@ class _Table:
             yield self.bound[id(prompt)], indices
 
 
+def _by_input(item: Item) -> list[tuple[Item, list[int]]]:
+    """Cut an item into one per input, each with the places its choices had."""
+    places: list[list[int]] = [[] for _ in item.inputs]
+    for place, choice in enumerate(item.choices):
+        places[choice.input].append(place)
+    cut = [
+        Item((row,), tuple(Choice(0, item.choices[p].target_ids, item.choices[p].own_tokens) for p in found))
+        for row, found in zip(item.inputs, places, strict=True)
+    ]
+    return list(zip(cut, places, strict=True))
+
+
 def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
     rows: dict[int, tuple[Prompt, list[int]]] = {}
     for index, prompt in enumerate(prompts):
@@ -395,21 +320,3 @@ def _check_candidates(candidates: Sequence[str]) -> None:
         if text in seen:
             raise RecordError(f"the candidate '{text}' stands twice; candidates must differ")
         seen.add(text)
-
-
-def _batches(inputs: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
-    """Yield indices of rows to run together, of similar length and within the bounds of one forward pass."""
-    longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
-    chosen: list[int] = []
-    rows = positions = width = 0
-    for index in sorted(range(len(inputs)), key=lambda i: longest[i]):
-        add = sum(len(example.logit_positions) for example in inputs[index])
-        wide = max(width, longest[index])
-        full = (rows + len(inputs[index])) * wide > MAX_BATCH_TOKENS or positions + add > MAX_BATCH_POSITIONS
-        if chosen and full:
-            yield chosen
-            chosen, rows, positions, wide = [], 0, 0, longest[index]
-        chosen.append(index)
-        rows, positions, width = rows + len(inputs[index]), positions + add, wide
-    if chosen:
-        yield chosen

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError, PromptError, TemplateError
+from ptuning.errors import FileError, LabelWordError, PromptError, TemplateError
 from ptuning.files import Json, publish_folder, read_bytes, read_json, sha256, write_bytes, write_json, write_text
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords
@@ -212,7 +212,7 @@ class Prompt:
             )
         try:
             return _from_manifest(manifest, vectors if slots else None)
-        except (KeyError, TypeError, AttributeError, ValueError, TemplateError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, TemplateError, LabelWordError) as error:
             raise PromptError(f"{where} is damaged: {error}") from error
 
     def _manifest(self, vectors_sha256: str) -> dict[str, Json]:
@@ -236,7 +236,8 @@ class Prompt:
         lines = [
             "# A prompt for a language model",
             "",
-            f"Made with [ptuning](https://arxiv.org/abs/2103.10385) {ptuning.__version__} by the method `{self.method}`.",
+            f"Made by the method `{self.method}` with [ptuning](https://arxiv.org/abs/2103.10385) "
+            f"{ptuning.__version__}.",
             "",
             "| | |",
             "|---|---|",
@@ -308,6 +309,8 @@ def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None) -> Prom
     seed = manifest.get("seed")
     if not isinstance(words, Mapping | None) or not isinstance(backbone, Mapping | None):
         raise TypeError("'label_words' and 'backbone' must be objects or null")
+    if words and not all(isinstance(listed, list) for listed in words.values()):
+        raise TypeError("'label_words' must hold a list of words for each label")
     if not isinstance(scores, Mapping) or not isinstance(seed, int | None):
         raise TypeError("'scores' must be an object and 'seed' a number")
     return Prompt(

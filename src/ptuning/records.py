@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -76,9 +77,10 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
         dict_keys(['x', 'y'])
     """
     path = Path(source)
-    if not path.exists() and ":" in str(source) and not path.suffix:
+    exists = os.path.exists(path)  # unlike Path.exists, False for whatever can be no path
+    if not exists and ":" in str(source) and not path.suffix:
         return _shipped_records(str(source))
-    if not path.exists():
+    if not exists:
         raise FileError(f"no such data file: {source}.{_hint(path)}")
     if path.suffix.lower() not in SUFFIXES:
         raise FileError(f"cannot tell the format of {source}; a data file ends in one of {', '.join(SUFFIXES)}")
@@ -120,6 +122,10 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
         if not isinstance(name, str):
             raise RecordError(f"{where}: field names must be text, not {name!r}")
         if isinstance(value, str):
+            try:
+                (name + value).encode()
+            except UnicodeEncodeError as error:
+                raise RecordError(f"{where}: the field {name!r} holds half a character (a lone surrogate)") from error
             record[name] = value
         elif isinstance(value, bool | int | float):
             record[name] = json.dumps(value)
@@ -158,7 +164,8 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
     Raises:
         RecordError: If there are too few different inputs to split.
     """
-    inputs = [canonical_json({k: v for k, v in row.items() if k != TARGET_FIELD}) for row in records]
+    answers = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
+    inputs = [canonical_json({name: text for name, text in row.items() if name not in answers}) for row in records]
     groups = sorted(set(inputs))
     if len(groups) < 2:
         raise RecordError(
@@ -269,16 +276,18 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
         raise FileError(f"reading {name} needs pyarrow: pip install 'ptuning[parquet]'") from error
     try:
         table = read_table(io.BytesIO(data)).to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError, ValueError) as error:  # a damaged footer is an OSError, broken text a ValueError
         raise RecordError(f"{name} is no readable Parquet file: {error}") from error
     return [(f"{name}, row {number}", row) for number, row in enumerate(table, start=1)]
 
 
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
+    """Return a record with fields under their new names; the old names are gone, so that no answer stays behind."""
+    renamed = {}
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
-                f"{where}: no field '{old}' to use as '{new}'; the record has {', '.join(sorted(record))}"
+                f"{where}: no field '{old}' to use as '{new}'; the record has {', '.join(sorted(record)) or 'no fields'}"
             )
-        record = {**record, new: record[old]}
-    return record
+        renamed[new] = record[old]
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed

@@ -12,26 +12,20 @@ from pathlib import Path
 import torch
 
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError, TemplateError
+from ptuning.checkpoint import check_identity
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords
+from ptuning.measure import Report, evaluate, measure_ceiling
 from ptuning.objective import Item, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
 from ptuning.records import Record, Records, as_records, require_targets, split_records
 from ptuning.template import Template
-from ptuning.trainer import (
-    CHOICE_RULE,
-    Report,
-    TrainConfig,
-    Trainer,
-    check_identity,
-    derived_seed,
-    evaluate,
-    measure_ceiling,
-)
+from ptuning.trainer import CHOICE_RULE, Trainer, derived_seed
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -100,6 +94,8 @@ def train(
     """
     began = time.monotonic()
     config = config or TrainConfig()
+    if resume and out is None:
+        raise ConfigError("there is nothing to resume without the folder of the run (out)")
     parsed = as_template(template)
     if not parsed.has_slots:
         raise TemplateError(
@@ -143,15 +139,19 @@ def train(
 
 
 def identity(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what must be equal for a run to be resumed: settings, data and backbone."""
-    settings, data, backbone = record["settings"], record["data"], record["backbone"]
+    """Return what must be equal for a run to be resumed: settings, data and backbone.
+
+    Raises:
+        FileError: If the record is not one of a run.
+    """
+    settings, data, backbone = record.get("settings"), record.get("data"), record.get("backbone")
     if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
-        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects")
+        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects; use --overwrite")
     found: dict[str, Json] = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
     for part in ("train", "dev"):
-        listed = data[part]
-        found[f"{part} data (sha256)"] = listed["sha256"] if isinstance(listed, Mapping) else None
-    found["backbone fingerprint"] = backbone["fingerprint"]
+        listed = data.get(part)
+        found[f"{part} data (sha256)"] = listed.get("sha256") if isinstance(listed, Mapping) else None
+    found["backbone fingerprint"] = backbone.get("fingerprint")
     return found
 
 
@@ -269,7 +269,9 @@ def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrit
         check_identity(wanted, identity(record), where=str(folder))
         return record
     ours = {RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER}
-    only_ours = folder.is_dir() and all(entry.name in ours or entry.name.endswith(".tmp") for entry in folder.iterdir())
+    only_ours = folder.is_dir() and all(
+        entry.name in ours or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
+    )
     check_free(folder, overwrite=overwrite or (resume and only_ours))
     if overwrite and not resume:
         # The record goes first: without it nobody takes the rest for a finished run.

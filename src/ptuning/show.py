@@ -1,9 +1,18 @@
-"""What the command line prints: tables and JSON of results. Computes nothing."""
+"""What the command line prints: results on the standard output, progress and messages on the error stream. Computes
+nothing, and loads nothing heavy.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import typer
@@ -12,22 +21,107 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ptuning.files import Json
-from ptuning.metrics import Score
+from ptuning import defaults
 
 if TYPE_CHECKING:
     from ptuning.backbone import TextTokenizer
     from ptuning.demo import DemoResult
     from ptuning.evaluate import Result
+    from ptuning.files import Json
     from ptuning.inspection import Inspection, Neighbour
+    from ptuning.measure import Progress
+    from ptuning.metrics import Score
     from ptuning.predict import Prediction
     from ptuning.prompt import Prompt
     from ptuning.records import Records
     from ptuning.runs import TrainResult
 
+# What the stages of a progress report are called on the screen.
+STAGES = {"train": "training", "dev": "scoring", "predict": "answering"}
+# A person sees this many neighbours of a slot, which fit into 80 columns; JSON holds all.
+SHOWN_NEIGHBOURS = 3
+
+
+def say(text: str) -> None:
+    """Print a message that is no result. Its lines are not wrapped, so that paths, commands and carets stay whole."""
+    _errors().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print an error."""
+    say(f"error: {text}")
+
+
+class LogHandler(logging.Handler):
+    """Prints log messages above a running progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        say(f"{record.levelname.lower()}: {self.format(record)}")
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on a terminal that something of unknown length is going on."""
+    with _errors().status(text):
+        yield
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Show that a backbone is loaded, and say so where it is converted first, which takes longer."""
+    text = f"loading {name}"
+    if name in defaults.KNOWN and not defaults.is_cached(name):
+        text = f"converting {name} for the first time, about 20 seconds"
+        say(text)
+    with waiting(text):
+        yield
+
+
+@contextmanager
+def bar() -> Iterator[Callable[[Progress], None]]:
+    """Show progress on the error stream: a bar per running stage on a terminal, a line per epoch anywhere."""
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = _errors()
+    fields = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note")]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], TimeRemainingColumn())
+    with Bar(*columns, fields[1], console=console, transient=True, disable=not console.is_terminal) as live:
+        # Shown while no stage runs: before the first, between two, and while files are written.
+        idle = live.add_task("working", total=None, count="", note="")
+        tasks = {stage: live.add_task(name, visible=False, count="", note="") for stage, name in STAGES.items()}
+
+        def report(progress: Progress) -> None:
+            if progress.stage == "epoch":
+                say(f"epoch {progress.done}/{progress.total}: {progress.note}")
+                return
+            live.update(
+                tasks[progress.stage],
+                completed=progress.done,
+                total=progress.total,
+                visible=progress.done < progress.total,
+                count=f"{progress.done}/{progress.total}",
+                note=progress.note,
+            )
+            live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
+
+        yield report
+
+
+def program() -> str:
+    """Return how this program can be called from here: by its name if the shell would find it, else by its path."""
+    own = Path(sys.executable).with_name("ptuning")
+    if shutil.which("ptuning") == str(own):
+        return "ptuning"
+    if not own.is_file():
+        return f"{shlex.quote(sys.executable)} -m ptuning"
+    inside = own.is_relative_to(Path.cwd())
+    return shlex.quote(str(own.relative_to(Path.cwd()) if inside else own))
+
 
 def interval(score: Score) -> str:
-    """Return a score with its interval and its n."""
+    """Return a score with its interval."""
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 
@@ -36,10 +130,10 @@ def training(result: TrainResult) -> None:
     record, console = result.record, _console()
     history = cast("Sequence[Mapping[str, float]]", record["history"])
     start = cast("Mapping[str, float]", record["start"])
-    data = cast("Mapping[str, Mapping[str, Json] | None]", record["data"])
-    dev = data["dev"] or {}
+    dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
     chosen = cast("int", record["chosen_epoch"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"development part: {dev.get('rows')} records", title_justify="left")
+    _heading(f"development part: {dev['rows']} records of {dev['name']}")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("epoch", "train loss", "dev loss", "dev score"):
         table.add_column(name, justify="right")
     table.add_row("start", "", f"{start['dev_loss']:.3f}", f"{start['dev_score']:.3f}", style=_mark(chosen == 0))
@@ -52,15 +146,14 @@ def training(result: TrainResult) -> None:
             style=_mark(row["epoch"] == chosen),
         )
     console.print(table)
-    console.print(f"chosen: {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
-    console.print(_parameters(record))
+    console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
+    _parameters(record)
     if record.get("ceiling_tokens_per_second"):
         speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
-        console.print(f"speed: {speed:.0f} tokens/s, {speed / ceiling:.0%} of the bare backbone's {ceiling:.0f}")
-    console.print(
-        f"prompt: [bold]{escape(str(result.folder))}/prompt[/]   record: {escape(str(result.folder))}/run.json"
-    )
-    console.print(f"next:   ptuning eval {escape(str(result.folder))} --data FILE")
+        console.print(f"speed:   {speed:.0f} tokens/s, {speed / ceiling:.0%} of the bare backbone's {ceiling:.0f}")
+    _line(f"prompt:  {result.folder}/prompt")
+    _line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
+    _line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
 
 
 def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> None:
@@ -76,16 +169,16 @@ def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> Non
             }
         )
         return
-    console = _console()
-    table = Table(box=box.SIMPLE_HEAD, title=escape(f"{name} on {data.name}, n = {len(data)}"), title_justify="left")
+    _heading(f"{name} on {data.name}, n = {len(data)}")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("score")
     table.add_column("value  [95 % interval]")
     for metric, score in found.scores.items():
         table.add_row(metric.replace("_", " "), escape(interval(score)))
-    console.print(table)
-    console.print(f"loss {found.loss:.3f}")
+    _console().print(table)
+    _line(f"loss {found.loss:.3f}")
     if found.missing:
-        console.print(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
+        _line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
 
 
 def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, masked: bool) -> None:
@@ -102,11 +195,11 @@ def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, ma
                 row["tokens"] = prediction.tokens
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif len(prediction.candidates) > 1:
-            typer.echo("\t".join(f"{_one_line(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
+            typer.echo("\t".join(f"{_visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif masked and prediction.tokens is not None:
-            typer.echo(f"{_one_line(prediction.text)}\t({prediction.tokens} tokens)")
+            typer.echo(f"{_visible(prediction.text)}\t({prediction.tokens} token{'s' * (prediction.tokens != 1)})")
         else:
-            typer.echo(_one_line(prediction.text))
+            typer.echo(_visible(prediction.text))
 
 
 def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
@@ -114,30 +207,27 @@ def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     if as_json:
         _print_json({"template": str(prompt.template), **found.to_json()})
         return
-    console = _console()
-    table = Table(box=box.SIMPLE_HEAD, title=escape(str(prompt.template)), title_justify="left")
+    _heading(str(prompt.template))
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
         table.add_column(name)
     for index, view in enumerate(found.slots):
-        start = "random" if view.start is None else f"'{view.start}'"
+        start = "random" if view.start is None else _token(view.start)
         table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
+    console = _console()
     console.print(table)
     console.print(
         f"For scale: two tokens lie {found.token_distance:.2f} apart (median), a token and its nearest "
         f"{found.neighbour_distance:.2f}; a token's norm is {found.token_norm:.2f}."
     )
-    if found.scores:
-        learned, nearest = found.scores["as learned"], found.scores["nearest tokens"]
-        console.print(
-            f"score as learned {escape(interval(learned))}, with the nearest tokens in the slots "
-            f"{escape(interval(nearest))}, n = {learned.n}"
-        )
-        if nearest.high < learned.value:
-            console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
-    else:
-        console.print(
-            "Give --data to see what the nearest tokens score in the slots' place, before reading meaning into them."
-        )
+    if not found.scores:
+        console.print("Before reading meaning into these tokens: --data FILE scores them in the slots' place.")
+        return
+    learned, nearest = found.scores["as learned"], found.scores["nearest tokens"]
+    console.print(f"score of the slots as learned            {escape(interval(learned))}, n = {learned.n}")
+    console.print(f"score with the nearest token in each     {escape(interval(nearest))}")
+    if nearest.high < learned.value:
+        console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
 
 
 def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
@@ -155,10 +245,10 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
     for name in ("position", "part", "id", "token"):
         table.add_column(name)
     for index, part, token, text in rows:
-        shown = "random start" if token is None else f"'{text}'" + (" (start)" if part == "slot" else "")
+        shown = "random start" if text is None else _token(text) + (" (start)" if part == "slot" else "")
         table.add_row(
             str(index),
-            part,
+            escape(part),
             "" if token is None else str(token),
             escape(shown),
             style={"slot": "green", "target": "bold"}.get(part, ""),
@@ -168,79 +258,86 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
 
 def facts(known: Mapping[str, Mapping[str, object]]) -> None:
     """Print the shipped facts."""
-    table = Table(
-        box=box.SIMPLE_HEAD, title="shipped facts: use NAME:train, NAME:dev or NAME:test as data", title_justify="left"
-    )
-    for name in ("name", "what", "train/dev/test", "manual template", "about"):
+    _heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
+    # As narrow as it can be: the manual templates are for copying and should not be wrapped at 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("name", "records", "manual template (--manual)", "--about"):
         table.add_column(name)
     for name, entry in known.items():
         rows = cast("Mapping[str, int]", entry["rows"])
-        table.add_row(
-            name,
-            str(entry["title"]),
-            "/".join(str(rows[split]) for split in ("train", "dev", "test")),
-            escape(str(entry["manual"])),
-            str(entry["about"]),
-        )
+        counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
+        table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
     _console().print(table)
 
 
 def demo(result: DemoResult) -> None:
     """Print what the demo found."""
-    console, record = _console(), result.record
-    n = result.scores["manual"].n
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"country -> capital: exact match on {n} test countries", title_justify="left"
-    )
-    table.add_column("method")
-    table.add_column("prompt")
-    table.add_column("exact match  [95 % interval]")
-    prompts = {
-        "majority": "the most frequent training answer",
-        "manual": "The capital of [X] is [Y]",
-        "p-tuning": str(result.prompt.template),
-    }
+    console = _console()
+    _heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("method", "prompt", "exact match  [95 % interval]"):
+        table.add_column(name)
     for name, score in result.scores.items():
-        table.add_row(name, escape(prompts[name]), escape(interval(score)), style=_mark(name == "p-tuning"))
+        table.add_row(name, escape(result.described[name]), escape(interval(score)), style=_mark(name == "p-tuning"))
     console.print(table)
-    shown = Table(box=box.SIMPLE_HEAD, title="five of them", title_justify="left")
+    _heading("five of them")
+    shown = Table(box=box.SIMPLE_HEAD)
     for name in ("country", "capital", "manual prompt says", "learned prompt says"):
         shown.add_column(name)
     for answer in result.answers:
-        shown.add_row(*(escape(text) for text in (answer.subject, answer.target, answer.before, answer.after)))
+        texts = (answer.subject, answer.target, answer.before, answer.after)
+        shown.add_row(*(escape(_visible(text)) for text in texts))
     console.print(shown)
-    console.print(f"prompt: {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
-    console.print(_parameters(record))
-    console.print(f"files:  [bold]{escape(str(result.folder))}[/]  (prompt/, run.json, predictions.jsonl)")
-    console.print(
-        f"next:   ptuning predict {escape(str(result.folder))} Kenya   (in the environment that make set up: "
-        f".venv/bin/ptuning)"
-    )
+    _line(f"prompt:  {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
+    _parameters(result.record)
+    _line(f"files:   {result.folder}  (prompt/, run.json, predictions.jsonl)")
+    _line(f"next:    {program()} predict {shlex.quote(str(result.folder))} {shlex.quote(result.answers[0].subject)}")
 
 
-def _one_line(text: str) -> str:
-    """Return an answer on one line: records and answers stay side by side."""
-    return text.replace("\n", "\\n")
+@functools.cache
+def _errors() -> Console:
+    """The one console of the error stream: what goes through it stands above a running progress bar."""
+    return Console(stderr=True, emoji=False)
 
 
-def _parameters(record: Mapping[str, Json]) -> str:
+def _console() -> Console:
+    return Console(highlight=False, emoji=False)
+
+
+def _heading(text: str) -> None:
+    """Print a table's title. A title of the table's own would be wrapped at the table's width."""
+    _console().print(text, markup=False, style="italic", soft_wrap=True)
+
+
+def _line(text: str) -> None:
+    """Print a line that is not wrapped, so that a path or a command can be copied."""
+    _console().print(text, markup=False, soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """Return a text on one line, with line breaks and other characters that do not print escaped."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _token(text: str) -> str:
+    return f"'{_visible(text)}'"
+
+
+def _parameters(record: Mapping[str, Json]) -> None:
     trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
-    return (
-        f"trained {trainable:,} parameters of the prompt encoder, backbone frozen with {frozen:,}; "
-        f"{cast('float', record['train_seconds']):.0f} s of training, {cast('float', record['seconds']):.0f} s in all"
-    )
+    train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
+    _line(f"trained: {trainable:,} parameters of the prompt encoder; frozen: {frozen:,} of the backbone")
+    _line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
 
 
 def _listed(neighbours: Sequence[Neighbour]) -> str:
-    return escape(", ".join(f"'{one.token}' {one.value:.2f}" for one in neighbours))
+    # A line may be broken between two tokens, not inside of one.
+    entries = (f"{_token(one.token)} {one.value:.2f}".replace(" ", "\u00a0") for one in neighbours[:SHOWN_NEIGHBOURS])
+    return escape(", ".join(entries))
 
 
 def _mark(on: bool) -> str:
     return "bold green" if on else ""
-
-
-def _console() -> Console:
-    return Console(soft_wrap=False, highlight=False)
 
 
 def _print_json(value: Json | Sequence[Mapping[str, Json]]) -> None:

@@ -59,7 +59,6 @@ class Target:
     """The place of the text to predict."""
 
 
-
 Piece = Literal | Field | Slots | TextSlots | Target
 
 

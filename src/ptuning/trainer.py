@@ -4,90 +4,31 @@ parts only; knows no files but its checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ptuning.backbone import Backbone
-from ptuning.batch import Batch, collate
+from ptuning.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
+from ptuning.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.config import TrainConfig as TrainConfig
 from ptuning.encoder import PromptEncoder, start_vectors
 from ptuning.errors import TrainingError
-from ptuning.files import Json, make_folder, read_bytes, write_bytes
+from ptuning.files import Json
 from ptuning.fill import BoundTemplate
+from ptuning.measure import Evaluation, evaluate, item_batch
+from ptuning.measure import Progress as Progress
+from ptuning.measure import Report as Report
 from ptuning.model import target_logits
-from ptuning.objective import Item, hits, loss, loss_count, score_choices
+from ptuning.objective import Item, loss, loss_count, score_choices
 
-logger = logging.getLogger(__name__)
-
-CHECKPOINT_FILE = "state.safetensors"
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
-# Rows per forward pass where no gradients are kept.
-EVALUATION_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run is doing, for whoever shows it.
-
-    Args:
-        stage: ``train``, ``dev``, or ``epoch`` at the end of one.
-        done, total: Records read in this stage, or epochs.
-        note: A few words, such as the epoch and the loss so far.
-    """
-
-    stage: str
-    done: int
-    total: int
-    note: str
-
-
-Report = Callable[[Progress], None]
-
-
-@dataclass
-class _State:
-    """Where a run stands; together with the tensors all that a checkpoint holds."""
-
-    epoch: int = 1
-    position: int = 0  # records of the current epoch's order that were used
-    step: int = 0
-    epoch_loss_sum: float = 0.0
-    epoch_loss_count: int = 0
-    epoch_seconds: float = 0.0
-    train_seconds: float = 0.0
-    train_tokens: int = 0
-    chosen_epoch: int = 0
-    best_score: float = -1.0
-    best_loss: float = math.inf
-    start: dict[str, float] = dataclasses.field(default_factory=dict)
-    history: list[dict[str, float | int]] = dataclasses.field(default_factory=list)
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss per token (or per item with label words) and one hit or miss per record, in the records' order."""
-
-    loss: float
-    hits: tuple[float, ...]
-
-    @property
-    def score(self) -> float:
-        """Share of hits, in [0, 1]."""
-        return sum(self.hits) / len(self.hits)
 
 
 class Interrupted(TrainingError):
@@ -103,6 +44,9 @@ class Trainer:
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
+
+    Raises:
+        TrainingError: If the backbone is not frozen.
     """
 
     def __init__(
@@ -114,6 +58,8 @@ class Trainer:
         checkpoint: Path | None = None,
         identity: Mapping[str, Json] | None = None,
     ) -> None:
+        if backbone.model.training or any(weight.requires_grad for weight in backbone.model.parameters()):
+            raise TrainingError(f"the backbone '{backbone.name}' is not frozen; call its freeze() first")
         self.backbone = backbone
         self.bound = bound
         self.config = config
@@ -123,11 +69,12 @@ class Trainer:
         start = start_vectors(
             bound.slot_start_ids, table=backbone.table(), how=config.start, generator=self.generator("slot starts")
         )
-        self.encoder = PromptEncoder(
-            start, kind=config.encoder, dropout=config.dropout, generator=self.generator("encoder weights")
-        ).to(backbone.device)
+        with torch.random.fork_rng(devices=[]):  # torch's modules draw weights of their own before ours are written
+            self.encoder = PromptEncoder(
+                start, kind=config.encoder, dropout=config.dropout, generator=self.generator("encoder weights")
+            ).to(backbone.device)
         self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        self.state = _State()
+        self.state = RunState()
         self.best_vectors = self.vectors()
         self._saved_at = time.monotonic()
 
@@ -244,18 +191,14 @@ class Trainer:
             batch = item_batch(items, slots=self.bound.slots)
             self.state.train_tokens += batch.tokens
             batch_loss, _ = loss(items, score_choices(items, target_logits(self.backbone, batch, vectors)))
-            self.accelerator.backward(batch_loss / total)
+            (batch_loss / total).backward()
             loss_sum += batch_loss.detach()
         if processes > 1:
             loss_sum = self.accelerator.reduce(loss_sum, "sum")
             for weight in self.encoder.parameters():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
-        if not torch.isfinite(loss_sum):
-            raise TrainingError(
-                f"the loss became {float(loss_sum)} in epoch {self.state.epoch}; use a lower learning "
-                f"rate than {self.config.lr} (--lr), or float32 (--dtype)"
-            )
+        self._check_loss(float(loss_sum), "loss", self.state.epoch)
         torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.state.epoch_loss_sum += float(loss_sum)
@@ -284,9 +227,17 @@ class Trainer:
 
     def _consider(self, found: Evaluation, *, epoch: int) -> None:
         """Keep the vectors if they are the best so far, by :data:`CHOICE_RULE`."""
+        self._check_loss(found.loss, "development loss", epoch)
         if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
             self.best_vectors = self.vectors()
+
+    def _check_loss(self, value: float, name: str, epoch: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} became {value} in epoch {epoch}; use a lower learning rate than {self.config.lr} (--lr), "
+                "or float32 (--dtype)"
+            )
 
     def save(self) -> None:
         """Write the checkpoint, if there is a folder for it and this is the main process."""
@@ -297,14 +248,7 @@ class Trainer:
         tensors["best_vectors"] = self.best_vectors
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        metadata = {
-            "format": "pt",
-            "state": json.dumps(dataclasses.asdict(self.state)),
-            "identity": json.dumps(self.identity, ensure_ascii=False),
-        }
-        data = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
-        make_folder(self.checkpoint)
-        write_bytes(self.checkpoint / CHECKPOINT_FILE, data)
+        write_checkpoint(self.checkpoint, self.state, tensors, identity=self.identity)
 
     def load(self) -> bool:
         """Go on from the checkpoint; return whether there is one.
@@ -312,23 +256,18 @@ class Trainer:
         Raises:
             TrainingError: If it is damaged, or belongs to a run with other settings, data or backbone (says which).
         """
-        if self.checkpoint is None or not (self.checkpoint / CHECKPOINT_FILE).is_file():
+        found = read_checkpoint(self.checkpoint, identity=self.identity) if self.checkpoint else None
+        if self.checkpoint is None or found is None:
             return False
-        path = self.checkpoint / CHECKPOINT_FILE
+        state, tensors = found
         try:
-            read_bytes(path)
-            with safetensors.safe_open(path, framework="pt") as opened:
-                metadata = opened.metadata()
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            state = _State(**json.loads(metadata["state"]))
-            self._check_identity(json.loads(metadata["identity"]))
             self.encoder.load_state_dict(
                 {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
             )
             self._load_optimizer(tensors)
             self.best_vectors = tensors["best_vectors"]
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise TrainingError(f"the checkpoint {path} is damaged ({error}); start anew with --overwrite") from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise damaged(self.checkpoint, error) from error
         self.state = state
         return True
 
@@ -340,73 +279,6 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
-
-    def _check_identity(self, saved: Mapping[str, Json]) -> None:
-        check_identity(self.identity, saved, where=str(self.checkpoint))
-
-
-def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:
-    """Check that a run may go on from what was saved.
-
-    Raises:
-        TrainingError: If anything differs; shows what was saved and what is asked for now.
-    """
-    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if names:
-        shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
-        raise TrainingError(
-            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
-            "--overwrite or in another folder"
-        )
-
-
-def item_batch(items: Sequence[Item], *, slots: int) -> Batch:
-    """Collate the inputs of items that share one prompt of ``slots`` slots."""
-    examples = [example for item in items for example in item.inputs]
-    return collate(examples, slots=[slots] * len(examples))
-
-
-@torch.no_grad()
-def evaluate(
-    backbone: Backbone,
-    items: Sequence[Item],
-    *,
-    vectors: Tensor,
-    slots: int,
-    report: Report | None = None,
-    note: str = "",
-) -> Evaluation:
-    """Score items with given slot vectors, longest first so that a batch needs little padding.
-
-    Args:
-        backbone: The language model.
-        items: What to score.
-        vectors: (P, E) float32; an empty table for a manual prompt.
-        slots: Number of slots P.
-        report: Called after every batch.
-        note: Shown with the progress.
-
-    Returns:
-        Mean loss, and a hit or a miss per item, in order.
-    """
-    order = sorted(range(len(items)), key=lambda index: -items[index].tokens)
-    loss_sum, count, done = 0.0, 0, 0
-    found: dict[int, float] = {}
-    while done < len(items):
-        chosen: list[int] = []
-        rows = 0
-        while done + len(chosen) < len(items) and (not chosen or rows < EVALUATION_ROWS):
-            chosen.append(order[done + len(chosen)])
-            rows += len(items[chosen[-1]].inputs)
-        group = [items[index] for index in chosen]
-        scored = score_choices(group, target_logits(backbone, item_batch(group, slots=slots), vectors))
-        batch_sum, batch_count = loss(group, scored)
-        loss_sum, count = loss_sum + float(batch_sum), count + batch_count
-        found |= dict(zip(chosen, hits(group, scored), strict=True))
-        done += len(chosen)
-        if report is not None:
-            report(Progress("dev", done, len(items), note))
-    return Evaluation(loss_sum / count, tuple(found[index] for index in range(len(items))))
 
 
 def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:
@@ -421,29 +293,3 @@ def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
     """Return a seed for one purpose; draws for other purposes do not move it."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def measure_ceiling(
-    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
-) -> float:
-    """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
-
-    The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
-    computes them, so the ceiling is not lowered by work that training skips.
-    """
-    tokens, spent, began = 0, 0.0, time.monotonic()
-    for at in range(0, len(items), batch_size):
-        batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
-        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
-        start = time.monotonic()
-        logits, _ = backbone.run(
-            embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
-        )
-        torch.logsumexp(logits, dim=-1).sum().backward()
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize(backbone.device)
-        if at:  # the first batch warms the machine up
-            tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
-        if time.monotonic() - began > seconds:
-            break
-    return tokens / spent if spent else math.nan

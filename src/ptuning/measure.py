@@ -1,0 +1,116 @@
+"""Running items without learning from them: scores and speed of slot vectors as they are. Knows no optimizer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptuning.backbone import Backbone
+from ptuning.batch import Batch, collate
+from ptuning.model import batches, target_logits
+from ptuning.objective import Item, hits, loss, score_choices
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run is doing, for whoever shows it.
+
+    Args:
+        stage: ``train``, ``dev``, or ``epoch`` at the end of one.
+        done, total: Records read in this stage, or epochs.
+        note: A few words, such as the epoch and the loss so far.
+    """
+
+    stage: str
+    done: int
+    total: int
+    note: str
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss per token (or per item with label words) and one hit or miss per record, in the records' order."""
+
+    loss: float
+    hits: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        """Share of hits, in [0, 1]."""
+        return sum(self.hits) / len(self.hits)
+
+
+def item_batch(items: Sequence[Item], *, slots: int) -> Batch:
+    """Collate the inputs of items that share one prompt of ``slots`` slots."""
+    examples = [example for item in items for example in item.inputs]
+    return collate(examples, slots=[slots] * len(examples))
+
+
+@torch.no_grad()
+def evaluate(
+    backbone: Backbone,
+    items: Sequence[Item],
+    *,
+    vectors: Tensor,
+    slots: int,
+    report: Report | None = None,
+    note: str = "",
+) -> Evaluation:
+    """Score items with given slot vectors, items of similar length together so that a batch needs little padding.
+
+    Args:
+        backbone: The language model.
+        items: What to score.
+        vectors: (P, E) float32; an empty table for a manual prompt.
+        slots: Number of slots P.
+        report: Called after every batch.
+        note: Shown with the progress.
+
+    Returns:
+        Mean loss, and a hit or a miss per item, in order.
+    """
+    loss_sum, count, done = 0.0, 0, 0
+    found: dict[int, float] = {}
+    for chosen in batches([item.inputs for item in items]):
+        group = [items[index] for index in chosen]
+        scored = score_choices(group, target_logits(backbone, item_batch(group, slots=slots), vectors))
+        batch_sum, batch_count = loss(group, scored)
+        loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
+        found |= dict(zip(chosen, hits(group, scored), strict=True))
+        if report is not None:
+            report(Progress("dev", done, len(items), note))
+    return Evaluation(loss_sum / count, tuple(found[index] for index in range(len(items))))
+
+
+def measure_ceiling(
+    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
+) -> float:
+    """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
+
+    The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
+    computes them, so the ceiling is not lowered by work that training skips.
+    """
+    tokens, spent, began = 0, 0.0, time.monotonic()
+    for at in range(0, len(items), batch_size):
+        batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
+        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
+        start = time.monotonic()
+        logits, _ = backbone.run(
+            embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+        )
+        torch.logsumexp(logits, dim=-1).sum().backward()
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize(backbone.device)
+        if at:  # the first batch warms the machine up
+            tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
+        if time.monotonic() - began > seconds:
+            break
+    return tokens / spent if spent else math.nan

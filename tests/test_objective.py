@@ -1,0 +1,196 @@
+"""Losses and scores against loops written by hand over plain log-probabilities."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import RECORDS, bound, items_of, learned
+from ptuning.backbone import Backbone
+from ptuning.errors import RecordError
+from ptuning.fill import Example
+from ptuning.labels import LabelWords
+from ptuning.measure import item_batch
+from ptuning.model import target_logits
+from ptuning.objective import (
+    Choice,
+    Item,
+    Scored,
+    candidate_item,
+    class_scores,
+    hits,
+    label_items,
+    loss,
+    loss_count,
+    score_choices,
+    share_inputs,
+)
+from ptuning.records import as_records
+
+TEMPLATE = "[P*2] [X] [P] [Y] ."
+CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
+WORDS = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",), "none": ("25", "no", "Paris and Lima")})
+
+
+def vectors_of(backbone: Backbone) -> Tensor:
+    """Return the slot vectors that this file's items are scored with."""
+    vectors = learned(backbone, TEMPLATE).slot_vectors
+    assert vectors is not None
+    return vectors
+
+
+@torch.no_grad()
+def scored_by(backbone: Backbone, items: list[Item]) -> Scored:
+    """Score items in one batch."""
+    return score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors_of(backbone)))
+
+
+@torch.no_grad()
+def by_hand(backbone: Backbone, example: Example) -> list[float]:
+    """Return the log-probability of each own token of one example, run alone."""
+    item = Item((example,), ())
+    log_probs = target_logits(backbone, item_batch([item], slots=3), vectors_of(backbone)).log_softmax(-1)
+    return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
+
+
+def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:
+    """Total log-probability of each target, with and without the stop token, in a batch of all records."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    scored = scored_by(backbone, items)
+    for index, item in enumerate(items):
+        each, own = by_hand(backbone, item.inputs[0]), item.choices[0].own_tokens
+        assert math.isclose(float(scored.all_log_probs[index]), sum(each), abs_tol=1e-4)
+        assert math.isclose(float(scored.log_probs[index]), sum(each[:own]), abs_tol=1e-4)
+        assert (len(each) == own + 1) == (backbone.kind == "causal")
+        assert int(scored.lengths[index]) == own
+    assert scored.token_count == sum(len(item.inputs[0].target_ids) for item in items)
+
+
+def test_loss_is_sum_and_count(backbone: Backbone) -> None:
+    """Style 12: divided once, by tokens; the same however the items are cut into batches (trap 23)."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    whole, count = loss(items, scored_by(backbone, items))
+    assert count == loss_count(items)
+    assert math.isclose(float(whole), -sum(sum(by_hand(backbone, item.inputs[0])) for item in items), rel_tol=1e-5)
+    parts = [loss(part, scored_by(backbone, part)) for part in (items[:2], items[2:])]
+    assert math.isclose(float(whole), sum(float(value) for value, _ in parts), rel_tol=1e-5)
+    assert count == sum(number for _, number in parts)
+
+
+def test_hits_are_exact_matches_of_the_own_tokens(backbone: Backbone) -> None:
+    """Each own token must be the likeliest; the stop token has no say."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    sizes = [len(item.inputs[0].logit_positions) for item in items]
+    logits = torch.zeros(sum(sizes), backbone.embedding_rows)
+    start = 0
+    for item, size in zip(items, sizes, strict=True):
+        own = item.choices[0].own_tokens
+        for at, token in enumerate(item.choices[0].target_ids[:own]):
+            logits[start + at, token] = 9.0
+        logits[start + own : start + size, 3] = 9.0  # anything but the stop token
+        start += size
+    assert hits(items, score_choices(items, logits)) == [1.0] * len(items)
+    logits[0, 4] = 10.0  # the first record's first token is now another one
+    assert hits(items, score_choices(items, logits)) == [0.0] + [1.0] * (len(items) - 1)
+
+
+def test_candidates_of_one_length_share_their_input(masked: Backbone, causal: Backbone) -> None:
+    """Single-token candidates cost one forward pass together; longer ones one each for a causal model."""
+    for backbone in (masked, causal):
+        filled = bound(backbone, TEMPLATE)
+        examples = filled.examples([RECORDS[0]] * len(CANDIDATES), targets=CANDIDATES)
+        inputs, choices = share_inputs(examples)
+        single = [choice for choice in choices if len(choice.target_ids) == 1]
+        assert len(single) >= 3
+        assert len({choice.input for choice in single}) == 1
+        assert len(inputs) < len(CANDIDATES)
+        if backbone.kind == "masked":
+            assert len(inputs) == len({len(choice.target_ids) for choice in choices})
+
+
+def test_candidates_that_share_inputs_equal_one_forward_each(backbone: Backbone) -> None:
+    """Invariant 8, with candidates of one and of several tokens, for several records in one batch."""
+    filled = bound(backbone, TEMPLATE)
+    per_record = [filled.examples([record] * len(CANDIDATES), targets=CANDIDATES) for record in RECORDS]
+    items = [candidate_item(examples) for examples in per_record]
+    assert any(len(item.inputs) > 1 for item in items)
+    found = scored_by(backbone, items).log_probs.view(len(RECORDS), -1)
+    for row, examples in enumerate(per_record):
+        for column, example in enumerate(examples):
+            assert math.isclose(float(found[row, column]), sum(by_hand(backbone, example)), abs_tol=1e-4)
+
+
+def test_masked_candidates_are_given_as_many_masks_as_they_have_tokens(masked: Backbone) -> None:
+    """A word of three tokens is scored at three masks, none of which shows the others."""
+    filled = bound(masked, TEMPLATE)
+    for example in filled.examples([RECORDS[0]] * len(CANDIDATES), targets=CANDIDATES):
+        assert masked.tokenizer.mask_id is not None
+        assert example.token_ids.count(masked.tokenizer.mask_id) == len(example.target_ids)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
+    """Label words: the log of the mean probability of a label's words, several words and tokens each."""
+    rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
+    items = label_items(bound(backbone, TEMPLATE), rows, WORDS)
+    assert [item.gold for item in items] == [1, 0, 2]
+    scored = scored_by(backbone, items)
+    found = class_scores(items, scored, normalise=normalise)  # type: ignore[arg-type]
+    filled = bound(backbone, TEMPLATE)
+    lengths = set()
+    for row, record in enumerate(rows):
+        for label, words in enumerate(WORDS.words.values()):
+            probabilities = []
+            for word in words:
+                each = by_hand(backbone, filled.examples([record], targets=[word])[0])
+                lengths.add(len(each))
+                probabilities.append(math.exp(sum(each) / (len(each) if normalise == "mean" else 1)))
+            expected = math.log(sum(probabilities) / len(probabilities))
+            assert math.isclose(float(found[row, label]), expected, abs_tol=1e-4)
+    assert len(lengths) > 1
+
+
+def test_label_loss_is_the_cross_entropy_over_classes(backbone: Backbone) -> None:
+    """Counted in items; hits follow the likeliest class."""
+    rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
+    items = label_items(bound(backbone, TEMPLATE), rows, WORDS)
+    scored = scored_by(backbone, items)
+    scores = class_scores(items, scored).double()
+    expected = sum(float(scores[row].logsumexp(0) - scores[row, gold]) for row, gold in enumerate((1, 0, 2)))
+    value, count = loss(items, scored)
+    assert math.isclose(float(value), expected, rel_tol=1e-5)
+    assert count == loss_count(items) == 3
+    assert hits(items, scored) == [float(int(scores[row].argmax()) == gold) for row, gold in enumerate((1, 0, 2))]
+
+
+def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
+    """Style 14: names the record and the labels."""
+    rows = as_records([{"x": "a", "y": "goood"}])
+    with pytest.raises(
+        RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
+    ):
+        label_items(bound(causal, TEMPLATE), rows, WORDS)
+
+
+def test_gradients_reach_the_logits_of_every_scored_token() -> None:
+    """The loss of two items of different length is differentiable in exactly their own rows."""
+    example = [Example((1, 2, 3)[:n], (), tuple(range(n)), tuple(range(n)), n) for n in (2, 3)]
+    items = [Item((one,), (Choice(0, one.target_ids, one.own_tokens),)) for one in example]
+    logits = torch.randn(5, 7, requires_grad=True)
+    value, count = loss(items, score_choices(items, logits))
+    (value / count).backward()
+    assert logits.grad is not None
+    expected = (logits.detach().softmax(-1) - torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 2]), 7)) / 5
+    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_scores_do_not_depend_on_the_order_of_items(backbone: Backbone) -> None:
+    """Invariant 2, trap 29: shuffling only permutes."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    order = random.Random(2).sample(range(len(items)), len(items))
+    found, shuffled = scored_by(backbone, items), scored_by(backbone, [items[index] for index in order])
+    torch.testing.assert_close(shuffled.all_log_probs, found.all_log_probs[order], atol=1e-5, rtol=1e-5)

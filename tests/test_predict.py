@@ -1,0 +1,471 @@
+"""Using prompts: fast equals slow, alone equals in company, and what a user may do wrong or strangely."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CONTEXT, MASKED, RECORDS, bound, learned
+from ptuning import model as model_module
+from ptuning.backbone import Backbone
+from ptuning.batch import Batch, collate
+from ptuning.errors import PromptError, RecordError, TemplateError
+from ptuning.fill import Example
+from ptuning.labels import LabelWords
+from ptuning.model import target_logits
+from ptuning.predict import Prediction, PromptModel
+from ptuning.prompt import Prompt
+from ptuning.records import Record
+
+TEMPLATE = "[P*2] [X] is [P] [Y]"
+CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
+WORDS = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",), "none": ("25", "no", "Paris and Lima")})
+
+
+def with_labels(prompt: Prompt) -> Prompt:
+    """Return a prompt with this file's label words."""
+    return Prompt(prompt.template, prompt.slot_vectors, prompt.backbone, label_words=WORDS, method="test")
+
+
+def table(prompt: Prompt, backbone: Backbone) -> Tensor:
+    """Return a prompt's vectors, an empty table for a manual one."""
+    return prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
+
+
+@torch.no_grad()
+def next_log_probs(backbone: Backbone, prompt: Prompt, context: Example, written: Sequence[int]) -> Tensor:
+    """Return the log-probabilities after a context and some written tokens, without a cache and alone."""
+    ids = (*context.token_ids, *written)
+    row = Example(ids, context.slot_positions, (len(ids) - 1,), (), 0)
+    logits = target_logits(backbone, collate([row], slots=[prompt.slots]), table(prompt, backbone))[0]
+    return logits.log_softmax(-1)[: backbone.vocabulary]
+
+
+def beams_by_hand(
+    backbone: Backbone, prompt: Prompt, record: Record, *, width: int, max_tokens: int
+) -> list[tuple[list[int], float]]:
+    """Beam search as a textbook has it, one forward pass per beam and token."""
+    context, stop = bound(backbone, str(prompt.template)).contexts([record])[0], backbone.tokenizer.stop_id
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(max_tokens):
+        grown = []
+        for ids, score in beams:
+            if ids and ids[-1] == stop:
+                grown.append((ids, score))
+                continue
+            log_probs = next_log_probs(backbone, prompt, context, ids)
+            values, tokens = log_probs.topk(width)
+            grown += [([*ids, int(token)], score + float(value)) for value, token in zip(values, tokens, strict=True)]
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    return beams
+
+
+def text_of(backbone: Backbone, ids: Sequence[int]) -> str:
+    """Return a beam's text."""
+    return backbone.tokenizer.decode([token for token in ids if token != backbone.tokenizer.stop_id]).strip()
+
+
+def same(one: Sequence[Prediction], other: Sequence[Prediction]) -> None:
+    """Check that predictions are equal up to rounding."""
+    assert [found.text for found in one] == [found.text for found in other]
+    assert [found.tokens for found in one] == [found.tokens for found in other]
+    for a, b in zip(one, other, strict=True):
+        assert [c.text for c in a.candidates] == [c.text for c in b.candidates]
+        assert [c.log_prob for c in a.candidates] == pytest.approx([c.log_prob for c in b.candidates], abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width: int) -> None:
+    """Trap 9: prompts enter at the prefill only; greedy and beams, five rows of different length at once."""
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=width, max_tokens=5)
+    scores = set()
+    for record, answer in zip(RECORDS, found, strict=True):
+        expected = beams_by_hand(backbone, prompt, record, width=width, max_tokens=5)
+        assert [c.text for c in answer.candidates] == [text_of(backbone, ids) for ids, _ in expected]
+        assert [c.log_prob for c in answer.candidates] == pytest.approx([score for _, score in expected], abs=1e-3)
+        scores.add(round(answer.log_prob, 3))
+    assert len(scores) == len(RECORDS)  # the rows do differ
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_beams_are_sorted_and_the_best_is_no_worse_than_greedy(backbone: Backbone) -> None:
+    """Wider search finds an answer at least as likely."""
+    prompt = learned(backbone, TEMPLATE)
+    greedy = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=4)
+    wide = PromptModel(backbone).predict(RECORDS, prompt, top_k=5, max_tokens=4)
+    for one, other in zip(greedy, wide, strict=True):
+        scores = [candidate.log_prob for candidate in other.candidates]
+        assert len(scores) == 5
+        assert scores == sorted(scores, reverse=True)
+        assert other.text == other.candidates[0].text
+        assert other.log_prob >= one.log_prob - 1e-4
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k: int) -> None:
+    """Invariant 2."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    together = model.predict(RECORDS, prompt, top_k=top_k)
+    same(together, [model.predict([record], prompt, top_k=top_k)[0] for record in RECORDS])
+    order = random.Random(0).sample(range(len(RECORDS)), len(RECORDS))
+    shuffled = model.predict([RECORDS[index] for index in order], prompt, top_k=top_k)
+    same(shuffled, [together[index] for index in order])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone: Backbone) -> None:
+    """Invariant 2: each row writes until its own context is full."""
+    prompt = learned(backbone, "[P] [X] [Y]")
+    long = "a" * 200
+    rows: list[Record] = [{"x": long[: CONTEXT * 4]}, {"x": "Kenya"}]
+    lengths = [len(example.token_ids) for example in bound(backbone, "[P] [X] [Y]").contexts(rows)]
+    assert lengths[0] > 8 * lengths[1]
+    model = PromptModel(backbone)
+    together = model.predict(rows, prompt, max_tokens=12, top_k=2)
+    same(together, [model.predict([row], prompt, max_tokens=12, top_k=2)[0] for row in rows])
+    expected = beams_by_hand(backbone, prompt, rows[1], width=2, max_tokens=12)[0]
+    assert together[1].text == text_of(backbone, expected[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
+    """No position beyond the table is asked for; the last token needs no position of its own."""
+    prompt = Prompt.manual("{x!} [Y]")
+    backbone.tokenizer.stop_id = None
+    rows: list[Record] = [{"x": "'" * (CONTEXT - spare)} for spare in (0, 1, 3, 60)]
+    lengths = [len(example.token_ids) for example in bound(backbone, "{x!} [Y]").contexts(rows)]
+    assert lengths[0] == CONTEXT
+    found = PromptModel(backbone).predict(rows, prompt, max_tokens=20)
+    assert [answer.tokens for answer in found] == [min(20, CONTEXT - length + 1) for length in lengths]
+    with pytest.raises(TemplateError, match="record 2 does not fit"):
+        PromptModel(backbone).predict([{"x": "a"}, {"x": "'" * (CONTEXT + 1)}], prompt)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_long_text_leaves_room_for_the_answer(backbone: Backbone) -> None:
+    """Invariant 9: a field that may be cut is cut for the whole answer, not for its first token."""
+    backbone.tokenizer.stop_id = None
+    found = PromptModel(backbone).predict([{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), max_tokens=9)
+    assert found[0].tokens == 9
+
+
+def test_without_a_stop_token_answers_run_to_their_length(causal: Backbone) -> None:
+    """A tokenizer may have no end of text."""
+    prompt = learned(causal, TEMPLATE)
+    causal.tokenizer.stop_id = None
+    found = PromptModel(causal).predict(RECORDS, prompt, max_tokens=4, top_k=2)
+    expected = [beams_by_hand(causal, prompt, record, width=2, max_tokens=4)[0] for record in RECORDS]
+    assert [answer.text for answer in found] == [text_of(causal, ids) for ids, _ in expected]
+    assert {answer.tokens for answer in found} == {4}
+
+
+def test_an_answer_may_end_at_once(causal: Backbone) -> None:
+    """A beam whose first token is the stop token is an empty answer; other beams go on beside it."""
+    prompt = learned(causal, TEMPLATE)
+    first = bound(causal, TEMPLATE).contexts(RECORDS[:1])[0]
+    causal.tokenizer.stop_id = int(next_log_probs(causal, prompt, first, []).argmax())
+    found = PromptModel(causal).predict(RECORDS[:1], prompt)[0]
+    assert (found.text, found.tokens) == ("", 0)
+    wide = PromptModel(causal).predict(RECORDS[:1], prompt, top_k=3, max_tokens=4)[0]
+    expected = beams_by_hand(causal, prompt, RECORDS[0], width=3, max_tokens=4)
+    assert [c.text for c in wide.candidates] == [text_of(causal, ids) for ids, _ in expected]
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masks_are_filled_as_by_hand(backbone: Backbone) -> None:
+    """A masked model takes the number of masks whose likeliest tokens are likeliest on average."""
+    prompt = learned(backbone, "[P*2] [X] is [P] [Y] .")
+    filled = bound(backbone, str(prompt.template))
+    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=3, max_tokens=4)
+    for record, answer in zip(RECORDS, found, strict=True):
+        tried: list[tuple[float, str, int]] = []
+        for count in (1, 2, 3, 4):
+            context = filled.contexts([record], target_tokens=count)[0]
+            with torch.no_grad():
+                logits = target_logits(backbone, collate([context], slots=[3]), table(prompt, backbone))
+            values, tokens = logits.log_softmax(-1)[:, : backbone.vocabulary].topk(3, dim=-1)
+            for place in range(3) if count == 1 else (0,):
+                text = backbone.tokenizer.decode(tokens[:, place].tolist()).strip()
+                tried.append((float(values[:, place].mean()), text, count))
+        tried.sort(key=lambda entry: -entry[0])
+        assert [c.text for c in answer.candidates] == [text for _, text, _ in tried[:3]]
+        assert (answer.text, answer.tokens) == (tried[0][1], tried[0][2])
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masks_that_do_not_fit_are_not_tried(backbone: Backbone) -> None:
+    """A nearly full context leaves room for one mask only, which is an answer and no error."""
+    text = "a " * (CONTEXT - 4)
+    filled = bound(backbone, "{x!} [Y]")
+    room = CONTEXT - len(filled.contexts([{"x": text.strip()}])[0].token_ids)
+    assert 0 <= room < 8
+    found = PromptModel(backbone).predict([{"x": text.strip()}], Prompt.manual("{x!} [Y]"), max_tokens=20)[0]
+    assert found.tokens is not None
+    assert found.tokens <= room + 1
+    rows: list[Record] = [{"x": "a"}, {"x": text.strip()}]
+    together = PromptModel(backbone).predict(rows, Prompt.manual("{x!} [Y]"), max_tokens=20)
+    same(together, [PromptModel(backbone).predict([row], Prompt.manual("{x!} [Y]"), max_tokens=20)[0] for row in rows])
+    with pytest.raises(TemplateError, match="record 2 does not fit"):
+        PromptModel(backbone).predict([{"x": "a"}, {"x": "a " * 2 * CONTEXT}], Prompt.manual("{x!} [Y]"))
+
+
+@torch.no_grad()
+def log_probs_of(backbone: Backbone, prompt: Prompt, record: Record, text: str) -> list[float]:
+    """Return a text's log-probability token by token, alone."""
+    example = bound(backbone, str(prompt.template)).examples([record], targets=[text])[0]
+    logits = target_logits(backbone, collate([example], slots=[prompt.slots]), table(prompt, backbone)).log_softmax(-1)
+    return [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: str) -> None:
+    """Invariant 8: candidates of one and several tokens, by total and by mean, all records at once."""
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).rank(RECORDS, prompt, CANDIDATES, normalise=normalise)  # type: ignore[arg-type]
+    for record, row in zip(RECORDS, found, strict=True):
+        expected = {}
+        for text in CANDIDATES:
+            each = log_probs_of(backbone, prompt, record, text)
+            expected[text] = sum(each) / (len(each) if normalise == "mean" else 1)
+        assert {c.text: c.log_prob for c in row} == pytest.approx(expected, abs=1e-4)
+        assert [c.log_prob for c in row] == sorted(expected.values(), reverse=True) or [c.text for c in row] == sorted(
+            CANDIDATES, key=lambda text: -expected[text]
+        )
+
+
+def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
+    """``top_k`` of the ranked ones; more than there are is all of them."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    ranked = model.rank(RECORDS, prompt, CANDIDATES)
+    for top_k in (1, 3, 100):
+        found = model.predict(RECORDS, prompt, CANDIDATES, top_k=top_k)
+        assert [answer.candidates for answer in found] == [tuple(row[:top_k]) for row in ranked]
+        assert [answer.text for answer in found] == [row[0].text for row in ranked]
+        assert {answer.tokens for answer in found} == {None}
+
+
+def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tie rule of ``rank``."""
+
+    def level(_backbone: object, batch: object, _vectors: object) -> Tensor:
+        return torch.zeros(len(batch.logit_rows), causal.embedding_rows)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("ptuning.predict.target_logits", level)
+    for order in itertools.permutations(["yes", "no", "25"]):
+        mean = PromptModel(causal).rank(RECORDS, learned(causal, TEMPLATE), order, normalise="mean")
+        assert [c.text for c in mean[0]] == list(order)
+
+
+def test_many_candidates_of_many_lengths_in_bounded_passes(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's 300 candidates: no forward pass outgrows its bounds, however many one record has."""
+    letters = "abcdefgh"
+    candidates = ["".join(letters[(i // 8**k) % 8] for k in range(1 + i % 12)) + str(i) for i in range(300)]
+    sizes = []
+    real = target_logits
+
+    def spy(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+        sizes.append((batch.token_ids.numel(), len(batch.logit_rows)))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr("ptuning.predict.target_logits", spy)
+    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 400)
+    monkeypatch.setattr(model_module, "MAX_BATCH_POSITIONS", 100)
+    prompt = learned(causal, TEMPLATE)
+    found = PromptModel(causal).rank(RECORDS[:2], prompt, candidates)
+    assert max(tokens for tokens, _ in sizes) <= 400
+    assert max(positions for _, positions in sizes) <= 100
+    for record, row in zip(RECORDS, found, strict=False):
+        assert sorted(c.text for c in row) == sorted(candidates)
+        for candidate in (row[0], row[150], row[-1]):
+            expected = sum(log_probs_of(causal, prompt, record, candidate.text))
+            assert candidate.log_prob == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_classes_equal_a_loop(backbone: Backbone, normalise: str) -> None:
+    """Label words: normalised over the labels, several words and tokens per label."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    found = PromptModel(backbone).classify(RECORDS, prompt, normalise=normalise)  # type: ignore[arg-type]
+    for record, row in zip(RECORDS, found, strict=True):
+        scores = {}
+        for label, words in WORDS.words.items():
+            each = [log_probs_of(backbone, prompt, record, word) for word in words]
+            totals = [sum(one) / (len(one) if normalise == "mean" else 1) for one in each]
+            scores[label] = sum(math.exp(total) for total in totals) / len(totals)
+        total = sum(scores.values())
+        expected = {label: math.log(score / total) for label, score in scores.items()}
+        assert {c.text: c.log_prob for c in row} == pytest.approx(expected, abs=1e-3)
+        assert sum(math.exp(c.log_prob) for c in row) == pytest.approx(1.0, abs=1e-5)
+        assert [c.log_prob for c in row] == sorted((c.log_prob for c in row), reverse=True)
+
+
+def test_predict_chooses_a_label(backbone: Backbone) -> None:
+    """A prompt with label words answers with a label; candidates given by the caller win over them."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    found = model.predict(RECORDS, prompt, top_k=2)
+    assert [answer.candidates for answer in found] == [tuple(row[:2]) for row in model.classify(RECORDS, prompt)]
+    assert {answer.text for answer in model.predict(RECORDS, prompt, ["yes", "no"])} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
+    """Invariants 2 and 8: [A, B, none, A, labels] in one call, by every way of using them."""
+    a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
+    prompts = [a, b, Prompt.manual("The capital of [X] is [Y]"), a, with_labels(b)]
+    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    for candidates, top_k in ((None, 1), (CANDIDATES, 3)):
+        together = model.predict(RECORDS, prompts, candidates, top_k=top_k)
+        alone = [
+            model.predict([row], [prompt], candidates, top_k=top_k)[0]
+            for row, prompt in zip(RECORDS, prompts, strict=True)
+        ]
+        same(together, alone)
+    ranked = model.rank(RECORDS, prompts, CANDIDATES)
+    for row, prompt, found in zip(RECORDS, prompts, ranked, strict=True):
+        single = model.rank([row], prompt, CANDIDATES)[0]
+        assert {c.text: c.log_prob for c in found} == pytest.approx({c.text: c.log_prob for c in single}, abs=1e-4)
+
+
+def test_targets_are_not_looked_at(backbone: Backbone) -> None:
+    """Prediction reads the fields of the template only."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    bare: list[Record] = [{"x": record["x"]} for record in RECORDS]
+    same(model.predict(RECORDS, prompt), model.predict(bare, prompt))
+    same(model.predict(RECORDS, prompt, CANDIDATES), model.predict(bare, prompt, CANDIDATES))
+
+
+def test_zero_records(backbone: Backbone) -> None:
+    """Nothing in, nothing out."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    assert model.predict([], prompt) == model.predict([], prompt, CANDIDATES) == []
+    assert model.rank([], prompt, CANDIDATES) == model.classify([], prompt) == model.target_logits([], prompt) == []
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' stands twice"),
+        (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
+        (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),
+        (lambda m, p: m.predict(RECORDS, [p]), PromptError, "1 prompts for 5 records"),
+        (lambda m, p: m.classify(RECORDS, p), PromptError, "has no label words; give candidates instead"),
+        (lambda m, p: m.target_logits([{"x": "a"}], p), RecordError, r"has no target"),
+        (lambda m, p: m.target_logits([{"y": "a"}], p), TemplateError, "no field 'x'"),
+        (lambda m, p: m.predict([{"z": "a"}], p), TemplateError, "no field 'x'"),
+    ],
+)
+def test_what_a_user_may_do_wrong(
+    causal: Backbone, use: Callable[[PromptModel, Prompt], object], error: type[Exception], message: str
+) -> None:
+    """Style 14: each with its own text."""
+    with pytest.raises(error, match=message):
+        use(PromptModel(causal), learned(causal, TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "[P] [Y]",
+        "[P:Zürich, São Tomé:] [Y]",
+        "{a} [P] {b!} [Y]",
+        "[X][X][P][Y]",
+        "{{[[[P]]] [X] [Y] .",
+        "   [P]   [X]\n\n[Y]",
+        "[P*40] [Y]",
+        "[X] [P] [Y] . And then [X] again, twice.",
+    ],
+)
+def test_strange_templates(backbone: Backbone, template: str) -> None:
+    """Without fields, with many, with [Y] in the middle: everything that parses can be used, alone as in company."""
+    prompt = learned(backbone, template)
+    model = PromptModel(backbone)
+    rows: list[Record] = [
+        {"x": text, "a": "", "b": "ß\t東京", "y": "yes"} for text in ("", "東京", "a  b", "[P*3] [Y]")
+    ]
+    same(model.predict(rows, prompt, top_k=2), [model.predict([row], prompt, top_k=2)[0] for row in rows])
+    same(
+        model.predict(rows, prompt, ["yes", "東京", "no"]),
+        [model.predict([row], prompt, ["yes", "東京", "no"])[0] for row in rows],
+    )
+
+
+def test_a_target_in_front(backbone: Backbone) -> None:
+    """[Y] first: a masked model can, a causal one says why not unless its tokenizer starts with a BOS."""
+    model = PromptModel(backbone)
+    rows: list[Record] = [{"x": "Kenya", "y": "yes"}]
+    if backbone.kind == "causal" and not backbone.tokenizer.prefix_ids:
+        with pytest.raises(TemplateError, match=r"a causal model needs something in front of \[Y\]"):
+            model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))
+        return
+    assert model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))[0].text is not None
+    assert model.target_logits(rows, Prompt.manual("[Y] is the capital of [X]"))[0].isfinite().all()
+
+
+def test_a_target_longer_than_the_context(backbone: Backbone) -> None:
+    """Said before anything is run."""
+    with pytest.raises(TemplateError, match="does not fit"):
+        PromptModel(backbone).rank([{"x": "a"}], learned(backbone, TEMPLATE), ["yes", "1 " * CONTEXT])
+
+
+def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
+    """Invariant 9: slots and literals survive a text of thousands of tokens."""
+    prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
+    model = PromptModel(backbone)
+    rows: list[Record] = [{"x": "Nairobi 25 " * 2000, "y": "yes"}, {"x": "a", "y": "no"}]
+    same(model.predict(rows, prompt), [model.predict([row], prompt)[0] for row in rows])
+    assert model.target_logits(rows, prompt)[0].isfinite().all()
+
+
+def test_more_beams_than_words(causal: Backbone) -> None:
+    """A beam per token of the vocabulary is the most there can be."""
+    found = PromptModel(causal).predict(RECORDS[:1], learned(causal, TEMPLATE), top_k=10_000, max_tokens=1)[0]
+    assert len(found.candidates) == causal.vocabulary
+
+
+def test_a_vocabulary_padded_in_the_model(backbone: Backbone) -> None:
+    """Rows of the embedding table that no token has are never written, and take their share of probability."""
+    backbone.vocabulary -= 40
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=3)
+    allowed = {backbone.tokenizer.decode([token]).strip() for token in range(backbone.vocabulary)}
+    single = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=1)
+    assert all(answer.text in allowed for answer in single)
+    if backbone.kind == "causal":
+        for record, answer in zip(RECORDS, found, strict=True):
+            expected = beams_by_hand(backbone, prompt, record, width=1, max_tokens=3)[0]
+            assert answer.log_prob == pytest.approx(expected[1], abs=1e-3)
+
+
+def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are cleaned once each, not once per record and record."""
+    from ptuning import predict, records
+
+    calls = []
+    real = records.as_records
+
+    def counted(data: Sequence[Record]) -> records.Records:
+        calls.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr(predict, "as_records", counted)
+    rows: list[Record] = [{"x": str(index), "y": "yes"} for index in range(40)]
+    prompt = learned(causal, TEMPLATE)
+    PromptModel(causal).target_logits(rows, prompt)
+    PromptModel(causal).predict(rows, prompt, max_tokens=1)
+    PromptModel(causal).rank(rows, prompt, ["yes", "no"])
+    assert len(calls) <= 4

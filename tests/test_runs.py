@@ -1,0 +1,383 @@
+"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import RECORDS, make_model
+from ptuning.backbone import Backbone, load_backbone
+from ptuning.checkpoint import CHECKPOINT_FILE
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TemplateError, TrainingError
+from ptuning.evaluate import score_prompt
+from ptuning.files import Json
+from ptuning.labels import LabelWords
+from ptuning.measure import Progress
+from ptuning.predict import PromptModel
+from ptuning.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
+from ptuning.records import Record, as_records, load_records
+from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, train
+from ptuning.trainer import Interrupted
+
+TEMPLATE = "[P*2] [X] [P:is] [Y]"
+FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
+SLOW = {"epochs": 6, "batch_size": 4, "checkpoint_seconds": 0.0}
+FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99, "dropout": 0.2}
+
+
+def run(backbone: Backbone, out: Path | None = None, data: list[Record] | None = None, **options: Any) -> TrainResult:
+    """Train with fast settings."""
+    config = TrainConfig.from_json({**FAST, **options.pop("settings", {})})
+    return train(options.pop("template", TEMPLATE), data or FACTS, backbone=backbone, config=config, out=out, **options)
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """Ask to stop after some steps."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= steps
+
+
+def timeless(value: Json) -> Json:
+    """Take out of a record what depends on the clock."""
+    if isinstance(value, dict):
+        return {key: timeless(one) for key, one in value.items() if "second" not in key}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
+    """Design, section 6: prompt, record and predictions; no checkpoint, nothing half-written."""
+    result = run(backbone, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE)
+    )
+    record = json.loads((tmp_path / "out" / RUN_FILE).read_text(encoding="utf-8"))
+    assert record == json.loads(json.dumps(result.record))
+    assert [part["rows"] for part in (record["data"]["train"], record["data"]["dev"])] == [9, 2]
+    assert record["data"]["test"] is None
+    assert (record["tune"], record["slots"], record["stopped_early"]) == ("frozen", 3, False)
+    assert len(record["history"]) == 2
+    assert record["backbone"]["fingerprint"] == backbone.fingerprint
+    assert record["trainable_parameters"] > 0
+    assert record["frozen_parameters"] == backbone.parameters
+    assert record["settings"]["template"] == TEMPLATE
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2
+    chosen = [record["start"], *record["history"]][record["chosen_epoch"]]
+    assert sum(row["hit"] for row in rows) / 2 == chosen["dev_score"] == result.prompt.scores["exact_match"]
+    assert result.prompt.scores["loss"] == chosen["dev_loss"]
+
+
+def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path) -> None:
+    """Invariant 4, trap 15: bit-equal vectors and logits."""
+    result = run(backbone, tmp_path / "out")
+    loaded = Prompt.load(tmp_path / "out")
+    assert loaded.slot_vectors is not None
+    assert result.prompt.slot_vectors is not None
+    assert torch.equal(loaded.slot_vectors, result.prompt.slot_vectors)
+    model = PromptModel(backbone)
+    for one, other in zip(
+        model.target_logits(RECORDS, loaded), model.target_logits(RECORDS, result.prompt), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_the_record_s_scores_are_those_of_a_separate_call(backbone: Backbone) -> None:
+    """Trap 16: what training reports on the development part is what ``eval`` finds there."""
+    result = run(backbone, dev=FACTS[:4], settings={"learn_to_stop": False})
+    found = score_prompt(PromptModel(backbone), as_records(FACTS[:4]), result.prompt)
+    assert found.scores["exact_match"].value == result.prompt.scores["exact_match"]
+    assert found.loss == pytest.approx(result.prompt.scores["loss"], abs=1e-5)
+
+
+def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> None:
+    """Invariant 6, trap 28; and another seed does not."""
+    for name in ("one", "two"):
+        torch.manual_seed(hash(name))
+        run(backbone, tmp_path / name)
+    for file in (VECTORS_FILE, MANIFEST_FILE, CARD_FILE):
+        one, two = ((tmp_path / name / PROMPT_FOLDER / file).read_bytes() for name in ("one", "two"))
+        assert one == two
+    assert (tmp_path / "one" / PREDICTIONS_FILE).read_bytes() == (tmp_path / "two" / PREDICTIONS_FILE).read_bytes()
+    one, two = (json.loads((tmp_path / name / RUN_FILE).read_text()) for name in ("one", "two"))
+    assert timeless(one) == timeless(two)
+    other = run(backbone, tmp_path / "other", settings={"seed": 1})
+    assert other.prompt.seed == 1
+    vectors = [(tmp_path / name / PROMPT_FOLDER / VECTORS_FILE).read_bytes() for name in ("one", "other")]
+    assert vectors[0] != vectors[1]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_interrupted_and_resumed(causal: Backbone, tmp_path: Path, steps: int) -> None:
+    """Invariant 5: in the middle of an epoch, at its end and in the next; the checkpoint goes when the run is done."""
+    whole = run(causal, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", should_stop=after(steps))
+    assert (tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file()
+    assert not (tmp_path / "cut" / RUN_FILE).exists()
+    resumed = run(causal, tmp_path / "cut", resume=True)
+    assert timeless(dict(resumed.record)) == timeless(dict(whole.record))
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, two = ((tmp_path / name / PROMPT_FOLDER / file).read_bytes() for name in ("whole", "cut"))
+        assert one == two
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+def command(folder: Path, model: Path, *more: str) -> list[str]:
+    """Return a training command that takes a while and writes a checkpoint after every step."""
+    settings = [f"--set={name}={value}" for name, value in {**FAST, **SLOW}.items()]
+    files = ["--data", str(folder / "train.jsonl"), "--backbone", str(model), "--out", str(folder / "cut")]
+    return [
+        *(sys.executable, "-m", "ptuning", "train", *files, "--template", TEMPLATE),
+        *("--dtype", "float32", "--device", "cpu", *settings, *more),
+    ]
+
+
+def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    """Invariant 5: kill -9 at three random moments, resumed each time, ends with the bytes of an undisturbed run."""
+    rows: list[Record] = [
+        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    model = model_folder("llama")
+    checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    moments = random.Random(time.time_ns())
+    for kill in range(3):
+        before = checkpoint.read_bytes() if checkpoint.exists() else b""
+        more = ["--resume"] if kill else []
+        process = subprocess.Popen(
+            command(tmp_path, model, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() or checkpoint.read_bytes() == before:
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.2))
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = subprocess.run(command(tmp_path, model, "--resume"), env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    backbone = load_backbone(str(model), dtype="float32", device="cpu")
+    run(backbone, tmp_path / "whole", load_records(tmp_path / "train.jsonl"), settings=SLOW)
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        assert (tmp_path / "cut" / PROMPT_FOLDER / file).read_bytes() == (
+            tmp_path / "whole" / PROMPT_FOLDER / file
+        ).read_bytes()
+    one, two = (json.loads((tmp_path / name / RUN_FILE).read_text()) for name in ("cut", "whole"))
+    assert timeless(one["history"]) == timeless(two["history"])
+    assert not [path for path in (tmp_path / "cut").rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: a run is finished when its record stands; until then resuming ends it."""
+    whole = run(causal, tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptuning.runs.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(causal, tmp_path / "cut")
+    (tmp_path / "cut" / ".prompt.x.old").mkdir()  # a kill between two renames leaves one
+    steps: list[Progress] = []
+    resumed = run(causal, tmp_path / "cut", resume=True, report=steps.append)
+    assert not [step for step in steps if step.stage == "train"]
+    assert timeless(dict(resumed.record)) == timeless(dict(whole.record))
+
+
+def test_resuming_a_finished_run_returns_it(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant 5: no step is taken, no file is touched."""
+    run(causal, tmp_path / "out")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")}
+    steps: list[Progress] = []
+    again = run(causal, tmp_path / "out", resume=True, report=steps.append)
+    assert steps == []
+    assert again.record == json.loads((tmp_path / "out" / RUN_FILE).read_text(encoding="utf-8"))
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_resume_of_nothing_starts(causal: Backbone, tmp_path: Path) -> None:
+    """A command that is repeated with --resume works the first time too."""
+    assert run(causal, tmp_path / "out", resume=True).record["stopped_early"] is False
+
+
+def other_backbone(folder: Path) -> Backbone:
+    """Return a backbone of the same size and another seed."""
+    make_model("llama", folder, seed=5)
+    return load_backbone(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_resume_of_another_run_names_the_difference(causal: Backbone, tmp_path: Path, finished: bool) -> None:
+    """Invariant 5: settings, data, template, label words and backbone, each by name and with both values."""
+    out = tmp_path / "out"
+    if finished:
+        run(causal, out)
+    else:
+        with pytest.raises(Interrupted):
+            run(causal, out, should_stop=after(2))
+    (tmp_path / "m").mkdir()
+    cases: list[tuple[str, Backbone, dict[str, Any]]] = [
+        (r"lr was 0\.01 and is 0\.5", causal, {"settings": {"lr": 0.5}}),
+        (r"seed was 0 and is 7", causal, {"settings": {"seed": 7}}),
+        (r"epochs was 2 and is 3\. Repeat the command as it was", causal, {"settings": {"epochs": 3}}),
+        (r"template was .* and is \[P\*3\]", causal, {"template": "[P*3] [X] [Y]"}),
+        (r"train data \(sha256\) was \w+ and is \w+", causal, {"data": [*FACTS, {"x": "new", "y": "no"}]}),
+        (r"dev data \(sha256\) was \w+ and is \w+", causal, {"dev": FACTS[:2]}),
+        (r"label_words was None and is \{", causal, {"labels": "yes=great;no=bad;São Tomé=25"}),
+        (r"backbone fingerprint was [\w-]+ and is [\w-]+", other_backbone(tmp_path / "m"), {}),
+    ]
+    for message, backbone, options in cases:
+        data = options.pop("data", None)
+        with pytest.raises(TrainingError, match=rf"cannot resume from .*out.*: .*{message}"):
+            run(backbone, out, data, resume=True, **options)
+
+
+def test_what_may_differ_on_resume(causal: Backbone, tmp_path: Path) -> None:
+    """How often a checkpoint is written changes nothing that is trained."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "out", should_stop=after(2))
+    run(causal, tmp_path / "out", resume=True, settings={"checkpoint_seconds": 5.0})
+
+
+def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant 5: an error with a way out, and the way out works."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(causal, out, should_stop=after(2))
+    path = out / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match=r"is damaged .*start anew with --overwrite"):
+        run(causal, out, resume=True)
+    run(causal, out, overwrite=True)
+    (out / RUN_FILE).write_text('{"settings": {}, "data": ')
+    with pytest.raises(FileError, match="is not valid JSON"):
+        run(causal, out, resume=True)
+    for text in ('{"settings": [], "data": {}, "backbone": {}}', "{}", '{"settings": {}, "data": {}, "backbone": {}}'):
+        (out / RUN_FILE).write_text(text)
+        with pytest.raises(PTuningError, match=r"run.json is damaged|cannot resume"):
+            run(causal, out, resume=True)
+
+
+def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
+    """Style 15: not unasked; and when asked, nothing of the earlier run is left."""
+    out = tmp_path / "out"
+    first = run(causal, out)
+    with pytest.raises(FileError, match=r"exists and is not empty"):
+        run(causal, out, settings={"seed": 1})
+    assert Prompt.load(out).seed == first.prompt.seed == 0
+    with pytest.raises(Interrupted):
+        run(causal, out, overwrite=True, settings={"seed": 1}, should_stop=after(1))
+    assert sorted(path.name for path in out.iterdir()) == [CHECKPOINT_FOLDER]
+    run(causal, out, overwrite=True, settings={"seed": 2})
+    assert Prompt.load(out).seed == 2
+
+
+def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
+    """Neither resume nor a plain run writes among a user's files; overwrite leaves them alone."""
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(FileError, match="exists and is not empty"):
+            run(causal, tmp_path, resume=resume)
+    run(causal, tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"template": "[X] is [Y]"}, TemplateError, "has no slots, so there is nothing to learn"),
+        ({"template": "[P] [X]"}, TemplateError, r"needs one \[Y\]"),
+        ({"template": "[P] {z} [Y]"}, TemplateError, "no field 'z'"),
+        ({"data": [{"x": "a", "y": "b"}, {"x": "c"}]}, RecordError, "record 2: no target"),
+        ({"data": [{"x": "a", "y": "b"}]}, RecordError, "too few different records to set some aside"),
+        ({"dev": []}, FileError, r"the dev data \(in memory\) holds no records"),
+        ({"labels": "yes=great;no=bad"}, RecordError, "'São Tomé' is none of the labels"),
+        ({"labels": "yes=great"}, PTuningError, "at least two labels"),
+        ({"data": [{"x": "a", "y": "1 " * 200}, {"x": "b", "y": "c"}]}, TemplateError, "does not fit"),
+        ({"resume": True, "out": None}, ConfigError, "nothing to resume without the folder"),
+    ],
+)
+def test_errors_before_anything_is_written(
+    causal: Backbone, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Style 14: the stage at fault says so, and no folder appears."""
+    with pytest.raises(error, match=message):
+        run(causal, **{"out": tmp_path / "out", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_no_test_data(causal: Backbone) -> None:
+    """Invariant 12, style 21: there is no way to hand it over, and other fields of a record change nothing."""
+    assert "test" not in inspect.signature(train).parameters
+    plain = run(causal).prompt
+    marked = run(causal, data=[{**record, "test": record["y"] * 2} for record in FACTS], dev=None).prompt
+    assert plain.slot_vectors is not None
+    assert marked.slot_vectors is not None
+    assert plain.slot_vectors.shape == marked.slot_vectors.shape
+
+
+def test_dev_data_chooses_only(causal: Backbone) -> None:
+    """Invariant 12: with permuted development answers the same epochs are trained, and another may be chosen."""
+    dev = FACTS[:6]
+    turned = [{**record, "y": other["y"]} for record, other in zip(dev, dev[1:] + dev[:1], strict=True)]
+    one, other = run(causal, dev=dev).record, run(causal, dev=turned).record
+    losses = [[epoch["train_loss"] for epoch in found["history"]] for found in (one, other)]  # type: ignore[union-attr, index, call-overload]
+    assert losses[0] == losses[1]
+    assert one["history"] != other["history"]
+
+
+def test_label_words(backbone: Backbone, tmp_path: Path) -> None:
+    """Classification: words as text or object, the same run; saved with the prompt."""
+    text = "yes=great,good;no=bad;São Tomé=25"
+    words = LabelWords({"yes": ("great", "good"), "no": ("bad",), "São Tomé": ("25",)})
+    one = run(backbone, tmp_path / "one", labels=text)
+    two = run(backbone, tmp_path / "two", labels=words)
+    assert one.prompt.label_words == two.prompt.label_words == words
+    assert Prompt.load(tmp_path / "one").label_words == words
+    names = [(tmp_path / name / PROMPT_FOLDER / VECTORS_FILE).read_bytes() for name in ("one", "two")]
+    assert names[0] == names[1]
+    assert set(one.prompt.scores) == {"accuracy", "loss"}
+    answers = PromptModel(backbone).predict(FACTS, one.prompt)
+    assert {answer.text for answer in answers} <= set(words.words)
+
+
+def test_without_a_folder_nothing_is_written(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For notebooks."""
+    monkeypatch.chdir(tmp_path)
+    result = run(causal)
+    assert result.folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ceiling_is_measured_when_asked(causal: Backbone) -> None:
+    """Design, section 8: the bare backbone's speed beside the run's own."""
+    assert "ceiling_tokens_per_second" not in run(causal).record
+    found = run(causal, ceiling=True).record["ceiling_tokens_per_second"]
+    assert isinstance(found, float)
+    assert found > 0
+
+
+def test_a_moved_run_can_be_resumed(causal: Backbone, tmp_path: Path) -> None:
+    """A checkpoint holds no paths."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "here", should_stop=after(2))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert run(causal, tmp_path / "there", resume=True).record["chosen_epoch"] is not None
