@@ -49,7 +49,7 @@ CORPUS = [
     "question: is this the answer? answer: yes or no",
     "In 1999 they were 25 of 37, and 1234567890 is a number.",
     "Zürich, São Tomé, Curaçao and Łódź are cities in which people live.",
-    "[P*3] {mask} [X] is located in [Y] (country) <tag> \"quoted\" it's",
+    '[P*3] {mask} [X] is located in [Y] (country) <tag> "quoted" it\'s',
 ] * 4
 
 # Subjects and targets of different lengths, of one token and of several.
@@ -143,17 +143,41 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMo
     """Build a tiny model with random weights and dropout in its config (which a frozen backbone must not use)."""
     size = len(tokenizer)
     if family == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(
-            vocab_size=size, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
-        ))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size,
+                n_positions=CONTEXT,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=CONTEXT, attention_dropout=0.1, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        ))
-    shared = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "pad_token_id": tokenizer.pad_token_id}
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=CONTEXT,
+                attention_dropout=0.1,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    shared = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     if family == "bert":
         return BertForMaskedLM(BertConfig(**shared, max_position_embeddings=CONTEXT))
     return RobertaForMaskedLM(RobertaConfig(**shared, max_position_embeddings=CONTEXT + 2, type_vocab_size=1))
@@ -163,25 +187,50 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Train a family's kind of tokenizer: GPT-2's without and LLaMA's with a BOS, BERT's WordPiece, RoBERTa's pair."""
     if family == "bert":
         return _word_piece()
-    specials = {"gpt2": ["<|endoftext|>"], "llama": ["<unk>", "<s>", "</s>"],
-                "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}[family]
+    specials = {
+        "gpt2": ["<|endoftext|>"],
+        "llama": ["<unk>", "<s>", "</s>"],
+        "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    }[family]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=specials,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     raw.train_from_iterator(CORPUS, trainer)
     if family == "gpt2":
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=specials[0], eos_token=specials[0],
-                                       unk_token=specials[0], model_max_length=CONTEXT)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw,
+            bos_token=specials[0],
+            eos_token=specials[0],
+            unk_token=specials[0],
+            model_max_length=CONTEXT,
+        )
     if family == "llama":
         raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-                                       model_input_names=["input_ids", "attention_mask"], model_max_length=CONTEXT)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            model_input_names=["input_ids", "attention_mask"],
+            model_max_length=CONTEXT,
+        )
     raw.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        cls_token="<s>", sep_token="</s>", mask_token="<mask>", model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=CONTEXT,
     )
 
@@ -192,14 +241,20 @@ def _word_piece() -> PreTrainedTokenizerFast:
     raw.normalizer = normalizers.BertNormalizer(lowercase=False)
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.decoder = decoders.WordPiece()
-    raw.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials,
-                                                              show_progress=False))
+    raw.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    )
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        tokenizer_object=raw,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=CONTEXT,
     )
 

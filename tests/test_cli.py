@@ -976,8 +976,8 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     fails("predict", run_folder, "--data", "-", says=["standard input holds no records"])
     fails("predict", run_folder, "--data", "-", stdin=b'{"x": "a"}\n{', says=["standard input, line 2: not a JSON"])
     fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
-    fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["reads 2 fields (a, b)", "use --data"])
-    fails("predict", "manual:So [Y]", "Kenya", says=["reads 0 fields (none)"])
+    fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
+    fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
     fails("predict", label_run, "good", "--max-tokens", "3", says=["--max-tokens is for answers that are written"])
     fails(
         "predict",
@@ -993,7 +993,7 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     ("file", "content", "says"),
     [
         ("some.txt", b"\n \n", ["some.txt holds no candidates", "one per line"]),
-        ("some.jsonl", b'{"x": "a"}\n', ["some.jsonl holds no candidates", "field 'y'"]),
+        ("some.jsonl", b'{"x": "a"}\n', ["some.jsonl holds no candidates", "or data with y"]),
         ("some.txt", b"\xff\xfe", ["some.txt is no UTF-8 text"]),
         ("none.txt", None, ["cannot read none.txt: No such file"]),
         ("none.jsonl", None, ["no such data file: none.jsonl"]),

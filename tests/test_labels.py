@@ -53,7 +53,7 @@ def test_label_words_are_read(text: str) -> None:
         ("positive=great", "label words need at least two labels"),
         ("positive;negative=terrible", r"label words 'positive' have no '='; write them as in \"positive="),
         ("a=great;b=bad;a=good", "label 'a' stands twice in the label words"),
-        ("a=great;b=", "label 'b' has no name, no word or an empty one; write them as in"),
+        ("a=great;b=", "label 'b' has no name, no word or an empty one; write"),
         ("a=great,;b=bad", "label 'a' has no name, no word or an empty one"),
         ("=great;b=bad", "label '' has no name, no word or an empty one"),
         ("a=great,good;b=bad,good", "the word 'good' stands twice, for 'a' and 'b'; each label needs words of its own"),

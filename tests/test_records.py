@@ -170,9 +170,7 @@ def test_fields_are_renamed_and_no_answer_stays_behind(tmp_path: Path) -> None:
     assert list(load_records(path, fields={"x": "y", "y": "x"})) == [
         {"question": "who", "answer": "me", "x": "2", "y": "1"}
     ]
-    with pytest.raises(
-        RecordError, match=r"line 1: no field 'reply' to use as 'y'; the record has answer, question, x, y"
-    ):
+    with pytest.raises(RecordError, match=r"line 1: no field 'reply' to use as 'y'; it has answer, question, x, y"):
         load_records(path, fields={"y": "reply"})
 
 

@@ -20,6 +20,7 @@ class Words:
     suffix_ids: Ids = ()
     mask_id: int | None = None
     stop_id: int | None = None
+    line_end_id: int | None = None
     special_ids: Mapping[str, int] = {}
     max_tokens = 99
 

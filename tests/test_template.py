@@ -72,7 +72,7 @@ def test_each_piece_of_the_grammar(pattern: str, pieces: tuple[Piece, ...]) -> N
     assert Template.parse(str(template)) == template
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(piece_lists())
 def test_a_written_template_reads_back_as_itself(pieces: list[Piece]) -> None:
     template = Template(tuple(pieces))
@@ -86,7 +86,7 @@ def test_any_text_stands_in_a_literal_with_doubled_opening_brackets(text: str) -
     assert Template.parse(pattern).pieces == (Literal(text), Target())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(alphabet="[]{}PXY:*!3ab ", max_size=20))
 def test_a_pattern_parses_or_says_where_it_is_wrong(pattern: str) -> None:
     """No pattern, however odd, ends in anything but a template or an error with a caret inside the pattern."""

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the commands: --help must not wait for them.
 
 SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
-STOPPED = "stopped; nothing was written"
 SETTINGS = TrainConfig()
 # Records answered between two steps of the progress bar.
 PREDICTED_ROWS = 64
@@ -45,7 +43,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            show.say(STOPPED)
+            show.stopped("stopped", None, "")
             raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
 
 
@@ -94,7 +92,7 @@ def main() -> None:
     except PTuningError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:
-        show.say(STOPPED)
+        show.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone, as in "| head"
@@ -417,8 +415,7 @@ def _records_to_answer(prompt: Prompt, text: str | None, data: str | None, field
         return _records(data, field)
     fields = prompt.template.fields
     if len(fields) != 1:
-        listed = ", ".join(fields) or "none"
-        raise ConfigError(f"the template reads {len(fields)} fields ({listed}), and a TEXT fills one; use --data")
+        raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
     return Records([{fields[0]: text or ""}], name="the command line")
 
 
@@ -441,7 +438,7 @@ def _candidates(source: str, prompt: str, data: str | None, field: Sequence[str]
         fields = {new: old for new, old in _fields(field).items() if new == TARGET_FIELD}
         found = candidates_of(load_records(source, fields=fields))
     if not found:
-        raise FileError(f"{source} holds no candidates; give .txt with one per line, or data with '{TARGET_FIELD}'")
+        raise FileError(f"{source} holds no candidates; give a .txt with one per line, or data with {TARGET_FIELD}")
     return found
 
 
@@ -471,12 +468,7 @@ def _load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = 
 
 @contextlib.contextmanager
 def _training(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[[], bool]]]:
-    """Show progress, and turn Ctrl-C or a termination into a checkpoint and a word on how to go on.
-
-    Args:
-        out: Folder of the run.
-        again: What the command needs besides to go on.
-    """
+    """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
     from ptuning.runs import CHECKPOINT_FOLDER, RUN_FILE
     from ptuning.trainer import Interrupted
 
@@ -484,7 +476,7 @@ def _training(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[
     # Said by a thread: the signal may come in the middle of drawing the progress bar.
     word = Thread(target=show.say, args=("stopping after this step; once more to stop at once",))
 
-    def note(number: int, _: FrameType | None) -> None:
+    def note(number: int, _: object) -> None:
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
@@ -498,9 +490,8 @@ def _training(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[
         if word.ident is not None:
             word.join()
         command = _command(show.program()) + (f" {again}" if again and again not in sys.argv else "")
-        kept = [out / name for name in (CHECKPOINT_FOLDER, RUN_FILE) if (out / name).exists()]
-        where = f"{kept[0]} is kept, go on with:\n  {command}" if kept else "nothing was written"
-        show.say(f"{str(error) or 'stopped at once'}; {where}")
+        kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE) if (out / name).exists()), None)
+        show.stopped(str(error) or "stopped at once", kept, command)
         raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
     finally:
         for number, handler in previous.items():

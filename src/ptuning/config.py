@@ -42,7 +42,7 @@ class TrainConfig:
     """
 
     epochs: int = 6
-    batch_size: int = 16
+    batch_size: int = 8
     accumulation_steps: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def write_answers(
     width = min(width, backbone.vocabulary)
     for chosen in batches([[example] * width for example in examples]):
         group = [examples[index] for index in chosen]
-        written = _beams(backbone, group, vectors, slots=bound.slots, width=width, max_tokens=max_tokens)
+        written = _beams(backbone, bound, group, vectors, width=width, max_tokens=max_tokens)
         for index, beams in zip(chosen, written, strict=True):
             found[index] = beams
     return found
@@ -74,15 +74,22 @@ def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> 
 
 
 def _beams(
-    backbone: Backbone, examples: Sequence[Example], vectors: Tensor, *, slots: int, width: int, max_tokens: int
+    backbone: Backbone,
+    bound: BoundTemplate,
+    examples: Sequence[Example],
+    vectors: Tensor,
+    *,
+    width: int,
+    max_tokens: int,
 ) -> list[list[Written]]:
     """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding).
 
     Returns:
-        For each of B rows ``width`` answers, best first.
+        For each of B rows up to ``width`` different answers, best first.
     """
-    rows, limit, stop = len(examples), backbone.tokenizer.max_tokens, backbone.tokenizer.stop_id
-    batch = collate(examples, slots=[slots] * rows, pad_side="left").to(backbone.device)
+    rows, limit = len(examples), backbone.tokenizer.max_tokens
+    ending = _Ending(backbone, multiline=bound.multiline)
+    batch = collate(examples, slots=[bound.slots] * rows, pad_side="left").to(backbone.device)
     embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
     mask, positions = batch.mask, batch.mask.sum(dim=1)  # (B, T), (B,)
     logits, cache = backbone.run(
@@ -98,7 +105,7 @@ def _beams(
     texts = [[[int(token)] for token in row] for row in tokens.tolist()]
     backbone.reorder(cache, torch.arange(rows, device=backbone.device).repeat_interleave(width))
     mask, positions = (value.repeat_interleave(width, dim=0) for value in (mask, positions))
-    ended = tokens == stop if stop is not None else torch.zeros_like(tokens, dtype=torch.bool)  # (B, W)
+    ended = ending.reached(texts, tokens)  # (B, W)
     for _ in range(max_tokens - 1):
         # A row whose context is full ends where it stands; its neighbours may go on.
         ended = ended | (positions >= limit).view(rows, width)
@@ -119,8 +126,7 @@ def _beams(
         step = torch.log_softmax(logits, dim=-1)[:, : backbone.vocabulary].view(rows, width, -1)  # (B, W, V)
         # An ended beam goes on as itself: one continuation, which nobody reads, at no cost.
         step = step.masked_fill(ended[..., None], -torch.inf)
-        filler = stop if stop is not None else 0
-        step[..., filler] = step[..., filler].masked_fill(ended, 0.0)
+        step[..., 0] = step[..., 0].masked_fill(ended, 0.0)
         best, flat = (best[..., None] + step).flatten(1).topk(width, dim=-1)  # (B, W)
         parents, tokens = flat // step.shape[-1], flat % step.shape[-1]  # (B, W)
         ended = ended.gather(1, parents)
@@ -131,18 +137,52 @@ def _beams(
             ]
             for row in range(rows)
         ]
-        if stop is not None:
-            ended = ended | (tokens == stop)
+        ended = ended | ending.reached(texts, tokens)
         backbone.reorder(cache, (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
     return [
-        [_finished(backbone, ids, value) for ids, value in zip(texts[row], best[row].tolist(), strict=True)]
+        _different(ending.answer(ids, value) for ids, value in zip(texts[row], best[row].tolist(), strict=True))
         for row in range(rows)
     ]
 
 
-def _finished(backbone: Backbone, ids: Sequence[int], log_prob: float) -> Written:
-    own = [token for token in ids if token != backbone.tokenizer.stop_id]
-    return Written(backbone.tokenizer.decode(own).strip(), log_prob, len(own))
+class _Ending:
+    """Where a written answer ends: at the end of the text, and of its first line unless targets have several."""
+
+    def __init__(self, backbone: Backbone, *, multiline: bool) -> None:
+        self.tokenizer = backbone.tokenizer
+        self.multiline = multiline
+
+    def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
+        """Return which beams ended with their last token: (B, W) bool.
+
+        Args:
+            texts: Token ids of W beams for each of B rows.
+            tokens: (B, W) int64; says where the result is needed.
+        """
+        ends = [[self._ends(ids) for ids in row] for row in texts]
+        return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
+
+    def _ends(self, ids: Sequence[int]) -> bool:
+        if ids[-1] == self.tokenizer.stop_id:
+            return True
+        # A line break in front of the answer ends nothing.
+        return not self.multiline and self.tokenizer.ends_line(ids[-1]) and bool(self.tokenizer.decode(ids).strip())
+
+    def answer(self, ids: Sequence[int], log_prob: float) -> Written:
+        """Return a beam as an answer; its log-probability covers what ended it, its tokens do not."""
+        own = list(ids)
+        if own[-1] == self.tokenizer.stop_id or (self._ends(own) and not self.tokenizer.decode(own[-1:]).strip()):
+            own.pop()
+        text = self.tokenizer.decode(own).strip()
+        return Written(text if self.multiline else text.split("\n")[0].strip(), log_prob, len(own))
+
+
+def _different(written: Iterable[Written]) -> list[Written]:
+    """Keep the best of answers with the same text (two beams may end the same text in different ways)."""
+    kept: dict[str, Written] = {}
+    for one in written:
+        kept.setdefault(one.text, one)
+    return list(kept.values())
 
 
 def _fill_masks(

@@ -85,12 +85,14 @@ class BoundTemplate:
         template: The template; for a causal model everything behind the target is dropped with a notice.
         tokenizer: The backbone's tokenizer.
         kind: ``causal`` or ``masked``.
+        multiline: Whether targets may hold line breaks. If not, a causal model's answer ends with its line; a break
+            is what models write there anyway, so a prompt learns it in fewer steps than the end of the text.
 
     Raises:
         TemplateError: If the words of ``[P:words]`` have no tokens, or a masked model has no mask token.
     """
 
-    def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind) -> None:
+    def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
         if kind == "causal":
             template, dropped = template.without_tail()
             _notice_dropped(str(template), dropped.strip())
@@ -99,6 +101,8 @@ class BoundTemplate:
         self.template = template
         self.tokenizer = tokenizer
         self.kind = kind
+        self.multiline = multiline
+        self.stop_id = tokenizer.stop_id if multiline or tokenizer.line_end_id is None else tokenizer.line_end_id
         self._pieces = self._prepare()
 
     @property
@@ -304,8 +308,8 @@ class BoundTemplate:
                     "a causal model needs something in front of [Y]; put text, a field or a slot there",
                     len(self.template.pieces) - 1,
                 )
-            if row.with_stop and self.tokenizer.stop_id is not None:
-                target_ids = (*target_ids, self.tokenizer.stop_id)
+            if row.with_stop and self.stop_id is not None:
+                target_ids = (*target_ids, self.stop_id)
             # Each logit stands one before the token it scores, so the last one is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]

@@ -29,7 +29,7 @@ class LabelWords:
         owner: dict[str, str] = {}
         for label, words in self.words.items():
             if not label.strip() or not words or not all(word.strip() for word in words):
-                raise LabelWordError(f"label '{label}' has no name, no word or an empty one; write them as in {EXAMPLE}")
+                raise LabelWordError(f"label '{label}' has no name, no word or an empty one; write {EXAMPLE}")
             for word in words:
                 if word in owner:
                     raise LabelWordError(

@@ -11,7 +11,7 @@ import numpy as np
 CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 10_000
 # Values drawn at a time: all resamples of 10,000 rows together would take gigabytes.
-BOOTSTRAP_BATCH_VALUES = 10_000_000
+BOOTSTRAP_BATCH_VALUES = 2_000_000
 
 
 @dataclass(frozen=True)

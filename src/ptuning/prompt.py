@@ -61,6 +61,7 @@ class Prompt:
         backbone: Whose embedding space the vectors live in; None for a template without slots.
         label_words: For classification.
         target_tokens: Longest target seen in training; bounds what ``predict`` writes.
+        multiline: Whether targets in training held line breaks; if not, a written answer ends with its line.
         method: How it was made.
         seed: Seed of the training, or None.
         scores: Scores on the development part at the time it was chosen.
@@ -75,6 +76,7 @@ class Prompt:
     backbone: BackboneId | None = None
     label_words: LabelWords | None = None
     target_tokens: int = DEFAULT_TARGET_TOKENS
+    multiline: bool = False
     method: str = "manual"
     seed: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
@@ -143,7 +145,7 @@ class Prompt:
         Raises:
             PromptError: If the prompt belongs to another backbone, or its shape does not fit.
         """
-        bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
         if self.slot_vectors is None or self.backbone is None:
             return bound
         if self.backbone.fingerprint != backbone.fingerprint and not force:
@@ -224,6 +226,7 @@ class Prompt:
             "width": None if self.slot_vectors is None else self.slot_vectors.shape[1],
             "slots": self.slots,
             "target_tokens": self.target_tokens,
+            "multiline": self.multiline,
             "method": self.method,
             "seed": self.seed,
             "scores": dict(self.scores),
@@ -327,6 +330,7 @@ def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None) -> Prom
         if words
         else None,
         target_tokens=int(str(manifest.get("target_tokens", DEFAULT_TARGET_TOKENS))),
+        multiline=manifest.get("multiline") is True,
         method=str(manifest["method"]),
         seed=seed,
         scores={str(name): float(str(value)) for name, value in scores.items()},

@@ -287,7 +287,7 @@ def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where:
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
-                f"{where}: no field '{old}' to use as '{new}'; the record has {', '.join(sorted(record)) or 'no fields'}"
+                f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
         renamed[new] = record[old]
     return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed

@@ -23,7 +23,7 @@ from ptuning.measure import Report, evaluate, measure_ceiling
 from ptuning.objective import Item, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
-from ptuning.records import Record, Records, as_records, require_targets, split_records
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, require_targets, split_records
 from ptuning.template import Template
 from ptuning.trainer import CHOICE_RULE, Trainer, derived_seed
 
@@ -104,7 +104,8 @@ def train(
         )
     words = LabelWords.parse(labels) if isinstance(labels, str) else labels
     parts = _parts(as_records(data), None if dev is None else as_records(dev), words, config)
-    bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
+    bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
     if words is not None:
         words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
     items = {name: _items(bound, records, words, config) for name, records in parts.items()}
@@ -256,6 +257,7 @@ def _prompt(
         BackboneId.of(backbone),
         label_words=words,
         target_tokens=longest,
+        multiline=trainer.bound.multiline,
         method="p-tuning",
         seed=trainer.config.seed,
         scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},

@@ -21,7 +21,8 @@ class Tokenizer(Protocol):
     prefix_ids: Ids  # what the tokenizer puts in front of a sentence, such as BOS or CLS
     suffix_ids: Ids  # what it puts behind one, such as SEP
     mask_id: int | None
-    stop_id: int | None  # what ends a text; a prompt for a causal model learns to give it after the target
+    stop_id: int | None  # what ends a text
+    line_end_id: int | None  # what ends a line, if that is one token
     special_ids: Mapping[str, int]  # special tokens by their text
     max_tokens: int  # longest row the model takes
 

@@ -52,6 +52,11 @@ def complain(text: str) -> None:
     say(f"error: {text}")
 
 
+def stopped(what: str, kept: Path | None, command: str) -> None:
+    """Print that a signal ended the work, what is left of it, and with which command to go on."""
+    say(f"{what}; {kept} is kept, go on with:\n  {command}" if kept else f"{what}; nothing was written")
+
+
 class LogHandler(logging.Handler):
     """Prints log messages above a running progress bar instead of into it."""
 

@@ -35,6 +35,7 @@ class TextTokenizer:
         self.mask_id: int | None = tokenizer.mask_token_id
         self.stop_id: int | None = tokenizer.eos_token_id
         self.unknown_id: int | None = tokenizer.unk_token_id
+        self.line_end_id = self._probe_line_end()
         self.special_ids: Mapping[str, int] = {
             token.content: index
             for index, token in tokenizer.added_tokens_decoder.items()
@@ -65,6 +66,15 @@ class TextTokenizer:
         text = str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         written = self._tokenizer.convert_ids_to_tokens(token_id)
         return text if text.strip() or text == " " else repr(text)[1:-1] or str(written)
+
+    def ends_line(self, token_id: int) -> bool:
+        """Whether a token's text holds a line break."""
+        return "\n" in self.decode([token_id])
+
+    def _probe_line_end(self) -> int | None:
+        """Return the token of a line break, if there is one; a tokenizer that drops line breaks has none."""
+        ids = self.encode(["\n"])[0]
+        return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id and self.ends_line(ids[0]) else None
 
     def _probe_specials(self) -> tuple[Ids, Ids, int]:
         """Ask the tokenizer where it puts special tokens and which segment id a single sentence gets."""
