@@ -138,7 +138,13 @@ def test_identity_on_every_architecture(name: str) -> None:
     prompt = Prompt.from_token_ids(template, [20, 21, 22], backbone)
     assert prompt.slot_vectors is not None
     assert prompt.slot_vectors.shape == (3, backbone.width)
+    read: list[int] = []
+    head = backbone.model.get_output_embeddings()
+    assert head is not None
+    handle = head.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].shape[:-1].numel()))
     found = PromptModel(backbone).target_logits(RECORDS, prompt)
+    handle.remove()
+    assert read == [sum(map(len, found))]  # decision 7: the head reads what is scored and nothing else
     for example, logits in zip(bound(backbone, template).examples(RECORDS), found, strict=True):
         ids = list(example.token_ids)
         for position, token in zip(example.slot_positions, (20, 21, 22), strict=True):
@@ -287,12 +293,10 @@ def test_without_a_prompt_in_another_thread(backbone: Backbone) -> None:
     found: list[list[torch.Tensor]] = []
     prompt = learned(backbone, "[P*2] [X] [Y]")
     expected = PromptModel(backbone).target_logits(RECORDS, prompt)
-    handle = backbone._embedding.register_forward_pre_hook(hold)
     body = backbone.model.base_model.register_forward_pre_hook(hold)
     thread = threading.Thread(target=lambda: found.append(PromptModel(backbone).target_logits(RECORDS, prompt)))
     thread.start()
     assert inside.wait(10)
-    handle.remove()
     assert torch.equal(plain_logits(backbone, ids), before)
     go_on.set()
     thread.join()

@@ -516,10 +516,15 @@ def test_predict_among_candidates(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
-    (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", "--max-tokens", "2").splitlines()
-    listed = json.loads(line)["candidates"]
-    assert len(listed) == 3
-    assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
+    def answers(*limit: str) -> list[dict[str, Any]]:
+        (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()
+        listed: list[dict[str, Any]] = json.loads(line)["candidates"]
+        assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
+        return listed
+
+    short, free = answers("--max-tokens", "1"), answers()
+    assert len(short) == len(free) == 3
+    assert max(len(one["text"]) for one in short) < max(len(one["text"]) for one in free)
 
 
 def test_a_masked_model_says_how_long_its_answer_is(masked_run: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
-from ptuning import checkpoint, trainer
+from ptuning import checkpoint, measure, trainer
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import EncoderKind, RandomStart, TrainConfig
@@ -279,6 +279,39 @@ def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -
 def test_dropout_changes_what_is_learned(causal: Backbone) -> None:
     """Invariant 5 would hold for a dropout that is never on."""
     assert not torch.equal(fit(make_trainer(causal, dropout=0.3)).vectors(), fit(make_trainer(causal)).vectors())
+
+
+def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: the best vectors so far are part of the checkpoint."""
+    outcomes = [(0.1, 5.0), (0.9, 5.0), (0.2, 5.0), (0.2, 5.0)]
+    vectors = []
+    for name, stops in (("whole", [99]), ("cut", [5, 99])):
+        for stop in stops:
+            found = make_trainer(causal, tmp_path / name, epochs=3)
+            done = len(found.state.history) if found.load() else -1
+            script_evaluations(monkeypatch, found, outcomes[len(found.state.history) + (done >= 0) :])
+            try:
+                fit(found, stop_after=stop)
+            except Interrupted:
+                assert found.state.chosen_epoch == 1
+        vectors.append(found.best_vectors)
+        assert found.state.chosen_epoch == 1
+    assert torch.equal(*vectors)
+
+
+def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 6: seeded by step and by place in the step."""
+    seeds = []
+    real = derived_seed
+
+    def spy(seed: int, purpose: str, step: int = 0) -> int:
+        if purpose == "dropout":
+            seeds.append(real(seed, purpose, step))
+        return real(seed, purpose, step)
+
+    monkeypatch.setattr(trainer, "derived_seed", spy)
+    fit(make_trainer(causal, batch_size=2, accumulation_steps=2))
+    assert len(seeds) == len(set(seeds)) == 8
 
 
 def test_without_a_checkpoint_there_is_nothing_to_load(causal: Backbone, tmp_path: Path) -> None:
@@ -590,7 +623,7 @@ def test_the_ceiling_is_measured(causal: Backbone) -> None:
     assert all(weight.grad is None for weight in causal.model.parameters())
 
 
-def test_evaluation_does_not_depend_on_batches(backbone: Backbone) -> None:
+def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 8: every item alone, and hits in the order of the items."""
     items = items_of(backbone, TEMPLATE, FACTS)
     found = make_trainer(backbone)
@@ -600,3 +633,7 @@ def test_evaluation_does_not_depend_on_batches(backbone: Backbone) -> None:
     assert math.isclose(whole.loss, mean, abs_tol=1e-5)
     assert whole.hits == tuple(one.hits[0] for one in single)
     assert whole.score == sum(whole.hits) / len(items)
+    mixed = items_of(backbone, TEMPLATE, RECORDS)
+    own = [float(item.choices[0].own_tokens) for item in mixed]
+    monkeypatch.setattr(measure, "hits", lambda group, _: [float(item.choices[0].own_tokens) for item in group])
+    assert list(found.evaluate(mixed).hits) == own != sorted(own)
