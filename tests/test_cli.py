@@ -572,12 +572,16 @@ def test_inspect_shows_the_nearest_tokens(run_folder: Path, data: Path) -> None:
     assert set(scored["scores"]) == {"as learned", "nearest tokens"}
     printed = works("inspect", run_folder)
     assert "--data FILE scores them" in printed
-    assert "' capital'" in printed.replace("\u00a0", " ")
+    assert "' capital'" in printed
     assert "score of the slots as learned" in works("inspect", run_folder, "--data", data / "dev.jsonl")
 
 
-def test_inspect_keeps_a_token_with_a_space_on_one_line(run_folder: Path) -> None:
-    assert "' capital' 1.00".replace(" ", "\u00a0") in works("inspect", run_folder)
+def test_inspect_keeps_tokens_with_spaces_on_one_line(run_folder: Path) -> None:
+    printed = works("inspect", run_folder)
+    found = json.loads(works("inspect", run_folder, "--json"))
+    for slot in found["slots"]:
+        for near in slot["nearest_by_cosine"][:3]:
+            assert f"{show._token(near['token'])} {near['similarity']:.2f} " in printed
 
 
 def test_template_show_with_a_record(llama: str) -> None:
@@ -831,7 +835,6 @@ def test_values_of_a_wrong_type_and_missing_options_end_with_2_too(data: Path) -
         assert done.out == ""
         assert "Traceback" not in done.err
         assert "Error" in done.err
-    assert "Did you mean 'train'?" in call("trian").err
 
 
 BACKBONES = {

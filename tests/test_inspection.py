@@ -52,7 +52,7 @@ def test_neighbours_equal_a_loop(causal: Backbone) -> None:
 def test_typical_distances(causal: Backbone) -> None:
     """Beside the slots' distances stands what is usual between tokens."""
     table = causal.table()
-    pairs = torch.tensor([[float((a - b).norm()) for b in table] for a in table])
+    pairs = (table[:, None] - table[None]).norm(dim=-1)
     off = pairs[~torch.eye(len(table), dtype=torch.bool)]
     found = inspect_prompt(causal, learned(causal, TEMPLATE))
     assert found.token_distance == pytest.approx(float(off.median()), rel=1e-3)

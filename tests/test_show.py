@@ -49,7 +49,7 @@ def test_a_terminal_shows_bars_and_a_line_per_epoch(screen: Screen) -> None:
 
 
 def test_messages_are_printed_as_they_are(screen: Screen) -> None:
-    text = "a [bold]template[/] :warning: " + "[P*3] [X] [Y] " * 12 + "\n  ^ column 1"
+    text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
     show.complain(text)
     assert screen.getvalue() == f"error: {text}\n"
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # What the stages of a progress report are called on the screen.
 STAGES = {"train": "training", "dev": "scoring", "predict": "answering"}
-# A person sees this many neighbours of a slot, which fit into 80 columns; JSON holds all.
+# A person sees this many neighbours of a slot; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 
 
@@ -90,16 +90,19 @@ def bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     console = _errors()
+    if not console.is_terminal:
+        yield lambda progress: _say_epoch(progress) if progress.stage == "epoch" else None
+        return
     fields = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note")]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], TimeRemainingColumn())
-    with Bar(*columns, fields[1], console=console, transient=True, disable=not console.is_terminal) as live:
+    with Bar(*columns, fields[1], console=console, transient=True) as live:
         # Shown while no stage runs: before the first, between two, and while files are written.
         idle = live.add_task("working", total=None, count="", note="")
         tasks = {stage: live.add_task(name, visible=False, count="", note="") for stage, name in STAGES.items()}
 
         def report(progress: Progress) -> None:
             if progress.stage == "epoch":
-                say(f"epoch {progress.done}/{progress.total}: {progress.note}")
+                _say_epoch(progress)
                 return
             live.update(
                 tasks[progress.stage],
@@ -112,6 +115,10 @@ def bar() -> Iterator[Callable[[Progress], None]]:
             live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
 
         yield report
+
+
+def _say_epoch(progress: Progress) -> None:
+    say(f"epoch {progress.done}/{progress.total}: {progress.note}")
 
 
 def program() -> str:
@@ -336,9 +343,8 @@ def _parameters(record: Mapping[str, Json]) -> None:
 
 
 def _listed(neighbours: Sequence[Neighbour]) -> str:
-    # A line may be broken between two tokens, not inside of one.
-    entries = (f"{_token(one.token)} {one.value:.2f}".replace(" ", "\u00a0") for one in neighbours[:SHOWN_NEIGHBOURS])
-    return escape(", ".join(entries))
+    """Return one neighbour per line: a table would break lines at the spaces that tokens begin with."""
+    return escape("\n".join(f"{_token(one.token)} {one.value:.2f}" for one in neighbours[:SHOWN_NEIGHBOURS]))
 
 
 def _mark(on: bool) -> str:
