@@ -69,7 +69,7 @@ def test_rebuilding_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_index_lists_exactly_the_folders() -> None:
-    assert NAMES == sorted(path.name for path in FACTS.iterdir() if (path / "train.jsonl").exists())
+    assert sorted(path.name for path in FACTS.iterdir() if (path / "train.jsonl").exists()) == NAMES
     for name in NAMES:
         assert sorted(path.name for path in (FACTS / name).iterdir()) == ["dev.jsonl", "test.jsonl", "train.jsonl"]
 

@@ -57,6 +57,12 @@ def by_hand(backbone: Backbone, example: Example) -> list[float]:
     return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
 
 
+def weights(item: Item) -> list[float]:
+    """Return what each scored token of a target counts: the stop token a fifth."""
+    choice = item.choices[0]
+    return [1.0 if at < choice.own_tokens else 0.2 for at in range(len(choice.target_ids))]
+
+
 def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:
     """Total log-probability of each target, with and without the stop token, in a batch of all records."""
     items = items_of(backbone, TEMPLATE, RECORDS)
@@ -67,7 +73,7 @@ def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:
         assert math.isclose(float(scored.log_probs[index]), sum(each[:own]), abs_tol=1e-4)
         assert (len(each) == own + 1) == (backbone.kind == "causal")
         assert int(scored.lengths[index]) == own
-    assert scored.token_count == sum(len(item.inputs[0].target_ids) for item in items)
+    assert math.isclose(scored.token_count, sum(sum(weights(item)) for item in items))
 
 
 def test_loss_is_sum_and_count(backbone: Backbone) -> None:
@@ -75,10 +81,15 @@ def test_loss_is_sum_and_count(backbone: Backbone) -> None:
     items = items_of(backbone, TEMPLATE, RECORDS)
     whole, count = loss(items, scored_by(backbone, items))
     assert count == loss_count(items)
-    assert math.isclose(float(whole), -sum(sum(by_hand(backbone, item.inputs[0])) for item in items), rel_tol=1e-5)
+    expected = sum(
+        weight * log_prob
+        for item in items
+        for weight, log_prob in zip(weights(item), by_hand(backbone, item.inputs[0]), strict=True)
+    )
+    assert math.isclose(float(whole), -expected, rel_tol=1e-5)
     parts = [loss(part, scored_by(backbone, part)) for part in (items[:2], items[2:])]
     assert math.isclose(float(whole), sum(float(value) for value, _ in parts), rel_tol=1e-5)
-    assert count == sum(number for _, number in parts)
+    assert math.isclose(count, sum(number for _, number in parts))
 
 
 def test_hits_are_exact_matches_of_the_own_tokens(backbone: Backbone) -> None:

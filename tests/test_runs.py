@@ -158,7 +158,7 @@ def command(folder: Path, model: Path, *more: str) -> list[str]:
 
 
 def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
-    """Invariant 5: kill -9 at three random moments, resumed by command and call, ends with an undisturbed run's bytes."""
+    """Invariant 5: kill -9 at three random moments, resumed each time, ends with an undisturbed run's bytes."""
     rows: list[Record] = [
         {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
     ]

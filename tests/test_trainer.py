@@ -26,7 +26,7 @@ from ptuning.files import Json
 from ptuning.labels import LabelWords
 from ptuning.measure import Evaluation, Progress, item_batch, measure_ceiling
 from ptuning.model import target_logits
-from ptuning.objective import Item, label_items, loss, score_choices
+from ptuning.objective import Item, label_items, loss, loss_count, score_choices
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
@@ -628,7 +628,7 @@ def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: 
     items = items_of(backbone, TEMPLATE, FACTS)
     found = make_trainer(backbone)
     whole, single = found.evaluate(items), [found.evaluate([item]) for item in items]
-    counts = [len(item.choices[0].target_ids) for item in items]
+    counts = [loss_count([item]) for item in items]
     mean = sum(one.loss * count for one, count in zip(single, counts, strict=True)) / sum(counts)
     assert math.isclose(whole.loss, mean, abs_tol=1e-5)
     assert whole.hits == tuple(one.hits[0] for one in single)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ptuning.errors import TrainingError
+from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, write_bytes
 
 CHECKPOINT_FILE = "state.safetensors"
@@ -29,7 +30,7 @@ class RunState:
     position: int = 0  # records of the current epoch's order that were used
     step: int = 0
     epoch_loss_sum: float = 0.0
-    epoch_loss_count: int = 0
+    epoch_loss_count: float = 0.0
     epoch_seconds: float = 0.0
     train_seconds: float = 0.0
     train_tokens: int = 0
@@ -58,8 +59,16 @@ def write_checkpoint(
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     texts = {"state": json.dumps(dataclasses.asdict(state)), "identity": json.dumps(identity, ensure_ascii=False)}
     data = safetensors.torch.save(plain, {"format": "pt", **texts, "sha256": _digest(plain, texts)})
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
-    write_bytes(folder / CHECKPOINT_FILE, data)
+    try:
+        write_bytes(folder / CHECKPOINT_FILE, data)
+    except FileError:
+        # A first checkpoint that does not fit on the disk must not leave a folder in the way of the next attempt.
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunState, dict[str, Tensor]] | None:

@@ -105,7 +105,10 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if in_the_way:
         raise FileError(f"{folder} exists and is no folder; choose another output folder")
     if not overwrite and not is_empty:
-        raise FileError(f"{folder} exists and is not empty; choose another folder, or overwrite it (--overwrite)")
+        raise FileError(
+            f"{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or "
+            "replace what a run left in it (--overwrite)"
+        )
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:

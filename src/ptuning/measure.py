@@ -77,7 +77,7 @@ def evaluate(
     Returns:
         Mean loss, and a hit or a miss per item, in order.
     """
-    loss_sum, count, done = 0.0, 0, 0
+    loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
     for chosen in batches([item.inputs for item in items]):
         group = [items[index] for index in chosen]

@@ -16,6 +16,10 @@ from ptuning.records import Records
 
 Normalise = Literal["sum", "mean"]
 
+# What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
+# half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
+STOP_WEIGHT = 0.2
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -104,7 +108,7 @@ class Scored:
         all_log_probs: (C,) float32; the same with the stop token where one is scored.
         correct: (C,) bool; whether every own token is the likeliest one given those before it (exact match).
         lengths: (C,) float32; number of own tokens.
-        token_count: Number of scored tokens with stop tokens.
+        token_count: Number of scored tokens, stop tokens counted by :data:`STOP_WEIGHT`.
         per_item: Number of choices of each item.
     """
 
@@ -112,7 +116,7 @@ class Scored:
     all_log_probs: Tensor
     correct: Tensor
     lengths: Tensor
-    token_count: int
+    token_count: float
     per_item: tuple[int, ...]
 
 
@@ -154,7 +158,7 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
         all_log_probs=zeros.index_add(0, owner, token_log_probs),
         correct=zeros.index_add(0, owner, missed.float()) == 0,
         lengths=zeros.index_add(0, owner, is_own.float()),
-        token_count=len(rows),
+        token_count=sum(own) + STOP_WEIGHT * (len(own) - sum(own)),
         per_item=tuple(len(item.choices) for item in items),
     )
 
@@ -183,24 +187,27 @@ def gold_classes(items: Sequence[Item]) -> list[int]:
     return [item.gold for item in items if item.gold is not None]
 
 
-def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, int]:
+def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
     """Return the loss of items as (sum, count), to be divided once over everything that makes one step.
 
-    Without label words it is the negative log-likelihood of the target's tokens (and the stop token), counted in
-    tokens; with label words the cross-entropy over the classes, counted in items.
+    Without label words it is the negative log-likelihood of the target's tokens, counted in tokens, with the stop
+    token weighing :data:`STOP_WEIGHT`; with label words the cross-entropy over the classes, counted in items.
 
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
     if items[0].gold is None:
-        return -scored.all_log_probs.sum(), scored.token_count
+        own, everything = scored.log_probs.sum(), scored.all_log_probs.sum()
+        return -own - STOP_WEIGHT * (everything - own), scored.token_count
     gold = torch.tensor(gold_classes(items), device=scored.log_probs.device)
     return functional.cross_entropy(class_scores(items, scored), gold, reduction="sum"), len(items)
 
 
-def loss_count(items: Sequence[Item]) -> int:
+def loss_count(items: Sequence[Item]) -> float:
     """Return what :func:`loss` will count for items, before they are run."""
     if items[0].gold is None:
-        return sum(len(choice.target_ids) for item in items for choice in item.choices)
+        choices = [choice for item in items for choice in item.choices]
+        stops = sum(len(choice.target_ids) - choice.own_tokens for choice in choices)
+        return sum(choice.own_tokens for choice in choices) + STOP_WEIGHT * stops
     return len(items)
 
 

@@ -103,12 +103,16 @@ def train(
             "[P:words] to start from them, or let --manual do it"
         )
     words = LabelWords.parse(labels) if isinstance(labels, str) else labels
-    parts = _parts(as_records(data), None if dev is None else as_records(dev), words, config)
+    parts = {"train": as_records(data)} if dev is None else {"train": as_records(data), "dev": as_records(dev)}
+    for name, records in parts.items():
+        _check(name, records, words)
     multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
     bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
     if words is not None:
         words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
     items = {name: _items(bound, records, words, config) for name, records in parts.items()}
+    if dev is None:
+        parts, items = _set_aside(parts["train"], items["train"], config)
     record = _first_record(parsed, words, parts, items, backbone, config, command)
     folder = Path(out) if out is not None else None
     if folder is not None:
@@ -156,19 +160,23 @@ def identity(record: Mapping[str, Json]) -> dict[str, Json]:
     return found
 
 
-def _parts(train: Records, dev: Records | None, words: LabelWords | None, config: TrainConfig) -> dict[str, Records]:
-    """Check the data and set a development part aside where there is none."""
-    parts = {"train": train} if dev is None else {"train": train, "dev": dev}
-    for name, records in parts.items():
-        if not records:
-            raise FileError(f"the {name} data ({records.name}) holds no records")
-        require_targets(records)
-        if words is not None:
-            words.check_records(records)
-    if dev is None:
-        kept, aside = split_records(train, fraction=config.dev_fraction, seed=config.seed)
-        return {"train": kept, "dev": aside}
-    return parts
+def _check(name: str, records: Records, words: LabelWords | None) -> None:
+    """Check that a part has records, and each of them a target or a label."""
+    if not records:
+        raise FileError(f"the {name} data ({records.name}) holds no records")
+    require_targets(records)
+    if words is not None:
+        words.check_records(records)
+
+
+def _set_aside(
+    records: Records, items: Sequence[Item], config: TrainConfig
+) -> tuple[dict[str, Records], dict[str, list[Item]]]:
+    """Take a development part out of the training data. Everything was read before, so errors count its own records."""
+    made = {id(record): item for record, item in zip(records, items, strict=True)}
+    kept, aside = split_records(records, fraction=config.dev_fraction, seed=config.seed)
+    parts = {"train": kept, "dev": aside}
+    return parts, {name: [made[id(record)] for record in part] for name, part in parts.items()}
 
 
 def _items(bound: BoundTemplate, records: Records, words: LabelWords | None, config: TrainConfig) -> list[Item]:

@@ -161,7 +161,7 @@ class Trainer:
             seconds = time.monotonic() - began
             state.epoch_seconds += seconds
             state.train_seconds += seconds
-            mean = state.epoch_loss_sum / max(1, state.epoch_loss_count)
+            mean = state.epoch_loss_sum / state.epoch_loss_count
             tell(
                 Progress(
                     "train",
@@ -223,7 +223,7 @@ class Trainer:
         waited = state.epoch - state.chosen_epoch
         state.done = state.epoch == self.config.epochs or waited >= self.config.patience
         state.epoch += 1
-        state.position, state.epoch_loss_sum, state.epoch_loss_count, state.epoch_seconds = 0, 0.0, 0, 0.0
+        state.position, state.epoch_loss_sum, state.epoch_loss_count, state.epoch_seconds = 0, 0.0, 0.0, 0.0
 
     def _consider(self, found: Evaluation, *, epoch: int) -> None:
         """Keep the vectors if they are the best so far, by :data:`CHOICE_RULE`."""
