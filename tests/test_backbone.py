@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -558,3 +558,25 @@ def test_kinds_come_from_the_config(backbone: Backbone, family: str) -> None:
 def test_tests_run_offline() -> None:
     """The rest of this file must not reach for a network."""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("head", "sizes"),
+    [
+        ("XLNetLMHeadModel", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+        ("BertLMHeadModel", {**POSITIONS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    ],
+)
+def test_a_model_that_reads_ahead_is_refused(head: str, sizes: Mapping[str, int], tmp_path: Path) -> None:
+    """A causal head over attention that sees the whole row would be shown the target; its scores would be too good."""
+    tokenizer = make_tokenizer("bert")
+    head_class = getattr(transformers, head)
+    torch.manual_seed(0)
+    model = head_class(head_class.config_class(vocab_size=len(tokenizer), **sizes))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5.0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="lets a position see what stands behind it"):
+        load_backbone(str(tmp_path))

@@ -99,7 +99,9 @@ def test_check_free(tmp_path: Path) -> None:
     files.check_free(tmp_path / "new", overwrite=False)
     files.check_free(empty, overwrite=False)
     files.check_free(full, overwrite=True)
-    with pytest.raises(FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"):
+    with pytest.raises(
+        FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"
+    ):
         files.check_free(full, overwrite=False)
     for overwrite in (False, True):
         with pytest.raises(FileError, match="file exists and is no folder; choose another output folder"):

@@ -237,7 +237,27 @@ def load_backbone(name: str | Path = defaults.BACKBONE, *, dtype: Dtype = "auto"
     model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone = Backbone(model, tokenizer, name=name, revision=revision)
     backbone.freeze()
+    if backbone.kind == "causal" and _reads_ahead(backbone):
+        raise BackboneError(
+            f"{name}: {type(model).__name__} lets a position see what stands behind it, so it would be shown the "
+            "target; use a causal language model, or a masked one with its masked language-model head"
+        )
     return backbone
+
+
+@torch.no_grad()
+def _reads_ahead(backbone: Backbone) -> bool:
+    """Whether the logits at the first position change with the token behind it, which no causal model's do."""
+    ids = torch.tensor([[2, 3], [2, 4]], device=backbone.device) % backbone.embedding_rows  # (2, 2)
+    start = torch.zeros(2, dtype=torch.int64, device=backbone.device)
+    logits, _ = backbone.run(
+        backbone.embed(ids),
+        mask=torch.ones_like(ids),
+        positions=torch.arange(2, device=backbone.device).expand(2, 2),
+        rows=torch.arange(2, device=backbone.device),
+        cols=start,
+    )
+    return not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2)
 
 
 def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer, Kind]:

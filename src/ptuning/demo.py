@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError, TrainingError
 from ptuning.evaluate import score_prompt
-from ptuning.files import Json, read_json, write_json, write_json_lines
+from ptuning.files import Json, read_bytes, read_json, write_json, write_json_lines
 from ptuning.measure import Report
 from ptuning.metrics import Score, majority, score
 from ptuning.predict import PromptModel
@@ -171,10 +173,36 @@ def _score_test(
     record["scores"] = {name: {"exact_match": found.to_json()} for name, found in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)
     write_json(out / RUN_FILE, record)
-    answers = [
-        Answers(row["x"], row["y"], old.text.splitlines()[0] if old.text else "", new.text)
-        for row, old, new in list(zip(test, written, learned, strict=True))[:SHOWN_RECORDS]
-    ]
-    size_bytes = (out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size
-    described = {"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)}
-    return DemoResult(prompt, record, scores, described, answers, out, size_bytes)
+    return load_demo(out)
+
+
+def load_demo(out: Path) -> DemoResult:
+    """Read a finished demo back from its files.
+
+    Raises:
+        FileError: If there is no finished demo in ``out``.
+    """
+    record = read_json(out / RUN_FILE)
+    listed = record.get("scores")
+    if not isinstance(listed, Mapping):
+        raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
+    found = cast("Mapping[str, Mapping[str, Mapping[str, float]]]", listed)
+    scores = {
+        name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
+        for name, entry in ((name, of["exact_match"]) for name, of in found.items())
+    }
+    lines = read_bytes(out / PREDICTIONS_FILE).decode("utf-8").splitlines()[:SHOWN_RECORDS]
+    rows = [json.loads(line) for line in lines]
+    prompt = Prompt.load(out / PROMPT_FOLDER)
+    common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
+    return DemoResult(
+        prompt=prompt,
+        record=record,
+        scores=scores,
+        described={"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)},
+        answers=[
+            Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
+        ],
+        folder=out,
+        size_bytes=(out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size,
+    )

@@ -139,7 +139,7 @@ def interval(score: Score) -> str:
 
 def training(result: TrainResult) -> None:
     """Print what a training run left."""
-    record, console = result.record, _console()
+    record, console = result.record, results()
     history = cast("Sequence[Mapping[str, float]]", record["history"])
     start = cast("Mapping[str, float]", record["start"])
     dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
@@ -187,7 +187,7 @@ def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> Non
     table.add_column("value  [95 % interval]")
     for metric, score in found.scores.items():
         table.add_row(metric.replace("_", " "), escape(interval(score)))
-    _console().print(table)
+    results().print(table)
     _line(f"loss {found.loss:.3f}")
     if found.missing:
         _line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
@@ -226,7 +226,7 @@ def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     for index, view in enumerate(found.slots):
         start = "random" if view.start is None else _token(view.start)
         table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
-    console = _console()
+    console = results()
     console.print(table)
     console.print(
         f"For scale: two tokens lie {found.token_distance:.2f} apart (median), a token and its nearest "
@@ -265,7 +265,7 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
             escape(shown),
             style={"slot": "green", "target": "bold"}.get(part, ""),
         )
-    _console().print(table)
+    results().print(table)
 
 
 def facts(known: Mapping[str, Mapping[str, object]]) -> None:
@@ -279,12 +279,12 @@ def facts(known: Mapping[str, Mapping[str, object]]) -> None:
         rows = cast("Mapping[str, int]", entry["rows"])
         counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
         table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
-    _console().print(table)
+    results().print(table)
 
 
 def demo(result: DemoResult) -> None:
     """Print what the demo found."""
-    console = _console()
+    console = results()
     _heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "prompt", "exact match  [95 % interval]"):
@@ -312,18 +312,20 @@ def _errors() -> Console:
     return Console(stderr=True, emoji=False)
 
 
-def _console() -> Console:
+@functools.cache
+def results() -> Console:
+    """The one console of the standard output; a script that draws it may record what it prints."""
     return Console(highlight=False, emoji=False)
 
 
 def _heading(text: str) -> None:
     """Print a table's title. A title of the table's own would be wrapped at the table's width."""
-    _console().print(text, markup=False, style="italic", soft_wrap=True)
+    results().print(text, markup=False, style="italic", soft_wrap=True)
 
 
 def _line(text: str) -> None:
     """Print a line that is not wrapped, so that a path or a command can be copied."""
-    _console().print(text, markup=False, soft_wrap=True)
+    results().print(text, markup=False, soft_wrap=True)
 
 
 def _visible(text: str) -> str:

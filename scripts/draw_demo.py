@@ -1,0 +1,37 @@
+"""Draw the picture of the README: the demo's result, read from its files, as it stands on a terminal.
+
+Usage: python scripts/draw_demo.py [RUN_FOLDER] [PICTURE]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from ptuning import show
+from ptuning.demo import load_demo
+
+WIDTH = 88
+
+
+def main(folder: Path, picture: Path) -> None:
+    """Print the result of the demo in ``folder`` to a recorded terminal and save that as SVG."""
+    console = Console(
+        record=True, width=WIDTH, highlight=False, emoji=False, force_terminal=True, color_system="truecolor"
+    )
+    show.results = lambda: console
+    show.demo(load_demo(folder))
+    # The picture brings no font of its own, so that it asks nobody for one.
+    svg = console.export_svg(title="make demo", theme=MONOKAI, unique_id="demo")
+    lines = [line for line in svg.splitlines() if "cdnjs" not in line]
+    picture.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    given = [Path(argument) for argument in sys.argv[1:]]
+    root = Path(__file__).resolve().parents[1]
+    main(*(given + [root / "runs" / "demo", root / "docs" / "demo.svg"][len(given) :]))
