@@ -5,8 +5,10 @@ Usage: python scripts/draw_demo.py [RUN_FOLDER] [PICTURE]
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
@@ -19,11 +21,9 @@ WIDTH = 88
 
 def main(folder: Path, picture: Path) -> None:
     """Print the result of the demo in ``folder`` to a recorded terminal and save that as SVG."""
-    console = Console(
-        record=True, width=WIDTH, highlight=False, emoji=False, force_terminal=True, color_system="truecolor"
-    )
-    show.results = lambda: console
-    show.demo(load_demo(folder))
+    console = Console(record=True, width=WIDTH, highlight=False, emoji=False, force_terminal=True, file=io.StringIO())
+    with patch.object(show, "results", return_value=console):
+        show.demo(load_demo(folder))
     # The picture brings no font of its own, so that it asks nobody for one.
     svg = console.export_svg(title="make demo", theme=MONOKAI, unique_id="demo")
     lines = [line for line in svg.splitlines() if "cdnjs" not in line]
