@@ -41,9 +41,9 @@ class PromptEncoder(nn.Module):
             return
         inner = min(width, MAX_ENCODER_WIDTH)
         half = max(1, inner // 2)
-        # The encoder reads the starts on a common scale: embedding tables differ in scale by a factor of a hundred.
-        scale = self.start.std().clamp_min(1e-6)
-        self.inputs = nn.Parameter(self.start / scale)
+        # One learned input per slot, drawn alike for every backbone: embedding tables differ in scale by a factor of a
+        # hundred, and inputs made of the starts got stuck on some data (docs/architecture.md, decision 3).
+        self.inputs = nn.Parameter(torch.randn(slots, width, generator=generator))
         self.dropout = nn.Dropout(dropout)
         if kind == "lstm":
             self.lstm = nn.LSTM(width, half, num_layers=2, bidirectional=True, batch_first=True, dropout=dropout)
