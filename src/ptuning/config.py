@@ -44,7 +44,7 @@ class TrainConfig:
     epochs: int = 6
     batch_size: int = 8
     accumulation_steps: int = 1
-    lr: float = 2e-3
+    lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_fraction: float = 0.1
     max_grad_norm: float = 1.0
