@@ -1048,14 +1048,10 @@ def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str
     """In a process of its own: SIGINT, exit code, message, checkpoint, and the same bytes in the end."""
     args = ["train", "--data", str(data / "train.jsonl"), "--template", WARM, "--backbone", llama, "--epochs", "20",
             "--batch-size", "4", "--set", "patience=20", "--set", "checkpoint_seconds=0"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptuning", *args, "--out", "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment(),
-    )  # fmt: skip
     checkpoint = Path("out/checkpoint/state.safetensors")
-    wait_for(checkpoint.is_file, process)
-    process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
+    with running(*args, "--out", "out") as process:
+        wait_for(checkpoint.is_file, process)
+        printed, said = press_ctrl_c(process)
     assert process.returncode == 130
     assert printed == ""
     assert "Traceback" not in said
@@ -1075,12 +1071,6 @@ def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str
 
 def test_ctrl_c_before_training_leaves_nothing(llama: str) -> None:
     os.mkfifo("train.jsonl")  # the process waits here for data until the signal comes
-    command = ["train", "--data", "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptuning", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(),
-    )  # fmt: skip
-
     handles: list[int] = []
 
     def waits() -> bool:
@@ -1088,12 +1078,37 @@ def test_ctrl_c_before_training_leaves_nothing(llama: str) -> None:
             handles.append(os.open("train.jsonl", os.O_WRONLY | os.O_NONBLOCK))
         return bool(handles)
 
-    wait_for(waits, process)
-    process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
-    assert (process.returncode, printed, said) == (130, "", "stopped; nothing was written\n")
+    args = ["train", "--data", "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out"]
+    with running(*args) as process:
+        wait_for(waits, process)
+        printed, said = press_ctrl_c(process)
     os.close(handles[0])
+    assert (process.returncode, printed, said) == (130, "", "stopped; nothing was written\n")
     assert [path.name for path in Path.cwd().iterdir()] == ["train.jsonl"]
+
+
+@contextlib.contextmanager
+def running(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command line in a process of its own, which does not outlive the test."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "ptuning", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Press it until the process ends, and return what that said: Python may enter a read just after it noted the
+    signal and before it acts on it, and then sits there until the next one.
+    """
+    for _ in range(6):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=20)
+    raise AssertionError("the process did not stop")
 
 
 def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
