@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import ptuning.backbone
+import ptuning.model
 from conftest import CAUSAL, CONTEXT, RECORDS, bound, build_model, learned, make_model, make_tokenizer, plain_logits
 from ptuning import hub
 from ptuning.backbone import Backbone, load_backbone, load_tokenizer
@@ -27,7 +29,7 @@ from ptuning.batch import collate
 from ptuning.decode import write_answers
 from ptuning.errors import BackboneError
 from ptuning.hub import find_backbone
-from ptuning.model import target_logits
+from ptuning.model import prefix_tokens, target_logits
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 
@@ -99,6 +101,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, object]]] = {
     "xlnet": ("XLNetLMHeadModel", "bert", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
 }
 NO_CACHE = ("mamba", "xlnet")
+# Causal, and no windows (Gemma 3, Mistral) or recurrent states: their caches hold all of a prefix.
+PREFIX = ("gpt-neox", "opt", "bloom", "qwen3", "gemma", "glm-4", "gpt-j", "falcon", "xglm")
 
 
 def build(name: str) -> Backbone:
@@ -138,6 +142,7 @@ def test_identity_on_every_architecture(name: str) -> None:
     prompt = Prompt.from_token_ids(template, [20, 21, 22], backbone)
     assert prompt.slot_vectors is not None
     assert prompt.slot_vectors.shape == (3, backbone.width)
+    assert backbone.shares_prefix == (name in PREFIX)  # which is found out by a run of its own
     read: list[int] = []
     head = backbone.model.get_output_embeddings()
     assert head is not None
@@ -302,6 +307,63 @@ def test_without_a_prompt_in_another_thread(backbone: Backbone) -> None:
     thread.join()
     body.remove()
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "ForMaskedLM" not in ARCHITECTURES[name][0]])
+def test_a_shared_prefix_on_every_causal_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 8, decision 16: equal logits and gradients; a cache of windows or states is found, and not shared."""
+    backbone = build(name)
+    assert backbone.shares_prefix == (name in PREFIX)
+    template = "The capital of [P*3] [X] is [Y]"
+    examples = bound(backbone, template).examples(RECORDS[:4])
+    assert (prefix_tokens(backbone, examples) > 5) == backbone.shares_prefix  # longer than the windows of 4
+    vectors = learned(backbone, template).slot_vectors
+    assert vectors is not None
+    found = []
+    run_prefix = Mock(side_effect=backbone.run_prefix)
+    monkeypatch.setattr(backbone, "run_prefix", run_prefix)
+    for least in (1, 10**9):
+        monkeypatch.setattr(ptuning.model, "MIN_SAVED_TOKENS", least)
+        leaf = vectors.clone().requires_grad_(True)
+        logits = target_logits(backbone, collate(examples, slots=[3] * len(examples)), leaf)
+        torch.log_softmax(logits, dim=-1)[:, 7].sum().backward()
+        assert leaf.grad is not None
+        found.append((logits.detach(), leaf.grad))
+    assert run_prefix.call_count == int(backbone.shares_prefix)
+    (logits, gradient), (plain, plain_gradient) = found
+    torch.testing.assert_close(logits, plain, atol=1e-5, rtol=0)
+    assert float((gradient - plain_gradient).norm()) <= 1e-5 * float(plain_gradient.norm())
+
+
+def test_a_window_that_is_switched_off_is_no_window() -> None:
+    """The cache is asked, not the family: the same classes without their window share prefixes."""
+    head, tokenizer_name, sizes = ARCHITECTURES["mistral"]
+    head_class = getattr(transformers, head)
+    config = head_class.config_class(vocab_size=len(make_tokenizer(tokenizer_name)), **sizes)
+    config.sliding_window = None
+    assert sharpened(head_class(config).eval(), tokenizer_name).shares_prefix
+    assert not build("mistral").shares_prefix
+    assert not build("mpnet").shares_prefix
+
+
+def test_one_layer_with_a_window_is_enough() -> None:
+    """Every layer is looked at, wherever the one with a window stands."""
+    head, _, sizes = ARCHITECTURES["gemma-3"]
+    head_class = getattr(transformers, head)
+    for kinds in (["full_attention", "sliding_attention"], ["sliding_attention", "full_attention"]):
+        config = head_class.config_class(vocab_size=len(make_tokenizer("llama")), **sizes)
+        config.layer_types = kinds
+        assert not sharpened(head_class(config).eval(), "llama").shares_prefix
+
+
+def test_whether_prefixes_are_shared_is_asked_once(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one token through the model, remembered with the backbone; nothing of the model changes."""
+    run = Mock(side_effect=causal.run)
+    before = digest(causal.model), causal.model.config.to_dict()
+    monkeypatch.setattr(causal, "run", run)
+    assert all(causal.shares_prefix for _ in range(3))
+    assert run.call_count == 1
+    assert (digest(causal.model), causal.model.config.to_dict()) == before
 
 
 def test_a_model_with_as_many_positions_as_tokens() -> None:

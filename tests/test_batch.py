@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from ptuning.batch import Side, collate
+from ptuning.batch import Side, collate, shared_tokens
 from ptuning.errors import PromptError
 from ptuning.fill import BoundTemplate, Example
 from ptuning.template import Template
@@ -133,3 +133,69 @@ def test_a_batch_moves_to_a_device_whole() -> None:
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.counts == batch.counts
     assert batch.token_ids.device.type == "cpu"
+
+
+QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
+
+
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        (example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), 4),
+        (example([1, 0, 0, 4, 6, 8], slots=(1, 2), logits=(5,)), 4),  # the first row's scored position is its own
+        (example([1, 0, 0, 4, 6], slots=(1, 2), logits=(2, 3, 4)), 2),  # nothing scored is shared
+        (example([1, 0, 0, 5, 6], slots=(1, 2), logits=(4,)), 3),
+        (example([1, 0, 0, 4, 6], slots=(1, 3), logits=(4,)), 2),  # token 0 is no slot
+        (example([1, 0, 0, 4], slots=(1, 2), logits=(3,)), 3),
+        (example([2, 0, 0, 4, 6], slots=(1, 2), logits=(4,)), 0),
+        (example([1], logits=(0,)), 0),
+        (QUESTION, 4),
+    ],
+)
+def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
+    """Decision 16: the same tokens and slots, before the first scored position of every row, in either order."""
+    for rows in ([QUESTION, other], [other, QUESTION], [QUESTION, other, QUESTION]):
+        slots = [len(row.slot_positions) for row in rows]
+        assert shared_tokens(rows) == shared
+        assert collate(rows, slots=slots).shared_tokens == shared
+
+
+def test_slots_of_other_prompts_are_not_shared() -> None:
+    """Slots of the same place and number hold other vectors if their rows belong to different prompts."""
+    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[3, 3]).shared_tokens == 4
+    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[0, 2]).shared_tokens == 1
+    moved = example([1, 0, 9, 0, 6], slots=(1, 3), logits=(4,))
+    assert collate([QUESTION, moved], slots=[2] * 2, offsets=[1, 1]).shared_tokens == 2
+    # Slot 1 of a prompt at row 0 of the table is slot 0 of one that begins there.
+    behind = example([0, 0, 6], slots=(0, 1), logits=(2,))
+    assert collate([behind] * 2, slots=[2] * 2, offsets=[0, 1]).shared_tokens == 0
+
+
+def test_rows_behind_pads_share_nothing() -> None:
+    """Columns of pads are no prefix; without a pad in front, the side makes no difference."""
+    longer = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,))
+    assert collate([QUESTION, longer], slots=[2, 2], pad_side="left").shared_tokens == 0
+    assert collate([QUESTION, QUESTION], slots=[2, 2], pad_side="left").shared_tokens == 4
+    assert collate([QUESTION], slots=[2]).shared_tokens == 4
+    assert shared_tokens([]) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(examples=rows(), offsets=st.lists(st.integers(0, 1), min_size=5, max_size=5))
+def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example], offsets: list[int]) -> None:
+    """Against a slow look at the batch: every column before the bound is the same in all rows, the bound's is not."""
+    offsets = offsets[: len(examples)]
+    batch = collate(examples, slots=[len(row.slot_positions) for row in examples], offsets=offsets)
+    slots = {
+        (int(row), int(column)): int(index)
+        for row, column, index in zip(batch.slot_rows, batch.slot_cols, batch.slot_index, strict=True)
+    }
+
+    def column(at: int) -> set[object]:
+        every = range(len(examples))
+        return {("slot", slots[row, at]) if (row, at) in slots else int(batch.token_ids[row, at]) for row in every}
+
+    first = min(min(row.logit_positions) for row in examples)
+    assert batch.shared_tokens <= first
+    assert all(len(column(at)) == 1 for at in range(batch.shared_tokens))
+    assert batch.shared_tokens == first or len(column(batch.shared_tokens)) > 1

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from ptuning.config import EncoderKind, RandomStart
-from ptuning.encoder import MAX_ENCODER_WIDTH, PromptEncoder, start_vectors
+from ptuning.encoder import MAX_ENCODER_WIDTH, OUTPUT_SCALE, PromptEncoder, start_vectors
 
 KINDS = get_args(EncoderKind)
 
 
-def make(start: Tensor, kind: EncoderKind, *, dropout: float = 0.0, seed: int = 0) -> PromptEncoder:
+def make(start: Tensor, kind: EncoderKind, *, reach: float = 2.0, dropout: float = 0.0, seed: int = 0) -> PromptEncoder:
     """Build an encoder from a seed of its own."""
-    return PromptEncoder(start, kind=kind, dropout=dropout, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return PromptEncoder(start, reach=reach, kind=kind, dropout=dropout, generator=generator)
 
 
 def shaken(encoder: PromptEncoder) -> PromptEncoder:
@@ -76,7 +77,7 @@ def test_the_papers_sizes_below_the_bound() -> None:
 
 
 def test_lstm_encoder_equals_the_equations_by_hand() -> None:
-    """h_i = start_i + MLP([forward LSTM : backward LSTM]), against a loop over slots, layers and directions."""
+    """h_i = start_i + bent MLP([forward LSTM : backward LSTM]), against a loop over slots, layers and directions."""
     slots, width, half = 4, 6, 3
     encoder = shaken(make(torch.randn(slots, width), "lstm"))
     weights = dict(encoder.lstm.named_parameters())
@@ -101,11 +102,27 @@ def test_lstm_encoder_equals_the_equations_by_hand() -> None:
         forward = direction(row, layer, "")
         backward = direction(row[::-1], layer, "_reverse")[::-1]
         row = [torch.cat(pair) for pair in zip(forward, backward, strict=True)]
-    expected = [
-        start + encoder.last.weight @ (encoder.first.weight @ hidden + encoder.first.bias).relu() + encoder.last.bias
-        for start, hidden in zip(encoder.start, row, strict=True)
-    ]
+    expected = []
+    for start, hidden in zip(encoder.start, row, strict=True):
+        first = (encoder.first.weight @ hidden + encoder.first.bias).relu()
+        moved = OUTPUT_SCALE * (encoder.last.weight @ first + encoder.last.bias)
+        expected.append(start + 2.0 * moved / (1.0 + moved @ moved).sqrt())
     torch.testing.assert_close(encoder(), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_no_slot_gets_further_from_its_start_than_the_reach(kind: EncoderKind) -> None:
+    """A slot that ran away on one split of P36, to ten times the length of an embedding, never came back."""
+    encoder = make(torch.randn(4, 16), kind, reach=3.0)
+    with torch.no_grad():
+        encoder.last.weight.fill_(1e4)
+    assert ((encoder() - encoder.start).norm(dim=-1) <= 3.0 + 1e-4).all()
+    with torch.no_grad():
+        encoder.last.weight.fill_(1e-6)
+        encoder.last.bias.fill_(1e-3)
+    # Near the start the bend is straight.
+    small = torch.full((4, 16), 3.0 * OUTPUT_SCALE * 1e-3)
+    torch.testing.assert_close(encoder() - encoder.start, small, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,8 +9,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ptuning.backbone import load_backbone as load_backbone
+    from ptuning.comparison import compare as compare
+    from ptuning.comparison import lama as lama
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.errors import PTuningError as PTuningError
+    from ptuning.experiment import methods as methods
     from ptuning.labels import LabelWords as LabelWords
     from ptuning.predict import PromptModel as PromptModel
     from ptuning.prompt import Prompt as Prompt
@@ -26,8 +29,11 @@ _HOMES = {
     "PTuningError": "errors",
     "Template": "template",
     "TrainConfig": "config",
+    "compare": "comparison",
+    "lama": "comparison",
     "load_backbone": "backbone",
     "load_records": "records",
+    "methods": "experiment",
     "train": "runs",
 }
 
@@ -38,8 +44,11 @@ __all__ = [
     "PromptModel",
     "Template",
     "TrainConfig",
+    "compare",
+    "lama",
     "load_backbone",
     "load_records",
+    "methods",
     "train",
 ]
 

@@ -5,6 +5,7 @@ pieces, no prompts and no training.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import io
@@ -140,6 +141,51 @@ class Backbone:
         self.model.eval()
         self.model.requires_grad_(False)
 
+    def thaw(self) -> None:
+        """Put the model into training mode, its own dropout included, and let all its weights take gradients."""
+        self.model.train()
+        self.model.requires_grad_(True)
+
+    def copy(self) -> Backbone:
+        """Return a backbone of its own with the same weights in float32, frozen, to be tuned."""
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other.model = copy.deepcopy(self.model).float()
+        other.freeze()
+        return other
+
+    def with_random_weights(self, *, seed: int) -> Backbone:
+        """Return a frozen backbone of the same architecture that has learned nothing.
+
+        Source: Zhong et al. (2021), section 3 (random controls).
+        """
+        other = self.copy()
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(seed)
+            fresh = type(self.model)(self.model.config)
+        other.model.load_state_dict(fresh.state_dict())
+        other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+        other.name = f"{self.name} with random weights (seed {seed})"
+        return other
+
+    @functools.cached_property
+    @torch.no_grad()
+    def shares_prefix(self) -> bool:
+        """Whether rows may stand behind one row's keys and values (:meth:`run_prefix`).
+
+        Only a causal model whose cache is nothing but the keys and values of every token, in every layer: no sliding
+        window, no state of a recurrent layer, nothing quantised. Found by running one token.
+        """
+        import transformers
+
+        if self.kind != "causal":
+            return False
+        start = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        cache = self._fill_cache(self.embed(start), positions=start)
+        return type(cache) is transformers.DynamicCache and all(
+            type(layer) is transformers.DynamicLayer and layer.get_seq_length() == 1 for layer in cache.layers
+        )
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return what the model sees for token ids, through its own embedding call (scaled where the model scales).
 
@@ -190,7 +236,7 @@ class Backbone:
         if self._takes_segments:
             inputs["token_type_ids"] = torch.full_like(positions, self.tokenizer.segment_id)
         if self.kind == "causal":
-            inputs |= {"use_cache": keep_cache, "past_key_values": cache}
+            inputs |= {"use_cache": keep_cache or cache is not None, "past_key_values": cache}
         asked = _Asked(rows, cols)
         token = _gather.set(asked)
         try:
@@ -199,6 +245,34 @@ class Backbone:
             _gather.reset(token)
         logits = output.logits[0] if asked.taken else output.logits[rows, cols]  # (N, V)
         return logits.float(), output.get("past_key_values")
+
+    def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Cache:
+        """Run once what B rows begin with, for a model that :attr:`shares_prefix`.
+
+        Gradients flow through the cache as through any other activation.
+
+        Args:
+            embeddings: (1, T, E); every position is a token or a slot.
+            positions: (1, T) int64; as for :meth:`run`.
+            rows: Number of rows B.
+
+        Returns:
+            Keys and values of T tokens for B rows, as views of the one row's: nothing is copied here.
+        """
+        cache = self._fill_cache(embeddings, positions=positions)
+        assert cache is not None
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)  # type: ignore[union-attr]  # all are plain layers
+            layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
+        return cache
+
+    def _fill_cache(self, embeddings: Tensor, *, positions: Tensor) -> Cache | None:
+        """Run one row for its cache alone: one logit is read, since a head may not take nothing at all."""
+        start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
+        _, cache = self.run(
+            embeddings, mask=torch.ones_like(positions), positions=positions, rows=start, cols=start, keep_cache=True
+        )
+        return cache
 
     @staticmethod
     def reorder(cache: Cache | None, rows: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +29,7 @@ class Batch:
         slot_index: (S,) int64; which row of the (P, E) table of slot vectors is written there.
         logit_rows, logit_cols: (N,) int64; where logits are read, row by row.
         counts: Number of scored positions of each row, summing up to N.
+        shared_tokens: Number of leading columns that are the same in every row (:func:`shared_tokens`).
     """
 
     token_ids: Tensor
@@ -39,6 +41,7 @@ class Batch:
     logit_rows: Tensor
     logit_cols: Tensor
     counts: tuple[int, ...]
+    shared_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -80,6 +83,7 @@ def collate(
     slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts)
     logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts)
     table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)
+    begins_with_pads = bool(starts.any())
     return Batch(
         token_ids=torch.from_numpy(token_ids),
         mask=torch.from_numpy(mask.astype(np.int64)),
@@ -90,7 +94,38 @@ def collate(
         logit_rows=torch.from_numpy(logit_rows),
         logit_cols=torch.from_numpy(logit_cols),
         counts=tuple(len(example.logit_positions) for example in examples),
+        shared_tokens=0 if begins_with_pads else shared_tokens(examples, offsets=offsets),
     )
+
+
+def shared_tokens(examples: Iterable[Example], *, offsets: Iterable[int] | None = None) -> int:
+    """Count the leading tokens and slots that are the same in all examples and stand before any scored position, so
+    that each row has at least one position of its own behind them.
+
+    Args:
+        examples: Rows, unpadded.
+        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
+
+    Example:
+        >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
+        >>> shared_tokens(rows), shared_tokens(rows, offsets=[0, 1])
+        (2, 1)
+    """
+    first: list[int] = []
+    shared: int | None = None
+    for example, offset in zip(examples, itertools.repeat(0) if offsets is None else offsets, strict=False):
+        row = list(example.token_ids[: min(example.logit_positions, default=0)])
+        for index, position in enumerate(example.slot_positions, start=offset):
+            if position < len(row):
+                row[position] = -1 - index  # which no token id is
+        if shared is None:
+            first, shared = row, len(row)
+        shared = min(shared, len(row))
+        if row[:shared] != first[:shared]:
+            shared = next(at for at in range(shared) if row[at] != first[at])
+        if not shared:
+            break
+    return shared or 0
 
 
 def _flat(positions: Sequence[Sequence[int]], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

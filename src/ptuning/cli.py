@@ -1,43 +1,53 @@
-"""The command line: parsing and wiring. The only place that exits; ``show`` prints for it."""
+"""The command line: the commands on prompts and data, and what becomes of errors. The only place that exits; ``show``
+prints for it.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 import ptuning
-from ptuning import defaults, show
-from ptuning.config import TrainConfig, named_values, unknown_option
-from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
+from ptuning import defaults, show, suite_commands
+from ptuning.errors import ConfigError, PTuningError, RecordError
+from ptuning.wiring import (
+    SETTINGS,
+    SIGNAL_EXIT,
+    BackboneOption,
+    CandidatesOption,
+    Command,
+    DeviceOption,
+    DtypeOption,
+    FieldOption,
+    ForceOption,
+    JsonOption,
+    NormaliseOption,
+    PromptArgument,
+    SetOption,
+    command_line,
+    config_of,
+    load,
+    normalise_of,
+    prompt_of,
+    read_candidates,
+    records_of,
+    records_to_answer,
+    stoppable,
+)
 
-if TYPE_CHECKING:
-    from ptuning.backbone import Backbone, Dtype
-    from ptuning.measure import Report
-    from ptuning.objective import Normalise
-    from ptuning.prompt import Prompt
-    from ptuning.records import Records
-
-# Heavy modules (torch, transformers) are imported inside the commands: --help must not wait for them.
-
-SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
-SETTINGS = TrainConfig()
 # Records answered between two steps of the progress bar.
 PREDICTED_ROWS = 64
 
 
 class _Group(TyperGroup):
-    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`_training`."""
+    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`stoppable`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -45,20 +55,6 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             show.stopped("stopped", None, "")
             raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
-
-
-class _Command(TyperCommand):
-    """Names the closest option or setting to an unknown one."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
-            name = getattr(error, "option_name", None)
-            if name is None or not hasattr(error, "possibilities"):
-                raise
-            raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
 
 
 app = typer.Typer(
@@ -72,17 +68,6 @@ app = typer.Typer(
 )
 template_app = typer.Typer(help="Look at how a template is filled.", no_args_is_help=True)
 app.add_typer(template_app, name="template")
-
-BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
-DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
-FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
-NormaliseOption = Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")]
-PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
-CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 
 
 def main() -> None:
@@ -121,7 +106,7 @@ def common(
         raise typer.Exit
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def train(
     data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
@@ -134,6 +119,7 @@ def train(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per step.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    starts: suite_commands.StartsOption = SETTINGS.starts,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
     set_: SetOption = None,
@@ -151,19 +137,19 @@ def train(
     from ptuning.files import check_free
     from ptuning.template import Template
 
-    config = _config(set_, encoder=encoder, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    config = config_of(set_, encoder=encoder, epochs=epochs, batch_size=batch_size, lr=lr, starts=starts, seed=seed)
     if (template is None) == (manual is None):
         raise ConfigError("give either --template, or --manual to have one made from a manual template")
     if about is not None and manual is None:
         raise ConfigError("--about goes with --manual")
     parsed = Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
     check_free(out, overwrite=overwrite or resume)
-    rows = _records(data, field)
-    dev_rows = _records(dev, field) if dev is not None else None
+    rows = records_of(data, field)
+    dev_rows = records_of(dev, field) if dev is not None else None
     if manual is not None:
         show.say(f"learned template: {parsed}")
-    loaded = _load(backbone, dtype=dtype, device=device)
-    with _training(out, again="--resume") as (report, should_stop):
+    loaded = load(backbone, dtype=dtype, device=device)
+    with stoppable(out, again="--resume") as (report, should_stop):
         from ptuning.runs import train as run
 
         result = run(
@@ -179,12 +165,12 @@ def train(
             report=report,
             should_stop=should_stop,
             ceiling=measure_ceiling,
-            command=_command(),
+            command=command_line(),
         )
     show.training(result)
 
 
-@app.command(name="eval", cls=_Command)
+@app.command(name="eval", cls=Command)
 def evaluate(
     prompt: PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
@@ -203,14 +189,14 @@ def evaluate(
     """
     from ptuning.records import require_targets
 
-    chosen = _prompt(prompt)
+    chosen = prompt_of(prompt)
     if chosen.label_words is not None and candidates is not None:
         raise ConfigError("the prompt has label words, which are all its answers; leave --candidates out")
-    how = _normalise(normalise, closed=candidates is not None)
-    rows = _records(data, field)
+    how = normalise_of(normalise, closed=candidates is not None)
+    rows = records_of(data, field)
     require_targets(rows)
-    listed = _candidates(candidates, prompt, data, field) if candidates is not None else None
-    loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.evaluate import score_prompt
     from ptuning.predict import PromptModel
 
@@ -220,7 +206,7 @@ def evaluate(
     show.evaluation(prompt, rows, found, as_json=as_json)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def predict(
     prompt: PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
@@ -240,14 +226,14 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = _prompt(prompt)
+    chosen = prompt_of(prompt)
     closed = candidates is not None or chosen.label_words is not None
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
-    how = _normalise(normalise, closed=closed)
-    rows = _records_to_answer(chosen, text, data, field)
-    listed = _candidates(candidates, prompt, data, field) if candidates is not None else None
-    loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
+    how = normalise_of(normalise, closed=closed)
+    rows = records_to_answer(chosen, text, data, field)
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.measure import Progress
     from ptuning.predict import PromptModel
 
@@ -260,7 +246,7 @@ def predict(
     show.predictions(rows, found, as_json=as_json, masked=loaded.kind == "masked")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def inspect(
     prompt: PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
@@ -275,9 +261,9 @@ def inspect(
 
     Example: ptuning inspect capitals --data capitals:dev
     """
-    chosen = _prompt(prompt)
-    rows = _records(data, field) if data is not None else None
-    loaded = _load(backbone, dtype=dtype, device=device, prompt=chosen)
+    chosen = prompt_of(prompt)
+    rows = records_of(data, field) if data is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.inspection import inspect_prompt
 
     with show.bar() as report:
@@ -285,7 +271,7 @@ def inspect(
     show.inspection(chosen, found, as_json=as_json)
 
 
-@template_app.command(name="show", cls=_Command)
+@template_app.command(name="show", cls=Command)
 def show_template(
     template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
     backbone: BackboneOption = None,
@@ -315,7 +301,7 @@ def show_template(
     show.template(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def data(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
     split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
@@ -333,7 +319,7 @@ def data(
         typer.echo(json.dumps(dict(row), ensure_ascii=False))
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
     set_: SetOption = None,
@@ -345,154 +331,16 @@ def demo(
 
     Example: ptuning demo
     """
-    config = _config(set_)
-    loaded = _load(backbone, dtype=dtype, device=device)
-    with _training(out) as (report, should_stop):
+    config = config_of(set_)
+    loaded = load(backbone, dtype=dtype, device=device)
+    with stoppable(out) as (report, should_stop):
         from ptuning.demo import run_demo
 
         result = run_demo(
-            out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=_command()
+            out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=command_line()
         )
     show.demo(result)
 
 
-def _command(program: str = "ptuning") -> str:
-    """Return the command line as it was given."""
-    return f"{program} {shlex.join(sys.argv[1:])}"
-
-
-def _config(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
-    """Return the settings given; those not given keep the default of ``TrainConfig``."""
-    given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
-    values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
-    for name, text in values.items():
-        with contextlib.suppress(ValueError):
-            values[name] = json.loads(text)
-        if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
-            raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
-    return TrainConfig.from_json({**options, **values})
-
-
-def _fields(pairs: Sequence[str] | None) -> dict[str, str]:
-    return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
-
-
-def _normalise(value: str, *, closed: bool) -> Normalise:
-    if value not in ("sum", "mean"):
-        raise ConfigError(f"--normalise is sum or mean, not '{value}'")
-    if value != "sum" and not closed:
-        raise ConfigError("--normalise goes with a closed set of answers: --candidates, or in predict label words")
-    return cast("Normalise", value)
-
-
-def _records(source: str, field: Sequence[str] | None) -> Records:
-    from ptuning.records import load_records
-
-    with show.waiting(f"reading {source}"):
-        return load_records(source, fields=_fields(field))
-
-
-def _prompt(source: str) -> Prompt:
-    with show.waiting("starting"):
-        from ptuning.prompt import Prompt
-
-    if source.startswith("manual:"):
-        return Prompt.manual(source.removeprefix("manual:").lstrip())
-    return Prompt.load(source)
-
-
-def _records_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> Records:
-    from ptuning.records import Records, read_rows
-
-    if (text is None) == (data is None):
-        raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
-    if data == "-":
-        rows = read_rows(sys.stdin.buffer.read(), name="standard input", fields=_fields(field))
-        if not rows:
-            raise RecordError("the standard input holds no records; it needs one JSON object per line")
-        return Records(rows, name="standard input")
-    if data is not None:
-        return _records(data, field)
-    fields = prompt.template.fields
-    if len(fields) != 1:
-        raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
-    return Records([{fields[0]: text or ""}], name="the command line")
-
-
-def _candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
-    """Read candidates: a text file with one per line, the targets of a data file, or those of the training part."""
-    from ptuning.evaluate import candidates_of
-    from ptuning.files import read_bytes
-    from ptuning.records import TARGET_FIELD, load_records
-
-    if source == "train" and not Path(source).exists():
-        source = _training_part(prompt, data)
-    if Path(source).suffix.lower() == ".txt":
-        try:
-            lines = read_bytes(Path(source)).decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise FileError(f"{source} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
-        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    else:
-        # Other fields may well be missing beside the answers.
-        fields = {new: old for new, old in _fields(field).items() if new == TARGET_FIELD}
-        found = candidates_of(load_records(source, fields=fields))
-    if not found:
-        raise FileError(f"{source} holds no candidates; give a .txt with one per line, or data with {TARGET_FIELD}")
-    return found
-
-
-def _training_part(prompt: str, data: str | None) -> str:
-    """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
-    from ptuning.files import read_json
-
-    folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
-    record = next((folder / "run.json" for folder in folders if (folder / "run.json").is_file()), None)
-    if record is not None:
-        parts = cast("dict[str, dict[str, str]]", read_json(record)["data"])
-        return parts["train"]["name"].split(" (without the ")[0]
-    if data is not None and ":" in data and not Path(data).exists():
-        return data.partition(":")[0] + ":train"
-    raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
-
-
-def _load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = None) -> Backbone:
-    """Load the backbone that is asked for, the prompt's own, or the default."""
-    own = prompt.backbone.name if prompt is not None and prompt.backbone is not None else defaults.BACKBONE
-    chosen = name if name is not None else own
-    with show.loading(chosen):
-        from ptuning.backbone import load_backbone
-
-        return load_backbone(chosen, dtype=cast("Dtype", dtype), device=device)
-
-
-@contextlib.contextmanager
-def _training(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[[], bool]]]:
-    """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
-    from ptuning.runs import CHECKPOINT_FOLDER, RUN_FILE
-    from ptuning.trainer import Interrupted
-
-    asked: list[int] = []
-    # Said by a thread: the signal may come in the middle of drawing the progress bar.
-    word = Thread(target=show.say, args=("stopping after this step; once more to stop at once",))
-
-    def note(number: int, _: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        word.start()
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with show.bar() as report:
-            yield report, lambda: bool(asked)
-    except (Interrupted, KeyboardInterrupt) as error:
-        if word.ident is not None:
-            word.join()
-        command = _command(show.program()) + (f" {again}" if again and again not in sys.argv else "")
-        kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE) if (out / name).exists()), None)
-        show.stopped(str(error) or "stopped at once", kept, command)
-        raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+for _one in suite_commands.COMMANDS:
+    app.command(cls=Command)(_one)

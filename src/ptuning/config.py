@@ -12,6 +12,7 @@ from ptuning.errors import ConfigError, closest
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 RandomStart = Literal["random", "vocabulary"]
+Tune = Literal["frozen", "tuned"]
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -31,6 +32,9 @@ class TrainConfig:
         encoder: ``lstm`` (the paper's), ``mlp`` or ``none`` (free vectors).
         dropout: Of the prompt encoder.
         start: What ``[P]`` slots start at: ``random`` or ``vocabulary``.
+        starts: How many prompts are trained from different draws; the best one on the development part is kept.
+        tune: ``frozen`` trains the slots alone, ``tuned`` every weight of the backbone along with them.
+        backbone_lr: Peak learning rate of the backbone's weights where they are tuned.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
         patience: Epochs without a better development result after which training stops.
         dev_fraction: Share of the training data set aside where no development data is given.
@@ -51,6 +55,9 @@ class TrainConfig:
     encoder: EncoderKind = "lstm"
     dropout: float = 0.0
     start: RandomStart = "random"
+    starts: int = 1
+    tune: Tune = "frozen"
+    backbone_lr: float = 3e-5
     learn_to_stop: bool = True
     patience: int = 3
     dev_fraction: float = 0.2
@@ -60,17 +67,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in ("epochs", "batch_size", "accumulation_steps", "patience"):
+        for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "backbone_lr", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("weight_decay", "checkpoint_seconds"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
         for name in ("warmup_fraction", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")
-        for name, choices in (("encoder", get_args(EncoderKind)), ("start", get_args(RandomStart))):
+        for name, choices in (
+            ("encoder", get_args(EncoderKind)),
+            ("start", get_args(RandomStart)),
+            ("tune", get_args(Tune)),
+        ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

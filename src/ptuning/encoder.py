@@ -16,28 +16,37 @@ MAX_ENCODER_WIDTH = 1024
 # Noise as large as real embeddings drowns the text around it: from there training got stuck on two splits of LAMA P36
 # (development score 0.24 and 0.27; 0.49 to 0.54 from a tenth of it, see docs/architecture.md, decision 14).
 RANDOM_START_SCALE = 0.1
+# How large the output of the last layer counts beside the reach. Without the bend slots ran away to ten times the length
+# of an embedding within fifty steps, on one of four splits of LAMA P36, and never came back (decision 3).
+OUTPUT_SCALE = 0.3
 
 
 class PromptEncoder(nn.Module):
-    r"""h_i = start_i + MLP([forward LSTM(e_0..e_i) : backward LSTM(e_i..e_m)]).
+    r"""h_i = start_i + reach * bend(scale * MLP([forward LSTM(e_0..e_i) : backward LSTM(e_i..e_m)])).
 
     The slots of one template are one sequence in template order. The last layer starts at zero, so that before the
     first step the slot vectors are exactly their starts: a warm-started prompt *is* the sentence it starts from.
+    ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within ``reach`` of its start, and makes steps alike for all
+    backbones, whose embeddings differ in size by a factor of a hundred.
 
     Args:
         start: (P, E) float32; what the slots start at.
+        reach: How far a slot can get from its start: the mean norm of the backbone's embeddings.
         kind: ``lstm`` (the paper's), ``mlp`` (each slot alone), or ``none`` (free vectors).
         dropout: Probability, between the LSTM's layers and before the MLP.
         generator: Draws the initial weights.
 
     Source: Liu et al. (2021), section 3.2, equation 5: two bidirectional LSTM layers of E/2 per direction and a
-    two-layer MLP with ReLU. The residual from the start and the zero last layer are ours.
+    two-layer MLP with ReLU. The residual from the start, the zero last layer and the bend are ours.
     """
 
-    def __init__(self, start: Tensor, *, kind: EncoderKind, dropout: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, start: Tensor, *, reach: float, kind: EncoderKind, dropout: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         slots, width = start.shape
         self.kind = kind
+        self.reach = reach
         self.register_buffer("start", start.detach().float().clone(), persistent=True)
         if kind == "none":
             self.free = nn.Parameter(torch.zeros(slots, width))
@@ -75,8 +84,8 @@ class PromptEncoder(nn.Module):
         if self.kind == "lstm":
             hidden = self.lstm(hidden)[0]  # (1, P, 2 * half)
         hidden = torch.relu(self.first(self.dropout(hidden)))  # (1, P, inner)
-        vectors: Tensor = self.start + self.last(hidden)[0]  # (P, E)
-        return vectors
+        moved: Tensor = OUTPUT_SCALE * self.last(hidden)[0]  # (P, E)
+        return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
 
 
 def start_vectors(

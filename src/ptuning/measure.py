@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
-from ptuning.model import batches, target_logits
+from ptuning.model import batches, prefix_tokens, scored_logits, target_logits
 from ptuning.objective import Item, hits, loss, score_choices
 
 
@@ -79,7 +79,8 @@ def evaluate(
     """
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
-    for chosen in batches([item.inputs for item in items]):
+    prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
+    for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
         scored = score_choices(group, target_logits(backbone, item_batch(group, slots=slots), vectors))
         batch_sum, batch_count = loss(group, scored)
@@ -96,16 +97,14 @@ def measure_ceiling(
     """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
 
     The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
-    computes them, so the ceiling is not lowered by work that training skips.
+    computes them, and a shared prefix runs once, so the ceiling is not lowered by work that training skips.
     """
     tokens, spent, began = 0, 0.0, time.monotonic()
     for at in range(0, len(items), batch_size):
         batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
         embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
         start = time.monotonic()
-        logits, _ = backbone.run(
-            embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
-        )
+        logits = scored_logits(backbone, embeddings, batch)
         torch.logsumexp(logits, dim=-1).sum().backward()
         if backbone.device.type == "cuda":
             torch.cuda.synchronize(backbone.device)

@@ -32,7 +32,7 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
     """Return the mean of per-row values with a 95 % interval.
 
     A row of zeros and ones is a proportion and gets Wilson's interval, which stays honest at 0 of 20, where a
-    bootstrap would claim certainty. Anything else gets a percentile bootstrap over rows.
+    bootstrap would claim certainty. Anything else gets :func:`bootstrap`.
 
     Args:
         values: One value per row, at least one.
@@ -41,17 +41,30 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
     Raises:
         ValueError: If ``values`` is empty.
 
-    Source: Wilson (1927), and Efron and Tibshirani (1993), both through ``scipy.stats``.
+    Source: Wilson (1927), through ``scipy.stats``.
     """
     from scipy import stats  # loading scipy.stats costs half a second that only scoring should pay
 
-    if not values:
-        raise ValueError("a score needs at least one value")
-    array = np.asarray(values, dtype=np.float64)
+    array = _array(values)
+    if not np.isin(array, (0.0, 1.0)).all():
+        return bootstrap(values, seed=seed)
+    interval = stats.binomtest(int(array.sum()), len(array)).proportion_ci(CONFIDENCE, method="wilson")
+    return Score(float(array.mean()), float(interval.low), float(interval.high), len(array))
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> Score:
+    """Return the mean of values with a 95 % percentile bootstrap over them: for means that are no proportions, such as
+    a mean over relations, or of differences between two methods on the same ones (a paired bootstrap).
+
+    Raises:
+        ValueError: If ``values`` is empty.
+
+    Source: Efron and Tibshirani (1993), through ``scipy.stats``.
+    """
+    from scipy import stats
+
+    array = _array(values)
     mean = float(array.mean())
-    if np.isin(array, (0.0, 1.0)).all():
-        interval = stats.binomtest(int(array.sum()), len(array)).proportion_ci(CONFIDENCE, method="wilson")
-        return Score(mean, float(interval.low), float(interval.high), len(array))
     if len(array) == 1 or np.ptp(array) == 0.0:
         return Score(mean, mean, mean, len(array))
     found = stats.bootstrap(
@@ -64,6 +77,12 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Score(mean, float(found.low), float(found.high), len(array))
+
+
+def _array(values: Sequence[float]) -> np.ndarray:
+    if not values:
+        raise ValueError("a score needs at least one value")
+    return np.asarray(values, dtype=np.float64)
 
 
 def ranks(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> list[int]:

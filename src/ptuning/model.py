@@ -7,13 +7,18 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from ptuning.backbone import Backbone
-from ptuning.batch import Batch
+from ptuning.batch import Batch, shared_tokens
 from ptuning.errors import PromptError
 from ptuning.fill import Example
 
-# Bounds of one forward pass without gradients: tokens read, and (rows x vocabulary) of float32 logits kept.
+# Bounds of one forward pass without gradients: tokens read (a shared prefix once), (rows x vocabulary) of float32
+# logits kept, and (rows x longest row) of keys and values kept behind a shared prefix, which each row has a copy of.
 MAX_BATCH_TOKENS = 4096
 MAX_BATCH_POSITIONS = 256
+MAX_CACHED_TOKENS = 8192
+# A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
+# Source: docs/architecture.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
+MIN_SAVED_TOKENS = 48
 
 
 def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
@@ -52,18 +57,51 @@ def target_logits(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
         (N, V) float32, row by row.
     """
     batch = batch.to(backbone.device)
-    embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
+    return scored_logits(backbone, inject(backbone.embed(batch.token_ids), vectors, batch), batch)
+
+
+def scored_logits(backbone: Backbone, embeddings: Tensor, batch: Batch) -> Tensor:
+    """Run embeddings and return the logits at the batch's scored positions.
+
+    What all rows begin with runs once, and the rest of every row behind its keys and values, if the backbone can and
+    it pays: the same logits and gradients, since in a causal model nothing in a row changes what stands before it.
+
+    Args:
+        backbone: The language model.
+        embeddings: (B, T, E), slots written in.
+        batch: On the backbone's device; N scored positions.
+
+    Returns:
+        (N, V) float32, row by row.
+    """
+    rows, shared, cache = len(batch.counts), batch.shared_tokens, None
+    if (rows - 1) * shared < MIN_SAVED_TOKENS or backbone.model.training or not backbone.shares_prefix:
+        shared = 0  # a backbone that is tuned itself draws its dropout for every row
+    if shared:
+        cache = backbone.run_prefix(embeddings[:1, :shared], positions=batch.positions[:1, :shared], rows=rows)
     logits, _ = backbone.run(
-        embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+        embeddings[:, shared:],  # (B, T - shared, E)
+        mask=batch.mask,
+        positions=batch.positions[:, shared:],
+        rows=batch.logit_rows,
+        cols=batch.logit_cols - shared,
+        cache=cache,
     )
     return logits
 
 
-def batches(inputs: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
+def prefix_tokens(backbone: Backbone, examples: Sequence[Example], *, offsets: Sequence[int] | None = None) -> int:
+    """Count the leading tokens that every example shares and the backbone would run once (for :func:`batches`)."""
+    shared = shared_tokens(examples, offsets=offsets)
+    return shared if shared and backbone.shares_prefix else 0
+
+
+def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
     """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
 
     Args:
         inputs: For each index the rows that must be run together.
+        prefix: How many leading tokens of all rows are run once for a batch (:func:`prefix_tokens`).
     """
     longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
     chosen: list[int] = []
@@ -71,7 +109,12 @@ def batches(inputs: Sequence[Sequence[Example]]) -> Iterator[list[int]]:
     for index in sorted(range(len(inputs)), key=lambda i: longest[i]):
         add = sum(len(example.logit_positions) for example in inputs[index])
         wide = max(width, longest[index])
-        full = (rows + len(inputs[index])) * wide > MAX_BATCH_TOKENS or positions + add > MAX_BATCH_POSITIONS
+        size = rows + len(inputs[index])
+        full = (
+            prefix + size * (wide - prefix) > MAX_BATCH_TOKENS
+            or positions + add > MAX_BATCH_POSITIONS
+            or (prefix and size * wide > MAX_CACHED_TOKENS)
+        )
         if chosen and full:
             yield chosen
             chosen, rows, positions, wide = [], 0, 0, longest[index]

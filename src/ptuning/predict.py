@@ -13,7 +13,7 @@ from ptuning.batch import Side, collate
 from ptuning.decode import write_answers
 from ptuning.errors import PromptError, RecordError
 from ptuning.fill import BoundTemplate, Example
-from ptuning.model import batches, target_logits
+from ptuning.model import batches, prefix_tokens, target_logits
 from ptuning.objective import Choice, Item, Normalise, candidate_item, class_scores, score_choices
 from ptuning.prompt import Prompt
 from ptuning.records import Record, as_records
@@ -89,7 +89,8 @@ class PromptModel:
             for index, example in zip(indices, found, strict=True):
                 rows[index] = example
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
-        for chosen in batches([[row] for row in rows]):
+        prefix = self._prefix(rows, range(len(rows)), table)
+        for chosen in batches([[row] for row in rows], prefix=prefix):
             found_logits = self._run([rows[index] for index in chosen], list(chosen), table)
             parts = found_logits.cpu().split([len(rows[index].logit_positions) for index in chosen])
             for index, part in zip(chosen, parts, strict=True):
@@ -125,7 +126,8 @@ class PromptModel:
         # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
         pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
         scores = [[0.0] * len(candidates) for _ in items]
-        for chosen in batches([piece.inputs for _, piece, _ in pieces]):
+        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], [owner for owner, _, _ in pieces], table)
+        for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
             owners = [pieces[index][0] for index in chosen]
             group = [pieces[index][1] for index in chosen]
             scored = score_choices(group, self._run([piece.inputs[0] for piece in group], owners, table))
@@ -158,7 +160,9 @@ class PromptModel:
         owners = tuple(label for label, _ in labels.flat)
         items = [Item(item.inputs, item.choices, owners, 0) for item in self._items(as_records(records), table, words)]
         found: list[list[Candidate]] = [[]] * len(items)
-        for chosen in batches([item.inputs for item in items]):
+        rows = [(index, example) for index, item in enumerate(items) for example in item.inputs]
+        prefix = self._prefix([example for _, example in rows], [index for index, _ in rows], table)
+        for chosen in batches([item.inputs for item in items], prefix=prefix):
             group = [items[index] for index in chosen]
             examples = [example for item in group for example in item.inputs]
             scored = score_choices(group, self._run(examples, [i for i in chosen for _ in items[i].inputs], table))
@@ -242,6 +246,12 @@ class PromptModel:
                 index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)
             }
         return [items[index] for index in range(len(records))]
+
+    def _prefix(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> int:
+        """Count the leading tokens that a batch of any of these rows runs once; with pads in front there are none."""
+        if self.pad_side == "left":
+            return 0
+        return prefix_tokens(self.backbone, examples, offsets=[table.offsets[owner] for owner in owners])
 
     def _run(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> Tensor:
         """Run rows of any mix of prompts in one forward pass; ``owners`` are the records they belong to."""

@@ -97,16 +97,23 @@ def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None
     Raises:
         RecordError: If a row cannot be read; it names file and line.
     """
+    return [_renamed(clean(row, where=where), fields, where=where) for where, row in raw_rows(data, name=name)]
+
+
+def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]]:
+    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as it stands there).
+
+    Raises:
+        RecordError: If a row cannot be read; it names file and line.
+    """
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
-        rows = _parquet_rows(data, name)
-    elif suffix in (".csv", ".tsv"):
-        rows = _delimited_rows(_text(data, name), name, tab=suffix == ".tsv")
-    elif suffix == ".json" and _text(data, name).lstrip().startswith("["):
-        rows = _array_rows(_text(data, name), name)
-    else:
-        rows = _json_line_rows(_text(data, name), name)
-    return [_renamed(clean(row, where=where), fields, where=where) for where, row in rows]
+        return _parquet_rows(data, name)
+    if suffix in (".csv", ".tsv"):
+        return _delimited_rows(_text(data, name), name, tab=suffix == ".tsv")
+    if suffix == ".json" and _text(data, name).lstrip().startswith("["):
+        return _array_rows(_text(data, name), name)
+    return _json_line_rows(_text(data, name), name)
 
 
 def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
@@ -180,6 +187,14 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
         Records(kept, name=f"{records.name} (without the {percent} set aside, seed {seed})"),
         Records(held, name=f"{records.name} ({percent} set aside, seed {seed})"),
     )
+
+
+def draw_records(records: Records, count: int | None, *, seed: int) -> Records:
+    """Return a seeded draw of records, in their order: all of them if ``count`` is None or not below their number."""
+    if count is None or count >= len(records):
+        return records
+    chosen = sorted(random.Random(f"draw {seed}").sample(range(len(records)), count))
+    return Records([records[index] for index in chosen], name=f"{records.name} ({count} drawn, seed {seed})")
 
 
 def shipped_facts() -> dict[str, dict[str, object]]:

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,8 @@ def train(
     config = config or TrainConfig()
     if resume and out is None:
         raise ConfigError("there is nothing to resume without the folder of the run (out)")
+    if config.tune != "frozen":
+        raise ConfigError(f"train keeps the backbone frozen, so tune={config.tune!r} is for compare and lama")
     parsed = as_template(template)
     if not parsed.has_slots:
         raise TemplateError(
@@ -119,21 +121,29 @@ def train(
         finished = _prepare(folder, identity(record), resume=resume, overwrite=overwrite)
         if finished is not None:
             return TrainResult(Prompt.load(folder / PROMPT_FOLDER), finished, folder)
-    trainer = Trainer(
-        backbone,
-        bound,
-        config=config,
-        checkpoint=folder / CHECKPOINT_FOLDER if folder else None,
-        identity=identity(record),
-    )
+    trainers = [
+        Trainer(
+            backbone,
+            bound,
+            config=replace(config, seed=start_seed(config.seed, number)),
+            checkpoint=_checkpoint(folder, number),
+            identity=identity(record),
+        )
+        for number in range(config.starts)
+    ]
     if folder is not None:
-        check_room(folder, FILES_BYTES + 8 * sum(4 * weight.numel() for weight in trainer.encoder.parameters()))
-    if resume:
+        weights = sum(weight.numel() for weight in trainers[0].encoder.parameters())
+        check_room(folder, FILES_BYTES + config.starts * 8 * 4 * weights)
+    for trainer in trainers if resume else ():
         trainer.load()
-    before = trainer.state.train_seconds
-    trainer.fit(items["train"], items["dev"], report=report, should_stop=should_stop)
+    before = sum(trainer.state.train_seconds for trainer in trainers)
+    for trainer in trainers:
+        trainer.fit(items["train"], items["dev"], report=report, should_stop=should_stop)
+    trainer = max(trainers, key=lambda one: (one.state.best_score, -one.state.best_loss))
     prompt = _prompt(parsed, words, backbone, trainer, items)
     record |= _outcome(trainer, seconds=time.monotonic() - began + before)
+    if config.starts > 1:
+        record["starts"] = [_start(one) for one in trainers]
     if ceiling:
         record["ceiling_tokens_per_second"] = measure_ceiling(
             backbone, items["train"], batch_size=config.batch_size, slots=bound.slots
@@ -230,6 +240,27 @@ def _first_record(
             "parameters": backbone.parameters,
         },
         "data": {**data, "test": None},
+    }
+
+
+def start_seed(seed: int, number: int) -> int:
+    """Return the seed of one of several starts; the first is what it would be alone."""
+    return derived_seed(seed, "start", number) if number else seed
+
+
+def _checkpoint(folder: Path | None, number: int) -> Path | None:
+    if folder is None:
+        return None
+    return folder / CHECKPOINT_FOLDER / (f"start-{number}" if number else "")
+
+
+def _start(trainer: Trainer) -> dict[str, Json]:
+    state = trainer.state
+    return {
+        "seed": trainer.config.seed,
+        "dev_score": state.best_score,
+        "dev_loss": state.best_loss,
+        "chosen_epoch": state.chosen_epoch,
     }
 
 

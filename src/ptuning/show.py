@@ -144,7 +144,7 @@ def training(result: TrainResult) -> None:
     start = cast("Mapping[str, float]", record["start"])
     dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
     chosen = cast("int", record["chosen_epoch"])
-    _heading(f"development part: {dev['rows']} records of {dev['name']}")
+    heading(f"development part: {dev['rows']} records of {dev['name']}")
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("epoch", "train loss", "dev loss", "dev score"):
         table.add_column(name, justify="right")
@@ -163,9 +163,9 @@ def training(result: TrainResult) -> None:
     if record.get("ceiling_tokens_per_second"):
         speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
         console.print(f"speed:   {speed:.0f} tokens/s, {speed / ceiling:.0%} of the bare backbone's {ceiling:.0f}")
-    _line(f"prompt:  {result.folder}/prompt")
-    _line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
-    _line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
+    line(f"prompt:  {result.folder}/prompt")
+    line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
+    line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
 
 
 def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> None:
@@ -181,16 +181,16 @@ def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> Non
             }
         )
         return
-    _heading(f"{name} on {data.name}, n = {len(data)}")
+    heading(f"{name} on {data.name}, n = {len(data)}")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("score")
     table.add_column("value  [95 % interval]")
     for metric, score in found.scores.items():
         table.add_row(metric.replace("_", " "), escape(interval(score)))
     results().print(table)
-    _line(f"loss {found.loss:.3f}")
+    line(f"loss {found.loss:.3f}")
     if found.missing:
-        _line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
+        line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
 
 
 def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, masked: bool) -> None:
@@ -219,7 +219,7 @@ def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     if as_json:
         _print_json({"template": str(prompt.template), **found.to_json()})
         return
-    _heading(str(prompt.template))
+    heading(str(prompt.template))
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
         table.add_column(name)
@@ -270,7 +270,7 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
 
 def facts(known: Mapping[str, Mapping[str, object]]) -> None:
     """Print the shipped facts."""
-    _heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
+    heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
     # As narrow as it can be: the manual templates are for copying and should not be wrapped at 80 columns.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("name", "records", "manual template (--manual)", "--about"):
@@ -285,14 +285,14 @@ def facts(known: Mapping[str, Mapping[str, object]]) -> None:
 def demo(result: DemoResult) -> None:
     """Print what the demo found."""
     console = results()
-    _heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
+    heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "prompt", "exact match  [95 % interval]"):
         table.add_column(name)
     for name, score in result.scores.items():
         table.add_row(name, escape(result.described[name]), escape(interval(score)), style=_mark(name == "p-tuning"))
     console.print(table)
-    _heading("five of them")
+    heading("five of them")
     shown = Table(box=box.SIMPLE_HEAD)
     for name in ("country", "capital", "manual prompt says", "learned prompt says"):
         shown.add_column(name)
@@ -300,10 +300,10 @@ def demo(result: DemoResult) -> None:
         texts = (answer.subject, answer.target, answer.before, answer.after)
         shown.add_row(*(escape(_visible(text)) for text in texts))
     console.print(shown)
-    _line(f"prompt:  {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
+    line(f"prompt:  {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
     _parameters(result.record)
-    _line(f"files:   {result.folder}  (prompt/, run.json, predictions.jsonl)")
-    _line(f"next:    {program()} predict {shlex.quote(str(result.folder))} {shlex.quote(result.answers[0].subject)}")
+    line(f"files:   {result.folder}  (prompt/, run.json, predictions.jsonl)")
+    line(f"next:    {program()} predict {shlex.quote(str(result.folder))} {shlex.quote(result.answers[0].subject)}")
 
 
 @functools.cache
@@ -318,12 +318,12 @@ def results() -> Console:
     return Console(highlight=False, emoji=False)
 
 
-def _heading(text: str) -> None:
+def heading(text: str) -> None:
     """Print a table's title. A title of the table's own would be wrapped at the table's width."""
     results().print(text, markup=False, style="italic", soft_wrap=True)
 
 
-def _line(text: str) -> None:
+def line(text: str) -> None:
     """Print a line that is not wrapped, so that a path or a command can be copied."""
     results().print(text, markup=False, soft_wrap=True)
 
@@ -340,8 +340,8 @@ def _token(text: str) -> str:
 def _parameters(record: Mapping[str, Json]) -> None:
     trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
     train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
-    _line(f"trained: {trainable:,} parameters of the prompt encoder; frozen: {frozen:,} of the backbone")
-    _line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
+    line(f"trained: {trainable:,} parameters of the prompt encoder; frozen: {frozen:,} of the backbone")
+    line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
 
 
 def _listed(neighbours: Sequence[Neighbour]) -> str:

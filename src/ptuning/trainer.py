@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
@@ -27,6 +27,7 @@ from ptuning.measure import Progress as Progress
 from ptuning.measure import Report as Report
 from ptuning.model import target_logits
 from ptuning.objective import Item, loss, loss_count, score_choices
+from ptuning.weights import KeptWeights
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
@@ -36,17 +37,19 @@ class Interrupted(TrainingError):
 
 
 class Trainer:
-    """Trains the slot vectors of one template on a frozen backbone.
+    """Trains the slot vectors of one template, on a frozen backbone or with all of its weights.
 
     Args:
-        backbone: A frozen backbone; nothing of it changes.
+        backbone: A frozen backbone, of which nothing changes; with ``tune="tuned"`` a copy of one
+            (:meth:`Backbone.copy`) in float32, whose weights are trained and are the chosen ones in the end.
         bound: The template, bound to the backbone.
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
+        kept: Holds the best weights of a backbone that is tuned, which keeps no checkpoint.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
 
     Raises:
-        TrainingError: If the backbone is not frozen.
+        TrainingError: If the backbone is not frozen, or is to be tuned in less than float32.
     """
 
     def __init__(
@@ -56,26 +59,45 @@ class Trainer:
         *,
         config: TrainConfig,
         checkpoint: Path | None = None,
+        kept: KeptWeights | None = None,
         identity: Mapping[str, Json] | None = None,
     ) -> None:
         if backbone.model.training or any(weight.requires_grad for weight in backbone.model.parameters()):
             raise TrainingError(f"the backbone '{backbone.name}' is not frozen; call its freeze() first")
+        self.is_tuned = config.tune == "tuned"
+        if self.is_tuned and (checkpoint is not None or backbone.dtype != torch.float32):
+            raise TrainingError(
+                "a tuned backbone keeps no checkpoint, and its weights must be float32 (--dtype float32)"
+            )
         self.backbone = backbone
         self.bound = bound
         self.config = config
         self.checkpoint = checkpoint
         self.identity = dict(identity or {})
         self.accelerator = Accelerator()
+        table = backbone.table()
         start = start_vectors(
-            bound.slot_start_ids, table=backbone.table(), how=config.start, generator=self.generator("slot starts")
+            bound.slot_start_ids, table=table, how=config.start, generator=self.generator("slot starts")
         )
         with torch.random.fork_rng(devices=[]):  # torch's modules draw weights of their own before ours are written
             self.encoder = PromptEncoder(
-                start, kind=config.encoder, dropout=config.dropout, generator=self.generator("encoder weights")
+                start,
+                reach=float(table.norm(dim=-1).mean()),
+                kind=config.encoder if bound.slots else "none",
+                dropout=config.dropout,
+                generator=self.generator("encoder weights"),
             ).to(backbone.device)
-        self.optimizer = torch.optim.AdamW(self.encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        groups: list[dict[str, list[nn.Parameter] | float]] = [
+            {"params": list(self.encoder.parameters()), "lr": config.lr}
+        ]
+        if self.is_tuned:
+            groups.append({"params": list(backbone.model.parameters()), "lr": config.backbone_lr})
+        self._peaks = [config.lr, config.backbone_lr][: len(groups)]
+        # Fused where it matters: other variants hold a second copy of all weights while they step.
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=self.is_tuned or None)
         self.state = RunState()
         self.best_vectors = self.vectors()
+        self.kept = kept if self.is_tuned else None
         self._saved_at = time.monotonic()
 
     def generator(self, purpose: str, step: int = 0) -> torch.Generator:
@@ -84,8 +106,11 @@ class Trainer:
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of weights of the prompt encoder."""
-        return sum(weight.numel() for weight in self.encoder.parameters() if weight.requires_grad)
+        """Number of weights of the prompt encoder, and of the backbone where it is tuned."""
+        return sum(weight.numel() for weight in self._trained())
+
+    def _trained(self) -> list[Tensor]:
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def vectors(self) -> Tensor:
         """Return the slot vectors as they would be saved: (P, E) float32 on the CPU, dropout off."""
@@ -123,6 +148,8 @@ class Trainer:
             state.start = {"dev_loss": found.loss, "dev_score": found.score}
             self._consider(found, epoch=0)
         while not state.done:
+            if self.is_tuned:
+                self.backbone.thaw()
             for _ in self._epoch(train, tell):
                 if should_stop is not None and should_stop():
                     self.save()
@@ -131,6 +158,9 @@ class Trainer:
                     )
                 if time.monotonic() - self._saved_at > self.config.checkpoint_seconds:
                     self.save()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.is_tuned:
+                self.backbone.freeze()
             self._end_epoch(self.evaluate(dev, report=tell, note=f"epoch {state.epoch}"))
             self.save()
             last = state.history[-1]
@@ -143,6 +173,9 @@ class Trainer:
                     f"{last['dev_score']:.3f}",
                 )
             )
+        if self.kept is not None:
+            self.kept.restore(self.backbone)
+            self.backbone.freeze()
 
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[None]:
         """Take the epoch's remaining optimizer steps, yielding after each."""
@@ -153,8 +186,9 @@ class Trainer:
         while state.position < len(train):
             began = time.monotonic()
             group = [train[index] for index in order[state.position : state.position + group_size]]
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = config.lr * rate(state.step, total_steps, warmup_fraction=config.warmup_fraction)
+            factor = rate(state.step, total_steps, warmup_fraction=config.warmup_fraction)
+            for parameters, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                parameters["lr"] = peak * factor
             self._step(group)
             state.step += 1
             state.position += len(group)
@@ -185,21 +219,21 @@ class Trainer:
             items = group[at : at + self.config.batch_size][rank::processes]
             if not items:
                 continue
-            with torch.random.fork_rng(devices=[self.backbone.device] if self.backbone.device.type == "cuda" else []):
-                torch.manual_seed(derived_seed(self.config.seed, "dropout", self.state.step * 65_536 + at))
-                vectors = self.encoder()
             batch = item_batch(items, slots=self.bound.slots)
             self.state.train_tokens += batch.tokens
-            batch_loss, _ = loss(items, score_choices(items, target_logits(self.backbone, batch, vectors)))
+            with torch.random.fork_rng(devices=[self.backbone.device] if self.backbone.device.type == "cuda" else []):
+                torch.manual_seed(derived_seed(self.config.seed, "dropout", self.state.step * 65_536 + at))
+                logits = target_logits(self.backbone, batch, self.encoder())
+            batch_loss, _ = loss(items, score_choices(items, logits))
             (batch_loss / total).backward()
             loss_sum += batch_loss.detach()
         if processes > 1:
             loss_sum = self.accelerator.reduce(loss_sum, "sum")
-            for weight in self.encoder.parameters():
+            for weight in self._trained():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
         self._check_loss(float(loss_sum), "loss", self.state.epoch)
-        torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
         self.optimizer.step()
         self.state.epoch_loss_sum += float(loss_sum)
         self.state.epoch_loss_count += total
@@ -231,12 +265,14 @@ class Trainer:
         if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
             self.best_vectors = self.vectors()
+            if self.kept is not None:
+                self.kept.keep(self.backbone)
 
     def _check_loss(self, value: float, name: str, epoch: int) -> None:
         if not math.isfinite(value):
             raise TrainingError(
-                f"the {name} became {value} in epoch {epoch}; use a lower learning rate than {self.config.lr} (--lr), "
-                "or float32 (--dtype)"
+                f"the {name} became {value} in epoch {epoch}; use a lower learning rate than "
+                f"{' and '.join(map(str, self._peaks))} (--lr), or float32 (--dtype)"
             )
 
     def save(self) -> None:

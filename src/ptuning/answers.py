@@ -1,0 +1,116 @@
+"""Answering a task's records with a prompt: among all tokens, among a closed set, or written. Knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ptuning.errors import RecordError
+from ptuning.fill import BoundTemplate
+from ptuning.measure import Progress, Report, evaluate, item_batch
+from ptuning.method import Answer
+from ptuning.model import batches, target_logits
+from ptuning.objective import Item, target_items
+from ptuning.predict import PromptModel
+from ptuning.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Records
+
+
+def answer_records(
+    model: PromptModel,
+    prompt: Prompt,
+    records: Records,
+    *,
+    closed: Sequence[str] | None = None,
+    single_token: bool = False,
+    max_tokens: int | None = None,
+    report: Report | None = None,
+) -> list[Answer]:
+    """Answer records, and say where each one's target ranks.
+
+    Args:
+        model: The backbone in use.
+        prompt: The prompt, learned or manual.
+        records: N records with targets.
+        closed: The possible answers; None for all tokens (with ``single_token``), or for whatever the model writes.
+        single_token: Whether all targets are one token each.
+        max_tokens: Longest written answer.
+        report: Called with progress.
+
+    Returns:
+        N answers. A written one has no rank: its target was not compared with anything but the answer.
+
+    Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
+    """
+    bound = prompt.bind(model.backbone, force=model.force)
+    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
+    if single_token:
+        return _among_tokens(model, bound, vectors, records, closed=closed, report=report)
+    if closed is not None:
+        ranked = model.rank(records, prompt, closed)
+        return [_of_candidates(row[TARGET_FIELD].strip(), found) for row, found in zip(records, ranked, strict=True)]
+    items = target_items(bound, records, with_stop=False)
+    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=records.name)
+    written = model.predict(records, prompt, max_tokens=max_tokens)
+    return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
+
+
+def _of_candidates(target: str, found: Sequence) -> Answer:  # type: ignore[type-arg]
+    texts = [candidate.text.strip() for candidate in found]
+    rank = texts.index(target) + 1 if target in texts else len(texts) + 1
+    return Answer(texts[0], rank == 1, rank, found[0].log_prob)
+
+
+@torch.no_grad()
+def _among_tokens(
+    model: PromptModel,
+    bound: BoundTemplate,
+    vectors: Tensor,
+    records: Records,
+    *,
+    closed: Sequence[str] | None,
+    report: Report | None,
+) -> list[Answer]:
+    """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
+    backbone = model.backbone
+    items = target_items(bound, records, with_stop=False)
+    allowed = torch.arange(backbone.vocabulary) if closed is None else token_ids_of(bound, records, closed)
+    allowed = allowed.to(backbone.device)  # (C,)
+    answers: dict[int, Answer] = {}
+    for chosen in batches([item.inputs for item in items]):
+        group = [items[index] for index in chosen]
+        logits = target_logits(backbone, item_batch(group, slots=bound.slots), vectors)  # (N, V)
+        log_probs = torch.log_softmax(logits, dim=-1)[:, allowed]  # (N, C)
+        gold = torch.tensor([_only_token(item) for item in group], device=allowed.device)  # (N,)
+        is_gold = allowed[None] == gold[:, None]  # (N, C)
+        own = log_probs.masked_fill(~is_gold, -torch.inf).amax(dim=-1, keepdim=True)  # (N, 1)
+        ranks = 1 + ((log_probs >= own) & ~is_gold).sum(dim=-1)  # (N,)
+        best, places = log_probs.max(dim=-1)  # (N,), (N,)
+        tokens = allowed[places].tolist()
+        for index, rank, value, token in zip(chosen, ranks.tolist(), best.tolist(), tokens, strict=True):
+            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value)
+        if report is not None:
+            report(Progress("dev", len(answers), len(items), records.name))
+    return [answers[index] for index in range(len(items))]
+
+
+def _only_token(item: Item) -> int:
+    ids = item.choices[0].target_ids
+    if len(ids) != 1:
+        raise RecordError(f"a target takes {len(ids)} tokens, and only targets of one token can be ranked among tokens")
+    return ids[0]
+
+
+def token_ids_of(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> Tensor:
+    """Return the token ids of those texts that are one token in a filled template, (C,) int64, each once.
+
+    Raises:
+        RecordError: If none of them is.
+    """
+    examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
+    ids = dict.fromkeys(example.target_ids[0] for example in examples if example.own_tokens == 1)
+    if not ids:
+        raise RecordError(f"none of the {len(texts)} possible answers, such as '{texts[0]}', is one token of the model")
+    return torch.tensor(list(ids), dtype=torch.int64)

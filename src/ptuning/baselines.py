@@ -1,0 +1,135 @@
+"""Methods that train nothing: the majority answer, the manual prompt, and examples in context."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from ptuning.answers import answer_records
+from ptuning.errors import ConfigError, TemplateError
+from ptuning.files import Json
+from ptuning.method import METHODS, Answer, Setup, Solution, Task
+from ptuning.metrics import majority as most_frequent
+from ptuning.predict import PromptModel
+from ptuning.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template import Field, Literal, Piece, Target, Template
+
+# How many examples stand in front of the question, and how often they are drawn: each combination is one tried setting.
+IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
+IN_CONTEXT_DRAWS = 3
+
+REFERENCE = "manual"
+FREE_METHODS = ("majority", REFERENCE, "manual-restricted", "in-context")
+
+
+@METHODS.register("majority", describe="the most frequent answer of the training part")
+def majority(task: Task, _: Setup) -> Solution:
+    """Rank answers by how often they stand in the training part."""
+    counts = Counter(row[TARGET_FIELD].strip() for row in task.train)
+    ranked = sorted(counts, key=lambda text: (-counts[text], text))
+    return Solution.of_ranking(lambda _: ranked, answer=most_frequent(list(counts.elements())))
+
+
+@METHODS.register(REFERENCE, describe="the manual prompt (MP)")
+def manual(task: Task, setup: Setup) -> Solution:
+    """Ask with the manual template as it is."""
+    return prompt_solution(task, setup, task.manual, closed=task.vocabulary)
+
+
+@METHODS.register("manual-restricted", describe="the manual prompt, choosing among the task's objects")
+def manual_restricted(task: Task, setup: Setup) -> Solution:
+    """Ask with the manual template and take the likeliest of the task's objects: left alone, a causal model goes on
+    with "the" and the like.
+    """
+    return prompt_solution(task, setup, task.manual, closed=task.objects)
+
+
+@METHODS.register(
+    "in-context",
+    describe="examples of the training part in front of the manual prompt",
+    seeded=True,
+    passes=(0.0, len(IN_CONTEXT_EXAMPLES) * IN_CONTEXT_DRAWS * 2.0),
+)
+def in_context(task: Task, setup: Setup) -> Solution:
+    """Put examples in front of the question; how many, which ones and their order are chosen on the development part.
+
+    Source: Brown et al. (2020), section 2 (few-shot).
+    """
+    tried: list[dict[str, Json]] = []
+    best: tuple[float, Template] | None = None
+    for count in IN_CONTEXT_EXAMPLES:
+        if count > len(task.train):
+            continue
+        for draw in range(IN_CONTEXT_DRAWS):
+            # Each drawn anew: 16 examples are not 4 and 12 more, so that orders differ as well.
+            chooser = random.Random(f"in-context {setup.seed} {count} {draw}")
+            template = with_examples(task.manual, chooser.sample(list(task.train), count), kind=setup.backbone.kind)
+            try:
+                answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
+            except TemplateError:
+                break  # so many examples do not fit in front of the question
+            hits = sum(answer.hit for answer in answers) / len(answers)
+            tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
+            if best is None or hits > best[0]:
+                best = hits, template
+    if best is None:
+        raise ConfigError(
+            f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
+            "has nothing to show"
+        )
+    found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
+    scores = [one["dev_score"] for one in tried]
+    return Solution(
+        found.answer, {"tried": list(tried), "chosen": tried[scores.index(best[0])], "prompt": str(best[1])}
+    )
+
+
+def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
+    """Return the solution that asks the frozen backbone with a template without slots."""
+    model, prompt = PromptModel(setup.backbone), Prompt.manual(template)
+
+    def answer(records: Records) -> list[Answer]:
+        return answer_records(
+            model,
+            prompt,
+            records,
+            closed=closed,
+            single_token=task.single_token,
+            max_tokens=None if task.single_token or closed is not None else target_tokens(task, setup, template),
+            report=setup.report,
+        )
+
+    return Solution(answer, {"prompt": str(template)})
+
+
+def target_tokens(task: Task, setup: Setup, template: Template) -> int:
+    """Return the number of tokens of the longest training target: how long a written answer may get."""
+    bound = Prompt.manual(template).bind(setup.backbone)
+    return max(example.own_tokens for example in bound.examples(task.train))
+
+
+def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
+    """Return a manual template with filled-in examples in front, a line each (a masked model's tokenizer knows no
+    lines: there a space keeps them apart).
+    """
+    end = "\n" if kind == "causal" else " "
+    shown = "".join(filled(manual.pieces, record) + end for record in examples)
+    first = manual.pieces[0]
+    if isinstance(first, Literal):
+        return Template((Literal(shown + first.text), *manual.pieces[1:]))
+    return Template((Literal(shown), *manual.pieces))
+
+
+def filled(pieces: Sequence[Piece], record: Record) -> str:
+    """Return a manual template's text with a record's fields and target in it."""
+    parts = []
+    for piece in pieces:
+        if isinstance(piece, Literal):
+            parts.append(piece.text)
+        elif isinstance(piece, Field):
+            parts.append(record[piece.name])
+        elif isinstance(piece, Target):
+            parts.append(record[TARGET_FIELD])
+    return "".join(parts)

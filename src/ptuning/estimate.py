@@ -1,0 +1,63 @@
+"""How long the cells of a suite will take: tokens times passes over a measured speed. Runs nothing but that measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ptuning.fill import BoundTemplate
+from ptuning.measure import evaluate
+from ptuning.objective import target_items
+from ptuning.records import Records
+from ptuning.suite import Cell, Job, Suite
+
+# Records scored to measure the machine's speed, after as many to warm it up.
+MEASURED_RECORDS = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated seconds of a cell; None for one that is finished already."""
+
+    cell: Cell
+    seconds: float | None
+
+
+def estimate(suite: Suite) -> list[Estimate]:
+    """Estimate each cell of a suite from a short measurement of this machine."""
+    cells = suite.cells
+    waiting = {cell for cell in cells if suite.load(cell) is None}
+    if not waiting:
+        return [Estimate(cell, None) for cell in cells]
+    lengths = {name: _mean_tokens(suite, job) for name, job in suite.jobs.items()}
+    first = next(iter(suite.jobs.values()))
+    speed = _tokens_per_second(suite, first)
+    found = []
+    for cell in cells:
+        job, method = suite.jobs[cell.task], suite.methods[cell.method]
+        on_train, on_dev = method.passes
+        repeats = suite.tries if method.trained else 1
+        epochs = suite.config.epochs if method.trained else 1
+        rows = len(job.test) + repeats * epochs * (on_train * len(job.task.train) + on_dev * len(job.task.dev))
+        found.append(Estimate(cell, rows * lengths[cell.task] / speed if cell in waiting else None))
+    return found
+
+
+def _mean_tokens(suite: Suite, job: Job) -> float:
+    bound = BoundTemplate(job.task.template, tokenizer=suite.backbone.tokenizer, kind=suite.backbone.kind)
+    examples = bound.examples(job.task.train)
+    return sum(len(example.token_ids) for example in examples) / len(examples)
+
+
+def _tokens_per_second(suite: Suite, job: Job) -> float:
+    """Return the speed of a forward pass with the manual template."""
+    backbone = suite.backbone
+    bound = BoundTemplate(job.task.manual, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    items = target_items(bound, Records(job.task.train[:MEASURED_RECORDS]), with_stop=False)
+    none = torch.zeros(0, backbone.width)
+    evaluate(backbone, items, vectors=none, slots=0)
+    began = time.monotonic()
+    evaluate(backbone, items, vectors=none, slots=0)
+    return sum(item.tokens for item in items) / max(time.monotonic() - began, 1e-9)

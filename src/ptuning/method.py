@@ -1,0 +1,199 @@
+"""What a method of the paper is: fits on a task's training and development parts, then answers records. Holds the list
+of methods; knows none of them, and no benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ptuning.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError, closest
+from ptuning.files import Json
+from ptuning.measure import Report
+from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template import Template
+
+# What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
+RANDOM_WEIGHTS = "@random-weights"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may see of a task: everything but its test part.
+
+    Args:
+        name: Such as ``P36``.
+        train: Records to learn from.
+        dev: Records to choose by.
+        manual: The manual template.
+        template: The template to learn.
+        objects: The task's different answers, over all of its parts, in alphabetical order.
+        vocabulary: The closed set of answers that every method is restricted to, or None.
+        single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
+    """
+
+    name: str
+    train: Records
+    dev: Records
+    manual: Template
+    template: Template
+    objects: tuple[str, ...]
+    vocabulary: tuple[str, ...] | None = None
+    single_token: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """With what a method works.
+
+    Args:
+        backbone: The frozen backbone; a method leaves it as it is.
+        config: Settings of training.
+        seed: Of everything random in this fit.
+        tries: How many settings a trained method tries; the one best on the development part is kept.
+        folder: Where a method may keep files, such as its prompt; None for nowhere.
+        report: Called with progress.
+        should_stop: Asked now and then; training then raises :class:`ptuning.trainer.Interrupted`.
+    """
+
+    backbone: Backbone
+    config: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+    tries: int = 1
+    folder: Path | None = None
+    report: Report | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one record.
+
+    Args:
+        text: What is answered.
+        hit: Whether that is the record's target.
+        rank: One-based rank of the target among the possible answers; None if they were not ranked.
+        log_prob: Natural log-probability of the answer, where there is one.
+    """
+
+    text: str
+    hit: bool
+    rank: int | None = None
+    log_prob: float | None = None
+
+    @classmethod
+    def of_ranked(cls, texts: Sequence[str], record: Record) -> Answer:
+        """Return the answer of a method that ranks texts; a target that is not among them ranks behind all."""
+        target = record[TARGET_FIELD].strip()
+        rank = texts.index(target) + 1 if target in texts else None
+        return cls(texts[0] if texts else "", rank == 1, len(texts) + 1 if rank is None else rank)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A fitted method.
+
+    Args:
+        answer: Records -> one answer each. Targets are read for their rank only.
+        record: What it did, for ``run.json``: ``tried`` settings with their development scores, the ``chosen`` one.
+    """
+
+    answer: Callable[[Records], list[Answer]]
+    record: Mapping[str, Json] = field(default_factory=dict)
+
+    @classmethod
+    def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
+        """Return the solution of a method that gives each record a ranked list of texts."""
+        return cls(lambda records: [Answer.of_ranked(rank(row), row) for row in records], record)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to solve a task.
+
+    Args:
+        name: As in ``p-tuning``.
+        describe: What answers, in a few words.
+        fit: Fits on a task's training and development parts.
+        trained: Whether it trains weights, so that ``tries`` and the random-weights control apply.
+        seeded: Whether its result depends on the seed; others run once.
+        passes: Cost in forward passes over (training, development) records, for an estimate of time.
+    """
+
+    name: str
+    describe: str
+    fit: Callable[[Task, Setup], Solution]
+    trained: bool = False
+    seeded: bool = False
+    passes: tuple[float, float] = (0.0, 0.0)
+
+
+class Methods(Mapping[str, Method]):
+    """The known methods by name; :meth:`register` adds one of your own.
+
+    Example:
+        >>> @ptuning.methods.register("last-word", describe="the last word of the subject")   # doctest: +SKIP
+        ... def last_word(task, setup):
+        ...     return Solution.of_ranking(lambda record: [record["x"].split()[-1]])
+    """
+
+    def __init__(self) -> None:
+        self._methods: dict[str, Method] = {}
+
+    def register(
+        self,
+        name: str,
+        *,
+        describe: str,
+        trained: bool = False,
+        seeded: bool = False,
+        passes: tuple[float, float] = (0.0, 0.0),
+    ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
+        """Return a decorator that adds a function as a method.
+
+        Raises:
+            ConfigError: If the name is taken, or is no plain name (it becomes a folder).
+        """
+        if name in self._methods:
+            raise ConfigError(f"there is a method '{name}' already; choose another name")
+        if not name or name.startswith(".") or any(sign in name for sign in "/\\@, \n"):
+            raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
+
+        def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes)
+            return fit
+
+        return add
+
+    def find(self, name: str) -> Method:
+        """Return a method; with ``@random-weights`` behind the name of a trained one, its control.
+
+        Raises:
+            ConfigError: If there is none of that name; names the closest one.
+        """
+        plain, sign, control = name.partition("@")
+        if plain not in self._methods:
+            raise ConfigError(f"unknown method '{plain}'.{closest(plain, self._methods)} Known: {', '.join(self)}")
+        method = self._methods[plain]
+        if not sign:
+            return method
+        if f"@{control}" != RANDOM_WEIGHTS or not method.trained:
+            raise ConfigError(
+                f"'{name}': only {RANDOM_WEIGHTS} may follow the name of a method, and only a trained one"
+            )
+        return replace(method, name=name, describe=f"{method.describe}; backbone with random weights", seeded=True)
+
+    def __getitem__(self, name: str) -> Method:
+        return self._methods[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._methods)
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+
+METHODS = Methods()

@@ -1,0 +1,218 @@
+"""From cells to tables: scores of tasks, means over tasks and types, paired differences, and ``results.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ptuning.baselines import REFERENCE
+from ptuning.files import Json, write_json
+from ptuning.metrics import Score, bootstrap, score
+from ptuning.suite import FORMAT_VERSION, SCORES, CellResult
+from ptuning.tuning import LEARNED
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Summary(Score):
+    """A mean with its 95 % interval over ``n`` rows (of a task) or tasks (of a suite).
+
+    Args:
+        std: Standard deviation over seeds; None for a single one.
+        seeds: How many seeds the mean is over.
+    """
+
+    std: float | None = None
+    seeds: int = 1
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return the summary as it stands in ``results.json``."""
+        return dataclasses.asdict(self)
+
+
+Scores = Mapping[str, Summary]
+Table = Mapping[str, Scores]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a suite found.
+
+    Args:
+        suite: ``compare``, ``lama`` or ``paraphrases``.
+        cells: All cells, those waiting and failed included.
+        tasks: Task -> method -> score -> summary over its test records.
+        macro: Method -> score -> summary over tasks.
+        by_type: Type of relation -> the same over its tasks.
+        differences: ``A - B`` -> score -> paired difference over tasks (over records, where there is one task).
+        about: Everything else in ``results.json``.
+        folder: Where the files lie.
+    """
+
+    suite: str
+    cells: Sequence[CellResult]
+    tasks: Mapping[str, Table]
+    macro: Table
+    by_type: Mapping[str, Table]
+    differences: Mapping[str, Mapping[str, Score]]
+    about: Mapping[str, Json]
+    folder: Path
+
+    @property
+    def failed(self) -> list[CellResult]:
+        """The cells that failed."""
+        return [result for result in self.cells if result.status == "failed"]
+
+    def to_json(self) -> dict[str, Json]:
+        """Return what stands in ``results.json``."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "suite": self.suite,
+            **self.about,
+            "cells": [result.to_json() for result in self.cells],
+            "tasks": {name: _table_json(table) for name, table in self.tasks.items()},
+            "macro": _table_json(self.macro),
+            "by_type": {name: _table_json(table) for name, table in self.by_type.items()},
+            "differences": {name: _scores_json(found) for name, found in self.differences.items()},
+        }
+
+    def write(self) -> None:
+        """Write ``results.json``."""
+        write_json(self.folder / RESULTS_FILE, self.to_json())
+
+
+@dataclass
+class Collector:
+    """Gathers results of cells and makes tables of them; keeps what did not change.
+
+    Args:
+        suite: Name of the suite.
+        methods: Names of the methods in the order of the tables.
+        types: Task -> its type, None where there is none.
+        about: Everything else in ``results.json``.
+        folder: Where the files lie.
+    """
+
+    suite: str
+    methods: Sequence[str]
+    types: Mapping[str, str | None]
+    about: Mapping[str, Json]
+    folder: Path
+    _means: dict[tuple[str, str], tuple[int, Scores]] = field(default_factory=dict)
+
+    def collect(self, cells: Sequence[CellResult]) -> Results:
+        """Return the tables over those cells that are done."""
+        done: dict[str, dict[str, list[CellResult]]] = {}
+        for result in cells:
+            if result.status == "done":
+                done.setdefault(result.cell.task, {}).setdefault(result.cell.method, []).append(result)
+        done_or_not = {result.cell.method for result in cells}
+        names = [name for name in self.methods if name in done_or_not]
+        tasks = {
+            task: {name: self._summary(task, name, methods[name]) for name in names if name in methods}
+            for task, methods in done.items()
+        }
+        kinds = sorted({kind for task in tasks if (kind := self.types.get(task)) is not None})
+        by_type = {
+            kind: over_tasks({task: methods for task, methods in done.items() if self.types.get(task) == kind}, names)
+            for kind in kinds
+        }
+        return Results(
+            suite=self.suite,
+            cells=tuple(cells),
+            tasks=tasks,
+            macro=over_tasks(done, names),
+            by_type=by_type,
+            differences=differences(done, names),
+            about=self.about,
+            folder=self.folder,
+        )
+
+    def _summary(self, task: str, method: str, results: Sequence[CellResult]) -> Scores:
+        """Return the scores of a method on a task; the bootstraps of finished pairs are not drawn again."""
+        kept = self._means.get((task, method))
+        if kept is None or kept[0] != len(results):
+            kept = self._means[task, method] = len(results), over_records(results)
+        return kept[1]
+
+
+def over_records(results: Sequence[CellResult]) -> dict[str, Summary]:
+    """Return score -> mean over records and seeds; the interval is over records, each with its mean over the seeds."""
+    found = {}
+    for name in _common(results):
+        rows = np.array([result.values[name] for result in results])  # (seeds, N)
+        means = rows.mean(axis=0).tolist()
+        over = score(means) if len(results) == 1 else bootstrap(means)
+        found[name] = _summary(over, rows.mean(axis=1).tolist())
+    return found
+
+
+def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: Iterable[str]) -> dict[str, Scores]:
+    """Return method -> score -> mean over tasks (macro average), with a bootstrap over tasks.
+
+    Source: Petroni et al. (2019), section 4 (macro average over relations).
+    """
+    table: dict[str, Scores] = {}
+    for method in names:
+        found = [methods[method] for methods in done.values() if method in methods]
+        common = [name for name in SCORES if found and all(name in _common(results) for results in found)]
+        scores = {}
+        for name in common:
+            means = [[float(np.mean(result.values[name])) for result in results] for results in found]  # (tasks, seeds)
+            seeds = min(len(row) for row in means)
+            by_seed = [float(np.mean([row[seed] for row in means])) for seed in range(seeds)]
+            scores[name] = _summary(bootstrap([float(np.mean(row)) for row in means]), by_seed)
+        if scores:
+            table[method] = scores
+    return table
+
+
+def differences(
+    done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: Sequence[str]
+) -> dict[str, dict[str, Score]]:
+    """Return ``A - B`` -> score -> paired difference with a bootstrap over tasks, or over records of the only task.
+
+    Everything is compared with the learned prompt, and everything learned with the manual prompt.
+    """
+    pairs = [(LEARNED, name) for name in names if name != LEARNED and LEARNED in names]
+    pairs += [(name, REFERENCE) for name in names if name not in (LEARNED, REFERENCE) and REFERENCE in names]
+    found = {}
+    for one, other in pairs:
+        both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]
+        scores = {}
+        for name in SCORES:
+            if not both or not all(name in _common(results) for pair in both for results in pair):
+                continue
+            rows = [_means(left, name) - _means(right, name) for left, right in both]
+            scores[name] = bootstrap(rows[0].tolist() if len(rows) == 1 else [float(row.mean()) for row in rows])
+        if scores:
+            found[f"{one} - {other}"] = scores
+    return found
+
+
+def _means(results: Sequence[CellResult], name: str) -> np.ndarray:
+    """Return each record's mean over the seeds, (N,)."""
+    means: np.ndarray = np.array([result.values[name] for result in results]).mean(axis=0)
+    return means
+
+
+def _common(results: Sequence[CellResult]) -> list[str]:
+    return [name for name in SCORES if all(name in result.values for result in results)]
+
+
+def _summary(over: Score, by_seed: Sequence[float]) -> Summary:
+    std = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+    return Summary(over.value, over.low, over.high, over.n, std, len(by_seed))
+
+
+def _scores_json(scores: Mapping[str, Score]) -> dict[str, Json]:
+    return {name: dict(value.to_json()) for name, value in scores.items()}
+
+
+def _table_json(table: Table) -> dict[str, Json]:
+    return {method: _scores_json(scores) for method, scores in table.items()}

@@ -1,0 +1,344 @@
+"""Running cells (task, method, seed), each written when it is done, finished ones skipped. Knows no benchmark and no
+statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ptuning.backbone import Backbone
+from ptuning.checkpoint import check_identity
+from ptuning.config import TrainConfig
+from ptuning.errors import FileError, PTuningError, TrainingError
+from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
+from ptuning.measure import Progress, Report
+from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup, Task
+from ptuning.metrics import score
+from ptuning.prompt import versions
+from ptuning.records import TARGET_FIELD, Records
+from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE
+from ptuning.trainer import Interrupted
+from ptuning.weights import KeptWeights
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CELLS_FOLDER = "cells"
+SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with its test part, which no method sees, what the results say about it, and its type."""
+
+    task: Task
+    test: Records
+    info: Mapping[str, Json]
+    type: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task with one seed."""
+
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Where it lies below the folder of the suite."""
+        return f"{CELLS_FOLDER}/{self.task}/{self.method}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What came of a cell.
+
+    Args:
+        cell: Which one.
+        status: ``done``, ``failed`` or ``waiting``.
+        values: Score -> one value per test record.
+        seconds: Time taken, over all the times it was started.
+        tried: How many settings were compared on the development part.
+        error: Why it failed.
+        was_there: Whether it was finished before.
+    """
+
+    cell: Cell
+    status: str
+    values: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    tried: int = 1
+    error: str | None = None
+    was_there: bool = False
+
+    @property
+    def n(self) -> int:
+        """Number of test records."""
+        return len(next(iter(self.values.values()), ()))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the cell as it stands in ``results.json``."""
+        return {
+            **dataclasses.asdict(self.cell),
+            "status": self.status,
+            "scores": {name: sum(values) / len(values) for name, values in self.values.items()},
+            "n": self.n,
+            "seconds": self.seconds,
+            "tried": self.tried,
+            "run": self.cell.folder,
+            "error": self.error,
+        }
+
+
+def score_values(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """Return score -> value per record, of those scores that the answers allow: without ranks P@1 is exact match."""
+    hits = [float(answer.hit) for answer in answers]
+    ranks = [answer.rank for answer in answers if answer.rank is not None]
+    if len(ranks) < len(answers):
+        return {"p_at_1": hits, "exact_match": hits}
+    return {
+        "p_at_1": [float(rank == 1) for rank in ranks],
+        "p_at_10": [float(rank <= 10) for rank in ranks],
+        "mrr": [1.0 / rank for rank in ranks],
+        "exact_match": hits,
+    }
+
+
+class Suite:
+    """The cells of a comparison in one folder.
+
+    Args:
+        out: The folder.
+        jobs: The tasks.
+        methods: Names of methods, in the order of the tables.
+        seeds: How many seeds; methods that draw nothing run with the first one only.
+        backbone: The frozen backbone of all cells.
+        config: Settings of training; the seed is the first one.
+        tries: How many settings a trained method tries.
+
+    Raises:
+        ConfigError: If a method is unknown.
+        PTuningError: If ``check`` finds cells made with other settings.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        jobs: Sequence[Job],
+        methods: Sequence[str],
+        seeds: int,
+        backbone: Backbone,
+        config: TrainConfig,
+        tries: int,
+    ) -> None:
+        self.out = out
+        self.jobs = {job.task.name: job for job in jobs}
+        self.methods = {name: METHODS.find(name) for name in methods}
+        self.seeds = seeds
+        self.backbone = backbone
+        self.config = config
+        self.tries = tries
+        self._random: Backbone | None = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells in the order they run in: whatever is cheap first, so that a useful table stands there early."""
+        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes)))
+        return [
+            Cell(name, method.name, self.config.seed + number)
+            for number in range(self.seeds)
+            for method in ordered
+            for name in self.jobs
+            if number == 0 or method.seeded
+        ]
+
+    def check(self, *, overwrite: bool) -> None:
+        """Check that what lies in the folder belongs to these cells; with ``overwrite`` clear what does not.
+
+        Raises:
+            FileError: If a cell was made with other settings, data or backbone; says what differs.
+        """
+        for cell in self.cells:
+            folder = self.out / cell.folder
+            try:
+                record = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+            except FileError:
+                continue  # broken: it will be made again
+            saved = record.get("identity")
+            if not isinstance(saved, Mapping):
+                continue
+            try:
+                check_identity(self.identity(cell), saved, where=cell.folder)
+            except TrainingError as error:
+                if not overwrite:
+                    raise FileError(
+                        f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
+                    ) from error
+                shutil.rmtree(folder)
+
+    def run(
+        self,
+        *,
+        report: Report | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[CellResult]:
+        """Run the cells that are not done yet, and yield the result of each, finished ones included.
+
+        A cell that fails is logged, reported as failed, and does not stop the others.
+
+        Raises:
+            Interrupted: If ``should_stop`` said so.
+        """
+        cells = self.cells
+        for number, cell in enumerate(cells):
+            if report is not None:
+                report(Progress("suite", number, len(cells), f"{cell.task} {cell.method}"))
+            done = self.load(cell)
+            if done is not None:
+                yield done
+                continue
+            if should_stop is not None and should_stop():
+                raise Interrupted(f"stopped after {number} of {len(cells)} cells")
+            yield self._run(cell, report, should_stop)
+        if report is not None:
+            report(Progress("suite", len(cells), len(cells), ""))
+
+    def load(self, cell: Cell) -> CellResult | None:
+        """Return the result of a finished cell; None if it is not there, or broken."""
+        folder = self.out / cell.folder
+        try:
+            record = read_json(folder / RUN_FILE)
+            rows = [json.loads(line) for line in read_bytes(folder / PREDICTIONS_FILE).decode("utf-8").splitlines()]
+            answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
+            if record["identity"] != self.identity(cell) or len(rows) != record["n"]:
+                return None
+            seconds, tried = cast("float", record["seconds"]), cast("Sequence[Json]", record.get("tried", [None]))
+        except (PTuningError, ValueError, KeyError, TypeError):
+            return None
+        return CellResult(cell, "done", score_values(answers), seconds, len(tried), was_there=True)
+
+    def identity(self, cell: Cell) -> dict[str, Json]:
+        """Return what the result of a cell depends on."""
+        job, settings = self.jobs[cell.task], self.config.to_json()
+        task, method = job.task, self.methods[cell.method]
+        found: dict[str, Json] = {
+            **{f"{part} data (sha256)": _digest(data) for part, data in self._parts(job).items()},
+            "manual template": str(task.manual),
+            "template": str(task.template),
+            "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
+            "restricted": task.vocabulary is not None,
+            "single token": task.single_token,
+            "seed": cell.seed,
+            "backbone fingerprint": self.backbone.fingerprint,
+        }
+        if method.trained:
+            kept = {name: value for name, value in settings.items() if name not in (*IRRELEVANT_SETTINGS, "seed")}
+            found |= {**kept, "tries": self.tries}
+        return found
+
+    def _parts(self, job: Job) -> dict[str, Records]:
+        return {"train": job.task.train, "dev": job.task.dev, "test": job.test}
+
+    def _run(self, cell: Cell, report: Report | None, should_stop: Callable[[], bool] | None) -> CellResult:
+        began = time.monotonic()
+        folder = self.out / cell.folder
+        try:
+            return self._fit(cell, folder, report, should_stop, began)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # Whatever a method of somebody else's raises: the other cells are worth their while.
+            logger.warning("%s %s seed %d failed: %s", cell.task, cell.method, cell.seed, error)
+            logger.debug("the error in full", exc_info=error)
+            text = str(error) or type(error).__name__
+            return CellResult(cell, "failed", seconds=time.monotonic() - began, error=text)
+
+    def _fit(
+        self,
+        cell: Cell,
+        folder: Path,
+        report: Report | None,
+        should_stop: Callable[[], bool] | None,
+        began: float,
+    ) -> CellResult:
+        job, method = self.jobs[cell.task], self.methods[cell.method]
+        make_folder(folder)
+        KeptWeights.clear(folder)
+        setup = Setup(
+            self._backbone_of(method),
+            config=self.config,
+            seed=cell.seed,
+            tries=self.tries,
+            folder=folder,
+            report=report,
+            should_stop=should_stop,
+        )
+        solution = method.fit(job.task, setup)
+        answers = solution.answer(job.test)
+        values = score_values(answers)
+        result = CellResult(cell, "done", values, time.monotonic() - began, len(_list(solution.record.get("tried"))))
+        write_json_lines(folder / PREDICTIONS_FILE, _rows(job.test, answers))
+        write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
+        return result
+
+    def _backbone_of(self, method: Method) -> Backbone:
+        if not method.name.endswith(RANDOM_WEIGHTS):
+            return self.backbone
+        if self._random is None:
+            self._random = self.backbone.with_random_weights(seed=self.config.seed)
+        return self._random
+
+    def _record(
+        self, cell: Cell, job: Job, method: Method, result: CellResult, more: Mapping[str, Json]
+    ) -> dict[str, Json]:
+        return {
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(cell),
+            "describe": method.describe,
+            "identity": self.identity(cell),
+            "data": {
+                part: {"name": data.name, "sha256": data.sha256, "rows": len(data)}
+                for part, data in self._parts(job).items()
+            },
+            "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
+            "settings": dict(self.config.to_json()),
+            "versions": dict(versions()),
+            "scores": {name: score(values).to_json() for name, values in result.values.items()},
+            "n": result.n,
+            "seconds": result.seconds,
+            **more,
+        }
+
+
+def _digest(data: Records) -> str:
+    """Hash records and not their file: the same facts in another file make the same cell."""
+    return Records(data).sha256
+
+
+def _rows(test: Records, answers: Sequence[Answer]) -> list[dict[str, Json]]:
+    return [
+        {
+            "record": dict(row),
+            "target": row[TARGET_FIELD].strip(),
+            "prediction": answer.text,
+            "rank": answer.rank,
+            "hit": answer.hit,
+            "log_prob": answer.log_prob,
+        }
+        for row, answer in zip(test, answers, strict=True)
+    ]
+
+
+def _list(value: Json) -> Sequence[Json]:
+    return value if isinstance(value, list) and value else [None]
