@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import WARM
 from ptuning.backbone import Backbone
@@ -21,7 +23,7 @@ from ptuning.comparison import compare
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment import Watch
-from ptuning.method import METHODS, Answer, Solution
+from ptuning.method import METHODS, Answer, Setup, Solution
 from ptuning.records import Record, Records
 from ptuning.results import Results
 from ptuning.suite import Cell, CellResult, score_values
@@ -364,3 +366,66 @@ def test_records_hash_alike_wherever_they_come_from(causal: Backbone, tmp_path: 
     )
     assert there == [True]
     shutil.rmtree(tmp_path)
+
+
+def test_a_line_separator_in_a_record_does_not_make_its_cell_run_again(causal: Backbone, tmp_path: Path) -> None:
+    """``str.splitlines`` cuts at it, and the cell passed for a broken one at every start."""
+    test = [{"x": "city\u2028of\x85light", "y": "yes"}, *TEST]
+    run(causal, tmp_path, methods=["manual"], test=test)
+    there: list[bool] = []
+    run(
+        causal,
+        tmp_path,
+        methods=["manual"],
+        test=test,
+        watch=Watch(on_cell=lambda one, *_: there.append(one.was_there)),
+    )
+    assert there == [True]
+
+
+def test_results_of_another_type_of_numbers_are_not_mixed(causal: Backbone, tmp_path: Path) -> None:
+    """The fingerprint is the same in every type, and answers are not."""
+    run(causal, tmp_path, methods=["manual"])
+    before = causal.fingerprint
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    assert causal.fingerprint == before
+    with pytest.raises(FileError, match="dtype was None and is bfloat16"):
+        run(causal, tmp_path, methods=["manual"])
+
+
+def test_each_seed_of_the_control_has_random_weights_of_its_own(
+    causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
+) -> None:
+    """A cell depends on its own seed alone, not on which one the suite began with."""
+    seen: dict[int, str] = {}
+
+    def fit(_: object, setup: Setup) -> Solution:
+        seen[setup.seed] = setup.backbone.fingerprint
+        return Solution.of_ranking(lambda _: ["yes"])
+
+    own_method("looks", fit, trained=True)
+    run(causal, tmp_path / "both", methods=["looks@random-weights"], seeds=2)
+    assert seen == {seed: causal.with_random_weights(seed=seed).fingerprint for seed in (0, 1)}
+    both = dict(seen)
+    run(causal, tmp_path / "one", methods=["looks@random-weights"], config=replace(FAST, seed=1))
+    assert seen == both
+
+
+def test_what_a_cell_was_started_with_is_known_until_it_is_done(
+    causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
+) -> None:
+    folder = tmp_path / "out/cells/task/slow/seed-0"
+
+    def fit(*_: object) -> Solution:
+        assert [path.name for path in folder.iterdir()] == ["started.json"]
+        raise Interrupted("stopped")
+
+    own_method("slow", fit, trained=True)
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "out", methods=["slow"])
+    METHODS._methods.pop("slow")
+    own_method("slow", lambda *_: Solution.of_ranking(lambda _: ["yes"]), trained=True)
+    with pytest.raises(FileError, match="epochs was 2 and is 3"):
+        run(causal, tmp_path / "out", methods=["slow"], config=replace(FAST, epochs=3))
+    run(causal, tmp_path / "out", methods=["slow"])
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "run.json"]

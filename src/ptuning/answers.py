@@ -11,9 +11,9 @@ from ptuning.errors import RecordError
 from ptuning.fill import BoundTemplate
 from ptuning.measure import Progress, Report, evaluate, item_batch
 from ptuning.method import Answer
-from ptuning.model import batches, target_logits
+from ptuning.model import batches, prefix_tokens, target_logits
 from ptuning.objective import Item, target_items
-from ptuning.predict import PromptModel
+from ptuning.predict import Candidate, PromptModel
 from ptuning.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records
 
@@ -57,10 +57,14 @@ def answer_records(
     return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
 
 
-def _of_candidates(target: str, found: Sequence) -> Answer:  # type: ignore[type-arg]
-    texts = [candidate.text.strip() for candidate in found]
-    rank = texts.index(target) + 1 if target in texts else len(texts) + 1
-    return Answer(texts[0], rank == 1, rank, found[0].log_prob)
+def _of_candidates(target: str, found: Sequence[Candidate]) -> Answer:
+    """Return the answer among candidates, best first; those with the target's score rank before it."""
+    others = [one for one in found if one.text.strip() != target]
+    own = next((one for one in found if one.text.strip() == target), None)
+    # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+    rank = 1 + sum(own is None or not one.log_prob < own.log_prob for one in others)
+    best = own if own is not None and rank == 1 else others[0]
+    return Answer(best.text.strip(), rank == 1, rank, best.log_prob)
 
 
 @torch.no_grad()
@@ -76,18 +80,25 @@ def _among_tokens(
     """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
     backbone = model.backbone
     items = target_items(bound, records, with_stop=False)
-    allowed = torch.arange(backbone.vocabulary) if closed is None else token_ids_of(bound, records, closed)
-    allowed = allowed.to(backbone.device)  # (C,)
+    if closed is None:
+        allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
+    else:
+        found = token_ids_of(bound, records, closed, unknown_id=backbone.tokenizer.unknown_id)
+        allowed = found.to(backbone.device)  # (C,)
     answers: dict[int, Answer] = {}
-    for chosen in batches([item.inputs for item in items]):
+    prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
+    for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
         logits = target_logits(backbone, item_batch(group, slots=bound.slots), vectors)  # (N, V)
         log_probs = torch.log_softmax(logits, dim=-1)[:, allowed]  # (N, C)
         gold = torch.tensor([_only_token(item) for item in group], device=allowed.device)  # (N,)
         is_gold = allowed[None] == gold[:, None]  # (N, C)
         own = log_probs.masked_fill(~is_gold, -torch.inf).amax(dim=-1, keepdim=True)  # (N, 1)
-        ranks = 1 + ((log_probs >= own) & ~is_gold).sum(dim=-1)  # (N,)
-        best, places = log_probs.max(dim=-1)  # (N,), (N,)
+        # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+        ranks = 1 + (~(log_probs < own) & ~is_gold).sum(dim=-1)  # (N,)
+        # A target that only shares the first place is not the answer.
+        is_shared = is_gold & (ranks > 1)[:, None]  # (N, C)
+        best, places = log_probs.masked_fill(is_shared, -torch.inf).max(dim=-1)  # (N,), (N,)
         tokens = allowed[places].tolist()
         for index, rank, value, token in zip(chosen, ranks.tolist(), best.tolist(), tokens, strict=True):
             answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value)
@@ -103,14 +114,17 @@ def _only_token(item: Item) -> int:
     return ids[0]
 
 
-def token_ids_of(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> Tensor:
-    """Return the token ids of those texts that are one token in a filled template, (C,) int64, each once.
+def token_ids_of(
+    bound: BoundTemplate, records: Records, texts: Sequence[str], *, unknown_id: int | None = None
+) -> Tensor:
+    """Return the token ids of those texts that are one known token in a filled template, (C,) int64, each once.
 
     Raises:
         RecordError: If none of them is.
     """
     examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
-    ids = dict.fromkeys(example.target_ids[0] for example in examples if example.own_tokens == 1)
+    single = (example.target_ids[0] for example in examples if example.own_tokens == 1)
+    ids = dict.fromkeys(one for one in single if one != unknown_id)  # which stands for whatever has no token
     if not ids:
         raise RecordError(f"none of the {len(texts)} possible answers, such as '{texts[0]}', is one token of the model")
     return torch.tensor(list(ids), dtype=torch.int64)

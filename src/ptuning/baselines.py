@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ptuning.answers import answer_records
 from ptuning.errors import ConfigError, TemplateError
@@ -19,6 +20,8 @@ from ptuning.template import Field, Literal, Piece, Target, Template
 # How many examples stand in front of the question, and how often they are drawn: each combination is one tried setting.
 IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
 IN_CONTEXT_DRAWS = 3
+# What a record costs behind examples, which run once a batch, beside one without (docs/architecture.md, decision 16).
+EXAMPLES_COST = 2.0
 
 REFERENCE = "manual"
 FREE_METHODS = ("majority", REFERENCE, "manual-restricted", "in-context")
@@ -32,13 +35,15 @@ def majority(task: Task, _: Setup) -> Solution:
     return Solution.of_ranking(lambda _: ranked, answer=most_frequent(list(counts.elements())))
 
 
-@METHODS.register(REFERENCE, describe="the manual prompt (MP)")
+@METHODS.register(REFERENCE, describe="the manual prompt (MP)", passes=(0.0, 0.0))
 def manual(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template as it is."""
     return prompt_solution(task, setup, task.manual, closed=task.vocabulary)
 
 
-@METHODS.register("manual-restricted", describe="the manual prompt, choosing among the task's objects")
+@METHODS.register(
+    "manual-restricted", describe="the manual prompt, choosing among the task's objects", passes=(0.0, 0.0)
+)
 def manual_restricted(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template and take the likeliest of the task's objects: left alone, a causal model goes on
     with "the" and the like.
@@ -50,7 +55,7 @@ def manual_restricted(task: Task, setup: Setup) -> Solution:
     "in-context",
     describe="examples of the training part in front of the manual prompt",
     seeded=True,
-    passes=(0.0, len(IN_CONTEXT_EXAMPLES) * IN_CONTEXT_DRAWS * 2.0),
+    passes=(0.0, len(IN_CONTEXT_EXAMPLES) * IN_CONTEXT_DRAWS * EXAMPLES_COST),
 )
 def in_context(task: Task, setup: Setup) -> Solution:
     """Put examples in front of the question; how many, which ones and their order are chosen on the development part.
@@ -59,17 +64,20 @@ def in_context(task: Task, setup: Setup) -> Solution:
     """
     tried: list[dict[str, Json]] = []
     best: tuple[float, Template] | None = None
+    # In front of the question a record's words are the template's own, where "[MASK]" would be a mask.
+    specials = setup.backbone.tokenizer.special_ids
+    shown = [row for row in task.train if not any(token in text for text in row.values() for token in specials)]
     for count in IN_CONTEXT_EXAMPLES:
-        if count > len(task.train):
+        if count > len(shown):
             continue
         for draw in range(IN_CONTEXT_DRAWS):
             # Each drawn anew: 16 examples are not 4 and 12 more, so that orders differ as well.
             chooser = random.Random(f"in-context {setup.seed} {count} {draw}")
-            template = with_examples(task.manual, chooser.sample(list(task.train), count), kind=setup.backbone.kind)
+            template = with_examples(task.manual, chooser.sample(shown, count), kind=setup.backbone.kind)
             try:
                 answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
             except TemplateError:
-                break  # so many examples do not fit in front of the question
+                continue  # these examples do not fit in front of the question
             hits = sum(answer.hit for answer in answers) / len(answers)
             tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
             if best is None or hits > best[0]:
@@ -88,7 +96,7 @@ def in_context(task: Task, setup: Setup) -> Solution:
 
 def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
     """Return the solution that asks the frozen backbone with a template without slots."""
-    model, prompt = PromptModel(setup.backbone), Prompt.manual(template)
+    model, prompt = PromptModel(setup.backbone), replace(Prompt.manual(template), multiline=is_multiline(task))
 
     def answer(records: Records) -> list[Answer]:
         return answer_records(
@@ -102,6 +110,11 @@ def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Seq
         )
 
     return Solution(answer, {"prompt": str(template)})
+
+
+def is_multiline(task: Task) -> bool:
+    """Whether targets hold line breaks, so that an answer does not end with its first line."""
+    return any("\n" in row[TARGET_FIELD] for row in task.train)
 
 
 def target_tokens(task: Task, setup: Setup, template: Template) -> int:

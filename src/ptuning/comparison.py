@@ -4,13 +4,14 @@ what a method sees.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.errors import RecordError, TemplateError
+from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method import Task
@@ -19,9 +20,11 @@ from ptuning.records import TARGET_FIELD, Record, Records, as_records, draw_reco
 from ptuning.relations import Relation, read_relations, split_relation
 from ptuning.results import Results
 from ptuning.suite import Job
-from ptuning.template import Template
+from ptuning.template import Field, Template
 from ptuning.tuning import bare
 from ptuning.vocabulary import Listed, OneToken, read_vocabulary
+
+logger = logging.getLogger(__name__)
 
 OBJECTS = "objects"
 Targets = Literal["token", "any"]
@@ -99,6 +102,10 @@ def compare(
     single = all(all(one_token(rows)) for rows in parts.values())
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
     words = None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
+    for part, rows in parts.items() if words is not None else ():
+        missing = Listed(words or ())(rows).count(False)
+        if missing:
+            logger.warning("%d of %d %s targets are not in %s: never right", missing, len(rows), part, vocabulary)
     job = _job(name, parts, pair, closed=words, vocabulary=vocabulary, single=single, info={**info, "split": how})
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
     return run_jobs("compare", [job], plan=plan, settings=settings)
@@ -161,6 +168,8 @@ def lama(
         *(Path(out), backbone, methods, seeds, tries, control, config or TrainConfig()),
         *(overwrite, dry_run, command, watch or Watch()),
     )
+    if targets not in get_args(Targets):
+        raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
     names = relations.split(",") if isinstance(relations, str) else relations
     learned = as_template(template) if template is not None else None
     words = None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
@@ -170,7 +179,10 @@ def lama(
             raise TemplateError(
                 f"{relation.name} has no manual template ({relation.source}); leave it out with --relations"
             )
-        pair = _templates(Template.parse(relation.template), learned, about=relation.label)
+        parsed = Template.parse(relation.template)
+        # Words in front of the subject say already what is asked for.
+        about = relation.label if isinstance(parsed.pieces[0], Field) else None
+        pair = _templates(parsed, learned, about=about)
         found = relation_job(
             relation,
             pair,

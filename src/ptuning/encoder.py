@@ -13,11 +13,11 @@ from ptuning.config import EncoderKind, RandomStart
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
-# Noise as large as real embeddings drowns the text around it: from there training got stuck on two splits of LAMA P36
-# (development score 0.24 and 0.27; 0.49 to 0.54 from a tenth of it, see docs/architecture.md, decision 14).
-RANDOM_START_SCALE = 0.1
-# How large the output of the last layer counts beside the reach. Without the bend slots ran away to ten times the length
-# of an embedding within fifty steps, on one of four splits of LAMA P36, and never came back (decision 3).
+# How much of the embedding table's spread is in a random start around its mean. Noise as large as real embeddings
+# drowns the text around it (docs/architecture.md, decision 3).
+RANDOM_START_NOISE = 0.1
+# How large the output of the last layer counts beside the reach. Without the bend slots ran away to ten times the
+# length of an embedding within fifty steps, on one of four splits of LAMA P36, and never came back (decision 3).
 OUTPUT_SCALE = 0.3
 
 
@@ -96,8 +96,8 @@ def start_vectors(
     Args:
         start_ids: P token ids; None where a slot starts at random.
         table: (V, E) float32 embeddings of the tokenizer's tokens.
-        how: ``random`` draws each vector from a normal distribution with the table's mean and spread per dimension, at
-            :data:`RANDOM_START_SCALE` of their size; ``vocabulary`` takes the embedding of a random token.
+        how: ``random`` draws each vector around the table's mean, with :data:`RANDOM_START_NOISE` of its spread per
+            dimension; ``vocabulary`` takes the embedding of a random token.
         generator: Draws the random starts.
 
     Returns:
@@ -110,5 +110,5 @@ def start_vectors(
         vectors[random] = table[torch.randint(len(table), (len(random),), generator=generator)]
     elif random:
         noise = torch.randn(len(random), table.shape[1], generator=generator)
-        vectors[random] = RANDOM_START_SCALE * (table.mean(dim=0) + table.std(dim=0) * noise)
+        vectors[random] = table.mean(dim=0) + RANDOM_START_NOISE * table.std(dim=0) * noise
     return vectors

@@ -20,7 +20,7 @@ from ptuning.prompt import versions
 from ptuning.report import write_report
 from ptuning.results import RESULTS_FILE, Collector, Results
 from ptuning.suite import CELLS_FOLDER, CellResult, Job, Suite
-from ptuning.tuning import LEARNED
+from ptuning.tuning import LEARNED, tried_factors
 
 # The list of methods with all of them on it: the modules that register them are loaded above.
 methods = METHODS
@@ -64,7 +64,7 @@ class Plan:
         watch: Who is told.
 
     Raises:
-        ConfigError: If a method is unknown or a number is below 1.
+        ConfigError: If a method is unknown, or a setting is none that a comparison can have.
     """
 
     out: Path
@@ -80,9 +80,14 @@ class Plan:
     watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds is {self.seeds}; it must be 1 or more")
+        tried_factors(self.tries)
+        if self.config.tune != "frozen":
+            raise ConfigError(
+                f"tune is {self.config.tune!r}, and here each method says what it trains; leave it out, and ask for "
+                "fine-tuning among the methods"
+            )
         if not self.method_names:
             raise ConfigError(f"there are no methods to compare; known: {ALL_METHODS}, {', '.join(METHODS)}")
 
@@ -94,7 +99,9 @@ class Plan:
         chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
         names = [method.name for method in chosen]
         if self.control:
-            names += [f"{method.name}{RANDOM_WEIGHTS}" for method in chosen if method.trained]
+            names += [
+                f"{method.name}{RANDOM_WEIGHTS}" for method in chosen if method.trained and "@" not in method.name
+            ]
         plain = list(METHODS)
         return sorted(set(names), key=lambda name: ("@" in name, plain.index(name.partition("@")[0])))
 
@@ -132,15 +139,16 @@ def run_jobs(
     about = _about(suite, plan, settings)
     types = {job.task.name: job.type for job in jobs}
     collector = Collector(suite_name, plan.method_names, types, about, plan.out)
-    found = {cell: CellResult(cell, "waiting") for cell in suite.cells}
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(estimate(suite))
-        return collector.collect(list(found.values()))
+        return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
     if not (plan.out / RESULTS_FILE).is_file() and not (plan.out / CELLS_FOLDER).is_dir():
         check_free(plan.out, overwrite=False)
     suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
+    # With what is finished: whoever stops the first new cell must not find less than before.
+    found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
         results = collector.collect(list(found.values()))
@@ -156,8 +164,6 @@ def run_jobs(
             results = write()
         if plan.watch.on_cell is not None:
             plan.watch.on_cell(result, number, len(found))
-    if any(result.was_there for result in found.values()):
-        results = write()
     write_report(plan.out)
     return results
 

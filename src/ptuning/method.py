@@ -120,7 +120,8 @@ class Method:
         fit: Fits on a task's training and development parts.
         trained: Whether it trains weights, so that ``tries`` and the random-weights control apply.
         seeded: Whether its result depends on the seed; others run once.
-        passes: Cost in forward passes over (training, development) records, for an estimate of time.
+        passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
+            of time; None if it never runs the backbone.
     """
 
     name: str
@@ -128,7 +129,7 @@ class Method:
     fit: Callable[[Task, Setup], Solution]
     trained: bool = False
     seeded: bool = False
-    passes: tuple[float, float] = (0.0, 0.0)
+    passes: tuple[float, float] | None = None
 
 
 class Methods(Mapping[str, Method]):
@@ -150,7 +151,7 @@ class Methods(Mapping[str, Method]):
         describe: str,
         trained: bool = False,
         seeded: bool = False,
-        passes: tuple[float, float] = (0.0, 0.0),
+        passes: tuple[float, float] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 

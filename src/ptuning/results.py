@@ -146,9 +146,7 @@ def over_records(results: Sequence[CellResult]) -> dict[str, Summary]:
     found = {}
     for name in _common(results):
         rows = np.array([result.values[name] for result in results])  # (seeds, N)
-        means = rows.mean(axis=0).tolist()
-        over = score(means) if len(results) == 1 else bootstrap(means)
-        found[name] = _summary(over, rows.mean(axis=1).tolist())
+        found[name] = _summary(score(rows.mean(axis=0).tolist()), rows.mean(axis=1).tolist())
     return found
 
 
@@ -163,10 +161,10 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
         common = [name for name in SCORES if found and all(name in _common(results) for results in found)]
         scores = {}
         for name in common:
-            means = [[float(np.mean(result.values[name])) for result in results] for results in found]  # (tasks, seeds)
-            seeds = min(len(row) for row in means)
-            by_seed = [float(np.mean([row[seed] for row in means])) for seed in range(seeds)]
-            scores[name] = _summary(bootstrap([float(np.mean(row)) for row in means]), by_seed)
+            means = [{one.cell.seed: float(np.mean(one.values[name])) for one in results} for results in found]
+            seeds = [seed for seed in means[0] if all(seed in row for row in means)]  # those that all tasks have
+            by_seed = [float(np.mean([row[seed] for row in means])) for seed in seeds]
+            scores[name] = _summary(bootstrap([float(np.mean(list(row.values()))) for row in means]), by_seed)
         if scores:
             table[method] = scores
     return table
@@ -207,7 +205,7 @@ def _common(results: Sequence[CellResult]) -> list[str]:
 
 def _summary(over: Score, by_seed: Sequence[float]) -> Summary:
     std = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    return Summary(over.value, over.low, over.high, over.n, std, len(by_seed))
+    return Summary(over.value, over.low, over.high, over.n, std, max(1, len(by_seed)))
 
 
 def _scores_json(scores: Mapping[str, Score]) -> dict[str, Json]:

@@ -13,7 +13,7 @@ import torch
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import TrainConfig
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
@@ -167,6 +167,7 @@ def identity(record: Mapping[str, Json]) -> dict[str, Json]:
         listed = data.get(part)
         found[f"{part} data (sha256)"] = listed.get("sha256") if isinstance(listed, Mapping) else None
     found["backbone fingerprint"] = backbone.get("fingerprint")
+    found["recipe of training"] = record.get("recipe", 1)
     return found
 
 
@@ -222,6 +223,7 @@ def _first_record(
         "command": command,
         "method": "p-tuning",
         "tune": "frozen",
+        "recipe": RECIPE,
         "settings": {
             "template": str(template),
             "label_words": {label: list(listed) for label, listed in words.words.items()} if words else None,

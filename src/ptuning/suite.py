@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import TrainConfig
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.measure import Progress, Report
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CELLS_FOLDER = "cells"
+# What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
+STARTED_FILE = "started.json"
 SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
 
 
@@ -67,7 +71,7 @@ class CellResult:
         cell: Which one.
         status: ``done``, ``failed`` or ``waiting``.
         values: Score -> one value per test record.
-        seconds: Time taken, over all the times it was started.
+        seconds: Time taken by the start that finished it.
         tried: How many settings were compared on the development part.
         error: Why it failed.
         was_there: Whether it was finished before.
@@ -149,12 +153,12 @@ class Suite:
         self.backbone = backbone
         self.config = config
         self.tries = tries
-        self._random: Backbone | None = None
+        self._random: tuple[int, Backbone] | None = None
 
     @property
     def cells(self) -> list[Cell]:
         """All cells in the order they run in: whatever is cheap first, so that a useful table stands there early."""
-        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes)))
+        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes or ())))
         return [
             Cell(name, method.name, self.config.seed + number)
             for number in range(self.seeds)
@@ -171,12 +175,11 @@ class Suite:
         """
         for cell in self.cells:
             folder = self.out / cell.folder
-            try:
-                record = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-            except FileError:
-                continue  # broken: it will be made again
-            saved = record.get("identity")
-            if not isinstance(saved, Mapping):
+            saved = _saved_identity(folder)
+            if saved is None:
+                # Nothing there, or broken: it will be made again.
+                if overwrite:
+                    shutil.rmtree(folder, ignore_errors=True)
                 continue
             try:
                 check_identity(self.identity(cell), saved, where=cell.folder)
@@ -219,7 +222,9 @@ class Suite:
         folder = self.out / cell.folder
         try:
             record = read_json(folder / RUN_FILE)
-            rows = [json.loads(line) for line in read_bytes(folder / PREDICTIONS_FILE).decode("utf-8").splitlines()]
+            # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
+            lines = read_bytes(folder / PREDICTIONS_FILE).decode("utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
             answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
             if record["identity"] != self.identity(cell) or len(rows) != record["n"]:
                 return None
@@ -242,9 +247,11 @@ class Suite:
             "seed": cell.seed,
             "backbone fingerprint": self.backbone.fingerprint,
         }
+        if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
+            found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
             kept = {name: value for name, value in settings.items() if name not in (*IRRELEVANT_SETTINGS, "seed")}
-            found |= {**kept, "tries": self.tries}
+            found |= {**kept, "tries": self.tries, "recipe of training": RECIPE}
         return found
 
     def _parts(self, job: Job) -> dict[str, Records]:
@@ -275,8 +282,9 @@ class Suite:
         job, method = self.jobs[cell.task], self.methods[cell.method]
         make_folder(folder)
         KeptWeights.clear(folder)
+        write_json(folder / STARTED_FILE, {"identity": self.identity(cell)})
         setup = Setup(
-            self._backbone_of(method),
+            self._backbone_of(method, cell.seed),
             config=self.config,
             seed=cell.seed,
             tries=self.tries,
@@ -290,14 +298,15 @@ class Suite:
         result = CellResult(cell, "done", values, time.monotonic() - began, len(_list(solution.record.get("tried"))))
         write_json_lines(folder / PREDICTIONS_FILE, _rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
+        (folder / STARTED_FILE).unlink()
         return result
 
-    def _backbone_of(self, method: Method) -> Backbone:
+    def _backbone_of(self, method: Method, seed: int) -> Backbone:
         if not method.name.endswith(RANDOM_WEIGHTS):
             return self.backbone
-        if self._random is None:
-            self._random = self.backbone.with_random_weights(seed=self.config.seed)
-        return self._random
+        if self._random is None or self._random[0] != seed:
+            self._random = seed, self.backbone.with_random_weights(seed=seed)
+        return self._random[1]
 
     def _record(
         self, cell: Cell, job: Job, method: Method, result: CellResult, more: Mapping[str, Json]
@@ -319,6 +328,18 @@ class Suite:
             "seconds": result.seconds,
             **more,
         }
+
+
+def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
+    """Return what a finished cell depended on, or one that was started; None if nothing readable says so."""
+    for name in (RUN_FILE, STARTED_FILE):
+        try:
+            saved = read_json(folder / name).get("identity")
+        except FileError:
+            continue
+        if isinstance(saved, Mapping):
+            return saved
+    return None
 
 
 def _digest(data: Records) -> str:

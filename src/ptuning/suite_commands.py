@@ -87,7 +87,7 @@ def compare(
             template=template,
             vocabulary=vocabulary,
             train_size=train_size,
-            name=data.partition(":")[0] if ":" in data else Path(data).stem,
+            name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
             backbone=wiring.load(backbone, dtype=dtype, device=device),
             out=out,
             seeds=seeds,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from ptuning.answers import answer_records
-from ptuning.baselines import target_tokens
+from ptuning.baselines import is_multiline, target_tokens
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
 from ptuning.files import Json
@@ -39,7 +39,7 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
     Source: Liu et al. (2021), section 3.
     """
     results, tried = [], list[dict[str, Json]]()
-    for number, factor in enumerate(_factors(setup.tries), start=1):
+    for number, factor in enumerate(tried_factors(setup.tries), start=1):
         config = replace(setup.config, seed=setup.seed, lr=setup.config.lr * factor)
         result = train(
             task.template,
@@ -120,7 +120,12 @@ def bare(manual: Template) -> Template:
     return Template((*pieces, Target()))
 
 
-def _factors(tries: int) -> Sequence[float]:
+def tried_factors(tries: int) -> Sequence[float]:
+    """Return the factors of the learning rate that so many tries take.
+
+    Raises:
+        ConfigError: If there are not so many.
+    """
     if not 1 <= tries <= len(TRIED_FACTORS):
         raise ConfigError(f"tries is {tries}; it must be a whole number from 1 to {len(TRIED_FACTORS)}")
     return TRIED_FACTORS[:tries]
@@ -133,7 +138,7 @@ def _tune(task: Task, setup: Setup, template: Template) -> Solution:
     tried: list[dict[str, Json]] = []
     best: tuple[Prompt, dict[str, Json]] | None = None
     with KeptWeights(setup.folder) as kept:
-        for factor in _factors(setup.tries):
+        for factor in tried_factors(setup.tries):
             rate = setup.config.backbone_lr * factor
             config = replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate)
             trainer = _fit(task, setup, template, config)
@@ -160,7 +165,8 @@ def _tune(task: Task, setup: Setup, template: Template) -> Solution:
 def _fit(task: Task, setup: Setup, template: Template, config: TrainConfig) -> Trainer:
     """Train a copy of the backbone; it holds the best weights in the end."""
     backbone = setup.backbone.copy()
-    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    multiline = is_multiline(task)
+    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
     train_items, dev_items = (
         target_items(bound, part, with_stop=config.learn_to_stop) for part in (task.train, task.dev)
     )
@@ -172,8 +178,14 @@ def _fit(task: Task, setup: Setup, template: Template, config: TrainConfig) -> T
 
 def _prompt(template: Template, trainer: Trainer) -> Prompt:
     if not template.has_slots:
-        return Prompt.manual(template)
-    return Prompt(template, trainer.best_vectors, BackboneId.of(trainer.backbone), method="p-tuning+fine-tuning")
+        return replace(Prompt.manual(template), multiline=trainer.bound.multiline)
+    return Prompt(
+        template,
+        trainer.best_vectors,
+        BackboneId.of(trainer.backbone),
+        multiline=trainer.bound.multiline,
+        method="p-tuning+fine-tuning",
+    )
 
 
 def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError
+from ptuning.errors import FileError, RecordError, TemplateError
 from ptuning.files import read_bytes
 from ptuning.fill import BoundTemplate
 from ptuning.records import TARGET_FIELD, Record
@@ -15,7 +15,7 @@ from ptuning.template import Template
 
 
 class OneToken:
-    """Says which records have a target of one token in every one of some templates, as LAMA keeps its facts.
+    """Says which records have a target of one known token in every one of some templates, as LAMA keeps its facts.
 
     Args:
         backbone: Whose tokens are meant.
@@ -30,13 +30,24 @@ class OneToken:
             BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind) for template in templates
         ]
         self._words = frozenset(words) if words is not None else None
+        self._unknown_id = backbone.tokenizer.unknown_id
 
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
         keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
         for bound in self._bound if records else ():
-            examples = bound.examples(records)
-            keep = [kept and example.own_tokens == 1 for kept, example in zip(keep, examples, strict=True)]
+            try:
+                examples = bound.examples(records)
+            except (RecordError, TemplateError):
+                if len(records) == 1:
+                    return [False]  # its target has no tokens there, or does not fit
+                return [self([record])[0] for record in records]
+            # The token that stands for unknown text is in no vocabulary.
+            known = [example.target_ids != (self._unknown_id,) for example in examples]
+            keep = [
+                kept and example.own_tokens == 1 and is_known
+                for kept, example, is_known in zip(keep, examples, known, strict=True)
+            ]
         return keep
 
 
@@ -64,8 +75,10 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
     except ValueError as error:
         raise FileError(f"{path} is no list of words ({error}); give a .txt with one per line, or .json") from error
     lists = list(listed.values()) if isinstance(listed, dict) else [listed]
-    if lists and not all(isinstance(one, list | dict) for one in lists):
+    if isinstance(listed, dict) and all(isinstance(one, int) for one in lists):
         lists = [listed]  # one model's token -> id
+    if not all(isinstance(one, list | dict) and all(isinstance(word, str | int) for word in one) for one in lists):
+        raise FileError(f"{path} holds other JSON than a list of words, or the lists of several models")
     # Byte-level and SentencePiece vocabularies write the space in front of a word as a sign of their own.
     words = [dict.fromkeys(str(word).lstrip("\u0120\u2581").strip() for word in one) for one in lists]
     common = tuple(word for word in (words[0] if words else ()) if word and all(word in other for other in words))

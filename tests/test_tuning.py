@@ -1,0 +1,217 @@
+"""Methods that train: the backbone is left as it is, copies of it learn, and the best of the tries answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning.measure
+import ptuning.trainer
+from ptuning import tuning
+from ptuning.answers import answer_records
+from ptuning.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError
+from ptuning.method import METHODS, Answer, Setup, Solution, Task
+from ptuning.predict import PromptModel
+from ptuning.prompt import Prompt
+from ptuning.records import Record, Records
+from ptuning.template import Template
+from ptuning.trainer import Interrupted
+from ptuning.tuning import TRIED_FACTORS, bare, tried_factors
+
+MANUAL = "The capital of [X] is [Y] ."
+WORDS = ("yes", "good", "great", "bad")
+TRAIN: list[Record] = [{"x": name, "y": WORDS[at % 4]} for at, name in enumerate(("Kenya", "Peru", "a", "movie"))]
+DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good"}, {"x": "Kenya", "y": "great"}]
+TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
+TRAINED = ("p-tuning", *TUNING)
+QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, patience=9)
+LEARNS = replace(QUICK, epochs=20, backbone_lr=5e-3, patience=20)
+
+
+def task(
+    train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, template: str = "[P:The capital] [X] [P] [Y]"
+) -> Task:
+    parsed = Template.parse(template)
+    return Task("P1", Records(train), Records(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
+
+
+def fit(method: str, backbone: Backbone, config: TrainConfig = QUICK, **more: Any) -> Solution:
+    return METHODS[method].fit(more.pop("task", task()), Setup(backbone, config=config, **more))
+
+
+def share(answers: Sequence[Answer]) -> float:
+    return sum(answer.hit for answer in answers) / len(answers)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    fingerprint = backbone.fingerprint
+    solution = fit(method, backbone, tries=2)
+    solution.answer(Records(DEV))
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+    assert not backbone.model.training
+    assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+    backbone.__dict__.pop("fingerprint")
+    assert backbone.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("method", TUNING)
+def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
+    plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
+    slow = replace(LEARNS, epochs=80, patience=80)  # tiny masked models take their time
+    solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(TRAIN, TRAIN))
+    history: Any = solution.record["history"]
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert share(solution.answer(Records(TRAIN))) == 1.0 > plain
+    assert solution.record["prompt"] == {
+        "fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL, "p-tuning+fine-tuning": "[P:The capital] [X] [P] [Y]",
+    }[method]  # fmt: skip
+    everything = sum(weight.numel() for weight in backbone.model.parameters())
+    trained: Any = solution.record["trainable_parameters"]
+    assert trained > everything if method.startswith("p-tuning") else trained == everything
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
+    """Steps so large that the last epoch is not the best one."""
+    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02)
+    solution = fit(method, causal, config)
+    record: Any = solution.record
+    scores = [epoch["dev_score"] for epoch in record["history"]]
+    assert share(solution.answer(Records(DEV))) == record["chosen"]["dev_score"] >= max(scores)
+    if record["chosen_epoch"]:
+        chosen = record["history"][record["chosen_epoch"] - 1]
+        assert (chosen["dev_score"], chosen["dev_loss"]) == (
+            record["chosen"]["dev_score"], record["chosen"]["dev_loss"],
+        )  # fmt: skip
+
+
+def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -> None:
+    """Development targets that training speaks against."""
+    plain = answer_records(PromptModel(causal), Prompt.manual(MANUAL), Records(DEV), single_token=True)
+    dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
+    solution = fit("manual+fine-tuning", causal, replace(QUICK, backbone_lr=0.01), task=task(dev=dev))
+    assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
+    assert solution.answer(Records(DEV)) == plain
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
+    config = replace(LEARNS, epochs=3)
+    record: Any = (several := fit(method, causal, config, tries=3, task=task(TRAIN, TRAIN))).record
+    setting = "lr" if method == "p-tuning" else "backbone_lr"
+    base = getattr(config, setting)
+    assert [one["settings"] for one in record["tried"]] == [{setting: base * factor} for factor in TRIED_FACTORS[:3]]
+    best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
+    assert record["chosen"] == best
+    alone = fit(method, causal, replace(config, **best["settings"]), task=task(TRAIN, TRAIN))
+    assert several.answer(Records(DEV)) == alone.answer(Records(DEV))
+    assert several.record["history"][-1]["dev_loss"] == alone.record["history"][-1]["dev_loss"]  # type: ignore[index,call-overload]
+
+
+def test_the_choice_among_tries() -> None:
+    def tried(*pairs: tuple[float, float]) -> Any:
+        return [{"dev_score": score, "dev_loss": loss} for score, loss in pairs]
+
+    assert tuning._best(tried((0.2, 1.0), (0.5, 3.0), (0.4, 0.1))) == 1
+    assert tuning._best(tried((0.5, 1.0), (0.5, 0.9), (0.5, 0.9))) == 1
+    assert tuning._best(tried((0.0, 1.0))) == 0
+
+
+@pytest.mark.parametrize("tries", [0, 6])
+def test_more_tries_than_there_are_settings(causal: Backbone, tries: int) -> None:
+    assert list(tried_factors(1)) == [1.0]
+    assert len(set(tried_factors(5))) == 5
+    for method in TRAINED:
+        with pytest.raises(ConfigError, match=f"tries is {tries}; it must be a whole number from 1 to 5"):
+            fit(method, causal, tries=tries)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool, torch.dtype]]]:
+    """Per place: whether the model was in training mode and took gradients, and of which type it was, at each run."""
+    seen: dict[str, list[tuple[bool, bool, torch.dtype]]] = {}
+
+    def watch(name: str, module: Any) -> None:
+        real: Callable[..., torch.Tensor] = module.target_logits
+
+        def target_logits(backbone: Backbone, *args: Any) -> torch.Tensor:
+            takes = all(weight.requires_grad for weight in backbone.model.parameters())
+            seen.setdefault(name, []).append((backbone.model.training, takes, backbone.dtype))
+            return real(backbone, *args)
+
+        monkeypatch.setattr(module, "target_logits", target_logits)
+
+    watch("training", ptuning.trainer)
+    watch("scoring", ptuning.measure)
+    return seen
+
+
+@pytest.mark.parametrize("method", TUNING)
+def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
+    method: str, causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
+) -> None:
+    fit(method, causal)
+    assert set(watched["training"]) == {(True, True, torch.float32)}
+    assert set(watched["scoring"]) == {(False, False, torch.float32)}
+    assert len(watched["scoring"]) == 1 + QUICK.epochs
+
+
+def test_a_bfloat16_backbone_is_tuned_in_float32(
+    causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
+) -> None:
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    solution = fit("manual+fine-tuning", causal, LEARNS, task=task(TRAIN, TRAIN))
+    assert {dtype for runs in watched.values() for _, _, dtype in runs} == {torch.float32}
+    assert causal.dtype == torch.bfloat16
+    assert share(solution.answer(Records(TRAIN))) == 1.0
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_seed_decides_alone(method: str, causal: Backbone) -> None:
+    def history(solution: Solution) -> list[dict[str, float]]:
+        epochs: Any = solution.record["history"]
+        return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in epochs]
+
+    one = fit(method, causal, seed=3)
+    torch.manual_seed(99)
+    two, other = fit(method, causal, seed=3), fit(method, causal, seed=4)
+    assert history(one) == history(two) != history(other)
+    assert one.answer(Records(DEV)) == two.answer(Records(DEV))
+
+
+def test_the_methods_of_one_task_see_its_templates(masked: Backbone) -> None:
+    solution = fit("p-tuning+fine-tuning", masked, task=task(template="[X] [P*2] [Y]"))
+    assert solution.record["prompt"] == "[X] [P*2] [Y]"
+    assert len(solution.answer(Records(DEV))) == len(DEV)
+
+
+def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
+    closed = replace(task(), vocabulary=("yes", "bad", "one"))
+    for method in TRAINED:
+        found = fit(method, causal, task=closed).answer(Records(DEV))
+        assert {answer.text for answer in found} <= {"yes", "bad", "one"}
+        assert max(answer.rank or 0 for answer in found) == 4  # a target that is not in it
+
+
+@pytest.mark.parametrize("method", TUNING)
+def test_stopped_it_leaves_no_weights(method: str, causal: Backbone, tmp_path: Path) -> None:
+    asked = iter([False, True])
+    with pytest.raises(Interrupted):
+        fit(method, causal, folder=tmp_path, should_stop=lambda: next(asked))
+    assert list(tmp_path.iterdir()) == []
+    fit(method, causal, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_fields_and_target_are_left_of_a_bare_template() -> None:
+    assert str(bare(Template.parse("[Y] is the capital of [X] , {place!} in [X] ."))) == "[X] {place!} [Y]"
+    assert str(bare(Template.parse("It is [Y]"))) == "[Y]"
