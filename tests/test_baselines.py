@@ -82,7 +82,8 @@ def test_a_filled_example() -> None:
     pieces = Template.parse("{kind}: {name!}, it is [Y] (or so).").pieces
     assert filled(pieces, {"kind": "film", "name": "Heat", "y": "great"}) == "film: Heat, it is great (or so)."
     causal = with_examples(Template.parse(MANUAL), TRAIN[:2], kind="causal")
-    assert str(causal) == f"P 0 is yes .\nP 1 is good .\n{MANUAL}"
+    # The examples are whole; behind the question's target such a model would see nothing.
+    assert str(causal) == f"P 0 is yes .\nP 1 is good .\n{MANUAL.removesuffix(' .')}"
     masked = with_examples(Template.parse("So [X] is [Y] ."), TRAIN[:2], kind="masked")
     assert str(masked) == "So P 0 is yes . So P 1 is good . So [X] is [Y] ."
 
@@ -167,3 +168,22 @@ def test_examples_in_front_of_a_masked_model(masked: Backbone) -> None:
     assert prompt.endswith(f" . {MANUAL}")
     shown = Prompt.manual(Template.parse(prompt))
     assert solution.answer(Records(DEV)) == answer_records(PromptModel(masked), shown, Records(DEV), single_token=True)
+
+
+def test_text_that_is_a_special_token_is_not_shown_as_an_example(masked: Backbone) -> None:
+    """In a template "[MASK]" would be a second mask."""
+    special = masked.tokenizer.decode([masked.tokenizer.mask_id or 0]) or "[MASK]"
+    rows = [{"x": f"{next(iter(masked.tokenizer.special_ids))} {special}", "y": "yes"}, {"x": "Kenya", "y": "good"}]
+    solution = in_context(task(rows), Setup(masked))
+    assert str(solution.record["prompt"]) == f"Kenya is good . {MANUAL}"
+
+
+def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) -> None:
+    rows = [{"x": "Kenya", "y": "yes\nno"}]
+    assert baselines.is_multiline(task(rows))
+    assert not baselines.is_multiline(task())
+    seen: list[bool] = []
+    for train in (rows, TRAIN):
+        found = manual(task(train, single_token=False), Setup(causal)).answer(Records(DEV))
+        seen.append(any("\n" in answer.text for answer in found))
+    assert seen[1] is False

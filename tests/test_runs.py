@@ -30,7 +30,7 @@ from ptuning.measure import Evaluation, Progress
 from ptuning.predict import PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
 from ptuning.records import Record, as_records, load_records
-from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, train
+from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, start_seed, train
 from ptuning.trainer import Interrupted, Trainer
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
@@ -391,3 +391,46 @@ def test_a_moved_run_can_be_resumed(causal: Backbone, tmp_path: Path) -> None:
         run(causal, tmp_path / "here", should_stop=after(2))
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert run(causal, tmp_path / "there", resume=True).record["chosen_epoch"] is not None
+
+
+def test_of_several_starts_the_best_one_is_kept(causal: Backbone, tmp_path: Path) -> None:
+    """``--starts K``: each from a draw of its own, the first as it would be alone, chosen on the development part."""
+    found = run(causal, tmp_path / "three", settings={"starts": 3})
+    alone = run(causal, tmp_path / "one")
+    listed: Any = json.loads(json.dumps(found.record["starts"]))
+    assert [start["seed"] for start in listed] == [start_seed(0, number) for number in range(3)]
+    assert listed[0]["seed"] == 0
+    keys = [(start["dev_score"], -start["dev_loss"]) for start in listed]
+    assert keys[0] == (alone.prompt.scores["exact_match"], -alone.prompt.scores["loss"])
+    assert len(set(keys)) == 3
+    assert (found.prompt.scores["exact_match"], -found.prompt.scores["loss"]) == max(keys)
+    assert "starts" not in alone.record
+
+
+def test_several_starts_are_resumed_where_they_were(causal: Backbone, tmp_path: Path) -> None:
+    settings = {"starts": 2, "checkpoint_seconds": 0.0}
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
+    assert (tmp_path / "cut" / CHECKPOINT_FOLDER / "start-1" / CHECKPOINT_FILE).is_file()
+    run(causal, tmp_path / "cut", settings=settings, resume=True)
+    run(causal, tmp_path / "whole", settings=settings)
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, other = ((tmp_path / out / PROMPT_FOLDER / file).read_bytes() for out in ("cut", "whole"))
+        assert one == other
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings learn something else in another version; a prompt of two halves would be neither."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path, should_stop=after(2))
+    monkeypatch.setattr("ptuning.runs.RECIPE", 99)
+    with pytest.raises(TrainingError, match="recipe of training was 2 and is 99"):
+        run(causal, tmp_path, resume=True)
+
+
+def test_a_tuned_backbone_is_for_comparisons(causal: Backbone) -> None:
+    with pytest.raises(ConfigError, match="keeps the backbone frozen"):
+        run(causal, settings={"tune": "tuned"})

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import bound
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError
+from ptuning.errors import FileError, TemplateError
 from ptuning.template import Template
 from ptuning.vocabulary import Listed, OneToken, read_vocabulary
 
@@ -107,3 +107,11 @@ def test_targets_of_a_list(causal: Backbone) -> None:
     assert Listed(["yes", "a good film"])(rows) == [False, True, True]
     keeps = OneToken(causal, [Template.parse("[X] is [Y]")], words=["yes", "a good film"])
     assert keeps([rows[0], {"x": "Kenya", "y": "yes"}, rows[2]]) == [False, True, False]
+
+
+def test_a_target_that_has_no_place_is_not_kept_and_a_missing_field_is_an_error(causal: Backbone) -> None:
+    """One target too long for the context must not end a run over thirty relations."""
+    rows = [{"x": "Kenya", "y": "good"}, {"x": "Kenya", "y": "good " * 500}, {"x": "Peru", "y": "yes"}]
+    assert OneToken(causal, [Template.parse("[X] is [Y]")])(rows) == [True, False, True]
+    with pytest.raises(TemplateError, match="no field 'country' in record 1"):
+        OneToken(causal, [Template.parse("{country} is [Y]")])(rows)

@@ -129,10 +129,11 @@ def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) ->
     """
     end = "\n" if kind == "causal" else " "
     shown = "".join(filled(manual.pieces, record) + end for record in examples)
-    first = manual.pieces[0]
-    if isinstance(first, Literal):
-        return Template((Literal(shown + first.text), *manual.pieces[1:]))
-    return Template((Literal(shown), *manual.pieces))
+    # Examples are whole sentences; behind the question's target a causal model sees nothing.
+    pieces = (manual.without_tail()[0] if kind == "causal" else manual).pieces
+    if isinstance(pieces[0], Literal):
+        return Template((Literal(shown + pieces[0].text), *pieces[1:]))
+    return Template((Literal(shown), *pieces))
 
 
 def filled(pieces: Sequence[Piece], record: Record) -> str:

@@ -36,6 +36,8 @@ class OneToken:
         """Return for each record whether it is kept."""
         keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
         for bound in self._bound if records else ():
+            for number, record in enumerate(records, start=1):
+                bound.check_fields(record, where=f"record {number}")
             try:
                 examples = bound.examples(records)
             except (RecordError, TemplateError):
