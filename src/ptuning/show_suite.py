@@ -28,9 +28,7 @@ def cell(result: CellResult, number: int, total: int) -> None:
     if result.status == "failed":
         show.say(f"{where}failed: {result.error}")
         return
-    name = next(iter(result.values))
-    mean = sum(result.values[name]) / result.n
-    show.say(f"{where}{TITLES[name]} {mean:.3f}, n = {result.n}, {result.seconds:.0f} s")
+    show.say(f"{where}P@1 {show.interval(result.score('p_at_1'))}, n = {result.n}, {result.seconds:.0f} s")
 
 
 def estimates(found: Sequence[Estimate]) -> None:

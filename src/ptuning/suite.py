@@ -23,7 +23,7 @@ from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.measure import Progress, Report
 from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup, Task
-from ptuning.metrics import score
+from ptuning.metrics import Score, score
 from ptuning.prompt import versions
 from ptuning.records import TARGET_FIELD, Records
 from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE
@@ -89,6 +89,10 @@ class CellResult:
     def n(self) -> int:
         """Number of test records."""
         return len(next(iter(self.values.values()), ()))
+
+    def score(self, name: str) -> Score:
+        """Return one score with its interval over the test records."""
+        return score(self.values[name])
 
     def to_json(self) -> dict[str, Json]:
         """Return the cell as it stands in ``results.json``."""

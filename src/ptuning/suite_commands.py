@@ -234,7 +234,8 @@ def _watching(out: Path, *, control: str | None, methods: str | None, dry_run: b
             "dry_run": dry_run,
             "command": wiring.command_line(),
             "watch": Watch(
-                report=progress,
+                # A line per epoch of dozens of trainings would bury the line per cell.
+                report=lambda now: progress(now) if now.stage != "epoch" else None,
                 should_stop=should_stop,
                 on_cell=show_suite.cell,
                 on_estimate=show_suite.estimates,
