@@ -302,7 +302,7 @@ class Suite:
         result = CellResult(cell, "done", values, time.monotonic() - began, len(_list(solution.record.get("tried"))))
         write_json_lines(folder / PREDICTIONS_FILE, _rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
-        (folder / STARTED_FILE).unlink()
+        (folder / STARTED_FILE).unlink(missing_ok=True)
         return result
 
     def _backbone_of(self, method: Method, seed: int) -> Backbone:
