@@ -105,7 +105,8 @@ def test_lstm_encoder_equals_the_equations_by_hand() -> None:
     expected = []
     for start, hidden in zip(encoder.start, row, strict=True):
         first = (encoder.first.weight @ hidden + encoder.first.bias).relu()
-        moved = OUTPUT_SCALE * (encoder.last.weight @ first + encoder.last.bias)
+        unit = first / first.square().mean().sqrt()
+        moved = OUTPUT_SCALE / (width * width**0.5) * (encoder.last.weight @ unit + encoder.last.bias)
         expected.append(start + 2.0 * moved / (1.0 + moved @ moved).sqrt())
     torch.testing.assert_close(encoder(), torch.stack(expected), atol=1e-5, rtol=0)
 
@@ -118,10 +119,10 @@ def test_no_slot_gets_further_from_its_start_than_the_reach(kind: EncoderKind) -
         encoder.last.weight.fill_(1e4)
     assert ((encoder() - encoder.start).norm(dim=-1) <= 3.0 + 1e-4).all()
     with torch.no_grad():
-        encoder.last.weight.fill_(1e-6)
+        encoder.last.weight.fill_(0.0)
         encoder.last.bias.fill_(1e-3)
     # Near the start the bend is straight.
-    small = torch.full((4, 16), 3.0 * OUTPUT_SCALE * 1e-3)
+    small = torch.full((4, 16), 3.0 * OUTPUT_SCALE / (16 * 4.0) * 1e-3)
     torch.testing.assert_close(encoder() - encoder.start, small, rtol=1e-2, atol=0)
 
 
@@ -209,3 +210,26 @@ def test_starts_come_from_the_generator(how: RandomStart) -> None:
     """Invariant 6."""
     assert torch.equal(starts([None] * 3, how, seed=1), starts([None] * 3, how, seed=1))
     assert not torch.equal(starts([None] * 3, how, seed=1), starts([None] * 3, how, seed=2))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_steps_do_not_grow_with_the_features(kind: EncoderKind) -> None:
+    """Features that grew made every step larger than the last, until one threw the prompt back to nothing."""
+    encoder = make(torch.randn(4, 16), kind)
+    with torch.no_grad():
+        encoder.last.weight.normal_()
+        before = encoder().clone()
+        encoder.first.weight.mul_(100.0)
+        encoder.first.bias.mul_(100.0)
+    torch.testing.assert_close(encoder(), before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("width", [16, 96, MAX_ENCODER_WIDTH + 128])
+def test_a_step_is_as_long_for_every_width(width: int) -> None:
+    """Adam moves every weight alike, so that a wider layer would move a slot further."""
+    encoder = make(torch.zeros(2, width), "mlp", reach=1.0)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
+    encoder().sum().backward()
+    optimizer.step()
+    # Half of OUTPUT_SCALE times the learning rate is 0.125, bent to 0.124.
+    assert ((encoder() - encoder.start).norm(dim=-1) - 0.13).abs().max() < 0.05

@@ -50,7 +50,8 @@ def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
     show_suite.cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
     assert printed() == (
         "",
-        "2/9  P36  manual  seed 0: P@1 0.250  [0.046, 0.699], n = 4, 3 s\n4/9  P36  p-tuning  seed 1: failed: no [room]\n",
+        "2/9  P36  manual  seed 0: P@1 0.250  [0.046, 0.699], n = 4, 3 s\n"
+        "4/9  P36  p-tuning  seed 1: failed: no [room]\n",
     )
 
 

@@ -16,7 +16,7 @@ Tune = Literal["frozen", "tuned"]
 
 # Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
 # of today's code.
-RECIPE = 2
+RECIPE = 3
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

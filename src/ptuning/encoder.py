@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ptuning.config import EncoderKind, RandomStart
 
@@ -16,18 +17,19 @@ MAX_ENCODER_WIDTH = 1024
 # How much of the embedding table's spread is in a random start around its mean. Noise as large as real embeddings
 # drowns the text around it (docs/architecture.md, decision 3).
 RANDOM_START_NOISE = 0.1
-# How large the output of the last layer counts beside the reach. Without the bend slots ran away to ten times the
-# length of an embedding within fifty steps, on one of four splits of LAMA P36, and never came back (decision 3).
-OUTPUT_SCALE = 0.3
+# How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
+# weights of the last layer pull the same way. Source: docs/architecture.md, decision 3.
+OUTPUT_SCALE = 250.0
 
 
 class PromptEncoder(nn.Module):
-    r"""h_i = start_i + reach * bend(scale * MLP([forward LSTM(e_0..e_i) : backward LSTM(e_i..e_m)])).
+    r"""h_i = start_i + reach * bend(scale * W unit(f_i)), f_i = ReLU(V [LSTM forward(e_0..e_i) : backward(e_i..e_m)]).
 
     The slots of one template are one sequence in template order. The last layer starts at zero, so that before the
     first step the slot vectors are exactly their starts: a warm-started prompt *is* the sentence it starts from.
-    ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within ``reach`` of its start, and makes steps alike for all
-    backbones, whose embeddings differ in size by a factor of a hundred.
+    ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within ``reach`` of its start and makes steps alike for all
+    backbones, whose embeddings differ in size by a factor of a hundred; ``unit`` gives the features of a slot a root
+    mean square of 1, so that steps do not grow with them.
 
     Args:
         start: (P, E) float32; what the slots start at.
@@ -37,7 +39,7 @@ class PromptEncoder(nn.Module):
         generator: Draws the initial weights.
 
     Source: Liu et al. (2021), section 3.2, equation 5: two bidirectional LSTM layers of E/2 per direction and a
-    two-layer MLP with ReLU. The residual from the start, the zero last layer and the bend are ours.
+    two-layer MLP with ReLU. The residual from the start, the zero last layer, unit and bend are ours.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class PromptEncoder(nn.Module):
             self.lstm = nn.LSTM(width, half, num_layers=2, bidirectional=True, batch_first=True, dropout=dropout)
         self.first = nn.Linear(2 * half if kind == "lstm" else width, inner)
         self.last = nn.Linear(inner, width)
+        # A step of Adam adds up over the layer's inputs, and its length over its outputs.
+        self.scale = OUTPUT_SCALE / (inner * width**0.5)
         self._initialise(generator)
 
     start: Tensor
@@ -84,7 +88,8 @@ class PromptEncoder(nn.Module):
         if self.kind == "lstm":
             hidden = self.lstm(hidden)[0]  # (1, P, 2 * half)
         hidden = torch.relu(self.first(self.dropout(hidden)))  # (1, P, inner)
-        moved: Tensor = OUTPUT_SCALE * self.last(hidden)[0]  # (P, E)
+        hidden = functional.rms_norm(hidden, hidden.shape[-1:])
+        moved: Tensor = self.scale * self.last(hidden)[0]  # (P, E)
         return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
 
 
