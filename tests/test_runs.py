@@ -427,7 +427,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     with pytest.raises(Interrupted):
         run(causal, tmp_path, should_stop=after(2))
     monkeypatch.setattr("ptuning.runs.RECIPE", 99)
-    with pytest.raises(TrainingError, match="recipe of training was 3 and is 99"):
+    with pytest.raises(TrainingError, match="recipe of training was 4 and is 99"):
         run(causal, tmp_path, resume=True)
 
 

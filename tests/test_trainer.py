@@ -536,6 +536,16 @@ def test_early_stopping(causal: Backbone, monkeypatch: pytest.MonkeyPatch, patie
     assert found.state.done
 
 
+def test_a_falling_loss_keeps_training_going(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few records tie in their score while the loss still falls; what is chosen stays the highest score."""
+    found = make_trainer(causal, epochs=9, patience=2)
+    outcomes = [(0.1, 9.0), (0.3, 8.0), (0.2, 7.0), (0.2, 6.0), (0.2, 5.0), (0.2, 5.5), (0.2, 5.5)] + [(0.2, 1.0)] * 3
+    script_evaluations(monkeypatch, found, outcomes)
+    fit(found)
+    assert len(found.state.history) == 6
+    assert found.state.chosen_epoch == 1
+
+
 def test_a_loss_that_is_no_number(causal: Backbone) -> None:
     """Style 14: stops at once, and says what may help."""
     found = make_trainer(causal)

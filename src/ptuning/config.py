@@ -16,7 +16,7 @@ Tune = Literal["frozen", "tuned"]
 
 # Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
 # of today's code.
-RECIPE = 3
+RECIPE = 4
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -40,7 +40,7 @@ class TrainConfig:
         tune: ``frozen`` trains the slots alone, ``tuned`` every weight of the backbone along with them.
         backbone_lr: Peak learning rate of the backbone's weights where they are tuned.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
-        patience: Epochs without a better development result after which training stops.
+        patience: Epochs after which training stops if neither development score nor loss got better.
         dev_fraction: Share of the training data set aside where no development data is given.
         seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.

@@ -254,7 +254,9 @@ class Trainer:
             }
         )
         self._consider(found, epoch=state.epoch)
-        waited = state.epoch - state.chosen_epoch
+        # A falling loss is a better result, too: scores of few records tie, and the last epochs have the smallest steps.
+        losses = [state.start["dev_loss"], *(epoch["dev_loss"] for epoch in state.history)]
+        waited = state.epoch - max(state.chosen_epoch, losses.index(min(losses)))
         state.done = state.epoch == self.config.epochs or waited >= self.config.patience
         state.epoch += 1
         state.position, state.epoch_loss_sum, state.epoch_loss_count, state.epoch_seconds = 0, 0.0, 0.0, 0.0
