@@ -254,7 +254,7 @@ class Trainer:
             }
         )
         self._consider(found, epoch=state.epoch)
-        # A falling loss is a better result, too: scores of few records tie, and the last epochs have the smallest steps.
+        # A falling loss is better, too: scores of few records tie, and the last epochs take the smallest steps.
         losses = [state.start["dev_loss"], *(epoch["dev_loss"] for epoch in state.history)]
         waited = state.epoch - max(state.chosen_epoch, losses.index(min(losses)))
         state.done = state.epoch == self.config.epochs or waited >= self.config.patience
