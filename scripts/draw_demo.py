@@ -33,5 +33,5 @@ def main(folder: Path, picture: Path) -> None:
 
 if __name__ == "__main__":
     given = [Path(argument) for argument in sys.argv[1:]]
-    root = Path(__file__).resolve().parents[1]
-    main(*(given + [root / "runs" / "demo", root / "docs" / "demo.svg"][len(given) :]))
+    # From the root, as make runs it: the picture shows the folder's path, which should be nobody's own.
+    main(*(given + [Path("runs/demo"), Path("docs/demo.svg")][len(given) :]))
