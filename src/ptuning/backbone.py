@@ -136,6 +136,16 @@ class Backbone:
         """Number of token ids that the model can embed."""
         return len(self._table_weight)
 
+    def to_json(self) -> dict[str, str | int | None]:
+        """Return what identifies the backbone, as it stands in the record of a run."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "kind": self.kind,
+            "parameters": self.parameters,
+        }
+
     def freeze(self) -> None:
         """Put the model into evaluation mode and stop its weights from taking gradients."""
         self.model.eval()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ptuning.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.files import Json
@@ -170,11 +170,10 @@ def lama(
     )
     if targets not in get_args(Targets):
         raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
-    names = relations.split(",") if isinstance(relations, str) else relations
     learned = as_template(template) if template is not None else None
     words = None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
     jobs = []
-    for relation in read_relations(data, which=[name.strip() for name in names if name.strip()]):
+    for relation in read_relations(data, which=listed_names(relations)):
         if relation.template is None:
             raise TemplateError(
                 f"{relation.name} has no manual template ({relation.source}); leave it out with --relations"

@@ -117,6 +117,12 @@ def _check_type(name: str, value: object, wanted: type) -> None:
         raise ConfigError(f"setting '{name}' is {value!r}; it must be {TYPE_NAMES[wanted]}")
 
 
+def listed_names(names: Sequence[str] | str) -> list[str]:
+    """Return names given one by one, or in one text with commas between them."""
+    given = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in given if name.strip()]
+
+
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
     """Read texts of the form ``NAME=VALUE``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptuning.backbone import Backbone
 from ptuning.baselines import FREE_METHODS
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError
 from ptuning.estimate import Estimate, estimate
 from ptuning.files import Json, check_free, make_folder
@@ -94,8 +94,7 @@ class Plan:
     @property
     def method_names(self) -> list[str]:
         """The methods in the order of the tables, their controls behind."""
-        listed = self.methods.split(",") if isinstance(self.methods, str) else list(self.methods)
-        asked = [name.strip() for name in listed if name.strip()]
+        asked = listed_names(self.methods)
         chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
         names = [method.name for method in chosen]
         if self.control:
@@ -173,11 +172,7 @@ def _about(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> dict[str, 
     return {
         "command": plan.command,
         "backbone": {
-            "name": backbone.name,
-            "revision": backbone.revision,
-            "fingerprint": backbone.fingerprint,
-            "kind": backbone.kind,
-            "parameters": backbone.parameters,
+            **backbone.to_json(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": str(backbone.device),
         },

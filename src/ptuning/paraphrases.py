@@ -13,7 +13,7 @@ import numpy as np
 from ptuning.backbone import Backbone
 from ptuning.baselines import REFERENCE
 from ptuning.comparison import relation_job
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import RecordError
 from ptuning.experiment import Plan, Watch, run_jobs
 from ptuning.files import Json
@@ -78,10 +78,9 @@ def paraphrases(
         *(Path(out), backbone, methods, seeds, tries, False, config or TrainConfig()),
         *(overwrite, dry_run, command, watch or Watch()),
     )
-    names = relations.split(",") if isinstance(relations, str) else relations
     patterns: dict[str, dict[str, str]] = {}
     jobs: list[Job] = []
-    for relation in read_relations(data, which=[name.strip() for name in names if name.strip()]):
+    for relation in read_relations(data, which=listed_names(relations)):
         usable = usable_wordings(relation, kind=backbone.kind)[:wordings]
         if len(usable) < 2:
             logger.warning(

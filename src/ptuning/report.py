@@ -133,8 +133,8 @@ def _environment() -> Environment:
 def _markdown(text: str) -> str:
     r"""Escape text so that Markdown shows it as it is, on one line.
 
-    >>> print(_markdown("[X] | <b>"))
-    \[X\] \| &lt;b&gt;
+    >>> _markdown("[X] | <b>") == r"\[X\] \| &lt;b&gt;"
+    True
     """
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return MARKDOWN_SPECIAL.sub(r"\\\1", flat)

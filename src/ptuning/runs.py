@@ -234,13 +234,7 @@ def _first_record(
         "seeds": {"seed": config.seed, **{stream: derived_seed(config.seed, stream) for stream in streams}},
         "versions": dict(versions()),
         "threads": torch.get_num_threads(),
-        "backbone": {
-            "name": backbone.name,
-            "revision": backbone.revision,
-            "fingerprint": backbone.fingerprint,
-            "kind": backbone.kind,
-            "parameters": backbone.parameters,
-        },
+        "backbone": backbone.to_json(),
         "data": {**data, "test": None},
     }
 

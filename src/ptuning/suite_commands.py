@@ -242,7 +242,7 @@ def _watching(out: Path, *, control: str | None, methods: str | None, dry_run: b
             ),
         }
         if methods is not None:
-            common["methods"] = [name.strip() for name in methods.split(",") if name.strip()]
+            common["methods"] = methods
         yield common
 
 
