@@ -30,6 +30,7 @@ CHANGED = TrainConfig(
     dev_fraction=0.375,
     seed=2**63 - 1,
     checkpoint_seconds=0.0,
+    cache_memory=0.0,
 )
 
 
@@ -97,6 +98,7 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
         ("checkpoint_seconds", (-1.0, math.nan, math.inf), (0.0,)),
         ("warmup_fraction", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dropout", (-0.1, 1.0, math.nan), (0.0, 0.99)),
+        ("cache_memory", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dev_fraction", (0.0, 1.0, math.nan), (0.01, 0.99)),
         ("encoder", ("gru", ""), ("lstm", "mlp", "none")),
         ("start", ("zeros",), ("random", "vocabulary")),

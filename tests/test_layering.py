@@ -25,7 +25,7 @@ RANKS = {
             "encoder vocabulary weights",
             "prompt",
             "model",
-            "objective decode",
+            "objective decode constants",
             "measure checkpoint",
             "trainer predict method",
             "evaluate answers",

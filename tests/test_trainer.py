@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import math
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
-from ptuning import checkpoint, measure, trainer
+from ptuning import checkpoint, constants, measure, trainer
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import EncoderKind, RandomStart, TrainConfig
@@ -647,3 +648,50 @@ def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: 
     own = [float(item.choices[0].own_tokens) for item in mixed]
     monkeypatch.setattr(measure, "hits", lambda group, _: [float(item.choices[0].own_tokens) for item in group])
     assert list(found.evaluate(mixed).hits) == own != sorted(own)
+
+
+LATE = "{x} and {x} [P:is] [P*2] [Y]"
+
+
+def fit_late(
+    backbone: Backbone, folder: Path | None = None, *, stop_after: int | None = None, **settings: Any
+) -> Trainer:
+    """Train slots that stand behind the text."""
+    config = TrainConfig.from_json({**FAST, **settings})
+    found = Trainer(backbone, bound(backbone, LATE), config=config, checkpoint=folder, identity={"data": "facts"})
+    found.load()
+    items = items_of(backbone, LATE, FACTS)
+    with contextlib.suppress(Interrupted):
+        found.fit(items, items[:4], should_stop=lambda: stop_after is not None and found.state.step >= stop_after)
+    return found
+
+
+def test_the_constant_part_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 8: training from the first slot onwards learns what training over whole rows learns."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    kept, whole = fit_late(causal), fit_late(causal, cache_memory=0.0)
+    assert kept.constant_part["tokens"] > 0
+    assert not any(whole.constant_part.values())
+    assert not torch.equal(kept.vectors(), kept.encoder.start)
+    torch.testing.assert_close(kept.vectors(), whole.vectors(), rtol=0, atol=1e-4)
+    assert [row["dev_loss"] for row in kept.state.history] == pytest.approx(
+        [row["dev_loss"] for row in whole.state.history], abs=1e-4
+    )
+    assert not kept.constants.is_used  # and nothing is kept beyond the run
+
+
+def test_resume_with_a_constant_part_is_exact(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant 5: the keys and values are made anew, and alike."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    whole = fit_late(causal)
+    fit_late(causal, tmp_path, stop_after=4)
+    resumed = fit_late(causal, tmp_path)
+    assert torch.equal(resumed.best_vectors, whole.best_vectors)
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    assert not any(fit_late(masked).constant_part.values())

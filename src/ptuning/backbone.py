@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,12 +276,36 @@ class Backbone:
             layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
         return cache
 
-    def _fill_cache(self, embeddings: Tensor, *, positions: Tensor) -> Cache | None:
-        """Run one row for its cache alone: one logit is read, since a head may not take nothing at all."""
+    def keys_and_values(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Run rows for their keys and values alone, for a model that :attr:`shares_prefix`.
+
+        Args:
+            embeddings: (B, T, E).
+            mask: (B, T) int64; pads stand behind, where they reach nothing.
+            positions: (B, T) int64; as for :meth:`run`.
+
+        Returns:
+            For each layer keys and values, (B, H, T, D) each.
+        """
+        cache = self._fill_cache(embeddings, positions=positions, mask=mask)
+        assert cache is not None
+        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]  # all are plain layers
+
+    @staticmethod
+    def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
+        """Return a cache of given keys and values, one pair of (B, H, T, D) for each layer."""
+        import transformers
+
+        cache = transformers.DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys, values, index)
+        return cache
+
+    def _fill_cache(self, embeddings: Tensor, *, positions: Tensor, mask: Tensor | None = None) -> Cache | None:
+        """Run rows for their cache alone: one logit is read, since a head may not take nothing at all."""
         start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
-        _, cache = self.run(
-            embeddings, mask=torch.ones_like(positions), positions=positions, rows=start, cols=start, keep_cache=True
-        )
+        mask = torch.ones_like(positions) if mask is None else mask
+        _, cache = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep_cache=True)
         return cache
 
     @staticmethod

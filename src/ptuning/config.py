@@ -44,6 +44,7 @@ class TrainConfig:
         dev_fraction: Share of the training data set aside where no development data is given.
         seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
+        cache_memory: Share of the free memory that the keys and values in front of the first slots may take; 0 for none.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.
@@ -67,6 +68,7 @@ class TrainConfig:
     dev_fraction: float = 0.2
     seed: int = 0
     checkpoint_seconds: float = 30.0
+    cache_memory: float = 0.25
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -78,7 +80,7 @@ class TrainConfig:
             self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
         for name in ("weight_decay", "checkpoint_seconds"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
-        for name in ("warmup_fraction", "dropout"):
+        for name in ("warmup_fraction", "dropout", "cache_memory"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")
         for name, choices in (

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
-from ptuning.model import batches, prefix_tokens, scored_logits, target_logits
+from ptuning.constants import ConstantParts
+from ptuning.model import batches, prefix_tokens, scored_logits
 from ptuning.objective import Item, hits, loss, score_choices
 
 
@@ -21,8 +22,8 @@ class Progress:
     """What a run is doing, for whoever shows it.
 
     Args:
-        stage: ``train``, ``dev``, or ``epoch`` at the end of one.
-        done, total: Records read in this stage, or epochs.
+        stage: ``train``, ``dev``, ``cache`` for what stands in front of the slots, or ``epoch`` at the end of one.
+        done, total: Records read in this stage, tokens for ``cache``, or epochs.
         note: A few words, such as the epoch and the loss so far.
     """
 
@@ -61,6 +62,7 @@ def evaluate(
     *,
     vectors: Tensor,
     slots: int,
+    constants: ConstantParts | None = None,
     report: Report | None = None,
     note: str = "",
 ) -> Evaluation:
@@ -71,6 +73,7 @@ def evaluate(
         items: What to score.
         vectors: (P, E) float32; an empty table for a manual prompt.
         slots: Number of slots P.
+        constants: What is kept of the rows, if anything is.
         report: Called after every batch.
         note: Shown with the progress.
 
@@ -79,10 +82,12 @@ def evaluate(
     """
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
+    constants = constants or ConstantParts(backbone, memory_share=0)
     prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
-        scored = score_choices(group, target_logits(backbone, item_batch(group, slots=slots), vectors))
+        examples = [example for item in group for example in item.inputs]
+        scored = score_choices(group, constants.logits(examples, vectors, slots=slots))
         batch_sum, batch_count = loss(group, scored)
         loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
         found |= dict(zip(chosen, hits(group, scored), strict=True))

@@ -33,7 +33,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
 # Settings that do not change what is trained, so that a run may be resumed with others.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "device")
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "device")
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
 
@@ -274,6 +274,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "seconds": seconds,
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
+        "constant_part": dict(trainer.constant_part),
     }
 
 

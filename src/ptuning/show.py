@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ptuning.runs import TrainResult
 
 # What the stages of a progress report are called on the screen.
-STAGES = {"suite": "comparing", "train": "training", "dev": "scoring", "predict": "answering"}
+STAGES = {"suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering"}
 # A person sees this many neighbours of a slot; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 

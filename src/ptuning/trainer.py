@@ -18,14 +18,14 @@ from ptuning.backbone import Backbone
 from ptuning.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from ptuning.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.config import TrainConfig as TrainConfig
+from ptuning.constants import ConstantParts
 from ptuning.encoder import PromptEncoder, start_vectors
 from ptuning.errors import TrainingError
 from ptuning.files import Json
 from ptuning.fill import BoundTemplate
-from ptuning.measure import Evaluation, evaluate, item_batch
+from ptuning.measure import Evaluation, evaluate
 from ptuning.measure import Progress as Progress
 from ptuning.measure import Report as Report
-from ptuning.model import target_logits
 from ptuning.objective import Item, loss, loss_count, score_choices
 from ptuning.weights import KeptWeights
 
@@ -97,6 +97,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=self.is_tuned or None)
         self.state = RunState()
         self.best_vectors = self.vectors()
+        self.constants = ConstantParts(backbone, memory_share=0 if self.is_tuned else config.cache_memory)
+        self.constant_part = self.constants.to_json()
         self.kept = kept if self.is_tuned else None
         self._saved_at = time.monotonic()
 
@@ -142,7 +144,22 @@ class Trainer:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
-        state, tell = self.state, report or (lambda _: None)
+        tell = report or (lambda _: None)
+        with self.constants:
+            self.constants.prepare(
+                (example for item in (*train, *dev) for example in item.inputs),
+                report=lambda done, total: tell(Progress("cache", done, total, "what stands in front of the slots")),
+            )
+            self.constant_part = self.constants.to_json()
+            self._fit(train, dev, tell, should_stop)
+        if self.kept is not None:
+            self.kept.restore(self.backbone)
+            self.backbone.freeze()
+
+    def _fit(
+        self, train: Sequence[Item], dev: Sequence[Item], tell: Report, should_stop: Callable[[], bool] | None
+    ) -> None:
+        state = self.state
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
             state.start = {"dev_loss": found.loss, "dev_score": found.score}
@@ -173,9 +190,6 @@ class Trainer:
                     f"{last['dev_score']:.3f}",
                 )
             )
-        if self.kept is not None:
-            self.kept.restore(self.backbone)
-            self.backbone.freeze()
 
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[None]:
         """Take the epoch's remaining optimizer steps, yielding after each."""
@@ -219,11 +233,11 @@ class Trainer:
             items = group[at : at + self.config.batch_size][rank::processes]
             if not items:
                 continue
-            batch = item_batch(items, slots=self.bound.slots)
-            self.state.train_tokens += batch.tokens
+            examples = [example for item in items for example in item.inputs]
+            self.state.train_tokens += sum(len(example.token_ids) for example in examples)
             with torch.random.fork_rng(devices=[self.backbone.device] if self.backbone.device.type == "cuda" else []):
                 torch.manual_seed(derived_seed(self.config.seed, "dropout", self.state.step * 65_536 + at))
-                logits = target_logits(self.backbone, batch, self.encoder())
+                logits = self.constants.logits(examples, self.encoder(), slots=self.bound.slots)
             batch_loss, _ = loss(items, score_choices(items, logits))
             (batch_loss / total).backward()
             loss_sum += batch_loss.detach()
@@ -240,7 +254,15 @@ class Trainer:
 
     def evaluate(self, items: Sequence[Item], *, report: Report | None = None, note: str = "") -> Evaluation:
         """Score items with the slot vectors as they are now."""
-        return evaluate(self.backbone, items, vectors=self.vectors(), slots=self.bound.slots, report=report, note=note)
+        return evaluate(
+            self.backbone,
+            items,
+            vectors=self.vectors(),
+            slots=self.bound.slots,
+            constants=self.constants,
+            report=report,
+            note=note,
+        )
 
     def _end_epoch(self, found: Evaluation) -> None:
         state = self.state
