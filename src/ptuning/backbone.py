@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ptuning.tokenizer import UNBOUNDED_TOKENS, kind_of
 from ptuning.tokenizer import TextTokenizer as TextTokenizer
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, DynamicLayer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +289,8 @@ class Backbone:
         """
         cache = self._fill_cache(embeddings, positions=positions, mask=mask)
         assert cache is not None
-        return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]  # all are plain layers
+        layers = cast("Sequence[DynamicLayer]", cache.layers)  # all are plain ones
+        return [(layer.keys, layer.values) for layer in layers]  # type: ignore[misc]  # and were filled
 
     @staticmethod
     def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:

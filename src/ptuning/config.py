@@ -44,7 +44,7 @@ class TrainConfig:
         dev_fraction: Share of the training data set aside where no development data is given.
         seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
-        cache_memory: Share of the free memory that the keys and values in front of the first slots may take; 0 for none.
+        cache_memory: Share of the free memory that keys and values in front of the first slots may take; 0 for none.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.

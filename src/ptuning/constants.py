@@ -1,5 +1,5 @@
-"""What stands in front of a row's first slot is the same in every epoch: its keys and values, run once and kept. Knows no
-training loop.
+"""What stands in front of a row's first slot is the same in every epoch: its keys and values, run once and kept. Knows
+no training loop.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ class ConstantParts:
                 found[ids] = self._memory[ids]
             elif ids in self._disk:
                 mapped, name = self._disk[ids]
-                found[ids] = mapped.get_tensor(name).to(self.backbone.device)
+                part: Tensor = mapped.get_tensor(name)  # type: ignore[no-untyped-call]
+                found[ids] = part.to(self.backbone.device)
             else:
                 missing.append(ids)
         for group in _groups(sorted(missing, key=len)):
