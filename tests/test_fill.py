@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from families import tokenizer_of
 from ptuning.errors import RecordError, TemplateError
 from ptuning.fill import BoundTemplate, Example, Kind
 from ptuning.template import Field, Literal, Piece, Slots, Target, Template, TextSlots
@@ -639,3 +640,107 @@ def test_describe_gives_a_token_that_a_field_shares_to_the_field(
         if first < end and last > start
     ]
     assert [token for part, token in shown if part == "field x"] == covering
+
+
+class Sides:
+    """An encoder-decoder model's tokenizer, and its rows as text."""
+
+    def __init__(self, kind: str, *, decoder_ids: tuple[int, ...] = (0,), max_tokens: int = 64) -> None:
+        self.raw = tokenizer_of(kind)
+        self.tokenizer = TextTokenizer(self.raw, max_tokens=max_tokens, decoder_ids=decoder_ids)
+
+    def bind(self, pattern: str) -> BoundTemplate:
+        return BoundTemplate(Template.parse(pattern), tokenizer=self.tokenizer, kind="encoder-decoder")
+
+    def rows(self, example: Example) -> tuple[str, str, str]:
+        """What the encoder reads, what the decoder reads, and what is scored; slots as P, tokens joined."""
+        tokens = list(self.raw.convert_ids_to_tokens(list(example.token_ids)))
+        for position in example.slot_positions:
+            tokens[position] = "(P)"
+        split = example.encoder_tokens
+        scored = self.raw.convert_ids_to_tokens(list(example.target_ids))
+        return "".join(tokens[:split]), "".join(tokens[split:]), "".join(scored)
+
+
+FACT = {"x": "Kenya", "y": "Nairobi"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "encoder", "decoder", "scored"),
+    [
+        # T5 fills the gap that its first sentinel marks, and ends with the second.
+        ("t5", "[X] is [Y].", "▁Kenya▁is<extra_id_0>.</s>", "<pad><extra_id_0>", "▁Nairobi<extra_id_1>"),
+        ("t5", "[Y] is in [X]", "<extra_id_0>▁is▁in▁Kenya</s>", "<pad><extra_id_0>", "▁Nairobi<extra_id_1>"),
+        ("mt5", "[X] is [Y]", "▁Kenya▁is▁<extra_id_0></s>", "<pad>▁<extra_id_0>", "▁Nairobi▁<extra_id_1>"),
+        ("t5", "[P*2] [X] [P] [Y]", "(P)(P)▁Kenya(P)<extra_id_0></s>", "<pad><extra_id_0>", "▁Nairobi<extra_id_1>"),
+        # Behind [>] the decoder reads, there is no gap, and the text ends as texts do; what follows [Y] is dropped.
+        ("t5", "[X] [>] [Y]", "▁Kenya</s>", "<pad>", "▁Nairobi</s>"),
+        ("t5", "[X] [>] [P*2] [Y].", "▁Kenya</s>", "<pad>(P)(P)", "▁Nairobi</s>"),
+        ("t5", "[P*2] [X] [>] it is [P] [Y]", "(P)(P)▁Kenya</s>", "<pad>▁it▁is(P)", "▁Nairobi</s>"),
+        ("t5", "a <extra_id_0> [>] [X] [Y]", "▁a<extra_id_0></s>", "<pad>▁Kenya", "▁Nairobi</s>"),
+        # BART's mask stands on the encoder's side alone.
+        ("roberta", "[X] is [Y].", "<s>KenyaĠis<mask>.</s>", "<s>", "ĠNairobi</s>"),
+        ("roberta", "[X] [>] [Y]", "<s>Kenya</s>", "<s>", "Nairobi</s>"),
+        ("roberta", "[X] [>] is [Y]", "<s>Kenya</s>", "<s>is", "ĠNairobi</s>"),
+        ("roberta", "[X] [>] [P] [Y]", "<s>Kenya</s>", "<s>(P)", "ĠNairobi</s>"),
+        # A tokenizer with neither: nothing marks the gap.
+        ("llama", "[X] is [Y]", "<s>KenyaĠis", "<unk>", "ĠNairobi</s>"),
+    ],
+)
+def test_the_two_sides_of_an_encoder_decoder(kind: str, pattern: str, encoder: str, decoder: str, scored: str) -> None:
+    """What stands where: the whole template in front of the encoder, or cut at [>]; the target behind the decoder's."""
+    sides = Sides(kind)
+    example = sides.bind(pattern).examples([FACT], with_stop=True)[0]
+    before, behind, target = sides.rows(example)
+    assert (before, target) == (encoder, scored)
+    # The decoder has read all of the target but its last token, and is asked from one before the first.
+    assert target.startswith(behind.removeprefix(decoder))
+    assert behind.startswith(decoder)
+    first = len(example.token_ids) - len(example.target_ids)
+    assert example.logit_positions == tuple(range(first, len(example.token_ids)))
+    assert example.own_tokens == len(example.target_ids) - 1
+
+
+def test_a_decoder_is_made_to_begin() -> None:
+    """A start token, and the token that the model is made to write first."""
+    sides = Sides("roberta", decoder_ids=(2, 0))
+    example = sides.bind("[X] [>] [P] [Y]").contexts([FACT])[0]
+    assert sides.rows(example)[1] == "</s><s>(P)"
+    assert example.logit_positions == (len(example.token_ids) - 1,)
+    shown = [part for part, _ in sides.bind("[X] [>] [P] [Y]").describe({"x": "Kenya"})]
+    assert shown[-3:] == ["special", "special", "slot"]
+
+
+def test_slots_are_counted_over_both_sides() -> None:
+    """In the template's order, each started at the words it stands for, as they are on their side."""
+    sides = Sides("t5")
+    filled = sides.bind("[P:The capital] [X] [>] [P:is] [P] [Y]")
+    starts = filled.slot_start_ids
+    words = sides.raw.convert_ids_to_tokens([start for start in starts if start is not None])
+    assert "".join(words) == "▁The▁capital▁is"
+    assert starts[-1] is None
+    example = filled.examples([FACT])[0]
+    assert len(example.slot_positions) == filled.slots == len(starts)
+    behind = [position for position in example.slot_positions if position >= example.encoder_tokens]
+    assert len(behind) == len(sides.tokenizer.encode(["is"])[0]) + 1
+
+
+def test_each_side_has_room_of_its_own() -> None:
+    """Invariant 9: fields are shortened for the side that is too long, and what cannot be says so."""
+    sides = Sides("t5", max_tokens=12)
+    long = {"x": "the movie was great and good " * 5, "z": "a film", "y": "yes"}
+    example = sides.bind("[X] [>] {z} [Y]").examples([long])[0]
+    assert example.shortened
+    assert example.encoder_tokens <= 12 < len(sides.tokenizer.encode([long["x"]])[0])
+    with pytest.raises(TemplateError, match=r"kept fields x take \d+ tokens, and the model reads 12 on either side"):
+        sides.bind("{x!} [>] {z} [Y]").examples([long])
+    with pytest.raises(TemplateError, match="the model reads 12 on either side"):
+        sides.bind("[X] [>] [P*13] [Y]").examples([long])
+    assert sides.bind("[P*8] [X] [>] [P*8] [Y]").examples([long])[0].shortened
+
+
+def test_an_encoder_that_reads_nothing_is_an_error() -> None:
+    """GPT-2's tokenizer puts nothing around a text, so the encoder's side would be empty."""
+    sides = Sides("gpt2")
+    with pytest.raises(TemplateError, match=r"the encoder needs something to read.*\n.*\n +\^ column 1"):
+        sides.bind("[>] [P] [Y]").examples([FACT])

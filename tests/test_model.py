@@ -151,7 +151,8 @@ def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyP
         seen.append(mask)
         return run(embeddings, mask=mask, **inputs)
 
-    assert backbone.shares_prefix == (backbone.kind == "causal")  # which is found out by a run of its own
+    assert backbone.pads_left  # which is found out by runs of its own, as
+    assert backbone.shares_prefix == (backbone.kind == "causal")
     run = backbone.run
     monkeypatch.setattr(backbone, "run", spy)
     PromptModel(backbone, pad_side="left").target_logits(RECORDS, learned(backbone, "[P*2] [X] [P:is] [Y]"))

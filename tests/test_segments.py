@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ptuning.segments import LITERAL, TARGET, Encoded, Ids, Run
+from ptuning.segments import LITERAL, TARGET, Encoded, Gap, Ids, Run
 
 
 class Words:
@@ -21,6 +21,8 @@ class Words:
     mask_id: int | None = None
     stop_id: int | None = None
     line_end_id: int | None = None
+    gap = Gap()
+    decoder_ids: Ids = ()
     special_ids: Mapping[str, int] = {}
     max_tokens = 99
 

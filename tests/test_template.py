@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.errors import TemplateError
-from ptuning.template import Field, Literal, Piece, Slots, Target, Template, TextSlots
+from ptuning.template import Field, Literal, Piece, Slots, Target, Template, TextSlots, Turn
 
-TEXTS = st.text(alphabet="ab X[]{}!*:PY\n\té東", min_size=1, max_size=12)
+TEXTS = st.text(alphabet="ab X[]{}!*:>PY\n\té東", min_size=1, max_size=12)
 NAMES = st.text(alphabet="abxyz_-! ]1", min_size=1, max_size=6).filter(lambda name: name == name.strip() != "y")
-PIECES = st.one_of(
+PIECES: st.SearchStrategy[Piece] = st.one_of(
     st.builds(Literal, TEXTS),
     st.builds(Field, NAMES.filter(lambda name: not name.endswith("!"))),
     st.builds(Field, NAMES, st.just(True)),
@@ -34,8 +34,9 @@ def piece_lists() -> st.SearchStrategy[list[Piece]]:
             for first, second in pairwise(pieces)
         )
 
-    sides = st.tuples(st.lists(PIECES, max_size=5), st.lists(PIECES, max_size=3))
-    return sides.map(lambda both: [*both[0], Target(), *both[1]]).filter(apart)
+    turned = st.tuples(st.lists(PIECES, max_size=2), st.lists(PIECES, max_size=2)).map(lambda p: [*p[0], Turn(), *p[1]])
+    fronts = st.one_of(st.lists(PIECES, max_size=5), turned)
+    return st.tuples(fronts, st.lists(PIECES, max_size=3)).map(lambda p: [*p[0], Target(), *p[1]]).filter(apart)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,8 @@ def piece_lists() -> st.SearchStrategy[list[Piece]]:
         ("[[P] {{x} ]] }} [Y]", (Literal("[P] {x} ]] }} "), Target())),
         ("[[[P]{{{a}[Y]", (Literal("["), Slots(1), Literal("{"), Field("a"), Target())),
         ("[P:a [[b]] {c}][Y]", (TextSlots("a [b] {c}"), Target())),
+        ("[X] [>] [P*2][Y].", (Field("x"), Literal(" "), Turn(), Literal(" "), Slots(2), Target(), Literal("."))),
+        ("a > b [[>] [Y]", (Literal("a > b [>] "), Target())),
         ("a\tb\n[Y]", (Literal("a\tb\n"), Target())),
     ],
 )
@@ -114,9 +117,15 @@ def problem_of(pattern: str) -> TemplateError | None:
         ("[X] is", 6, "a template needs one [Y], the place of the target; this one has none"),
         ("", 0, "a template needs one [Y]"),
         ("[Y] and [Y]", 8, "exactly one [Y], this one has two or more"),
+        ("[X] [>] a [>] [Y]", 10, "a template turns to the decoder's side once, this one has two or more [>]"),
+        ("[X] [Y] [>]", 8, "[>] stands behind [Y], but the target is always on the decoder's side"),
         ("[X] {y} [Y]", 4, "{y} would show the target to the model"),
         ("{y!} [Y]", 0, "{y} would show the target to the model"),
-        ("a [X", 2, "unclosed bracket; expected [P], [P*3], [P:words], [X] or [Y]; write [[ for a literal bracket"),
+        (
+            "a [X",
+            2,
+            "unclosed bracket; expected [P], [P*3], [P:words], [X], [Y] or [>]; write [[ for",
+        ),
         ("a [Z] [Y]", 2, "unknown piece [Z]; expected [P]"),
         ("a [] [Y]", 2, "unknown piece []"),
         ("a [x] [Y]", 2, "unknown piece [x]"),

@@ -7,15 +7,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +21,14 @@ from ptuning import defaults
 from ptuning.errors import BackboneError, closest
 from ptuning.files import sha256
 from ptuning.fill import Kind
+from ptuning.forward import Forward, Memory
 from ptuning.hub import find_backbone
-from ptuning.tokenizer import UNBOUNDED_TOKENS, kind_of
+from ptuning.probes import beside_pads, check_reading, same_logits
+from ptuning.tokenizer import UNBOUNDED_TOKENS, decoder_start, kind_of
 from ptuning.tokenizer import TextTokenizer as TextTokenizer
 
 if TYPE_CHECKING:
-    from transformers import Cache, DynamicLayer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +37,17 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 FINGERPRINT_SAMPLES = 256
 
 
-@dataclass
-class _Asked:
-    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and whether a hook took them."""
-
-    rows: Tensor
-    cols: Tensor
-    taken: bool = False
-
-
-_gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
-
-
 class Backbone:
     """A language model with its tokenizer.
 
     Args:
-        model: A causal or masked language model of transformers with its head.
+        model: A language model of transformers with its head: causal, masked, permuted or encoder-decoder.
         tokenizer: The tokenizer of the model; it is copied, not changed.
         name: Known name, folder or hub id, for the record.
         revision: Commit of the hub, or None.
 
     Raises:
-        BackboneError: If the model is neither causal nor masked, or if its inputs cannot be embeddings.
+        BackboneError: If the model is no language model, or if its inputs cannot be embeddings.
     """
 
     def __init__(
@@ -70,26 +57,16 @@ class Backbone:
         self.name = name
         self.revision = revision
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
-        accepted = inspect.signature(model.forward).parameters
-        for needed, why in (
-            ("inputs_embeds", "so slots cannot be filled"),
-            ("attention_mask", "so it would read pads"),
-        ):
-            if needed not in accepted:
-                raise BackboneError(f"{name}: {type(model).__name__} takes no {needed} as input, {why}")
-        self._takes_positions = "position_ids" in accepted
-        # A model without a table of segments (GPT-2, XLM) would add the embedding of the word with the segment's id.
-        self._takes_segments = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
-        self._first_position = _first_position(model)
+        self._forward = Forward(model, kind=self.kind, name=name)
         self.tokenizer = TextTokenizer(
-            tokenizer, max_tokens=_context(model.config) - self._first_position, rows=self.embedding_rows
+            tokenizer,
+            max_tokens=_context(model.config) - self._forward.first_position,
+            rows=self.embedding_rows,
+            decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
         )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either may be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
-        self.vocabulary = min(len(tokenizer), self.embedding_rows)
-        # The head reads the body, or (OPT) calls the decoder inside of it.
-        for body in {model.base_model, getattr(model.base_model, "decoder", model.base_model)}:
-            body.register_forward_hook(_gather_hook)
+        self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +99,9 @@ class Backbone:
 
     @property
     def _embedding(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        # An encoder's own table: a model of two sides may list another one that neither side reads.
+        model = self.model.get_encoder() if self.kind == "encoder-decoder" else self.model
+        return model.get_input_embeddings()
 
     @property
     def _table_weight(self) -> Tensor:
@@ -191,10 +170,22 @@ class Backbone:
         if self.kind != "causal":
             return False
         start = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        cache = self._fill_cache(self.embed(start), positions=start)
-        return type(cache) is transformers.DynamicCache and all(
-            type(layer) is transformers.DynamicLayer and layer.get_seq_length() == 1 for layer in cache.layers
+        memory = self._remember(self.embed(start), mask=torch.ones_like(start), positions=start)
+        if memory is None or type(memory.cache) is not transformers.DynamicCache:
+            return False
+        return all(
+            type(layer) is transformers.DynamicLayer and layer.get_seq_length() == 1 for layer in memory.cache.layers
         )
+
+    @functools.cached_property
+    @torch.no_grad()
+    def pads_left(self) -> bool:
+        """Whether pads may stand in front of a row: not where positions are counted from the first pad (BART), nor
+        where a recurrent state reads every column (RWKV). Found by running one row with pads and without.
+        """
+        if self.kind == "encoder-decoder":
+            return False
+        return same_logits(beside_pads(self, left=0), beside_pads(self, left=2))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return what the model sees for token ids, through its own embedding call (scaled where the model scales).
@@ -221,42 +212,41 @@ class Backbone:
         positions: Tensor,
         rows: Tensor,
         cols: Tensor,
-        cache: Cache | None = None,
-        keep_cache: bool = False,
-    ) -> tuple[Tensor, Cache | None]:
+        encoder_tokens: int = 0,
+        memory: Memory | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Memory | None]:
         """Run the model and return logits at the asked positions only.
 
         Args:
             embeddings: (B, T, E).
-            mask: (B, T_all) int64; 1 at tokens, cached ones included.
+            mask: (B, T_all) int64; 1 at tokens, remembered ones included.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
-            rows: (N,) int64; in which rows logits are wanted.
+            rows: (N,) int64; in which rows logits are wanted, row by row.
             cols: (N,) int64; and in which columns.
-            cache: Keys and values of earlier tokens.
-            keep_cache: Whether to return keys and values for the next call.
+            encoder_tokens: How many leading columns an encoder reads; the decoder reads the others.
+            memory: What is kept of earlier tokens; of an encoder's as well, so that only the decoder's are given.
+            keep: Whether to return what the next call needs.
 
         Returns:
-            (N, V) float32 logits over the model's vocabulary, and the cache if asked for and the model keeps one.
-
-        Source: docs/architecture.md, decision 7 (a hook on the body gathers before the head runs).
+            (N, V) float32 logits over the tokenizer's vocabulary (a table may be padded beyond it), and the memory if
+            asked for and the model keeps one.
         """
-        inputs: dict[str, object] = {"inputs_embeds": embeddings, "attention_mask": mask}
-        if self._takes_positions:
-            inputs["position_ids"] = positions + self._first_position
-        if self._takes_segments:
-            inputs["token_type_ids"] = torch.full_like(positions, self.tokenizer.segment_id)
-        if self.kind == "causal":
-            inputs |= {"use_cache": keep_cache or cache is not None, "past_key_values": cache}
-        asked = _Asked(rows, cols)
-        token = _gather.set(asked)
-        try:
-            output = self.model(**inputs, return_dict=True)
-        finally:
-            _gather.reset(token)
-        logits = output.logits[0] if asked.taken else output.logits[rows, cols]  # (N, V)
-        return logits.float(), output.get("past_key_values")
+        logits, memory = self._forward(
+            self.model,
+            embeddings,
+            mask=mask,
+            positions=positions,
+            rows=rows,
+            cols=cols,
+            segment_id=self.tokenizer.segment_id,
+            encoder_tokens=encoder_tokens,
+            memory=memory,
+            keep=keep,
+        )
+        return logits[:, : self.vocabulary], memory
 
-    def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Cache:
+    def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
         """Run once what B rows begin with, for a model that :attr:`shares_prefix`.
 
         Gradients flow through the cache as through any other activation.
@@ -269,55 +259,29 @@ class Backbone:
         Returns:
             Keys and values of T tokens for B rows, as views of the one row's: nothing is copied here.
         """
-        cache = self._fill_cache(embeddings, positions=positions)
-        assert cache is not None
-        for layer in cache.layers:
+        memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)
+        for layer in memory.cache.layers:
             layer.keys = layer.keys.expand(rows, -1, -1, -1)  # type: ignore[union-attr]  # all are plain layers
             layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
-        return cache
+        return memory
 
-    def keys_and_values(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
         """Run rows for their keys and values alone, for a model that :attr:`shares_prefix`.
 
         Args:
             embeddings: (B, T, E).
             mask: (B, T) int64; pads stand behind, where they reach nothing.
             positions: (B, T) int64; as for :meth:`run`.
-
-        Returns:
-            For each layer keys and values, (B, H, T, D) each.
         """
-        cache = self._fill_cache(embeddings, positions=positions, mask=mask)
-        assert cache is not None
-        layers = cast("Sequence[DynamicLayer]", cache.layers)  # all are plain ones
-        return [(layer.keys, layer.values) for layer in layers]  # type: ignore[misc]  # and were filled
+        memory = self._remember(embeddings, mask=mask, positions=positions)
+        assert memory is not None
+        return memory
 
-    @staticmethod
-    def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-        """Return a cache of given keys and values, one pair of (B, H, T, D) for each layer."""
-        import transformers
-
-        cache = transformers.DynamicCache()
-        for index, (keys, values) in enumerate(layers):
-            cache.update(keys, values, index)
-        return cache
-
-    def _fill_cache(self, embeddings: Tensor, *, positions: Tensor, mask: Tensor | None = None) -> Cache | None:
-        """Run rows for their cache alone: one logit is read, since a head may not take nothing at all."""
+    def _remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory | None:
+        """Run rows for their memory alone: one logit is read, since a head may not take nothing at all."""
         start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
-        mask = torch.ones_like(positions) if mask is None else mask
-        _, cache = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep_cache=True)
-        return cache
-
-    @staticmethod
-    def reorder(cache: Cache | None, rows: Tensor) -> None:
-        """Let row i of a cache hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
-        if cache is None:
-            raise BackboneError(
-                "this model keeps no cache of keys and values, so it cannot write answers; "
-                "give candidates to choose from"
-            )
-        cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
+        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep=True)
+        return memory
 
 
 def load_backbone(name: str | Path = defaults.BACKBONE, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
@@ -346,27 +310,8 @@ def load_backbone(name: str | Path = defaults.BACKBONE, *, dtype: Dtype = "auto"
     model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone = Backbone(model, tokenizer, name=name, revision=revision)
     backbone.freeze()
-    if backbone.kind == "causal" and _reads_ahead(backbone):
-        raise BackboneError(
-            f"{name}: {type(model).__name__} lets a position see what stands behind it, so it would be shown the "
-            "target; use a causal language model, or a masked one with its masked language-model head"
-        )
+    check_reading(backbone)
     return backbone
-
-
-@torch.no_grad()
-def _reads_ahead(backbone: Backbone) -> bool:
-    """Whether the logits at the first position change with the token behind it, which no causal model's do."""
-    ids = torch.tensor([[2, 3], [2, 4]], device=backbone.device) % backbone.embedding_rows  # (2, 2)
-    start = torch.zeros(2, dtype=torch.int64, device=backbone.device)
-    logits, _ = backbone.run(
-        backbone.embed(ids),
-        mask=torch.ones_like(ids),
-        positions=torch.arange(2, device=backbone.device).expand(2, 2),
-        rows=torch.arange(2, device=backbone.device),
-        cols=start,
-    )
-    return not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2)
 
 
 def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer, Kind]:
@@ -378,7 +323,16 @@ def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer,
     name = str(name)
     folder = str(_default_folder(name)) if name in defaults.KNOWN else find_backbone(name)[0]
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
-    return TextTokenizer(tokenizer, max_tokens=_context(config)), kind
+    decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
+    return TextTokenizer(tokenizer, max_tokens=_context(config), decoder_ids=decoder_ids), kind
+
+
+def _generation(folder: str) -> GenerationConfig | None:
+    import transformers
+
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    return transformers.GenerationConfig.from_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -411,11 +365,16 @@ def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
     import transformers
 
     _, tokenizer, kind = _read_tokenizer(folder, name=name)
-    auto = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModelForMaskedLM
+    auto = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "permuted": transformers.AutoModelForCausalLM,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }[kind]
     with _reading(name):
         model, info = auto.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )  # type: ignore[misc]  # with output_loading_info it returns a pair
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise BackboneError(
@@ -451,26 +410,11 @@ def _default_folder(name: str) -> Path:
     return defaults.cached_folder(name, convert)
 
 
-def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[str, Tensor] | None:
-    """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
-    asked = _gather.get()
-    if asked is None or asked.taken or not isinstance(output, dict) or "last_hidden_state" not in output:
-        return None
-    output["last_hidden_state"] = output["last_hidden_state"][asked.rows, asked.cols][None]  # (1, N, H)
-    asked.taken = True
-    return output
-
-
-def _first_position(model: PreTrainedModel) -> int:
-    """Return what the model counts positions from: RoBERTa's table keeps its first rows for padding."""
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    padding = getattr(tables[0], "padding_idx", None) if tables else None
-    return 0 if padding is None else int(padding) + 1
-
-
 def _context(config: PretrainedConfig) -> int:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    return int(longest) if longest > 0 else UNBOUNDED_TOKENS  # XLNet says -1
+    """Return the longest row that a model takes, or the longest of either side."""
+    names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
+    found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
+    return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1
 
 
 def _as_bfloat16_bytes(weight: Tensor) -> bytes:

@@ -30,6 +30,7 @@ class Batch:
         logit_rows, logit_cols: (N,) int64; where logits are read, row by row.
         counts: Number of scored positions of each row, summing up to N.
         shared_tokens: Number of leading columns that are the same in every row (:func:`shared_tokens`).
+        encoder_tokens: Number of leading columns that an encoder reads; the decoder reads the others.
     """
 
     token_ids: Tensor
@@ -42,6 +43,7 @@ class Batch:
     logit_cols: Tensor
     counts: tuple[int, ...]
     shared_tokens: int = 0
+    encoder_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -63,16 +65,21 @@ def collate(
         examples: B examples, in order.
         slots: Number of slots of each row's prompt.
         offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
-        pad_side: Where pads stand.
+        pad_side: Where pads stand; an encoder's and a decoder's part are each padded on the right.
 
     Raises:
         PromptError: If a row has another number of slot positions than its prompt has slots.
     """
     lengths = np.array([len(example.token_ids) for example in examples])
-    width = int(lengths.max())
-    starts = width - lengths if pad_side == "left" else np.zeros_like(lengths)
-    columns = np.arange(width)[None, :] - starts[:, None]  # (B, T): position within the row, negative at left pads
-    mask = (columns >= 0) & (columns < lengths[:, None])  # (B, T)
+    encoder = np.array([example.encoder_tokens for example in examples])
+    split = int(encoder.max())
+    width = split + int((lengths - encoder).max())
+    starts = width - lengths if pad_side == "left" and not split else np.zeros_like(lengths)
+    every = np.arange(width)[None, :]
+    in_side = np.where(every < split, every, every - split)  # (1, T): column within the encoder's or decoder's part
+    columns = in_side - starts[:, None]  # (B, T): position within the side, negative at left pads
+    own = np.where(every < split, encoder[:, None], (lengths - encoder)[:, None])  # (B, T): length of the side
+    mask = (columns >= 0) & (columns < own)  # (B, T)
     token_ids = np.zeros((len(examples), width), dtype=np.int64)
     token_ids[mask] = np.fromiter((i for example in examples for i in example.token_ids), dtype=np.int64)
     for row, (example, expected) in enumerate(zip(examples, slots, strict=True)):
@@ -80,8 +87,8 @@ def collate(
             raise PromptError(
                 f"row {row} has {len(example.slot_positions)} slots, and its prompt has {expected} vectors"
             )
-    slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts)
-    logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts)
+    slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts, encoder)
+    logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts, encoder)
     table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)
     begins_with_pads = bool(starts.any())
     return Batch(
@@ -94,7 +101,8 @@ def collate(
         logit_rows=torch.from_numpy(logit_rows),
         logit_cols=torch.from_numpy(logit_cols),
         counts=tuple(len(example.logit_positions) for example in examples),
-        shared_tokens=0 if begins_with_pads else shared_tokens(examples, offsets=offsets),
+        shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, offsets=offsets),
+        encoder_tokens=split,
     )
 
 
@@ -128,10 +136,13 @@ def shared_tokens(examples: Iterable[Example], *, offsets: Iterable[int] | None 
     return shared or 0
 
 
-def _flat(positions: Sequence[Sequence[int]], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _flat(
+    positions: Sequence[Sequence[int]], starts: np.ndarray, encoder: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return rows, columns and the index within the row of all positions, row by row."""
     counts = np.array([len(row) for row in positions], dtype=np.int64)
     rows = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
     columns = np.fromiter((p for row in positions for p in row), dtype=np.int64, count=int(counts.sum()))
     order = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows, columns + starts[rows], order
+    pads = np.where(columns < encoder[rows], 0, encoder.max() - encoder[rows])  # those between the two sides
+    return rows, columns + starts[rows] + pads, order

@@ -21,6 +21,7 @@ from torch import Tensor
 from ptuning.backbone import Backbone
 from ptuning.batch import collate
 from ptuning.fill import Example, Ids
+from ptuning.forward import Memory
 from ptuning.model import MAX_BATCH_TOKENS, inject, target_logits
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class ConstantParts:
             positions=batch.positions + lengths,
             rows=batch.logit_rows,
             cols=batch.logit_cols,
-            cache=self.backbone.cache_of(past),
+            memory=Memory.of(past),
         )
         return logits
 
@@ -144,10 +145,10 @@ class ConstantParts:
         """Return the keys and values of some beginnings, (L, 2, H, C, D) each, of L layers and H heads of width D."""
         rows = [Example(ids, (), (), (), 0) for ids in group]
         batch = collate(rows, slots=[0] * len(rows)).to(self.backbone.device)
-        layers = self.backbone.keys_and_values(
+        memory = self.backbone.remember(
             self.backbone.embed(batch.token_ids), mask=batch.mask, positions=batch.positions
         )
-        whole = torch.stack([torch.stack(pair) for pair in layers])  # (L, 2, B, H, C, D)
+        whole = torch.stack([torch.stack(pair) for pair in memory.layers])  # (L, 2, B, H, C, D)
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
     def _keep(self, ids: Ids, part: Tensor, budget: float) -> bool:

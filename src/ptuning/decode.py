@@ -1,4 +1,4 @@
-"""Writing answers without candidates: beam search for causal models, filling masks for masked ones. Knows no files."""
+"""Writing answers without candidates: beam search for models that write, filling masks for others. Knows no files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import Side, collate
-from ptuning.errors import TemplateError
-from ptuning.fill import BoundTemplate, Example
+from ptuning.errors import BackboneError, TemplateError
+from ptuning.fill import FILLS_MASKS, BoundTemplate, Example
 from ptuning.model import batches, inject, target_logits
 from ptuning.records import Record
 
@@ -49,17 +49,30 @@ def write_answers(
     Returns:
         For each record up to ``width`` answers, best first.
     """
-    if backbone.kind == "masked":
+    if backbone.kind in FILLS_MASKS:
         return _fill_masks(backbone, bound, records, vectors, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
     examples = _contexts(bound, records, room=max_tokens)
     found: list[list[Written]] = [[]] * len(records)
     width = min(width, backbone.vocabulary)
-    for chosen in batches([[example] * width for example in examples]):
-        group = [examples[index] for index in chosen]
-        written = _beams(backbone, bound, group, vectors, width=width, max_tokens=max_tokens)
-        for index, beams in zip(chosen, written, strict=True):
-            found[index] = beams
+    for same in _paddable(backbone, examples):
+        for part in batches([[examples[index]] * width for index in same]):
+            chosen = [same[place] for place in part]
+            group = [examples[index] for index in chosen]
+            written = _beams(backbone, bound, group, vectors, width=width, max_tokens=max_tokens)
+            for index, beams in zip(chosen, written, strict=True):
+                found[index] = beams
     return found
+
+
+def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[int]]:
+    """Return indices of examples that can be gone on with together: all, if pads may stand in front of them; else those
+    of which the part that is gone on with (all of it, or the decoder's) has the same length, so that it needs no pads.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        own = 0 if backbone.pads_left else len(example.token_ids) - example.encoder_tokens
+        groups.setdefault(own, []).append(index)
+    return groups.values()
 
 
 def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
@@ -88,22 +101,29 @@ def _beams(
         For each of B rows up to ``width`` different answers, best first.
     """
     rows, limit = len(examples), backbone.tokenizer.max_tokens
-    ending = _Ending(backbone, multiline=bound.multiline)
+    ending = _Ending(backbone, bound)
     batch = collate(examples, slots=[bound.slots] * rows, pad_side="left").to(backbone.device)
     embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
-    mask, positions = batch.mask, batch.mask.sum(dim=1)  # (B, T), (B,)
-    logits, cache = backbone.run(
+    # What is gone on with: the row, or the decoder's part of it.
+    mask = batch.mask[:, batch.encoder_tokens :]  # (B, T)
+    positions = mask.sum(dim=1)  # (B,)
+    logits, memory = backbone.run(
         embeddings,
-        mask=mask,
+        mask=batch.mask,
         positions=batch.positions,
         rows=batch.logit_rows,
         cols=batch.logit_cols,
-        keep_cache=True,
+        encoder_tokens=batch.encoder_tokens,
+        keep=True,
     )
-    scores = torch.log_softmax(logits, dim=-1)[:, : backbone.vocabulary]  # (B, V)
+    if memory is None:
+        raise BackboneError(
+            "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
+        )
+    scores = torch.log_softmax(logits, dim=-1)  # (B, V)
     best, tokens = scores.topk(width, dim=-1)  # (B, W)
     texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-    backbone.reorder(cache, torch.arange(rows, device=backbone.device).repeat_interleave(width))
+    memory.reorder(torch.arange(rows, device=backbone.device).repeat_interleave(width))
     mask, positions = (value.repeat_interleave(width, dim=0) for value in (mask, positions))
     ended = ending.reached(texts, tokens)  # (B, W)
     for _ in range(max_tokens - 1):
@@ -113,17 +133,18 @@ def _beams(
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B * W, T + 1)
         every = torch.arange(len(mask), device=backbone.device)
-        logits, cache = backbone.run(
+        logits, memory = backbone.run(
             backbone.embed(tokens.reshape(-1, 1)),
             mask=mask,
             positions=positions.clamp(max=limit - 1)[:, None],
             rows=every,
             cols=torch.zeros_like(every),
-            cache=cache,
-            keep_cache=True,
+            memory=memory,
+            keep=True,
         )
+        assert memory is not None
         positions = positions + 1
-        step = torch.log_softmax(logits, dim=-1)[:, : backbone.vocabulary].view(rows, width, -1)  # (B, W, V)
+        step = torch.log_softmax(logits, dim=-1).view(rows, width, -1)  # (B, W, V)
         # An ended beam goes on as itself: one continuation, which nobody reads, at no cost.
         step = step.masked_fill(ended[..., None], -torch.inf)
         step[..., 0] = step[..., 0].masked_fill(ended, 0.0)
@@ -138,7 +159,7 @@ def _beams(
             for row in range(rows)
         ]
         ended = ended | ending.reached(texts, tokens)
-        backbone.reorder(cache, (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
+        memory.reorder((parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
     return [
         _different(ending.answer(ids, value) for ids, value in zip(texts[row], best[row].tolist(), strict=True))
         for row in range(rows)
@@ -148,9 +169,11 @@ def _beams(
 class _Ending:
     """Where a written answer ends: at the end of the text, and of its first line unless targets have several."""
 
-    def __init__(self, backbone: Backbone, *, multiline: bool) -> None:
+    def __init__(self, backbone: Backbone, bound: BoundTemplate) -> None:
         self.tokenizer = backbone.tokenizer
-        self.multiline = multiline
+        self.multiline = bound.multiline
+        # The end of the text, and the end of a gap's filling where the model learned to write one.
+        self.stop_ids = {self.tokenizer.stop_id, self.tokenizer.gap.end_id} - {None}
 
     def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
         """Return which beams ended with their last token: (B, W) bool.
@@ -163,7 +186,7 @@ class _Ending:
         return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
 
     def _ends(self, ids: Sequence[int]) -> bool:
-        if ids[-1] == self.tokenizer.stop_id:
+        if ids[-1] in self.stop_ids:
             return True
         # A line break in front of the answer ends nothing.
         return not self.multiline and self.tokenizer.ends_line(ids[-1]) and bool(self.tokenizer.decode(ids).strip())
@@ -171,7 +194,7 @@ class _Ending:
     def answer(self, ids: Sequence[int], log_prob: float) -> Written:
         """Return a beam as an answer; its log-probability covers what ended it, its tokens do not."""
         own = list(ids)
-        if own[-1] == self.tokenizer.stop_id or (self._ends(own) and not self.tokenizer.decode(own[-1:]).strip()):
+        if own[-1] in self.stop_ids or (self._ends(own) and not self.tokenizer.decode(own[-1:]).strip()):
             own.pop()
         text = self.tokenizer.decode(own).strip()
         return Written(text if self.multiline else text.split("\n")[0].strip(), log_prob, len(own))
@@ -207,7 +230,7 @@ def _fill_masks(
             group = [examples[index] for index in chosen]
             batch = collate(group, slots=[bound.slots] * len(group), pad_side=pad_side)
             logits = target_logits(backbone, batch, vectors)  # (B * count, V)
-            log_probs = torch.log_softmax(logits, dim=-1)[:, : backbone.vocabulary].view(len(chosen), count, -1)
+            log_probs = torch.log_softmax(logits, dim=-1).view(len(chosen), count, -1)
             values, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)  # (B, count, K)
             for row, index in enumerate(chosen):
                 for answer in range(values.shape[-1]) if count == 1 else (0,):

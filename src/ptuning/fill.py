@@ -20,16 +20,20 @@ from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.segments import ANCHOR_WORD, LITERAL, TARGET, Encoded, Run, Tokenizer
 from ptuning.segments import Ids as Ids
-from ptuning.template import Field, Literal, Slots, Target, Template, TextSlots
+from ptuning.template import Field, Literal, Slots, Target, Template, TextSlots, Turn
 
 logger = logging.getLogger(__name__)
 
-Kind = OneOf["causal", "masked"]
+Kind = OneOf["causal", "masked", "permuted", "encoder-decoder"]
+# The kinds that read masks at the target's place, and fill them all at once.
+FILLS_MASKS: tuple[Kind, ...] = ("masked", "permuted")
 
 # What stands at a slot's place until its vector is written in; any id would do, since its embedding is overwritten.
 SLOT_PLACEHOLDER = 0
 # What a position of a filled template is, beside literal text, "field NAME" and the target.
 SPECIAL, SLOT = "special", "slot"
+# And where the decoder's side begins; that takes no position.
+TURN = "turn"
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ class Example:
     """One filled template as token ids, unpadded.
 
     Args:
-        token_ids: The row; :data:`SLOT_PLACEHOLDER` at the slots.
+        token_ids: The row; :data:`SLOT_PLACEHOLDER` at the slots. Of an encoder-decoder model first what the encoder
+            reads, then what the decoder does.
         slot_positions: Where slot vectors are written, in template order.
-        logit_positions: Where the model's logits score ``target_ids`` (for a causal model one before each token).
+        logit_positions: Where the model's logits score ``target_ids`` (for whoever writes from left to right one before
+            each token).
         target_ids: The scored ids, followed by the stop token if the example teaches to stop.
         own_tokens: How many of ``target_ids`` are the target's own, without the stop token.
         shortened: Whether a field was shortened to fit.
+        encoder_tokens: How many of ``token_ids`` an encoder reads; 0 without one.
     """
 
     token_ids: Ids
@@ -51,6 +58,7 @@ class Example:
     target_ids: Ids
     own_tokens: int
     shortened: bool = False
+    encoder_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,36 +82,52 @@ class _Slots:
     start_ids: tuple[int | None, ...]
 
 
-_Piece = Literal | Field | Target | _Special | _Slots
-_Part = Run | _Special | _Slots
+_Piece = Literal | Field | Target | Turn | _Special | _Slots
+_Fixed = Turn | _Special | _Slots  # what text is cut at
+_Part = Run | _Fixed
 
 
 class BoundTemplate:
     """A template together with the tokenizer and kind of one backbone.
 
     Args:
-        template: The template; for a causal model everything behind the target is dropped with a notice.
+        template: The template; what stands behind the target is dropped with a notice where nobody sees it: for a
+            causal model, and behind ``[>]``.
         tokenizer: The backbone's tokenizer.
-        kind: ``causal`` or ``masked``.
+        kind: What kind of language model it is.
         multiline: Whether targets may hold line breaks. If not, a causal model's answer ends with its line; a break
             is what models write there anyway, so a prompt learns it in fewer steps than the end of the text.
 
     Raises:
-        TemplateError: If the words of ``[P:words]`` have no tokens, or a masked model has no mask token.
+        TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
+            stands in the template of a model without a decoder's side.
     """
 
     def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
-        if kind == "causal":
+        if template.turn is not None and kind != "encoder-decoder":
+            raise template.error(
+                f"[>] turns to a decoder's side, and this {kind} model has only one side; leave it out", template.turn
+            )
+        if kind == "causal" or template.turn is not None:
             template, dropped = template.without_tail()
             _notice_dropped(str(template), dropped.strip())
-        elif tokenizer.mask_id is None:
-            raise TemplateError("this masked model's tokenizer has no mask token, so [Y] has no place in its input")
+        elif kind in FILLS_MASKS and tokenizer.mask_id is None:
+            raise TemplateError(f"this {kind} model's tokenizer has no mask token, so [Y] has no place in its input")
         self.template = template
         self.tokenizer = tokenizer
         self.kind = kind
         self.multiline = multiline
-        self.stop_id = tokenizer.stop_id if multiline or tokenizer.line_end_id is None else tokenizer.line_end_id
+        self._fills_gap = kind == "encoder-decoder" and template.turn is None
+        self.stop_id = self._stop_id()
         self._pieces = self._prepare()
+
+    def _stop_id(self) -> int | None:
+        """Return what a target is taught to end with: what the model writes there anyway."""
+        if self._fills_gap and self.tokenizer.gap.end_id is not None:
+            return self.tokenizer.gap.end_id
+        if self.kind != "causal" or self.multiline or self.tokenizer.line_end_id is None:
+            return self.tokenizer.stop_id
+        return self.tokenizer.line_end_id
 
     @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
@@ -139,7 +163,7 @@ class BoundTemplate:
         Args:
             records: N records.
             targets: N targets; by default each record's own.
-            with_stop: Whether a causal model's stop token follows the target among the scored tokens.
+            with_stop: Whether the stop token of a model that writes follows the target among the scored tokens.
             source: What the records are called in messages.
 
         Returns:
@@ -162,7 +186,7 @@ class BoundTemplate:
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
         """Fill the template without targets, with room for ``target_tokens`` tokens at their place: for a causal model
-        up to the target, for a masked one with that many masks. ``target_ids`` is empty.
+        up to the target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty.
 
         Raises:
             TemplateError: As for :meth:`examples`.
@@ -189,7 +213,7 @@ class BoundTemplate:
         starts = iter(self.slot_start_ids)
         shown: list[tuple[str, int | None]] = []
         for part, ids in self._spans(parts, self._encode(parts)):
-            if part == TARGET and self.kind == "masked":
+            if part == TARGET and self.kind in FILLS_MASKS:
                 shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
                 shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
@@ -200,14 +224,18 @@ class BoundTemplate:
         prepared: list[_Piece] = []
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Literal):
-                prepared += self._split_specials(piece.text)
+                behind_turn = bool(prepared) and isinstance(prepared[-1], Turn)
+                prepared += self._split_specials(piece.text.removeprefix(" ") if behind_turn else piece.text)
+            elif isinstance(piece, Turn):
+                _take_space(prepared)  # a space on either side of it belongs to the mark
+                prepared.append(piece)
             elif isinstance(piece, Slots):
                 _take_space(prepared)
                 prepared.append(_Slots((None,) * piece.count))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
                 run = Run(((LITERAL, words),))
-                run = run.behind_slots() if prepared else run
+                run = run.behind_slots() if prepared and not isinstance(prepared[-1], Turn) else run
                 starts = Encoded(self.tokenizer, [run]).cut(run)[0][1]
                 if not starts:
                     raise self.template.error("the words of this piece have no tokens", index)
@@ -248,9 +276,9 @@ class BoundTemplate:
         Only the target is a segment of its own, unless every piece is to be ``named``.
         """
         parts: list[_Part] = []
-        for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Special | _Slots)):
+        for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
             if is_fixed:
-                parts += [piece for piece in pieces if isinstance(piece, _Special | _Slots)]
+                parts += [piece for piece in pieces if isinstance(piece, _Fixed)]
                 continue
             segments: list[tuple[str, str]] = []
             for piece in pieces:
@@ -273,23 +301,40 @@ class BoundTemplate:
 
     def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
         """Return (part, ids) for the whole row, special tokens included."""
-        spans: list[tuple[str, Ids]] = [(SPECIAL, self.tokenizer.prefix_ids)]
+        tokenizer = self.tokenizer
+        spans: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.prefix_ids)]
+        turn: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.suffix_ids), (TURN, ()), (SPECIAL, tokenizer.decoder_ids)]
         for part in parts:
             if isinstance(part, Run):
                 spans += encoded.cut(part)
+            elif isinstance(part, Turn):
+                spans += turn
             elif isinstance(part, _Slots):
                 spans.append((SLOT, (SLOT_PLACEHOLDER,) * len(part.start_ids)))
             else:
                 spans.append((SPECIAL, (part.token_id,)))
-        return [*spans, (SPECIAL, self.tokenizer.suffix_ids)] if self.kind == "masked" else spans
+        if self.kind in FILLS_MASKS:
+            return [*spans, (SPECIAL, tokenizer.suffix_ids)]
+        if not self._fills_gap:
+            return spans
+        at = next(index for index, (part, _) in enumerate(spans) if part == TARGET)
+        target, spans[at] = spans[at], (SPECIAL, tokenizer.gap.encoder_ids)
+        return [*spans, *turn, (SPECIAL, tokenizer.gap.decoder_ids), target]
 
     def _example(self, row: _Row, spans: Iterable[tuple[str, Ids]]) -> Example:
         ids: list[int] = []
         slots: list[int] = []
         positions: range = range(0)
         target_ids: Ids = ()
-        own = 0
+        own = encoder_tokens = 0
         for part, span in spans:
+            if part == TURN:
+                if not ids:
+                    raise self.template.error(
+                        "the encoder needs something to read; put text, a field or a slot in front of [>]",
+                        self.template.turn or 0,
+                    )
+                encoder_tokens = len(ids)
             if part == SLOT:
                 slots += range(len(ids), len(ids) + len(span))
             if part != TARGET:
@@ -298,7 +343,7 @@ class BoundTemplate:
             target_ids, own = span, len(span)
             if row.target is not None and not own:
                 raise RecordError(f"{row.where}: the target {row.target!r} has no tokens of its own there")
-            if self.kind == "masked":
+            if self.kind in FILLS_MASKS:
                 assert self.tokenizer.mask_id is not None
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
                 ids += [self.tokenizer.mask_id] * len(positions)
@@ -313,15 +358,16 @@ class BoundTemplate:
             # Each logit stands one before the token it scores, so the last one is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
-        return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own)
+        return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens)
 
     def _fill(self, row: _Row, limit: int) -> Example:
         parts = self._parts(row, limit=limit)
         return self._example(row, self._spans(parts, self._encode(parts)))
 
     def _fits(self, row: _Row, example: Example) -> bool:
-        ahead = row.target_tokens - 1 if self.kind == "causal" and row.target is None else 0
-        return len(example.token_ids) + ahead <= self.tokenizer.max_tokens
+        ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
+        own = len(example.token_ids) - example.encoder_tokens
+        return max(own + ahead, example.encoder_tokens) <= self.tokenizer.max_tokens
 
     def _limit(self, row: _Row) -> int:
         """Return to how many characters, at most, all fields without ``!`` must be cut for the row to fit."""
@@ -333,7 +379,7 @@ class BoundTemplate:
                 f"{row.where} does not fit: slots ({self.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and the "
-                f"model reads {self.tokenizer.max_tokens}; "
+                f"model reads {self.tokenizer.max_tokens}{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )
         low, high = 0, max(len(row.record[piece.name]) for piece in fields if not piece.keep)

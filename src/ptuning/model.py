@@ -74,18 +74,19 @@ def scored_logits(backbone: Backbone, embeddings: Tensor, batch: Batch) -> Tenso
     Returns:
         (N, V) float32, row by row.
     """
-    rows, shared, cache = len(batch.counts), batch.shared_tokens, None
+    rows, shared, memory = len(batch.counts), batch.shared_tokens, None
     if (rows - 1) * shared < MIN_SAVED_TOKENS or backbone.model.training or not backbone.shares_prefix:
         shared = 0  # a backbone that is tuned itself draws its dropout for every row
     if shared:
-        cache = backbone.run_prefix(embeddings[:1, :shared], positions=batch.positions[:1, :shared], rows=rows)
+        memory = backbone.run_prefix(embeddings[:1, :shared], positions=batch.positions[:1, :shared], rows=rows)
     logits, _ = backbone.run(
         embeddings[:, shared:],  # (B, T - shared, E)
         mask=batch.mask,
         positions=batch.positions[:, shared:],
         rows=batch.logit_rows,
         cols=batch.logit_cols - shared,
-        cache=cache,
+        encoder_tokens=batch.encoder_tokens,
+        memory=memory,
     )
     return logits
 

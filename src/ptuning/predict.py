@@ -53,7 +53,7 @@ class PromptModel:
     Args:
         backbone: The language model; nothing of it changes, and without a prompt it answers as before.
         force: Accept prompts of another backbone of the same width.
-        pad_side: Where pads stand in a batch; answers do not depend on it.
+        pad_side: Where pads stand in a batch, if the backbone allows both; answers do not depend on it.
 
     Example:
         >>> model = PromptModel(load_backbone())                                            # doctest: +SKIP
@@ -64,7 +64,7 @@ class PromptModel:
     def __init__(self, backbone: Backbone, *, force: bool = False, pad_side: Side = "right") -> None:
         self.backbone = backbone
         self.force = force
-        self.pad_side: Side = pad_side
+        self.pad_side: Side = pad_side if pad_side == "right" or backbone.pads_left else "right"
 
     @torch.no_grad()
     def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:

@@ -15,6 +15,21 @@ LITERAL, TARGET = "literal", "target"
 ANCHOR_WORD = "a"
 
 
+@dataclass(frozen=True)
+class Gap:
+    """What stands for the target where an encoder-decoder model learned to fill gaps.
+
+    Args:
+        encoder_ids: At the target's place in what the encoder reads.
+        decoder_ids: In front of the target on the decoder's side.
+        end_id: What ends the target there, if not the end of the text.
+    """
+
+    encoder_ids: Ids = ()
+    decoder_ids: Ids = ()
+    end_id: int | None = None
+
+
 class Tokenizer(Protocol):
     """What filling needs of a tokenizer. ``encode`` adds no special tokens and treats special text as plain text."""
 
@@ -23,6 +38,8 @@ class Tokenizer(Protocol):
     mask_id: int | None
     stop_id: int | None  # what ends a text
     line_end_id: int | None  # what ends a line, if that is one token
+    gap: Gap
+    decoder_ids: Ids  # what a decoder starts with
     special_ids: Mapping[str, int]  # special tokens by their text
     max_tokens: int  # longest row the model takes
 

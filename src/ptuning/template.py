@@ -7,6 +7,7 @@ Grammar (every token of it):
     ``{name}``          the record's field, may be shortened; ``{name!}`` never is
     ``[X]``             short for ``{x}``
     ``[Y]``             the target, exactly one
+    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, in front of ``[Y]``
     ``[[`` ``{{``       literal opening brackets
     anything else       literal text
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD
 
-EXPECTED = "expected [P], [P*3], [P:words], [X] or [Y]; write [[ for a literal bracket"
+EXPECTED = "expected [P], [P*3], [P:words], [X], [Y] or [>]; write [[ for a literal bracket"
 MAX_SLOTS = 1000
 DEFAULT_FRONT_SLOTS = 3
 
@@ -59,7 +60,12 @@ class Target:
     """The place of the text to predict."""
 
 
-Piece = Literal | Field | Slots | TextSlots | Target
+@dataclass(frozen=True)
+class Turn:
+    """Where an encoder-decoder model's template turns to the decoder's side: what follows is read by the decoder."""
+
+
+Piece = Literal | Field | Slots | TextSlots | Target | Turn
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Template:
         pieces: The pieces in order, exactly one of them the target; neighbouring literals are joined.
 
     Raises:
-        TemplateError: If there is not exactly one target, or if the target's own field is also an input.
+        TemplateError: If there is not exactly one target, if the target's own field is also an input, or if ``[>]``
+            stands twice or behind the target.
 
     Example:
         >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
@@ -85,6 +92,11 @@ class Template:
             raise self.error("a template needs one [Y], the place of the target; this one has none", len(self.pieces))
         if len(targets) > 1:
             raise self.error("a template has exactly one [Y], this one has two or more", targets[1])
+        turns = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)]
+        if len(turns) > 1:
+            raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
+        if turns and turns[0] > targets[0]:
+            raise self.error("[>] stands behind [Y], but the target is always on the decoder's side", turns[0])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -131,12 +143,17 @@ class Template:
         return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
 
     @property
+    def turn(self) -> int | None:
+        """Index of ``[>]`` among the pieces, None without one."""
+        return next((index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)), None)
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of the record's fields that the template reads, without the target, in order of appearance."""
         return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
 
     def without_tail(self) -> tuple[Template, str]:
-        """Return the template up to the target, and the dropped rest as a pattern (for causal models)."""
+        """Return the template up to the target, and the dropped rest as a pattern (for models that write)."""
         end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
@@ -163,6 +180,8 @@ def render(pieces: Iterable[Piece]) -> str:
                 written.append(f"[P:{text.replace('[', '[[').replace(']', ']]')}]")
             case Target():
                 written.append("[Y]")
+            case Turn():
+                written.append("[>]")
     return "".join(written)
 
 
@@ -197,6 +216,8 @@ def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
         return Field("x"), end + 1
     if inside == "Y":
         return Target(), end + 1
+    if inside == ">":
+        return Turn(), end + 1
     if inside == "P":
         return Slots(1), end + 1
     counted = re.fullmatch(r"P\*([0-9]+)", inside)

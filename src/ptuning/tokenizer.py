@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
 from ptuning.fill import Ids, Kind
+from ptuning.segments import Gap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Rows without a limit of their own (tokenizers say 1e30) are bounded by this many tokens.
 UNBOUNDED_TOKENS = 1 << 20
+# Models that learned to fill gaps mark them with sentinels, as T5 does: the first gap, and what ends its filling.
+# Some vocabularies write them with SentencePiece's mark of a space. Source: Raffel et al. (2020), section 3.1.4.
+SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id_1>"))
 
 
 class TextTokenizer:
@@ -23,12 +28,15 @@ class TextTokenizer:
         tokenizer: The tokenizer; a copy of it is used, so the caller's stays as it is.
         max_tokens: Longest row that the model takes.
         rows: How many ids the model can embed, if known; special tokens beyond them do not count.
+        decoder_ids: What a decoder starts with (:func:`decoder_start`).
 
     Raises:
         BackboneError: If the tokenizer's special tokens cannot be told from text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, rows: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, rows: int | None = None, decoder_ids: Ids = ()
+    ) -> None:
         # Encoding special text as plain text leaves a mark in the tokenizer's state, which must not be the caller's.
         self._tokenizer = copy.deepcopy(tokenizer)
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
@@ -41,6 +49,8 @@ class TextTokenizer:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special and (rows is None or index < rows)
         }
+        self.decoder_ids = decoder_ids
+        self.gap = self._find_gap(rows)
         self.prefix_ids, self.suffix_ids, self.segment_id = self._probe_specials()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -76,6 +86,20 @@ class TextTokenizer:
         ids = self.encode(["\n"])[0]
         return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id and self.ends_line(ids[0]) else None
 
+    def _find_gap(self, rows: int | None) -> Gap:
+        """Return what a model that reads on one side and writes on the other expects at a gap: its mask, or sentinels;
+        nothing if it has neither.
+        """
+        if self.mask_id is not None:
+            return Gap((self.mask_id,))
+        vocabulary = self._tokenizer.get_vocab()
+        for first, second in SENTINELS:
+            if first in vocabulary and second in vocabulary:
+                gap, end = vocabulary[first], vocabulary[second]
+                if rows is None or max(gap, end) < rows:
+                    return Gap((gap,), (gap,), end)
+        return Gap()
+
     def _probe_specials(self) -> tuple[Ids, Ids, int]:
         """Ask the tokenizer where it puts special tokens and which segment id a single sentence gets."""
         bare = self.encode(["a"])[0]
@@ -89,20 +113,27 @@ class TextTokenizer:
 
 
 def kind_of(config: object, *, has_mask: bool) -> Kind:
-    """Say from a model's config whether it is causal or masked.
+    """Say from a model's config what kind of language model it is.
 
     Raises:
-        BackboneError: If it is neither.
+        BackboneError: If it is none.
     """
     from transformers.models.auto import modeling_auto
 
-    if getattr(config, "is_encoder_decoder", False):
-        raise BackboneError("encoder-decoder models are not supported yet; use a causal or a masked language model")
     model_type = str(getattr(config, "model_type", ""))
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    two_sided = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if getattr(config, "is_encoder_decoder", False):
+        if model_type not in two_sided:
+            raise BackboneError(
+                f"model type '{model_type}' has an encoder and a decoder, and no language-model head for text in "
+                "transformers; use a causal, a masked or another encoder-decoder language model"
+            )
+        return "encoder-decoder"
     named = list(getattr(config, "architectures", None) or [])
-    heads: dict[str, Kind] = {str(causal.get(model_type)): "causal", str(masked.get(model_type)): "masked"}
+    forward: Kind = "permuted" if has_mask and _is_permuted(model_type) else "causal"
+    heads: dict[str, Kind] = {str(causal.get(model_type)): forward, str(masked.get(model_type)): "masked"}
     for architecture in named:
         if architecture in heads:
             return heads[architecture]
@@ -110,7 +141,48 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     if model_type in masked and (has_mask or model_type not in causal):
         return "masked"
     if model_type in causal:
-        return "causal"
+        return forward
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )
+
+
+def _is_permuted(model_type: str) -> bool:
+    """Whether a model that goes on with a text can be told what to hide from what, and what to predict (XLNet)."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    head = getattr(transformers, str(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)), None)
+    accepted = inspect.signature(head.forward).parameters if head is not None else {}
+    return "perm_mask" in accepted and "target_mapping" in accepted
+
+
+def decoder_start(config: object, generation: object) -> Ids:
+    """Return what a decoder reads in front of the first token it writes: its start token, and a token that it is made
+    to write first.
+
+    Args:
+        config: The model's config.
+        generation: Its generation config, if it has one, which goes before.
+
+    Raises:
+        BackboneError: If a model with a decoder names no start token.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return ()
+
+    def named(name: str) -> int | None:
+        value = getattr(generation, name, None)
+        value = getattr(config, name, None) if value is None else value
+        return None if value is None else int(value)
+
+    start = named("decoder_start_token_id")
+    start = named("bos_token_id") if start is None else start
+    if start is None:
+        raise BackboneError(
+            "its config names no decoder_start_token_id, with which a decoder begins; write it into config.json"
+        )
+    forced = named("forced_bos_token_id")
+    return (start,) if forced is None else (start, forced)

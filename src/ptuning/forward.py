@@ -1,0 +1,225 @@
+"""One forward pass: what a model of each kind is given, and logits at the asked positions only. Knows no tokenizer and
+no templates.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.errors import BackboneError
+from ptuning.fill import Kind
+
+if TYPE_CHECKING:
+    from transformers import Cache, DynamicLayer, PreTrainedModel
+
+# What a model must take as input, and what is wrong with one that does not.
+NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
+NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
+    "causal": NEEDED,
+    "masked": NEEDED,
+    "permuted": {
+        **NEEDED,
+        "perm_mask": "so targets cannot be hidden",
+        "target_mapping": "so none can be asked for",
+    },
+    "encoder-decoder": {**NEEDED, "decoder_inputs_embeds": "so slots on the decoder's side cannot be filled"},
+}
+
+
+@dataclass
+class Memory:
+    """What a model keeps of the earlier tokens of B rows for the next call.
+
+    Args:
+        cache: Keys and values.
+        encoded: (B, T_encoder, H); what the encoder made of its side, if there is one.
+        encoded_mask: (B, T_encoder) int64; 1 at its tokens.
+    """
+
+    cache: Cache
+    encoded: Tensor | None = None
+    encoded_mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[tuple[Tensor, Tensor]]) -> Memory:
+        """Return the memory of given keys and values, one pair of (B, heads, T, D) for each layer."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys, values, index)
+        return cls(cache)
+
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, one pair of (B, heads, T, D) for each layer, of a cache that is nothing but those."""
+        layers = cast("Sequence[DynamicLayer]", self.cache.layers)
+        return [(layer.keys, layer.values) for layer in layers]  # type: ignore[misc]  # all were filled
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
+        if self.encoded is not None and self.encoded_mask is not None:
+            self.encoded, self.encoded_mask = self.encoded[rows], self.encoded_mask[rows]
+
+
+@dataclass
+class _Asked:
+    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and whether a hook took them."""
+
+    rows: Tensor
+    cols: Tensor
+    taken: bool = False
+
+
+_gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
+
+
+class Forward:
+    """How a model is run, asked of its class and its config once.
+
+    Args:
+        model: A language model of transformers with its head.
+        kind: What kind of language model it is.
+        name: What to call it in messages.
+
+    Raises:
+        BackboneError: If it lacks an input that its kind needs.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kind: Kind, name: str) -> None:
+        accepted = inspect.signature(model.forward).parameters
+        for needed, why in NEEDED_BY_KIND[kind].items():
+            if needed not in accepted:
+                raise BackboneError(f"{name}: {type(model).__name__} takes no {needed} as input, {why}")
+        self.kind = kind
+        self.first_position = _first_position(model)
+        self._takes_positions = "position_ids" in accepted
+        # A model without a table of segments (GPT-2, XLM) would add the embedding of the word with the segment's id.
+        self._takes_segments = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
+        # The head reads the body, or (OPT, encoder-decoder models) calls the decoder inside of it.
+        if kind == "encoder-decoder":
+            bodies = {model.get_decoder()}
+        else:
+            bodies = {model.base_model, getattr(model.base_model, "decoder", model.base_model)}
+        for body in bodies:
+            body.register_forward_hook(_gather_hook)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        embeddings: Tensor,
+        *,
+        mask: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        segment_id: int,
+        encoder_tokens: int,
+        memory: Memory | None,
+        keep: bool,
+    ) -> tuple[Tensor, Memory | None]:
+        """Run the model, or a copy of it; as :meth:`ptuning.backbone.Backbone.run`.
+
+        Source: docs/architecture.md, decision 6 (a hook on the body gathers before the head runs).
+        """
+        inputs: dict[str, object]
+        if self.kind == "encoder-decoder":
+            inputs = _two_sides(embeddings, mask, encoder_tokens, memory)
+            cols = cols - encoder_tokens
+        else:
+            inputs = {"inputs_embeds": embeddings, "attention_mask": mask}
+        if self._takes_positions:
+            inputs["position_ids"] = positions + self.first_position
+        if self._takes_segments:
+            inputs["token_type_ids"] = torch.full_like(positions, segment_id)
+        if self.kind in ("causal", "encoder-decoder"):
+            inputs |= {
+                "use_cache": keep or memory is not None,
+                "past_key_values": None if memory is None else memory.cache,
+            }
+        if self.kind == "permuted":
+            hidden, mapping, cols = _asked_targets(embeddings, rows, cols)
+            inputs |= {"perm_mask": hidden, "target_mapping": mapping}
+        asked = _Asked(rows, cols)
+        token = _gather.set(asked)
+        try:
+            output = model(**inputs, return_dict=True)
+        finally:
+            _gather.reset(token)
+        logits = output.logits[0] if asked.taken else output.logits[rows, cols]  # (N, V)
+        cache = output.get("past_key_values") if keep else None
+        if cache is None:
+            return logits.float(), None
+        if memory is not None:
+            memory.cache = cache
+        elif self.kind == "encoder-decoder":
+            memory = Memory(cache, output.encoder_last_hidden_state, mask[:, :encoder_tokens])
+        else:
+            memory = Memory(cache)
+        return logits.float(), memory
+
+
+def _two_sides(embeddings: Tensor, mask: Tensor, encoder_tokens: int, memory: Memory | None) -> dict[str, object]:
+    """Return what an encoder and a decoder read; behind a memory there are the decoder's columns only."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    decoder: dict[str, object] = {
+        "decoder_inputs_embeds": embeddings[:, encoder_tokens:],
+        "decoder_attention_mask": mask[:, encoder_tokens:],
+    }
+    if memory is None:
+        encoder = {"inputs_embeds": embeddings[:, :encoder_tokens], "attention_mask": mask[:, :encoder_tokens]}
+        return {**decoder, **encoder}
+    # Some models ask for a tensor to see the type of the encoder's output, others for an object of theirs.
+    encoded = BaseModelOutput(last_hidden_state=memory.encoded)
+    return {**decoder, "encoder_outputs": encoded, "attention_mask": memory.encoded_mask}
+
+
+def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what hides the asked positions from every position, and what asks for them, as permutation language
+    models are trained.
+
+    Args:
+        embeddings: (B, T, E).
+        rows: (N,) int64, row by row.
+        cols: (N,) int64.
+
+    Returns:
+        (B, T, T) 1 where a position must not see another, (B, M, T) one row per asked position, and (N,) which of
+        the M it is.
+
+    Source: Yang et al. (2019), section 2.3 (two-stream attention).
+    """
+    batch, width = embeddings.shape[:2]
+    counts = torch.bincount(rows, minlength=batch)  # (B,)
+    order = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # (N,)
+    hidden = embeddings.new_zeros(batch, width, width)
+    hidden.transpose(1, 2)[rows, cols] = 1.0
+    mapping = embeddings.new_zeros(batch, max(1, int(counts.max())), width)
+    mapping[rows, order, cols] = 1.0
+    return hidden, mapping, order
+
+
+def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[str, Tensor] | None:
+    """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
+    asked = _gather.get()
+    if asked is None or asked.taken or not isinstance(output, dict) or "last_hidden_state" not in output:
+        return None
+    output["last_hidden_state"] = output["last_hidden_state"][asked.rows, asked.cols][None]  # (1, N, H)
+    asked.taken = True
+    return output
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Return what the model counts positions from: RoBERTa's table keeps its first rows for padding."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = getattr(tables[0], "padding_idx", None) if tables else None
+    return 0 if padding is None else int(padding) + 1
