@@ -21,7 +21,7 @@ RANKS = {
             "template segments",
             "fill defaults relation_files",
             "labels batch tokenizer hub relations forward probes",
-            "backbone",
+            "backbone lora",
             "encoder vocabulary weights",
             "prompt",
             "model",

@@ -44,6 +44,7 @@ def answer_records(
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
+    model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
     vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
     if single_token:

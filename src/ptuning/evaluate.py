@@ -63,6 +63,7 @@ def score_prompt(
     if not data:
         raise RecordError(f"{data.name} holds no records, so there is nothing to score")
     require_targets(data)
+    model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
     if prompt.label_words is None:
         items, name = target_items(bound, data, with_stop=False), "exact_match"
