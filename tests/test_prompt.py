@@ -164,7 +164,8 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"format version 2, and this ptuning reads 1; update ptuning"),
+        ({"format_version": 3}, r"format version 3, and this ptuning reads 1 and 2; update ptuning"),
+        ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be an object"),
         ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
         ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),
         ({"slots": "3"}, r"wrong shape"),

@@ -360,11 +360,11 @@ def test_a_checkpoint_is_whole_or_not_there(causal: Backbone, tmp_path: Path, mo
     fit(make_trainer(causal, tmp_path, epochs=1))
     before = (tmp_path / CHECKPOINT_FILE).read_bytes()
 
-    def fail(path: Path, data: bytes) -> None:
-        path.with_name(".half.tmp").write_bytes(data[:10])
+    def fail(path: Path, *_: object, **__: object) -> None:
+        path.with_name(".half.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_bytes", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(causal, tmp_path, epochs=1))
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
