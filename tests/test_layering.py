@@ -16,12 +16,12 @@ RANKS = {
     for rank, names in enumerate(
         [
             "errors",
-            "files metrics config",
-            "records",
-            "template segments",
+            "files metrics config phrases",
+            "records fields",
+            "template segments questions",
             "fill defaults relation_files",
             "labels batch tokenizer hub relations",
-            "backbone",
+            "backbone tasks",
             "encoder vocabulary weights",
             "prompt",
             "model",

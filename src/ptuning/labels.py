@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ptuning.errors import LabelWordError, RecordError, closest
 from ptuning.fill import BoundTemplate, Example
 from ptuning.records import TARGET_FIELD, Record, Records
+
+# A text of several tokens scores its total log-probability, or the mean over its tokens.
+Normalise = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from torch.nn import functional
 
 from ptuning.fill import BoundTemplate, Example, Ids
 from ptuning.labels import LabelWords
+from ptuning.labels import Normalise as Normalise
 from ptuning.records import Records
-
-Normalise = Literal["sum", "mean"]
 
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
 # half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
