@@ -12,8 +12,10 @@ from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
+from ptuning.labels import LabelWords
 from ptuning.measure import Report
-from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.questions import Questions
+from ptuning.records import TARGET_FIELD, Record
 from ptuning.template import Template
 
 # What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
@@ -26,23 +28,30 @@ class Task:
 
     Args:
         name: Such as ``P36``.
-        train: Records to learn from.
-        dev: Records to choose by.
+        train: Questions to learn from; without choices of their own where an answer is any text or a label.
+        dev: Questions to choose by.
         manual: The manual template.
         template: The template to learn.
         objects: The task's different answers, over all of its parts, in alphabetical order.
         vocabulary: The closed set of answers that every method is restricted to, or None.
         single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
+        label_words: The words of each label, where targets are labels.
     """
 
     name: str
-    train: Records
-    dev: Records
+    train: Questions
+    dev: Questions
     manual: Template
     template: Template
     objects: tuple[str, ...]
     vocabulary: tuple[str, ...] | None = None
     single_token: bool = False
+    label_words: LabelWords | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether every row is answered with a label or with one of its own choices."""
+        return self.label_words is not None or self.train.has_choices
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Answer:
     @classmethod
     def of_ranked(cls, texts: Sequence[str], record: Record) -> Answer:
         """Return the answer of a method that ranks texts; a target that is not among them ranks behind all."""
-        target = record[TARGET_FIELD].strip()
+        target = record.get(TARGET_FIELD, "").strip()
         rank = texts.index(target) + 1 if target in texts else None
         return cls(texts[0] if texts else "", rank == 1, len(texts) + 1 if rank is None else rank)
 
@@ -97,17 +106,18 @@ class Solution:
     """A fitted method.
 
     Args:
-        answer: Records -> one answer each. Targets are read for their rank only.
+        answer: Questions -> one answer each. Targets are read for their rank only, and may be missing where the task is
+            closed (:attr:`Task.is_closed`).
         record: What it did, for ``run.json``: ``tried`` settings with their development scores, the ``chosen`` one.
     """
 
-    answer: Callable[[Records], list[Answer]]
+    answer: Callable[[Questions], list[Answer]]
     record: Mapping[str, Json] = field(default_factory=dict)
 
     @classmethod
     def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
         """Return the solution of a method that gives each record a ranked list of texts."""
-        return cls(lambda records: [Answer.of_ranked(rank(row), row) for row in records], record)
+        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row.record) for row in questions], record)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,8 @@ class Method:
         fit: Fits on a task's training and development parts.
         trained: Whether it trains weights, so that ``tries`` and the random-weights control apply.
         seeded: Whether its result depends on the seed; others run once.
+        reads_train: Whether it looks at the training or development part; others run once wherever these are drawn by
+            seed.
         passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
             of time; None if it never runs the backbone.
     """
@@ -130,6 +142,7 @@ class Method:
     trained: bool = False
     seeded: bool = False
     passes: tuple[float, float] | None = None
+    reads_train: bool = True
 
 
 class Methods(Mapping[str, Method]):
@@ -152,6 +165,7 @@ class Methods(Mapping[str, Method]):
         trained: bool = False,
         seeded: bool = False,
         passes: tuple[float, float] | None = None,
+        reads_train: bool = True,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 
@@ -164,7 +178,7 @@ class Methods(Mapping[str, Method]):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes)
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train)
             return fit
 
         return add
