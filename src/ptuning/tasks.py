@@ -108,6 +108,15 @@ class TaskFile:
         """Names of the fields that a row's record has."""
         return tuple(self.reader.fields)
 
+    @property
+    def closed_fields(self) -> tuple[str, ...]:
+        """Fields that hold one of a few words, such as "because" and "so"."""
+        return tuple(name for name in self.reader.values if name != TARGET_FIELD)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return what a prompt and a record say of the task."""
+        return {"name": self.name, "version": self.version, "file": self.text}
+
     def read(self, path: Path, *, labelled: bool = True) -> Questions:
         """Read a data file.
 

@@ -23,8 +23,8 @@ from ptuning.errors import ConfigError, FileError, RecordError
 
 if TYPE_CHECKING:
     from ptuning.backbone import Backbone, Dtype
+    from ptuning.labels import Normalise
     from ptuning.measure import Report
-    from ptuning.objective import Normalise
     from ptuning.prompt import Prompt
     from ptuning.records import Records
 
