@@ -12,10 +12,10 @@ from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
-from ptuning.labels import LabelWords
 from ptuning.measure import Report
-from ptuning.questions import Questions
-from ptuning.records import TARGET_FIELD, Record
+from ptuning.questions import Question, Questions
+from ptuning.records import Record
+from ptuning.tasks import TaskFile
 from ptuning.template import Template
 
 # What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
@@ -35,7 +35,7 @@ class Task:
         objects: The task's different answers, over all of its parts, in alphabetical order.
         vocabulary: The closed set of answers that every method is restricted to, or None.
         single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
-        label_words: The words of each label, where targets are labels.
+        file: The task file, where rows are answered with one of its labels or one of their own choices.
     """
 
     name: str
@@ -46,12 +46,7 @@ class Task:
     objects: tuple[str, ...]
     vocabulary: tuple[str, ...] | None = None
     single_token: bool = False
-    label_words: LabelWords | None = None
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether every row is answered with a label or with one of its own choices."""
-        return self.label_words is not None or self.train.has_choices
+    file: TaskFile | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +89,11 @@ class Answer:
     log_prob: float | None = None
 
     @classmethod
-    def of_ranked(cls, texts: Sequence[str], record: Record) -> Answer:
+    def of_ranked(cls, texts: Sequence[str], question: Question) -> Answer:
         """Return the answer of a method that ranks texts; a target that is not among them ranks behind all."""
-        target = record.get(TARGET_FIELD, "").strip()
-        rank = texts.index(target) + 1 if target in texts else None
-        return cls(texts[0] if texts else "", rank == 1, len(texts) + 1 if rank is None else rank)
+        right = question.right
+        rank = next((at for at, text in enumerate(texts, start=1) if text in right), len(texts) + 1)
+        return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
 @dataclass(frozen=True)
@@ -106,8 +101,8 @@ class Solution:
     """A fitted method.
 
     Args:
-        answer: Questions -> one answer each. Targets are read for their rank only, and may be missing where the task is
-            closed (:attr:`Task.is_closed`).
+        answer: Questions -> one answer each. Targets are read for their rank only, and may be missing where the task
+            comes from a task file.
         record: What it did, for ``run.json``: ``tried`` settings with their development scores, the ``chosen`` one.
     """
 
@@ -117,7 +112,7 @@ class Solution:
     @classmethod
     def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
         """Return the solution of a method that gives each record a ranked list of texts."""
-        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row.record) for row in questions], record)
+        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row) for row in questions], record)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""From answers to the values that a task's scores are computed from: ranks as LAMA counts them, or a task's own metrics.
-Knows no method and no table.
+"""From answers to the values that a task's scores are computed from: ranks as LAMA counts them, or a task's own
+metrics. Knows no method and no table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from ptuning.errors import TaskError
 from ptuning.method import Answer
 from ptuning.metrics import Ratios, Values, all_right, blend, exact_match, f1_of, grouped, macro_f1, word_f1
-from ptuning.questions import Question, Questions
+from ptuning.questions import Questions
 from ptuning.records import TARGET_FIELD
 
 # In the order of tables. RANK_SCORES are what a task has that names no metrics of its own.
@@ -67,10 +67,10 @@ def _metric(name: str, questions: Questions, answers: Sequence[Answer]) -> list[
     if name == "f1a":
         return f1_of(POSITIVE, said, _targets(questions), _groups(questions))
     if name == "f1":
-        return [word_f1(text, _right(question)) for text, question in zip(said, questions, strict=True)]
+        return [word_f1(text, question.right) for text, question in zip(said, questions, strict=True)]
     if name == "exact_match":
         hits = [
-            max(float(answer.hit), exact_match(answer.text, _right(question)))
+            max(float(answer.hit), exact_match(answer.text, question.right))
             for answer, question in zip(answers, questions, strict=True)
         ]
         return all_right(hits, _groups(questions))
@@ -79,11 +79,6 @@ def _metric(name: str, questions: Questions, answers: Sequence[Answer]) -> list[
 
 def _targets(questions: Questions) -> list[str]:
     return [question.record[TARGET_FIELD].strip() for question in questions]
-
-
-def _right(question: Question) -> list[str]:
-    """Return the texts of everything that is right."""
-    return [question.choices[place] for place in question.answers] or [question.record[TARGET_FIELD].strip()]
 
 
 def _groups(questions: Questions) -> list[str]:

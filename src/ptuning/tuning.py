@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from ptuning.answers import answer_records
+from ptuning.answers import answer_records, task_items
 from ptuning.baselines import is_multiline, target_tokens
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
 from ptuning.files import Json
+from ptuning.head import HeadModel
 from ptuning.fill import BoundTemplate
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
-from ptuning.objective import target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt
-from ptuning.records import Records
+from ptuning.questions import Questions
 from ptuning.runs import train
 from ptuning.template import Field, Literal, Piece, Target, Template
 from ptuning.trainer import Trainer
@@ -45,6 +45,7 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
             task.template,
             task.train,
             dev=task.dev,
+            task=task.file,
             backbone=setup.backbone,
             config=config,
             out=setup.folder / f"try-{number}" if setup.folder is not None else None,
@@ -53,7 +54,8 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
             should_stop=setup.should_stop,
         )
         results.append(result)
-        score, loss = (result.prompt.scores[name] for name in ("exact_match", "loss"))
+        name = "accuracy" if task.file is not None else "exact_match"
+        score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
         tried.append({"settings": {"lr": config.lr}, "dev_score": score, "dev_loss": loss})
     best = _best(tried)
     prompt = results[best].prompt
@@ -69,10 +71,13 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
     passes=(TUNED_PASSES, 1.0),
 )
 def fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target, without words around them.
+    """Train all weights on the fields and the target, without words around them; with a classification head where the
+    task has labels, or rows bring choices.
 
-    Source: Liu et al. (2021), section 4.1 (FT).
+    Source: Liu et al. (2021), section 4.1 (FT), and section 4.2 with a head.
     """
+    if task.file is not None:
+        return _tune_head(task, setup)
     return _tune(task, setup, bare(task.manual))
 
 
@@ -152,7 +157,7 @@ def _tune(task: Task, setup: Setup, template: Template) -> Solution:
                     "chosen_epoch": state.chosen_epoch,
                     "trainable_parameters": trainer.trainable_parameters,
                 }
-                best = _prompt(template, trainer), found
+                best = _prompt(task, template, trainer), found
                 kept.keep(trainer.backbone)
             del trainer  # and with it gradients and moments, before the next copy is made
         assert best is not None
@@ -162,13 +167,28 @@ def _tune(task: Task, setup: Setup, template: Template) -> Solution:
     return _solution(task, setup, PromptModel(chosen), prompt, {**_tries(tried), **record})
 
 
+def _tune_head(task: Task, setup: Setup) -> Solution:
+    """Train copies of the backbone with a classification head, and answer with the best one."""
+    tried: list[dict[str, Json]] = []
+    best: HeadModel | None = None
+    for factor in tried_factors(setup.tries):
+        rate = setup.config.backbone_lr * factor
+        config = replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate)
+        model = HeadModel(task, setup, config)
+        tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
+        if _best(tried) == len(tried) - 1:
+            best = model
+    assert best is not None
+    return Solution(best.answer, {**_tries(tried), **best.record, "prompt": str(best.bound.template)})
+
+
 def _fit(task: Task, setup: Setup, template: Template, config: TrainConfig) -> Trainer:
     """Train a copy of the backbone; it holds the best weights in the end."""
     backbone = setup.backbone.copy()
     multiline = is_multiline(task)
     bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
     train_items, dev_items = (
-        target_items(bound, part, with_stop=config.learn_to_stop) for part in (task.train, task.dev)
+        task_items(bound, part, task, with_stop=config.learn_to_stop) for part in (task.train, task.dev)
     )
     with KeptWeights(setup.folder) as kept:
         trainer = Trainer(backbone, bound, config=config, kept=kept)
@@ -176,27 +196,30 @@ def _fit(task: Task, setup: Setup, template: Template, config: TrainConfig) -> T
     return trainer
 
 
-def _prompt(template: Template, trainer: Trainer) -> Prompt:
+def _prompt(task: Task, template: Template, trainer: Trainer) -> Prompt:
     if not template.has_slots:
-        return replace(Prompt.manual(template), multiline=trainer.bound.multiline)
-    return Prompt(
-        template,
-        trainer.best_vectors,
-        BackboneId.of(trainer.backbone),
+        return replace(Prompt.manual(template, task=task.file), multiline=trainer.bound.multiline)
+    return replace(
+        Prompt(template, trainer.best_vectors, BackboneId.of(trainer.backbone), method="p-tuning+fine-tuning"),
         multiline=trainer.bound.multiline,
-        method="p-tuning+fine-tuning",
+        task=task.file,
+        label_words=task.file.label_words if task.file is not None else None,
+        calibrate=task.file is not None and task.file.calibrate,
+        normalise=task.file.normalise if task.file is not None else "sum",
     )
 
 
 def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:
-    def answer(records: Records) -> list[Answer]:
+    is_written = not task.single_token and task.file is None
+
+    def answer(questions: Questions) -> list[Answer]:
         return answer_records(
             model,
             prompt,
-            records,
+            questions,
             closed=task.vocabulary,
             single_token=task.single_token,
-            max_tokens=None if task.single_token else target_tokens(task, setup, task.manual),
+            max_tokens=target_tokens(task, setup, task.manual) if is_written else None,
             report=setup.report,
         )
 
