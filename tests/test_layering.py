@@ -21,7 +21,7 @@ RANKS = {
             "template segments questions",
             "fill defaults relation_files",
             "labels batch tokenizer hub relations",
-            "backbone tasks",
+            "backbone tasks lora",
             "encoder vocabulary weights",
             "prompt",
             "model",

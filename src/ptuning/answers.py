@@ -58,6 +58,7 @@ def answer_records(
     """
     questions = as_questions(records)
     data = questions.records
+    model = model.for_prompt(prompt)
     if prompt.label_words is not None or prompt.has_choices:
         ranked = model.classify(questions, prompt)
         return [_of_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]

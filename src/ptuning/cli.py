@@ -31,6 +31,7 @@ from ptuning.wiring import (
     NormaliseOption,
     PromptArgument,
     SetOption,
+    WithoutOption,
     command_line,
     config_of,
     load,
@@ -40,6 +41,7 @@ from ptuning.wiring import (
     records_of,
     records_to_answer,
     stoppable,
+    tune_options,
 )
 
 # Records answered between two steps of the progress bar.
@@ -119,6 +121,9 @@ def train(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per step.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
+    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
     starts: suite_commands.StartsOption = SETTINGS.starts,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
@@ -130,14 +135,17 @@ def train(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Learn a prompt. The backbone stays frozen; DIR gets prompt/, run.json and predictions.jsonl.
+    """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
+
+    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
 
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
     from ptuning.files import check_free
     from ptuning.template import Template
 
-    config = config_of(set_, encoder=encoder, epochs=epochs, batch_size=batch_size, lr=lr, starts=starts, seed=seed)
+    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     if (template is None) == (manual is None):
         raise ConfigError("give either --template, or --manual to have one made from a manual template")
     if about is not None and manual is None:
@@ -178,6 +186,7 @@ def evaluate(
     normalise: NormaliseOption = "sum",
     backbone: BackboneOption = None,
     field: FieldOption = None,
+    without: WithoutOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     dtype: DtypeOption = "auto",
@@ -189,7 +198,7 @@ def evaluate(
     """
     from ptuning.records import require_targets
 
-    chosen = prompt_of(prompt)
+    chosen = prompt_of(prompt, without=without)
     if chosen.label_words is not None and candidates is not None:
         raise ConfigError("the prompt has label words, which are all its answers; leave --candidates out")
     how = normalise_of(normalise, closed=candidates is not None)
@@ -217,6 +226,7 @@ def predict(
     normalise: NormaliseOption = "sum",
     backbone: BackboneOption = None,
     field: FieldOption = None,
+    without: WithoutOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     dtype: DtypeOption = "auto",
@@ -226,7 +236,7 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = prompt_of(prompt)
+    chosen = prompt_of(prompt, without=without)
     closed = candidates is not None or chosen.label_words is not None
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")

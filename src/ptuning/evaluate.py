@@ -69,6 +69,7 @@ def score_prompt(
     questions = as_questions(data)
     records = questions.records
     require_targets(records)
+    model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
     own = prompt.scoring
     scoring = Scoring(normalise or own.normalise, own.calibrate if calibrate is None else calibrate, own.keep)

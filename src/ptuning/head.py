@@ -23,7 +23,6 @@ from ptuning.questions import Question, Questions
 from ptuning.records import Record
 from ptuning.template import Field, Literal, Target, Template
 from ptuning.trainer import Trainer, derived_seed
-from ptuning.weights import KeptWeights
 
 # The standard deviation that heads start from in most of the models that are tuned with them.
 START_SCALE = 0.02
@@ -131,12 +130,12 @@ class HeadModel:
         copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
         self.bound = BoundTemplate(head_template(task), tokenizer=copy.tokenizer, kind=copy.kind)
         train, dev = (head_items(self.bound, part, self.labels) for part in (task.train, task.dev))
-        with KeptWeights(setup.folder) as kept:
-            trainer = Trainer(copy, self.bound, config=config, kept=kept)
-            trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
+        trainer = Trainer(copy, self.bound, config=config)
+        trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
         self.backbone = trainer.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
         self.record: Mapping[str, Json] = {
+            "start": dict(trainer.state.start),
             "history": [dict(epoch) for epoch in trainer.state.history],
             "chosen_epoch": trainer.state.chosen_epoch,
             "trainable_parameters": trainer.trainable_parameters,

@@ -100,7 +100,9 @@ def evaluate(
         if report is not None:
             report(Progress("dev", done, len(items), note))
     return Evaluation(
-        loss_sum / count, tuple(found[index] for index in range(len(items))), tuple(guesses[at] for at in sorted(guesses))
+        loss_sum / count,
+        tuple(found[index] for index in range(len(items))),
+        tuple(guesses[at] for at in sorted(guesses)),
     )
 
 

@@ -28,8 +28,6 @@ of the paper.
 """
 
 
-
-
 def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) -> None:
     """Write ``server/METHOD/seed-N/TASK.jsonl`` for each finished cell: of the test split where it was there, of the
     reported part otherwise.
@@ -53,9 +51,8 @@ def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) 
         folder = results.folder / SERVER_FOLDER / result.cell.method / f"seed-{result.cell.seed}"
         write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
     sources = [f"{name}: {FROM_REPORTED if job.unlabelled is None else FROM_TEST}" for name, job in found.items()]
-    write_text(
-        results.folder / SERVER_FOLDER / "README.md", SERVER_NOTE.format(sources="\n".join(f"- {s}" for s in sources))
-    )
+    listed = "\n".join(f"- {source}" for source in sources)
+    write_text(results.folder / SERVER_FOLDER / "README.md", NOTE.format(sources=listed))
 
 
 def server_lines(file: TaskFile, rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:

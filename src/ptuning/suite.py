@@ -18,7 +18,7 @@ import torch
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import RECIPE, TrainConfig
+from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.measure import Progress, Report
@@ -30,7 +30,6 @@ from ptuning.records import Records
 from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE
 from ptuning.scores import TASK_SCORE, score_values
 from ptuning.trainer import Interrupted
-from ptuning.weights import KeptWeights
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +275,7 @@ class Suite:
 
     def identity(self, cell: Cell) -> dict[str, Json]:
         """Return what the result of a cell depends on."""
-        job, settings = self.jobs[cell.task], self.config.to_json()
+        job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
         task, method = job.task_of(cell.seed), self.methods[cell.method]
         found: dict[str, Json] = {
             **{f"{part} data (sha256)": _digest(data) for part, data in self._parts(job, cell.seed).items()},
@@ -327,7 +326,6 @@ class Suite:
     ) -> CellResult:
         job, method = self.jobs[cell.task], self.methods[cell.method]
         make_folder(folder)
-        KeptWeights.clear(folder)
         write_json(folder / STARTED_FILE, {"identity": self.identity(cell)})
         setup = Setup(
             self._backbone_of(method, cell.seed),

@@ -58,6 +58,7 @@ FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help=
 NormaliseOption = Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
+WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 
 
@@ -76,6 +77,15 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
+
+
+def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
+    """Return the settings of what is trained besides the slots; each way to train has a learning rate of its own."""
+    if backbone_lr is None:
+        return {"tune": tune, "keep": keep}
+    if tune == "frozen":
+        raise ConfigError("--backbone-lr goes with --tune tuned or lora: a frozen backbone learns nothing")
+    return {"tune": tune, "keep": keep, "lora_lr" if tune == "lora" else "backbone_lr": backbone_lr}
 
 
 def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -100,14 +110,16 @@ def records_of(source: str, field: Sequence[str] | None) -> Records:
         return load_records(source, fields=fields_of(field))
 
 
-def prompt_of(source: str) -> Prompt:
-    """Load a prompt, or make a manual one of ``manual:TEMPLATE``."""
+def prompt_of(source: str, *, without: str | None = None) -> Prompt:
+    """Load a prompt, or make a manual one of ``manual:TEMPLATE``; leave out a part of it if asked to."""
     with show.waiting("starting"):
         from ptuning.prompt import Prompt
 
     if source.startswith("manual:"):
-        return Prompt.manual(source.removeprefix("manual:").lstrip())
-    return Prompt.load(source)
+        found = Prompt.manual(source.removeprefix("manual:").lstrip())
+    else:
+        found = Prompt.load(source)
+    return found if without is None else found.without(without)
 
 
 def records_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> Records:
