@@ -22,7 +22,7 @@ RANKS = {
             "fill defaults relation_files",
             "labels batch tokenizer hub relations",
             "backbone tasks lora",
-            "encoder vocabulary weights",
+            "encoder vocabulary weights task_check",
             "prompt",
             "model",
             "objective decode",
@@ -41,8 +41,8 @@ RANKS = {
             "comparison",
             "paraphrases superglue",
             "show",
-            "show_suite wiring",
-            "suite_commands",
+            "show_suite show_tasks wiring",
+            "suite_commands task_commands",
             "cli",
         ]
     )

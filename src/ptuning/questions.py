@@ -5,14 +5,15 @@ rows, and neither tasks by name nor models.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ptuning.errors import RecordError, closest
 from ptuning.fields import Context, Source, unfold
 from ptuning.files import Json, sha256
 from ptuning.phrases import DETERMINERS, noun_phrases
-from ptuning.records import TARGET_FIELD, Record, Records, canonical_json
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json
 
 # Where a row's label stands unless a task says otherwise.
 LABEL = Source(("label",), (), "label")
@@ -210,8 +211,25 @@ def as_questions(data: Sequence[Record] | Questions) -> Questions:
     """Return records as questions without choices; questions as they are."""
     if isinstance(data, Questions):
         return data
-    name, digest = (data.name, data.sha256) if isinstance(data, Records) else ("in memory", None)
-    return Questions([Question(record) for record in data], name=name, digest=digest)
+    records = as_records(data)
+    return Questions([Question(record) for record in records], name=records.name, digest=records.sha256)
+
+
+def with_few_choices(questions: Questions, count: int, *, seed: int) -> Questions:
+    """Return questions with at most ``count`` choices each, for learning, where every choice costs a row: a right one,
+    and a seeded draw of the others.
+    """
+    few = []
+    for number, question in enumerate(questions):
+        if len(question.choices) > count:
+            draw = random.Random(f"choices {seed} {number}")
+            right = draw.choice(question.answers)
+            others = [place for place in range(len(question.choices)) if place != right]
+            kept = sorted([right, *draw.sample(others, count - 1)])
+            answers = tuple(at for at, place in enumerate(kept) if place in question.answers)
+            question = replace(question, choices=tuple(question.choices[place] for place in kept), answers=answers)
+        few.append(question)
+    return Questions(few, name=questions.name, digest=questions.sha256)
 
 
 def _span(text: str, span: Json, *, where: str) -> str:

@@ -131,11 +131,25 @@ class TaskFile:
         if path.suffix.lower() not in SUFFIXES:
             raise FileError(f"cannot tell the format of {path}; a data file ends in one of {', '.join(SUFFIXES)}")
         data = read_bytes(path)
-        found = Questions(
-            self.reader.read(raw_rows(data, name=str(path)), labelled=labelled), name=str(path), digest=sha256(data)
-        )
+        rows = raw_rows(data, name=str(path))
+        return self.read_named(rows, name=str(path), digest=sha256(data), labelled=labelled)
+
+    def read_named(
+        self,
+        rows: Iterable[tuple[str, Mapping[str, object]]],
+        *,
+        name: str,
+        digest: str | None = None,
+        labelled: bool = True,
+    ) -> Questions:
+        """Read rows, each with what it is called in messages.
+
+        Raises:
+            RecordError: As for :meth:`read`.
+        """
+        found = Questions(self.reader.read(rows, labelled=labelled), name=name, digest=digest)
         if not found:
-            raise RecordError(f"{path} holds no rows of the task {self.name}")
+            raise RecordError(f"{name} holds no rows of the task {self.name}")
         return found
 
     def read_rows(self, rows: Iterable[Mapping[str, object]], *, labelled: bool = True) -> Questions:
@@ -145,7 +159,7 @@ class TaskFile:
             RecordError: As for :meth:`read`.
         """
         named = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return Questions(self.reader.read(named, labelled=labelled))
+        return self.read_named(named, name="in memory", labelled=labelled)
 
     def as_in_file(self, label: str) -> Json:
         """Return a label as data files write it: ``true`` for the label "true", 1 for one that stands for 1."""
