@@ -19,10 +19,10 @@ from ptuning.files import Json
 from ptuning.fill import BoundTemplate, Example
 from ptuning.method import Answer, Setup, Task
 from ptuning.objective import Choice, Item
-from ptuning.questions import Question, Questions
+from ptuning.questions import Question, Questions, with_few_choices
 from ptuning.records import Record
 from ptuning.template import Field, Literal, Target, Template
-from ptuning.trainer import Trainer, derived_seed
+from ptuning.trainer import TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
 
 # The standard deviation that heads start from in most of the models that are tuned with them.
 START_SCALE = 0.02
@@ -129,8 +129,9 @@ class HeadModel:
         self.labels = words.labels if words is not None else ()
         copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
         self.bound = BoundTemplate(head_template(task), tokenizer=copy.tokenizer, kind=copy.kind)
-        train, dev = (head_items(self.bound, part, self.labels) for part in (task.train, task.dev))
-        trainer = Trainer(copy, self.bound, config=config)
+        few = task.train if self.labels else with_few_choices(task.train, TRAIN_CHOICES, seed=config.seed)
+        train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
+        trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))
         trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
         self.backbone = trainer.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss

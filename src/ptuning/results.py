@@ -17,6 +17,8 @@ from ptuning.suite import FORMAT_VERSION, CellResult
 from ptuning.tuning import LEARNED
 
 RESULTS_FILE = "results.json"
+# What stands for the learned prompt where it was not learned alone.
+LEARNED_ALONG = (f"{LEARNED}+fine-tuning", f"{LEARNED}+lora")
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,9 @@ def differences(
 
     Everything is compared with the learned prompt, and everything learned with the manual prompt.
     """
-    pairs = [(LEARNED, name) for name in names if name != LEARNED and LEARNED in names]
-    pairs += [(name, REFERENCE) for name in names if name not in (LEARNED, REFERENCE) and REFERENCE in names]
+    learned = next((name for name in (LEARNED, *LEARNED_ALONG) if name in names), LEARNED)
+    pairs = [(learned, name) for name in names if name != learned and learned in names]
+    pairs += [(name, REFERENCE) for name in names if name not in (learned, REFERENCE) and REFERENCE in names]
     found = {}
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]

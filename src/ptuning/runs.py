@@ -28,7 +28,7 @@ from ptuning.questions import Questions, as_questions, with_few_choices
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets, split_records
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, Trainer, derived_seed
+from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -39,10 +39,6 @@ CHECKPOINT_FOLDER = "checkpoint"
 IRRELEVANT_SETTINGS = ("checkpoint_seconds", "device")
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
-# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
-TRAIN_CHOICES = 10
-# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
-PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def train(
     if asked["train"].has_choices:
         few = with_few_choices(asked["train"], TRAIN_CHOICES, seed=config.seed)
         items["train"] = _items(bound, few, words, config, scoring)
-        config = _in_small_passes(config, items["train"])
+        config = in_small_passes(config, items["train"])
     record = _first_record(parsed, words, parts, items, backbone, config, command)
     record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
     folder = Path(out) if out is not None else None
@@ -258,14 +254,6 @@ def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> 
     if task is None:
         return Scoring(calibrate=bool(calibrate))
     return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
-
-
-def _in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
-    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
-    while config.batch_size % rows:
-        rows -= 1
-    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
 
 
 def _of_task(

@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
 
 # A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
 SAVING_PAUSE = 20.0
+
+# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
+TRAIN_CHOICES = 10
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
@@ -396,6 +402,14 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
 
 
 def _guessed(found: Evaluation) -> dict[str, int]:
