@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from ptuning.files import Json, read_bytes, write_json_lines, write_text
+from ptuning.files import Json, make_folder, read_bytes, write_json_lines, write_text
 from ptuning.results import Results
 from ptuning.runs import PREDICTIONS_FILE
 from ptuning.suite import UNLABELLED_FILE, Job
@@ -49,7 +49,10 @@ def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) 
         text = read_bytes(results.folder / result.cell.folder / name).decode("utf-8")
         rows = [json.loads(line) for line in text.split("\n") if line]
         folder = results.folder / SERVER_FOLDER / result.cell.method / f"seed-{result.cell.seed}"
+        make_folder(folder)
         write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
+    if not (results.folder / SERVER_FOLDER).is_dir():
+        return
     sources = [f"{name}: {FROM_REPORTED if job.unlabelled is None else FROM_TEST}" for name, job in found.items()]
     listed = "\n".join(f"- {source}" for source in sources)
     write_text(results.folder / SERVER_FOLDER / "README.md", NOTE.format(sources=listed))
