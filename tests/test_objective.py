@@ -11,9 +11,9 @@ from torch import Tensor
 
 from conftest import RECORDS, bound, items_of, learned
 from ptuning.backbone import Backbone
-from ptuning.errors import RecordError
+from ptuning.errors import RecordError, TemplateError
 from ptuning.fill import Example
-from ptuning.labels import LabelWords
+from ptuning.labels import LabelWords, Scoring
 from ptuning.measure import item_batch
 from ptuning.model import target_logits
 from ptuning.objective import (
@@ -21,6 +21,7 @@ from ptuning.objective import (
     Item,
     Scored,
     candidate_item,
+    choice_items,
     class_scores,
     hits,
     label_items,
@@ -29,6 +30,7 @@ from ptuning.objective import (
     score_choices,
     share_inputs,
 )
+from ptuning.questions import Question, Questions
 from ptuning.records import as_records
 
 TEMPLATE = "[P*2] [X] [P] [Y] ."
@@ -147,10 +149,11 @@ def test_masked_candidates_are_given_as_many_masks_as_they_have_tokens(masked: B
 def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
     """Label words: the log of the mean probability of a label's words, several words and tokens each."""
     rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
-    items = label_items(bound(backbone, TEMPLATE), rows, WORDS)
-    assert [item.gold for item in items] == [1, 0, 2]
+    scoring = Scoring("mean" if normalise == "mean" else "sum")
+    items = label_items(bound(backbone, TEMPLATE), rows, WORDS, scoring=scoring)
+    assert [item.answers for item in items] == [(1,), (0,), (2,)]
     scored = scored_by(backbone, items)
-    found = class_scores(items, scored, normalise=normalise)  # type: ignore[arg-type]
+    found = class_scores(items, scored)
     filled = bound(backbone, TEMPLATE)
     lengths = set()
     for row, record in enumerate(rows):
@@ -185,6 +188,95 @@ def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
         RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
     ):
         label_items(bound(causal, TEMPLATE), rows, WORDS)
+
+
+QUESTIONS = Questions(
+    [
+        Question(RECORDS[0], ("yes", "no", "a good film and a bad one"), (1,)),
+        Question(RECORDS[1], ("Nairobi", "great"), (0,)),
+        Question(RECORDS[2], ("25", "yes", "no", "São Tomé"), (1, 3)),
+    ]
+)
+
+
+def choices_by_hand(backbone: Backbone, question: Question, *, mean: bool, empty: dict[str, str] | None) -> list[float]:
+    """Return the log-probability of each choice of a question, each run alone."""
+    filled, found = bound(backbone, TEMPLATE), []
+    for text in question.choices:
+        each = by_hand(backbone, filled.examples([question.record], targets=[text])[0])
+        value = sum(each) / (len(each) if mean else 1)
+        if empty is not None:
+            without = by_hand(backbone, filled.examples([empty], targets=[text])[0])
+            value -= sum(without) / (len(without) if mean else 1)
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate: bool) -> None:
+    """Rows with different numbers of choices, of one and of several tokens, some with several right ones; calibrated by
+    a record without content."""
+    scoring = Scoring("mean" if mean else "sum", calibrate)
+    items = choice_items(bound(backbone, TEMPLATE), QUESTIONS, scoring=scoring)
+    scored = scored_by(backbone, items)
+    found = class_scores(items, scored)
+    assert found.shape == (3, 4)
+    expected_loss, expected_hits = 0.0, []
+    for row, question in enumerate(QUESTIONS):
+        values = choices_by_hand(backbone, question, mean=mean, empty={"x": "N/A"} if calibrate else None)
+        torch.testing.assert_close(found[row, : len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
+        assert torch.isneginf(found[row, len(values) :]).all()
+        whole = torch.tensor(values).softmax(0)
+        expected_loss -= math.log(float(whole[list(question.answers)].sum()))
+        expected_hits.append(float(int(whole.argmax()) in question.answers))
+    value, count = loss(items, scored)
+    assert math.isclose(float(value), expected_loss, rel_tol=1e-3)
+    assert count == loss_count(items) == 3
+    assert hits(items, scored) == expected_hits
+
+
+def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> None:
+    """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
+    items = choice_items(bound(causal, TEMPLATE), QUESTIONS, scoring=Scoring(calibrate=True))
+    vectors = vectors_of(causal).requires_grad_(True)
+    value, _ = loss(items, score_choices(items, target_logits(causal, item_batch(items, slots=3), vectors)))
+    value.backward()
+    assert vectors.grad is not None
+    assert vectors.grad.isfinite().all()
+    assert vectors.grad.abs().sum() > 0
+
+
+def test_equal_numbers_of_words_score_as_before_by_the_bit(causal: Backbone) -> None:
+    """Label words of every item: the log of the mean over one table, without any padding."""
+    rows = as_records([{**record, "y": "bad"} for record in RECORDS])
+    items = label_items(bound(causal, TEMPLATE), rows, WORDS)
+    scored = scored_by(causal, items)
+    classes = torch.tensor(items[0].classes)
+    members = torch.arange(3)[:, None] == classes
+    table = scored.log_probs.view(len(items), 1, -1).masked_fill(~members, -torch.inf)
+    assert torch.equal(class_scores(items, scored), torch.logsumexp(table, dim=-1) - members.sum(dim=-1).log())
+
+
+def test_fields_that_hold_no_content_stay_in_an_empty_record() -> None:
+    record = {"premise": "The vase broke", "question": "because", "after": ""}
+    assert Scoring(keep=("question",)).empty_record(record) == {"premise": "N/A", "question": "because", "after": ""}
+
+
+def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
+    rows = as_records([{**record, "y": "bad"} for record in RECORDS])
+    items = label_items(bound(causal, TEMPLATE), rows, WORDS, scoring=Scoring(calibrate=True))
+    last = [item.inputs[item.empty[0].input] for item in items]
+    assert all(one is last[0] for one in last)
+    assert all(len(item.empty) == len(item.choices) for item in items)
+
+
+def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbone) -> None:
+    asked = Questions([*QUESTIONS, Question({"y": "a"}, ("a", "b"), (0,))], name="f.jsonl")
+    with pytest.raises(TemplateError, match=r"no field 'x' in f.jsonl, record 4, answer 1"):
+        choice_items(bound(causal, TEMPLATE), asked)
+    with pytest.raises(RecordError, match="in memory, row 2 has no choices"):
+        choice_items(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]))
 
 
 def test_gradients_reach_the_logits_of_every_scored_token() -> None:

@@ -21,6 +21,7 @@ from ptuning.measure import Progress
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
+from ptuning.questions import as_questions
 from ptuning.records import Record, Records
 from ptuning.template import Template
 from ptuning.trainer import Interrupted
@@ -41,7 +42,7 @@ def task(
     train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, template: str = "[P:The capital] [X] [P] [Y]"
 ) -> Task:
     parsed = Template.parse(template)
-    return Task("P1", Records(train), Records(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
+    return Task("P1", as_questions(train), as_questions(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
 
 
 def fit(method: str, backbone: Backbone, config: TrainConfig = QUICK, **more: Any) -> Solution:
@@ -57,7 +58,7 @@ def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     fingerprint = backbone.fingerprint
     solution = fit(method, backbone, tries=2)
-    solution.answer(Records(DEV))
+    solution.answer(as_questions(DEV))
     assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
     assert not backbone.model.training
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
@@ -72,7 +73,7 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(TRAIN, TRAIN))
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
-    assert share(solution.answer(Records(TRAIN))) == 1.0 > plain
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0 > plain
     assert solution.record["prompt"] == {
         "fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL, "p-tuning+fine-tuning": "[P:The capital] [X] [P] [Y]",
     }[method]  # fmt: skip
@@ -88,7 +89,7 @@ def test_what_answers_is_what_scored_best_on_the_development_part(method: str, c
     solution = fit(method, causal, config)
     record: Any = solution.record
     scores = [epoch["dev_score"] for epoch in record["history"]]
-    assert share(solution.answer(Records(DEV))) == record["chosen"]["dev_score"] >= max(scores)
+    assert share(solution.answer(as_questions(DEV))) == record["chosen"]["dev_score"] >= max(scores)
     if record["chosen_epoch"]:
         chosen = record["history"][record["chosen_epoch"] - 1]
         assert (chosen["dev_score"], chosen["dev_loss"]) == (
@@ -102,7 +103,7 @@ def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -
     dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
     solution = fit("manual+fine-tuning", causal, replace(QUICK, backbone_lr=0.01), task=task(dev=dev))
     assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
-    assert solution.answer(Records(DEV)) == plain
+    assert solution.answer(as_questions(DEV)) == plain
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -115,7 +116,7 @@ def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: s
     best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
     assert record["chosen"] == best
     alone = fit(method, causal, replace(config, **best["settings"]), task=task(TRAIN, TRAIN))
-    assert several.answer(Records(DEV)) == alone.answer(Records(DEV))
+    assert several.answer(as_questions(DEV)) == alone.answer(as_questions(DEV))
     assert several.record["history"][-1]["dev_loss"] == alone.record["history"][-1]["dev_loss"]  # type: ignore[index,call-overload]
 
 
@@ -185,7 +186,7 @@ def test_a_bfloat16_backbone_is_tuned_in_float32(
     solution = fit("manual+fine-tuning", causal, LEARNS, task=task(TRAIN, TRAIN))
     assert {dtype for runs in watched.values() for _, _, dtype in runs} == {torch.float32}
     assert causal.dtype == torch.bfloat16
-    assert share(solution.answer(Records(TRAIN))) == 1.0
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -198,19 +199,19 @@ def test_the_seed_decides_alone(method: str, causal: Backbone) -> None:
     torch.manual_seed(99)
     two, other = fit(method, causal, seed=3), fit(method, causal, seed=4)
     assert history(one) == history(two) != history(other)
-    assert one.answer(Records(DEV)) == two.answer(Records(DEV))
+    assert one.answer(as_questions(DEV)) == two.answer(as_questions(DEV))
 
 
 def test_the_methods_of_one_task_see_its_templates(masked: Backbone) -> None:
     solution = fit("p-tuning+fine-tuning", masked, task=task(template="[X] [P*2] [Y]"))
     assert solution.record["prompt"] == "[X] [P*2] [Y]"
-    assert len(solution.answer(Records(DEV))) == len(DEV)
+    assert len(solution.answer(as_questions(DEV))) == len(DEV)
 
 
 def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
     closed = replace(task(), vocabulary=("yes", "bad", "one"))
     for method in TRAINED:
-        found = fit(method, causal, task=closed).answer(Records(DEV))
+        found = fit(method, causal, task=closed).answer(as_questions(DEV))
         assert {answer.text for answer in found} <= {"yes", "bad", "one"}
         assert max(answer.rank or 0 for answer in found) == 4  # a target that is not in it
 

@@ -15,12 +15,13 @@ import typer
 from typer.core import TyperGroup
 
 import ptuning
-from ptuning import defaults, show, suite_commands
+from ptuning import defaults, show, suite_commands, task_commands
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.wiring import (
     SETTINGS,
     SIGNAL_EXIT,
     BackboneOption,
+    CalibrateOption,
     CandidatesOption,
     Command,
     DeviceOption,
@@ -31,16 +32,21 @@ from ptuning.wiring import (
     NormaliseOption,
     PromptArgument,
     SetOption,
+    TaskOption,
     WithoutOption,
+    check_calibrate,
     command_line,
     config_of,
+    data_of,
+    data_to_answer,
+    dev_part,
     load,
     normalise_of,
+    pattern_of,
     prompt_of,
     read_candidates,
-    records_of,
-    records_to_answer,
     stoppable,
+    task_of,
     tune_options,
 )
 
@@ -70,6 +76,8 @@ app = typer.Typer(
 )
 template_app = typer.Typer(help="Look at how a template is filled.", no_args_is_help=True)
 app.add_typer(template_app, name="template")
+task_app = typer.Typer(help="Look at the shipped tasks, and check a task file.", no_args_is_help=True)
+app.add_typer(task_app, name="task")
 
 
 def main() -> None:
@@ -110,11 +118,13 @@ def common(
 
 @app.command(cls=Command)
 def train(
-    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
+    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
+    task: TaskOption = None,
+    pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
     backbone: BackboneOption = None,
     encoder: Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")] = SETTINGS.encoder,
@@ -127,6 +137,7 @@ def train(
     starts: suite_commands.StartsOption = SETTINGS.starts,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
@@ -146,15 +157,21 @@ def train(
 
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    if (template is None) == (manual is None):
-        raise ConfigError("give either --template, or --manual to have one made from a manual template")
+    asked = task_of(task)
+    if (template is not None) + (manual is not None) != 1 and (asked is None or template is not None):
+        raise ConfigError("give either --template, or --manual to have one made from a manual template, or --task")
     if about is not None and manual is None:
         raise ConfigError("--about goes with --manual")
-    parsed = Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
+    if pattern is not None and (asked is None or template is not None or manual is not None):
+        raise ConfigError("--pattern is the number of a task's template; it goes with --task alone")
+    if asked is not None and template is None and manual is None:
+        parsed = pattern_of(asked.learned, asked, pattern or 1)
+    else:
+        parsed = Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
     check_free(out, overwrite=overwrite or resume)
-    rows = records_of(data, field)
-    dev_rows = records_of(dev, field) if dev is not None else None
-    if manual is not None:
+    rows = data_of(data, field, asked, part="train")
+    dev_rows = data_of(dev, field, asked, part="dev") if dev is not None else dev_part(data, asked)
+    if template is None:
         show.say(f"learned template: {parsed}")
     loaded = load(backbone, dtype=dtype, device=device)
     with stoppable(out, again="--resume") as (report, should_stop):
@@ -167,6 +184,8 @@ def train(
             dev=dev_rows,
             config=config,
             labels=labels,
+            task=asked,
+            calibrate=calibrate,
             out=out,
             resume=resume,
             overwrite=overwrite,
@@ -183,7 +202,9 @@ def evaluate(
     prompt: PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
     candidates: CandidatesOption = None,
-    normalise: NormaliseOption = "sum",
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
     backbone: BackboneOption = None,
     field: FieldOption = None,
     without: WithoutOption = None,
@@ -196,14 +217,18 @@ def evaluate(
 
     Example: ptuning eval capitals --data capitals:test
     """
+    from ptuning.questions import as_questions
     from ptuning.records import require_targets
 
-    chosen = prompt_of(prompt, without=without)
-    if chosen.label_words is not None and candidates is not None:
-        raise ConfigError("the prompt has label words, which are all its answers; leave --candidates out")
-    how = normalise_of(normalise, closed=candidates is not None)
-    rows = records_of(data, field)
-    require_targets(rows)
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    closed = chosen.label_words is not None or chosen.has_choices
+    if closed and candidates is not None:
+        what = "brings its own choices" if chosen.has_choices else "has label words, which are all its answers"
+        raise ConfigError(f"the prompt {what}; leave --candidates out")
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = normalise_of(normalise, closed=closed or candidates is not None)
+    rows = data_of(data, field, chosen.task, part="val")
+    require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.evaluate import score_prompt
@@ -211,7 +236,7 @@ def evaluate(
 
     with show.bar() as report:
         model = PromptModel(loaded, force=force)
-        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, report=report)
+        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, calibrate=calibrate, report=report)
     show.evaluation(prompt, rows, found, as_json=as_json)
 
 
@@ -223,7 +248,9 @@ def predict(
     candidates: CandidatesOption = None,
     top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
-    normalise: NormaliseOption = "sum",
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
     backbone: BackboneOption = None,
     field: FieldOption = None,
     without: WithoutOption = None,
@@ -236,12 +263,15 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = prompt_of(prompt, without=without)
-    closed = candidates is not None or chosen.label_words is not None
+    from ptuning.questions import Questions, as_questions
+
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    closed = candidates is not None or chosen.label_words is not None or chosen.has_choices
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
     how = normalise_of(normalise, closed=closed)
-    rows = records_to_answer(chosen, text, data, field)
+    rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.measure import Progress
@@ -250,10 +280,12 @@ def predict(
     model, found = PromptModel(loaded, force=force), []
     with show.bar() as report:
         for at in range(0, len(rows), PREDICTED_ROWS):
-            part = rows[at : at + PREDICTED_ROWS]
-            found += model.predict(part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how)
+            part = Questions(rows[at : at + PREDICTED_ROWS])
+            found += model.predict(
+                part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
+            )
             report(Progress("predict", len(found), len(rows), rows.name))
-    show.predictions(rows, found, as_json=as_json, masked=loaded.kind == "masked")
+    show.predictions(rows.records, found, as_json=as_json, masked=loaded.kind == "masked")
 
 
 @app.command(cls=Command)
@@ -272,7 +304,7 @@ def inspect(
     Example: ptuning inspect capitals --data capitals:dev
     """
     chosen = prompt_of(prompt)
-    rows = records_of(data, field) if data is not None else None
+    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
     from ptuning.inspection import inspect_prompt
 
@@ -354,3 +386,5 @@ def demo(
 
 for _one in suite_commands.COMMANDS:
     app.command(cls=Command)(_one)
+for _name, _two in task_commands.COMMANDS.items():
+    task_app.command(name=_name, cls=Command)(_two)

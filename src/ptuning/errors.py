@@ -45,6 +45,10 @@ class LabelWordError(PTuningError):
     """Label words are malformed, collide, or are unknown to the tokenizer."""
 
 
+class TaskError(PTuningError):
+    """A task file is malformed, or a row of a file is not what its task needs."""
+
+
 class BackboneError(PTuningError):
     """A backbone cannot be found, loaded or used."""
 

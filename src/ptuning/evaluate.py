@@ -9,11 +9,13 @@ import torch
 
 from ptuning.errors import RecordError
 from ptuning.files import Json
+from ptuning.labels import Normalise, Scoring
 from ptuning.measure import Report, evaluate
 from ptuning.metrics import Score, precision_at, reciprocal_ranks, score
-from ptuning.objective import Normalise, label_items, target_items
-from ptuning.predict import Prediction, PromptModel
+from ptuning.objective import choice_items, label_items, target_items
+from ptuning.predict import Prediction, PromptModel, choices_of
 from ptuning.prompt import Prompt
+from ptuning.questions import Questions, as_questions
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
 
 
@@ -22,9 +24,9 @@ class Result:
     """What a prompt scored on some records.
 
     Args:
-        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words; with candidates also ``accuracy``,
-            ``p_at_10`` and ``mrr`` among them.
-        loss: Negative log-likelihood in nats per target token, or per record with label words.
+        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices; with candidates also
+            ``accuracy``, ``p_at_10`` and ``mrr`` among them.
+        loss: Negative log-likelihood in nats per target token, or per record with label words or choices.
         hits: 1.0 or 0.0 per record, for the first score.
         missing: How many records have a target that is no candidate; they count as misses.
     """
@@ -37,11 +39,12 @@ class Result:
 
 def score_prompt(
     model: PromptModel,
-    data: Records,
+    data: Records | Questions,
     prompt: Prompt,
     *,
     candidates: Sequence[str] | None = None,
-    normalise: Normalise = "sum",
+    normalise: Normalise | None = None,
+    calibrate: bool | None = None,
     report: Report | None = None,
 ) -> Result:
     """Score a prompt on records.
@@ -51,10 +54,11 @@ def score_prompt(
 
     Args:
         model: The backbone in use.
-        data: Records with targets.
+        data: Records with targets, or questions of a task.
         prompt: The prompt, learned or manual.
         candidates: A closed set of answers to rank as well.
-        normalise: How candidates are scored, see :meth:`PromptModel.rank`.
+        normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt says.
+        calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
         report: Called with progress.
 
     Raises:
@@ -62,22 +66,29 @@ def score_prompt(
     """
     if not data:
         raise RecordError(f"{data.name} holds no records, so there is nothing to score")
-    require_targets(data)
+    questions = as_questions(data)
+    records = questions.records
+    require_targets(records)
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    if prompt.label_words is None:
-        items, name = target_items(bound, data, with_stop=False), "exact_match"
+    own = prompt.scoring
+    scoring = Scoring(normalise or own.normalise, own.calibrate if calibrate is None else calibrate, own.keep)
+    if prompt.label_words is not None:
+        items, name = label_items(bound, records, prompt.label_words, scoring=scoring), "accuracy"
+    elif prompt.has_choices:
+        choices_of(questions)
+        items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
     else:
-        items, name = label_items(bound, data, prompt.label_words), "accuracy"
+        items, name = target_items(bound, records, with_stop=False), "exact_match"
     vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
     scores = {name: score(found.hits)}
     missing = 0
     if candidates is not None and prompt.label_words is None:
-        ranked = model.rank(data, prompt, candidates, normalise=normalise)
+        ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
         places = [
             _place(record[TARGET_FIELD].strip(), [candidate.text.strip() for candidate in row])
-            for record, row in zip(data, ranked, strict=True)
+            for record, row in zip(records, ranked, strict=True)
         ]
         missing = sum(place is None for place in places)
         ranks = [place if place is not None else len(candidates) + 1 for place in places]

@@ -16,6 +16,7 @@ from ptuning.measure import Report
 from ptuning.metrics import Score
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
+from ptuning.questions import Questions
 from ptuning.records import Records
 
 NEAREST = 5
@@ -90,7 +91,7 @@ def inspect_prompt(
     backbone: Backbone,
     prompt: Prompt,
     *,
-    data: Records | None = None,
+    data: Records | Questions | None = None,
     force: bool = False,
     report: Report | None = None,
 ) -> Inspection:

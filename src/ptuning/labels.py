@@ -1,13 +1,43 @@
-"""Label words: which words stand for which label (the verbalizer). Knows no model."""
+"""Label words: which words stand for which label (the verbalizer); and how a closed set of answers is scored. Knows no
+model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from ptuning.errors import LabelWordError, RecordError, closest
 from ptuning.fill import BoundTemplate, Example
 from ptuning.records import TARGET_FIELD, Record, Records
+
+# A text of several tokens scores its total log-probability, or the mean over its tokens.
+Normalise = Literal["sum", "mean"]
+# What an empty record's fields hold. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
+EMPTY_TEXT = "N/A"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a closed set of answers is scored.
+
+    Args:
+        normalise: By total log-probability (``sum``), or by its mean over a text's tokens (``mean``).
+        calibrate: Whether what an empty record would score is taken off.
+        keep: Fields that an empty record keeps, since they hold one of a few words and no content.
+    """
+
+    normalise: Normalise = "sum"
+    calibrate: bool = False
+    keep: Collection[str] = ()
+
+    def empty_record(self, record: Record) -> Record:
+        """Return a record with nothing in it; fields that hold nothing stay so."""
+        return {name: text if name in self.keep or not text else EMPTY_TEXT for name, text in record.items()}
+
+
+PLAIN = Scoring()
 
 
 @dataclass(frozen=True)

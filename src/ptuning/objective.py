@@ -1,20 +1,23 @@
-"""Losses as (sum, count), and scores of targets, candidates and label words. Knows no training loop and no files."""
+"""Losses as (sum, count), and scores of targets, candidates, label words and choices. Knows no training loop and no
+files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
+from ptuning.errors import RecordError, TemplateError
 from ptuning.fill import BoundTemplate, Example, Ids
-from ptuning.labels import LabelWords
+from ptuning.labels import PLAIN, LabelWords, Normalise, Scoring
+from ptuning.questions import Questions
 from ptuning.records import Records
-
-Normalise = Literal["sum", "mean"]
 
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
 # half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
@@ -36,15 +39,19 @@ class Item:
 
     Args:
         inputs: The different rows the model has to read for it.
-        choices: The texts scored from them: the target alone, or every candidate or label word.
-        classes: Class of each choice, for label words.
-        gold: Index of the right class or candidate; None if the only choice is the target.
+        choices: The texts scored from them: the target alone, or every candidate, label word or choice of the row.
+        classes: Class of each choice, for label words; each choice of a row is a class of its own.
+        answers: The right classes, of which label words have one; empty where there is nothing to choose.
+        empty: For calibration: the choices again, scored from inputs made of an empty record.
+        normalise: How choices of several tokens are scored.
     """
 
     inputs: tuple[Example, ...]
     choices: tuple[Choice, ...]
     classes: Ids = ()
-    gold: int | None = None
+    answers: Ids = ()
+    empty: tuple[Choice, ...] = ()
+    normalise: Normalise = "sum"
 
     @property
     def tokens(self) -> int:
@@ -76,21 +83,94 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
     return [Item((example,), (Choice(0, example.target_ids, example.own_tokens),)) for example in examples]
 
 
-def label_items(bound: BoundTemplate, records: Records, labels: LabelWords) -> list[Item]:
+def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
     """Return one item per record, with every label word a choice.
 
     Raises:
         RecordError: If a record's target is none of the labels.
     """
-    flat = labels.flat
-    repeated = [record for record in records for _ in flat]
-    examples = bound.examples(repeated, targets=[word for _, word in flat] * len(records), source=records.name)
+    answers = [
+        (labels.label_of(record, where=f"{records.name}, record {number}"),)
+        for number, record in enumerate(records, start=1)
+    ]
+    words = [tuple(word for _, word in labels.flat)] * len(records)
+    classes = tuple(label for label, _ in labels.flat)
+    return closed_items(bound, records, words, classes=classes, answers=answers, scoring=scoring)
+
+
+def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring = PLAIN) -> list[Item]:
+    """Return one item per question, with every text of the row a choice and a class of its own.
+
+    Raises:
+        RecordError: If a question has no choices.
+    """
+    for number, question in enumerate(questions, start=1):
+        if not question.choices:
+            raise RecordError(f"{questions.name}, row {number} has no choices to choose among")
+    return closed_items(
+        bound,
+        questions.records,
+        [question.choices for question in questions],
+        answers=[question.answers for question in questions],
+        scoring=scoring,
+    )
+
+
+def closed_items(
+    bound: BoundTemplate,
+    records: Records,
+    texts: Sequence[Sequence[str]],
+    *,
+    classes: Ids | None = None,
+    answers: Sequence[Ids] | None = None,
+    scoring: Scoring = PLAIN,
+) -> list[Item]:
+    """Return one item per record that scores a closed set of texts.
+
+    Args:
+        bound: The template.
+        records: N records.
+        texts: The texts of each.
+        classes: Class of each text, the same for all records; without it each text is one.
+        answers: The right classes of each record, if known.
+        scoring: How texts are scored.
+    """
     items = []
-    for number, record in enumerate(records):
-        inputs, choices = share_inputs(examples[number * len(flat) : (number + 1) * len(flat)])
-        gold = labels.label_of(record, where=f"{records.name}, record {number + 1}")
-        items.append(Item(inputs, choices, tuple(label for label, _ in flat), gold))
+    empty: dict[tuple[object, ...], list[Example]] = {}
+    for at, (record, listed, own) in enumerate(zip(records, texts, _filled(bound, records, texts), strict=True)):
+        without: list[Example] = []
+        if scoring.calibrate:
+            bare = scoring.empty_record({name: record[name] for name in bound.template.fields})
+            key = (*bare.items(), *enumerate(listed))
+            without = empty[key] if key in empty else bound.examples([bare] * len(listed), targets=listed)
+            empty[key] = without
+        inputs, choices = share_inputs([*own, *without])
+        items.append(
+            Item(
+                inputs,
+                choices[: len(own)],
+                tuple(range(len(own))) if classes is None else classes,
+                () if answers is None else answers[at],
+                choices[len(own) :],
+                scoring.normalise,
+            )
+        )
     return items
+
+
+def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
+    """Yield the examples of each record's texts; an error names the record and not its place among all texts."""
+    repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
+    try:
+        examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
+    except (TemplateError, RecordError):
+        for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1):
+            bound.examples(
+                [record] * len(listed), targets=list(listed), source=f"{records.name}, record {number}, answer"
+            )
+        raise
+    for listed in texts:
+        yield list(itertools.islice(examples, len(listed)))
 
 
 def candidate_item(examples: Sequence[Example]) -> Item:
@@ -109,7 +189,7 @@ class Scored:
         correct: (C,) bool; whether every own token is the likeliest one given those before it (exact match).
         lengths: (C,) float32; number of own tokens.
         token_count: Number of scored tokens, stop tokens counted by :data:`STOP_WEIGHT`.
-        per_item: Number of choices of each item.
+        per_item: Number of choices of each item; those scored from an empty record, if any, stand behind the others.
     """
 
     log_probs: Tensor
@@ -140,7 +220,7 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
         for example in item.inputs:
             starts.append(start)
             start += len(example.logit_positions)
-        for choice in item.choices:
+        for choice in (*item.choices, *item.empty):
             count = len(choice.target_ids)
             rows += range(starts[choice.input], starts[choice.input] + count)
             ids += choice.target_ids
@@ -159,52 +239,63 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
         correct=zeros.index_add(0, owner, missed.float()) == 0,
         lengths=zeros.index_add(0, owner, is_own.float()),
         token_count=sum(own) + STOP_WEIGHT * (len(own) - sum(own)),
-        per_item=tuple(len(item.choices) for item in items),
+        per_item=tuple(len(item.choices) + len(item.empty) for item in items),
     )
 
 
-def class_scores(items: Sequence[Item], scored: Scored, *, normalise: Normalise = "sum") -> Tensor:
-    """Return one score per item and class: the log of the mean probability of the class's words.
+def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
+    """Return one score per item and class: the log of the mean probability of the class's words, each divided by what
+    it has from an empty record where items are calibrated.
 
     Args:
-        items: I items with the same K classes and C words each.
-        scored: Their words' log-probabilities.
-        normalise: ``sum`` takes a word's total log-probability, ``mean`` the mean over its tokens.
+        items: I items that are scored and calibrated alike, with up to K classes and up to C choices each.
+        scored: Their choices' log-probabilities.
 
     Returns:
-        (I, K) unnormalised log-probabilities.
+        (I, K) unnormalised log-probabilities; minus infinity for classes that an item does not have.
+
+    Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
-    scores = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
-    scores = scores.view(len(items), 1, -1)  # (I, 1, C)
-    classes = torch.tensor(items[0].classes, device=scores.device)  # (C,)
-    members = torch.arange(int(classes.max()) + 1, device=scores.device)[:, None] == classes  # (K, C)
+    values = scored.log_probs / scored.lengths if items[0].normalise == "mean" else scored.log_probs
+    parts = values.split(scored.per_item)
+    if items[0].empty:
+        parts = tuple(part[: len(part) // 2] - part[len(part) // 2 :] for part in parts)
+    scores = pad_sequence(list(parts), batch_first=True, padding_value=-torch.inf)[:, None]  # (I, 1, C)
+    width = scores.shape[-1]
+    of_choice = torch.tensor(
+        [[*item.classes, *[-1] * (width - len(item.classes))] for item in items], device=scores.device
+    )  # (I, C)
+    members = torch.arange(int(of_choice.max()) + 1, device=scores.device)[:, None] == of_choice[:, None]  # (I, K, C)
     masked = scores.masked_fill(~members, -torch.inf)  # (I, K, C)
-    return torch.logsumexp(masked, dim=-1) - members.sum(dim=-1).log()  # (I, K)
-
-
-def gold_classes(items: Sequence[Item]) -> list[int]:
-    """Return the right class of each label-word item."""
-    return [item.gold for item in items if item.gold is not None]
+    return torch.logsumexp(masked, dim=-1) - members.sum(dim=-1).clamp(min=1).log()  # (I, K)
 
 
 def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
     """Return the loss of items as (sum, count), to be divided once over everything that makes one step.
 
-    Without label words it is the negative log-likelihood of the target's tokens, counted in tokens, with the stop
-    token weighing :data:`STOP_WEIGHT`; with label words the cross-entropy over the classes, counted in items.
+    Without classes it is the negative log-likelihood of the target's tokens, counted in tokens, with the stop token
+    weighing :data:`STOP_WEIGHT`; with classes the cross-entropy over them, counted in items: minus the log of the
+    probability that the right ones have together.
 
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
-    if items[0].gold is None:
+    if not items[0].answers:
         own, everything = scored.log_probs.sum(), scored.all_log_probs.sum()
         return -own - STOP_WEIGHT * (everything - own), scored.token_count
-    gold = torch.tensor(gold_classes(items), device=scored.log_probs.device)
-    return functional.cross_entropy(class_scores(items, scored), gold, reduction="sum"), len(items)
+    scores = class_scores(items, scored)  # (I, K)
+    if all(len(item.answers) == 1 for item in items):
+        gold = torch.tensor([item.answers[0] for item in items], device=scores.device)  # (I,)
+        return functional.cross_entropy(scores, gold, reduction="sum"), len(items)
+    is_right = torch.zeros_like(scores, dtype=torch.bool)  # (I, K)
+    for row, item in enumerate(items):
+        is_right[row, list(item.answers)] = True
+    right = torch.log_softmax(scores, dim=-1).masked_fill(~is_right, -torch.inf)  # (I, K)
+    return -torch.logsumexp(right, dim=-1).sum(), len(items)
 
 
 def loss_count(items: Sequence[Item]) -> float:
     """Return what :func:`loss` will count for items, before they are run."""
-    if items[0].gold is None:
+    if not items[0].answers:
         choices = [choice for item in items for choice in item.choices]
         stops = sum(len(choice.target_ids) - choice.own_tokens for choice in choices)
         return sum(choice.own_tokens for choice in choices) + STOP_WEIGHT * stops
@@ -212,12 +303,12 @@ def loss_count(items: Sequence[Item]) -> float:
 
 
 def hits(items: Sequence[Item], scored: Scored) -> list[float]:
-    """Return 1.0 for each item answered rightly: exact match of the target's own tokens, or the right class.
+    """Return 1.0 for each item answered rightly: exact match of the target's own tokens, or a right class.
 
     A target counts if each of its tokens is the likeliest one given the tokens before it, which is what greedy
     decoding would write; what a model would write after the target is not looked at.
     """
-    if items[0].gold is None:
+    if not items[0].answers:
         return [float(value) for value in scored.correct.tolist()]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()
-    return [float(guess == gold) for guess, gold in zip(guesses, gold_classes(items), strict=True)]
+    return [float(guess in item.answers) for guess, item in zip(guesses, items, strict=True)]

@@ -15,9 +15,11 @@ from ptuning.batch import Side, collate
 from ptuning.decode import write_answers
 from ptuning.errors import PromptError, RecordError
 from ptuning.fill import BoundTemplate, Example
+from ptuning.labels import Normalise, Scoring
 from ptuning.model import batches, prefix_tokens, target_logits
-from ptuning.objective import Choice, Item, Normalise, candidate_item, class_scores, score_choices
+from ptuning.objective import Choice, Item, candidate_item, class_scores, closed_items, score_choices
 from ptuning.prompt import Prompt
+from ptuning.questions import Questions
 from ptuning.records import Record, as_records
 from ptuning.weights import TrainedWeights
 
@@ -185,25 +187,49 @@ class PromptModel:
 
     @torch.no_grad()
     def classify(
-        self, records: Sequence[Record], prompt: Prompt, *, normalise: Normalise = "sum"
+        self,
+        records: Sequence[Record] | Questions,
+        prompt: Prompt,
+        *,
+        normalise: Normalise | None = None,
+        calibrate: bool | None = None,
     ) -> list[list[Candidate]]:
-        """Score the labels of a prompt with label words; log-probabilities are normalised over the labels.
+        """Score the labels of a prompt with label words, or the choices that each question brings; log-probabilities
+        are normalised over them.
+
+        Args:
+            records: N records, or questions.
+            prompt: The prompt.
+            normalise: How texts of several tokens are scored; by default as the prompt says.
+            calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
 
         Returns:
-            N lists of the labels, best first.
+            N lists of the labels or choices, best first.
 
         Raises:
-            PromptError: If the prompt has no label words.
+            PromptError: If the prompt has neither label words nor choices.
+            RecordError: If the prompt's choices are missing.
         """
+        data = records.records if isinstance(records, Questions) else as_records(records)
         labels = prompt.label_words
-        if labels is None:
+        if labels is not None:
+            names: list[Sequence[str]] = [labels.labels] * len(data)
+            texts: list[Sequence[str]] = [[word for _, word in labels.flat]] * len(data)
+        elif prompt.has_choices:
+            names = texts = choices_of(records)
+        else:
             raise PromptError("the prompt has no label words; give candidates instead")
         if self.for_prompt(prompt) is not self:
-            return self.for_prompt(prompt).classify(records, prompt, normalise=normalise)
-        table = _Table(self.backbone, [prompt] * len(records), force=self.force)
-        words = [word for _, word in labels.flat]
-        owners = tuple(label for label, _ in labels.flat)
-        items = [Item(item.inputs, item.choices, owners, 0) for item in self._items(as_records(records), table, words)]
+            return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
+        table = _Table(self.backbone, [prompt] * len(data), force=self.force)
+        own = prompt.scoring
+        items = closed_items(
+            prompt.bind(self.backbone, force=self.force),
+            data,
+            texts,
+            classes=tuple(label for label, _ in labels.flat) if labels is not None else None,
+            scoring=Scoring(normalise or own.normalise, own.calibrate if calibrate is None else calibrate, own.keep),
+        )
         found: list[list[Candidate]] = [[]] * len(items)
         rows = [(index, example) for index, item in enumerate(items) for example in item.inputs]
         prefix = self._prefix([example for _, example in rows], [index for index, _ in rows], table)
@@ -211,36 +237,40 @@ class PromptModel:
             group = [items[index] for index in chosen]
             examples = [example for item in group for example in item.inputs]
             scored = score_choices(group, self._run(examples, [i for i in chosen for _ in items[i].inputs], table))
-            scores = torch.log_softmax(class_scores(group, scored, normalise=normalise), dim=-1).cpu()  # (I, K)
+            scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
             for index, values in zip(chosen, scores.tolist(), strict=True):
-                listed = [Candidate(label, value) for label, value in zip(labels.labels, values, strict=True)]
+                listed = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
                 found[index] = sorted(listed, key=lambda candidate: -candidate.log_prob)
         return found
 
     @torch.no_grad()
     def predict(
         self,
-        records: Sequence[Record],
+        records: Sequence[Record] | Questions,
         prompt: Prompt | Sequence[Prompt],
         candidates: Sequence[str] | None = None,
         *,
         top_k: int = 1,
         max_tokens: int | None = None,
-        normalise: Normalise = "sum",
+        normalise: Normalise | None = None,
+        calibrate: bool | None = None,
     ) -> list[Prediction]:
         """Answer records.
 
-        With candidates or label words the likeliest is chosen. Without, a causal model writes until it stops (beam
-        search of width ``top_k``); a masked model fills 1, 2, ... masks and takes the length whose tokens are likeliest
-        on average.
+        With candidates, label words or choices of a row's own the likeliest is chosen. Without, a causal model writes
+        until it stops (beam search of width ``top_k``); a masked model fills 1, 2, ... masks and takes the length whose
+        tokens are likeliest on average.
 
         Args:
-            records: N records; targets are not needed and not looked at.
+            records: N records, or questions of a task; targets are not needed and not looked at.
             prompt: One for all rows, or one per row.
             candidates: A closed set of answers.
             top_k: How many candidates to keep.
             max_tokens: Longest written answer; by default a little more than the longest target seen in training.
-            normalise: How candidates and label words of several tokens are scored.
+            normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt
+                says, and candidates by their sum.
+            calibrate: Whether what an empty record would score is taken off labels and choices; by default as the
+                prompt says.
 
         Returns:
             N predictions.
@@ -250,17 +280,17 @@ class PromptModel:
         for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise RecordError(f"{name} is {value}; it must be 1 or more")
+        data = records.records if isinstance(records, Questions) else as_records(records)
         if candidates is not None:
-            ranked = self.rank(records, prompt, candidates, normalise=normalise)
+            ranked = self.rank(data, prompt, candidates, normalise=normalise or "sum")
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
-        prompts, data = _per_row(prompt, len(records)), as_records(records)
         answers: dict[int, Prediction] = {}
-        for one, indices in _by_prompt(prompts):
+        for one, indices in _by_prompt(_per_row(prompt, len(records))):
             rows = [data[index] for index in indices]
-            if one.label_words is not None:
-                found = [
-                    Prediction(row[0].text, tuple(row[:top_k])) for row in self.classify(rows, one, normalise=normalise)
-                ]
+            if one.label_words is not None or one.has_choices:
+                asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
+                ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
+                found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
             else:
                 found = self.for_prompt(one)._write(
                     rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
@@ -361,6 +391,20 @@ def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
     if len(prompts) != rows:
         raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
     return list(prompts)
+
+
+def choices_of(records: Sequence[Record] | Questions) -> list[Sequence[str]]:
+    """Return the choices of each question.
+
+    Raises:
+        RecordError: If these are records without choices.
+    """
+    if not isinstance(records, Questions) or not all(question.choices for question in records):
+        raise RecordError(
+            "the prompt chooses among texts that each row brings, and these records have none; read them with their "
+            "task (--task NAME, or load_task(NAME).read(FILE))"
+        )
+    return [question.choices for question in records]
 
 
 def _vectors(prompt: Prompt, *, width: int = 0) -> Tensor:

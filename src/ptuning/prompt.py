@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError, LabelWordError, PromptError, TemplateError
+from ptuning.errors import FileError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import (
     Json,
     make_folder,
@@ -28,7 +28,8 @@ from ptuning.files import (
     write_text,
 )
 from ptuning.fill import BoundTemplate
-from ptuning.labels import LabelWords
+from ptuning.labels import LabelWords, Normalise, Scoring
+from ptuning.tasks import TaskFile
 from ptuning.template import Template
 from ptuning.weights import TrainedWeights
 
@@ -75,6 +76,9 @@ class Prompt:
         slot_vectors: (P, E) float32, in template order; None for a template without slots.
         backbone: Which (frozen) backbone it was trained on; None for a manual prompt.
         label_words: For classification.
+        task: The task it was made for: how rows become records, and whether they bring their own choices.
+        calibrate: Whether what an empty record would score is taken off labels and choices.
+        normalise: How labels and choices of several tokens are scored.
         target_tokens: Longest target seen in training; bounds what ``predict`` writes.
         multiline: Whether targets in training held line breaks; if not, a written answer ends with its line.
         method: How it was made.
@@ -96,6 +100,9 @@ class Prompt:
     method: str = "manual"
     seed: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
+    task: TaskFile | None = None
+    calibrate: bool = False
+    normalise: Normalise = "sum"
     weights: TrainedWeights | None = None
 
     def __post_init__(self) -> None:
@@ -117,14 +124,25 @@ class Prompt:
             raise PromptError("slot vectors need to say which backbone they belong to")
 
     @classmethod
-    def manual(cls, template: str | Template, *, label_words: LabelWords | None = None) -> Prompt:
-        """Make a manual prompt from a template without slots; it fits any backbone.
+    def manual(
+        cls, template: str | Template, *, label_words: LabelWords | None = None, task: TaskFile | None = None
+    ) -> Prompt:
+        """Make a manual prompt from a template without slots; it fits any backbone. A task brings its label words, and
+        how they are scored.
 
         Raises:
             TemplateError: If the pattern is malformed.
             PromptError: If it has slots.
         """
-        return cls(as_template(template), label_words=label_words)
+        if task is None:
+            return cls(as_template(template), label_words=label_words)
+        return cls(
+            as_template(template),
+            label_words=label_words or task.label_words,
+            task=task,
+            calibrate=task.calibrate,
+            normalise=task.normalise,
+        )
 
     @classmethod
     def from_token_ids(cls, template: str | Template, slot_token_ids: Sequence[int], backbone: Backbone) -> Prompt:
@@ -153,6 +171,16 @@ class Prompt:
     def slots(self) -> int:
         """Number of slots P."""
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether it chooses among texts that each row brings."""
+        return self.label_words is None and self.task is not None and self.task.has_choices
+
+    @property
+    def scoring(self) -> Scoring:
+        """How labels and choices are scored."""
+        return Scoring(self.normalise, self.calibrate, self.task.closed_fields if self.task is not None else ())
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
@@ -302,7 +330,7 @@ class Prompt:
                     raise TypeError("'weights' must be an object")
                 weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
             return _from_manifest(manifest, vectors if slots else None, weights)
-        except (KeyError, TypeError, AttributeError, ValueError, TemplateError, LabelWordError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, TemplateError, LabelWordError, TaskError) as error:
             raise PromptError(f"{where} is damaged: {error}") from error
 
     def _manifest(self, vectors_sha256: str) -> dict[str, Json]:
@@ -310,6 +338,10 @@ class Prompt:
             "format_version": FORMAT_VERSION,
             "template": str(self.template),
             "label_words": {k: list(v) for k, v in self.label_words.words.items()} if self.label_words else None,
+            "task": self.task.to_json() if self.task else None,
+            "choices": self.has_choices,
+            "calibrate": self.calibrate,
+            "normalise": self.normalise,
             "backbone": dict(vars(self.backbone)) if self.backbone else None,
             "width": None if self.slot_vectors is None else self.slot_vectors.shape[1],
             "slots": self.slots,
@@ -344,6 +376,10 @@ class Prompt:
         if self.label_words:
             listed = "; ".join(f"{label}: {', '.join(words)}" for label, words in self.label_words.words.items())
             lines.append(f"| label words | {listed} |")
+        if self.task:
+            lines.append(f"| task | {self.task.name}, version {self.task.version} |")
+        if self.has_choices:
+            lines.append("| chooses among | the choices that each row brings |")
         lines += [
             f"| {name.replace('_', ' ')} (development part) | {value:.3f} |" for name, value in self.scores.items()
         ]
@@ -402,11 +438,13 @@ def _read_vectors(data: bytes, where: Path) -> Tensor:
 
 def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None, weights: TrainedWeights | None) -> Prompt:
     words, backbone, scores = manifest["label_words"], manifest["backbone"], manifest.get("scores") or {}
-    seed = manifest.get("seed")
+    seed, task, normalise = manifest.get("seed"), manifest.get("task"), manifest.get("normalise", "sum")
     if not isinstance(words, Mapping | None) or not isinstance(backbone, Mapping | None):
         raise TypeError("'label_words' and 'backbone' must be objects or null")
     if words and not all(isinstance(listed, list) for listed in words.values()):
         raise TypeError("'label_words' must hold a list of words for each label")
+    if not isinstance(task, Mapping | None) or normalise not in ("sum", "mean"):
+        raise TypeError("'task' must be an object or null, and 'normalise' \"sum\" or \"mean\"")
     if not isinstance(scores, Mapping) or not isinstance(seed, int | None):
         raise TypeError("'scores' must be an object and 'seed' a number")
     return Prompt(
@@ -427,5 +465,8 @@ def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None, weights
         method=str(manifest["method"]),
         seed=seed,
         scores={str(name): float(str(value)) for name, value in scores.items()},
+        task=TaskFile.parse(str(task["file"]), where="its task") if task else None,
+        calibrate=manifest.get("calibrate") is True,
+        normalise="mean" if normalise == "mean" else "sum",
         weights=weights,
     )

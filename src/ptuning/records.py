@@ -157,13 +157,16 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
             )
 
 
-def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Records, Records]:
+def split_records(
+    records: Records, *, fraction: float, seed: int, groups: Sequence[str | None] | None = None
+) -> tuple[Records, Records]:
     """Set a seeded share of the records aside; records with the same input stay together.
 
     Args:
         records: At least two different inputs.
         fraction: Share of the second part, in (0, 1).
         seed: Seed of the draw.
+        groups: For each record the name of what stays together with it, if there is more than its input.
 
     Returns:
         The larger part and the part set aside, each in the original order.
@@ -173,13 +176,15 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
     """
     answers = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
     inputs = [canonical_json({name: text for name, text in row.items() if name not in answers}) for row in records]
-    groups = sorted(set(inputs))
-    if len(groups) < 2:
+    if groups is not None:
+        inputs = [own if group is None else f"group {group}" for own, group in zip(inputs, groups, strict=True)]
+    drawn = sorted(set(inputs))
+    if len(drawn) < 2:
         raise RecordError(
             f"{records.name}: too few different records to set some aside; give a development file (--dev)"
         )
-    random.Random(f"split {seed}").shuffle(groups)
-    aside = set(groups[: min(len(groups) - 1, max(1, round(len(groups) * fraction)))])
+    random.Random(f"split {seed}").shuffle(drawn)
+    aside = set(drawn[: min(len(drawn) - 1, max(1, round(len(drawn) * fraction)))])
     kept = [row for row, key in zip(records, inputs, strict=True) if key not in aside]
     held = [row for row, key in zip(records, inputs, strict=True) if key in aside]
     percent = f"{fraction:.0%}"

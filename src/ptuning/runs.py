@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -18,14 +19,16 @@ from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
-from ptuning.labels import LabelWords
+from ptuning.labels import LabelWords, Scoring
 from ptuning.measure import Report, evaluate, measure_ceiling
-from ptuning.objective import Item, label_items, target_items
+from ptuning.objective import Item, choice_items, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
-from ptuning.records import TARGET_FIELD, Record, Records, as_records, require_targets, split_records
+from ptuning.questions import Questions, as_questions, with_few_choices
+from ptuning.records import TARGET_FIELD, Record, Records, require_targets, split_records
+from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, Trainer, derived_seed
+from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -55,12 +58,14 @@ class TrainResult:
 
 def train(
     template: str | Template,
-    data: Sequence[Record],
+    data: Sequence[Record] | Questions,
     *,
     backbone: Backbone,
-    dev: Sequence[Record] | None = None,
+    dev: Sequence[Record] | Questions | None = None,
     config: TrainConfig | None = None,
     labels: LabelWords | str | None = None,
+    task: TaskFile | None = None,
+    calibrate: bool | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -74,11 +79,14 @@ def train(
     Args:
         template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``; without any where the backbone is
             trained (``tune``).
-        data: Records to learn from, with targets.
+        data: Records to learn from, with targets, or questions of a task.
         backbone: From :func:`ptuning.load_backbone`; it does not change.
         dev: Records to choose by; without them a seeded share of ``data`` is set aside.
         config: Settings; the defaults of :class:`TrainConfig` otherwise.
-        labels: Label words, for classification.
+        labels: Label words, for classification; by default the task's.
+        task: The task that ``data`` belongs to, which the prompt carries along.
+        calibrate: Whether what an empty record would score is taken off labels and choices; by default as the task
+            says.
         out: Folder for prompt, record, predictions and checkpoint; without it nothing is written.
         resume: Go on from the checkpoint in ``out``; a finished run is returned as it is.
         overwrite: Replace an earlier run in ``out``.
@@ -104,17 +112,27 @@ def train(
             "from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
         )
     words = LabelWords.parse(labels) if isinstance(labels, str) else labels
-    parts = {"train": as_records(data)} if dev is None else {"train": as_records(data), "dev": as_records(dev)}
+    if task is not None:
+        words = words or task.label_words
+    asked = {"train": as_questions(data)} if dev is None else {"train": as_questions(data), "dev": as_questions(dev)}
+    scoring = _scoring(task, calibrate, closed=words is not None or asked["train"].has_choices)
+    parts = {name: questions.records for name, questions in asked.items()}
     for name, records in parts.items():
         _check(name, records, words)
     multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
     bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
     if words is not None:
         words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
-    items = {name: _items(bound, records, words, config) for name, records in parts.items()}
+    items = {name: _items(bound, questions, words, config, scoring) for name, questions in asked.items()}
     if dev is None:
-        parts, items = _set_aside(parts["train"], items["train"], config)
+        asked, items = _set_aside(asked["train"], items["train"], config)
+        parts = {name: questions.records for name, questions in asked.items()}
+    if asked["train"].has_choices:
+        few = with_few_choices(asked["train"], TRAIN_CHOICES, seed=config.seed)
+        items["train"] = _items(bound, few, words, config, scoring)
+        config = in_small_passes(config, items["train"])
     record = _first_record(parsed, words, parts, items, backbone, config, command)
+    record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
     folder = Path(out) if out is not None else None
     if folder is not None:
         finished = _prepare(folder, identity(record), resume=resume, overwrite=overwrite)
@@ -140,7 +158,12 @@ def train(
         if best is None or _rank(trainer) > _rank(best):
             best = trainer
     assert best is not None
-    prompt = _prompt(parsed, words, best, items)
+    prompt = replace(
+        _prompt(parsed, words, best, items),
+        task=task,
+        calibrate=scoring.calibrate,
+        normalise=scoring.normalise,
+    )
     record |= _outcome(best, seconds=time.monotonic() - began + before)
     if config.starts > 1:
         record["starts"] = list(starts)
@@ -149,7 +172,7 @@ def train(
             backbone, items["train"], batch_size=config.batch_size, slots=bound.slots
         )
     if folder is not None and best.accelerator.is_main_process:
-        _write(folder, prompt, record, parts["dev"], items["dev"], best.backbone)
+        _write(folder, prompt, record, asked["dev"], items["dev"], best.backbone)
     return TrainResult(prompt, record, folder)
 
 
@@ -197,19 +220,54 @@ def _check(name: str, records: Records, words: LabelWords | None) -> None:
 
 
 def _set_aside(
-    records: Records, items: Sequence[Item], config: TrainConfig
-) -> tuple[dict[str, Records], dict[str, list[Item]]]:
+    questions: Questions, items: Sequence[Item], config: TrainConfig
+) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
     """Take a development part out of the training data. Everything was read before, so errors count its own records."""
-    made = {id(record): item for record, item in zip(records, items, strict=True)}
-    kept, aside = split_records(records, fraction=config.dev_fraction, seed=config.seed)
-    parts = {"train": kept, "dev": aside}
-    return parts, {name: [made[id(record)] for record in part] for name, part in parts.items()}
+    made = {id(one.record): (one, item) for one, item in zip(questions, items, strict=True)}
+    kept, aside = split_records(
+        questions.records,
+        fraction=config.dev_fraction,
+        seed=config.seed,
+        groups=[question.group for question in questions],
+    )
+    parts = {
+        name: Questions((made[id(record)][0] for record in part), name=part.name, digest=part.sha256)
+        for name, part in (("train", kept), ("dev", aside))
+    }
+    return parts, {name: [made[id(one.record)][1] for one in part] for name, part in parts.items()}
 
 
-def _items(bound: BoundTemplate, records: Records, words: LabelWords | None, config: TrainConfig) -> list[Item]:
+def _items(
+    bound: BoundTemplate, questions: Questions, words: LabelWords | None, config: TrainConfig, scoring: Scoring
+) -> list[Item]:
     if words is not None:
-        return label_items(bound, records, words)
-    return target_items(bound, records, with_stop=config.learn_to_stop)
+        return label_items(bound, questions.records, words, scoring=scoring)
+    if questions.has_choices:
+        return choice_items(bound, questions, scoring=scoring)
+    return target_items(bound, questions.records, with_stop=config.learn_to_stop)
+
+
+def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> Scoring:
+    """Return how labels and choices are scored: as the task says, unless asked otherwise."""
+    if calibrate and not closed:
+        raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
+    if task is None:
+        return Scoring(calibrate=bool(calibrate))
+    return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
+
+
+def _of_task(
+    task: TaskFile | None, record: Mapping[str, Json], scoring: Scoring, *, has_choices: bool
+) -> dict[str, Json]:
+    """Return what the record says of the task; a run without one stays as it always was."""
+    if task is None and not has_choices and not scoring.calibrate:
+        return {}
+    settings = cast("Mapping[str, Json]", record["settings"])
+    return {
+        "task": task.to_json() if task else None,
+        "choices": has_choices,
+        "settings": {**settings, "normalise": scoring.normalise, "calibrate": scoring.calibrate},
+    }
 
 
 def _first_record(
@@ -307,7 +365,7 @@ def _prompt(
     items: Mapping[str, Sequence[Item]],
 ) -> Prompt:
     longest = max(choice.own_tokens for item in items["train"] for choice in item.choices)
-    name = "accuracy" if words is not None else "exact_match"
+    name = "accuracy" if items["dev"][0].answers else "exact_match"
     return Prompt(
         template,
         trainer.best_vectors if template.has_slots else None,
@@ -344,13 +402,13 @@ def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrit
 
 
 def _write(
-    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Records, items: Sequence[Item], backbone: Backbone
+    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Questions, items: Sequence[Item], backbone: Backbone
 ) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
     vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
     found = evaluate(backbone, items, vectors=vectors, slots=prompt.slots)
     predictions = PromptModel(backbone).predict(dev, prompt)
-    write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev, predictions, found.hits))
+    write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ptuning.metrics import Score
     from ptuning.predict import Prediction
     from ptuning.prompt import Prompt
+    from ptuning.questions import Questions
     from ptuning.records import Records
     from ptuning.runs import TrainResult
 
@@ -168,7 +169,7 @@ def training(result: TrainResult) -> None:
     line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
 
 
-def evaluation(name: str, data: Records, found: Result, *, as_json: bool) -> None:
+def evaluation(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
     """Print scores with their intervals."""
     if as_json:
         _print_json(

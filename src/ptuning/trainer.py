@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
 
 # A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
 SAVING_PAUSE = 20.0
+
+# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
+TRAIN_CHOICES = 10
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
@@ -199,7 +205,7 @@ class Trainer:
         state = self.state
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
-            state.start = {"dev_loss": found.loss, "dev_score": found.score}
+            state.start = {"dev_loss": found.loss, "dev_score": found.score, **_guessed(found)}
             self._consider(found, epoch=0)
         while not state.done:
             if self.weights:
@@ -324,6 +330,7 @@ class Trainer:
                 "train_loss": state.epoch_loss_sum / state.epoch_loss_count,
                 "dev_loss": found.loss,
                 "dev_score": found.score,
+                **_guessed(found),
                 "seconds": state.epoch_seconds,
             }
         )
@@ -412,6 +419,19 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
+
+
+def _guessed(found: Evaluation) -> dict[str, int]:
+    """Return how many different classes were guessed, where there are classes: one alone is a sign of a stuck model."""
+    return {"guessed_classes": len(set(found.guesses))} if found.guesses else {}
 
 
 def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:

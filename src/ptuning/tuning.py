@@ -15,10 +15,11 @@ from ptuning.baselines import target_tokens
 from ptuning.config import Tune
 from ptuning.errors import ConfigError
 from ptuning.files import Json
+from ptuning.head import HeadModel
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
-from ptuning.records import Records
+from ptuning.questions import Questions
 from ptuning.runs import train
 from ptuning.template import Field, Literal, Piece, Target, Template
 
@@ -26,6 +27,8 @@ LEARNED = "p-tuning"
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
 # configured rate. Source: docs/paper.md (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
+# So many evaluations with the same guess for every row are worth a warning.
+STUCK_EVALUATIONS = 3
 # Cost of training in forward passes: backward to the slots is as dear as forward, to all weights twice as dear.
 FROZEN_PASSES, LORA_PASSES, TUNED_PASSES = 2.5, 3.5, 4.5
 # Which setting is the learning rate that is tried.
@@ -51,10 +54,13 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
     passes=(TUNED_PASSES, 1.0),
 )
 def fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target, without words around them.
+    """Train all weights on the fields and the target, without words around them; with a classification head where the
+    task has labels, or rows bring choices.
 
-    Source: Liu et al. (2021), section 4.1 (FT).
+    Source: Liu et al. (2021), section 4.1 (FT), and section 4.2 with a head.
     """
+    if task.file is not None:
+        return _tune_head(task, setup)
     return _learn(task, setup, bare(task.manual), tune="tuned")
 
 
@@ -159,6 +165,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 template,
                 task.train,
                 dev=task.dev,
+                task=task.file,
                 backbone=setup.backbone,
                 config=config,
                 out=folder / f"try-{number}",
@@ -167,7 +174,8 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 should_stop=setup.should_stop,
             )
             records.append(result.record)
-            score, loss = (result.prompt.scores[name] for name in ("exact_match", "loss"))
+            name = "accuracy" if task.file is not None else "exact_match"
+            score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # and with it the weights, before the next copy is made
         best = _best(tried)
@@ -175,19 +183,58 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         model = PromptModel(setup.backbone).for_prompt(prompt)
         for number in range(1, len(tried) + 1) if tune == "tuned" else ():
             shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
-    kept = {name: records[best][name] for name in ("history", "chosen_epoch", "trainable_parameters")}
-    return _solution(task, setup, model, prompt, {**_tries(tried), **kept})
+    return _solution(task, setup, model, prompt, {**_tries(tried), **_noted(records[best])})
+
+
+def _tune_head(task: Task, setup: Setup) -> Solution:
+    """Train copies of the backbone with a classification head, and answer with the one best on the development part."""
+    tried: list[dict[str, Json]] = []
+    best: HeadModel | None = None
+    for factor in tried_factors(setup.tries):
+        rate = setup.config.backbone_lr * factor
+        model = HeadModel(task, setup, replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate))
+        tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
+        if _best(tried) == len(tried) - 1:
+            best = model
+    assert best is not None
+    prompt = str(best.bound.template)
+    return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
+
+
+def _noted(record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what a cell's record keeps of a training, with a warning where its guesses were stuck."""
+    kept = {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
+    text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
+    return {**kept, **({"warnings": [text]} if text else {})}
+
+
+def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
+    """Return a warning if all guesses on the development part were one class in several evaluations in a row, though
+    not all rows are of that class.
+
+    Args:
+        evaluations: The start's and each epoch's.
+    """
+    longest = run = 0
+    for one in evaluations:
+        run = run + 1 if one.get("guessed_classes") == 1 and one["dev_score"] < 1 else 0
+        longest = max(longest, run)
+    if longest < STUCK_EVALUATIONS:
+        return None
+    return f"{longest} evaluations in a row guessed one class for every row of the development part"
 
 
 def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:
-    def answer(records: Records) -> list[Answer]:
+    is_written = not task.single_token and task.file is None
+
+    def answer(questions: Questions) -> list[Answer]:
         return answer_records(
             model,
             prompt,
-            records,
+            questions,
             closed=task.vocabulary,
             single_token=task.single_token,
-            max_tokens=None if task.single_token else target_tokens(task, setup, task.manual),
+            max_tokens=target_tokens(task, setup, task.manual) if is_written else None,
             report=setup.report,
         )
 

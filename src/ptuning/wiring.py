@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,19 +20,24 @@ from typer.core import TyperCommand
 
 from ptuning import defaults, show
 from ptuning.config import TrainConfig, named_values, unknown_option
-from ptuning.errors import ConfigError, FileError, RecordError
+from ptuning.errors import ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
     from ptuning.backbone import Backbone, Dtype
+    from ptuning.labels import Normalise
     from ptuning.measure import Report
-    from ptuning.objective import Normalise
     from ptuning.prompt import Prompt
+    from ptuning.questions import Questions
     from ptuning.records import Records
+    from ptuning.tasks import TaskFile
+    from ptuning.template import Template
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
 SETTINGS = TrainConfig()
+# What an option stands for that is given without its value.
+OPTIONAL_VALUES = {"--few-shot": "32"}
 
 
 class Command(TyperCommand):
@@ -40,7 +46,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, and turn an unknown option into an error that says what was meant."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, with_optional_values(args))
         except Exception as error:
             # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
             name = getattr(error, "option_name", None)
@@ -49,13 +55,32 @@ class Command(TyperCommand):
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
 
 
+def with_optional_values(args: Sequence[str]) -> list[str]:
+    """Return arguments with the values that may be left out.
+
+    Example:
+        >>> with_optional_values(["--few-shot", "--seeds", "3"])
+        ['--few-shot', '32', '--seeds', '3']
+    """
+    found: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        found.append(arg)
+        if arg in OPTIONAL_VALUES and following.startswith("-"):
+            found.append(OPTIONAL_VALUES[arg])
+    return found
+
+
 BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
 DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
-NormaliseOption = Annotated[str, typer.Option(metavar="sum|mean", help="Score of candidates of several tokens.")]
+NormaliseOption = Annotated[str | None, typer.Option(metavar="sum|mean", help="Score of answers of several tokens.")]
+CalibrateOption = Annotated[
+    bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
+]
+TaskOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.")]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
 WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
@@ -93,13 +118,21 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def normalise_of(value: str, *, closed: bool) -> Normalise:
-    """Return how candidates are scored; it goes with a closed set of answers only."""
-    if value not in ("sum", "mean"):
+def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
+    """Return how answers of several tokens are scored, None for as the prompt says; it goes with a closed set only."""
+    if value not in ("sum", "mean", None):
         raise ConfigError(f"--normalise is sum or mean, not '{value}'")
-    if value != "sum" and not closed:
-        raise ConfigError("--normalise goes with a closed set of answers: --candidates, or in predict label words")
-    return cast("Normalise", value)
+    if value == "mean" and not closed:
+        raise ConfigError(
+            "--normalise goes with a closed set of answers: --candidates, label words, or a task's choices"
+        )
+    return cast("Normalise | None", value)
+
+
+def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
+    """Check that there is something to calibrate: label words or choices, and no candidates in their place."""
+    if calibrate and (candidates or not (prompt.label_words or prompt.has_choices)):
+        raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
 
 
 def records_of(source: str, field: Sequence[str] | None) -> Records:
@@ -110,31 +143,106 @@ def records_of(source: str, field: Sequence[str] | None) -> Records:
         return load_records(source, fields=fields_of(field))
 
 
-def prompt_of(source: str, *, without: str | None = None) -> Prompt:
-    """Load a prompt, or make a manual one of ``manual:TEMPLATE``; leave out a part of it if asked to."""
+def task_of(name: str | None) -> TaskFile | None:
+    """Load the task that is asked for, if any."""
+    if name is None:
+        return None
+    from ptuning.tasks import load_task
+
+    return load_task(name)
+
+
+def data_of(
+    source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
+) -> Records | Questions:
+    """Read data: a file or shipped facts; with a task one of its files, a folder (of which ``part`` is taken), or a
+    part of a folder as ``DIR:PART``.
+    """
+    if task is None:
+        return records_of(source, field)
+    if field:
+        raise ConfigError("--field goes without a task; where fields stand in a row is said by the task file")
+    from ptuning.tasks import find_split
+
+    path, (folder, colon, named) = Path(source), source.rpartition(":")
+    if path.is_dir():
+        path = find_split(path, task, part)
+    elif colon and not path.exists() and Path(folder).is_dir():
+        path = find_split(Path(folder), task, named)
+    elif not path.exists():
+        there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileError(
+            f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
+            "such as DIR, or a part of one such as DIR:val"
+        )
+    with show.waiting(f"reading {path}"):
+        return task.read(path, labelled=labelled)
+
+
+def dev_part(data: str, task: TaskFile | None) -> Questions | None:
+    """Read the development part beside a task's training part, if ``data`` is a folder that has one."""
+    from ptuning.tasks import find_split
+
+    if task is None or not Path(data).is_dir():
+        return None
+    try:
+        path = find_split(Path(data), task, "dev")
+    except FileError:
+        show.say(f"{data} has no development part; a share of the training part is set aside")
+        return None
+    return task.read(path)
+
+
+def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
+    """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
+    Leave out a part of it if asked to.
+
+    A task that is given goes in front of the one that the prompt was made for.
+    """
     with show.waiting("starting"):
         from ptuning.prompt import Prompt
 
     if source.startswith("manual:"):
-        found = Prompt.manual(source.removeprefix("manual:").lstrip())
-    else:
-        found = Prompt.load(source)
-    return found if without is None else found.without(without)
+        template = source.removeprefix("manual:").strip()
+        numbered = task is not None and (not template or template.isdecimal())
+        if task is not None and numbered:
+            found = Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
+        else:
+            found = Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
+        return found if without is None else found.without(without)
+    found = Prompt.load(source)
+    found = found if without is None else found.without(without)
+    if task is None:
+        return found
+    if found.task is not None and found.task.name != task.name:
+        raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
+    return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
-def records_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> Records:
-    """Read the records to answer: a text, a file, or the standard input."""
-    from ptuning.records import Records, read_rows
+def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Template:
+    """Return a task's template by its number, from 1."""
+    if not 1 <= number <= len(templates):
+        raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
+    return templates[number - 1]
+
+
+def data_to_answer(
+    prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
+) -> Records | Questions:
+    """Read what is to be answered: a text, data, or the standard input; by the prompt's task where it has one."""
+    from ptuning.records import Records, raw_rows, read_rows
 
     if (text is None) == (data is None):
         raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
     if data == "-":
-        rows = read_rows(sys.stdin.buffer.read(), name="standard input", fields=fields_of(field))
-        if not rows:
+        given = sys.stdin.buffer.read()
+        if not given.strip():
             raise RecordError("the standard input holds no records; it needs one JSON object per line")
-        return Records(rows, name="standard input")
+        if prompt.task is not None:
+            return prompt.task.read_named(raw_rows(given, name="standard input"), name="standard input", labelled=False)
+        return Records(read_rows(given, name="standard input", fields=fields_of(field)), name="standard input")
     if data is not None:
-        return records_of(data, field)
+        return data_of(data, field, prompt.task, part="test", labelled=False)
     fields = prompt.template.fields
     if len(fields) != 1:
         raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")

@@ -1,0 +1,58 @@
+"""Phrases of a sentence that a pronoun in it could stand for, found without a parser. Knows no tasks."""
+
+from __future__ import annotations
+
+import re
+
+# Words that begin a noun phrase, and words that can stand in none.
+_DETERMINERS = "a an the this that these those my your his her its our their some any no every each"
+_STOPPERS = (
+    "i you he she it we they me him us them himself herself itself themselves who whom which what whose where "
+    "when why how and or but nor so yet if because although though while since until unless than as of in on at "
+    "by for from with to into onto over under after before behind beside between through across around about "
+    "against off out up down is are was were be been being am do does did have has had will would shall should "
+    "can could may might must not there here then now very too also just only still always never even again all "
+    "both"
+)
+DETERMINERS, STOPPERS = frozenset(_DETERMINERS.split()), frozenset(_STOPPERS.split())
+LONGEST_PHRASE = 3
+
+
+def noun_phrases(text: str) -> list[str]:
+    """Return the phrases of a text that look like noun phrases: names (words with capitals that stand together), and
+    up to three words behind an article or a possessive. Some are wrong, and some are missing; they are distractors.
+
+    Example:
+        >>> noun_phrases("The man lifted Bob because he was strong.")
+        ['The man', 'Bob']
+    """
+    found: list[str] = []
+    for clause in re.split(r"[.,;:!?\"()]+", text):
+        words = [word for word in clause.replace("*", "").split() if re.search(r"\w", word)]
+        at = 0
+        while at < len(words):
+            length = _phrase(words, at)
+            if length:
+                found.append(" ".join(words[at : at + length]))
+            at += max(1, length)
+    return list(dict.fromkeys(found))
+
+
+def _phrase(words: list[str], at: int) -> int:
+    """Return how many words of a phrase begin here; 0 if none does."""
+    first = words[at].lower()
+    if first in DETERMINERS:
+        rest = 0
+        for word in words[at + 1 : at + 1 + LONGEST_PHRASE]:
+            if word.lower() in STOPPERS or word.lower() in DETERMINERS or _looks_like_a_verb(word, behind=rest):
+                break
+            rest += 1
+        return rest + 1 if rest else 0
+    length = 0
+    while at + length < len(words) and words[at + length][0].isupper() and words[at + length].lower() not in STOPPERS:
+        length += 1
+    return length
+
+
+def _looks_like_a_verb(word: str, *, behind: int) -> bool:
+    return behind > 0 and re.fullmatch(r"[a-z]+(ed|ing)", word) is not None
