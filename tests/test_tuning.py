@@ -17,6 +17,7 @@ from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
+from ptuning.measure import Progress
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
@@ -31,8 +32,9 @@ WORDS = ("yes", "good", "great", "bad")
 TRAIN: list[Record] = [{"x": name, "y": WORDS[at % 4]} for at, name in enumerate(("Kenya", "Peru", "a", "movie"))]
 DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good"}, {"x": "Kenya", "y": "great"}]
 TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
-TRAINED = ("p-tuning", *TUNING)
-QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, patience=9)
+LORA = ("manual+lora", "p-tuning+lora")
+TRAINED = ("p-tuning", *TUNING, *LORA)
+QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
 LEARNS = replace(QUICK, epochs=20, backbone_lr=5e-3, patience=20)
 
 
@@ -83,7 +85,7 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
     """Steps so large that the last epoch is not the best one."""
-    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02)
+    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
     solution = fit(method, causal, config)
     record: Any = solution.record
     scores = [epoch["dev_score"] for epoch in record["history"]]
@@ -108,7 +110,7 @@ def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -
 def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
     config = replace(LEARNS, epochs=3)
     record: Any = (several := fit(method, causal, config, tries=3, task=task(TRAIN, TRAIN))).record
-    setting = "lr" if method == "p-tuning" else "backbone_lr"
+    setting = "lr" if method == "p-tuning" else "lora_lr" if method in LORA else "backbone_lr"
     base = getattr(config, setting)
     assert [one["settings"] for one in record["tried"]] == [{setting: base * factor} for factor in TRIED_FACTORS[:3]]
     best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
@@ -156,6 +158,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
     return seen
 
 
+def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
+    config = replace(LEARNS, epochs=40, patience=40, lora_lr=0.02)
+    for method in LORA:
+        solution = fit(method, backbone, config, task=task(TRAIN, TRAIN))
+        history: Any = solution.record["history"]
+        assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+        everything = sum(weight.numel() for weight in backbone.model.parameters())
+        trained: Any = solution.record["trainable_parameters"]
+        assert (0 < trained < everything) or method == "p-tuning+lora"
+
+
 @pytest.mark.parametrize("method", TUNING)
 def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
     method: str, causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
@@ -163,7 +176,7 @@ def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
     fit(method, causal)
     assert set(watched["training"]) == {(True, True, torch.float32)}
     assert set(watched["scoring"]) == {(False, False, torch.float32)}
-    assert len(watched["scoring"]) == 1 + QUICK.epochs
+    assert len(watched["scoring"]) == 1 + QUICK.epochs + 1  # and once more for the record's predictions
 
 
 def test_a_bfloat16_backbone_is_tuned_in_float32(
@@ -203,14 +216,27 @@ def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
         assert max(answer.rank or 0 for answer in found) == 4  # a target that is not in it
 
 
-@pytest.mark.parametrize("method", TUNING)
-def test_stopped_it_leaves_no_weights(method: str, causal: Backbone, tmp_path: Path) -> None:
-    asked = iter([False, True])
+@pytest.mark.parametrize("method", TRAINED)
+def test_stopped_it_goes_on_where_it_was(method: str, causal: Backbone, tmp_path: Path) -> None:
+    whole = fit(method, causal, tries=2)
+    asked = iter([False] * 3 + [True])
     with pytest.raises(Interrupted):
-        fit(method, causal, folder=tmp_path, should_stop=lambda: next(asked))
-    assert list(tmp_path.iterdir()) == []
-    fit(method, causal, folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        fit(method, causal, tries=2, folder=tmp_path, should_stop=lambda: next(asked))
+    steps: list[Progress] = []
+    resumed = fit(method, causal, tries=2, folder=tmp_path, report=steps.append)
+    assert resumed.record["tried"] == whole.record["tried"]
+    assert len([step for step in steps if step.stage == "train"]) == 8 - 4
+    assert resumed.answer(Records(DEV)) == whole.answer(Records(DEV))
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_whole_backbones_do_not_stay_on_disk(method: str, causal: Backbone, tmp_path: Path) -> None:
+    """A comparison of many cells would fill any disk; prompts and adapters are small, and stay."""
+    fit(method, causal, folder=tmp_path, tries=2)
+    left = [] if method in TUNING else ["try-1", "try-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    for name in left:
+        assert Prompt.load(tmp_path / name).method == method
 
 
 def test_only_fields_and_target_are_left_of_a_bare_template() -> None:

@@ -97,7 +97,7 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = RunState()
         self.best_vectors = self.vectors()
-        self.kept = KeptWeights(checkpoint) if self.weights else None
+        self.kept: KeptWeights | None = None
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
     @staticmethod
@@ -122,12 +122,12 @@ class Trainer:
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
         ]
-        rate = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
         decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
         for is_matrix in (True, False):
             weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
             if weights:
-                groups.append({"params": weights, "lr": rate, "weight_decay": decay if is_matrix else 0.0})
+                groups.append({"params": weights, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
         # Fused where it matters: other variants hold a second copy of all weights while they step.
         fused = True if config.tune == "tuned" else None
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
@@ -182,6 +182,7 @@ class Trainer:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
+        self.kept = KeptWeights(self.checkpoint) if self.weights else None
         try:
             self._fit(train, dev, report or (lambda _: None), should_stop)
             if self.kept is not None:
@@ -236,6 +237,7 @@ class Trainer:
             kept.restore(self.weights, epoch=self.state.chosen_epoch)
         except PromptError as error:
             raise TrainingError(f"{error}; start anew with --overwrite") from error
+        self.accelerator.wait_for_everyone()  # nobody removes the file while another one reads it
         self.backbone.__dict__.pop("fingerprint", None)  # of the weights as they were
         self.backbone.freeze()
         self.optimizer.state.clear()

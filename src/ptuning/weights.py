@@ -127,6 +127,7 @@ class TrainedWeights:
             raise PromptError(
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
             )
+        other.trained = self.mark
         return other
 
     def save(self, folder: Path) -> dict[str, Json]:
@@ -305,7 +306,8 @@ def _model_files(backbone: Backbone) -> dict[str, bytes]:
         config = copy.deepcopy(backbone.model.config)
         config.dtype = torch.float32
         config.save_pretrained(folder)
-        if backbone.model.generation_config is not None:
-            backbone.model.generation_config.save_pretrained(folder)
+        generation = getattr(backbone.model, "generation_config", None)  # which only models that write have
+        if generation is not None:
+            generation.save_pretrained(folder)
         backbone.tokenizer.save(folder)
         return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
