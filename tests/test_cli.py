@@ -174,7 +174,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["data"], ["data", "capitals"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["train", "--help"], ["data"], ["data", "capitals"], ["task", "show", "RTE"], ["--version"]]
+)
 def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys\nfrom ptuning.cli import main\n"

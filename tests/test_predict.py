@@ -25,6 +25,7 @@ from ptuning.model import target_logits
 from ptuning.predict import Prediction, PromptModel
 from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record
+from ptuning.tasks import TaskFile
 from ptuning.weights import TrainedWeights, trained_parameters
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
@@ -569,3 +570,84 @@ def test_a_model_is_adapted_once_for_each_prompt_in_use(causal: Backbone) -> Non
     assert len(model._adapted) == 1
     del prompt
     assert len(model._adapted) == 0
+
+
+# ------------------------------------------------------------------------------------------- choices, calibration
+
+CHOICE_TASK = TaskFile.parse(
+    """
+name = "choose"
+version = "1"
+normalise = "mean"
+[choices]
+from = ["first", "second", "more[]"]
+[[patterns]]
+manual = "[X] is [Y]"
+"""
+)
+ROWS = [
+    {"x": "Kenya", "first": "Nairobi", "second": "a good film and a bad one", "more": ["yes", "25"], "label": 0},
+    {"x": "the movie", "first": "great", "second": "São Tomé", "more": [], "label": 1},
+]
+
+
+def choosing(backbone: Backbone) -> Prompt:
+    """Return a learned prompt that chooses among what rows bring."""
+    return replace(learned(backbone, TEMPLATE), task=CHOICE_TASK)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_equal_a_loop(backbone: Backbone, normalise: str, calibrate: bool) -> None:
+    """Rows with different numbers of choices in one batch; what a record of "N/A" scores may be taken off."""
+    prompt, asked = choosing(backbone), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    found = PromptModel(backbone).classify(asked, prompt, normalise=normalise, calibrate=calibrate)  # type: ignore[arg-type]
+    for question, row in zip(asked, found, strict=True):
+        scores = []
+        for text in question.choices:
+            each = log_probs_of(backbone, prompt, question.record, text)
+            value = sum(each) / (len(each) if normalise == "mean" else 1)
+            if calibrate:
+                empty = log_probs_of(backbone, prompt, {"x": "N/A"}, text)
+                value -= sum(empty) / (len(empty) if normalise == "mean" else 1)
+            scores.append(value)
+        expected = torch.tensor(scores).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(
+            dict(zip(question.choices, expected, strict=True)), abs=1e-3
+        )
+        assert row == sorted(row, key=lambda candidate: -candidate.log_prob)
+
+
+def test_predict_chooses_among_what_each_row_brings_as_the_prompt_says(causal: Backbone) -> None:
+    model, prompt, asked = PromptModel(causal), choosing(causal), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    by_mean = model.classify(asked, replace(prompt, normalise="mean"))
+    found = model.predict(asked, replace(prompt, normalise="mean", calibrate=False), top_k=2)
+    assert [one.candidates for one in found] == [tuple(row[:2]) for row in by_mean]
+    assert by_mean != model.classify(asked, prompt)  # the sum
+    calibrated = model.predict(asked, replace(prompt, calibrate=True), top_k=9)
+    assert [len(one.candidates) for one in calibrated] == [4, 2]
+    assert [one.candidates for one in calibrated] == [
+        tuple(row) for row in model.classify(asked, prompt, calibrate=True)
+    ]
+
+
+def test_labels_are_calibrated_by_what_an_empty_record_scores(backbone: Backbone) -> None:
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    found = PromptModel(backbone).classify(RECORDS, prompt, calibrate=True)
+    for record, row in zip(RECORDS, found, strict=True):
+        scores = {}
+        for label, words in WORDS.words.items():
+            gains = [
+                sum(log_probs_of(backbone, prompt, record, word))
+                - sum(log_probs_of(backbone, prompt, {"x": "N/A"}, word))
+                for word in words
+            ]
+            scores[label] = math.log(sum(math.exp(gain) for gain in gains) / len(gains))
+        expected = torch.tensor(list(scores.values())).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(dict(zip(scores, expected, strict=True)), abs=1e-3)
+
+
+def test_a_prompt_of_choices_needs_rows_that_bring_them(causal: Backbone) -> None:
+    for rows in (RECORDS, CHOICE_TASK.read_rows(ROWS).records):
+        with pytest.raises(RecordError, match="chooses among texts that each row brings, and these records have none"):
+            PromptModel(causal).predict(rows, choosing(causal))

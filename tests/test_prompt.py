@@ -20,9 +20,10 @@ from torch import Tensor
 from conftest import FAMILIES, RECORDS, learned, make_model
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.errors import FileError, PromptError, PTuningError, TemplateError
-from ptuning.labels import LabelWords
+from ptuning.labels import PLAIN, LabelWords, Scoring
 from ptuning.predict import PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY, BackboneId, Prompt
+from ptuning.tasks import load_task
 from ptuning.template import Template
 from ptuning.weights import TrainedWeights
 
@@ -93,6 +94,45 @@ def test_everything_comes_back(saved: Path, causal: Backbone) -> None:
     assert list(found.label_words.words.items()) == [("größer", ("great", "São")), ("bad", ("terrible",))]
     assert (found.seed, found.target_tokens, found.scores) == (3, 5, {"accuracy": 0.5, "loss": 1.25})
     assert (found.method, found.slots) == ("test", 3)
+
+
+def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
+    """Whoever has the folder can read the task's rows and answer them, without the task's own file."""
+    task = load_task("COPA")
+    Prompt.manual(task.manual[0], task=replace(task, calibrate=True, normalise="mean")).save(tmp_path / "p")
+    found = Prompt.load(tmp_path / "p")
+    assert found.task == task
+    assert found.has_choices
+    assert found.scoring == Scoring("mean", calibrate=True, keep=("question",))
+    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert (manifest["task"]["name"], manifest["task"]["version"], manifest["choices"]) == ("COPA", "1", True)
+    card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
+    assert "| task | COPA, version 1 |" in card
+    assert "| chooses among | the choices that each row brings |" in card
+
+
+def test_a_task_brings_its_label_words_unless_others_are_given() -> None:
+    task, words = load_task("RTE"), LabelWords({"entailment": ("true",), "not_entailment": ("false",)})
+    assert Prompt.manual(task.manual[0], task=task).label_words == task.label_words
+    assert Prompt.manual(task.manual[0], task=task, label_words=words).label_words == words
+    assert not Prompt.manual(task.manual[0], task=task).has_choices
+    assert Prompt.manual("[X] is [Y]").scoring == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "COPA"}, "'task' must be an object or null"),
+        ({"normalise": "max"}, '\'normalise\' "sum" or "mean"'),
+        ({"task": {"name": "COPA"}}, "is damaged: 'file'"),
+        ({"task": {"file": "name = 3"}}, "is damaged: its task: the key 'version' is missing"),
+    ],
+)
+def test_a_damaged_task_is_an_error_of_the_prompt(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    Prompt.manual("[X] is [Y]").save(tmp_path / "p")
+    change(tmp_path / "p", **changes)
+    with pytest.raises(PromptError, match=message):
+        Prompt.load(tmp_path / "p")
 
 
 def test_a_template_of_every_piece_comes_back(causal: Backbone, tmp_path: Path) -> None:
