@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from ptuning.labels import LabelWords
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 from ptuning.records import Record, Records, as_records
+from ptuning.tasks import TaskFile
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
@@ -117,3 +119,22 @@ def test_rows_of_predictions(make_backbone: Callable[[str], Backbone]) -> None:
     assert [row["prediction"] for row in rows] == [answer.text for answer in answers]
     assert [row["hit"] for row in rows] == [True, False, False, False, True]
     assert rows[0]["record"] == RECORDS[0]
+
+
+CHOICE_TASK = TaskFile.parse('name="c"\nversion="1"\n[choices]\nfrom=["a","b"]\n[[patterns]]\nmanual="[X] is [Y]"')
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_are_scored_as_they_are_predicted(backbone: Backbone, calibrate: bool) -> None:
+    """Accuracy is that of the answers, and the loss minus the log of what the right choices have."""
+    rows = [{"x": word, "a": "Nairobi", "b": "a good film", "label": at % 2} for at, word in enumerate(CANDIDATES)]
+    asked, model = CHOICE_TASK.read_rows(rows), PromptModel(backbone)
+    prompt = replace(learned(backbone, TEMPLATE), task=CHOICE_TASK, calibrate=calibrate)
+    found, answers = score_prompt(model, asked, prompt), model.classify(asked, prompt)
+    right = [question.choices[question.answers[0]] for question in asked]
+    assert found.hits == tuple(float(row[0].text == text) for row, text in zip(answers, right, strict=True))
+    assert found.scores["accuracy"].value == pytest.approx(sum(found.hits) / len(rows))
+    losses = [-next(c.log_prob for c in row if c.text == text) for row, text in zip(answers, right, strict=True)]
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    with pytest.raises(RecordError, match="these records have none"):
+        score_prompt(model, asked.records, prompt)

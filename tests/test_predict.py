@@ -16,13 +16,17 @@ from conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned
 from ptuning import model as model_module
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
+from ptuning.config import Tune
 from ptuning.errors import PromptError, RecordError, TemplateError
 from ptuning.fill import Example
 from ptuning.labels import LabelWords
+from ptuning.lora import add_adapters
 from ptuning.model import target_logits
 from ptuning.predict import Prediction, PromptModel
-from ptuning.prompt import Prompt
+from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record
+from ptuning.tasks import TaskFile
+from ptuning.weights import TrainedWeights, trained_parameters
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
@@ -502,3 +506,148 @@ def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: py
     PromptModel(causal).predict(rows, prompt, max_tokens=1)
     PromptModel(causal).rank(rows, prompt, ["yes", "no"])
     assert len(calls) <= 4
+
+
+def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", scale: float = 0.1) -> Prompt:
+    """Return a prompt with trained weights of its own."""
+    other = backbone.copy(share=tune == "lora")
+    if tune == "lora":
+        add_adapters(other.model, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for weight in trained_parameters(other, tune).values():
+            weight += scale
+    other.freeze()
+    return replace(
+        prompt,
+        backbone=prompt.backbone or BackboneId.of(backbone),
+        weights=TrainedWeights.of(other, backbone, tune=tune, keep="difference"),
+    )
+
+
+def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbone) -> None:
+    """Invariant 8: each row is answered by its own prompt's weights, and by the frozen backbone where it has none."""
+    plain = learned(backbone, TEMPLATE)
+    prompts = [
+        plain,
+        with_weights(backbone, plain),
+        with_weights(backbone, plain, scale=0.2),
+        with_weights(backbone, plain, tune="tuned"),
+        with_weights(backbone, Prompt.manual("[X] is [Y]")),
+        Prompt.manual("[X] is [Y]"),
+    ]
+    model = PromptModel(backbone)
+    data = [{"x": "Kenya", "y": "Nairobi"}] * len(prompts)
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    together, ranked = model.target_logits(data, prompts), model.rank(data, prompts, CANDIDATES)
+    written = model.predict(data, prompts, max_tokens=2)
+    for index, prompt in enumerate(prompts):
+        alone = PromptModel(backbone)
+        torch.testing.assert_close(together[index], alone.target_logits(data[:1], prompt)[0], atol=1e-5, rtol=0)
+        scores = {one.text: one.log_prob for one in alone.rank(data[:1], prompt, CANDIDATES)[0]}
+        assert {one.text: one.log_prob for one in ranked[index]} == pytest.approx(scores, abs=1e-4)
+        assert alone.predict(data[:1], prompt, max_tokens=2)[0].text == written[index].text
+    for one, other in itertools.combinations(together, 2):
+        assert not torch.allclose(one, other, atol=1e-3)
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+
+
+def test_labels_of_a_prompt_with_trained_weights(backbone: Backbone) -> None:
+    plain = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    trained = with_weights(backbone, plain)
+    assert trained.label_words == WORDS
+    one, two = (model.classify(RECORDS, found)[0] for found in (plain, trained))
+    assert {found.text: found.log_prob for found in one} != {found.text: found.log_prob for found in two}
+
+
+def test_a_model_is_adapted_once_for_each_prompt_in_use(causal: Backbone) -> None:
+    prompt = with_weights(causal, learned(causal, TEMPLATE))
+    model = PromptModel(causal)
+    first = model.for_prompt(prompt)
+    assert model.for_prompt(replace(prompt, method="other")) is first
+    assert first.for_prompt(prompt) is first
+    assert model.for_prompt(learned(causal, TEMPLATE)) is model
+    assert len(model._adapted) == 1
+    del prompt
+    assert len(model._adapted) == 0
+
+
+# ------------------------------------------------------------------------------------------- choices, calibration
+
+CHOICE_TASK = TaskFile.parse(
+    """
+name = "choose"
+version = "1"
+normalise = "mean"
+[choices]
+from = ["first", "second", "more[]"]
+[[patterns]]
+manual = "[X] is [Y]"
+"""
+)
+ROWS = [
+    {"x": "Kenya", "first": "Nairobi", "second": "a good film and a bad one", "more": ["yes", "25"], "label": 0},
+    {"x": "the movie", "first": "great", "second": "São Tomé", "more": [], "label": 1},
+]
+
+
+def choosing(backbone: Backbone) -> Prompt:
+    """Return a learned prompt that chooses among what rows bring."""
+    return replace(learned(backbone, TEMPLATE), task=CHOICE_TASK)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_equal_a_loop(backbone: Backbone, normalise: str, calibrate: bool) -> None:
+    """Rows with different numbers of choices in one batch; what a record of "N/A" scores may be taken off."""
+    prompt, asked = choosing(backbone), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    found = PromptModel(backbone).classify(asked, prompt, normalise=normalise, calibrate=calibrate)  # type: ignore[arg-type]
+    for question, row in zip(asked, found, strict=True):
+        scores = []
+        for text in question.choices:
+            each = log_probs_of(backbone, prompt, question.record, text)
+            value = sum(each) / (len(each) if normalise == "mean" else 1)
+            if calibrate:
+                empty = log_probs_of(backbone, prompt, {"x": "N/A"}, text)
+                value -= sum(empty) / (len(empty) if normalise == "mean" else 1)
+            scores.append(value)
+        expected = torch.tensor(scores).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(
+            dict(zip(question.choices, expected, strict=True)), abs=1e-3
+        )
+        assert row == sorted(row, key=lambda candidate: -candidate.log_prob)
+
+
+def test_predict_chooses_among_what_each_row_brings_as_the_prompt_says(causal: Backbone) -> None:
+    model, prompt, asked = PromptModel(causal), choosing(causal), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    by_mean = model.classify(asked, replace(prompt, normalise="mean"))
+    found = model.predict(asked, replace(prompt, normalise="mean", calibrate=False), top_k=2)
+    assert [one.candidates for one in found] == [tuple(row[:2]) for row in by_mean]
+    assert by_mean != model.classify(asked, prompt)  # the sum
+    calibrated = model.predict(asked, replace(prompt, calibrate=True), top_k=9)
+    assert [len(one.candidates) for one in calibrated] == [4, 2]
+    assert [one.candidates for one in calibrated] == [
+        tuple(row) for row in model.classify(asked, prompt, calibrate=True)
+    ]
+
+
+def test_labels_are_calibrated_by_what_an_empty_record_scores(backbone: Backbone) -> None:
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    found = PromptModel(backbone).classify(RECORDS, prompt, calibrate=True)
+    for record, row in zip(RECORDS, found, strict=True):
+        scores = {}
+        for label, words in WORDS.words.items():
+            gains = [
+                sum(log_probs_of(backbone, prompt, record, word))
+                - sum(log_probs_of(backbone, prompt, {"x": "N/A"}, word))
+                for word in words
+            ]
+            scores[label] = math.log(sum(math.exp(gain) for gain in gains) / len(gains))
+        expected = torch.tensor(list(scores.values())).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(dict(zip(scores, expected, strict=True)), abs=1e-3)
+
+
+def test_a_prompt_of_choices_needs_rows_that_bring_them(causal: Backbone) -> None:
+    for rows in (RECORDS, CHOICE_TASK.read_rows(ROWS).records):
+        with pytest.raises(RecordError, match="chooses among texts that each row brings, and these records have none"):
+            PromptModel(causal).predict(rows, choosing(causal))

@@ -20,10 +20,12 @@ from torch import Tensor
 from conftest import FAMILIES, RECORDS, learned, make_model
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.errors import FileError, PromptError, PTuningError, TemplateError
-from ptuning.labels import LabelWords
+from ptuning.labels import PLAIN, LabelWords, Scoring
 from ptuning.predict import PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY, BackboneId, Prompt
+from ptuning.tasks import load_task
 from ptuning.template import Template
+from ptuning.weights import TrainedWeights
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 
@@ -92,6 +94,45 @@ def test_everything_comes_back(saved: Path, causal: Backbone) -> None:
     assert list(found.label_words.words.items()) == [("größer", ("great", "São")), ("bad", ("terrible",))]
     assert (found.seed, found.target_tokens, found.scores) == (3, 5, {"accuracy": 0.5, "loss": 1.25})
     assert (found.method, found.slots) == ("test", 3)
+
+
+def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
+    """Whoever has the folder can read the task's rows and answer them, without the task's own file."""
+    task = load_task("COPA")
+    Prompt.manual(task.manual[0], task=replace(task, calibrate=True, normalise="mean")).save(tmp_path / "p")
+    found = Prompt.load(tmp_path / "p")
+    assert found.task == task
+    assert found.has_choices
+    assert found.scoring == Scoring("mean", calibrate=True, keep=("question",))
+    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert (manifest["task"]["name"], manifest["task"]["version"], manifest["choices"]) == ("COPA", "1", True)
+    card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
+    assert "| task | COPA, version 1 |" in card
+    assert "| chooses among | the choices that each row brings |" in card
+
+
+def test_a_task_brings_its_label_words_unless_others_are_given() -> None:
+    task, words = load_task("RTE"), LabelWords({"entailment": ("true",), "not_entailment": ("false",)})
+    assert Prompt.manual(task.manual[0], task=task).label_words == task.label_words
+    assert Prompt.manual(task.manual[0], task=task, label_words=words).label_words == words
+    assert not Prompt.manual(task.manual[0], task=task).has_choices
+    assert Prompt.manual("[X] is [Y]").scoring == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "COPA"}, "'task' must be an object or null"),
+        ({"normalise": "max"}, '\'normalise\' "sum" or "mean"'),
+        ({"task": {"name": "COPA"}}, "is damaged: 'file'"),
+        ({"task": {"file": "name = 3"}}, "is damaged: its task: the key 'version' is missing"),
+    ],
+)
+def test_a_damaged_task_is_an_error_of_the_prompt(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    Prompt.manual("[X] is [Y]").save(tmp_path / "p")
+    change(tmp_path / "p", **changes)
+    with pytest.raises(PromptError, match=message):
+        Prompt.load(tmp_path / "p")
 
 
 def test_a_template_of_every_piece_comes_back(causal: Backbone, tmp_path: Path) -> None:
@@ -312,3 +353,89 @@ def test_every_error_is_a_ptuning_error() -> None:
     """The command line catches one class."""
     assert issubclass(PromptError, PTuningError)
     assert issubclass(FileError, PTuningError)
+
+
+def with_weights(backbone: Backbone, template: str = "[P:is] [X] [P] [Y]", *, factor: float = 1.5) -> Prompt:
+    """Return a prompt with all weights of a backbone, made larger."""
+    trained = backbone.copy()
+    with torch.no_grad():
+        for weight in trained.model.parameters():
+            weight *= factor
+    prompt = learned(backbone, template)
+    return replace(prompt, weights=TrainedWeights.of(trained, backbone, tune="tuned", keep="whole"))
+
+
+def test_an_unadapted_backbone_is_refused(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
+    """Trained weights are never silently left out: whoever binds a prompt needs the backbone with its weights in it."""
+    prompt = with_weights(causal)
+    for force in (False, True):
+        with pytest.raises(PromptError, match=r"trained together with weights of .*, and those are not in it; take"):
+            prompt.bind(causal, force=force)
+    adapted = prompt.adapt(causal)
+    assert prompt.bind(adapted).slots == prompt.slots
+    assert prompt.adapt(adapted) is adapted
+    assert prompt.without("backbone").adapt(causal) is causal
+    with pytest.raises(PromptError, match=r"has the same embeddings and other weights|is another model"):
+        prompt.without("backbone").bind(adapted)
+    other = with_weights(causal, factor=2.0)
+    with pytest.raises(PromptError, match="has the trained weights of another prompt in it; give the frozen one"):
+        other.adapt(adapted)
+    with pytest.raises(PromptError, match="is another model"):
+        prompt.adapt(make_backbone("gpt2"))
+
+
+def test_weights_that_hardly_moved_are_not_taken_for_the_frozen_ones(causal: Backbone) -> None:
+    """The fingerprint is of bfloat16 values, and the difference may be smaller."""
+    prompt = with_weights(causal, factor=1.0 + 1e-6)
+    assert prompt.weights is not None
+    assert prompt.weights.fingerprint == causal.fingerprint
+    with pytest.raises(PromptError, match="those are not in it"):
+        prompt.bind(causal)
+    adapted = prompt.adapt(causal)
+    assert adapted is not causal
+    prompt.bind(adapted)
+    assert not all(map(torch.equal, adapted.model.parameters(), causal.model.parameters()))
+
+
+def test_the_folder_of_whole_weights_is_a_backbone_too(causal: Backbone, tmp_path: Path) -> None:
+    prompt = with_weights(causal)
+    prompt.save(tmp_path / "p")
+    alone = load_backbone(tmp_path / "p" / "backbone", dtype="float32", device="cpu")
+    loaded = Prompt.load(tmp_path / "p")
+    assert loaded.adapt(alone) is alone
+    loaded.bind(alone)
+
+
+def test_a_prompt_with_weights_comes_back_whole_or_not_at_all(causal: Backbone, tmp_path: Path) -> None:
+    prompt = with_weights(causal)
+    prompt.save(tmp_path / "p")
+    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text())
+    assert manifest["format_version"] == 2  # an older reader would leave the weights out
+    assert set(manifest["weights"]["sha256"]) == {path.name for path in (tmp_path / "p" / "backbone").iterdir()}
+    loaded = Prompt.load(tmp_path / "p")
+    assert loaded.weights is not None
+    assert loaded.weights.tune == "tuned"
+    file = tmp_path / "p" / "backbone" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(PromptError, match="is cut off or damaged"):
+        Prompt.load(tmp_path / "p")
+    file.unlink()
+    with pytest.raises(FileError, match="cannot read"):
+        Prompt.load(tmp_path / "p")
+
+
+def test_parts_can_be_left_out(causal: Backbone) -> None:
+    prompt = with_weights(causal, "[P*2] [X] [P:is] [P] [Y]")
+    words = prompt.without("slots")
+    assert (str(words.template), words.slots, words.weights, words.backbone) == (
+        "[X] is [Y]", 0, prompt.weights, prompt.backbone,
+    )  # fmt: skip
+    vectors = prompt.without("backbone")
+    assert (vectors.weights, vectors.slot_vectors) == (None, prompt.slot_vectors)
+    manual = words.without("backbone")
+    assert (manual.slots, manual.weights, manual.backbone) == (0, None, None)
+    for part in ("slots", "backbone"):
+        with pytest.raises(PromptError, match=f"the prompt has no part '{part}' to leave out; it has none"):
+            manual.without(part)
+    with pytest.raises(PromptError, match="trained weights need to say which backbone they belong to"):
+        replace(prompt, backbone=None)

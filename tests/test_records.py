@@ -240,3 +240,13 @@ def test_records_without_a_target_are_named() -> None:
     )
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))
+
+
+def test_records_of_one_group_are_set_aside_together() -> None:
+    """Answers to one question, which differ in their input; a record without a group stands for itself."""
+    records = as_records([{"x": str(at), "y": "z"} for at in range(12)])
+    groups = ["a", "a", "a", "b", "b", "b", None, None, None, None, None, None]
+    for seed in range(20):
+        _, held = split_records(records, fraction=0.4, seed=seed, groups=groups)
+        parts = [[records.index(row) // 3 for row in held].count(group) for group in (0, 1)]
+        assert set(parts) <= {0, 3}

@@ -29,8 +29,10 @@ from ptuning.labels import LabelWords
 from ptuning.measure import Evaluation, Progress
 from ptuning.predict import PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
+from ptuning.questions import Questions
 from ptuning.records import Record, as_records, load_records
 from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, start_seed, train
+from ptuning.tasks import TaskFile
 from ptuning.trainer import Interrupted, Trainer
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
@@ -39,7 +41,9 @@ SLOW = {"epochs": 6, "batch_size": 4, "checkpoint_seconds": 0.0}
 FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99, "dropout": 0.2}
 
 
-def run(backbone: Backbone, out: Path | None = None, data: list[Record] | None = None, **options: Any) -> TrainResult:
+def run(
+    backbone: Backbone, out: Path | None = None, data: list[Record] | Questions | None = None, **options: Any
+) -> TrainResult:
     """Train with fast settings."""
     config = TrainConfig.from_json({**FAST, **options.pop("settings", {})})
     return train(options.pop("template", TEMPLATE), data or FACTS, backbone=backbone, config=config, out=out, **options)
@@ -650,3 +654,90 @@ def test_no_files_are_left_where_none_are_asked_for(
     with pytest.raises(Interrupted):
         run(causal, settings=TUNED, should_stop=after(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tuned_backbone_is_for_comparisons(causal: Backbone) -> None:
+    with pytest.raises(ConfigError, match="keeps the backbone frozen"):
+        run(causal, settings={"tune": "tuned"})
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+CHOICE_TASK = TaskFile.parse(
+    """
+name = "choose"
+version = "7"
+group = ["g"]
+[choices]
+from = ["options[]"]
+[[patterns]]
+manual = "[X] is [Y]"
+learned = "[P*2] [X] [P:is] [Y]"
+"""
+)
+CHOICE_ROWS = [
+    {
+        "x": f"city {at}",
+        "options": ["yes", "no", "São Tomé", *(f"{at} {n}" for n in range(at))],
+        "label": at % 3,
+        "g": at // 2,
+    }
+    for at in range(12)
+]
+
+
+def test_a_task_with_choices_from_rows_to_answers(backbone: Backbone, tmp_path: Path) -> None:
+    """The prompt carries the task and answers new rows; the record names it; dev rows of a group stay together."""
+    asked = CHOICE_TASK.read_rows(CHOICE_ROWS)
+    found = run(backbone, tmp_path / "out", data=asked, template=CHOICE_TASK.learned[0], task=CHOICE_TASK)
+    assert found.record["task"] == CHOICE_TASK.to_json()
+    assert found.record["choices"] is True
+    assert set(found.prompt.scores) == {"accuracy", "loss"}
+    loaded = Prompt.load(tmp_path / "out")
+    assert (loaded.task, loaded.has_choices, loaded.label_words) == (CHOICE_TASK, True, None)
+    lines = (tmp_path / "out" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    by_text = {question.record["x"]: question for question in asked}
+    held = [by_text[row["record"]["x"]] for row in rows]
+    assert len(held) == len(lines) >= 2
+    assert all(row["prediction"] in question.choices for row, question in zip(rows, held, strict=True))
+    assert len({question.group for question in held}) == len(held) / 2
+    scored = score_prompt(PromptModel(backbone), Questions(held), loaded)
+    assert scored.hits == tuple(float(row["hit"]) for row in rows)
+
+
+def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record says so; what is learned is what one pass over the whole batch learns."""
+    asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
+    whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
+    monkeypatch.setattr("ptuning.runs.PASS_TOKENS", 150)
+    small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
+    sizes = [one.record["settings"] for one in (whole, small)]
+    assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
+    assert whole.prompt.slot_vectors is not None
+    assert small.prompt.slot_vectors is not None
+    torch.testing.assert_close(whole.prompt.slot_vectors, small.prompt.slot_vectors, atol=1e-4, rtol=1e-3)
+
+
+def test_calibration_is_trained_with_and_goes_into_the_prompt(causal: Backbone, tmp_path: Path) -> None:
+    labels = "yes=great,good;no=bad;São Tomé=25"
+    plain, other = run(causal, labels=labels), run(causal, tmp_path / "out", labels=labels, calibrate=True)
+    assert (plain.prompt.calibrate, other.prompt.calibrate) == (False, True)
+    assert plain.record["start"] != other.record["start"]
+    assert "task" not in plain.record
+    assert other.record["settings"]["calibrate"] is True  # type: ignore[index, call-overload]
+    assert Prompt.load(tmp_path / "out").calibrate
+    with pytest.raises(ConfigError, match="calibration is for label words and choices"):
+        run(causal, calibrate=True)
+
+
+def test_a_tasks_label_words_are_its_own_unless_others_are_given(causal: Backbone) -> None:
+    task = TaskFile.parse(
+        'name="t"\nversion="1"\ncalibrate=true\n[labels]\nyes=["great"]\nno=["bad"]\n"São Tomé"=["25"]\n'
+        '[[patterns]]\nmanual="[X] is [Y]"'
+    )
+    found = run(causal, task=task).prompt
+    assert (found.label_words, found.calibrate) == (task.label_words, True)
+    words = LabelWords({"yes": ("good",), "no": ("bad",), "São Tomé": ("1999",)})
+    found = run(causal, task=task, labels=words, calibrate=False).prompt
+    assert (found.label_words, found.calibrate) == (words, False)

@@ -88,7 +88,7 @@ def test_words_of_names() -> None:
     assert found["f1"] == [1.0, 0.0, 1.0]
     assert found["exact_match"] == [1.0, 0.0, 1.0]
     near = score_values([Answer("Barack Bush", False)], Questions([rows[1]]), ("f1", "exact_match"))
-    assert near["f1"] == [pytest.approx(2 / 3)]
+    assert value_of(near["f1"]) == pytest.approx(2 / 3)
     assert near["exact_match"] == [0.0]
 
 

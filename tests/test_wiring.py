@@ -15,6 +15,7 @@ from ptuning import wiring
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.prompt import Prompt
+from ptuning.tasks import TaskFile
 from ptuning.trainer import Interrupted
 
 
@@ -71,19 +72,92 @@ def test_a_manual_prompt_is_made_on_the_spot() -> None:
         wiring.prompt_of("missing")
 
 
-def test_records_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = Prompt.manual("[X] is [Y]")
-    assert wiring.records_to_answer(prompt, "Kenya", None, None) == [{"x": "Kenya"}]
+    assert wiring.data_to_answer(prompt, "Kenya", None, None) == [{"x": "Kenya"}]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"name": "Peru"}\n')))
-    assert wiring.records_to_answer(prompt, None, "-", ["x=name"]) == [{"x": "Peru"}]
+    assert wiring.data_to_answer(prompt, None, "-", ["x=name"]) == [{"x": "Peru"}]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(RecordError, match="the standard input holds no records"):
-        wiring.records_to_answer(prompt, None, "-", None)
+        wiring.data_to_answer(prompt, None, "-", None)
     for text, data in ((None, None), ("Kenya", "facts.csv")):
         with pytest.raises(ConfigError, match="give either a TEXT or --data"):
-            wiring.records_to_answer(prompt, text, data, None)
+            wiring.data_to_answer(prompt, text, data, None)
     with pytest.raises(ConfigError, match="a TEXT fills one field, and the template reads x, z; use --data"):
-        wiring.records_to_answer(Prompt.manual("[X] in {z} is [Y]"), "Kenya", None, None)
+        wiring.data_to_answer(Prompt.manual("[X] in {z} is [Y]"), "Kenya", None, None)
+
+
+TASK = """
+name = "moods"
+version = "2"
+[labels]
+good = ["great"]
+bad = ["poor"]
+[[patterns]]
+manual = "{text} It was [Y]."
+[[patterns]]
+manual = "{text} All in all: [Y]."
+"""
+
+
+def write_task() -> TaskFile:
+    """Write a task file, and a folder with a training and a validation part."""
+    Path("moods.toml").write_text(TASK, encoding="utf-8")
+    Path("d").mkdir()
+    Path("d/train.jsonl").write_text(
+        '{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n', encoding="utf-8"
+    )
+    Path("d/val.jsonl").write_text('{"text": "c", "label": "bad"}\n', encoding="utf-8")
+    found = wiring.task_of("moods.toml")
+    assert found is not None
+    return found
+
+
+def test_data_of_a_task_is_a_file_a_folder_or_a_part_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert wiring.task_of(None) is None
+    task = write_task()
+    for source in ("d", "d:val", "d/val.jsonl"):
+        (row,) = wiring.data_of(source, None, task, part="val")
+        assert row.record == {"text": "c", "y": "bad"}  # type: ignore[union-attr]
+    assert wiring.dev_part("d", None) is wiring.dev_part("d/val.jsonl", task) is wiring.dev_part("d", task) is None
+    assert "d has no development part; a share of the training part is set aside" in capsys.readouterr().err
+    with pytest.raises(FileError, match=r"no 'test' part of the task moods in d"):
+        wiring.data_of("d:test", None, task, part="val")
+    with pytest.raises(FileError, match=r"no such data: e:val.*With the task moods, data is a file, a folder"):
+        wiring.data_of("e:val", None, task, part="val")
+    with pytest.raises(ConfigError, match="--field goes without a task"):
+        wiring.data_of("d", ["x=text"], task, part="val")
+
+
+def test_prompts_of_a_task() -> None:
+    task = write_task()
+    for source, template in (("manual:", 0), ("manual:2", 1), ("manual:{text} It was [Y].", 0)):
+        found = wiring.prompt_of(source, task)
+        assert (found.template, found.label_words, found.task) == (task.manual[template], task.label_words, task)
+    with pytest.raises(ConfigError, match="the task moods has the patterns 1 to 2, not 3"):
+        wiring.prompt_of("manual:3", task)
+    wiring.prompt_of("manual:2", task).save("p")
+    assert wiring.prompt_of("p", task).task == task
+    other = wiring.task_of("RTE")
+    with pytest.raises(ConfigError, match="the prompt was made for the task moods, not for RTE; leave --task out"):
+        wiring.prompt_of("p", other)
+
+
+def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = wiring.prompt_of("manual:", write_task())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "z", "label": "unheard of"}\n')))
+    for source in ("-", "d/val.jsonl"):
+        (row,) = wiring.data_to_answer(prompt, None, source, None)
+        assert list(row.record) == ["text"]  # type: ignore[union-attr]
+
+
+def test_only_closed_answers_are_calibrated() -> None:
+    prompt = wiring.prompt_of("manual:", write_task())
+    wiring.check_calibrate(True, prompt, candidates=False)
+    wiring.check_calibrate(None, Prompt.manual("[X] is [Y]"), candidates=True)
+    for one, candidates in ((prompt, True), (Prompt.manual("[X] is [Y]"), False)):
+        with pytest.raises(ConfigError, match="--calibrate is for label words and a task's choices"):
+            wiring.check_calibrate(True, one, candidates=candidates)
 
 
 def test_candidates() -> None:

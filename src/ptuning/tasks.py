@@ -117,7 +117,7 @@ class TaskFile:
         """Return what a prompt and a record say of the task."""
         return {"name": self.name, "version": self.version, "file": self.text}
 
-    def read(self, path: Path, *, labelled: bool = True) -> Questions:
+    def read(self, path: str | Path, *, labelled: bool = True) -> Questions:
         """Read a data file.
 
         Args:
@@ -128,6 +128,7 @@ class TaskFile:
             FileError: If it cannot be read.
             RecordError: If a row is not what the task needs; names file, line and what is missing.
         """
+        path = Path(path)
         if path.suffix.lower() not in SUFFIXES:
             raise FileError(f"cannot tell the format of {path}; a data file ends in one of {', '.join(SUFFIXES)}")
         data = read_bytes(path)

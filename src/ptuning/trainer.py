@@ -97,9 +97,10 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = RunState()
         self.best_vectors = self.vectors()
-        self.constants = ConstantParts(backbone, memory_share=config.cache_memory if config.tune == "frozen" else 0)
+        share = config.cache_memory if config.tune == "frozen" else 0
+        self.constants = ConstantParts(self.backbone, memory_share=share)
         self.constant_part = self.constants.to_json()
-        self.kept = KeptWeights(checkpoint) if self.weights else None
+        self.kept: KeptWeights | None = None
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
     @staticmethod
@@ -124,12 +125,12 @@ class Trainer:
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
         ]
-        rate = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
         decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
         for is_matrix in (True, False):
             weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
             if weights:
-                groups.append({"params": weights, "lr": rate, "weight_decay": decay if is_matrix else 0.0})
+                groups.append({"params": weights, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
         # Fused where it matters: other variants hold a second copy of all weights while they step.
         fused = True if config.tune == "tuned" else None
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
@@ -185,6 +186,7 @@ class Trainer:
             TrainingError: If the loss is no number any more.
         """
         tell = report or (lambda _: None)
+        self.kept = KeptWeights(self.checkpoint) if self.weights else None
         try:
             with self.constants:
                 self.constants.prepare(
@@ -245,6 +247,7 @@ class Trainer:
             kept.restore(self.weights, epoch=self.state.chosen_epoch)
         except PromptError as error:
             raise TrainingError(f"{error}; start anew with --overwrite") from error
+        self.accelerator.wait_for_everyone()  # nobody removes the file while another one reads it
         self.backbone.__dict__.pop("fingerprint", None)  # of the weights as they were
         self.backbone.freeze()
         self.optimizer.state.clear()
