@@ -226,7 +226,7 @@ def test_stopped_it_goes_on_where_it_was(method: str, causal: Backbone, tmp_path
     resumed = fit(method, causal, tries=2, folder=tmp_path, report=steps.append)
     assert resumed.record["tried"] == whole.record["tried"]
     assert len([step for step in steps if step.stage == "train"]) == 8 - 4
-    assert resumed.answer(as_questions(DEV)) == whole.answer(Records(DEV))
+    assert resumed.answer(as_questions(DEV)) == whole.answer(as_questions(DEV))
 
 
 @pytest.mark.parametrize("method", TRAINED)
