@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,6 +44,7 @@ torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiti
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
+ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("gpt2", "llama", "bert", "roberta")
 CAUSAL = ("gpt2", "llama")
 MASKED = ("bert", "roberta")
@@ -66,6 +70,17 @@ RECORDS: list[Record] = [
     {"x": "1234567890", "y": "25"},
 ]
 WARM = "[P:The capital of] [X] [P:is] [Y]"
+
+
+def load_script(name: str) -> ModuleType:
+    """Import `scripts/NAME.py` from its path; the folder is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

