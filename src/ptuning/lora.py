@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -125,9 +126,7 @@ def _peft() -> ModuleType:
     """Import peft, which takes seconds, only where adapters are used."""
     if find_spec("peft") is None:
         raise ConfigError("adapters (lora) need the package peft; install it with: pip install 'ptuning[lora]'")
-    import peft
-
-    return peft
+    return import_module("peft")
 
 
 def _whole(alpha: float) -> float:

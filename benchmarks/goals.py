@@ -1,0 +1,91 @@
+"""The goals, and ``summary.json``: every goal with what was measured, taken from the scripts' JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Json
+
+SUMMARY = "summary"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure should be: at least ``goal`` times, or at most ``goal`` of what is counted in another unit."""
+
+    question: str
+    script: str
+    goal: float
+    unit: str = "times"
+    most: bool = False
+
+    @property
+    def text(self) -> str:
+        """The goal as it stands in a table."""
+        unit = {"times": "x", "seconds": " s", "of the peer": ""}[self.unit]
+        return f"{self.goal:g}{unit} or {'less' if self.most else 'more'}"
+
+
+PEER = "PEFT + Trainer"
+GOALS: dict[str, Goal] = {
+    "peft-short-16": Goal(f"one prompt, short facts, batch 16, against {PEER}", "training", 1.8),
+    "peft-short-64": Goal(f"the same, batch 64, against {PEER}", "training", 2.2),
+    "ceiling-short-16": Goal("one prompt, short facts, batch 16, against bare forward and backward", "training", 0.85),
+    "ceiling-short-64": Goal("the same, batch 64, against bare forward and backward", "training", 0.85),
+    "late-sentences": Goal(
+        f"slots late, sentences of 20 to 60 tokens, a whole run of 5 epochs with the pass before it, against {PEER}; "
+        "accuracy within 3 points of slots in front",
+        "late",
+        5.0,
+    ),
+    "late-512": Goal(f"slots late, records of 512 tokens, an epoch after the first, against {PEER}", "late", 30.0),
+    "shared-prefix": Goal("long shared prefix (200 of 224 tokens), against the plain path", "prefix", 4.0),
+    "time-to-peft-score": Goal("time to PEFT's final development score, against the time of PEFT's run", "scores", 5.0),
+    "fleet-16-cpu": Goal("fleet of 16 on a CPU, against 16 runs one after another", "fleet", 1.3),
+    "fleet-16-gpu": Goal("fleet of 16 on a GPU, against 16 runs one after another", "fleet", 8.0),
+    "candidates-100": Goal("100 candidates a record, against one forward pass per candidate", "prediction", 10.0),
+    "memory-worst": Goal(
+        f"peak memory over that of {PEER}, worst of all questions", "memory", 1.0, "of the peer", True
+    ),
+    "import-seconds": Goal("import ptuning", "startup", 0.2, "seconds", True),
+    "help-seconds": Goal("ptuning --help", "startup", 0.5, "seconds", True),
+    "load-seconds": Goal("loading the cached backbone in a new process", "startup", 3.0, "seconds", True),
+}
+NOT_RUN = "not measured yet; make bench does it"
+NO_FLEETS = "ptuning trains prompts one after another: there are no fleets yet"
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return script -> what it wrote, in the order of their names."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: result for name, result in found.items() if name != SUMMARY}
+
+
+def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Json]:
+    """Return ``summary.json``: machine and versions of the last script that ran, and an entry for each goal."""
+    last = max(results.values(), key=lambda result: result["written"], default={})
+    questions: dict[str, Json] = {}
+    for name, goal in GOALS.items():
+        found = results.get(goal.script, {}).get("answers", {}).get(name)
+        if found is None:
+            reason = NO_FLEETS if goal.script == "fleet" else NOT_RUN
+            found = {"measured": None, "low": None, "high": None, "note": reason}
+        questions[name] = {
+            "goal": goal.goal,
+            "measured": found["measured"],
+            "low": found["low"],
+            "high": found["high"],
+            "unit": goal.unit,
+            "note": found["note"],
+        }
+    return {"machine": last.get("machine"), "versions": last.get("versions"), "questions": questions}
+
+
+def is_met(name: str, measured: float) -> bool:
+    """Whether a figure reaches its goal."""
+    goal = GOALS[name]
+    return measured <= goal.goal if goal.most else measured >= goal.goal

@@ -1,0 +1,139 @@
+"""How much memory does each take at its peak, on every question?
+
+Each contestant does each job in a process of its own, which reports its largest resident set (on a GPU: the most that
+torch held there). The process that starts them loads no torch: a child's figure begins at its parent's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+from benchmarks.common import ROOT, Json, Settings, answer, no_answer, parser, say, settings_of, spread, write_result
+
+OURS, PEER = "ptuning", "peft"
+# Job -> contestants. Every job is one optimizer step or pass on the sizes of the other scripts.
+JOBS = ("short-16", "short-64", "late-sentences", "long-128-16", "long-512-16", "candidates")
+METHOD = (
+    "One process per contestant and job, from its start to the end of one or two optimizer steps (one pass over one "
+    "record's hundred candidates): the largest resident set the system reports, loading included; on a GPU the most "
+    "that torch held. Same weights, type, rows and passes as in the other scripts. The entry is the largest ratio of "
+    "ptuning's peak to PEFT's over all jobs."
+)
+
+
+def main(settings: Settings) -> None:
+    """Start all children, one after another."""
+    assert "torch" not in sys.modules, "the parent must stay small"
+    began = time.monotonic()
+    from importlib.util import find_spec
+
+    contestants = (OURS, PEER) if find_spec("peft") is not None else (OURS,)
+    peaks: dict[tuple[str, str], list[float]] = {}
+    for job in settings.pick(JOBS, JOBS[:1]):
+        for _ in range(settings.pick(2, 1)):
+            for who in contestants:
+                peaks.setdefault((job, who), []).append(child(job, who, settings))
+        line = ", ".join(f"{who} {max(peaks[job, who]) / 1e6:.0f} MB" for who in contestants)
+        say(f"  {job}: {line}")
+    cells: list[dict[str, Json]] = [
+        {"cell": job, "contestant": who, "peak_bytes": spread(values)} for (job, who), values in peaks.items()
+    ]
+    found = no_answer("peft is not installed; make bench installs it")
+    if PEER in contestants:
+        worst: tuple[list[float], str] = ([0.0], "")
+        for job in dict.fromkeys(job for job, _ in peaks):
+            of_peer = [one / other for one, other in zip(peaks[job, OURS], peaks[job, PEER], strict=True)]
+            worst = max(worst, (of_peer, job), key=lambda entry: max(entry[0]))
+        found = answer(worst[0], f"worst of {len({job for job, _ in peaks})} questions: {worst[1]}")
+    write_result(
+        settings,
+        "memory",
+        question=(__doc__ or "").splitlines()[0],
+        cells=cells,
+        answers={"memory-worst": found},
+        method=METHOD,
+        seconds=time.monotonic() - began,
+    )
+
+
+def child(job: str, who: str, settings: Settings) -> float:
+    """Run one job in a process of its own and return the bytes at its peak."""
+    command = [sys.executable, "-m", "benchmarks.memory", *settings.arguments(), "--job", job, "--who", who]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"memory, {job}, {who}:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def job_of(job: str, who: str, settings: Settings) -> None:
+    """Do one job and print this process's peak."""
+    import torch
+
+    from benchmarks import material, prediction
+
+    backbone = material.backbone_of(settings)
+    if job == "candidates":
+        from ptuning.evaluate import candidates_of
+        from ptuning.predict import PromptModel
+        from ptuning.prompt import Prompt
+
+        bound = material.bind(backbone, prediction.TEMPLATE)
+        prompt = Prompt.from_token_ids(prediction.TEMPLATE, range(9, 9 + bound.slots), backbone)
+        records = material.every("capitals")
+        candidates = candidates_of(records)[: prediction.CANDIDATES]
+        if who == OURS:
+            PromptModel(backbone).rank(records[:1], prompt, candidates)
+        else:
+            from benchmarks.peer import Peer
+
+            rows = prediction.candidate_rows(bound, records[0], candidates)
+            with Peer(backbone, slots=prompt.slots, vectors=prompt.slot_vectors) as peer:
+                peer.score(rows, batch_rows=prediction.CANDIDATES)
+    else:
+        train(job, who, settings, backbone, labels=material.CONTINENTS if job == "late-sentences" else ())
+    # Kilobytes on Linux, bytes on a Mac.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if backbone.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(backbone.device)
+    print(json.dumps({"peak_bytes": peak}))
+
+
+def train(job: str, who: str, settings: Settings, backbone: object, *, labels: tuple[str, ...]) -> None:
+    """Take the optimizer steps of one job."""
+    from benchmarks import late, material, training
+    from benchmarks.peer import Peer, rows_of
+    from ptuning.backbone import Backbone
+
+    assert isinstance(backbone, Backbone)
+    if job == "late-sentences":
+        records = material.country_sentences(train=160, dev=40, seed=settings.seed)[0][:64]
+        slots, batch_size, parts = late.PEER_SLOTS, late.BATCH, 1
+        bound = material.bind(backbone, late.LATE if who == OURS else late.PLAIN)
+        items = material.items_of(bound, records, labels=labels)
+    else:
+        sizes = settings.pick(training.FULL, training.TINY)
+        place = [cell.name for cell in training.FULL].index(job)
+        cell = training.Cell(**{**vars(sizes[place]), "steps": 2 if job.startswith("short") else 1})
+        items, template = training.records_of(cell, backbone, settings)
+        slots, bound = material.SLOTS, material.bind(backbone, template)
+        batch_size, parts = material.passes(cell.batch_size, material.mean_tokens(items))
+    if who == OURS:
+        material.train_seconds(backbone, bound, items, batch_size=batch_size, parts=parts)
+        return
+    with Peer(backbone, slots=slots) as peer:
+        peer.train(rows_of(items), epochs=1, batch_size=batch_size, parts=parts)
+
+
+if __name__ == "__main__":
+    given = parser(__doc__)
+    given.add_argument("--job", choices=JOBS, help="what a child does")
+    given.add_argument("--who", choices=(OURS, PEER), help="who does it")
+    chosen = given.parse_args()
+    if chosen.job:
+        job_of(chosen.job, chosen.who, settings_of(chosen))
+    else:
+        main(settings_of(chosen))

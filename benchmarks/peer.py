@@ -1,0 +1,270 @@
+"""The strongest alternative: PEFT's P-tuning with an LSTM, trained by transformers' ``Trainer``, at its best settings.
+The one module that knows PEFT.
+
+Best settings, all of which make it faster or leave it as it is:
+- the same frozen weights in the same type, in the same process; no cache of keys and values while training;
+- an encoder of the same width as ptuning's (LSTM of half the backbone's width per direction, two layers, then an MLP);
+- the same optimizer and schedule: AdamW (torch's fused one), linear warm-up over a tenth of the steps, linear decay to
+  zero, gradients clipped to 1;
+- rows tokenised beforehand, batches of rows of similar length (``group_by_length``), padded to their longest row by a
+  collator that does nothing else; no worker processes, which cost more than they bring on such rows;
+- no logging, no saving, no evaluation, no progress bar;
+- labels at the target only, without a stop token, so that its rows are no longer than ptuning's;
+- its clock runs from the beginning of the first step to the end of the last: building the model, the ``Trainer`` and
+  the optimizer is not counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.material import synchronised
+from ptuning.backbone import Backbone, quiet
+from ptuning.encoder import MAX_ENCODER_WIDTH
+from ptuning.objective import Item
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+MISSING = "peft is not installed; make bench installs it"
+IGNORED = -100  # what a label is where nothing is learned
+SETTINGS = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
+# Rows of one forward pass without gradients.
+SCORED_ROWS = 64
+
+
+def is_installed() -> bool:
+    """Whether there is a peer on this machine."""
+    return importlib.util.find_spec("peft") is not None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a whole row without slots, the last ``scored`` of them the target."""
+
+    ids: tuple[int, ...]
+    scored: int
+
+    def labelled(self) -> dict[str, list[int]]:
+        """Return the row as transformers trains on it."""
+        own = len(self.ids) - self.scored
+        return {"input_ids": list(self.ids), "labels": [IGNORED] * own + list(self.ids[own:])}
+
+
+def rows_of(items: Sequence[Item]) -> list[Row]:
+    """Return the rows that teach what items teach: their text, then the target or the word of the right class."""
+    rows = []
+    for item in items:
+        chosen = item.classes.index(item.answers[0]) if item.answers else 0
+        rows.append(_row(item, chosen))
+    return rows
+
+
+def choice_rows(item: Item) -> list[Row]:
+    """Return one row for each candidate or label word of an item."""
+    return [_row(item, number) for number in range(len(item.choices))]
+
+
+def _row(item: Item, number: int) -> Row:
+    choice = item.choices[number]
+    example = item.inputs[choice.input]
+    slots = set(example.slot_positions)
+    context = [token for at, token in enumerate(example.token_ids[: example.logit_positions[0] + 1]) if at not in slots]
+    own = choice.target_ids[: choice.own_tokens]
+    return Row((*context, *own), len(own))
+
+
+class Peer:
+    """A prompt of PEFT in front of the rows of one backbone, whose weights it shares.
+
+    Args:
+        backbone: The backbone; :meth:`close` puts it back as it was.
+        slots: Number of virtual tokens.
+        seed: Of the encoder's weights.
+        vectors: (P, E) to use as they are, for prediction; without them an encoder is made for training.
+    """
+
+    def __init__(self, backbone: Backbone, *, slots: int, seed: int = 0, vectors: Tensor | None = None) -> None:
+        from peft import PromptEncoderConfig, get_peft_model
+
+        self.backbone = backbone
+        self.slots = slots
+        torch.manual_seed(seed)
+        config = PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=slots,
+            token_dim=backbone.width,
+            encoder_reparameterization_type="LSTM",
+            encoder_hidden_size=max(1, min(backbone.width, MAX_ENCODER_WIDTH) // 2),
+            encoder_num_layers=2,
+            encoder_dropout=0.0,
+            inference_mode=vectors is not None,
+        )
+        self._use_cache = backbone.model.config.use_cache
+        with _calm():
+            self.model: Any = get_peft_model(backbone.model, config)  # a whole model, of which stubs know little
+        if vectors is not None:
+            with torch.no_grad():
+                self.model.prompt_encoder["default"].embedding.weight.copy_(vectors)
+            self.model.eval()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the backbone back as it was."""
+        self.backbone.freeze()
+        self.backbone.model.config.use_cache = self._use_cache
+
+    def train(
+        self, rows: Sequence[Row], *, epochs: int, batch_size: int, parts: int = 1, lr: float = 1e-3, seed: int = 0
+    ) -> float:
+        """Train on rows and return the seconds from the beginning of the first step to the end of the last."""
+        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+        device = self.backbone.device
+
+        class Clock(TrainerCallback):
+            began = ended = 0.0
+
+            def on_step_begin(self, *_: object, **__: object) -> None:
+                self.began = self.began or synchronised(device)
+
+            def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:  # noqa: ARG002
+                if state.global_step == state.max_steps:
+                    self.ended = synchronised(device)
+
+        clock = Clock()
+        data = [row.labelled() for row in rows]
+        with _calm(), tempfile.TemporaryDirectory() as folder:
+            options = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=parts,
+                num_train_epochs=epochs,
+                learning_rate=lr,
+                lr_scheduler_type="linear",
+                warmup_steps=0.1,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                optim="adamw_torch_fused",
+                train_sampling_strategy="group_by_length",
+                remove_unused_columns=False,
+                dataloader_num_workers=0,
+                dataloader_pin_memory=device.type == "cuda",
+                logging_strategy="no",
+                save_strategy="no",
+                eval_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=device.type == "cpu",
+                seed=seed,
+            )
+            trainer = Trainer(
+                model=self.model,
+                args=options,
+                train_dataset=data,
+                data_collator=_collate,
+                callbacks=[clock],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        self.model.eval()
+        return clock.ended - clock.began
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row], *, batch_rows: int = SCORED_ROWS) -> tuple[list[float], list[float]]:
+        """Return the log-probability of each row's target, and 1.0 where greedy decoding would write it."""
+        device = self.backbone.device
+        totals, hits = [0.0] * len(rows), [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+        for at in range(0, len(rows), batch_rows):
+            chosen = order[at : at + batch_rows]
+            group = [rows[index] for index in chosen]
+            batch = _collate([row.labelled() for row in group])
+            logits = self.model(
+                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
+            ).logits  # (B, P + T, V)
+            lines, places, tokens = [], [], []
+            for line, row in enumerate(group):
+                for place in range(len(row.ids) - row.scored, len(row.ids)):
+                    lines.append(line)
+                    places.append(self.slots + place - 1)
+                    tokens.append(row.ids[place])
+            chosen_logits = logits[lines, places].float()  # (N, V)
+            token_ids = torch.tensor(tokens, device=device)
+            values = chosen_logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0].tolist()
+            right = (chosen_logits.argmax(-1) == token_ids).tolist()
+            start = 0
+            for index, row in zip(chosen, group, strict=True):
+                totals[index] = sum(values[start : start + row.scored])
+                hits[index] = float(all(right[start : start + row.scored]))
+                start += row.scored
+        return totals, hits
+
+    def accuracy(self, items: Sequence[Item]) -> float:
+        """Return the share of label-word items whose right class is the likeliest one."""
+        rows = [row for item in items for row in choice_rows(item)]
+        totals, _ = self.score(rows)
+        right, start = 0, 0
+        for item in items:
+            values = totals[start : start + len(item.choices)]
+            start += len(item.choices)
+            right += item.classes[values.index(max(values))] in item.answers
+        return right / len(items)
+
+    @torch.no_grad()
+    def write(self, contexts: Sequence[tuple[int, ...]], *, max_tokens: int, stop_id: int | None) -> list[list[int]]:
+        """Write greedily behind texts; rows of one length run together, so that no pad stands behind the slots."""
+        lengths: dict[int, list[int]] = {}
+        for index, ids in enumerate(contexts):
+            lengths.setdefault(len(ids), []).append(index)
+        answers: list[list[int]] = [[]] * len(contexts)
+        for _, indices in sorted(lengths.items()):
+            texts = torch.tensor([contexts[index] for index in indices], device=self.backbone.device)  # (B, T)
+            with _calm():
+                written = self.model.generate(
+                    input_ids=texts,
+                    attention_mask=torch.ones_like(texts),
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    eos_token_id=stop_id,
+                    pad_token_id=stop_id,
+                )
+            for index, row in zip(indices, written.tolist(), strict=True):
+                answers[index] = row[texts.shape[1] :]
+        return answers
+
+
+def _collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Pad rows to the longest of them."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[int], pad: int) -> list[int]:
+        return values + [pad] * (width - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(row["input_ids"], 0) for row in rows]),
+        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Silence the notices of both libraries."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

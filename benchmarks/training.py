@@ -1,0 +1,182 @@
+"""How fast does one prompt train, beside PEFT with transformers' ``Trainer`` and beside the bare backbone?
+
+Cells: short facts, sentences of 20 to 60 tokens, and records of 128 and 512 tokens, in batches of 16 and 64. All three
+read the same tokens: six slots, the text, the target.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from benchmarks.common import (
+    Json,
+    Settings,
+    answer,
+    interleave,
+    no_answer,
+    parser,
+    ratios,
+    say,
+    settings_of,
+    spread,
+    write_result,
+)
+from benchmarks.material import (
+    FACTS_TEMPLATE,
+    PASS_TOKENS,
+    SLOTS,
+    TEXT_TEMPLATE,
+    backbone_of,
+    bare_seconds,
+    bind,
+    every,
+    items_of,
+    mean_tokens,
+    passages,
+    passes,
+    repeated,
+    train_seconds,
+)
+from benchmarks.peer import MISSING, Peer, is_installed, rows_of
+from benchmarks.peer import SETTINGS as PEER_SETTINGS
+from ptuning.backbone import Backbone
+from ptuning.objective import Item
+from ptuning.records import Record
+
+METHOD = (
+    "Samples per second of training steps, in rounds in one process, the three in random order in each. ptuning: its "
+    "Trainer with its defaults, from the end of the first development pass to the end of the last step. bare: "
+    "forward and backward of the backbone over the same batches, logits at the targets, the embeddings as leaves. "
+    f"All three cut a batch into passes of about {PASS_TOKENS} tokens at most and gather gradients. PEFT: "
+    f"{PEER_SETTINGS}"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of records in one size of batches; ``seconds`` bound its rounds."""
+
+    kind: str
+    low: int
+    high: int
+    batch_size: int
+    steps: int
+    repeats: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+        return f"{self.kind}-{self.batch_size}"
+
+
+FULL = (
+    Cell("short", 0, 0, 16, 8, 5, 100),
+    Cell("short", 0, 0, 64, 3, 5, 120),
+    Cell("sentences", 20, 60, 16, 3, 5, 100),
+    Cell("sentences", 20, 60, 64, 1, 3, 90),
+    Cell("long-128", 128, 128, 16, 1, 3, 75),
+    Cell("long-128", 128, 128, 64, 1, 2, 150),
+    Cell("long-512", 512, 512, 16, 1, 2, 150),
+    Cell("long-512", 512, 512, 64, 1, 1, 270),
+)
+TINY = tuple(
+    Cell(kind, low, high, size, 2, 2, 20)
+    for kind, low, high in (("short", 0, 0), ("sentences", 8, 16), ("long-128", 24, 24), ("long-512", 40, 40))
+    for size in (4, 8)
+)
+
+
+def main(settings: Settings) -> None:
+    """Measure all cells."""
+    began = time.monotonic()
+    backbone = backbone_of(settings)
+    measure(Cell("warm-up", 0, 0, 16, 1, 1, 0), backbone, settings)  # what a process does once, before the clock runs
+    rows: list[dict[str, Json]] = []
+    answers: dict[str, dict[str, Json]] = {}
+    for cell in settings.pick(FULL, TINY):
+        found = measure(cell, backbone, settings)
+        rows += [row for row, _ in found.values()]
+        rates = {name: values for name, (_, values) in found.items()}
+        if cell.kind == "short":
+            size = 16 if cell.batch_size in (4, 16) else 64
+            answers |= short_answers(rates, size)
+    write_result(
+        settings,
+        "training",
+        question=(__doc__ or "").splitlines()[0],
+        cells=rows,
+        answers=answers,
+        method=METHOD,
+        seconds=time.monotonic() - began,
+    )
+
+
+def short_answers(rates: dict[str, list[float]], batch_size: int) -> dict[str, dict[str, Json]]:
+    """Return the entries on short facts for one size of batches."""
+    note = "capitals, six slots"
+    peer = answer(ratios(rates["ptuning"], rates["peft"]), note) if "peft" in rates else no_answer(MISSING)
+    return {
+        f"peft-short-{batch_size}": peer,
+        f"ceiling-short-{batch_size}": answer(ratios(rates["ptuning"], rates["bare"]), note),
+    }
+
+
+def measure(cell: Cell, backbone: Backbone, settings: Settings) -> dict[str, tuple[dict[str, Json], list[float]]]:
+    """Return, for each contestant, its row and its samples per second in every round."""
+    items, template = records_of(cell, backbone, settings)
+    bound = bind(backbone, template)
+    tokens = mean_tokens(items)
+    batch_size, parts = passes(cell.batch_size, tokens)
+    peer_rows = rows_of(items)
+    assert sum(len(row.ids) + SLOTS for row in peer_rows) == sum(item.tokens for item in items), "unequal token streams"
+
+    def ours(number: int) -> float:
+        return len(items) / train_seconds(backbone, bound, items, batch_size=batch_size, parts=parts, seed=number)
+
+    def bare(number: int) -> float:
+        order = random.Random(number).sample(items, len(items))
+        return len(items) / bare_seconds(backbone, order, batch_size=batch_size, slots=SLOTS)
+
+    def peer(number: int) -> float:
+        with Peer(backbone, slots=SLOTS, seed=number) as model:
+            return len(items) / model.train(peer_rows, epochs=1, batch_size=batch_size, parts=parts, seed=number)
+
+    contestants = {"ptuning": ours, "bare": bare} | ({"peft": peer} if is_installed() else {})
+    found = interleave(contestants, repeats=cell.repeats, seconds=cell.seconds, seed=settings.seed, note=cell.name)
+    line = ", ".join(f"{name} {spread(values)['median']:.1f}" for name, values in found.items())
+    say(f"  {cell.name}: {line} samples/s ({tokens:.0f} tokens)")
+    shared = {"cell": cell.name, "batch_size": cell.batch_size, "rows_per_pass": batch_size, "steps": cell.steps}
+    return {
+        name: (
+            {
+                **shared,
+                "tokens_per_row": tokens,
+                "contestant": name,
+                "samples_per_second": spread(values),
+                "of_bare": spread(ratios(values, found["bare"])),
+            },
+            values,
+        )
+        for name, values in found.items()
+    }
+
+
+def records_of(cell: Cell, backbone: Backbone, settings: Settings) -> tuple[list[Item], str]:
+    """Return the items of a cell's steps, and the template they fill."""
+    count = cell.batch_size * cell.steps
+    template = FACTS_TEMPLATE if not cell.high else TEXT_TEMPLATE
+    records: list[Record] = every("capitals")
+    if cell.high:
+        draw = random.Random(f"{cell.kind} {settings.seed}")
+        # The length is that of the whole row, slots and a target of about two tokens included, where it is fixed.
+        off = SLOTS + 2 if cell.low == cell.high else 0
+        lengths = [draw.randint(cell.low, cell.high) - off for _ in range(count)]
+        records = passages(backbone, lengths, seed=settings.seed)
+    return repeated(items_of(bind(backbone, template), records), count), template
+
+
+if __name__ == "__main__":
+    main(settings_of(parser(__doc__).parse_args()))
