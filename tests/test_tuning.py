@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import ptuning.measure
-import ptuning.trainer
-from ptuning import tuning
+from ptuning import constants, model, tuning
 from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -140,21 +138,17 @@ def test_more_tries_than_there_are_settings(causal: Backbone, tries: int) -> Non
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool, torch.dtype]]]:
-    """Per place: whether the model was in training mode and took gradients, and of which type it was, at each run."""
+    """Per purpose: whether the model was in training mode and took gradients, and of which type it was, at each run."""
     seen: dict[str, list[tuple[bool, bool, torch.dtype]]] = {}
+    real = model.target_logits
 
-    def watch(name: str, module: Any) -> None:
-        real: Callable[..., torch.Tensor] = module.target_logits
+    def target_logits(backbone: Backbone, *args: Any) -> torch.Tensor:
+        takes = all(weight.requires_grad for weight in backbone.model.parameters())
+        purpose = "training" if torch.is_grad_enabled() else "scoring"
+        seen.setdefault(purpose, []).append((backbone.model.training, takes, backbone.dtype))
+        return real(backbone, *args)
 
-        def target_logits(backbone: Backbone, *args: Any) -> torch.Tensor:
-            takes = all(weight.requires_grad for weight in backbone.model.parameters())
-            seen.setdefault(name, []).append((backbone.model.training, takes, backbone.dtype))
-            return real(backbone, *args)
-
-        monkeypatch.setattr(module, "target_logits", target_logits)
-
-    watch("training", ptuning.trainer)
-    watch("scoring", ptuning.measure)
+    monkeypatch.setattr(constants, "target_logits", target_logits)
     return seen
 
 
