@@ -236,3 +236,13 @@ def test_whole_backbones_do_not_stay_on_disk(method: str, causal: Backbone, tmp_
 def test_only_fields_and_target_are_left_of_a_bare_template() -> None:
     assert str(bare(Template.parse("[Y] is the capital of [X] , {place!} in [X] ."))) == "[X] {place!} [Y]"
     assert str(bare(Template.parse("It is [Y]"))) == "[Y]"
+
+
+def test_guesses_that_are_stuck_on_one_class_are_a_warning() -> None:
+    def evaluations(*classes: int, score: float = 0.5) -> list[dict[str, float]]:
+        return [{"guessed_classes": number, "dev_score": score} for number in classes]
+
+    assert tuning.stuck(evaluations(1, 1, 2, 1, 1)) is None
+    assert "3 evaluations in a row guessed one class" in (tuning.stuck(evaluations(2, 1, 1, 1, 2)) or "")
+    assert tuning.stuck(evaluations(1, 1, 1, score=1.0)) is None  # every row is of that class
+    assert tuning.stuck([{"dev_score": 0.0}] * 5) is None  # nothing to guess among
