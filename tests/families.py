@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import CONTEXT, CORPUS, RECORDS, learned, make_tokenizer
 from ptuning.backbone import Backbone
 from ptuning.errors import BackboneError
-from ptuning.files import Json
+from ptuning.families import Family as Row
 from ptuning.predict import PromptModel
 
 # Rows of the embedding table beyond the tokenizer's, as tables that are padded to round sizes have.
@@ -31,6 +31,7 @@ POSITIONS: dict[str, Any] = {"max_position_embeddings": CONTEXT}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8}
 GPT: dict[str, Any] = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}
 BERT: dict[str, Any] = {**SMALL, **POSITIONS, "type_vocab_size": 2}
+ROBERTA: dict[str, Any] = {**SMALL, "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
 T5: dict[str, Any] = {
     "d_model": 32,
     "d_kv": 8,
@@ -121,14 +122,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family("Phi", "PhiForCausalLM", "llama", {**SMALL, **POSITIONS}, note="head with a bias"),
     "bert": Family("BERT", "BertForMaskedLM", "bert", BERT),
-    "roberta": Family(
-        "RoBERTa", "RobertaForMaskedLM", "roberta", {**SMALL, "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
-    ),
+    "roberta": Family("RoBERTa", "RobertaForMaskedLM", "roberta", ROBERTA),
     "xlm-r": Family(
         "XLM-R",
         "XLMRobertaForMaskedLM",
         "roberta",
-        {**SMALL, "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1},
+        ROBERTA,
     ),
     "albert": Family(
         "ALBERT",
@@ -348,7 +347,7 @@ def unigram(
     )
 
 
-def examine(name: str) -> dict[str, Json]:
+def examine(name: str) -> Row:
     """Return a family's row of the table, found by running its tiny model."""
     family, backbone = FAMILIES[name], built(name)
     hidden = backbone.model.config.get_text_config().hidden_size
@@ -357,18 +356,18 @@ def examine(name: str) -> dict[str, Json]:
         answers = "fills masks" if backbone.kind in ("masked", "permuted") else "writes"
     except BackboneError:
         answers = "chooses among candidates"
-    return {
-        "family": family.title,
-        "class": family.head,
-        "kind": backbone.kind,
-        "listed": family.listed,
-        "slots": "encoder's side, decoder's side" if backbone.kind == "encoder-decoder" else "anywhere",
-        "answers": answers,
-        "shared_prefix": backbone.shares_prefix,
-        "own_width": backbone.width != hidden,
-        "pads": "either side" if backbone.pads_left else "right",
-        "note": family.note,
-    }
+    return Row(
+        family=family.title,
+        head=family.head,
+        kind=backbone.kind,
+        listed=family.listed,
+        slots="on either side" if backbone.kind == "encoder-decoder" else "anywhere",
+        answers=answers,
+        shared_prefix=backbone.shares_prefix,
+        own_width=backbone.width != hidden,
+        pads="either side" if backbone.pads_left else "behind",
+        note=family.note,
+    )
 
 
 def own_copy(name: str) -> Backbone:

@@ -339,6 +339,18 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
 
 
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """Given as a file or as its folder; and a file that is something else."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    for name in (path, tmp_path):
+        with pytest.raises(BackboneError, match=r"is in GGUF format.*take the model's safetensors, or turn it into a"):
+            load_backbone(str(name))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(BackboneError, match=r"weights.bin is a file; a backbone is a folder with config.json"):
+        load_tokenizer(str(tmp_path / "weights.bin"))
+
+
 def test_a_folder_with_a_pickle_only(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Design, section 6: no pickle anywhere."""
     folder = shutil.copytree(model_folder("llama"), tmp_path / "pickled")

@@ -175,7 +175,16 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["train", "--help"], ["data"], ["data", "capitals"], ["task", "show", "RTE"], ["--version"]]
+    "args",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["data"],
+        ["data", "capitals"],
+        ["task", "show", "RTE"],
+        ["backbones"],
+        ["--version"],
+    ],
 )
 def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
     code = (
@@ -190,7 +199,7 @@ def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    commands = ["train", "eval", "predict", "inspect", "template show", "data", "demo"]
+    commands = ["train", "eval", "predict", "inspect", "template show", "data", "backbones", "demo"]
     shown = works("--help")
     for command in commands:
         assert f"│ {command.split()[0]} " in shown
@@ -1231,3 +1240,13 @@ def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.Monkey
     assert done.err.endswith(
         f"out/checkpoint is kept, go on with:\n  {show.program()} demo --out out --backbone {llama} --set epochs=1\n"
     )
+
+
+def test_the_table_of_backbones() -> None:
+    """For people the columns that fit, for programs all, with what is tested."""
+    shown = works("backbones")
+    assert all(name in shown for name in ("LLaMA", "XLNet", "permuted", "encoder-decoder", "chooses among"))
+    rows = {row["head"]: row for row in json.loads(works("backbones", "--json"))}
+    assert rows["T5ForConditionalGeneration"]["slots"] == "on either side"
+    assert rows["LlamaForCausalLM"]["shared_prefix"] is True
+    assert "identity" in rows["BertForMaskedLM"]["tested"]

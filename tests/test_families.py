@@ -20,6 +20,8 @@ from ptuning.batch import collate
 from ptuning.config import TrainConfig
 from ptuning.decode import write_answers
 from ptuning.errors import BackboneError, TemplateError
+from ptuning.families import COLUMNS, TESTED, as_markdown
+from ptuning.families import families as shipped
 from ptuning.fill import FILLS_MASKS, Example
 from ptuning.model import prefix_tokens, target_logits
 from ptuning.predict import PromptModel
@@ -201,7 +203,7 @@ def test_written_answers(name: str) -> None:
     for template in templates(backbone):
         prompt = learned(backbone, template)
         model = PromptModel(backbone)
-        if families.examine(name)["answers"] == "chooses among candidates":
+        if families.examine(name).answers == "chooses among candidates":
             with pytest.raises(BackboneError, match="keeps no cache of keys and values"):
                 model.predict(RECORDS, prompt)
             continue
@@ -294,3 +296,30 @@ def test_one_layer_with_a_window_is_enough(first: int) -> None:
     kinds = ["full_attention", "sliding_attention"]
     assert not backbone_of("gemma-3", layer_types=[kinds[first], kinds[1 - first]]).shares_prefix
     assert backbone_of("gemma-3", layer_types=["full_attention", "full_attention"]).shares_prefix
+
+
+def test_the_table_says_what_the_models_do() -> None:
+    """The package's data and the docs page are what scripts/build_backbones.py makes of these models."""
+    rows = [families.examine(name) for name in FAMILIES]
+    assert shipped() == rows, "run scripts/build_backbones.py"
+    page = (Path(__file__).resolve().parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8")
+    assert as_markdown(rows) in page, "run scripts/build_backbones.py"
+    assert all(len(row.cells) == len(COLUMNS) for row in rows)
+    assert len({row.family for row in rows}) == len(rows)
+
+
+def test_every_check_of_the_table_is_a_test_of_every_family() -> None:
+    """What the table calls tested is."""
+    names = {
+        "identity": test_identity,
+        "alone or in company": test_alone_or_in_company,
+        "saved is what was trained": test_saved_is_what_was_trained_and_frozen_is_frozen,
+        "frozen is frozen": test_saved_is_what_was_trained_and_frozen_is_frozen,
+        "gathered logits": test_gathered_logits_equal_plain_ones,
+        "written answers": test_written_answers,
+        "candidates": test_candidates_and_their_order,
+        "shared prefix": test_a_shared_prefix,
+    }
+    assert tuple(names) == TESTED
+    for test in names.values():
+        assert every_family.mark in test.pytestmark  # type: ignore[attr-defined]  # pytest puts it there

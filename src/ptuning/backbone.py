@@ -101,9 +101,12 @@ class Backbone:
 
     @property
     def _embedding(self) -> nn.Module:
-        # An encoder's own table: a model of two sides may list another one that neither side reads.
-        model = self.model.get_encoder() if self.kind == "encoder-decoder" else self.model
-        return model.get_input_embeddings()
+        return self.table_of(self.model.get_encoder() if self.kind == "encoder-decoder" else self.model)
+
+    def table_of(self, part: PreTrainedModel) -> nn.Module:
+        """Return the embedding table that the model, or its encoder or decoder, reads; the model's if it names none."""
+        source = part if hasattr(part, "get_input_embeddings") else self.model
+        return source.get_input_embeddings()
 
     @property
     def _table_weight(self) -> Tensor:
@@ -192,7 +195,7 @@ class Backbone:
         """
         if self.kind == "encoder-decoder":
             return False
-        return same_logits(beside_pads(self, left=0), beside_pads(self, left=2))
+        return same_logits(self, beside_pads(self, left=0), beside_pads(self, left=2))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Return what the model sees for token ids, through its own embedding call (scaled where the model scales).

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 import ptuning
 from ptuning import defaults, show, suite_commands, task_commands
 from ptuning.errors import ConfigError, PTuningError, RecordError
+from ptuning.fill import FILLS_MASKS
 from ptuning.wiring import (
     SETTINGS,
     SIGNAL_EXIT,
@@ -285,7 +286,7 @@ def predict(
                 part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
             )
             report(Progress("predict", len(found), len(rows), rows.name))
-    show.predictions(rows.records, found, as_json=as_json, masked=loaded.kind == "masked")
+    show.predictions(rows.records, found, as_json=as_json, masked=loaded.kind in FILLS_MASKS)
 
 
 @app.command(cls=Command)
@@ -359,6 +360,17 @@ def data(
         return
     for row in load_records(name if ":" in name else f"{name}:{split}"):
         typer.echo(json.dumps(dict(row), ensure_ascii=False))
+
+
+@app.command(cls=Command)
+def backbones(as_json: JsonOption = False) -> None:
+    """List the families of language models, what each supports, and what is tested. No model is loaded.
+
+    Example: ptuning backbones --json
+    """
+    from ptuning.families import families
+
+    show.backbones(families(), as_json=as_json)
 
 
 @app.command(cls=Command)

@@ -18,6 +18,7 @@ from ptuning.fill import Kind
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicLayer, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
 
 # What a model must take as input, and what is wrong with one that does not.
 NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
@@ -39,12 +40,12 @@ class Memory:
 
     Args:
         cache: Keys and values.
-        encoded: (B, T_encoder, H); what the encoder made of its side, if there is one.
+        encoded: What the encoder made of its side, if there is one: an output with a (B, T_encoder, H) hidden state.
         encoded_mask: (B, T_encoder) int64; 1 at its tokens.
     """
 
     cache: Cache
-    encoded: Tensor | None = None
+    encoded: BaseModelOutput | None = None
     encoded_mask: Tensor | None = None
 
     @classmethod
@@ -67,7 +68,8 @@ class Memory:
         """Let row i hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
         if self.encoded is not None and self.encoded_mask is not None:
-            self.encoded, self.encoded_mask = self.encoded[rows], self.encoded_mask[rows]
+            self.encoded = type(self.encoded)(last_hidden_state=self.encoded["last_hidden_state"][rows])
+            self.encoded_mask = self.encoded_mask[rows]
 
 
 @dataclass
@@ -132,7 +134,18 @@ class Forward:
         """
         inputs: dict[str, object]
         if self.kind == "encoder-decoder":
-            inputs = _two_sides(embeddings, mask, encoder_tokens, memory)
+            encoded: BaseModelOutput | None
+            encoded_mask: Tensor | None
+            if memory is None:
+                encoded, encoded_mask = _encode(model, embeddings[:, :encoder_tokens], mask[:, :encoder_tokens])
+            else:
+                encoded, encoded_mask = memory.encoded, memory.encoded_mask
+            inputs = {
+                "encoder_outputs": encoded,
+                "attention_mask": encoded_mask,
+                "decoder_inputs_embeds": embeddings[:, encoder_tokens:],
+                "decoder_attention_mask": mask[:, encoder_tokens:],
+            }
             cols = cols - encoder_tokens
         else:
             inputs = {"inputs_embeds": embeddings, "attention_mask": mask}
@@ -161,26 +174,15 @@ class Forward:
         if memory is not None:
             memory.cache = cache
         elif self.kind == "encoder-decoder":
-            memory = Memory(cache, output.encoder_last_hidden_state, mask[:, :encoder_tokens])
+            memory = Memory(cache, encoded, encoded_mask)
         else:
             memory = Memory(cache)
         return logits.float(), memory
 
 
-def _two_sides(embeddings: Tensor, mask: Tensor, encoder_tokens: int, memory: Memory | None) -> dict[str, object]:
-    """Return what an encoder and a decoder read; behind a memory there are the decoder's columns only."""
-    from transformers.modeling_outputs import BaseModelOutput
-
-    decoder: dict[str, object] = {
-        "decoder_inputs_embeds": embeddings[:, encoder_tokens:],
-        "decoder_attention_mask": mask[:, encoder_tokens:],
-    }
-    if memory is None:
-        encoder = {"inputs_embeds": embeddings[:, :encoder_tokens], "attention_mask": mask[:, :encoder_tokens]}
-        return {**decoder, **encoder}
-    # Some models ask for a tensor to see the type of the encoder's output, others for an object of theirs.
-    encoded = BaseModelOutput(last_hidden_state=memory.encoded)
-    return {**decoder, "encoder_outputs": encoded, "attention_mask": memory.encoded_mask}
+def _encode(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> tuple[BaseModelOutput, Tensor]:
+    """Return what the encoder makes of its side, (B, T_encoder, E), and its mask."""
+    return model.get_encoder()(inputs_embeds=embeddings, attention_mask=mask, return_dict=True), mask
 
 
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,11 +18,17 @@ def find_backbone(name: str) -> tuple[str, str | None]:
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
+            if any(path.glob("*.gguf")):
+                raise BackboneError(_gguf(name))
             raise BackboneError(
                 f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
                 "tokenizer as save_pretrained writes them"
             )
         return str(path), None
+    if path.is_file():
+        raise BackboneError(
+            _gguf(name) if path.suffix == ".gguf" else f"{name} is a file; a backbone is a folder with config.json"
+        )
     advice = (
         f"known names: {', '.join(defaults.KNOWN)}; or give a folder written by save_pretrained, or a hub id "
         "such as gpt2 or owner/name"
@@ -32,6 +38,13 @@ def find_backbone(name: str) -> tuple[str, str | None]:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
         raise BackboneError(f"no such backbone folder: '{name}'; {advice}")
     return _find_on_hub(name, advice)
+
+
+def _gguf(name: str) -> str:
+    return (
+        f"{name} is in GGUF format, of which only the shipped default is read; take the model's safetensors, or turn "
+        "it into a folder with transformers (from_pretrained with gguf_file, then save_pretrained) if that reads it"
+    )
 
 
 def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:

@@ -27,8 +27,8 @@ def check_reading(backbone: Backbone) -> None:
     ids = _probe_ids(backbone)[None]  # (1, 3)
     ones = torch.ones_like(ids)
     if backbone.kind == "encoder-decoder":
-        decoder = backbone.model.get_decoder().get_input_embeddings()
-        if not same_logits(backbone.embed(ids).float(), decoder(ids).float()):
+        decoder = backbone.table_of(backbone.model.get_decoder())
+        if not same_logits(backbone, backbone.embed(ids).float(), decoder(ids).float()):
             raise BackboneError(
                 f"{called} has an embedding table for its encoder and another for its decoder, and a prompt belongs to "
                 "one table; use an encoder-decoder model that shares them, as T5 and BART do"
@@ -38,24 +38,52 @@ def check_reading(backbone: Backbone) -> None:
         backbone.model(**{side + name: value for side in sides}, attention_mask=ones).logits[0].float()
         for name, value in (("input_ids", ids), ("inputs_embeds", backbone.embed(ids)))
     )
-    if not same_logits(plain, embedded):
+    if not same_logits(backbone, plain, embedded):
         raise BackboneError(
             f"{called} does something else with embeddings than with the tokens they belong to, so slots cannot be "
             "filled; use another language model"
         )
+    try:
+        asked = _asked(backbone, ids)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(
+            f"{called} cannot be asked for logits at some positions: {first} ({type(error).__name__}); use another "
+            "language model"
+        ) from error
+    if backbone.kind != "permuted" and not same_logits(backbone, asked, plain[1:, : backbone.vocabulary]):
+        raise BackboneError(
+            f"{called} answers otherwise when asked for some positions only; use another language model"
+        )
     if backbone.kind != "causal":
-        if not same_logits(beside_pads(backbone, right=0), beside_pads(backbone, right=2)):
+        if not same_logits(backbone, beside_pads(backbone, right=0), beside_pads(backbone, right=2)):
             raise BackboneError(
                 f"{called} reads pads in spite of its attention_mask, so a row's answer would depend on the rows "
                 "beside it; use another language model"
             )
         return
     cut_off = backbone.model(inputs_embeds=backbone.embed(ids[:, :2]), attention_mask=ones[:, :2])
-    if not same_logits(embedded[:2], cut_off.logits[0].float()):
+    if not same_logits(backbone, embedded[:2], cut_off.logits[0].float()):
         raise BackboneError(
             f"{called} lets a position see what stands behind it, so it would be shown the target; use a causal "
             "language model, or a masked one with its masked language-model head"
         )
+
+
+def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
+    """Return the logits at all but the first position of a row, (2, V), as training asks for them."""
+    split = ids.shape[1] if backbone.kind == "encoder-decoder" else 0
+    row = torch.cat([ids, ids], dim=1) if split else ids
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits, _ = backbone.run(
+        backbone.embed(row),
+        mask=torch.ones_like(row),
+        positions=torch.cat([positions, positions], dim=1) if split else positions,
+        rows=torch.zeros(2, dtype=torch.int64, device=ids.device),
+        cols=torch.tensor([split + 1, split + 2], device=ids.device),
+        encoder_tokens=split,
+    )
+    return logits
 
 
 def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
@@ -85,6 +113,8 @@ def _probe_ids(backbone: Backbone) -> Tensor:
     return torch.tensor(usable[-3:], device=backbone.device)
 
 
-def same_logits(one: Tensor, other: Tensor) -> bool:
-    """Whether logits are equal up to what another order of sums makes in bfloat16."""
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * max(1.0, float(one.abs().max())))
+def same_logits(backbone: Backbone, one: Tensor, other: Tensor) -> bool:
+    """Whether logits are equal up to what another order of sums makes in the backbone's type."""
+    tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
+    scale = max(1.0, float(one.abs().max()))
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

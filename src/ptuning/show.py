@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning import defaults
+from ptuning.families import COLUMNS, TESTED, Family
 
 if TYPE_CHECKING:
     from ptuning.backbone import TextTokenizer
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 STAGES = {"suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering"}
 # A person sees this many neighbours of a slot; JSON holds all.
 SHOWN_NEIGHBOURS = 3
+# And these columns of the table of backbones; docs/backbones.md has all.
+SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 
 def say(text: str) -> None:
@@ -280,6 +283,21 @@ def facts(known: Mapping[str, Mapping[str, object]]) -> None:
         rows = cast("Mapping[str, int]", entry["rows"])
         counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
         table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
+    results().print(table)
+
+
+def backbones(rows: Sequence[Family], *, as_json: bool) -> None:
+    """Print the table of backbones."""
+    if as_json:
+        listed: list[dict[str, Json]] = [{**row.to_json(), "tested": [*TESTED]} for row in rows]
+        _print_json(listed)
+        return
+    heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in SHOWN_COLUMNS:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
     results().print(table)
 
 

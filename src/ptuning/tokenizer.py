@@ -40,6 +40,7 @@ class TextTokenizer:
     ) -> None:
         # Encoding special text as plain text leaves a mark in the tokenizer's state, which must not be the caller's.
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._reserved: frozenset[int] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
         self.mask_id: int | None = tokenizer.mask_token_id
         self.stop_id: int | None = tokenizer.eos_token_id
@@ -52,6 +53,8 @@ class TextTokenizer:
         }
         self.decoder_ids = decoder_ids
         self.gap = self._find_gap(rows)
+        named = {*self.special_ids.values(), *self.gap.encoder_ids, self.gap.end_id}
+        self._reserved = frozenset(token for token in named if token is not None and token != self.unknown_id)
         self.prefix_ids, self.suffix_ids, self.segment_id = self._probe_specials()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -66,7 +69,23 @@ class TextTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        return [list(ids) for ids in encoded["input_ids"]]
+        return [self._spelled(list(ids)) for ids in encoded["input_ids"]]
+
+    def _spelled(self, ids: list[int]) -> list[int]:
+        """Return ids with special tokens spelled out letter by letter: a vocabulary that holds them like other pieces
+        (unigram) finds them in any text.
+        """
+        if self._reserved.isdisjoint(ids):
+            return ids
+        spelled: list[int] = []
+        for token in ids:
+            if token in self._reserved:
+                letters = str(self._tokenizer.convert_ids_to_tokens(token))
+                found = [self._tokenizer.convert_tokens_to_ids(letter) for letter in letters]
+                spelled += [letter for letter in found if isinstance(letter, int)]
+            else:
+                spelled.append(token)
+        return spelled
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files as transformers reads them."""
