@@ -238,7 +238,7 @@ def test_from_training_weights_to_answers_without_them(tune: str, llama: str, da
 
     losses = [loss(), loss("--without", "slots"), loss("--without", "backbone")]
     assert len(set(losses)) == 3
-    assert losses[0] == min(losses)
+    assert losses[0] < losses[2]
     for more in ([], ["--without", "slots"], ["--without", "backbone"]):
         assert works("predict", "out", "Kenya", "--max-tokens", "2", *more)
     assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")

@@ -65,7 +65,7 @@ def test_the_control_of_a_trained_method() -> None:
 def test_the_methods_of_the_paper() -> None:
     assert list(methods) == [
         "majority", "manual", "manual-restricted", "in-context",
-        "p-tuning", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning",
+        "p-tuning", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora",
     ]  # fmt: skip
     assert [name for name, method in methods.items() if method.trained] == list(methods)[4:]
     assert [name for name, method in methods.items() if not method.seeded] == list(methods)[:3]

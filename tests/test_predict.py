@@ -515,7 +515,7 @@ def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", sca
         add_adapters(other.model, rank=2, alpha=4.0, targets="all-linear", seed=0)
     with torch.no_grad():
         for weight in trained_parameters(other, tune).values():
-            weight += scale
+            weight.add_(scale)
     other.freeze()
     return replace(
         prompt,

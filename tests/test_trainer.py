@@ -657,7 +657,7 @@ def test_dropout_is_the_backbones_own_where_it_learns(
     """Issue 4: BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
     assert masked.model.config.hidden_dropout_prob == 0.1
     seen: list[tuple[bool, int]] = []
-    real = trainer.target_logits
+    real = target_logits
 
     def watch(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
         dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
@@ -676,7 +676,12 @@ def test_dropout_is_the_backbones_own_where_it_learns(
 @pytest.mark.parametrize("tune", ["tuned", "lora"])
 def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -> None:
     """With decay for its matrices only, and nothing of it for the encoder."""
-    settings = {"backbone_lr": 0.25, "lora_lr": 0.5, "backbone_weight_decay": 0.125, "weight_decay": 0.75}
+    settings: dict[str, Any] = {
+        "backbone_lr": 0.25,
+        "lora_lr": 0.5,
+        "backbone_weight_decay": 0.125,
+        "weight_decay": 0.75,
+    }
     found = make_trainer(causal, tune=tune, **settings)
     groups = [(group["lr"], group["weight_decay"]) for group in found.optimizer.param_groups]
     assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if tune == "tuned" else [(0.5, 0.0)])]

@@ -13,6 +13,7 @@ import torch
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.config import Keep
 from ptuning.errors import FileError, PromptError
+from ptuning.files import Json
 from ptuning.lora import add_adapters
 from ptuning.weights import (
     DIFFERENCE_FILE,
@@ -39,7 +40,7 @@ def moved(backbone: Backbone) -> Backbone:
             if weight is first:
                 weight[torch.tensor([1, 3])] *= -1.0
             elif weight is not second:
-                weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     return other
 
 
@@ -49,7 +50,7 @@ def adapted(backbone: Backbone) -> Backbone:
     add_adapters(other.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
     with torch.no_grad():
         for weight in trained_parameters(other, "lora").values():
-            weight += 0.1
+            weight.add_(0.1)
     other.freeze()
     return other
 
@@ -172,16 +173,17 @@ def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
 
 def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> None:
     about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
-    for changed in (
+    changes: list[dict[str, Json]] = [
         {"tune": "frozen"},
         {"keep": "some"},
         {"sha256": None},
         {"sha256": {}},
         {"keep": "whole"},
         {"sha256": {DIFFERENCE_FILE: "", "../x": ""}},
-    ):
+    ]
+    for changed in changes:
         with pytest.raises(TypeError):
-            TrainedWeights.load(tmp_path, {**about, **changed})  # type: ignore[dict-item]
+            TrainedWeights.load(tmp_path, {**about, **changed})
 
 
 def test_weights_that_do_not_fit(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
@@ -255,6 +257,9 @@ def test_kept_weights_of_another_backbone(causal: Backbone, tmp_path: Path) -> N
 def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors(tmp_path / WHOLE_FILE, {"x": torch.arange(6).reshape(2, 3).T}, texts={"note": "yes"})
     assert torch.equal(read_tensors(tmp_path / WHOLE_FILE)["x"], torch.arange(6).reshape(2, 3).T)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / WHOLE_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
 
     def fail(*_: object) -> None:
         raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")

@@ -74,7 +74,7 @@ class Prompt:
     Args:
         template: The template, as a pattern or parsed.
         slot_vectors: (P, E) float32, in template order; None for a template without slots.
-        backbone: Which (frozen) backbone it was trained on; None for a manual prompt.
+        backbone: Which (frozen) backbone it was trained on; None for a manual prompt, which fits any.
         label_words: For classification.
         task: The task it was made for: how rows become records, and whether they bring their own choices.
         calibrate: Whether what an empty record would score is taken off labels and choices.
@@ -198,10 +198,10 @@ class Prompt:
                 f"the prompt was trained together with weights of '{backbone.name}', and those are not in it; take "
                 "prompt.adapt(backbone), or leave them out with prompt.without('backbone')"
             )
-        if self.weights is None:
-            self._check_backbone(backbone, force=force)
         if self.slot_vectors is None:
             return bound
+        if self.weights is None:
+            self._check_backbone(backbone, force=force)
         if self.slot_vectors.shape[1] != backbone.width:
             raise PromptError(
                 f"the prompt's vectors are {self.slot_vectors.shape[1]} wide, and the embeddings of "
@@ -243,11 +243,9 @@ class Prompt:
             PromptError: If there is no such part.
         """
         if part == "slots" and self.slot_vectors is not None:
-            kept = self.backbone if self.weights is not None else None
-            return replace(self, template=self.template.without_slots(), slot_vectors=None, backbone=kept)
+            return replace(self, template=self.template.without_slots(), slot_vectors=None)
         if part == "backbone" and self.weights is not None:
-            kept = self.backbone if self.slot_vectors is not None else None
-            return replace(self, weights=None, backbone=kept)
+            return replace(self, weights=None)
         parts = [
             name for name, there in (("slots", self.slot_vectors), ("backbone", self.weights)) if there is not None
         ]

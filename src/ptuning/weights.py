@@ -243,8 +243,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[s
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode  # as of any new file; safetensors leaves one that only its owner reads
         try:
             safetensors.torch.save_file(plain, temporary, {"format": "pt", **(texts or {})})
+            temporary.chmod(rights)
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
 
