@@ -7,7 +7,7 @@ from ptuning.phrases import noun_phrases
 
 def test_names_stand_together_and_articles_take_what_follows() -> None:
     text = "Mr. Moncrieff visited Chester in the luxurious New York apartment, because he liked his son."
-    assert noun_phrases(text) == ["Mr", "Moncrieff", "Chester", "the luxurious New York", "his son"]
+    assert noun_phrases(text) == ["Mr. Moncrieff", "Chester", "the luxurious New York", "his son"]
 
 
 def test_verbs_and_function_words_end_a_phrase() -> None:

@@ -3,7 +3,7 @@ tasks and no templates.
 
 A source is names with dots between them; ``[]`` behind a name goes through a list. Repairs follow, each behind a ``|``:
     ``no_full_stop``    without a full stop, question or exclamation mark at the end
-    ``lower_first``     with a small first letter, where the first word is not a name
+    ``lower_first``     with a small first letter, unless the first word is all in capitals, as "I" is
     ``before TEXT``     what stands before TEXT
     ``after TEXT``      what stands after it
     ``without TEXT``    with TEXT taken out
@@ -25,13 +25,6 @@ Context = Mapping[str, Json]
 
 PLAIN_REPAIRS = ("no_full_stop", "lower_first")
 REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
-# Words that are no names, so that they begin with a small letter inside of a sentence.
-_LISTED = (
-    "a an the this that these those there here he she it they we you his her its their our your my one some someone "
-    "somebody something many most all both each every everyone everybody no nobody nothing people in on at by for from "
-    "with after before when while as if because to"
-)
-FUNCTION_WORDS = frozenset(_LISTED.split())
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ class Source:
                 text = re.sub(r"\s*[.?!]+\s*$", "", text)
             elif name == "lower_first":
                 first = re.match(r"\w+", text)
-                if first is not None and first[0].lower() in FUNCTION_WORDS:
+                if first is not None and not first[0].isupper():  # "I" and "NASA" stay
                     text = text[0].lower() + text[1:]
             elif name == "without":
                 text = text.replace(argument, "")

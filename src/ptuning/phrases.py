@@ -11,7 +11,7 @@ _STOPPERS = (
     "when why how and or but nor so yet if because although though while since until unless than as of in on at "
     "by for from with to into onto over under after before behind beside between through across around about "
     "against off out up down is are was were be been being am do does did have has had will would shall should "
-    "can could may might must not there here then now very too also just only still always never even again all "
+    "can could may might must not there here then now very too also just only still always away never even again all "
     "both"
 )
 DETERMINERS, STOPPERS = frozenset(_DETERMINERS.split()), frozenset(_STOPPERS.split())
@@ -27,7 +27,7 @@ def noun_phrases(text: str) -> list[str]:
         ['The man', 'Bob']
     """
     found: list[str] = []
-    for clause in re.split(r"[.,;:!?\"()]+", text):
+    for clause in re.split(r"[,;:!?\"()]+|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)\.", text):
         words = [word for word in clause.replace("*", "").split() if re.search(r"\w", word)]
         at = 0
         while at < len(words):
@@ -36,6 +36,11 @@ def noun_phrases(text: str) -> list[str]:
                 found.append(" ".join(words[at : at + length]))
             at += max(1, length)
     return list(dict.fromkeys(found))
+
+
+def words_of(text: str) -> list[str]:
+    """Return a text's words in small letters, without punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
 def _phrase(words: list[str], at: int) -> int:
