@@ -16,6 +16,7 @@ from ptuning.errors import ConfigError, TemplateError
 from ptuning.method import Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
+from ptuning.questions import Questions, as_questions
 from ptuning.records import Record, Records
 from ptuning.template import Template
 
@@ -28,7 +29,9 @@ DEV: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(6)
 def task(train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, pattern: str = MANUAL, **more: Any) -> Task:
     objects = tuple(sorted({row["y"] for row in [*train, *dev]}))
     more = {"single_token": True, **more}
-    return Task("P1", Records(train), Records(dev), Template.parse(pattern), Template.parse(WARM), objects, **more)
+    return Task(
+        "P1", as_questions(train), as_questions(dev), Template.parse(pattern), Template.parse(WARM), objects, **more
+    )
 
 
 def examples_in(solution: Solution) -> list[str]:
@@ -40,7 +43,7 @@ def test_the_majority_is_counted_in_the_training_part(causal: Backbone) -> None:
     rows = [{"x": "a", "y": y} for y in ("yes", "no", " yes", "no ", "good")]
     solution = majority(task(rows, [{"x": "b", "y": "great"}] * 9), Setup(causal))
     assert solution.record == {"answer": "no"}  # of equally frequent ones the first in the alphabet
-    test = Records([{"x": "c", "y": y} for y in ("no", "yes", "good", "great")])
+    test = as_questions([{"x": "c", "y": y} for y in ("no", "yes", "good", "great")])
     assert solution.answer(test) == [Answer("no", at == 1, at) for at in (1, 2, 3, 4)]
 
 
@@ -49,13 +52,13 @@ def test_the_manual_prompt_is_asked_as_it_is(backbone: Backbone) -> None:
     for closed in (None, ("yes", "bad")):
         solution = manual(task(vocabulary=closed), Setup(backbone))
         expected = answer_records(PromptModel(backbone), plain, Records(DEV), closed=closed, single_token=True)
-        assert solution.answer(Records(DEV)) == expected
+        assert solution.answer(as_questions(DEV)) == expected
         assert solution.record == {"prompt": MANUAL}
 
 
 def test_the_restricted_prompt_chooses_among_the_tasks_objects(backbone: Backbone) -> None:
     for single in (True, False):
-        found = manual_restricted(task(single_token=single), Setup(backbone)).answer(Records(DEV))
+        found = manual_restricted(task(single_token=single), Setup(backbone)).answer(as_questions(DEV))
         assert {answer.text for answer in found} <= set(WORDS)
         assert all(answer.rank is not None and answer.rank <= 4 for answer in found)
 
@@ -74,7 +77,7 @@ def test_written_answers_get_as_long_as_the_longest_training_target(
         return []
 
     monkeypatch.setattr(baselines, "answer_records", answer_records)
-    manual(here, Setup(causal)).answer(Records(DEV))
+    manual(here, Setup(causal)).answer(as_questions(DEV))
     assert asked == [longest]
 
 
@@ -107,7 +110,7 @@ def test_examples_are_those_of_the_training_part_and_drawn_by_seed(causal: Backb
         assert not any(row["x"] in str(solution.record["prompt"]) for row in DEV)
     assert found[0].record == found[1].record
     assert len({str(solution.record["prompt"]) for solution in found}) > 1
-    assert found[0].answer(Records(DEV)) == found[1].answer(Records(DEV))
+    assert found[0].answer(as_questions(DEV)) == found[1].answer(as_questions(DEV))
 
 
 def test_only_as_many_examples_as_fit_are_tried(causal: Backbone) -> None:
@@ -132,7 +135,7 @@ def stub(score: Callable[[int, int], float | None]) -> Callable[..., Solution]:
         draws[count] = draws.get(count, -1) + 1
         wanted = score(count, draws[count])
 
-        def answer(records: Records) -> list[Answer]:
+        def answer(records: Questions) -> list[Answer]:
             if wanted is None:
                 raise TemplateError("does not fit")
             return [Answer("", at < wanted * len(records)) for at in range(len(records))]
@@ -145,6 +148,7 @@ def stub(score: Callable[[int, int], float | None]) -> Callable[..., Solution]:
 def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(4, 1): 5 / 6, (16, 0): 4 / 6, (32, 2): 5 / 6}
     monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
+    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
     found = in_context(task(), Setup(causal))
     assert found.record["chosen"] == {"settings": {"examples": 4, "draw": 1}, "dev_score": 5 / 6}
     assert len(examples_in(found)) == 4  # of equal scores the first, which has fewer examples
@@ -153,6 +157,7 @@ def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, m
 
 
 def test_a_draw_that_does_not_fit_says_nothing_of_the_next(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
     scores = {(4, 0): None, (4, 1): 1.0}
     monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
     assert in_context(task(), Setup(causal)).record["chosen"] == {
@@ -167,7 +172,9 @@ def test_examples_in_front_of_a_masked_model(masked: Backbone) -> None:
     assert "\n" not in prompt
     assert prompt.endswith(f" . {MANUAL}")
     shown = Prompt.manual(Template.parse(prompt))
-    assert solution.answer(Records(DEV)) == answer_records(PromptModel(masked), shown, Records(DEV), single_token=True)
+    assert solution.answer(as_questions(DEV)) == answer_records(
+        PromptModel(masked), shown, Records(DEV), single_token=True
+    )
 
 
 def test_text_that_is_a_special_token_is_not_shown_as_an_example(masked: Backbone) -> None:
@@ -184,6 +191,6 @@ def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) ->
     assert not baselines.is_multiline(task())
     seen: list[bool] = []
     for train in (rows, TRAIN):
-        found = manual(task(train, single_token=False), Setup(causal)).answer(Records(DEV))
+        found = manual(task(train, single_token=False), Setup(causal)).answer(as_questions(DEV))
         seen.append(any("\n" in answer.text for answer in found))
     assert seen[1] is False

@@ -222,6 +222,40 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
 # --------------------------------------------------------------------------------------------------------- train
 
 
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_from_training_weights_to_answers_without_them(tune: str, llama: str, data: Path) -> None:
+    """Issue 4: one prompt holds what was trained, every command takes it, and each part can be switched off."""
+    works("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, *QUICK, "--out", "out",
+          "--tune", tune, "--backbone-lr", "0.03", "--lr", "0.1")  # fmt: skip
+    settings = record_of(Path("out"))["settings"]
+    assert settings["tune"] == tune
+    assert settings["lora_lr" if tune == "lora" else "backbone_lr"] == 0.03
+    assert (Path("out") / "prompt" / "backbone").is_dir()
+
+    def loss(*more: str) -> float:
+        found = json.loads(works("eval", "out", "--data", data / "train.jsonl", "--json", *more))
+        return float(found["loss"])
+
+    losses = [loss(), loss("--without", "slots"), loss("--without", "backbone")]
+    assert len(set(losses)) == 3
+    assert losses[0] < losses[2]
+    for more in ([], ["--without", "slots"], ["--without", "backbone"]):
+        assert works("predict", "out", "Kenya", "--max-tokens", "2", *more)
+    assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")
+    fails("eval", "out", "--data", data / "train.jsonl", "--without", "words",
+          says=["no part 'words' to leave out; it has slots and backbone"])  # fmt: skip
+
+
+def test_the_slots_of_a_frozen_backbone_can_be_left_out(run_folder: Path, data: Path) -> None:
+    one = works("eval", run_folder, "--data", data / "train.jsonl", "--json", "--without", "slots")
+    two = works("eval", "manual:The capital of [X] is [Y]", "--data", data / "train.jsonl", "--json", "--backbone",
+                record_of(run_folder)["backbone"]["name"])  # fmt: skip
+    assert json.loads(one)["loss"] == json.loads(two)["loss"]
+    fails(
+        "predict", run_folder, "Kenya", "--without", "backbone", says=["no part 'backbone' to leave out; it has slots"]
+    )
+
+
 @pytest.mark.parametrize("fixture", ["run_folder", "masked_run"])
 def test_train_leaves_prompt_record_and_predictions(fixture: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(fixture)
@@ -815,6 +849,11 @@ def test_bad_label_words(labels: str, says: list[str], bert: str, data: Path) ->
         (["--field", "y=capital"], ["train.jsonl, line 1: no field 'capital' to use as 'y'", "x, y"]),
         (["--manual", "[X] is [Y]"], ["give either --template, or --manual"]),
         (["--about", "country"], ["--about goes with --manual"]),
+        (["--tune", "melted"], ["setting 'tune' is 'melted'; it must be one of frozen, tuned, lora"]),
+        (["--backbone-lr", "0.1"], ["--backbone-lr goes with --tune tuned or lora"]),
+        (["--tune", "lora", "--backbone-lr", "0"], ["setting 'lora_lr' is 0.0; it must be a number above 0"]),
+        (["--tune", "lora", "--keep", "whole"], ["setting 'keep' is 'whole'; it must be difference where tune is not"]),
+        (["--tune", "lora", "--set", "lora_targets=x"], ["LlamaForCausalLM takes no adapters on 'x'", "all-linear"]),
     ],
 )
 def test_bad_options_of_train(args: list[str], says: list[str], llama: str, data: Path) -> None:

@@ -68,7 +68,7 @@ def job(data: Path, backbone: Backbone, name: str = "P36", **options: Any) -> Jo
 
 
 def everything(job: Job) -> list[Record]:
-    return [*job.task.train, *job.task.dev, *job.test]
+    return [row.record for row in (*job.task.train, *job.task.dev, *job.test)]
 
 
 # -------------------------------------------------------------------------------------------------------------- lama

@@ -16,7 +16,8 @@ from ptuning.config import TrainConfig
 from ptuning.estimate import Estimate, estimate
 from ptuning.experiment import methods as known
 from ptuning.method import Task
-from ptuning.records import Record, Records
+from ptuning.questions import as_questions
+from ptuning.records import Record
 from ptuning.suite import Job, Suite
 from ptuning.template import Template
 
@@ -28,9 +29,9 @@ FAST = TrainConfig(epochs=4, batch_size=4)
 def suite(
     backbone: Backbone, out: Path, methods: Sequence[str], *, config: TrainConfig = FAST, tries: int = 1, seeds: int = 1
 ) -> Suite:
-    train, dev = Records(FACTS[:20]), Records(FACTS[20:24])
+    train, dev = as_questions(FACTS[:20]), as_questions(FACTS[20:24])
     task = Task("P1", train, dev, Template.parse("[X] is [Y] ."), Template.parse(WARM), WORDS, single_token=True)
-    job = Job(task, Records(FACTS[24:]), {})
+    job = Job(task, as_questions(FACTS[24:]), {})
     return Suite(out, jobs=[job], methods=methods, seeds=seeds, backbone=backbone, config=config, tries=tries)
 
 

@@ -14,7 +14,8 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.method import METHODS, Task
-from ptuning.records import Record, Records
+from ptuning.questions import as_questions
+from ptuning.records import Record
 from ptuning.results import Results
 from ptuning.suite import Job
 from ptuning.template import Template
@@ -26,12 +27,12 @@ FAST = TrainConfig(epochs=1, batch_size=4)
 
 
 def jobs(*names: str) -> list[Job]:
-    train, dev = Records(FACTS[:6]), Records(FACTS[6:9])
+    train, dev = as_questions(FACTS[:6]), as_questions(FACTS[6:9])
     manual, learned = Template.parse("[X] is [Y] ."), Template.parse("[P*2] [X] [Y]")
     return [
         Job(
             Task(name, train, dev, manual, learned, WORDS, single_token=True),
-            Records(FACTS[9:]),
+            as_questions(FACTS[9:]),
             {"label": name},
             "1-1",
         )

@@ -7,7 +7,7 @@ import pytest
 from ptuning.errors import ConfigError
 from ptuning.experiment import methods
 from ptuning.method import METHODS, Answer, Methods, Setup, Solution, Task
-from ptuning.records import Records
+from ptuning.questions import Question, as_questions
 
 
 def nothing(_: Task, __: Setup) -> Solution:
@@ -15,16 +15,16 @@ def nothing(_: Task, __: Setup) -> Solution:
 
 
 def test_an_answer_among_ranked_texts() -> None:
-    assert Answer.of_ranked(["yes", "no"], {"y": "yes"}) == Answer("yes", True, 1)
-    assert Answer.of_ranked(["yes", "no"], {"y": " no\n"}) == Answer("yes", False, 2)
-    assert Answer.of_ranked(["yes", "no"], {"y": "maybe"}) == Answer("yes", False, 3)
-    assert Answer.of_ranked([], {"y": "maybe"}) == Answer("", False, 1)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": "yes"})) == Answer("yes", True, 1)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": " no\n"})) == Answer("yes", False, 2)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": "maybe"})) == Answer("yes", False, 3)
+    assert Answer.of_ranked([], Question({"y": "maybe"})) == Answer("", False, 1)
 
 
 def test_a_solution_of_a_ranking_answers_each_record() -> None:
     solution = Solution.of_ranking(lambda record: [record["x"], "no"], answer="no")
     assert solution.record == {"answer": "no"}
-    found = solution.answer(Records([{"x": "yes", "y": "yes"}, {"x": "one", "y": "no"}]))
+    found = solution.answer(as_questions([{"x": "yes", "y": "yes"}, {"x": "one", "y": "no"}]))
     assert found == [Answer("yes", True, 1), Answer("one", False, 2)]
 
 
@@ -65,7 +65,7 @@ def test_the_control_of_a_trained_method() -> None:
 def test_the_methods_of_the_paper() -> None:
     assert list(methods) == [
         "majority", "manual", "manual-restricted", "in-context",
-        "p-tuning", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning",
+        "p-tuning", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora",
     ]  # fmt: skip
     assert [name for name, method in methods.items() if method.trained] == list(methods)[4:]
     assert [name for name, method in methods.items() if not method.seeded] == list(methods)[:3]

@@ -9,7 +9,28 @@ import tracemalloc
 import pytest
 from scipy import stats
 
-from ptuning.metrics import Score, majority, precision_at, ranks, reciprocal_ranks, score
+from ptuning.metrics import (
+    Score,
+    all_right,
+    blend,
+    bootstrap,
+    correlation,
+    difference,
+    exact_match,
+    f1_of,
+    grouped,
+    macro_f1,
+    majority,
+    normalised,
+    precision_at,
+    ranks,
+    reciprocal_ranks,
+    rows_of,
+    score,
+    summary,
+    value_of,
+    word_f1,
+)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -109,3 +130,101 @@ def test_the_majority_of_a_tie_is_the_first_in_the_alphabet() -> None:
     assert majority(["b", "a", "b"]) == "b"
     with pytest.raises(ValueError, match="at least one target"):
         majority([])
+
+
+# Ten rows of three labels, worked out by hand: label a 2 of (3 said, 3 right), b 2 of (4, 3), c 2 of (3, 4).
+SAID = list("aaabbbbccc")
+RIGHT = list("aacbbcabcc")
+
+
+def test_macro_f1_by_hand() -> None:
+    """F1: a = 4/6; b = 4/7; c = 4/7."""
+    assert value_of(macro_f1(SAID, RIGHT)) == pytest.approx((4 / 6 + 4 / 7 + 4 / 7) / 3)
+    # A label that is never right counts with an F1 of 0, one that stands nowhere does not count.
+    assert value_of(macro_f1(["a", "b"], ["a", "a"])) == pytest.approx((2 / 3 + 0) / 2)
+    assert value_of(macro_f1(["a"], ["a"])) == 1.0
+
+
+def test_f1_over_all_answers_is_that_of_one_label() -> None:
+    """Two questions: hits 1 of said 2, right 1; and 0 of said 0, right 1."""
+    said, right = ["true", "true", "false"], ["true", "false", "true"]
+    found = f1_of("true", said, right, ["q1", "q1", "q2"])
+    assert value_of(found) == pytest.approx(2 * 1 / (2 + 2))
+    assert rows_of(found) == 2
+    # The majority answer "false" finds nothing.
+    assert value_of(f1_of("true", ["false"] * 3, right, ["q1", "q1", "q2"])) == 0.0
+
+
+def test_a_question_is_right_if_all_of_its_answers_are() -> None:
+    assert all_right([1, 0, 1, 1], ["q1", "q1", "q2", "q3"]) == [0.0, 1.0, 1.0]
+    assert all_right([1, 1, 0], ["q1", "q2", "q1"]) == [0.0, 1.0]
+
+
+def test_the_interval_of_grouped_rows_is_over_groups() -> None:
+    """Ten rows that agree within each of two groups are two draws, not ten."""
+    hits, groups = [1.0] * 5 + [0.0] * 5, ["a"] * 5 + ["b"] * 5
+    found = summary([grouped(hits, groups)])
+    assert (found.value, found.low, found.high, found.n) == (0.5, 0.0, 1.0, 2)
+    alone = summary([grouped(hits, [str(at) for at in range(10)])])
+    assert 0.1 < alone.low < 0.5 < alone.high < 0.9
+
+
+def test_the_bootstrap_of_ratios_is_the_usual_one() -> None:
+    """With one row per group and a denominator of one, it is the plain percentile bootstrap of a mean."""
+    draw = random.Random(3)
+    values = [draw.random() for _ in range(40)]
+    plain = bootstrap(values)
+    found = summary([grouped(values, [str(at) for at in range(40)])])
+    assert found.value == pytest.approx(plain.value)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
+
+
+def test_words_of_answers_by_hand() -> None:
+    assert normalised(" The U.S. Senate,  an ally ") == "us senate ally"
+    assert exact_match("the Senate", ["House", "Senate."]) == 1.0
+    assert exact_match("Senates", ["Senate"]) == 0.0
+    # One of two words is right, and the answer has three: 2 x 1 / (2 + 3); the best answer counts.
+    assert word_f1("Barack Hussein", ["John", "Obama the Barack Two"]) == pytest.approx(2 / 5)
+    assert word_f1("Obama", ["Bush"]) == 0.0
+    assert word_f1("Obama", []) == 0.0
+    assert (word_f1("the", ["a"]), word_f1("the", ["b"])) == (1.0, 0.0)
+
+
+def test_two_scores_that_count_as_one() -> None:
+    assert blend([[1.0, 0.0], [0.5, 0.5]]) == [0.75, 0.25]
+    plain = [1.0, 0.0, 1.0]
+    assert blend([plain]) is plain
+    both = blend([[float(one == other) for one, other in zip(SAID, RIGHT, strict=True)], macro_f1(SAID, RIGHT)])
+    macro = value_of(macro_f1(SAID, RIGHT))
+    assert value_of(both) == pytest.approx((0.6 + macro) / 2)
+    assert rows_of(both) == 10
+
+
+def test_means_over_trainings_and_differences_are_paired() -> None:
+    worse = ["a"] * 10
+    one, other = macro_f1(SAID, RIGHT), macro_f1(worse, RIGHT)
+    mean = summary([one, other])
+    assert mean.value == pytest.approx((value_of(one) + value_of(other)) / 2)
+    assert mean.low <= mean.value <= mean.high
+    gap = difference([one], [other])
+    assert gap.value == pytest.approx(value_of(one) - value_of(other))
+    assert gap.low > 0  # on the same rows
+    same = difference([one], [one])
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    # Plain values are what they were: a mean per row, and the bootstrap of it.
+    assert summary([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]) == bootstrap([1.0, 0.5, 0.0])
+    assert difference([[1.0, 1.0]], [[0.0, 1.0]]) == bootstrap([1.0, 0.0])
+
+
+def test_a_score_of_no_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        value_of(macro_f1([], []))
+    with pytest.raises(ValueError, match="at least one"):
+        value_of([])
+
+
+def test_rank_correlation() -> None:
+    assert correlation([(0.1, 1.0), (0.2, 3.0), (0.9, 9.0)]) == pytest.approx(1.0)
+    assert correlation([(1, 2), (2, 1), (3, 3)]) == pytest.approx(0.5)
+    assert correlation([(1, 2), (1, 3)]) is None
+    assert correlation([]) is None

@@ -311,7 +311,7 @@ def test_a_backbone_in_training_mode_runs_whole_rows(
     assert backbone.shares_prefix
     passes = Passes(backbone)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
-    backbone.thaw()
+    backbone.thaw(backbone.model.parameters())
     target_logits(backbone, batch, torch.zeros(0, backbone.width))
     assert passes.bodies == [tuple(batch.token_ids.shape)]
 

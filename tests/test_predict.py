@@ -16,14 +16,17 @@ from conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned
 from ptuning import model as model_module
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
+from ptuning.config import Tune
 from ptuning.errors import PromptError, RecordError, TemplateError
 from ptuning.fill import Example
 from ptuning.labels import LabelWords
+from ptuning.lora import add_adapters
 from ptuning.model import target_logits
 from ptuning.predict import Prediction, PromptModel
-from ptuning.prompt import Prompt
+from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record
 from ptuning.tasks import TaskFile
+from ptuning.weights import TrainedWeights, trained_parameters
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
@@ -503,6 +506,70 @@ def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: py
     PromptModel(causal).predict(rows, prompt, max_tokens=1)
     PromptModel(causal).rank(rows, prompt, ["yes", "no"])
     assert len(calls) <= 4
+
+
+def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", scale: float = 0.1) -> Prompt:
+    """Return a prompt with trained weights of its own."""
+    other = backbone.copy(share=tune == "lora")
+    if tune == "lora":
+        add_adapters(other.model, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for weight in trained_parameters(other, tune).values():
+            weight.add_(scale)
+    other.freeze()
+    return replace(
+        prompt,
+        backbone=prompt.backbone or BackboneId.of(backbone),
+        weights=TrainedWeights.of(other, backbone, tune=tune, keep="difference"),
+    )
+
+
+def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbone) -> None:
+    """Invariant 8: each row is answered by its own prompt's weights, and by the frozen backbone where it has none."""
+    plain = learned(backbone, TEMPLATE)
+    prompts = [
+        plain,
+        with_weights(backbone, plain),
+        with_weights(backbone, plain, scale=0.2),
+        with_weights(backbone, plain, tune="tuned"),
+        with_weights(backbone, Prompt.manual("[X] is [Y]")),
+        Prompt.manual("[X] is [Y]"),
+    ]
+    model = PromptModel(backbone)
+    data = [{"x": "Kenya", "y": "Nairobi"}] * len(prompts)
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    together, ranked = model.target_logits(data, prompts), model.rank(data, prompts, CANDIDATES)
+    written = model.predict(data, prompts, max_tokens=2)
+    for index, prompt in enumerate(prompts):
+        alone = PromptModel(backbone)
+        torch.testing.assert_close(together[index], alone.target_logits(data[:1], prompt)[0], atol=1e-5, rtol=0)
+        scores = {one.text: one.log_prob for one in alone.rank(data[:1], prompt, CANDIDATES)[0]}
+        assert {one.text: one.log_prob for one in ranked[index]} == pytest.approx(scores, abs=1e-4)
+        assert alone.predict(data[:1], prompt, max_tokens=2)[0].text == written[index].text
+    for one, other in itertools.combinations(together, 2):
+        assert not torch.allclose(one, other, atol=1e-3)
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+
+
+def test_labels_of_a_prompt_with_trained_weights(backbone: Backbone) -> None:
+    plain = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    trained = with_weights(backbone, plain)
+    assert trained.label_words == WORDS
+    one, two = (model.classify(RECORDS, found)[0] for found in (plain, trained))
+    assert {found.text: found.log_prob for found in one} != {found.text: found.log_prob for found in two}
+
+
+def test_a_model_is_adapted_once_for_each_prompt_in_use(causal: Backbone) -> None:
+    prompt = with_weights(causal, learned(causal, TEMPLATE))
+    model = PromptModel(causal)
+    first = model.for_prompt(prompt)
+    assert model.for_prompt(replace(prompt, method="other")) is first
+    assert first.for_prompt(prompt) is first
+    assert model.for_prompt(learned(causal, TEMPLATE)) is model
+    assert len(model._adapted) == 1
+    del prompt
+    assert len(model._adapted) == 0
 
 
 # ------------------------------------------------------------------------------------------- choices, calibration

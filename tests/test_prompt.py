@@ -25,6 +25,7 @@ from ptuning.predict import PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY, BackboneId, Prompt
 from ptuning.tasks import load_task
 from ptuning.template import Template
+from ptuning.weights import TrainedWeights
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 
@@ -204,7 +205,8 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"format version 2, and this ptuning reads 1; update ptuning"),
+        ({"format_version": 3}, r"format version 3, and this ptuning reads 1 and 2; update ptuning"),
+        ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be an object"),
         ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
         ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),
         ({"slots": "3"}, r"wrong shape"),
@@ -351,3 +353,91 @@ def test_every_error_is_a_ptuning_error() -> None:
     """The command line catches one class."""
     assert issubclass(PromptError, PTuningError)
     assert issubclass(FileError, PTuningError)
+
+
+def with_weights(backbone: Backbone, template: str = "[P:is] [X] [P] [Y]", *, factor: float = 1.5) -> Prompt:
+    """Return a prompt with all weights of a backbone made larger; by a little, its norms only."""
+    trained = backbone.copy()
+    with torch.no_grad():
+        for weight in trained.model.parameters():
+            if factor > 1.1 or weight.ndim == 1:
+                weight.mul_(factor)
+    prompt = learned(backbone, template)
+    return replace(prompt, weights=TrainedWeights.of(trained, backbone, tune="tuned", keep="whole"))
+
+
+def test_an_unadapted_backbone_is_refused(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
+    """Trained weights are never silently left out: whoever binds a prompt needs the backbone with its weights in it."""
+    prompt = with_weights(causal)
+    for force in (False, True):
+        with pytest.raises(PromptError, match=r"trained together with weights of .*, and those are not in it; take"):
+            prompt.bind(causal, force=force)
+    adapted = prompt.adapt(causal)
+    assert prompt.bind(adapted).slots == prompt.slots
+    assert prompt.adapt(adapted) is adapted
+    assert prompt.without("backbone").adapt(causal) is causal
+    with pytest.raises(PromptError, match=r"has the same embeddings and other weights|is another model"):
+        prompt.without("backbone").bind(adapted)
+    other = with_weights(causal, factor=2.0)
+    with pytest.raises(PromptError, match="has the trained weights of another prompt in it; give the frozen one"):
+        other.adapt(adapted)
+    with pytest.raises(PromptError, match="is another model"):
+        prompt.adapt(make_backbone("gpt2"))
+
+
+def test_weights_that_hardly_moved_are_not_taken_for_the_frozen_ones(causal: Backbone) -> None:
+    """The fingerprint is of bfloat16 values, and the difference may be smaller."""
+    prompt = with_weights(causal, factor=1.0 + 1e-6)
+    assert prompt.weights is not None
+    assert prompt.weights.fingerprint == causal.fingerprint
+    with pytest.raises(PromptError, match="those are not in it"):
+        prompt.bind(causal)
+    adapted = prompt.adapt(causal)
+    assert adapted is not causal
+    prompt.bind(adapted)
+    assert not all(map(torch.equal, adapted.model.parameters(), causal.model.parameters()))
+
+
+def test_the_folder_of_whole_weights_is_a_backbone_too(causal: Backbone, tmp_path: Path) -> None:
+    prompt = with_weights(causal)
+    prompt.save(tmp_path / "p")
+    alone = load_backbone(tmp_path / "p" / "backbone", dtype="float32", device="cpu")
+    loaded = Prompt.load(tmp_path / "p")
+    assert loaded.adapt(alone) is alone
+    loaded.bind(alone)
+
+
+def test_a_prompt_with_weights_comes_back_whole_or_not_at_all(causal: Backbone, tmp_path: Path) -> None:
+    prompt = with_weights(causal)
+    prompt.save(tmp_path / "p")
+    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text())
+    assert manifest["format_version"] == 2  # an older reader would leave the weights out
+    assert set(manifest["weights"]["sha256"]) == {path.name for path in (tmp_path / "p" / "backbone").iterdir()}
+    loaded = Prompt.load(tmp_path / "p")
+    assert loaded.weights is not None
+    assert loaded.weights.tune == "tuned"
+    file = tmp_path / "p" / "backbone" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(PromptError, match="is cut off or damaged"):
+        Prompt.load(tmp_path / "p")
+    file.unlink()
+    with pytest.raises(FileError, match="cannot read"):
+        Prompt.load(tmp_path / "p")
+
+
+def test_parts_can_be_left_out(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
+    prompt = with_weights(causal, "[P*2] [X] [P:is] [P] [Y]")
+    words = prompt.without("slots")
+    assert (str(words.template), words.slots, words.weights, words.backbone) == (
+        "[X] is [Y]", 0, prompt.weights, prompt.backbone,
+    )  # fmt: skip
+    vectors = prompt.without("backbone")
+    assert (vectors.weights, vectors.slot_vectors) == (None, prompt.slot_vectors)
+    manual = words.without("backbone")
+    assert (manual.slots, manual.weights, manual.backbone) == (0, None, prompt.backbone)
+    manual.bind(make_backbone("gpt2"))  # nothing is left that only one backbone understands
+    for part in ("slots", "backbone"):
+        with pytest.raises(PromptError, match=f"the prompt has no part '{part}' to leave out; it has none"):
+            manual.without(part)
+    with pytest.raises(PromptError, match="trained weights need to say which backbone they belong to"):
+        replace(prompt, backbone=None)

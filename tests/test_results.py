@@ -183,7 +183,7 @@ def test_what_is_written_can_be_read_and_is_the_same_again(tmp_path: Path) -> No
     assert list(saved) == [
         "format_version", "suite", "command", "cells", "tasks", "macro", "by_type", "differences",
     ]  # fmt: skip
-    assert saved["tasks"]["P1"]["manual"]["p_at_1"].keys() == {"value", "low", "high", "n", "std", "seeds"}
+    assert saved["tasks"]["P1"]["manual"]["p_at_1"].keys() == {"value", "low", "high", "n", "std", "seeds", "lowest"}
     assert saved["differences"]["p-tuning - manual"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
     assert saved["cells"][0]["scores"]["p_at_1"] == pytest.approx(2 / 3)
     Collector("lama", ["manual", "p-tuning"], {"P1": "1-1"}, {"command": "x"}, tmp_path).collect(cells).write()

@@ -318,6 +318,7 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"template": "[X] is [Y]"}, TemplateError, "has no slots, so there is nothing to learn"),
+        ({"settings": {"tune": "lora", "lora_targets": "nowhere"}}, PTuningError, "takes no adapters on 'nowhere'"),
         ({"template": "[P] [X]"}, TemplateError, r"needs one \[Y\]"),
         ({"template": "[P] {z} [Y]"}, TemplateError, "no field 'z'"),
         ({"data": [{"x": "a", "y": "b"}, {"x": "c"}]}, RecordError, "record 2: no target"),
@@ -433,6 +434,226 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     monkeypatch.setattr("ptuning.runs.RECIPE", 99)
     with pytest.raises(TrainingError, match="recipe of training was 4 and is 99"):
         run(causal, tmp_path, resume=True)
+
+
+TUNED = {"tune": "tuned", "backbone_lr": 0.005}
+LORA = {"tune": "lora", "lora_lr": 0.02}
+WHOLE = {**TUNED, "keep": "whole"}
+MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["tuned", "whole", "lora"])
+# Answers in a process of its own, for prompts that it reads from their folders.
+ANSWER = """
+import json, sys, torch
+from ptuning.backbone import load_backbone
+from ptuning.predict import PromptModel
+from ptuning.prompt import Prompt
+model = PromptModel(load_backbone(sys.argv[1], dtype="float32", device="cpu"))
+for folder in sys.argv[3:]:
+    logits = model.target_logits(json.loads(sys.argv[2]), Prompt.load(folder))
+    print([one.view(torch.int32).tolist() for one in logits])
+"""
+
+
+def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+
+
+@MODES
+def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
+    """Invariants 3 and 4: a new process gives bit-equal logits; the caller's backbone is bit-identical."""
+    before = weights(backbone)
+    result = run(backbone, tmp_path / "out", settings=mode)
+    after = weights(backbone)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    assert (result.record["tune"], result.record["method"]) == (
+        (mode["tune"], "p-tuning+lora") if mode["tune"] == "lora" else ("tuned", "p-tuning+fine-tuning")
+    )
+    trained, frozen = result.record["trainable_parameters"], result.record["frozen_parameters"]
+    assert isinstance(trained, int)
+    assert frozen == (backbone.parameters if mode["tune"] == "lora" else 0)
+    model = PromptModel(backbone)
+    wanted = model.target_logits(RECORDS, result.prompt)
+    found = PromptModel(backbone).target_logits(RECORDS, Prompt.load(tmp_path / "out"))
+    assert all(map(torch.equal, wanted, found))
+    plain = model.target_logits(RECORDS, result.prompt.without("backbone"))
+    assert not torch.allclose(plain[0], wanted[0], atol=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text().splitlines()]
+    assert sum(row["hit"] for row in rows) / 2 == result.prompt.scores["exact_match"]
+
+
+def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) -> None:
+    wanted = []
+    for name, mode in (("tuned", TUNED), ("whole", WHOLE), ("lora", LORA)):
+        prompt = run(causal, tmp_path / name, settings=mode).prompt
+        found = PromptModel(causal).target_logits(RECORDS, prompt)
+        wanted.append([one.view(torch.int32).tolist() for one in found])
+    arguments = [causal.name, json.dumps(RECORDS), *(str(tmp_path / name) for name in ("tuned", "whole", "lora"))]
+    done = subprocess.run([sys.executable, "-c", ANSWER, *arguments], capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == wanted
+
+
+@MODES
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_with_trained_weights_is_resumed(
+    make_backbone: Callable[[str], Backbone], tmp_path: Path, mode: dict[str, Any], steps: int
+) -> None:
+    """Invariant 5, with the backbone's own dropout (BERT's is 0.1)."""
+    masked = make_backbone("bert")
+    settings = {**mode, "checkpoint_seconds": 0.0}
+    whole = run(masked, tmp_path / "whole", settings=settings)
+    with pytest.raises(Interrupted):
+        run(masked, tmp_path / "cut", settings=settings, should_stop=after(steps))
+    again = run(masked, tmp_path / "cut", settings=settings, resume=True)
+    assert timeless(dict(again.record)) == timeless(dict(whole.record))
+    one, two = (
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name / PROMPT_FOLDER).rglob("*.*")
+        }
+        for name in ("whole", "cut")
+    )
+    assert one == two
+    assert (tmp_path / "cut" / PROMPT_FOLDER / "backbone").is_dir()
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_a_run_with_trained_weights_is_killed_and_resumed(
+    tmp_path: Path, model_folder: Callable[[str], Path], tune: str
+) -> None:
+    """Invariant 5: kill -9, also between the best weights and the checkpoint that names them."""
+    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(120)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
+    model = model_folder("llama")
+    checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    moments = random.Random(time.time_ns())
+    options = [f"--set={name}={value}" for name, value in mode.items()]
+    for kill in range(2):
+        before = checkpoint.read_bytes() if checkpoint.exists() else b""
+        more = [*options, "--resume"] if kill else options
+        process = subprocess.Popen(command(tmp_path, model, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 90
+        while not checkpoint.exists() or checkpoint.read_bytes() == before:
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
+    run(backbone, tmp_path / "cut", data, settings={**SLOW, **mode}, resume=True)
+    run(backbone, tmp_path / "whole", data, settings={**SLOW, **mode})
+    one, two = (
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name / PROMPT_FOLDER).rglob("*.*")
+        }
+        for name in ("whole", "cut")
+    )
+    assert one == two
+
+
+def test_best_weights_and_a_checkpoint_that_does_not_name_them_yet(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after an epoch's weights were set aside, before the checkpoint: the earlier best ones are still there."""
+    whole = run(causal, tmp_path / "whole", settings=TUNED)
+    real, calls = Trainer.save, list[int]()
+
+    def save(self: Trainer) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(causal, tmp_path / "cut", settings=TUNED)
+    assert run(causal, tmp_path / "cut", settings=TUNED, resume=True).prompt.scores == whole.prompt.scores
+
+
+@pytest.mark.parametrize("mode", [TUNED, LORA], ids=["tuned", "lora"])
+def test_several_starts_with_trained_weights(causal: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
+    settings = {**mode, "starts": 2, "checkpoint_seconds": 0.0}
+    whole = run(causal, tmp_path / "whole", settings=settings)
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
+    again = run(causal, tmp_path / "cut", settings=settings, resume=True)
+    assert timeless(dict(again.record)) == timeless(dict(whole.record))
+    model = PromptModel(causal)
+    one, two = (model.target_logits(RECORDS, Prompt.load(tmp_path / name)) for name in ("whole", "cut"))
+    assert all(map(torch.equal, one, two))
+    starts: Any = whole.record["starts"]
+    assert whole.prompt.scores["exact_match"] == max(start["dev_score"] for start in starts)
+    assert model.target_logits(RECORDS, whole.prompt)[0].equal(one[0])
+
+
+@MODES
+def test_a_manual_template_is_enough_where_the_backbone_learns(
+    backbone: Backbone, tmp_path: Path, mode: dict[str, Any]
+) -> None:
+    result = run(backbone, tmp_path / "out", template="[X] is [Y]", settings=mode)
+    prompt = Prompt.load(tmp_path / "out")
+    assert (prompt.slots, prompt.slot_vectors) == (0, None)
+    assert prompt.method == ("manual+lora" if mode["tune"] == "lora" else "manual+fine-tuning")
+    assert prompt.backbone is not None
+    model = PromptModel(backbone)
+    one, two = (model.target_logits(RECORDS, found) for found in (prompt, result.prompt))
+    assert all(map(torch.equal, one, two))
+    assert not torch.equal(one[0], model.target_logits(RECORDS, Prompt.manual("[X] is [Y]"))[0])
+
+
+@MODES
+def test_label_words_with_trained_weights(causal: Backbone, mode: dict[str, Any]) -> None:
+    result = run(causal, labels="yes=great,good;no=bad;São Tomé=25", settings={**mode, "epochs": 15}, dev=FACTS)
+    found = score_prompt(PromptModel(causal), as_records(FACTS), result.prompt)
+    assert found.scores["accuracy"].value == result.prompt.scores["accuracy"] > 0.6
+
+
+def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tmp_path: Path) -> None:
+    """Trap 12: a bfloat16 weight hardly ever moves under small steps."""
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    for name, mode in (("tuned", TUNED), ("lora", LORA)):
+        result = run(causal, tmp_path / name, settings=mode)
+        assert result.prompt.weights is not None
+        assert {one.dtype for one in result.prompt.weights.tensors.values()} == {torch.float32}
+        one, two = (PromptModel(causal).target_logits(RECORDS, found) for found in (
+            result.prompt, Prompt.load(tmp_path / name)
+        ))  # fmt: skip
+        assert all(map(torch.equal, one, two))
+        assert causal.dtype == torch.bfloat16
+
+
+def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path, settings=LORA, should_stop=after(2))
+    with pytest.raises(TrainingError, match=r"tune was lora and is frozen"):
+        run(causal, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=r"lora_rank was None and is 4"):
+        run(causal, tmp_path, resume=True, settings={**LORA, "lora_rank": 4})
+
+
+def test_room_on_disk_is_checked_before(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("ptuning.runs.check_room", lambda _, needed: asked.append(needed))
+    for name, mode in (("frozen", {}), ("lora", LORA), ("tuned", TUNED)):
+        run(causal, tmp_path / name, settings=mode)
+    assert asked[0] < asked[1] < asked[2]
+    assert asked[2] - asked[0] == 9 * 4 * causal.parameters
+
+
+def test_no_files_are_left_where_none_are_asked_for(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run(causal, settings=TUNED)
+    with pytest.raises(Interrupted):
+        run(causal, settings=TUNED, should_stop=after(2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tuned_backbone_is_for_comparisons(causal: Backbone) -> None:

@@ -23,10 +23,10 @@ from ptuning.comparison import compare
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment import Watch
-from ptuning.method import METHODS, Answer, Setup, Solution
+from ptuning.method import METHODS, Setup, Solution
 from ptuning.records import Record, Records
 from ptuning.results import Results
-from ptuning.suite import Cell, CellResult, score_values
+from ptuning.suite import Cell
 from ptuning.trainer import Interrupted
 
 MANUAL = "The capital of [X] is [Y] ."
@@ -291,24 +291,6 @@ def test_a_dry_run_leaves_nothing_and_knows_what_is_finished(causal: Backbone, t
     estimates.clear()
     run(causal, tmp_path / "out", dry_run=True, watch=watch)
     assert [one.seconds is None for one in estimates] == [False, True, False, False]
-
-
-def test_scores_of_answers() -> None:
-    ranked = [Answer("a", True, 1), Answer("b", False, 4), Answer("c", False, 11)]
-    assert score_values(ranked) == {
-        "p_at_1": [1.0, 0.0, 0.0],
-        "p_at_10": [1.0, 1.0, 0.0],
-        "mrr": [1.0, 0.25, 1 / 11],
-        "exact_match": [1.0, 0.0, 0.0],
-    }
-    # Written answers are compared with the target and with nothing else.
-    assert score_values([Answer("a", True), Answer("b", False, 3)]) == {
-        "p_at_1": [1.0, 0.0],
-        "exact_match": [1.0, 0.0],
-    }
-    assert Answer.of_ranked(["yes", "no"], {"y": " no"}) == Answer("yes", False, 2)
-    assert Answer.of_ranked(["yes", "no"], {"y": "maybe"}) == Answer("yes", False, 3)
-    assert CellResult(Cell("t", "m", 0), "waiting").to_json()["n"] == 0
 
 
 @pytest.mark.parametrize(

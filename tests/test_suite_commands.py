@@ -255,3 +255,41 @@ def test_an_interrupted_cell_is_not_mixed_with_other_settings(llama: str, monkey
     fails(*other, says=["made with other settings", "encoder was lstm and is mlp"])
     works(*other, "--overwrite")
     assert [cell["status"] for cell in saved()["cells"]] == ["done"]
+
+
+def test_superglue(llama: str) -> None:
+    labels = ("entailment", "contradiction", "neutral")
+    for part, count in (("train", 12), ("dev32", 12), ("val", 9)):
+        rows = [
+            {"premise": f"{part} {at}", "hypothesis": "a film", "label": labels[at % 3], "idx": at}
+            for at in range(count)
+        ]
+        lines(Path("GLUE/CB") / f"{part}.jsonl", rows)
+    command = (
+        "superglue",
+        "--data",
+        "GLUE",
+        "--backbone",
+        llama,
+        "--out",
+        "out",
+        *QUICK,
+        "--methods",
+        "majority,p-tuning",
+    )
+    done = call(*command, "--tasks", "CB", "--seeds", 2)
+    assert done.code == 0, done.err
+    assert "1/3  CB  majority  seed 0: score 0." in done.err
+    assert "macro F1  [95 % interval]" in done.out
+    assert "p-tuning - majority: score " in done.out
+    assert Path("out/server/p-tuning/seed-1/CB.jsonl").is_file()
+    found = saved()
+    assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
+    again = call(*command, "--tasks", "CB", "--seeds", 2)
+    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    fails(*command, "--few-shot", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
+    works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)
+    assert saved()["settings"]["few_shot"] == 8
+    assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8
+    fails(*command, "--tune", "melted", says=["must be one of frozen, tuned, lora"])
+    fails(*command, "--tasks", "CBB", says=["no shipped task 'CBB'"])

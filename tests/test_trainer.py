@@ -19,6 +19,7 @@ from torch import Tensor
 from conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
 from ptuning import checkpoint, measure, trainer
 from ptuning.backbone import Backbone, load_backbone
+from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import EncoderKind, RandomStart, TrainConfig
 from ptuning.errors import TrainingError
@@ -359,11 +360,11 @@ def test_a_checkpoint_is_whole_or_not_there(causal: Backbone, tmp_path: Path, mo
     fit(make_trainer(causal, tmp_path, epochs=1))
     before = (tmp_path / CHECKPOINT_FILE).read_bytes()
 
-    def fail(path: Path, data: bytes) -> None:
-        path.with_name(".half.tmp").write_bytes(data[:10])
+    def fail(path: Path, *_: object, **__: object) -> None:
+        path.with_name(".half.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_bytes", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(causal, tmp_path, epochs=1))
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
@@ -647,3 +648,63 @@ def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: 
     own = [float(item.choices[0].own_tokens) for item in mixed]
     monkeypatch.setattr(measure, "hits", lambda group, _: [float(item.choices[0].own_tokens) for item in group])
     assert list(found.evaluate(mixed).hits) == own != sorted(own)
+
+
+@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
+def test_dropout_is_the_backbones_own_where_it_learns(
+    masked: Backbone, monkeypatch: pytest.MonkeyPatch, tune: str
+) -> None:
+    """Issue 4: BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
+    assert masked.model.config.hidden_dropout_prob == 0.1
+    seen: list[tuple[bool, int]] = []
+    real = target_logits
+
+    def watch(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+        dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
+        taking = sum(weight.requires_grad for weight in backbone.model.parameters())
+        seen.append((dropping == {True}, taking))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr(trainer, "target_logits", watch)
+    found = fit(make_trainer(masked, tune=tune, epochs=1))
+    assert set(seen) == {(tune != "frozen", len(found.weights))}
+    assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.weights)
+    assert (found.backbone is masked) == (tune == "frozen")
+    assert not any(one.training for one in found.backbone.model.modules())
+
+
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -> None:
+    """With decay for its matrices only, and nothing of it for the encoder."""
+    settings: dict[str, Any] = {
+        "backbone_lr": 0.25,
+        "lora_lr": 0.5,
+        "backbone_weight_decay": 0.125,
+        "weight_decay": 0.75,
+    }
+    found = make_trainer(causal, tune=tune, **settings)
+    groups = [(group["lr"], group["weight_decay"]) for group in found.optimizer.param_groups]
+    assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if tune == "tuned" else [(0.5, 0.0)])]
+    assert all(weight.ndim > 1 for weight in found.optimizer.param_groups[1]["params"])
+
+
+def test_large_checkpoints_are_written_less_often(causal: Backbone) -> None:
+    tuned, frozen = (make_trainer(causal, tune=tune, checkpoint_seconds=3.0) for tune in ("tuned", "frozen"))
+    for found, wanted in ((tuned, 40.0), (frozen, 3.0)):
+        found._saving_seconds = 2.0
+        assert found._pause() == wanted
+    tuned._saving_seconds = 0.01
+    assert tuned._pause() == 3.0
+
+
+def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        fit(make_trainer(causal, tmp_path, tune="tuned"), stop_after=4)
+    best = next(tmp_path.glob("best-*.safetensors"))
+    best.write_bytes(best.read_bytes()[:-9])
+    again = make_trainer(causal, tmp_path, tune="tuned", epochs=2)
+    again.load()
+    again.config = TrainConfig.from_json({**FAST, "tune": "tuned", "patience": 1})
+    again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
+    with pytest.raises(TrainingError, match=r"best-.* is no whole safetensors file .*; start anew with --overwrite"):
+        fit(again)

@@ -17,9 +17,11 @@ from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
+from ptuning.measure import Progress
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
+from ptuning.questions import as_questions
 from ptuning.records import Record, Records
 from ptuning.template import Template
 from ptuning.trainer import Interrupted
@@ -30,8 +32,9 @@ WORDS = ("yes", "good", "great", "bad")
 TRAIN: list[Record] = [{"x": name, "y": WORDS[at % 4]} for at, name in enumerate(("Kenya", "Peru", "a", "movie"))]
 DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good"}, {"x": "Kenya", "y": "great"}]
 TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
-TRAINED = ("p-tuning", *TUNING)
-QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, patience=9)
+LORA = ("manual+lora", "p-tuning+lora")
+TRAINED = ("p-tuning", *TUNING, *LORA)
+QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
 LEARNS = replace(QUICK, epochs=20, backbone_lr=5e-3, patience=20)
 
 
@@ -39,7 +42,7 @@ def task(
     train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, template: str = "[P:The capital] [X] [P] [Y]"
 ) -> Task:
     parsed = Template.parse(template)
-    return Task("P1", Records(train), Records(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
+    return Task("P1", as_questions(train), as_questions(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
 
 
 def fit(method: str, backbone: Backbone, config: TrainConfig = QUICK, **more: Any) -> Solution:
@@ -55,7 +58,7 @@ def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     fingerprint = backbone.fingerprint
     solution = fit(method, backbone, tries=2)
-    solution.answer(Records(DEV))
+    solution.answer(as_questions(DEV))
     assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
     assert not backbone.model.training
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
@@ -70,7 +73,7 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(TRAIN, TRAIN))
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
-    assert share(solution.answer(Records(TRAIN))) == 1.0 > plain
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0 > plain
     assert solution.record["prompt"] == {
         "fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL, "p-tuning+fine-tuning": "[P:The capital] [X] [P] [Y]",
     }[method]  # fmt: skip
@@ -82,11 +85,11 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
     """Steps so large that the last epoch is not the best one."""
-    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02)
+    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
     solution = fit(method, causal, config)
     record: Any = solution.record
     scores = [epoch["dev_score"] for epoch in record["history"]]
-    assert share(solution.answer(Records(DEV))) == record["chosen"]["dev_score"] >= max(scores)
+    assert share(solution.answer(as_questions(DEV))) == record["chosen"]["dev_score"] >= max(scores)
     if record["chosen_epoch"]:
         chosen = record["history"][record["chosen_epoch"] - 1]
         assert (chosen["dev_score"], chosen["dev_loss"]) == (
@@ -100,20 +103,20 @@ def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -
     dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
     solution = fit("manual+fine-tuning", causal, replace(QUICK, backbone_lr=0.01), task=task(dev=dev))
     assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
-    assert solution.answer(Records(DEV)) == plain
+    assert solution.answer(as_questions(DEV)) == plain
 
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
     config = replace(LEARNS, epochs=3)
     record: Any = (several := fit(method, causal, config, tries=3, task=task(TRAIN, TRAIN))).record
-    setting = "lr" if method == "p-tuning" else "backbone_lr"
+    setting = "lr" if method == "p-tuning" else "lora_lr" if method in LORA else "backbone_lr"
     base = getattr(config, setting)
     assert [one["settings"] for one in record["tried"]] == [{setting: base * factor} for factor in TRIED_FACTORS[:3]]
     best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
     assert record["chosen"] == best
     alone = fit(method, causal, replace(config, **best["settings"]), task=task(TRAIN, TRAIN))
-    assert several.answer(Records(DEV)) == alone.answer(Records(DEV))
+    assert several.answer(as_questions(DEV)) == alone.answer(as_questions(DEV))
     assert several.record["history"][-1]["dev_loss"] == alone.record["history"][-1]["dev_loss"]  # type: ignore[index,call-overload]
 
 
@@ -155,6 +158,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
     return seen
 
 
+def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
+    config = replace(LEARNS, epochs=40, patience=40, lora_lr=0.02)
+    for method in LORA:
+        solution = fit(method, backbone, config, task=task(TRAIN, TRAIN))
+        history: Any = solution.record["history"]
+        assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+        everything = sum(weight.numel() for weight in backbone.model.parameters())
+        trained: Any = solution.record["trainable_parameters"]
+        assert (0 < trained < everything) or method == "p-tuning+lora"
+
+
 @pytest.mark.parametrize("method", TUNING)
 def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
     method: str, causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
@@ -162,7 +176,7 @@ def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
     fit(method, causal)
     assert set(watched["training"]) == {(True, True, torch.float32)}
     assert set(watched["scoring"]) == {(False, False, torch.float32)}
-    assert len(watched["scoring"]) == 1 + QUICK.epochs
+    assert len(watched["scoring"]) == 1 + QUICK.epochs + 1  # and once more for the record's predictions
 
 
 def test_a_bfloat16_backbone_is_tuned_in_float32(
@@ -172,7 +186,7 @@ def test_a_bfloat16_backbone_is_tuned_in_float32(
     solution = fit("manual+fine-tuning", causal, LEARNS, task=task(TRAIN, TRAIN))
     assert {dtype for runs in watched.values() for _, _, dtype in runs} == {torch.float32}
     assert causal.dtype == torch.bfloat16
-    assert share(solution.answer(Records(TRAIN))) == 1.0
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -185,33 +199,56 @@ def test_the_seed_decides_alone(method: str, causal: Backbone) -> None:
     torch.manual_seed(99)
     two, other = fit(method, causal, seed=3), fit(method, causal, seed=4)
     assert history(one) == history(two) != history(other)
-    assert one.answer(Records(DEV)) == two.answer(Records(DEV))
+    assert one.answer(as_questions(DEV)) == two.answer(as_questions(DEV))
 
 
 def test_the_methods_of_one_task_see_its_templates(masked: Backbone) -> None:
     solution = fit("p-tuning+fine-tuning", masked, task=task(template="[X] [P*2] [Y]"))
     assert solution.record["prompt"] == "[X] [P*2] [Y]"
-    assert len(solution.answer(Records(DEV))) == len(DEV)
+    assert len(solution.answer(as_questions(DEV))) == len(DEV)
 
 
 def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
     closed = replace(task(), vocabulary=("yes", "bad", "one"))
     for method in TRAINED:
-        found = fit(method, causal, task=closed).answer(Records(DEV))
+        found = fit(method, causal, task=closed).answer(as_questions(DEV))
         assert {answer.text for answer in found} <= {"yes", "bad", "one"}
         assert max(answer.rank or 0 for answer in found) == 4  # a target that is not in it
 
 
-@pytest.mark.parametrize("method", TUNING)
-def test_stopped_it_leaves_no_weights(method: str, causal: Backbone, tmp_path: Path) -> None:
-    asked = iter([False, True])
+@pytest.mark.parametrize("method", TRAINED)
+def test_stopped_it_goes_on_where_it_was(method: str, causal: Backbone, tmp_path: Path) -> None:
+    whole = fit(method, causal, tries=2)
+    asked = iter([False] * 3 + [True])
     with pytest.raises(Interrupted):
-        fit(method, causal, folder=tmp_path, should_stop=lambda: next(asked))
-    assert list(tmp_path.iterdir()) == []
-    fit(method, causal, folder=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        fit(method, causal, tries=2, folder=tmp_path, should_stop=lambda: next(asked))
+    steps: list[Progress] = []
+    resumed = fit(method, causal, tries=2, folder=tmp_path, report=steps.append)
+    assert resumed.record["tried"] == whole.record["tried"]
+    assert len([step for step in steps if step.stage == "train"]) == 8 - 4
+    assert resumed.answer(as_questions(DEV)) == whole.answer(as_questions(DEV))
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_whole_backbones_do_not_stay_on_disk(method: str, causal: Backbone, tmp_path: Path) -> None:
+    """A comparison of many cells would fill any disk; prompts and adapters are small, and stay."""
+    fit(method, causal, folder=tmp_path, tries=2)
+    left = [] if method in TUNING else ["try-1", "try-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    for name in left:
+        assert Prompt.load(tmp_path / name).method == method
 
 
 def test_only_fields_and_target_are_left_of_a_bare_template() -> None:
     assert str(bare(Template.parse("[Y] is the capital of [X] , {place!} in [X] ."))) == "[X] {place!} [Y]"
     assert str(bare(Template.parse("It is [Y]"))) == "[Y]"
+
+
+def test_guesses_that_are_stuck_on_one_class_are_a_warning() -> None:
+    def evaluations(*classes: int, score: float = 0.5) -> list[dict[str, float]]:
+        return [{"guessed_classes": number, "dev_score": score} for number in classes]
+
+    assert tuning.stuck(evaluations(1, 1, 2, 1, 1)) is None
+    assert "3 evaluations in a row guessed one class" in (tuning.stuck(evaluations(2, 1, 1, 1, 2)) or "")
+    assert tuning.stuck(evaluations(1, 1, 1, score=1.0)) is None  # every row is of that class
+    assert tuning.stuck([{"dev_score": 0.0}] * 5) is None  # nothing to guess among

@@ -1,64 +1,270 @@
-"""Weights set aside on disk: put back bit by bit, and gone when the work is done."""
+"""Trained weights: which they are, set aside bit by bit, kept whole or as a difference, refused if they do not fit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from ptuning.backbone import Backbone
-from ptuning.weights import PREFIX, KeptWeights
+from ptuning.backbone import Backbone, load_backbone
+from ptuning.config import Keep
+from ptuning.errors import FileError, PromptError
+from ptuning.files import Json
+from ptuning.lora import add_adapters
+from ptuning.weights import (
+    DIFFERENCE_FILE,
+    ROWS,
+    WHOLE_FILE,
+    KeptWeights,
+    TrainedWeights,
+    read_tensors,
+    trained_parameters,
+    write_tensors,
+)
 
 
 def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in backbone.model.state_dict().items()}
 
 
-def test_what_was_kept_is_put_back(backbone: Backbone, tmp_path: Path) -> None:
-    before = weights(backbone)
-    with KeptWeights(tmp_path) as kept:
-        kept.keep(backbone)
-        with torch.no_grad():
-            for weight in backbone.model.parameters():
-                weight.add_(1.0)
-        changed = weights(backbone)
-        assert not any(torch.equal(before[name], changed[name]) for name, _ in backbone.model.named_parameters())
-        kept.restore(backbone)
+def moved(backbone: Backbone) -> Backbone:
+    """Return a copy whose weights are others, but for one tensor, and for all rows but two of another."""
+    other = backbone.copy()
+    (first, second), *_ = [list(other.model.parameters())[:2]]
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            if weight is first:
+                weight[torch.tensor([1, 3])] *= -1.0
+            elif weight is not second:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    return other
+
+
+def adapted(backbone: Backbone) -> Backbone:
+    """Return a copy with adapters that do something."""
+    other = backbone.copy(share=True)
+    add_adapters(other.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for weight in trained_parameters(other, "lora").values():
+            weight.add_(0.1)
+    other.freeze()
+    return other
+
+
+def logits(backbone: Backbone) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = backbone.model(input_ids=torch.tensor([[7, 9, 11, 13]])).logits
+    return found
+
+
+def test_which_weights_are_trained(backbone: Backbone) -> None:
+    assert trained_parameters(backbone, "frozen") == {}
+    assert list(trained_parameters(backbone, "tuned")) == [name for name, _ in backbone.model.named_parameters()]
+    found = trained_parameters(adapted(backbone), "lora")
+    assert found
+    assert not any(one is other for one in found.values() for other in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("keep", ["difference", "whole"])
+def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: Keep, tmp_path: Path) -> None:
+    """Invariant 4, also where a zero changed its sign only."""
+    before, trained = weights(backbone), moved(backbone)
+    with torch.no_grad():
+        last = list(trained.model.parameters())[-1]
+        last.reshape(-1)[0] = 0.0
+    found = TrainedWeights.of(trained, backbone, tune="tuned", keep=keep)
+    about = found.save(tmp_path)
+    read = TrainedWeights.load(tmp_path, about)
+    other = read.into(backbone)
+    wanted, got = weights(trained), weights(other)
+    assert wanted.keys() == got.keys()
+    for name in wanted:
+        assert torch.equal(wanted[name].reshape(-1).view(torch.uint8), got[name].reshape(-1).view(torch.uint8)), name
+    assert torch.equal(logits(other), logits(trained))
+    assert not torch.equal(logits(other), logits(backbone))
+    assert other.fingerprint == trained.fingerprint == read.fingerprint != backbone.fingerprint
     after = weights(backbone)
-    assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not other.model.training
+    assert not any(weight.requires_grad for weight in other.model.parameters())
 
 
-def test_the_last_ones_kept_count_and_another_copy_may_take_them(causal: Backbone, tmp_path: Path) -> None:
-    with KeptWeights(tmp_path) as kept:
-        kept.keep(causal)
+def test_a_difference_holds_what_changed(causal: Backbone, tmp_path: Path) -> None:
+    trained = moved(causal)
+    names = [name for name, _ in causal.model.named_parameters()]
+    found = TrainedWeights.of(trained, causal, tune="tuned", keep="difference").tensors
+    assert set(found) == {names[0], names[0] + ROWS, *names[2:]}
+    assert found[names[0] + ROWS].tolist() == [1, 3]
+    assert len(found[names[0]]) == 2
+    nothing = TrainedWeights.of(causal.copy(), causal, tune="tuned", keep="difference")
+    assert nothing.tensors == {}
+    read = TrainedWeights.load(tmp_path, nothing.save(tmp_path))
+    assert torch.equal(logits(read.into(causal)), logits(causal))
+
+
+def test_whole_weights_are_a_model_that_works_alone(backbone: Backbone, tmp_path: Path) -> None:
+    trained = moved(backbone)
+    TrainedWeights.of(trained, backbone, tune="tuned", keep="whole").save(tmp_path)
+    alone = load_backbone(tmp_path, dtype="float32", device="cpu")
+    assert torch.equal(logits(alone), logits(trained))
+    assert alone.fingerprint == trained.fingerprint
+    text = ["The capital of Kenya is </s> [MASK] <mask>"]
+    assert alone.tokenizer.encode(text) == backbone.tokenizer.encode(text)
+    assert alone.tokenizer.special_ids == backbone.tokenizer.special_ids
+    assert alone.tokenizer.prefix_ids == backbone.tokenizer.prefix_ids
+    assert not [file for file in tmp_path.iterdir() if b"/tmp" in file.read_bytes()]
+
+
+def test_adapters_come_back_bit_by_bit(backbone: Backbone, tmp_path: Path) -> None:
+    trained = adapted(backbone)
+    read = TrainedWeights.load(
+        tmp_path, TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(tmp_path)
+    )
+    other = read.into(backbone)
+    assert torch.equal(logits(other), logits(trained))
+    assert not torch.equal(logits(other), logits(backbone))
+    # The other weights are the very same ones, not a copy.
+    own = {id(weight) for weight in other.model.parameters()}
+    assert all(id(weight) in own for weight in backbone.model.parameters())
+
+
+def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> None:
+    for tune, make in (("tuned", moved), ("lora", adapted)):
+        for name in ("one", "two"):
+            (tmp_path / f"{tune}-{name}").mkdir()
+            TrainedWeights.of(make(causal), causal, tune=tune, keep="difference").save(tmp_path / f"{tune}-{name}")  # type: ignore[arg-type]
+        one, two = (
+            {file.name: file.read_bytes() for file in (tmp_path / f"{tune}-{name}").iterdir()}
+            for name in ("one", "two")
+        )
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-10], "is no whole safetensors file .* cut off or damaged"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was changed since it was saved"),
+        (lambda _: b"", "is no whole safetensors file"),
+    ],
+)
+def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
+    file = tmp_path / DIFFERENCE_FILE
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(PromptError, match=message):
+        TrainedWeights.load(tmp_path, about)
+    file.unlink()
+    with pytest.raises(FileError, match=f"cannot read .*{DIFFERENCE_FILE}"):
+        TrainedWeights.load(tmp_path, about)
+
+
+def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
+    about = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference").save(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    with pytest.raises(PromptError, match=r"adapter_config.json was changed since it was saved"):
+        TrainedWeights.load(tmp_path, about)
+
+
+def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> None:
+    about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
+    changes: list[dict[str, Json]] = [
+        {"tune": "frozen"},
+        {"keep": "some"},
+        {"sha256": None},
+        {"sha256": {}},
+        {"keep": "whole"},
+        {"sha256": {DIFFERENCE_FILE: "", "../x": ""}},
+    ]
+    for changed in changes:
+        with pytest.raises(TypeError):
+            TrainedWeights.load(tmp_path, {**about, **changed})
+
+
+def test_weights_that_do_not_fit(causal: Backbone, make_backbone: Callable[[str], Backbone]) -> None:
+    found = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="whole")
+    name = list(found.tensors)[-1]
+    rest = {key: value for key, value in found.tensors.items() if key != name}
+    cases = [
+        (rest, f"lack the key '{name}'"),
+        ({**found.tensors, "more": torch.zeros(1)}, "hold the key 'more', which .* has no place for"),
+        ({**found.tensors, name: torch.zeros(3, 3)}, rf"wrong shape at '{name}': \(3, 3\)"),
+        ({**found.tensors, name + ROWS: torch.tensor([999])}, "wrong shape"),
+    ]
+    for tensors, message in cases:
+        with pytest.raises(PromptError, match=message):
+            replace(found, tensors=tensors).into(causal)
+    with pytest.raises(PromptError, match="lack the key"):
+        found.into(make_backbone("gpt2"))
+    lora = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    name = next(iter(lora.tensors))
+    for tensors, message in (
+        ({key: value for key, value in lora.tensors.items() if key != name}, f"lack the key '{name}'"),
+        ({**lora.tensors, "more": torch.zeros(1)}, "hold the key 'more'"),
+        ({**lora.tensors, name: torch.zeros(3, 3)}, "wrong shape at"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            replace(lora, tensors=tensors).into(causal)
+    with pytest.raises(PromptError, match="do not fit GPT2LMHeadModel"):
+        lora.into(make_backbone("gpt2"))
+
+
+def test_what_was_kept_is_put_back(backbone: Backbone, tmp_path: Path) -> None:
+    own = trained_parameters(backbone, "tuned")
+    before = weights(backbone)
+    kept = KeptWeights(tmp_path)
+    for epoch in (0, 1):
+        kept.keep(own, epoch=epoch)
         with torch.no_grad():
-            next(causal.model.parameters()).add_(1.0)
-        kept.keep(causal)
-        other = causal.copy()
-        with torch.no_grad():
-            next(other.model.parameters()).zero_()
-        kept.restore(other)
-    assert all(map(torch.equal, other.model.parameters(), causal.model.parameters()))
+            for weight in own.values():
+                weight.add_(1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0.safetensors", "best-1.safetensors"]
+    kept.restore(own, epoch=0)
+    after = weights(backbone)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    kept.forget_others(epoch=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["best-1.safetensors"]
+    kept.close()
+    assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_nothing_is_left_behind(causal: Backbone, tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with KeptWeights(tmp_path) as kept:
-            kept.keep(causal)
-            assert [path.name.startswith(PREFIX) for path in tmp_path.iterdir()] == [True]
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+def test_without_a_folder_nothing_is_left_behind(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept = KeptWeights()
+    kept.keep(trained_parameters(causal, "tuned"), epoch=0)
+    assert len(list(tmp_path.iterdir())) == 1
+    kept.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / f"{PREFIX}abc").mkdir()
-    (tmp_path / f"{PREFIX}abc" / "weights.safetensors").write_bytes(b"half of it")
-    (tmp_path / "run.json").write_text("{}")
-    KeptWeights.clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-    KeptWeights.clear(tmp_path / "missing")
+def test_kept_weights_of_another_backbone(causal: Backbone, tmp_path: Path) -> None:
+    own = trained_parameters(causal, "tuned")
+    kept = KeptWeights(tmp_path)
+    write_tensors(tmp_path / "best-0.safetensors", {"x": torch.zeros(2)})
+    with pytest.raises(PromptError, match="holds the weights of another backbone"):
+        kept.restore(own, epoch=0)
+    with pytest.raises(FileError, match="cannot read"):
+        kept.restore(own, epoch=7)
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(tmp_path / WHOLE_FILE, {"x": torch.arange(6).reshape(2, 3).T}, texts={"note": "yes"})
+    assert torch.equal(read_tensors(tmp_path / WHOLE_FILE)["x"], torch.arange(6).reshape(2, 3).T)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / WHOLE_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
+
+    def fail(*_: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(FileError, match=r"cannot write .*No space left on device.*free some space"):
+        write_tensors(tmp_path / WHOLE_FILE, {"x": torch.zeros(1)})
+    assert [path.name for path in tmp_path.iterdir()] == [WHOLE_FILE]

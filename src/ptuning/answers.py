@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from ptuning.backbone import Backbone
 from ptuning.errors import RecordError
 from ptuning.fill import BoundTemplate
 from ptuning.measure import Progress, Report, evaluate, item_batch
-from ptuning.method import Answer
+from ptuning.method import Answer, Task
 from ptuning.model import batches, prefix_tokens, target_logits
-from ptuning.objective import Item, target_items
+from ptuning.objective import Item, choice_items, class_scores, label_items, score_choices, target_items
 from ptuning.predict import Candidate, PromptModel
 from ptuning.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Records
+from ptuning.questions import Questions, as_questions
+from ptuning.records import Record, Records
+
+
+def task_items(bound: BoundTemplate, questions: Questions, task: Task, *, with_stop: bool = False) -> list[Item]:
+    """Return what training and scoring read of a task's questions: targets, label words, or each row's choices."""
+    if task.file is None:
+        return target_items(bound, questions.records, with_stop=with_stop)
+    scoring = Prompt.manual(task.manual, task=task.file).scoring
+    if task.file.label_words is not None:
+        return label_items(bound, questions.records, task.file.label_words, scoring=scoring)
+    return choice_items(bound, questions, scoring=scoring)
 
 
 def answer_records(
     model: PromptModel,
     prompt: Prompt,
-    records: Records,
+    records: Sequence[Record] | Questions,
     *,
     closed: Sequence[str] | None = None,
     single_token: bool = False,
@@ -32,8 +44,8 @@ def answer_records(
 
     Args:
         model: The backbone in use.
-        prompt: The prompt, learned or manual.
-        records: N records with targets.
+        prompt: The prompt, learned or manual; with label words or choices these are all there is to answer.
+        records: N records with targets, or questions; where the prompt has labels or choices, targets may be missing.
         closed: The possible answers; None for all tokens (with ``single_token``), or for whatever the model writes.
         single_token: Whether all targets are one token each.
         max_tokens: Longest written answer.
@@ -44,27 +56,68 @@ def answer_records(
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
+    questions = as_questions(records)
+    data = questions.records
+    model = model.for_prompt(prompt)
+    if prompt.label_words is not None or prompt.has_choices:
+        ranked = model.classify(questions, prompt)
+        return [_of_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     bound = prompt.bind(model.backbone, force=model.force)
     vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
     if single_token:
-        return _among_tokens(model, bound, vectors, records, closed=closed, report=report)
+        return _among_tokens(model, bound, vectors, data, closed=closed, report=report)
     if closed is not None:
-        ranked = model.rank(records, prompt, closed)
-        return [_of_candidates(row[TARGET_FIELD].strip(), found) for row, found in zip(records, ranked, strict=True)]
-    items = target_items(bound, records, with_stop=False)
-    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=records.name)
-    written = model.predict(records, prompt, max_tokens=max_tokens)
+        ranked = model.rank(data, prompt, closed)
+        return [_of_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+    items = target_items(bound, data, with_stop=False)
+    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    written = model.predict(data, prompt, max_tokens=max_tokens)
     return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
 
 
-def _of_candidates(target: str, found: Sequence[Candidate]) -> Answer:
-    """Return the answer among candidates, best first; those with the target's score rank before it."""
-    others = [one for one in found if one.text.strip() != target]
-    own = next((one for one in found if one.text.strip() == target), None)
+@torch.no_grad()
+def answer_items(
+    backbone: Backbone,
+    items: Sequence[Item],
+    questions: Questions,
+    names: Sequence[Sequence[str]],
+    *,
+    report: Report | None = None,
+) -> list[Answer]:
+    """Answer with the class that scores best, for what is no prompt: a classification head.
+
+    Args:
+        backbone: Whose logits score the items' classes.
+        items: N items without slots.
+        questions: What they were made of.
+        names: What each class of each item is called.
+        report: Called with progress.
+    """
+    answers: dict[int, Answer] = {}
+    for chosen in batches([item.inputs for item in items]):
+        group = [items[index] for index in chosen]
+        logits = target_logits(backbone, item_batch(group, slots=0), torch.zeros(0, backbone.width))  # (N, V)
+        scores = torch.log_softmax(class_scores(group, score_choices(group, logits)), dim=-1).tolist()  # I rows of K
+        for index, values in zip(chosen, scores, strict=True):
+            # A shorter row of choices than others of the batch has no name for the classes it lacks.
+            found = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
+            best_first = sorted(found, key=lambda one: -one.log_prob)
+            answers[index] = _of_candidates(questions[index].right, best_first)
+        if report is not None:
+            report(Progress("dev", len(answers), len(items), questions.name))
+    return [answers[index] for index in range(len(items))]
+
+
+def _of_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
+    """Return the answer among candidates, best first; those with a right one's score rank before it. Where nothing is
+    known to be right, the best one is a miss.
+    """
+    others = [one for one in found if one.text.strip() not in right]
+    own = next((one for one in found if one.text.strip() in right), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
     rank = 1 + sum(own is None or not one.log_prob < own.log_prob for one in others)
     best = own if own is not None and rank == 1 else others[0]
-    return Answer(best.text.strip(), rank == 1, rank, best.log_prob)
+    return Answer(best.text.strip(), best is own, rank, best.log_prob)
 
 
 @torch.no_grad()

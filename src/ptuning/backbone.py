@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,8 @@ class Backbone:
     Raises:
         BackboneError: If the model is neither causal nor masked, or if its inputs cannot be embeddings.
     """
+
+    trained: object | None = None  # the trained weights that were put into it, if any
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -151,16 +153,21 @@ class Backbone:
         self.model.eval()
         self.model.requires_grad_(False)
 
-    def thaw(self) -> None:
-        """Put the model into training mode, its own dropout included, and let all its weights take gradients."""
+    def thaw(self, weights: Iterable[nn.Parameter]) -> None:
+        """Put the model into training mode, its own dropout included, and let some weights take gradients."""
         self.model.train()
-        self.model.requires_grad_(True)
+        for weight in weights:
+            weight.requires_grad_(True)
 
-    def copy(self) -> Backbone:
-        """Return a backbone of its own with the same weights in float32, frozen, to be tuned."""
+    def copy(self, *, share: bool = False) -> Backbone:
+        """Return a frozen backbone of its own, to be trained: with the same weights in float32, or (``share``) with
+        modules of its own around the very same weights, for others to be put beside them.
+        """
         other = copy.copy(self)
-        other.__dict__.pop("fingerprint", None)
-        other.model = copy.deepcopy(self.model).float()
+        for name in ("fingerprint", "trained"):
+            other.__dict__.pop(name, None)
+        shared = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        other.model = copy.deepcopy(self.model, shared) if share else copy.deepcopy(self.model).float()
         other.freeze()
         return other
 

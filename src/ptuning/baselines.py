@@ -14,12 +14,17 @@ from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.metrics import majority as most_frequent
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.questions import Questions
+from ptuning.records import TARGET_FIELD, Record
+from ptuning.tasks import TaskFile
 from ptuning.template import Field, Literal, Piece, Target, Template
 
 # How many examples stand in front of the question, and how often they are drawn: each combination is one tried setting.
 IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
 IN_CONTEXT_DRAWS = 3
+# Examples and question together take no more tokens than this, however many the backbone could read: time grows with
+# them, and a small model gets lost.
+IN_CONTEXT_TOKENS = 2048
 # What a record costs behind examples, which run once a batch, beside one without (docs/architecture.md, decision 16).
 EXAMPLES_COST = 2.0
 
@@ -30,19 +35,41 @@ FREE_METHODS = ("majority", REFERENCE, "manual-restricted", "in-context")
 @METHODS.register("majority", describe="the most frequent answer of the training part")
 def majority(task: Task, _: Setup) -> Solution:
     """Rank answers by how often they stand in the training part."""
-    counts = Counter(row[TARGET_FIELD].strip() for row in task.train)
+    if task.file is not None and task.file.has_choices:
+        return _majority_place(task)
+    counts = Counter(row.record[TARGET_FIELD].strip() for row in task.train)
     ranked = sorted(counts, key=lambda text: (-counts[text], text))
     return Solution.of_ranking(lambda _: ranked, answer=most_frequent(list(counts.elements())))
 
 
-@METHODS.register(REFERENCE, describe="the manual prompt (MP)", passes=(0.0, 0.0))
+def _majority_place(task: Task) -> Solution:
+    """Choose the place that is right most often in the training part, where each row has choices of its own."""
+    counts = Counter(place for row in task.train for place in row.answers)
+    places = sorted(counts, key=lambda place: (-counts[place], place))
+
+    def answer(questions: Questions) -> list[Answer]:
+        ordered = [
+            [row.choices[place] for place in (*places, *range(len(row.choices))) if place < len(row.choices)]
+            for row in questions
+        ]
+        return [
+            Answer.of_ranked(list(dict.fromkeys(texts)), row) for texts, row in zip(ordered, questions, strict=True)
+        ]
+
+    return Solution(answer, {"answer": f"choice {places[0] + 1}"})
+
+
+@METHODS.register(REFERENCE, describe="the manual prompt (MP)", passes=(0.0, 0.0), reads_train=False)
 def manual(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template as it is."""
     return prompt_solution(task, setup, task.manual, closed=task.vocabulary)
 
 
 @METHODS.register(
-    "manual-restricted", describe="the manual prompt, choosing among the task's objects", passes=(0.0, 0.0)
+    "manual-restricted",
+    describe="the manual prompt, choosing among the task's objects",
+    passes=(0.0, 0.0),
+    reads_train=False,
 )
 def manual_restricted(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template and take the likeliest of the task's objects: left alone, a causal model goes on
@@ -66,8 +93,12 @@ def in_context(task: Task, setup: Setup) -> Solution:
     best: tuple[float, Template] | None = None
     # In front of the question a record's words are the template's own, where "[MASK]" would be a mask.
     specials = setup.backbone.tokenizer.special_ids
-    shown = [row for row in task.train if not any(token in text for text in row.values() for token in specials)]
-    for count in IN_CONTEXT_EXAMPLES:
+    shown = [
+        _spoken(row.record, task.file)
+        for row in task.train
+        if not any(token in text for text in row.record.values() for token in specials)
+    ]
+    for count in example_counts(task, setup):
         if count > len(shown):
             continue
         for draw in range(IN_CONTEXT_DRAWS):
@@ -96,16 +127,17 @@ def in_context(task: Task, setup: Setup) -> Solution:
 
 def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
     """Return the solution that asks the frozen backbone with a template without slots."""
-    model, prompt = PromptModel(setup.backbone), replace(Prompt.manual(template), multiline=is_multiline(task))
+    prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task))
+    model, is_written = PromptModel(setup.backbone), not task.single_token and closed is None and task.file is None
 
-    def answer(records: Records) -> list[Answer]:
+    def answer(questions: Questions) -> list[Answer]:
         return answer_records(
             model,
             prompt,
-            records,
+            questions,
             closed=closed,
             single_token=task.single_token,
-            max_tokens=None if task.single_token or closed is not None else target_tokens(task, setup, template),
+            max_tokens=target_tokens(task, setup, template) if is_written else None,
             report=setup.report,
         )
 
@@ -114,13 +146,32 @@ def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Seq
 
 def is_multiline(task: Task) -> bool:
     """Whether targets hold line breaks, so that an answer does not end with its first line."""
-    return any("\n" in row[TARGET_FIELD] for row in task.train)
+    return any("\n" in row.record[TARGET_FIELD] for row in task.train)
 
 
 def target_tokens(task: Task, setup: Setup, template: Template) -> int:
     """Return the number of tokens of the longest training target: how long a written answer may get."""
     bound = Prompt.manual(template).bind(setup.backbone)
-    return max(example.own_tokens for example in bound.examples(task.train))
+    return max(example.own_tokens for example in bound.examples(task.train.records))
+
+
+def example_counts(task: Task, setup: Setup) -> list[int]:
+    """Return the numbers of examples to try: those of :data:`IN_CONTEXT_EXAMPLES` that fit in front of the longest
+    training record, so that no question is cut short for the sake of examples; at least the smallest one.
+    """
+    bound = Prompt.manual(task.manual).bind(setup.backbone)
+    records = [_spoken(row.record, task.file) for row in task.train]
+    lengths = [len(example.token_ids) + example.own_tokens for example in bound.examples(records)]
+    room = min(setup.backbone.tokenizer.max_tokens, IN_CONTEXT_TOKENS) - max(lengths)
+    fitting = [count for count in IN_CONTEXT_EXAMPLES if count * sum(lengths) / len(lengths) <= room]
+    return fitting or [IN_CONTEXT_EXAMPLES[0]]
+
+
+def _spoken(record: Record, file: TaskFile | None) -> Record:
+    """Return a record with the first word of its label as its target."""
+    if file is None or file.label_words is None:
+        return record
+    return {**record, TARGET_FIELD: file.label_words.words[record[TARGET_FIELD]][0]}
 
 
 def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:

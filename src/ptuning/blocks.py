@@ -95,7 +95,17 @@ class Page:
 
 # A single value has no spread that an interval could be made of.
 NO_INTERVAL = "no interval"
-SCORE_NAMES = {"p_at_1": "P@1", "p_at_10": "P@10", "mrr": "MRR", "exact_match": "exact match"}
+SCORE_NAMES = {
+    "score": "score",
+    "p_at_1": "P@1",
+    "p_at_10": "P@10",
+    "mrr": "MRR",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "f1a": "F1a",
+    "f1": "F1",
+    "exact_match": "exact match",
+}
 
 
 def called(score: str) -> str:
@@ -141,7 +151,8 @@ def entry(score: Score | None, *, best: bool = False) -> Entry:
         return Entry("–")
     small = [_interval(score), f"n = {score.n:,}"]
     if isinstance(score, Estimate) and score.std is not None and (score.seeds or 0) > 1:
-        small.append(f"sd {decimal(score.std)}, {score.seeds} seeds")
+        lowest = "" if score.lowest is None else f", lowest {decimal(score.lowest)}"
+        small.append(f"sd {decimal(score.std)}{lowest}, {score.seeds} seeds")
     return Entry(percent(score.value), small, best)
 
 

@@ -8,7 +8,7 @@ from ptuning.blocks import counted
 from ptuning.findings import CONTROL, WRITTEN, Findings
 
 # Methods that learn from the training facts, by the names they have in the paper.
-TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "p-tuning+fine-tuning")
+TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora")
 # With so few rows an interval is some ten points wide on either side. With so few tasks a mean says little of others.
 SMALL_ROWS, SMALL_TASKS = 100, 10
 
@@ -85,10 +85,44 @@ def _comparison(findings: Findings) -> Iterator[str]:
     tried = {max((cell.tried or 1 for cell in findings.done(name)), default=1) for name in findings.overall}
     if len(tried) > 1:
         yield "Methods chose from different numbers of settings (column tried); more tries find better ones by chance."
-    if findings.backbone.get("kind") == "causal" and WRITTEN[0] in findings.overall:
+    if findings.agreement is not None:
+        yield from _choices(findings)
+    elif findings.backbone.get("kind") == "causal" and WRITTEN[0] in findings.overall:
         yield from _form(findings)
     if findings.paraphrases:
         yield "The wordings are those that someone wrote down, not a sample of all ways to say it."
+
+
+def _choices(findings: Findings) -> Iterator[str]:
+    """What a benchmark with labels, and few rows to choose by, leaves open."""
+    yield (
+        "Scores are on the validation part, whose labels are known; the benchmark's own test part is scored by its "
+        "server alone."
+    )
+    on_dev = [name for name, info in findings.task_info.items() if info.get("reported") == "dev"]
+    if on_dev:
+        yield (
+            f"{', '.join(on_dev)}: there is no validation part, so the few rows of the development part are reported; "
+            "compare with nothing outside of this run."
+        )
+    few = [name for name, rows in _rows_to_choose_by(findings).items() if rows < SMALL_ROWS]
+    if few:
+        yield (
+            f"Fewer than {SMALL_ROWS} rows to choose by in {', '.join(few[:8])}: what was chosen there is chosen by "
+            "chance in part (see how far development and reported scores agree)."
+        )
+    yield "One pattern and one set of label words per task were used; others may order the methods otherwise."
+
+
+def _rows_to_choose_by(findings: Findings) -> dict[str, float]:
+    found = {}
+    for name, info in findings.task_info.items():
+        data = info.get("data")
+        dev = data.get("dev") if isinstance(data, Mapping) else None
+        rows = dev.get("rows") if isinstance(dev, Mapping) else None
+        if isinstance(rows, int | float):
+            found[name] = rows
+    return found
 
 
 def _form(findings: Findings) -> Iterator[str]:
@@ -105,7 +139,9 @@ def _form(findings: Findings) -> Iterator[str]:
 
 
 def _knowledge(findings: Findings) -> Iterator[str]:
-    if findings.suite != "compare":
+    if findings.suite == "superglue":
+        yield "Rows, or the texts that they were made of, may stand in what the backbone was pretrained on."
+    elif findings.suite != "compare":
         yield (
             "Test facts may stand in the text that the backbone was pretrained on. That is what recalling means here, "
             "and it also means that the scores say nothing about facts that are new to it."

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ptuning.errors import FileError, TrainingError
-from ptuning.files import Json, make_folder, read_bytes, write_bytes
+from ptuning.errors import FileError, PromptError, TrainingError
+from ptuning.files import Json, make_folder
+from ptuning.weights import read_tensors, write_tensors
 
 CHECKPOINT_FILE = "state.safetensors"
 
@@ -58,11 +58,10 @@ def write_checkpoint(
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     texts = {"state": json.dumps(dataclasses.asdict(state)), "identity": json.dumps(identity, ensure_ascii=False)}
-    data = safetensors.torch.save(plain, {"format": "pt", **texts, "sha256": _digest(plain, texts)})
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
     try:
-        write_bytes(folder / CHECKPOINT_FILE, data)
+        write_tensors(folder / CHECKPOINT_FILE, plain, texts={**texts, "sha256": _digest(plain, texts)})
     except FileError:
         # A first checkpoint that does not fit on the disk must not leave a folder in the way of the next attempt.
         for path in missing:
@@ -81,16 +80,15 @@ def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunS
     path = folder / CHECKPOINT_FILE
     if not path.is_file():
         return None
-    read_bytes(path)  # says why, where the file cannot be read
     try:
+        tensors = read_tensors(path)
         with safetensors.safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         texts = {name: metadata[name] for name in ("state", "identity")}
         state, saved = RunState(**json.loads(texts["state"])), json.loads(texts["identity"])
         if metadata["sha256"] != _digest(tensors, texts):
             raise ValueError("its sha256 is not the one it was written with")
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (PromptError, KeyError, TypeError, ValueError) as error:
         raise damaged(folder, error) from error
     check_identity(identity, saved, where=str(folder))
     return state, tensors
@@ -120,5 +118,5 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

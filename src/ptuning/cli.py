@@ -33,6 +33,7 @@ from ptuning.wiring import (
     PromptArgument,
     SetOption,
     TaskOption,
+    WithoutOption,
     check_calibrate,
     command_line,
     config_of,
@@ -46,6 +47,7 @@ from ptuning.wiring import (
     read_candidates,
     stoppable,
     task_of,
+    tune_options,
 )
 
 # Records answered between two steps of the progress bar.
@@ -129,6 +131,9 @@ def train(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per step.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
+    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
     starts: suite_commands.StartsOption = SETTINGS.starts,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
@@ -141,14 +146,17 @@ def train(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Learn a prompt. The backbone stays frozen; DIR gets prompt/, run.json and predictions.jsonl.
+    """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
+
+    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
 
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
     from ptuning.files import check_free
     from ptuning.template import Template
 
-    config = config_of(set_, encoder=encoder, epochs=epochs, batch_size=batch_size, lr=lr, starts=starts, seed=seed)
+    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     asked = task_of(task)
     if (template is not None) + (manual is not None) != 1 and (asked is None or template is not None):
         raise ConfigError("give either --template, or --manual to have one made from a manual template, or --task")
@@ -199,6 +207,7 @@ def evaluate(
     normalise: NormaliseOption = None,
     backbone: BackboneOption = None,
     field: FieldOption = None,
+    without: WithoutOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     dtype: DtypeOption = "auto",
@@ -211,7 +220,7 @@ def evaluate(
     from ptuning.questions import as_questions
     from ptuning.records import require_targets
 
-    chosen = prompt_of(prompt, task_of(task))
+    chosen = prompt_of(prompt, task_of(task), without=without)
     closed = chosen.label_words is not None or chosen.has_choices
     if closed and candidates is not None:
         what = "brings its own choices" if chosen.has_choices else "has label words, which are all its answers"
@@ -244,6 +253,7 @@ def predict(
     normalise: NormaliseOption = None,
     backbone: BackboneOption = None,
     field: FieldOption = None,
+    without: WithoutOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     dtype: DtypeOption = "auto",
@@ -255,7 +265,7 @@ def predict(
     """
     from ptuning.questions import Questions, as_questions
 
-    chosen = prompt_of(prompt, task_of(task))
+    chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.label_words is not None or chosen.has_choices
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:

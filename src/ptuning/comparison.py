@@ -16,6 +16,7 @@ from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method import Task
 from ptuning.prompt import as_template
+from ptuning.questions import as_questions
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, draw_records, require_targets, split_records
 from ptuning.relations import Relation, read_relations, split_relation
 from ptuning.results import Results
@@ -274,8 +275,8 @@ def _job(
         closed = objects
     task = Task(
         name,
-        parts["train"],
-        parts["dev"],
+        as_questions(parts["train"]),
+        as_questions(parts["dev"]),
         *pair,
         objects,
         tuple(closed) if closed is not None else None,
@@ -287,7 +288,7 @@ def _job(
     }
     written: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
     kind = info.get("type")
-    return Job(task, parts["test"], {**written, **info}, kind if isinstance(kind, str) else None)
+    return Job(task, as_questions(parts["test"]), {**written, **info}, kind if isinstance(kind, str) else None)
 
 
 def _templates(

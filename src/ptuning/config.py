@@ -6,17 +6,24 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ptuning.errors import ConfigError, closest
 
+if TYPE_CHECKING:
+    from ptuning.files import Json
+
 EncoderKind = Literal["lstm", "mlp", "none"]
 RandomStart = Literal["random", "vocabulary"]
-Tune = Literal["frozen", "tuned"]
+Tune = Literal["frozen", "tuned", "lora"]
+Keep = Literal["difference", "whole"]
 
 # Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
 # of today's code.
 RECIPE = 4
+# Settings that came after results were first written down, and change nothing at their default: a result that does not
+# name them was made with that.
+LATER_SETTINGS = ("backbone_weight_decay", "lora_lr", "lora_rank", "lora_alpha", "lora_targets", "keep")
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -37,8 +44,17 @@ class TrainConfig:
         dropout: Of the prompt encoder.
         start: What ``[P]`` slots start at: ``random`` or ``vocabulary``.
         starts: How many prompts are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` every weight of the backbone along with them.
+        tune: ``frozen`` trains the slots alone, ``tuned`` every weight of the backbone along with them, ``lora`` small
+            adapters on its linear layers.
         backbone_lr: Peak learning rate of the backbone's weights where they are tuned.
+        backbone_weight_decay: Of AdamW for the backbone's matrices where they are tuned; biases and norms do not decay.
+        lora_lr: Peak learning rate of adapters.
+        lora_rank: Rank of each adapter.
+        lora_alpha: What an adapter adds is scaled by this, divided by the rank.
+        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice for the architecture), or
+            names of modules with commas between them.
+        keep: How tuned weights are saved: ``difference`` holds those that changed, and needs the frozen backbone;
+            ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
         patience: Epochs after which training stops if neither development score nor loss got better.
         dev_fraction: Share of the training data set aside where no development data is given.
@@ -62,6 +78,12 @@ class TrainConfig:
     starts: int = 1
     tune: Tune = "frozen"
     backbone_lr: float = 3e-5
+    backbone_weight_decay: float = 0.0
+    lora_lr: float = 5e-4
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: str = "all-linear"
+    keep: Keep = "difference"
     learn_to_stop: bool = True
     patience: int = 3
     dev_fraction: float = 0.2
@@ -71,12 +93,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience"):
+        for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "backbone_lr", "max_grad_norm"):
+        for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("weight_decay", "checkpoint_seconds"):
+        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
         for name in ("warmup_fraction", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
@@ -85,8 +107,11 @@ class TrainConfig:
             ("encoder", get_args(EncoderKind)),
             ("start", get_args(RandomStart)),
             ("tune", get_args(Tune)),
+            ("keep", get_args(Keep)),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        self._require("keep", self.keep == "difference" or self.tune == "tuned", "difference where tune is not tuned")
+        self._require("lora_targets", bool(listed_names(self.lora_targets)), "all-linear, default or names of modules")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -108,6 +133,12 @@ class TrainConfig:
             if name not in known:
                 raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
         return cls(**values)  # type: ignore[arg-type]  # the constructor checks the types
+
+
+def without_later_defaults(settings: Mapping[str, Json]) -> dict[str, Json]:
+    """Return settings without those of :data:`LATER_SETTINGS` at their default, to be compared with older ones."""
+    defaults = TrainConfig().to_json()
+    return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != defaults[name]}
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ptuning.answers import task_items
 from ptuning.fill import BoundTemplate
 from ptuning.measure import evaluate
-from ptuning.objective import target_items
-from ptuning.records import Records
+from ptuning.questions import Questions
 from ptuning.suite import Cell, Job, Suite
 from ptuning.tuning import LEARNED
 
@@ -54,15 +54,15 @@ def estimate(suite: Suite) -> list[Estimate]:
 
 def _mean_tokens(suite: Suite, job: Job) -> float:
     bound = BoundTemplate(job.task.template, tokenizer=suite.backbone.tokenizer, kind=suite.backbone.kind)
-    examples = bound.examples(job.task.train)
-    return sum(len(example.token_ids) for example in examples) / len(examples)
+    items = task_items(bound, job.task.train, job.task)
+    return sum(item.tokens for item in items) / len(items)
 
 
 def _tokens_per_second(suite: Suite, job: Job) -> float:
     """Return the speed of a forward pass with the manual template."""
     backbone = suite.backbone
     bound = BoundTemplate(job.task.manual, tokenizer=backbone.tokenizer, kind=backbone.kind)
-    items = target_items(bound, Records(job.task.train[:MEASURED_RECORDS]), with_stop=False)
+    items = task_items(bound, Questions(job.task.train[:MEASURED_RECORDS]), job.task)
     none = torch.zeros(0, backbone.width)
     evaluate(backbone, items, vectors=none, slots=0)
     spent = []

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ptuning.errors import FileError
 
+HASHED_BYTES = 2**22  # how much of a large file is read at a time
+
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 
 
@@ -23,17 +25,18 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
     return FileError(f"cannot {action} {path}: {reason}; {hint}")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it, so that a reader or a kill never sees half of it.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside ``path`` to be written; it takes its place when the block ends well, so that a
+    reader or a kill never sees half of it.
 
     Raises:
         FileError: If it cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
+        yield temporary
+        with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -41,6 +44,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole, as :func:`replacing` does.
+
+    Raises:
+        FileError: If it cannot be written; nothing is left behind.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,6 +101,22 @@ def read_json(path: Path) -> dict[str, Json]:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of ``data`` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file that may be larger than memory.
+
+    Raises:
+        FileError: If it cannot be read.
+    """
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as handle:
+            while block := handle.read(HASHED_BYTES):
+                found.update(block)
+    except OSError as error:
+        raise file_error("read", path, error) from error
+    return found.hexdigest()
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:

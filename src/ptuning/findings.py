@@ -23,10 +23,10 @@ STATUSES = ("done", "failed", "waiting")
 # Written behind the name of a method that ran on a backbone with random weights.
 CONTROL = "@random-weights"
 # The score that stands for all where only one is shown: the first that is there.
-PRIMARY = ("p_at_1", "exact_match")
+PRIMARY = ("score", "p_at_1", "exact_match")
 # The pair that the paper is about; where a run lacks the first of a line, the next stands in.
 WRITTEN = ("manual", "manual-restricted")
-LEARNED = ("p-tuning", "p-tuning+fine-tuning")
+LEARNED = ("p-tuning", "p-tuning+fine-tuning", "p-tuning+lora")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,12 @@ class Estimate(Score):
     Args:
         std: Standard deviation over seeds, where there are several.
         seeds: How many trainings it is a mean of.
+        lowest: The lowest of them, where there are several.
     """
 
     std: float | None = None
     seeds: int | None = None
+    lowest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,21 @@ class CellRecord:
     tried: int | None
     run: str | None
     error: str | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the development score of what was chosen compares with the reported one, both as shares of right rows.
+
+    Args:
+        points: Task, method, development and reported share of each cell.
+        correlation: Rank correlation over cells, tasks' means taken off; None where it has no meaning.
+        mean_gap: Mean of the development share less the reported one.
+    """
+
+    points: Sequence[tuple[str, str, float, float]]
+    correlation: float | None
+    mean_gap: float | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,8 @@ class Findings:
     by_type: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
     differences: Mapping[str, Mapping[str, Estimate]]
     paraphrases: Mapping[str, Relation]
+    agreement: Agreement | None = None
+    warnings: Sequence[str] = ()
 
     @property
     def primary(self) -> str:
@@ -131,7 +150,7 @@ class Findings:
     @property
     def unit(self) -> str:
         """What a task's n counts."""
-        return "records" if self.suite == "compare" else "facts"
+        return {"compare": "records", "superglue": "rows"}.get(self.suite, "facts")
 
     @property
     def overall_unit(self) -> str:
@@ -251,6 +270,8 @@ def load_findings(folder: str | Path) -> Findings:
         by_type={name: source.table(one, f"by_type {name}") for name, one in parts["by_type"].items()},
         differences=source.table(source.part(value, "differences"), "differences"),
         paraphrases={name: _relation(source, one, f"paraphrases {name}") for name, one in parts["paraphrases"].items()},
+        agreement=_agreement(source, source.part(value, "agreement")),
+        warnings=[_warning(source, one) for one in source.sequence(value.get("warnings") or [], "warnings")],
     )
 
 
@@ -318,6 +339,7 @@ class _Source:
                 n=self.whole(one, "n", f"{where} {name}"),
                 std=self.optional_number(one, "std", f"{where} {name}"),
                 seeds=self.optional_whole(one, "seeds", f"{where} {name}"),
+                lowest=self.optional_number(one, "lowest", f"{where} {name}"),
             )
             for name, one in listed.items()
         }
@@ -345,6 +367,32 @@ def _cell(source: _Source, value: Json) -> CellRecord:
         run=run,
         error=source.optional_text(row, "error"),
     )
+
+
+def _agreement(source: _Source, value: Mapping[str, Json]) -> Agreement | None:
+    """Take how far development and reported scores agree; None where a benchmark does not say so."""
+    if not value:
+        return None
+    rows = [source.mapping(one, "agreement cells") for one in source.sequence(value.get("cells"), "agreement cells")]
+    return Agreement(
+        [
+            (
+                source.text(row, "task"),
+                source.text(row, "method"),
+                source.number(row, "dev"),
+                source.number(row, "test"),
+            )
+            for row in rows
+        ],
+        source.optional_number(value, "correlation", "agreement"),
+        source.optional_number(value, "mean_gap", "agreement"),
+    )
+
+
+def _warning(source: _Source, value: Json) -> str:
+    row = source.mapping(value, "warnings")
+    where = f"{source.text(row, 'task')}, {source.text(row, 'method')}, seed {source.whole(row, 'seed')}"
+    return f"{where}: {source.text(row, 'text')}"
 
 
 def _answer(source: _Source, value: Json, where: str) -> Answer:

@@ -102,6 +102,7 @@ def inspect_prompt(
     """
     if prompt.slot_vectors is None:
         raise PromptError("a manual prompt has no slots to look into")
+    backbone = prompt.adapt(backbone, force=force)
     bound = prompt.bind(backbone, force=force)
     table = backbone.table().cpu()  # (V, E)
     vectors = prompt.slot_vectors  # (P, E)

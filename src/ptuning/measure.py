@@ -13,7 +13,7 @@ from torch import Tensor
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
 from ptuning.model import batches, prefix_tokens, scored_logits, target_logits
-from ptuning.objective import Item, hits, loss, score_choices
+from ptuning.objective import Item, class_scores, hits, loss, score_choices
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,17 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss per token (or per item with label words) and one hit or miss per record, in the records' order."""
+    """Loss per token (or per item with classes), and one hit or miss per record, in the records' order.
+
+    Args:
+        loss: The mean loss.
+        hits: 1.0 or 0.0 per record.
+        guesses: The likeliest class of each record; empty where there are none to choose from.
+    """
 
     loss: float
     hits: tuple[float, ...]
+    guesses: tuple[int, ...] = ()
 
     @property
     def score(self) -> float:
@@ -75,10 +82,11 @@ def evaluate(
         note: Shown with the progress.
 
     Returns:
-        Mean loss, and a hit or a miss per item, in order.
+        Mean loss, a hit or a miss per item, and its likeliest class, in order.
     """
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
+    guesses: dict[int, int] = {}
     prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
@@ -86,9 +94,16 @@ def evaluate(
         batch_sum, batch_count = loss(group, scored)
         loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
         found |= dict(zip(chosen, hits(group, scored), strict=True))
+        if group[0].answers:
+            likeliest = class_scores(group, scored).argmax(dim=-1).tolist()
+            guesses |= dict(zip(chosen, likeliest, strict=True))
         if report is not None:
             report(Progress("dev", done, len(items), note))
-    return Evaluation(loss_sum / count, tuple(found[index] for index in range(len(items))))
+    return Evaluation(
+        loss_sum / count,
+        tuple(found[index] for index in range(len(items))),
+        tuple(guesses[at] for at in sorted(guesses)),
+    )
 
 
 def measure_ceiling(

@@ -13,7 +13,9 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
 from ptuning.measure import Report
-from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.questions import Question, Questions
+from ptuning.records import Record
+from ptuning.tasks import TaskFile
 from ptuning.template import Template
 
 # What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
@@ -26,23 +28,25 @@ class Task:
 
     Args:
         name: Such as ``P36``.
-        train: Records to learn from.
-        dev: Records to choose by.
+        train: Questions to learn from; without choices of their own where an answer is any text or a label.
+        dev: Questions to choose by.
         manual: The manual template.
         template: The template to learn.
         objects: The task's different answers, over all of its parts, in alphabetical order.
         vocabulary: The closed set of answers that every method is restricted to, or None.
         single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
+        file: The task file, where rows are answered with one of its labels or one of their own choices.
     """
 
     name: str
-    train: Records
-    dev: Records
+    train: Questions
+    dev: Questions
     manual: Template
     template: Template
     objects: tuple[str, ...]
     vocabulary: tuple[str, ...] | None = None
     single_token: bool = False
+    file: TaskFile | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,11 @@ class Answer:
     log_prob: float | None = None
 
     @classmethod
-    def of_ranked(cls, texts: Sequence[str], record: Record) -> Answer:
+    def of_ranked(cls, texts: Sequence[str], question: Question) -> Answer:
         """Return the answer of a method that ranks texts; a target that is not among them ranks behind all."""
-        target = record[TARGET_FIELD].strip()
-        rank = texts.index(target) + 1 if target in texts else None
-        return cls(texts[0] if texts else "", rank == 1, len(texts) + 1 if rank is None else rank)
+        right = question.right
+        rank = next((at for at, text in enumerate(texts, start=1) if text in right), len(texts) + 1)
+        return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,18 @@ class Solution:
     """A fitted method.
 
     Args:
-        answer: Records -> one answer each. Targets are read for their rank only.
+        answer: Questions -> one answer each. Targets are read for their rank only, and may be missing where the task
+            comes from a task file.
         record: What it did, for ``run.json``: ``tried`` settings with their development scores, the ``chosen`` one.
     """
 
-    answer: Callable[[Records], list[Answer]]
+    answer: Callable[[Questions], list[Answer]]
     record: Mapping[str, Json] = field(default_factory=dict)
 
     @classmethod
     def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
         """Return the solution of a method that gives each record a ranked list of texts."""
-        return cls(lambda records: [Answer.of_ranked(rank(row), row) for row in records], record)
+        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row) for row in questions], record)
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ class Method:
         fit: Fits on a task's training and development parts.
         trained: Whether it trains weights, so that ``tries`` and the random-weights control apply.
         seeded: Whether its result depends on the seed; others run once.
+        reads_train: Whether it looks at the training or development part; others run once wherever these are drawn by
+            seed.
         passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
             of time; None if it never runs the backbone.
     """
@@ -130,6 +137,7 @@ class Method:
     trained: bool = False
     seeded: bool = False
     passes: tuple[float, float] | None = None
+    reads_train: bool = True
 
 
 class Methods(Mapping[str, Method]):
@@ -152,6 +160,7 @@ class Methods(Mapping[str, Method]):
         trained: bool = False,
         seeded: bool = False,
         passes: tuple[float, float] | None = None,
+        reads_train: bool = True,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 
@@ -164,7 +173,7 @@ class Methods(Mapping[str, Method]):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes)
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train)
             return fit
 
         return add

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,107 @@ class Score:
     def to_json(self) -> dict[str, float | int]:
         """Return the score as it stands in ``run.json``."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+@dataclass(frozen=True, eq=False)
+class Ratios:
+    """A score that is no mean over rows: the mean over K classes of a ratio of sums over G rows, as F1 is.
+
+    Args:
+        over: (G, K) numerators, added up over the rows.
+        under: (G, K) denominators; a class in which they add up to nothing is left out.
+    """
+
+    over: np.ndarray
+    under: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """The mean of several scores of the same rows, for a task that counts two of them as one."""
+
+    parts: Sequence[Sequence[float] | Ratios]
+
+
+# What a score is computed from: a value per row, whose mean it is, or sums over rows. A row is a record, or several
+# that are scored together.
+Values = Sequence[float] | Ratios | Blend
+
+
+def rows_of(values: Values) -> int:
+    """Return how many rows a score is over."""
+    if isinstance(values, Blend):
+        return rows_of(values.parts[0])
+    return len(values.over) if isinstance(values, Ratios) else len(values)
+
+
+def value_of(values: Values) -> float:
+    """Return a score.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if isinstance(values, Ratios | Blend):
+        if not rows_of(values):
+            raise ValueError("a score needs at least one row")
+        return float(_over(values, np.ones((1, rows_of(values))))[0])
+    return sum(values) / len(_array(values))
+
+
+def summary(seeds: Sequence[Values]) -> Score:
+    """Return the mean of a score over trainings, with a 95 % interval over the rows that all of them answered."""
+    if not any(isinstance(values, Ratios | Blend) for values in seeds):
+        return score(np.array(seeds).mean(axis=0).tolist())
+    return _resampled(lambda weights: np.mean([_over(values, weights) for values in seeds], axis=0), rows_of(seeds[0]))
+
+
+def difference(left: Sequence[Values], right: Sequence[Values]) -> Score:
+    """Return how far two methods' scores lie apart on the same rows, each a mean over its trainings, with the 95 %
+    interval of a paired bootstrap.
+    """
+    if not any(isinstance(values, Ratios | Blend) for values in (*left, *right)):
+        return bootstrap((np.array(left).mean(axis=0) - np.array(right).mean(axis=0)).tolist())
+
+    def apart(weights: np.ndarray) -> np.ndarray:
+        means = [np.mean([_over(values, weights) for values in seeds], axis=0) for seeds in (left, right)]
+        found: np.ndarray = means[0] - means[1]
+        return found
+
+    return _resampled(apart, rows_of(left[0]))
+
+
+def blend(parts: Sequence[Sequence[float] | Ratios]) -> Values:
+    """Return the mean of scores of the same rows as one score."""
+    if len(parts) == 1:
+        return parts[0]
+    plain = [part for part in parts if not isinstance(part, Ratios)]
+    return np.mean(plain, axis=0).tolist() if len(plain) == len(parts) else Blend(tuple(parts))
+
+
+def _over(values: Values, weights: np.ndarray) -> np.ndarray:
+    """Return the score of each of R resamples, given by how often every row is in them: (R, G) to (R,)."""
+    if isinstance(values, Blend):
+        mean: np.ndarray = np.mean([_over(part, weights) for part in values.parts], axis=0)
+        return mean
+    if not isinstance(values, Ratios):
+        found: np.ndarray = weights @ _array(values) / weights.sum(axis=1)
+        return found
+    over, under = weights @ values.over, weights @ values.under  # (R, K)
+    ratios = np.divide(over, under, out=np.zeros_like(over, dtype=np.float64), where=under > 0)
+    kept: np.ndarray = ratios.sum(axis=1) / np.maximum(1, (under > 0).sum(axis=1))
+    return kept
+
+
+def _resampled(compute: Callable[[np.ndarray], np.ndarray], rows: int, *, seed: int = 0) -> Score:
+    """Return a score with the percentile interval of its bootstrap over rows."""
+    value = float(compute(np.ones((1, rows)))[0])
+    rng = np.random.default_rng(seed)
+    found: list[float] = []
+    while len(found) < BOOTSTRAP_RESAMPLES:
+        count = min(max(1, BOOTSTRAP_BATCH_VALUES // rows), BOOTSTRAP_RESAMPLES - len(found))
+        found += compute(rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)).tolist()
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Score(value, min(value, float(low)), max(value, float(high)), rows)
 
 
 def score(values: Sequence[float], *, seed: int = 0) -> Score:
@@ -123,3 +226,95 @@ def majority(targets: Sequence[str]) -> str:
     if not targets:
         raise ValueError("a majority needs at least one target")
     return min(Counter(targets).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+
+
+def macro_f1(predictions: Sequence[str], targets: Sequence[str]) -> Ratios:
+    """Return the F1 of every label that is predicted or right somewhere; their mean is the macro F1.
+
+    Source: Wang et al. (2019), SuperGLUE, section 3 (CB).
+    """
+    labels = sorted({*predictions, *targets})
+    return _f1_counts(predictions, targets, labels)
+
+
+def f1_of(label: str, predictions: Sequence[str], targets: Sequence[str], groups: Sequence[str]) -> Ratios:
+    """Return the F1 of one label over all rows, those of a group added up to one (F1a, with answers as rows and
+    questions as groups: the answers to one question are no independent draws).
+
+    Source: Khashabi et al. (2018), MultiRC, section 4.1.
+    """
+    return grouped(_f1_counts(predictions, targets, [label]), groups)
+
+
+def grouped(values: Sequence[float] | Ratios, groups: Sequence[str]) -> Ratios:
+    """Return a score with the rows of each group as one row, in order of appearance: the same score with the interval
+    of a bootstrap over groups.
+    """
+    if not isinstance(values, Ratios):
+        values = Ratios(_array(values)[:, None], np.ones((len(values), 1)))
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    belongs = np.zeros((len(numbers), len(groups)))
+    belongs[[numbers[group] for group in groups], range(len(groups))] = 1.0
+    return Ratios(belongs @ values.over, belongs @ values.under)
+
+
+def all_right(hits: Sequence[float], groups: Sequence[str]) -> list[float]:
+    """Return 1.0 for each group, in order of appearance, that holds no miss (MultiRC's exact match)."""
+    found: dict[str, float] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        found[group] = min(hit, found.get(group, 1.0))
+    return list(found.values())
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case without punctuation, articles and extra spaces.
+
+    Source: Rajpurkar et al. (2016), SQuAD, section 6.1.
+
+    Example:
+        >>> normalised("The  U.S. Senate,")
+        'us senate'
+    """
+    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def word_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Return the F1 of a prediction's words against those of the right answer that is closest to it.
+
+    Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    """
+    return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1.0 if a prediction is one of the right answers, both :func:`normalised`.
+
+    Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    """
+    return float(normalised(prediction) in map(normalised, answers))
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return Spearman's rank correlation; None where one side has a single value only.
+
+    Source: Spearman (1904), through ``scipy.stats``.
+    """
+    from scipy import stats
+
+    if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
+        return None
+    left, right = zip(*pairs, strict=True)
+    return float(stats.spearmanr(left, right).statistic)
+
+
+def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
+    """Return 2 x true positives over predicted plus right, per row and label."""
+    said, right = ([[float(text == label) for label in labels] for text in texts] for texts in (predictions, targets))
+    one, other = (np.array(rows, dtype=np.float64).reshape(len(predictions), len(labels)) for rows in (said, right))
+    return Ratios(2 * one * other, one + other)
+
+
+def _word_f1(words: Sequence[str], right: Sequence[str]) -> float:
+    common = sum((Counter(words) & Counter(right)).values())
+    return 2 * common / (len(words) + len(right)) if common else float(not words and not right)

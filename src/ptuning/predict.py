@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from ptuning.objective import Choice, Item, candidate_item, class_scores, closed
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions
 from ptuning.records import Record, as_records
+from ptuning.weights import TrainedWeights
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,30 @@ class PromptModel:
         self.backbone = backbone
         self.force = force
         self.pad_side: Side = pad_side
+        # A model for each prompt with trained weights, for as long as that prompt is in use.
+        self._adapted: WeakKeyDictionary[TrainedWeights, PromptModel] = WeakKeyDictionary()
+
+    def for_prompt(self, prompt: Prompt) -> PromptModel:
+        """Return the model that a prompt is to be used with: one with its trained weights in it, or else this one."""
+        if prompt.weights is None:
+            return self
+        if prompt.weights not in self._adapted:
+            backbone = prompt.adapt(self.backbone, force=self.force)
+            if backbone is self.backbone:
+                return self
+            self._adapted[prompt.weights] = PromptModel(backbone, force=self.force, pad_side=self.pad_side)
+        return self._adapted[prompt.weights]
+
+    def _spread(self, prompts: Sequence[Prompt], work: Callable[[PromptModel, list[int]], list[Found]]) -> list[Found]:
+        """Do work on rows with the model that their prompts need, all rows of one model together."""
+        rows: dict[int, tuple[PromptModel, list[int]]] = {}
+        for index, prompt in enumerate(prompts):
+            model = self.for_prompt(prompt)
+            rows.setdefault(id(model), (model, []))[1].append(index)
+        found: dict[int, Found] = {}
+        for model, indices in rows.values():
+            found |= dict(zip(indices, work(model, indices), strict=True))
+        return [found[index] for index in range(len(prompts))]
 
     @torch.no_grad()
     def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
@@ -83,8 +112,11 @@ class PromptModel:
             PromptError: If a prompt belongs to another backbone, or there is not one prompt per record.
             RecordError: If a record has no target.
         """
-        table = _Table(self.backbone, _per_row(prompts, len(records)), force=self.force)
-        data = as_records(records)
+        each, data = _per_row(prompts, len(records)), as_records(records)
+        return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
+
+    def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
+        table = _Table(self.backbone, prompts, force=self.force)
         rows: list[Example] = [Example((), (), (), (), 0)] * len(data)
         for bound, indices in table.groups():
             found = bound.examples([data[index] for index in indices])
@@ -123,8 +155,19 @@ class PromptModel:
             RecordError: If there are no candidates, or two that are equal.
         """
         _check_candidates(candidates)
-        table = _Table(self.backbone, _per_row(prompts, len(records)), force=self.force)
-        items = self._items(as_records(records), table, list(candidates))
+        each, data = _per_row(prompts, len(records)), as_records(records)
+        return self._spread(
+            each,
+            lambda model, at: model._rank(
+                [data[i] for i in at], [each[i] for i in at], candidates, normalise=normalise
+            ),
+        )
+
+    def _rank(
+        self, data: Sequence[Record], prompts: Sequence[Prompt], candidates: Sequence[str], *, normalise: Normalise
+    ) -> list[list[Candidate]]:
+        table = _Table(self.backbone, prompts, force=self.force)
+        items = self._items(data, table, list(candidates))
         # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
         pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
         scores = [[0.0] * len(candidates) for _ in items]
@@ -176,6 +219,8 @@ class PromptModel:
             names = texts = choices_of(records)
         else:
             raise PromptError("the prompt has no label words; give candidates instead")
+        if self.for_prompt(prompt) is not self:
+            return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
         table = _Table(self.backbone, [prompt] * len(data), force=self.force)
         own = prompt.scoring
         items = closed_items(
@@ -247,7 +292,9 @@ class PromptModel:
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
                 found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
             else:
-                found = self._write(rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2)
+                found = self.for_prompt(one)._write(
+                    rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
+                )
             answers |= dict(zip(indices, found, strict=True))
         return [answers[index] for index in range(len(records))]
 

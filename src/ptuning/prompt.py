@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -16,16 +16,30 @@ from torch import Tensor
 import ptuning
 from ptuning.backbone import Backbone
 from ptuning.errors import FileError, LabelWordError, PromptError, TaskError, TemplateError
-from ptuning.files import Json, publish_folder, read_bytes, read_json, sha256, write_bytes, write_json, write_text
+from ptuning.files import (
+    Json,
+    make_folder,
+    publish_folder,
+    read_bytes,
+    read_json,
+    sha256,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords, Normalise, Scoring
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
+from ptuning.weights import TrainedWeights
 
 FORMAT_VERSION = 1
+# Of a prompt with trained weights of the backbone: whoever does not know of them would answer without.
+WEIGHTS_VERSION = 2
 VECTORS_FILE = "prompt.safetensors"
 MANIFEST_FILE = "prompt.json"
 CARD_FILE = "README.md"
+WEIGHTS_FOLDER = "backbone"
 VECTORS_KEY = "slot_vectors"
 REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
 # A template without slots cannot know how long its targets are.
@@ -54,12 +68,13 @@ class BackboneId:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A template with its slot vectors; without slots it is a manual prompt.
+    """A template with its slot vectors, and the backbone's own weights where they were trained along; without either it
+    is a manual prompt.
 
     Args:
         template: The template, as a pattern or parsed.
         slot_vectors: (P, E) float32, in template order; None for a template without slots.
-        backbone: Whose embedding space the vectors live in; None for a template without slots.
+        backbone: Which (frozen) backbone it was trained on; None for a manual prompt, which fits any.
         label_words: For classification.
         task: The task it was made for: how rows become records, and whether they bring their own choices.
         calibrate: Whether what an empty record would score is taken off labels and choices.
@@ -69,6 +84,7 @@ class Prompt:
         method: How it was made.
         seed: Seed of the training, or None.
         scores: Scores on the development part at the time it was chosen.
+        weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -87,8 +103,11 @@ class Prompt:
     task: TaskFile | None = None
     calibrate: bool = False
     normalise: Normalise = "sum"
+    weights: TrainedWeights | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None and self.backbone is None:
+            raise PromptError("trained weights need to say which backbone they belong to")
         if self.slot_vectors is None:
             if self.template.has_slots:
                 raise PromptError(
@@ -174,16 +193,15 @@ class Prompt:
             PromptError: If the prompt belongs to another backbone, or its shape does not fit.
         """
         bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
-        if self.slot_vectors is None or self.backbone is None:
-            return bound
-        if self.backbone.fingerprint != backbone.fingerprint and not force:
-            same_table = self.backbone.fingerprint.split("-")[0] == backbone.fingerprint.split("-")[0]
-            what = "has the same embeddings and other weights (a tuned copy?)" if same_table else "is another model"
+        if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(
-                f"the prompt was trained on the backbone '{self.backbone.name}' "
-                f"({self.backbone.fingerprint}), and '{backbone.name}' ({backbone.fingerprint}) {what}; "
-                "use the right backbone (--backbone), or insist with --force"
+                f"the prompt was trained together with weights of '{backbone.name}', and those are not in it; take "
+                "prompt.adapt(backbone), or leave them out with prompt.without('backbone')"
             )
+        if self.slot_vectors is None:
+            return bound
+        if self.weights is None:
+            self._check_backbone(backbone, force=force)
         if self.slot_vectors.shape[1] != backbone.width:
             raise PromptError(
                 f"the prompt's vectors are {self.slot_vectors.shape[1]} wide, and the embeddings of "
@@ -196,8 +214,65 @@ class Prompt:
             )
         return bound
 
+    def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:
+        """Return the backbone to use the prompt with: a frozen copy with the prompt's trained weights in it, or the one
+        given where there are none, or where they are in it already. The one given does not change.
+
+        Args:
+            backbone: The frozen backbone that the prompt was trained on, or one with its weights in it.
+            force: Accept another backbone of the same shapes; the answers may be worthless.
+
+        Raises:
+            PromptError: If the prompt belongs to another backbone, or its weights do not fit.
+        """
+        if self.weights is None or self._is_adapted(backbone):
+            return backbone
+        if backbone.trained is not None:
+            raise PromptError(f"'{backbone.name}' has the trained weights of another prompt in it; give the frozen one")
+        self._check_backbone(backbone, force=force)
+        return self.weights.into(backbone)
+
+    def without(self, part: str) -> Prompt:
+        """Return the prompt with one part switched off, to see what the other is worth.
+
+        Args:
+            part: ``slots``: words stand where slots started at words, and slots that started at random are left out;
+                ``backbone``: the backbone stays frozen.
+
+        Raises:
+            PromptError: If there is no such part.
+        """
+        if part == "slots" and self.slot_vectors is not None:
+            return replace(self, template=self.template.without_slots(), slot_vectors=None)
+        if part == "backbone" and self.weights is not None:
+            return replace(self, weights=None)
+        parts = [
+            name for name, there in (("slots", self.slot_vectors), ("backbone", self.weights)) if there is not None
+        ]
+        raise PromptError(f"the prompt has no part '{part}' to leave out; it has {' and '.join(parts) or 'none'}")
+
+    def _is_adapted(self, backbone: Backbone) -> bool:
+        assert self.weights is not None
+        assert self.backbone is not None
+        if backbone.trained is not None:
+            return backbone.trained is self.weights.mark
+        # A model that was loaded from the folder of the whole weights. Weights that hardly moved have one fingerprint.
+        return backbone.fingerprint == self.weights.fingerprint != self.backbone.fingerprint
+
+    def _check_backbone(self, backbone: Backbone, *, force: bool) -> None:
+        if self.backbone is None or self.backbone.fingerprint == backbone.fingerprint or force:
+            return
+        same_table = self.backbone.fingerprint.split("-")[0] == backbone.fingerprint.split("-")[0]
+        what = "has the same embeddings and other weights (a tuned copy?)" if same_table else "is another model"
+        raise PromptError(
+            f"the prompt was trained on the backbone '{self.backbone.name}' "
+            f"({self.backbone.fingerprint}), and '{backbone.name}' ({backbone.fingerprint}) {what}; "
+            "use the right backbone (--backbone), or insist with --force"
+        )
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the prompt as a folder: vectors, manifest and a card for people. Equal prompts give equal bytes.
+        """Write the prompt as a folder: vectors, trained weights, manifest and a card for people. Equal prompts give
+        equal bytes.
 
         Raises:
             FileError: If the folder is taken and ``overwrite`` is not set, or cannot be written.
@@ -206,7 +281,12 @@ class Prompt:
         data = safetensors.torch.save({VECTORS_KEY: vectors.contiguous()}, {"format": "pt"})
         with publish_folder(Path(folder), overwrite=overwrite) as temporary:
             write_bytes(temporary / VECTORS_FILE, data)
-            write_json(temporary / MANIFEST_FILE, self._manifest(sha256(data)))
+            manifest = self._manifest(sha256(data))
+            if self.weights is not None:
+                make_folder(temporary / WEIGHTS_FOLDER)
+                about = self.weights.save(temporary / WEIGHTS_FOLDER)
+                manifest |= {"format_version": WEIGHTS_VERSION, "weights": about}
+            write_json(temporary / MANIFEST_FILE, manifest)
             write_text(temporary / CARD_FILE, self._card(len(data)))
 
     @classmethod
@@ -241,7 +321,13 @@ class Prompt:
                 f"({slots}, {width})"
             )
         try:
-            return _from_manifest(manifest, vectors if slots else None)
+            about = manifest.get("weights")
+            weights = None
+            if manifest["format_version"] == WEIGHTS_VERSION:
+                if not isinstance(about, Mapping):
+                    raise TypeError("'weights' must be an object")
+                weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
+            return _from_manifest(manifest, vectors if slots else None, weights)
         except (KeyError, TypeError, AttributeError, ValueError, TemplateError, LabelWordError, TaskError) as error:
             raise PromptError(f"{where} is damaged: {error}") from error
 
@@ -280,6 +366,11 @@ class Prompt:
             f"| slots | {self.slots} vectors, {size_bytes / 1000:.1f} KB |",
             f"| backbone | `{owner}`" + (f", fingerprint `{self.backbone.fingerprint}` |" if self.backbone else " |"),
         ]
+        if self.weights is not None:
+            size = sum(weight.numel() * weight.element_size() for weight in self.weights.tensors.values())
+            lines.append(
+                f"| weights of the backbone | {self.weights.describe}, {size / 1e6:.1f} MB in `{WEIGHTS_FOLDER}/` |"
+            )
         if self.label_words:
             listed = "; ".join(f"{label}: {', '.join(words)}" for label, words in self.label_words.words.items())
             lines.append(f"| label words | {listed} |")
@@ -323,10 +414,10 @@ def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
     missing = [key for key in REQUIRED_KEYS if key not in manifest]
     if missing:
         raise PromptError(f"{where}: missing key '{missing[0]}'; the file is damaged or no prompt's")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in (FORMAT_VERSION, WEIGHTS_VERSION):
         raise PromptError(
             f"{where}: format version {manifest['format_version']}, and this ptuning reads "
-            f"{FORMAT_VERSION}; update ptuning"
+            f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
         )
 
 
@@ -343,7 +434,7 @@ def _read_vectors(data: bytes, where: Path) -> Tensor:
     return tensors[VECTORS_KEY]
 
 
-def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None) -> Prompt:
+def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None, weights: TrainedWeights | None) -> Prompt:
     words, backbone, scores = manifest["label_words"], manifest["backbone"], manifest.get("scores") or {}
     seed, task, normalise = manifest.get("seed"), manifest.get("task"), manifest.get("normalise", "sum")
     if not isinstance(words, Mapping | None) or not isinstance(backbone, Mapping | None):
@@ -375,4 +466,5 @@ def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None) -> Prom
         task=TaskFile.parse(str(task["file"]), where="its task") if task else None,
         calibrate=manifest.get("calibrate") is True,
         normalise="mean" if normalise == "mean" else "sum",
+        weights=weights,
     )

@@ -38,6 +38,13 @@ class Question:
     group: str | None = None
     idx: Json = None
 
+    @property
+    def right(self) -> tuple[str, ...]:
+        """The texts that are right: choices, or the target; none where the row was read without its label."""
+        if self.answers:
+            return tuple(self.choices[place] for place in self.answers)
+        return (self.record[TARGET_FIELD].strip(),) if TARGET_FIELD in self.record else ()
+
 
 class Questions(list[Question]):
     """A list of questions that knows where it came from, as :class:`Records` does."""

@@ -42,6 +42,7 @@ TITLES = {
     "lama": "What a learned prompt recalls",
     "compare": "Methods compared",
     "paraphrases": "How much the wording matters",
+    "superglue": "Methods compared on language understanding",
 }
 SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 120
@@ -101,6 +102,8 @@ def build_page(findings: Findings) -> Page:
         ("Random weights: what the training facts teach alone", tables.control(findings)),
         ("Differences", tables.differences(findings)),
         ("Wordings", _wordings(findings)),
+        ("Development against reported score", tables.agreement(findings)),
+        ("Warnings", [Items(list(findings.warnings))] if findings.warnings else []),
         ("Learning curves", _curves(findings)),
         ("Answers gained and lost", _changes(findings)),
         ("What this run cannot show", [Items(list(caveats(findings)))]),

@@ -11,11 +11,14 @@ import numpy as np
 
 from ptuning.baselines import REFERENCE
 from ptuning.files import Json, write_json
-from ptuning.metrics import Score, bootstrap, score
-from ptuning.suite import FORMAT_VERSION, SCORES, CellResult
+from ptuning.metrics import Score, Values, bootstrap, difference, summary, value_of
+from ptuning.scores import SCORES
+from ptuning.suite import FORMAT_VERSION, CellResult
 from ptuning.tuning import LEARNED
 
 RESULTS_FILE = "results.json"
+# What stands for the learned prompt where it was not learned alone.
+LEARNED_ALONG = (f"{LEARNED}+fine-tuning", f"{LEARNED}+lora")
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class Summary(Score):
     Args:
         std: Standard deviation over seeds; None for a single one.
         seeds: How many seeds the mean is over.
+        lowest: The lowest of the seeds; None for a single one.
     """
 
     std: float | None = None
     seeds: int = 1
+    lowest: float | None = None
 
     def to_json(self) -> dict[str, float | int]:
         """Return the summary as it stands in ``results.json``."""
@@ -145,8 +150,8 @@ def over_records(results: Sequence[CellResult]) -> dict[str, Summary]:
     """Return score -> mean over records and seeds; the interval is over records, each with its mean over the seeds."""
     found = {}
     for name in _common(results):
-        rows = np.array([result.values[name] for result in results])  # (seeds, N)
-        found[name] = _summary(score(rows.mean(axis=0).tolist()), rows.mean(axis=1).tolist())
+        seeds = [result.values[name] for result in results]
+        found[name] = _summary(summary(seeds), [value_of(values) for values in seeds])
     return found
 
 
@@ -161,7 +166,7 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
         common = [name for name in SCORES if found and all(name in _common(results) for results in found)]
         scores = {}
         for name in common:
-            means = [{one.cell.seed: float(np.mean(one.values[name])) for one in results} for results in found]
+            means = [{one.cell.seed: value_of(one.values[name]) for one in results} for results in found]
             seeds = [seed for seed in means[0] if all(seed in row for row in means)]  # those that all tasks have
             by_seed = [float(np.mean([row[seed] for row in means])) for seed in seeds]
             scores[name] = _summary(bootstrap([float(np.mean(list(row.values()))) for row in means]), by_seed)
@@ -177,8 +182,9 @@ def differences(
 
     Everything is compared with the learned prompt, and everything learned with the manual prompt.
     """
-    pairs = [(LEARNED, name) for name in names if name != LEARNED and LEARNED in names]
-    pairs += [(name, REFERENCE) for name in names if name not in (LEARNED, REFERENCE) and REFERENCE in names]
+    learned = next((name for name in (LEARNED, *LEARNED_ALONG) if name in names), LEARNED)
+    pairs = [(learned, name) for name in names if name != learned and learned in names]
+    pairs += [(name, REFERENCE) for name in names if name not in (learned, REFERENCE) and REFERENCE in names]
     found = {}
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]
@@ -186,17 +192,19 @@ def differences(
         for name in SCORES:
             if not both or not all(name in _common(results) for pair in both for results in pair):
                 continue
-            rows = [_means(left, name) - _means(right, name) for left, right in both]
-            scores[name] = bootstrap(rows[0].tolist() if len(rows) == 1 else [float(row.mean()) for row in rows])
+            values = [([row.values[name] for row in left], [row.values[name] for row in right]) for left, right in both]
+            scores[name] = (
+                difference(*values[0])
+                if len(values) == 1
+                else bootstrap([_mean(left) - _mean(right) for left, right in values])
+            )
         if scores:
             found[f"{one} - {other}"] = scores
     return found
 
 
-def _means(results: Sequence[CellResult], name: str) -> np.ndarray:
-    """Return each record's mean over the seeds, (N,)."""
-    means: np.ndarray = np.array([result.values[name] for result in results]).mean(axis=0)
-    return means
+def _mean(seeds: Sequence[Values]) -> float:
+    return float(np.mean([value_of(values) for values in seeds]))
 
 
 def _common(results: Sequence[CellResult]) -> list[str]:
@@ -205,7 +213,8 @@ def _common(results: Sequence[CellResult]) -> list[str]:
 
 def _summary(over: Score, by_seed: Sequence[float]) -> Summary:
     std = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-    return Summary(over.value, over.low, over.high, over.n, std, max(1, len(by_seed)))
+    lowest = min(by_seed) if len(by_seed) > 1 else None
+    return Summary(over.value, over.low, over.high, over.n, std, max(1, len(by_seed)), lowest)
 
 
 def _scores_json(scores: Mapping[str, Score]) -> dict[str, Json]:

@@ -14,7 +14,7 @@ import torch
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import RECIPE, TrainConfig
+from ptuning.config import RECIPE, TrainConfig, Tune, without_later_defaults
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
@@ -28,7 +28,7 @@ from ptuning.questions import Questions, as_questions, with_few_choices
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets, split_records
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, Trainer, derived_seed
+from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -39,10 +39,6 @@ CHECKPOINT_FOLDER = "checkpoint"
 IRRELEVANT_SETTINGS = ("checkpoint_seconds", "device")
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
-# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
-TRAIN_CHOICES = 10
-# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
-PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,11 @@ def train(
     ceiling: bool = False,
     command: str | None = None,
 ) -> TrainResult:
-    """Learn the slot vectors of a template on a frozen backbone.
+    """Learn the slot vectors of a template: alone, on a frozen backbone, or along with weights of a copy of it.
 
     Args:
-        template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``.
+        template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``; without any where the backbone is
+            trained (``tune``).
         data: Records to learn from, with targets, or questions of a task.
         backbone: From :func:`ptuning.load_backbone`; it does not change.
         dev: Records to choose by; without them a seeded share of ``data`` is set aside.
@@ -108,13 +105,11 @@ def train(
     config = config or TrainConfig()
     if resume and out is None:
         raise ConfigError("there is nothing to resume without the folder of the run (out)")
-    if config.tune != "frozen":
-        raise ConfigError(f"train keeps the backbone frozen, so tune={config.tune!r} is for compare and lama")
     parsed = as_template(template)
-    if not parsed.has_slots:
+    if not parsed.has_slots and config.tune == "frozen":
         raise TemplateError(
-            f"the template '{parsed}' has no slots, so there is nothing to learn; write words as "
-            "[P:words] to start from them, or let --manual do it"
+            f"the template '{parsed}' has no slots, so there is nothing to learn; write words as [P:words] to start "
+            "from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
         )
     words = LabelWords.parse(labels) if isinstance(labels, str) else labels
     if task is not None:
@@ -135,7 +130,7 @@ def train(
     if asked["train"].has_choices:
         few = with_few_choices(asked["train"], TRAIN_CHOICES, seed=config.seed)
         items["train"] = _items(bound, few, words, config, scoring)
-        config = _in_small_passes(config, items["train"])
+        config = in_small_passes(config, items["train"])
     record = _first_record(parsed, words, parts, items, backbone, config, command)
     record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
     folder = Path(out) if out is not None else None
@@ -143,41 +138,56 @@ def train(
         finished = _prepare(folder, identity(record), resume=resume, overwrite=overwrite)
         if finished is not None:
             return TrainResult(Prompt.load(folder / PROMPT_FOLDER), finished, folder)
-    trainers = [
-        Trainer(
+    best: Trainer | None = None
+    starts: list[dict[str, Json]] = []
+    before = 0.0  # seconds of training before this call
+    for number in range(config.starts):
+        trainer = Trainer(
             backbone,
             bound,
             config=replace(config, seed=start_seed(config.seed, number)),
             checkpoint=_checkpoint(folder, number),
             identity=identity(record),
         )
-        for number in range(config.starts)
-    ]
-    if folder is not None:
-        weights = sum(weight.numel() for weight in trainers[0].encoder.parameters())
-        check_room(folder, FILES_BYTES + config.starts * 8 * 4 * weights)
-    for trainer in trainers if resume else ():
-        trainer.load()
-    before = sum(trainer.state.train_seconds for trainer in trainers)
-    for trainer in trainers:
+        if folder is not None and not number:
+            check_room(folder, _needed_bytes(trainer))
+        if resume and trainer.load():
+            before += trainer.state.train_seconds
         trainer.fit(items["train"], items["dev"], report=report, should_stop=should_stop)
-    trainer = max(trainers, key=lambda one: (one.state.best_score, -one.state.best_loss))
+        starts.append(_start(trainer))
+        if best is None or _rank(trainer) > _rank(best):
+            best = trainer
+    assert best is not None
     prompt = replace(
-        _prompt(parsed, words, backbone, trainer, items),
+        _prompt(parsed, words, best, items),
         task=task,
         calibrate=scoring.calibrate,
         normalise=scoring.normalise,
     )
-    record |= _outcome(trainer, seconds=time.monotonic() - began + before)
+    record |= _outcome(best, seconds=time.monotonic() - began + before)
     if config.starts > 1:
-        record["starts"] = [_start(one) for one in trainers]
+        record["starts"] = list(starts)
     if ceiling:
         record["ceiling_tokens_per_second"] = measure_ceiling(
             backbone, items["train"], batch_size=config.batch_size, slots=bound.slots
         )
-    if folder is not None and trainer.accelerator.is_main_process:
-        _write(folder, prompt, record, asked["dev"], items["dev"], backbone)
+    if folder is not None and best.accelerator.is_main_process:
+        _write(folder, prompt, record, asked["dev"], items["dev"], best.backbone)
     return TrainResult(prompt, record, folder)
+
+
+def _rank(trainer: Trainer) -> tuple[float, float]:
+    return trainer.state.best_score, -trainer.state.best_loss
+
+
+def _needed_bytes(trainer: Trainer) -> int:
+    """Return the room that a run takes on disk while it goes on. A file is written beside the one that it replaces."""
+    starts = trainer.config.starts
+    encoder = 4 * sum(weight.numel() for weight in trainer.encoder.parameters())
+    backbone = 4 * sum(weight.numel() for weight in trainer.weights.values())
+    # Of each start the encoder with both moments, and the backbone's best weights; of the one in training also the
+    # backbone's weights with both moments, twice; and in the end the prompt's.
+    return FILES_BYTES + starts * 8 * encoder + (starts + 1 + 2 * 3 + 1) * backbone
 
 
 def identity(record: Mapping[str, Json]) -> dict[str, Json]:
@@ -189,7 +199,9 @@ def identity(record: Mapping[str, Json]) -> dict[str, Json]:
     settings, data, backbone = record.get("settings"), record.get("data"), record.get("backbone")
     if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
         raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects; use --overwrite")
-    found: dict[str, Json] = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    found: dict[str, Json] = {
+        name: value for name, value in without_later_defaults(settings).items() if name not in IRRELEVANT_SETTINGS
+    }
     for part in ("train", "dev"):
         listed = data.get(part)
         found[f"{part} data (sha256)"] = listed.get("sha256") if isinstance(listed, Mapping) else None
@@ -244,14 +256,6 @@ def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> 
     return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
 
 
-def _in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
-    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
-    while config.batch_size % rows:
-        rows -= 1
-    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
-
-
 def _of_task(
     task: TaskFile | None, record: Mapping[str, Json], scoring: Scoring, *, has_choices: bool
 ) -> dict[str, Json]:
@@ -291,8 +295,8 @@ def _first_record(
     return {
         "format_version": FORMAT_VERSION,
         "command": command,
-        "method": "p-tuning",
-        "tune": "frozen",
+        "method": method_name(template, config.tune),
+        "tune": config.tune,
         "recipe": RECIPE,
         "settings": {
             "template": str(template),
@@ -307,6 +311,12 @@ def _first_record(
         "backbone": backbone.to_json(),
         "data": {**data, "test": None},
     }
+
+
+def method_name(template: Template, tune: Tune) -> str:
+    """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
+    base = "p-tuning" if template.has_slots else "manual"
+    return base + {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}[tune]
 
 
 def start_seed(seed: int, number: int) -> int:
@@ -334,7 +344,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
     state = trainer.state
     return {
         "trainable_parameters": trainer.trainable_parameters,
-        "frozen_parameters": trainer.backbone.parameters,
+        "frozen_parameters": 0 if trainer.config.tune == "tuned" else trainer.frozen.parameters,
         "slots": trainer.bound.slots,
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
@@ -350,7 +360,6 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
 def _prompt(
     template: Template,
     words: LabelWords | None,
-    backbone: Backbone,
     trainer: Trainer,
     items: Mapping[str, Sequence[Item]],
 ) -> Prompt:
@@ -358,14 +367,15 @@ def _prompt(
     name = "accuracy" if items["dev"][0].answers else "exact_match"
     return Prompt(
         template,
-        trainer.best_vectors,
-        BackboneId.of(backbone),
+        trainer.best_vectors if template.has_slots else None,
+        BackboneId.of(trainer.frozen),
         label_words=words,
         target_tokens=longest,
         multiline=trainer.bound.multiline,
-        method="p-tuning",
+        method=method_name(template, trainer.config.tune),
         seed=trainer.config.seed,
         scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
+        weights=trainer.trained_weights(),
     )
 
 
@@ -395,8 +405,7 @@ def _write(
 ) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    vectors = prompt.slot_vectors
-    assert vectors is not None
+    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
     found = evaluate(backbone, items, vectors=vectors, slots=prompt.slots)
     predictions = PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))

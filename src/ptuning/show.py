@@ -341,7 +341,12 @@ def _token(text: str) -> str:
 def _parameters(record: Mapping[str, Json]) -> None:
     trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
     train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
-    line(f"trained: {trainable:,} parameters of the prompt encoder; frozen: {frozen:,} of the backbone")
+    whose = {
+        "frozen": "the prompt encoder",
+        "tuned": "prompt encoder and backbone",
+        "lora": "prompt encoder and adapters",
+    }
+    line(f"trained: {trainable:,} parameters of {whose[str(record['tune'])]}; frozen: {frozen:,} of the backbone")
     line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
 
 

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from ptuning.results import Results, Scores
     from ptuning.suite import CellResult
 
-TITLES = {"p_at_1": "P@1", "p_at_10": "P@10", "mrr": "MRR", "exact_match": "exact match"}
+TITLES = {
+    "score": "score",
+    "p_at_1": "P@1",
+    "p_at_10": "P@10",
+    "mrr": "MRR",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "f1a": "F1a",
+    "f1": "F1",
+    "exact_match": "exact match",
+}
+
+LEARNED = ("p-tuning", "p-tuning+fine-tuning", "p-tuning+lora")
 
 
 def cell(result: CellResult, number: int, total: int) -> None:
@@ -28,7 +40,8 @@ def cell(result: CellResult, number: int, total: int) -> None:
     if result.status == "failed":
         show.say(f"{where}failed: {result.error}")
         return
-    show.say(f"{where}P@1 {show.interval(result.score('p_at_1'))}, n = {result.n}, {result.seconds:.0f} s")
+    name = result.primary
+    show.say(f"{where}{TITLES[name]} {show.interval(result.score(name))}, n = {result.n}, {result.seconds:.0f} s")
 
 
 def estimates(found: Sequence[Estimate]) -> None:
@@ -52,15 +65,18 @@ def estimates(found: Sequence[Estimate]) -> None:
 def results(found: Results) -> None:
     """Print the main table, the differences, and where everything lies."""
     if len(found.tasks) > 1:
-        _table(found.macro, f"mean over {len(found.tasks)} tasks (n = tasks)")
+        _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
         for kind, scores in found.by_type.items():
             _table(scores, f"{kind} (n = tasks)")
+    unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
-        _table(scores, f"{name} (n = records)")
+        _table(scores, f"{name} (n = {unit})")
     for name, differences in found.differences.items():
-        if name.startswith("p-tuning - ") and "p_at_1" in differences:
-            score = differences["p_at_1"]
-            show.line(f"{name}: P@1 {score.value:+.3f}  [{score.low:+.3f}, {score.high:+.3f}], n = {score.n}")
+        first = next((one for one in ("score", "p_at_1") if one in differences), None)
+        if name.partition(" - ")[0] in LEARNED and first is not None:
+            score = differences[first]
+            where = f"[{score.low:+.3f}, {score.high:+.3f}]"
+            show.line(f"{name}: {TITLES[first]} {score.value:+.3f}  {where}, n = {score.n}")
     for result in found.failed:
         show.line(f"failed: {result.cell.folder}: {result.error}")
     show.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
@@ -72,21 +88,43 @@ SHOWN_TASKS = 3
 
 def _table(rows: Mapping[str, Scores], title: str) -> None:
     show.heading(title)
-    names = [name for name in TITLES if any(name in scores for scores in rows.values())]
-    # Where P@1 is exact match one column is enough; P@10 is for the report, so that a row fits into 80 columns.
-    same = all(scores["p_at_1"].value == scores["exact_match"].value for scores in rows.values())
-    names = [name for name in names if name != "p_at_10" and not (same and name == "exact_match")]
+    present = [name for name in TITLES if any(name in scores for scores in rows.values())]
+    first, names = present[0], _columns(present, rows)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method")
     for name in names:
         table.add_column(f"{TITLES[name]}  [95 % interval]", no_wrap=True)
+    # Beside two scores with their intervals there is no room for more.
+    spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
+    for name in ("sd", "lowest") if spread else ():
+        table.add_column(name, justify="right")
     table.add_column("n", justify="right")
-    best = max(scores["p_at_1"].value for scores in rows.values())
+    best = max(scores[first].value for scores in rows.values())
     for method, scores in rows.items():
         cells = [escape(show.interval(scores[name])) if name in scores else "" for name in names]
-        first = scores["p_at_1"]
-        table.add_row(escape(method), *cells, str(first.n), style="bold green" if first.value == best else "")
+        main = scores[first]
+        if spread:
+            cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
+        table.add_row(escape(method), *cells, str(main.n), style="bold green" if main.value == best else "")
     show.results().print(table)
+
+
+def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Return means over tasks without a metric that all of them happen to have, which the mean score counts already."""
+    return {
+        method: {name: value for name, value in scores.items() if name == "score" or "score" not in scores}
+        for method, scores in rows.items()
+    }
+
+
+def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
+    """Return the scores that a table shows, so that a row fits into 80 columns: P@10 is for the report, and one column
+    is enough where P@1 is exact match. Of a task's own metrics and their mean the metrics are shown, if they fit.
+    """
+    if present[0] == "score":
+        return list(present[1:]) if len(present) <= 3 and present[1:] else ["score"]
+    same = all(scores[present[0]].value == scores["exact_match"].value for scores in rows.values())
+    return [name for name in present if name != "p_at_10" and not (same and name == "exact_match")]
 
 
 def duration(seconds: float) -> str:

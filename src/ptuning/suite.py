@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -18,17 +18,18 @@ import torch
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import RECIPE, TrainConfig
+from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.measure import Progress, Report
 from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup, Task
-from ptuning.metrics import Score, score
+from ptuning.metrics import Score, Values, rows_of, summary, value_of
 from ptuning.prompt import versions
-from ptuning.records import TARGET_FIELD, Records
+from ptuning.questions import Questions
+from ptuning.records import Records
 from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE
+from ptuning.scores import TASK_SCORE, score_values
 from ptuning.trainer import Interrupted
-from ptuning.weights import KeptWeights
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,38 @@ FORMAT_VERSION = 1
 CELLS_FOLDER = "cells"
 # What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
 STARTED_FILE = "started.json"
-SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
+# Answers to rows whose labels nobody here knows.
+UNLABELLED_FILE = "unlabelled.jsonl"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task with its test part, which no method sees, what the results say about it, and its type."""
+    """A task with its test part, which no method sees.
+
+    Args:
+        task: The task.
+        test: What is reported on.
+        info: What the results say about it.
+        type: Its type, over which means are made as well.
+        by_seed: The task with the training and development parts of a seed, where each seed draws its own.
+        unlabelled: Rows without labels that are answered, too.
+    """
 
     task: Task
-    test: Records
+    test: Questions
     info: Mapping[str, Json]
     type: str | None = None
+    by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
+    unlabelled: Questions | None = None
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the task's own metrics; none where answers are scored by their ranks."""
+        return self.task.file.metrics if self.task.file is not None else ()
+
+    def task_of(self, seed: int) -> Task:
+        """Return the task as a seed sees it."""
+        return self.by_seed.get(seed, self.task)
 
 
 @dataclass(frozen=True)
@@ -70,56 +92,53 @@ class CellResult:
     Args:
         cell: Which one.
         status: ``done``, ``failed`` or ``waiting``.
-        values: Score -> one value per test record.
+        values: Score -> what it is computed from, a row per test record, or per group of them.
         seconds: Time taken by the start that finished it.
         tried: How many settings were compared on the development part.
         error: Why it failed.
         was_there: Whether it was finished before.
+        hits: Share of the test records answered rightly, whatever the scores are.
+        dev_score: The same on the development part, of the setting that it chose; None where nothing was chosen.
+        warnings: What went on in training that a reader should know.
     """
 
     cell: Cell
     status: str
-    values: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Values] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     tried: int = 1
     error: str | None = None
     was_there: bool = False
+    hits: float | None = None
+    dev_score: float | None = None
+    warnings: Sequence[str] = ()
 
     @property
     def n(self) -> int:
-        """Number of test records."""
-        return len(next(iter(self.values.values()), ()))
+        """Number of test records, or of groups of them that are scored together."""
+        return rows_of(next(iter(self.values.values()), ()))
+
+    @property
+    def primary(self) -> str:
+        """The score that stands for all where only one is shown."""
+        return TASK_SCORE if TASK_SCORE in self.values else "p_at_1"
 
     def score(self, name: str) -> Score:
         """Return one score with its interval over the test records."""
-        return score(self.values[name])
+        return summary([self.values[name]])
 
     def to_json(self) -> dict[str, Json]:
         """Return the cell as it stands in ``results.json``."""
         return {
             **dataclasses.asdict(self.cell),
             "status": self.status,
-            "scores": {name: sum(values) / len(values) for name, values in self.values.items()},
+            "scores": {name: value_of(values) for name, values in self.values.items()},
             "n": self.n,
             "seconds": self.seconds,
             "tried": self.tried,
             "run": self.cell.folder,
             "error": self.error,
         }
-
-
-def score_values(answers: Sequence[Answer]) -> dict[str, list[float]]:
-    """Return score -> value per record, of those scores that the answers allow: without ranks P@1 is exact match."""
-    hits = [float(answer.hit) for answer in answers]
-    ranks = [answer.rank for answer in answers if answer.rank is not None]
-    if len(ranks) < len(answers):
-        return {"p_at_1": hits, "exact_match": hits}
-    return {
-        "p_at_1": [float(rank == 1) for rank in ranks],
-        "p_at_10": [float(rank <= 10) for rank in ranks],
-        "mrr": [1.0 / rank for rank in ranks],
-        "exact_match": hits,
-    }
 
 
 class Suite:
@@ -167,8 +186,8 @@ class Suite:
             Cell(name, method.name, self.config.seed + number)
             for number in range(self.seeds)
             for method in ordered
-            for name in self.jobs
-            if number == 0 or method.seeded
+            for name, job in self.jobs.items()
+            if number == 0 or method.seeded or (job.by_seed and method.reads_train)
         ]
 
     def check(self, *, overwrite: bool) -> None:
@@ -230,19 +249,36 @@ class Suite:
             lines = read_bytes(folder / PREDICTIONS_FILE).decode("utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line]
             answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
-            if record["identity"] != self.identity(cell) or len(rows) != record["n"]:
+            if record["identity"] != self.identity(cell) or len(rows) != len(self.jobs[cell.task].test):
                 return None
-            seconds, tried = cast("float", record["seconds"]), cast("Sequence[Json]", record.get("tried", [None]))
+            if self.jobs[cell.task].unlabelled is not None and not (folder / UNLABELLED_FILE).is_file():
+                return None
+            return replace(self._result(cell, answers, record, cast("float", record["seconds"])), was_there=True)
         except (PTuningError, ValueError, KeyError, TypeError):
             return None
-        return CellResult(cell, "done", score_values(answers), seconds, len(tried), was_there=True)
+
+    def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
+        """Return the result of a finished cell from its answers and what its method did."""
+        job = self.jobs[cell.task]
+        chosen = record.get("chosen")
+        dev_score = chosen.get("dev_score") if isinstance(chosen, Mapping) else None
+        return CellResult(
+            cell,
+            "done",
+            score_values(answers, job.test, job.metrics),
+            seconds,
+            len(_list(record.get("tried"))),
+            hits=sum(answer.hit for answer in answers) / len(answers),
+            dev_score=dev_score if isinstance(dev_score, float) else None,
+            warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+        )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
         """Return what the result of a cell depends on."""
-        job, settings = self.jobs[cell.task], self.config.to_json()
-        task, method = job.task, self.methods[cell.method]
+        job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
+        task, method = job.task_of(cell.seed), self.methods[cell.method]
         found: dict[str, Json] = {
-            **{f"{part} data (sha256)": _digest(data) for part, data in self._parts(job).items()},
+            **{f"{part} data (sha256)": _digest(data) for part, data in self._parts(job, cell.seed).items()},
             "manual template": str(task.manual),
             "template": str(task.template),
             "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
@@ -251,6 +287,10 @@ class Suite:
             "seed": cell.seed,
             "backbone fingerprint": self.backbone.fingerprint,
         }
+        if task.file is not None:
+            found["task file (sha256)"] = sha256(task.file.text.encode())
+        if job.unlabelled is not None:
+            found["unlabelled data (sha256)"] = _digest(job.unlabelled)
         if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
             found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
@@ -258,8 +298,9 @@ class Suite:
             found |= {**kept, "tries": self.tries, "recipe of training": RECIPE}
         return found
 
-    def _parts(self, job: Job) -> dict[str, Records]:
-        return {"train": job.task.train, "dev": job.task.dev, "test": job.test}
+    def _parts(self, job: Job, seed: int) -> dict[str, Questions]:
+        task = job.task_of(seed)
+        return {"train": task.train, "dev": task.dev, "test": job.test}
 
     def _run(self, cell: Cell, report: Report | None, should_stop: Callable[[], bool] | None) -> CellResult:
         began = time.monotonic()
@@ -285,7 +326,6 @@ class Suite:
     ) -> CellResult:
         job, method = self.jobs[cell.task], self.methods[cell.method]
         make_folder(folder)
-        KeptWeights.clear(folder)
         write_json(folder / STARTED_FILE, {"identity": self.identity(cell)})
         setup = Setup(
             self._backbone_of(method, cell.seed),
@@ -296,10 +336,11 @@ class Suite:
             report=report,
             should_stop=should_stop,
         )
-        solution = method.fit(job.task, setup)
+        solution = method.fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
-        values = score_values(answers)
-        result = CellResult(cell, "done", values, time.monotonic() - began, len(_list(solution.record.get("tried"))))
+        if job.unlabelled is not None:
+            write_json_lines(folder / UNLABELLED_FILE, _rows(job.unlabelled, solution.answer(job.unlabelled)))
+        result = self._result(cell, answers, solution.record, time.monotonic() - began)
         write_json_lines(folder / PREDICTIONS_FILE, _rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
         (folder / STARTED_FILE).unlink(missing_ok=True)
@@ -322,12 +363,12 @@ class Suite:
             "identity": self.identity(cell),
             "data": {
                 part: {"name": data.name, "sha256": data.sha256, "rows": len(data)}
-                for part, data in self._parts(job).items()
+                for part, data in self._parts(job, cell.seed).items()
             },
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "settings": dict(self.config.to_json()),
             "versions": dict(versions()),
-            "scores": {name: score(values).to_json() for name, values in result.values.items()},
+            "scores": {name: result.score(name).to_json() for name in result.values},
             "n": result.n,
             "seconds": result.seconds,
             **more,
@@ -346,23 +387,29 @@ def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
     return None
 
 
-def _digest(data: Records) -> str:
-    """Hash records and not their file: the same facts in another file make the same cell."""
-    return Records(data).sha256
+def _digest(data: Questions) -> str:
+    """Hash rows and not their file: the same facts in another file make the same cell."""
+    if any(row.choices or row.group for row in data):
+        return sha256(f"{Questions(data).sha256}{[row.group for row in data]}".encode())
+    return Records([row.record for row in data]).sha256
 
 
-def _rows(test: Records, answers: Sequence[Answer]) -> list[dict[str, Json]]:
-    return [
-        {
-            "record": dict(row),
-            "target": row[TARGET_FIELD].strip(),
-            "prediction": answer.text,
-            "rank": answer.rank,
-            "hit": answer.hit,
-            "log_prob": answer.log_prob,
-        }
-        for row, answer in zip(test, answers, strict=True)
-    ]
+def _rows(test: Questions, answers: Sequence[Answer]) -> list[dict[str, Json]]:
+    rows = []
+    for row, answer in zip(test, answers, strict=True):
+        about: dict[str, Json] = {"idx": row.idx, "group": row.group, "choices": list(row.choices) or None}
+        rows.append(
+            {
+                "record": dict(row.record),
+                **{name: value for name, value in about.items() if value is not None},
+                "target": row.right[0] if row.right else None,
+                "prediction": answer.text,
+                "rank": answer.rank,
+                "hit": answer.hit,
+                "log_prob": answer.log_prob,
+            }
+        )
+    return rows
 
 
 def _list(value: Json) -> Sequence[Json]:

@@ -1,4 +1,4 @@
-"""The commands that compare: compare, lama, paraphrases, report."""
+"""The commands that compare: compare, lama, paraphrases, superglue, report."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ptuning.wiring import (
 
 if TYPE_CHECKING:
     from ptuning.comparison import Targets
+    from ptuning.config import Tune
     from ptuning.results import Results
 
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
@@ -31,6 +32,7 @@ MethodsOption = Annotated[str | None, typer.Option(metavar="LIST|all", help="Met
 SeedsOption = Annotated[int, typer.Option(metavar="N", help="Trainings with different seeds.", min=1)]
 TriesOption = Annotated[int, typer.Option(metavar="N", help="Settings each trained method tries.", min=1)]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts trained side by side; the best is kept.", min=1)]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
@@ -204,6 +206,59 @@ def paraphrases(
     _show(found, dry_run=dry_run)
 
 
+def superglue(
+    data: Annotated[str, typer.Option(metavar="DIR", help="Folder with one folder per task: SuperGLUE, FewGLUE.")],
+    out: OutOption,
+    tasks: Annotated[str, typer.Option(metavar="LIST|all", help="As BoolQ,CB,COPA; or task files.")] = "all",
+    methods: MethodsOption = None,
+    few_shot: Annotated[
+        int | None, typer.Option(metavar="[K]", help="Learn from K examples and choose by K (32), drawn by seed.")
+    ] = None,
+    seeds: SeedsOption = 3,
+    tries: TriesOption = 1,
+    starts: StartsOption = SETTINGS.starts,
+    tune: TuneOption = SETTINGS.tune,
+    pattern: Annotated[int, typer.Option(metavar="N", help="Which of a task's patterns.", min=1)] = 1,
+    control: ControlOption = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Report on N rows: a seeded draw.", min=2)] = None,
+    server: Annotated[bool, typer.Option("--server/--no-server", help="Answer the test split for the server.")] = True,
+    encoder: EncoderOption = SETTINGS.encoder,
+    epochs: EpochsOption = SETTINGS.epochs,
+    seed: SeedOption = SETTINGS.seed,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    dry_run: DryRunOption = False,
+    backbone: BackboneOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Run the paper's SuperGLUE experiment: every method on every task, fully supervised or with a few examples.
+
+    Example: ptuning superglue --data FewGLUE --tasks RTE,CB --methods majority,manual,p-tuning --out runs/few
+    """
+    config = wiring.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
+    with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
+        from ptuning.superglue import superglue as run
+
+        found = run(
+            data,
+            tasks=tasks,
+            few_shot=few_shot,
+            pattern=pattern,
+            limit=limit,
+            tune=cast("Tune", tune),
+            server=server,
+            backbone=wiring.load(backbone, dtype=dtype, device=device),
+            out=out,
+            seeds=seeds,
+            tries=tries,
+            config=config,
+            overwrite=overwrite,
+            **common,
+        )
+    _show(found, dry_run=dry_run)
+
+
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of results.")],
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
@@ -254,4 +309,4 @@ def _show(found: Results, *, dry_run: bool) -> None:
         raise typer.Exit(1)
 
 
-COMMANDS: Sequence[Any] = (compare, lama, paraphrases, report)
+COMMANDS: Sequence[Any] = (compare, lama, paraphrases, superglue, report)

@@ -19,12 +19,15 @@ from ptuning.blocks import (
     in_order,
     percent,
     phrase,
+    points,
     reading,
 )
 from ptuning.files import Json
 from ptuning.findings import CONTROL, Estimate, Findings
 
 SHOWN_HASH_DIGITS = 12
+# The score of tasks that bring metrics of their own: the mean of these.
+TASK_SCORE = "score"
 
 
 def settings(findings: Findings) -> list[Block]:
@@ -86,9 +89,10 @@ def main(findings: Findings) -> list[Block]:
         if len(findings.tasks) > 1
         else findings.named(*findings.tasks)
     )
+    part = "reported" if findings.agreement is not None else "test"
     caption = (
-        f"Scores on the test part ({of}; n counts {findings.overall_unit}), with 95 % intervals; ★ marks the best of a "
-        "column; sd is the standard deviation over seeds; tried is the number of settings that the development part "
+        f"Scores on the {part} part ({of}; n counts {findings.overall_unit}), with 95 % intervals; ★ marks the best of "
+        "a column; sd is the standard deviation over seeds; tried is the number of settings that the development part "
         "chose from."
     )
     return [Table(caption, ["method", *map(called, shown), "tried", "mean seconds"], rows)]
@@ -118,22 +122,57 @@ def by_type(findings: Findings) -> list[Block]:
 
 
 def per_task(findings: Findings) -> list[Block]:
-    """Return one score of every method on every task, where there are several."""
+    """Return the score of every method on every task, where there are several; tasks with metrics of their own have a
+    row for each of these.
+    """
     if len(findings.tasks) < 2:
         return []
     score = findings.primary
     methods = findings.ordered(name for found in findings.tasks.values() for name in found)
     rows = []
     for task, found in findings.tasks.items():
-        best = max((one[score].value for one in found.values() if score in one), default=None)
-        scores = [_of(found, method, score) for method in methods]
-        kind = findings.task_info.get(task, {}).get("type")
-        heading = Entry(findings.named(task), [_shown(kind)] if kind else [])
-        rows.append([heading, *(entry(one, best=one is not None and one.value == best) for one in scores)])
-    caption = (
-        f"{called(score)} on every task, with 95 % intervals; ★ marks the best of a row; n counts {findings.unit}."
-    )
+        own = findings.task_info.get(task, {}).get("metrics")
+        for name in map(str, own) if isinstance(own, list) and own else [score]:
+            best = max((one[name].value for one in found.values() if name in one), default=None)
+            scores = [_of(found, method, name) for method in methods]
+            kind = called(name) if own else findings.task_info.get(task, {}).get("type")
+            heading = Entry(findings.named(task), [_shown(kind)] if kind else [])
+            rows.append([heading, *(entry(one, best=one is not None and one.value == best) for one in scores)])
+    what = "The metrics of every task" if score == TASK_SCORE else f"{called(score)} on every task"
+    unit = f"{findings.unit}, or groups of them that are scored together" if score == TASK_SCORE else findings.unit
+    caption = f"{what}, with 95 % intervals; ★ marks the best of a row; n counts {unit}."
     return [Table(caption, ["task", *methods], rows)]
+
+
+def agreement(findings: Findings) -> list[Block]:
+    """Return how far the development score of what was chosen says what the reported score will be."""
+    found = findings.agreement
+    if found is None or not found.points:
+        return []
+    said = (
+        "Nothing can be said of how the two go together"
+        if found.correlation is None
+        else f"Their rank correlation over runs, each task's means taken off, is {found.correlation:.2f}"
+    )
+    gap = "" if found.mean_gap is None else f", and their mean difference {points(found.mean_gap)} points"
+    text = (
+        "Epochs, learning rates and examples in context are chosen by the development score. "
+        f"{said} (n = {len(found.points):,}){gap}. With a correlation near zero, choosing by so few rows is little "
+        "better than drawing lots."
+    )
+    rows = [
+        [
+            Entry(findings.named(task)),
+            Entry(method),
+            Entry(percent(dev)),
+            Entry(percent(test)),
+            Entry(points(dev - test)),
+        ]
+        for task, method, dev, test in found.points
+    ]
+    caption = "Shares of rows answered rightly by what was chosen, run by run."
+    columns = ["task", "method", "development", "reported", "difference in points"]
+    return [Text(text), Fold(f"Every run, {len(rows):,}", [Table(caption, columns, rows)])]
 
 
 def control(findings: Findings) -> list[Block]:

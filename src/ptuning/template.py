@@ -140,6 +140,28 @@ class Template:
         end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
+    def without_slots(self) -> Template:
+        """Return the template with the words that slots start at in their place; slots that start at random are left
+        out, and a space beside them.
+
+        Example:
+            >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
+            '[X] is [Y]'
+        """
+        left: list[Piece] = []
+        for piece in self.pieces:
+            if isinstance(piece, Slots):
+                continue
+            if isinstance(piece, TextSlots):
+                left.append(Literal(piece.text))
+                continue
+            last = left[-1] if left else Literal(" ")
+            if isinstance(piece, Literal) and isinstance(last, Literal) and last.text.endswith(" "):
+                piece = Literal(piece.text.removeprefix(" "))
+            if piece != Literal(""):
+                left.append(piece)
+        return Template(tuple(_joined(left)))
+
     def error(self, message: str, index: int) -> TemplateError:
         """Return the error that shows the template with a caret under the piece at ``index``."""
         return TemplateError(message, pattern=str(self), column=len(render(self.pieces[:index])))

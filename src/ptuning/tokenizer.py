@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
@@ -56,6 +57,10 @@ class TextTokenizer:
             verbose=False,
         )
         return [list(ids) for ids in encoded["input_ids"]]
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files as transformers reads them."""
+        self._tokenizer.save_pretrained(folder)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""

@@ -8,6 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,24 @@ from ptuning.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from ptuning.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.config import TrainConfig as TrainConfig
 from ptuning.encoder import PromptEncoder, start_vectors
-from ptuning.errors import TrainingError
+from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
 from ptuning.fill import BoundTemplate
+from ptuning.lora import add_adapters
 from ptuning.measure import Evaluation, evaluate, item_batch
 from ptuning.measure import Progress as Progress
 from ptuning.measure import Report as Report
 from ptuning.model import target_logits
 from ptuning.objective import Item, loss, loss_count, score_choices
-from ptuning.weights import KeptWeights
+from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
+
+# A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
+SAVING_PAUSE = 20.0
+
+# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
+TRAIN_CHOICES = 10
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
@@ -37,19 +47,18 @@ class Interrupted(TrainingError):
 
 
 class Trainer:
-    """Trains the slot vectors of one template, on a frozen backbone or with all of its weights.
+    """Trains the slot vectors of one template: alone, or with a copy of the backbone, all of it or adapters on it.
 
     Args:
-        backbone: A frozen backbone, of which nothing changes; with ``tune="tuned"`` a copy of one
-            (:meth:`Backbone.copy`) in float32, whose weights are trained and are the chosen ones in the end.
+        backbone: A frozen backbone, of which nothing changes. :attr:`backbone` is what is trained: this one, or a copy
+            that holds the chosen weights in the end.
         bound: The template, bound to the backbone.
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
-        kept: Holds the best weights of a backbone that is tuned, which keeps no checkpoint.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
 
     Raises:
-        TrainingError: If the backbone is not frozen, or is to be tuned in less than float32.
+        TrainingError: If the backbone is not frozen.
     """
 
     def __init__(
@@ -59,17 +68,14 @@ class Trainer:
         *,
         config: TrainConfig,
         checkpoint: Path | None = None,
-        kept: KeptWeights | None = None,
         identity: Mapping[str, Json] | None = None,
     ) -> None:
         if backbone.model.training or any(weight.requires_grad for weight in backbone.model.parameters()):
             raise TrainingError(f"the backbone '{backbone.name}' is not frozen; call its freeze() first")
-        self.is_tuned = config.tune == "tuned"
-        if self.is_tuned and (checkpoint is not None or backbone.dtype != torch.float32):
-            raise TrainingError(
-                "a tuned backbone keeps no checkpoint, and its weights must be float32 (--dtype float32)"
-            )
-        self.backbone = backbone
+        self.frozen = backbone
+        self.backbone = self._to_train(backbone, config)
+        # Weights of the backbone that are trained, by name; none of a frozen one.
+        self.weights = trained_parameters(self.backbone, config.tune)
         self.bound = bound
         self.config = config
         self.checkpoint = checkpoint
@@ -87,18 +93,44 @@ class Trainer:
                 dropout=config.dropout,
                 generator=self.generator("encoder weights"),
             ).to(backbone.device)
+        self.optimizer = self._make_optimizer()
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.state = RunState()
+        self.best_vectors = self.vectors()
+        self.kept: KeptWeights | None = None
+        self._saved_at, self._saving_seconds = time.monotonic(), 0.0
+
+    @staticmethod
+    def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
+        if config.tune == "frozen":
+            return backbone
+        other = backbone.copy(share=config.tune == "lora")
+        if config.tune == "lora":
+            add_adapters(
+                other.model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                targets=config.lora_targets,
+                seed=derived_seed(config.seed, "adapter weights"),
+            )
+            other.freeze()
+        return other
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW over the encoder, and over the backbone with a learning rate and decay of its own."""
+        config = self.config
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
         ]
-        if self.is_tuned:
-            groups.append({"params": list(backbone.model.parameters()), "lr": config.backbone_lr})
-        self._peaks = [config.lr, config.backbone_lr][: len(groups)]
+        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
+        for is_matrix in (True, False):
+            weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
+            if weights:
+                groups.append({"params": weights, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
         # Fused where it matters: other variants hold a second copy of all weights while they step.
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=self.is_tuned or None)
-        self.state = RunState()
-        self.best_vectors = self.vectors()
-        self.kept = kept if self.is_tuned else None
-        self._saved_at = time.monotonic()
+        fused = True if config.tune == "tuned" else None
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
 
     def generator(self, purpose: str, step: int = 0) -> torch.Generator:
         """Return the generator of one purpose, independent of all others and of what was drawn before."""
@@ -106,11 +138,19 @@ class Trainer:
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of weights of the prompt encoder, and of the backbone where it is tuned."""
+        """Number of weights of the prompt encoder, and of those of the backbone that are trained."""
         return sum(weight.numel() for weight in self._trained())
 
-    def _trained(self) -> list[Tensor]:
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+    def _trained(self) -> list[nn.Parameter]:
+        return [*self.encoder.parameters(), *self.weights.values()]
+
+    def trained_weights(self) -> TrainedWeights | None:
+        """Return what became of the backbone's own weights once :meth:`fit` is done; None where it stayed frozen."""
+        if self.config.tune == "frozen":
+            return None
+        found = TrainedWeights.of(self.backbone, self.frozen, tune=self.config.tune, keep=self.config.keep)
+        self.backbone.trained = found.mark
+        return found
 
     def vectors(self) -> Tensor:
         """Return the slot vectors as they would be saved: (P, E) float32 on the CPU, dropout off."""
@@ -142,24 +182,36 @@ class Trainer:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
-        state, tell = self.state, report or (lambda _: None)
+        self.kept = KeptWeights(self.checkpoint) if self.weights else None
+        try:
+            self._fit(train, dev, report or (lambda _: None), should_stop)
+            if self.kept is not None:
+                self._take_best(self.kept)
+        finally:
+            if self.kept is not None:
+                self.kept.close()
+
+    def _fit(
+        self, train: Sequence[Item], dev: Sequence[Item], tell: Report, should_stop: Callable[[], bool] | None
+    ) -> None:
+        state = self.state
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
-            state.start = {"dev_loss": found.loss, "dev_score": found.score}
+            state.start = {"dev_loss": found.loss, "dev_score": found.score, **_guessed(found)}
             self._consider(found, epoch=0)
         while not state.done:
-            if self.is_tuned:
-                self.backbone.thaw()
+            if self.weights:
+                self.backbone.thaw(self.weights.values())
             for _ in self._epoch(train, tell):
                 if should_stop is not None and should_stop():
                     self.save()
                     raise Interrupted(
                         f"stopped in epoch {state.epoch} of {self.config.epochs}, after {state.step} steps"
                     )
-                if time.monotonic() - self._saved_at > self.config.checkpoint_seconds:
+                if time.monotonic() - self._saved_at > self._pause():
                     self.save()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.is_tuned:
+            if self.weights:
                 self.backbone.freeze()
             self._end_epoch(self.evaluate(dev, report=tell, note=f"epoch {state.epoch}"))
             self.save()
@@ -173,9 +225,22 @@ class Trainer:
                     f"{last['dev_score']:.3f}",
                 )
             )
-        if self.kept is not None:
-            self.kept.restore(self.backbone)
-            self.backbone.freeze()
+
+    def _pause(self) -> float:
+        """Return the seconds between two checkpoints; writing weights may take a twentieth of the time."""
+        return max(self.config.checkpoint_seconds, SAVING_PAUSE * self._saving_seconds if self.weights else 0.0)
+
+    def _take_best(self, kept: KeptWeights) -> None:
+        """Put the chosen weights into the backbone, and let go of what training needed besides."""
+        self.accelerator.wait_for_everyone()
+        try:
+            kept.restore(self.weights, epoch=self.state.chosen_epoch)
+        except PromptError as error:
+            raise TrainingError(f"{error}; start anew with --overwrite") from error
+        self.accelerator.wait_for_everyone()  # nobody removes the file while another one reads it
+        self.backbone.__dict__.pop("fingerprint", None)  # of the weights as they were
+        self.backbone.freeze()
+        self.optimizer.state.clear()
 
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[None]:
         """Take the epoch's remaining optimizer steps, yielding after each."""
@@ -250,6 +315,7 @@ class Trainer:
                 "train_loss": state.epoch_loss_sum / state.epoch_loss_count,
                 "dev_loss": found.loss,
                 "dev_score": found.score,
+                **_guessed(found),
                 "seconds": state.epoch_seconds,
             }
         )
@@ -267,8 +333,10 @@ class Trainer:
         if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
             self.best_vectors = self.vectors()
-            if self.kept is not None:
-                self.kept.keep(self.backbone)
+            if self.kept is not None and self._writes:
+                self.kept.keep(self.weights, epoch=epoch)
+            if self.kept is not None and self.checkpoint is None:
+                self.kept.forget_others(epoch=epoch)
 
     def _check_loss(self, value: float, name: str, epoch: int) -> None:
         if not math.isfinite(value):
@@ -277,16 +345,31 @@ class Trainer:
                 f"{' and '.join(map(str, self._peaks))} (--lr), or float32 (--dtype)"
             )
 
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes into the checkpoint's folder, or into one of its own."""
+        return self.checkpoint is None or bool(self.accelerator.is_main_process)
+
     def save(self) -> None:
         """Write the checkpoint, if there is a folder for it and this is the main process."""
+        began = time.monotonic()
+        if self.checkpoint is not None and self._writes:
+            write_checkpoint(self.checkpoint, self.state, self._tensors(), identity=self.identity)
+            if self.kept is not None:
+                self.kept.forget_others(epoch=self.state.chosen_epoch)
         self._saved_at = time.monotonic()
-        if self.checkpoint is None or not self.accelerator.is_main_process:
-            return
+        self._saving_seconds = self._saved_at - began
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds besides the state. A finished run needs no backbone's weights but the best."""
         tensors = {f"encoder.{name}": value for name, value in self.encoder.state_dict().items()}
         tensors["best_vectors"] = self.best_vectors
+        if self.weights and self.state.done:
+            return tensors
+        tensors |= {f"weights.{name}": weight for name, weight in self.weights.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        write_checkpoint(self.checkpoint, self.state, tensors, identity=self.identity)
+        return tensors
 
     def load(self) -> bool:
         """Go on from the checkpoint; return whether there is one.
@@ -302,7 +385,11 @@ class Trainer:
             self.encoder.load_state_dict(
                 {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
             )
-            self._load_optimizer(tensors)
+            if not (self.weights and state.done):
+                with torch.no_grad():
+                    for name, weight in self.weights.items():
+                        weight.copy_(tensors[f"weights.{name}"])
+                self._load_optimizer(tensors)
             self.best_vectors = tensors["best_vectors"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise damaged(self.checkpoint, error) from error
@@ -317,6 +404,19 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
+
+
+def _guessed(found: Evaluation) -> dict[str, int]:
+    """Return how many different classes were guessed, where there are classes: one alone is a sign of a stuck model."""
+    return {"guessed_classes": len(set(found.guesses))} if found.guesses else {}
 
 
 def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:

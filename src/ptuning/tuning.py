@@ -1,33 +1,38 @@
-"""Methods that train: p-tuning and fine-tuning, alone and together, each trying the same number of settings."""
+"""Methods that train: p-tuning, fine-tuning, LoRA, alone and together, each trying the same number of settings."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 from ptuning.answers import answer_records
-from ptuning.baselines import is_multiline, target_tokens
-from ptuning.config import TrainConfig
+from ptuning.baselines import target_tokens
+from ptuning.config import Tune
 from ptuning.errors import ConfigError
 from ptuning.files import Json
-from ptuning.fill import BoundTemplate
+from ptuning.head import HeadModel
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
-from ptuning.objective import target_items
 from ptuning.predict import PromptModel
-from ptuning.prompt import BackboneId, Prompt
-from ptuning.records import Records
+from ptuning.prompt import Prompt
+from ptuning.questions import Questions
 from ptuning.runs import train
 from ptuning.template import Field, Literal, Piece, Target, Template
-from ptuning.trainer import Trainer
-from ptuning.weights import KeptWeights
 
 LEARNED = "p-tuning"
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
 # configured rate. Source: docs/paper.md (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
+# So many evaluations with the same guess for every row are worth a warning.
+STUCK_EVALUATIONS = 3
 # Cost of training in forward passes: backward to the slots is as dear as forward, to all weights twice as dear.
-FROZEN_PASSES, TUNED_PASSES = 2.5, 4.5
+FROZEN_PASSES, LORA_PASSES, TUNED_PASSES = 2.5, 3.5, 4.5
+# Which setting is the learning rate that is tried.
+RATES: Mapping[Tune, str] = {"frozen": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
 
 
 @METHODS.register(
@@ -38,27 +43,7 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
 
     Source: Liu et al. (2021), section 3.
     """
-    results, tried = [], list[dict[str, Json]]()
-    for number, factor in enumerate(tried_factors(setup.tries), start=1):
-        config = replace(setup.config, seed=setup.seed, lr=setup.config.lr * factor)
-        result = train(
-            task.template,
-            task.train,
-            dev=task.dev,
-            backbone=setup.backbone,
-            config=config,
-            out=setup.folder / f"try-{number}" if setup.folder is not None else None,
-            resume=setup.folder is not None,
-            report=setup.report,
-            should_stop=setup.should_stop,
-        )
-        results.append(result)
-        score, loss = (result.prompt.scores[name] for name in ("exact_match", "loss"))
-        tried.append({"settings": {"lr": config.lr}, "dev_score": score, "dev_loss": loss})
-    best = _best(tried)
-    prompt = results[best].prompt
-    kept = {name: results[best].record[name] for name in ("history", "chosen_epoch", "trainable_parameters")}
-    return _solution(task, setup, PromptModel(setup.backbone), prompt, {**_tries(tried), **kept})
+    return _learn(task, setup, task.template, tune="frozen")
 
 
 @METHODS.register(
@@ -69,11 +54,14 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
     passes=(TUNED_PASSES, 1.0),
 )
 def fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target, without words around them.
+    """Train all weights on the fields and the target, without words around them; with a classification head where the
+    task has labels, or rows bring choices.
 
-    Source: Liu et al. (2021), section 4.1 (FT).
+    Source: Liu et al. (2021), section 4.1 (FT), and section 4.2 with a head.
     """
-    return _tune(task, setup, bare(task.manual))
+    if task.file is not None:
+        return _tune_head(task, setup)
+    return _learn(task, setup, bare(task.manual), tune="tuned")
 
 
 @METHODS.register(
@@ -88,7 +76,7 @@ def manual_fine_tuning(task: Task, setup: Setup) -> Solution:
 
     Source: Liu et al. (2021), section 4.1 (MP+FT).
     """
-    return _tune(task, setup, task.manual)
+    return _learn(task, setup, task.manual, tune="tuned")
 
 
 @METHODS.register(
@@ -103,7 +91,37 @@ def p_tuning_fine_tuning(task: Task, setup: Setup) -> Solution:
 
     Source: Liu et al. (2021), section 4.2 (the setting of its SuperGLUE experiments).
     """
-    return _tune(task, setup, task.template)
+    return _learn(task, setup, task.template, tune="tuned")
+
+
+@METHODS.register(
+    "manual+lora",
+    describe="the manual prompt, adapters trained (LoRA)",
+    trained=True,
+    seeded=True,
+    passes=(LORA_PASSES, 1.0),
+)
+def manual_lora(task: Task, setup: Setup) -> Solution:
+    """Train adapters on the manual template.
+
+    Source: Hu et al. (2021), section 4.
+    """
+    return _learn(task, setup, task.manual, tune="lora")
+
+
+@METHODS.register(
+    "p-tuning+lora",
+    describe="the learned prompt, adapters trained along",
+    trained=True,
+    seeded=True,
+    passes=(LORA_PASSES, 1.0),
+)
+def p_tuning_lora(task: Task, setup: Setup) -> Solution:
+    """Train the slots and adapters together.
+
+    Source: Liu et al. (2021), section 3; Hu et al. (2021), section 4.
+    """
+    return _learn(task, setup, task.template, tune="lora")
 
 
 def bare(manual: Template) -> Template:
@@ -131,72 +149,92 @@ def tried_factors(tries: int) -> Sequence[float]:
     return TRIED_FACTORS[:tries]
 
 
-def _tune(task: Task, setup: Setup, template: Template) -> Solution:
-    """Train copies of the backbone, one for each tried learning rate, and answer with the one best on the development
-    part; the backbone itself is left as it is.
+def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solution:
+    """Train with each of the tried learning rates, as ``ptuning train`` does, and answer with what is best on the
+    development part. Its files stay, but for those with all weights of a backbone, once the method is fitted.
     """
-    tried: list[dict[str, Json]] = []
-    best: tuple[Prompt, dict[str, Json]] | None = None
-    with KeptWeights(setup.folder) as kept:
-        for factor in tried_factors(setup.tries):
-            rate = setup.config.backbone_lr * factor
-            config = replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate)
-            trainer = _fit(task, setup, template, config)
-            state = trainer.state
-            tried.append(
-                {"settings": {"backbone_lr": rate}, "dev_score": state.best_score, "dev_loss": state.best_loss}
+    setting = RATES[tune]
+    records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
+    with contextlib.ExitStack() as temporary:
+        # Not in memory: there it would bound the size of a backbone that can be tuned.
+        folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
+        for number, factor in enumerate(tried_factors(setup.tries), start=1):
+            rate = getattr(setup.config, setting) * factor
+            config = replace(setup.config, **{"seed": setup.seed, "tune": tune, "keep": "difference", setting: rate})
+            result = train(
+                template,
+                task.train,
+                dev=task.dev,
+                task=task.file,
+                backbone=setup.backbone,
+                config=config,
+                out=folder / f"try-{number}",
+                resume=True,
+                report=setup.report,
+                should_stop=setup.should_stop,
             )
-            if _best(tried) == len(tried) - 1:
-                found: dict[str, Json] = {
-                    "history": [dict(epoch) for epoch in state.history],
-                    "chosen_epoch": state.chosen_epoch,
-                    "trainable_parameters": trainer.trainable_parameters,
-                }
-                best = _prompt(template, trainer), found
-                kept.keep(trainer.backbone)
-            del trainer  # and with it gradients and moments, before the next copy is made
-        assert best is not None
-        chosen = setup.backbone.copy()
-        kept.restore(chosen)
-    prompt, record = best
-    return _solution(task, setup, PromptModel(chosen), prompt, {**_tries(tried), **record})
+            records.append(result.record)
+            name = "accuracy" if task.file is not None else "exact_match"
+            score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
+            tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
+            del result  # and with it the weights, before the next copy is made
+        best = _best(tried)
+        prompt = Prompt.load(folder / f"try-{best + 1}")
+        model = PromptModel(setup.backbone).for_prompt(prompt)
+        for number in range(1, len(tried) + 1) if tune == "tuned" else ():
+            shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
+    return _solution(task, setup, model, prompt, {**_tries(tried), **_noted(records[best])})
 
 
-def _fit(task: Task, setup: Setup, template: Template, config: TrainConfig) -> Trainer:
-    """Train a copy of the backbone; it holds the best weights in the end."""
-    backbone = setup.backbone.copy()
-    multiline = is_multiline(task)
-    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
-    train_items, dev_items = (
-        target_items(bound, part, with_stop=config.learn_to_stop) for part in (task.train, task.dev)
-    )
-    with KeptWeights(setup.folder) as kept:
-        trainer = Trainer(backbone, bound, config=config, kept=kept)
-        trainer.fit(train_items, dev_items, report=setup.report, should_stop=setup.should_stop)
-    return trainer
+def _tune_head(task: Task, setup: Setup) -> Solution:
+    """Train copies of the backbone with a classification head, and answer with the one best on the development part."""
+    tried: list[dict[str, Json]] = []
+    best: HeadModel | None = None
+    for factor in tried_factors(setup.tries):
+        rate = setup.config.backbone_lr * factor
+        model = HeadModel(task, setup, replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate))
+        tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
+        if _best(tried) == len(tried) - 1:
+            best = model
+    assert best is not None
+    prompt = str(best.bound.template)
+    return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
 
 
-def _prompt(template: Template, trainer: Trainer) -> Prompt:
-    if not template.has_slots:
-        return replace(Prompt.manual(template), multiline=trainer.bound.multiline)
-    return Prompt(
-        template,
-        trainer.best_vectors,
-        BackboneId.of(trainer.backbone),
-        multiline=trainer.bound.multiline,
-        method="p-tuning+fine-tuning",
-    )
+def _noted(record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what a cell's record keeps of a training, with a warning where its guesses were stuck."""
+    kept = {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
+    text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
+    return {**kept, **({"warnings": [text]} if text else {})}
+
+
+def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
+    """Return a warning if all guesses on the development part were one class in several evaluations in a row, though
+    not all rows are of that class.
+
+    Args:
+        evaluations: The start's and each epoch's.
+    """
+    longest = run = 0
+    for one in evaluations:
+        run = run + 1 if one.get("guessed_classes") == 1 and one["dev_score"] < 1 else 0
+        longest = max(longest, run)
+    if longest < STUCK_EVALUATIONS:
+        return None
+    return f"{longest} evaluations in a row guessed one class for every row of the development part"
 
 
 def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:
-    def answer(records: Records) -> list[Answer]:
+    is_written = not task.single_token and task.file is None
+
+    def answer(questions: Questions) -> list[Answer]:
         return answer_records(
             model,
             prompt,
-            records,
+            questions,
             closed=task.vocabulary,
             single_token=task.single_token,
-            max_tokens=None if task.single_token else target_tokens(task, setup, task.manual),
+            max_tokens=target_tokens(task, setup, task.manual) if is_written else None,
             report=setup.report,
         )
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
 SETTINGS = TrainConfig()
+# What an option stands for that is given without its value.
+OPTIONAL_VALUES = {"--few-shot": "32"}
 
 
 class Command(TyperCommand):
@@ -44,13 +46,28 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, and turn an unknown option into an error that says what was meant."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, with_optional_values(args))
         except Exception as error:
             # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
             name = getattr(error, "option_name", None)
             if name is None or not hasattr(error, "possibilities"):
                 raise
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
+
+
+def with_optional_values(args: Sequence[str]) -> list[str]:
+    """Return arguments with the values that may be left out.
+
+    Example:
+        >>> with_optional_values(["--few-shot", "--seeds", "3"])
+        ['--few-shot', '32', '--seeds', '3']
+    """
+    found: list[str] = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        found.append(arg)
+        if arg in OPTIONAL_VALUES and following.startswith("-"):
+            found.append(OPTIONAL_VALUES[arg])
+    return found
 
 
 BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
@@ -66,6 +83,7 @@ CalibrateOption = Annotated[
 TaskOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.")]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
+WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 
 
@@ -84,6 +102,15 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
+
+
+def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
+    """Return the settings of what is trained besides the slots; each way to train has a learning rate of its own."""
+    if backbone_lr is None:
+        return {"tune": tune, "keep": keep}
+    if tune == "frozen":
+        raise ConfigError("--backbone-lr goes with --tune tuned or lora: a frozen backbone learns nothing")
+    return {"tune": tune, "keep": keep, "lora_lr" if tune == "lora" else "backbone_lr": backbone_lr}
 
 
 def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -166,8 +193,9 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
     return task.read(path)
 
 
-def prompt_of(source: str, task: TaskFile | None = None) -> Prompt:
+def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
+    Leave out a part of it if asked to.
 
     A task that is given goes in front of the one that the prompt was made for.
     """
@@ -176,10 +204,14 @@ def prompt_of(source: str, task: TaskFile | None = None) -> Prompt:
 
     if source.startswith("manual:"):
         template = source.removeprefix("manual:").strip()
-        if task is not None and (not template or template.isdecimal()):
-            return Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
-        return Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
+        numbered = task is not None and (not template or template.isdecimal())
+        if task is not None and numbered:
+            found = Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
+        else:
+            found = Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
+        return found if without is None else found.without(without)
     found = Prompt.load(source)
+    found = found if without is None else found.without(without)
     if task is None:
         return found
     if found.task is not None and found.task.name != task.name:

@@ -1,0 +1,148 @@
+"""Fine-tuning as it is usually done: a linear head on one hidden state instead of words. Knows no prompts.
+
+The head takes the place of the language model's own, so everything else is what prompts use: batches, logits at the
+asked positions only, losses over classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.answers import answer_items
+from ptuning.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.errors import BackboneError
+from ptuning.files import Json
+from ptuning.fill import BoundTemplate, Example
+from ptuning.method import Answer, Setup, Task
+from ptuning.objective import Choice, Item
+from ptuning.questions import Question, Questions, with_few_choices
+from ptuning.records import Record
+from ptuning.template import Field, Literal, Target, Template
+from ptuning.trainer import TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
+
+# The standard deviation that heads start from in most of the models that are tuned with them.
+START_SCALE = 0.02
+# Name of the field that holds a row's choice; no task file can name one so.
+CHOICE = "a row's choice"
+# A choice has one logit. Beside it stands this constant, next to which the logarithm of the sum of exponentials is the
+# same for every choice: what a softmax over both leaves of it is the choice's own logit, less the constant.
+FAR_ABOVE = 100.0
+
+
+class Head(nn.Linear):
+    """A linear layer over classes; with a single one, the logit of a choice (beside a constant one)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (..., K) logits of (..., H) hidden states, K being 2 for a single class."""
+        logits: Tensor = super().forward(hidden)
+        return logits if self.out_features > 1 else torch.cat([torch.full_like(logits, FAR_ABOVE), logits], dim=-1)
+
+
+def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
+    """Return a float32 copy of a backbone whose language-model head is a new one over classes.
+
+    Args:
+        backbone: The backbone; it does not change.
+        classes: How many; 1 for a logit per choice.
+        seed: Of the head's start values.
+
+    Raises:
+        BackboneError: If its language-model head is no layer that can be replaced.
+    """
+    other = backbone.copy()
+    old = other.model.get_output_embeddings()
+    if not isinstance(getattr(old, "weight", None), Tensor):
+        raise BackboneError(
+            f"{backbone.name}: the head of {type(backbone.model).__name__} is no single layer, so no classification "
+            "head can take its place; leave fine-tuning out of the methods"
+        )
+    head = Head(old.weight.shape[-1], classes, device=old.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        head.bias.zero_()
+    other.model.set_output_embeddings(head)
+    other.freeze()
+    return other
+
+
+def head_template(task: Task) -> Template:
+    """Return the template that holds a task's fields, and a row's choice behind them, with no words around."""
+    kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
+    names = [*task.manual.fields, *([CHOICE] if task.train.has_choices else [])]
+    pieces = [piece for name in names for piece in (Field(name, name in kept or name == CHOICE), Literal(" "))]
+    return Template((*pieces, Target()))
+
+
+def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]) -> list[Item]:
+    """Return one item per question: the classes of a single row for labels, a row each for choices.
+
+    Args:
+        bound: Of :func:`head_template`.
+        questions: N questions, with or without their labels.
+        labels: The names of the labels; empty where rows bring their choices.
+    """
+    rows = [filled for question in questions for filled in _filled(question, labels)]
+    examples = iter([_at_summary(one, kind=bound.kind) for one in bound.contexts(rows, source=questions.name)])
+    items = []
+    for question in questions:
+        inputs = tuple(next(examples) for _ in _filled(question, labels))
+        if labels:
+            choices = tuple(Choice(0, (label,), 1) for label in range(len(labels)))
+            answers = tuple(labels.index(name) for name in question.right)
+        else:
+            choices, answers = tuple(Choice(place, (1,), 1) for place in range(len(inputs))), question.answers
+        items.append(Item(inputs, choices, tuple(range(len(choices))), answers))
+    return items
+
+
+def _filled(question: Question, labels: Sequence[str]) -> list[Record]:
+    """Return the records that are read for a question."""
+    return [question.record] if labels else [{**question.record, CHOICE: text} for text in question.choices]
+
+
+def _at_summary(example: Example, *, kind: str) -> Example:
+    """Move the scored position to where a model sums a text up: the last token, or the first of a masked model."""
+    if kind == "causal":
+        return Example(example.token_ids, (), (len(example.token_ids) - 1,), (), 0, shortened=example.shortened)
+    mask = example.logit_positions[0]
+    ids = (*example.token_ids[:mask], *example.token_ids[mask + 1 :])  # there is nothing to fill in
+    return Example(ids, (), (0,), (), 0, shortened=example.shortened)
+
+
+class HeadModel:
+    """A backbone with a head, trained on a task.
+
+    Args:
+        task: The task, with label words or choices.
+        setup: With what it is trained.
+        config: Settings of this training.
+
+    Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2, for the last token.
+    """
+
+    def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
+        words = task.file.label_words if task.file is not None else None
+        self.labels = words.labels if words is not None else ()
+        copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
+        self.bound = BoundTemplate(head_template(task), tokenizer=copy.tokenizer, kind=copy.kind)
+        few = task.train if self.labels else with_few_choices(task.train, TRAIN_CHOICES, seed=config.seed)
+        train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
+        trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))
+        trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
+        self.backbone = trainer.backbone
+        self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
+        self.record: Mapping[str, Json] = {
+            "start": dict(trainer.state.start),
+            "history": [dict(epoch) for epoch in trainer.state.history],
+            "chosen_epoch": trainer.state.chosen_epoch,
+            "trainable_parameters": trainer.trainable_parameters,
+        }
+
+    def answer(self, questions: Questions) -> list[Answer]:
+        """Answer questions with the likeliest label or choice."""
+        items = head_items(self.bound, questions, self.labels)
+        return answer_items(self.backbone, items, questions, [self.labels or row.choices for row in questions])

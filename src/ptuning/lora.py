@@ -1,0 +1,135 @@
+"""Adapters on a model's linear layers (LoRA). The one module that knows peft, which does the work; knows no prompts and
+no training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.config import listed_names
+from ptuning.errors import BackboneError, ConfigError, PromptError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# peft names the adapters of a model after the model as it wraps it.
+PREFIX = "base_model.model."
+ADAPTER = "default"
+
+
+def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Put new adapters into a model; they add nothing until they are trained.
+
+    Args:
+        model: The model, whose layers are replaced; give it a copy.
+        rank: Rank of each adapter.
+        alpha: What an adapter adds is scaled by this, divided by the rank.
+        targets: ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
+        seed: Of the adapters' start values.
+
+    Raises:
+        ConfigError: If peft is missing.
+        BackboneError: If the model has no such layers.
+
+    Source: Hu et al. (2021), section 4.1.
+    """
+    chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
+    config = _peft().LoraConfig(r=rank, lora_alpha=_whole(alpha), target_modules=chosen, inference_mode=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            _inject(model, config)
+        except ValueError as error:
+            raise BackboneError(
+                f"{type(model).__name__} takes no adapters on '{targets}': {str(error).splitlines()[0]}; set "
+                "lora_targets to all-linear, or to names of its linear modules"
+            ) from error
+
+
+def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
+    """Return how a model's adapters are built, as peft writes it, the same bytes every time."""
+    found = model.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]  # put there by peft
+    found = {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
+    return (json.dumps({**found, "base_model_name_or_path": backbone}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved adapters into a model.
+
+    Args:
+        model: The model, whose layers are replaced; give it a copy.
+        config: From :func:`adapter_config`.
+        tensors: From :func:`adapter_tensors`.
+
+    Raises:
+        ConfigError: If peft is missing.
+        PromptError: If they do not fit the model.
+    """
+    peft = _peft()
+    try:
+        # Only what adapters are built of is read: a file's other keys could name code to be loaded.
+        saved = json.loads(config)
+        targets = [str(name) for name in saved["target_modules"]]
+        rank, alpha, turned = int(saved["r"]), float(saved["lora_alpha"]), saved["fan_in_fan_out"] is True
+        _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=turned))
+    except (TypeError, ValueError, KeyError) as error:
+        raise PromptError(
+            f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
+            "they were trained on"
+        ) from error
+    own = adapter_parameters(model)
+    for name, weight in own.items():
+        if name not in tensors:
+            raise PromptError(f"the saved adapters lack the key '{name}' that {type(model).__name__} needs")
+        if tensors[name].shape != weight.shape:
+            raise PromptError(
+                f"the saved adapters have a wrong shape at '{name}': {tuple(tensors[name].shape)}, and "
+                f"{type(model).__name__} needs {tuple(weight.shape)}"
+            )
+    extra = sorted(tensors.keys() - own.keys())
+    if extra:
+        raise PromptError(
+            f"the saved adapters hold the key '{extra[0]}', which {type(model).__name__} has no place for"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(tensors[name])
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of a model's adapters, by the names that peft saves them under: without the adapter's name."""
+    return {
+        PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name): weight
+        for name, weight in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _inject(model: nn.Module, config: object) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft turns it the right way by itself
+        _peft().inject_adapter_in_model(config, model)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()  # as slots, adapters are float32 whatever the backbone's dtype
+
+
+def _peft() -> ModuleType:
+    """Import peft, which takes seconds, only where adapters are used."""
+    if find_spec("peft") is None:
+        raise ConfigError("adapters (lora) need the package peft; install it with: pip install 'ptuning[lora]'")
+    import peft
+
+    return peft
+
+
+def _whole(alpha: float) -> float:
+    """Return a whole number as one, which is what peft writes down where nobody chose anything else."""
+    return int(alpha) if alpha == int(alpha) else alpha

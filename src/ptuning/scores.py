@@ -1,0 +1,86 @@
+"""From answers to the values that a task's scores are computed from: ranks as LAMA counts them, or a task's own
+metrics. Knows no method and no table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ptuning.errors import TaskError
+from ptuning.method import Answer
+from ptuning.metrics import Ratios, Values, all_right, blend, exact_match, f1_of, grouped, macro_f1, word_f1
+from ptuning.questions import Questions
+from ptuning.records import TARGET_FIELD
+
+# In the order of tables. RANK_SCORES are what a task has that names no metrics of its own.
+RANK_SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
+# What a task with metrics of its own counts in a mean over tasks: the mean of its metrics.
+TASK_SCORE = "score"
+SCORES = (TASK_SCORE, *RANK_SCORES, "accuracy", "macro_f1", "f1a", "f1")
+# The label whose F1 over all answers is MultiRC's F1a.
+POSITIVE = "true"
+
+
+def score_values(
+    answers: Sequence[Answer], questions: Questions | None = None, metrics: Sequence[str] = ()
+) -> dict[str, Values]:
+    """Return score -> values of a task.
+
+    Args:
+        answers: N answers.
+        questions: What was asked; needed for metrics of a task's own.
+        metrics: Their names; none for ranks. Without ranks P@1 is exact match.
+    """
+    if not metrics or questions is None:
+        return dict(_rank_values(answers))
+    found = {name: _metric(name, questions, answers) for name in metrics}
+    groups = _groups(questions)
+    if len(set(groups)) < len(groups):
+        # Scores over groups stand beside each other, so that a resample of groups is one of all of them.
+        size = len(set(groups))
+        found = {
+            name: values if isinstance(values, Ratios) or len(values) == size else grouped(values, groups)
+            for name, values in found.items()
+        }
+    return {TASK_SCORE: blend(list(found.values())), **found}
+
+
+def _rank_values(answers: Sequence[Answer]) -> Mapping[str, list[float]]:
+    hits = [float(answer.hit) for answer in answers]
+    ranks = [answer.rank for answer in answers if answer.rank is not None]
+    if len(ranks) < len(answers):
+        return {"p_at_1": hits, "exact_match": hits}
+    return {
+        "p_at_1": [float(rank == 1) for rank in ranks],
+        "p_at_10": [float(rank <= 10) for rank in ranks],
+        "mrr": [1.0 / rank for rank in ranks],
+        "exact_match": hits,
+    }
+
+
+def _metric(name: str, questions: Questions, answers: Sequence[Answer]) -> list[float] | Ratios:
+    said = [answer.text for answer in answers]
+    if name == "accuracy":
+        return [float(answer.hit) for answer in answers]
+    if name == "macro_f1":
+        return grouped(macro_f1(said, _targets(questions)), _groups(questions))
+    if name == "f1a":
+        return f1_of(POSITIVE, said, _targets(questions), _groups(questions))
+    if name == "f1":
+        return [word_f1(text, question.right) for text, question in zip(said, questions, strict=True)]
+    if name == "exact_match":
+        hits = [
+            max(float(answer.hit), exact_match(answer.text, question.right))
+            for answer, question in zip(answers, questions, strict=True)
+        ]
+        return all_right(hits, _groups(questions))
+    raise TaskError(f"unknown metric '{name}'; known: accuracy, macro_f1, f1a, f1, exact_match")
+
+
+def _targets(questions: Questions) -> list[str]:
+    return [question.record[TARGET_FIELD].strip() for question in questions]
+
+
+def _groups(questions: Questions) -> list[str]:
+    """Return the group of each row; one that has none is one of its own."""
+    return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(questions)]
