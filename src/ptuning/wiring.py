@@ -63,7 +63,7 @@ def with_optional_values(args: Sequence[str]) -> list[str]:
         ['--few-shot', '32', '--seeds', '3']
     """
     found: list[str] = []
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
         found.append(arg)
         if arg in OPTIONAL_VALUES and following.startswith("-"):
             found.append(OPTIONAL_VALUES[arg])
