@@ -138,3 +138,25 @@ def test_choices_of_rows_are_scored_as_they_are_predicted(backbone: Backbone, ca
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     with pytest.raises(RecordError, match="these records have none"):
         score_prompt(model, asked.records, prompt)
+
+
+def test_a_task_has_scores_of_its_own_metrics(causal: Backbone) -> None:
+    """Macro F1 as a loop over the answers has it; a group counts as right if all of its rows are."""
+    text = (
+        'name="m"\nversion="1"\nmetrics=["macro_f1","exact_match"]\ngroup="g"\n[labels]\ngood=["great"]\nbad=["25"]\n'
+        '[[patterns]]\nmanual="[X] is [Y]"'
+    )
+    task = TaskFile.parse(text)
+    rows = [{"x": f"city {at}", "label": ("good", "bad")[at % 2], "g": at // 2} for at in range(12)]
+    asked, prompt = task.read_rows(rows), replace(learned(causal, TEMPLATE), label_words=task.label_words, task=task)
+    found = score_prompt(PromptModel(causal), asked, prompt)
+    assert list(found.scores) == ["accuracy", "macro_f1", "exact_match"]
+    said = [one.text for one in PromptModel(causal).predict(asked, prompt)]
+    f1 = []
+    for label in ("good", "bad"):
+        both = sum(one == row["label"] == label for one, row in zip(said, rows, strict=True))
+        either = said.count(label) + sum(row["label"] == label for row in rows)
+        f1.append(2 * both / either)
+    assert found.scores["macro_f1"].value == pytest.approx(sum(f1) / 2)
+    pairs = [found.hits[at] * found.hits[at + 1] for at in range(0, 12, 2)]
+    assert found.scores["exact_match"].value == pytest.approx(sum(pairs) / 6)

@@ -10,13 +10,16 @@ import torch
 from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.labels import Normalise, Scoring
-from ptuning.measure import Report, evaluate
-from ptuning.metrics import Score, precision_at, reciprocal_ranks, score
+from ptuning.measure import Evaluation, Report, evaluate
+from ptuning.method import Answer
+from ptuning.metrics import Score, precision_at, reciprocal_ranks, score, summary
 from ptuning.objective import choice_items, label_items, target_items
 from ptuning.predict import Prediction, PromptModel, choices_of
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions, as_questions
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
+from ptuning.scores import score_values
+from ptuning.tasks import TaskFile
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Result:
     """What a prompt scored on some records.
 
     Args:
-        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices; with candidates also
-            ``accuracy``, ``p_at_10`` and ``mrr`` among them.
+        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices, and a task's own metrics;
+            with candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them.
         loss: Negative log-likelihood in nats per target token, or per record with label words or choices.
         hits: 1.0 or 0.0 per record, for the first score.
         missing: How many records have a target that is no candidate; they count as misses.
@@ -83,6 +86,8 @@ def score_prompt(
     vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
     scores = {name: score(found.hits)}
+    if prompt.task is not None and found.guesses:
+        scores |= _task_scores(prompt, prompt.task, questions, found)
     missing = 0
     if candidates is not None and prompt.label_words is None:
         ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
@@ -118,6 +123,17 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
         }
         for record, found, hit in zip(data, predictions, hits, strict=True)
     ]
+
+
+def _task_scores(prompt: Prompt, task: TaskFile, questions: Questions, found: Evaluation) -> dict[str, Score]:
+    """Return the scores of a task's own metrics, in its order."""
+    words = prompt.label_words
+    names = [words.labels if words is not None else question.choices for question in questions]
+    answers = [
+        Answer(listed[guess], bool(hit)) for listed, guess, hit in zip(names, found.guesses, found.hits, strict=True)
+    ]
+    values = score_values(answers, questions, task.metrics)
+    return {name: summary([values[name]]) for name in task.metrics}
 
 
 def _place(target: str, ranked: Sequence[str]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Words that begin a noun phrase, and words that can stand in none.
 _DETERMINERS = "a an the this that these those my your his her its our their some any no every each"
@@ -38,8 +39,19 @@ def noun_phrases(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def words_of(text: str) -> list[str]:
-    """Return a text's words in small letters, without punctuation."""
+def other_phrases(text: str, *, than: Iterable[str]) -> list[str]:
+    """Return the noun phrases of a text that share no word with given ones ("the pony" is none beside "pony"); if there
+    are none, single words that could be one.
+    """
+    taken = {word for phrase in than for word in _words(phrase)} - DETERMINERS
+    found = [phrase for phrase in noun_phrases(text) if not taken & set(_words(phrase))]
+    if found:
+        return found
+    known = taken | DETERMINERS | STOPPERS
+    return list(dict.fromkeys(word for word in re.findall(r"\w+", text) if word.lower() not in known))
+
+
+def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 

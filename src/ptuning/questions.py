@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from ptuning.errors import RecordError, closest
 from ptuning.fields import Context, Source, unfold
 from ptuning.files import Json, sha256
-from ptuning.phrases import DETERMINERS, noun_phrases, words_of
+from ptuning.phrases import other_phrases
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json
 
 # Where a row's label stands unless a task says otherwise.
@@ -97,10 +97,7 @@ class ChoiceSource:
             text = self.of.text(context, where=where)
             found += [_span(text, span, where=where) for span in self.spans.values(context, where=where)]
         if self.phrases is not None:
-            taken = {word for text in found for word in words_of(text)} - DETERMINERS
-            phrases = noun_phrases(self.phrases.text(context, where=where))
-            # "the pony" is no other choice beside "pony".
-            found += [phrase for phrase in phrases if not taken & set(words_of(phrase))]
+            found += other_phrases(self.phrases.text(context, where=where), than=found)
         kept = tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
         if len(kept) < 2:
             raise RecordError(f"{where}: {len(kept)} choice(s); a row needs two or more different ones")
