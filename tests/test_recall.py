@@ -130,7 +130,7 @@ def test_a_model_learns_the_facts_that_it_reads(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     known = ptuning.PromptModel(ptuning.load_backbone(tmp_path))
     asked = recall.ask(known, WORDINGS["capitals"]["stated"], facts["capitals"])
-    assert sum(asked.per_fact) / len(asked.per_fact) > 0.9
+    assert sum(asked.per_fact) / len(asked.per_fact) > 0.8
 
 
 def test_the_documented_tables_are_those_of_the_documented_results() -> None:
