@@ -69,19 +69,20 @@ class TextTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        return [self._spelled(list(ids)) for ids in encoded["input_ids"]]
+        return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
-    def _spelled(self, ids: list[int]) -> list[int]:
-        """Return ids with special tokens spelled out letter by letter: a vocabulary that holds them like other pieces
-        (unigram) finds them in any text.
+    def _spelled(self, text: str, ids: list[int]) -> list[int]:
+        """Return a text's ids with the special tokens that it writes spelled out letter by letter: a vocabulary that
+        holds them like other pieces (unigram) finds them in any text. Those that stand for something else
+        (the bytes of an unknown letter) stay.
         """
         if self._reserved.isdisjoint(ids):
             return ids
         spelled: list[int] = []
         for token in ids:
-            if token in self._reserved:
-                letters = str(self._tokenizer.convert_ids_to_tokens(token))
-                found = [self._tokenizer.convert_tokens_to_ids(letter) for letter in letters]
+            name = str(self._tokenizer.convert_ids_to_tokens(token)) if token in self._reserved else ""
+            if name and name.lstrip("▁") in text:
+                found = [self._tokenizer.convert_tokens_to_ids(letter) for letter in name]
                 spelled += [letter for letter in found if isinstance(letter, int)]
             else:
                 spelled.append(token)
