@@ -136,6 +136,9 @@ def train(
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
     keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
     starts: suite_commands.StartsOption = SETTINGS.starts,
+    cache_memory: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
+    ] = SETTINGS.cache_memory,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
     calibrate: CalibrateOption = None,
@@ -157,6 +160,7 @@ def train(
     from ptuning.template import Template
 
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    chosen |= {"cache_memory": cache_memory}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     asked = task_of(task)
     if (template is not None) + (manual is not None) != 1 and (asked is None or template is not None):
