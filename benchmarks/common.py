@@ -43,6 +43,10 @@ class Settings:
         seed: Of the data and of the order in which contestants run.
         data: Facts for the question of scores instead of the shipped ones, such as LAMA's ``P36.jsonl``.
         manual: The manual template of ``data``.
+        sentences: Labelled sentences (fields ``text`` and ``label``) for the question of late slots instead of those
+            made of the shipped facts, such as SST-2.
+        words: Their label words.
+        ending: The words behind them, in front of the label.
     """
 
     smoke: bool = False
@@ -54,15 +58,24 @@ class Settings:
     seed: int = 0
     data: str | None = None
     manual: str = "The capital of [X] is [Y]"
+    sentences: str | None = None
+    words: str = "positive=great;negative=terrible"
+    ending: str = "All in all, the movie was"
 
     def pick(self, full: T, tiny: T) -> T:
         """Return a size: the one that measures, or the one that only shows that a script works."""
         return tiny if self.smoke else full
 
+    @property
+    def backbone_name(self) -> str:
+        """The backbone's name; of a folder its own, without where it lies."""
+        return Path(self.backbone).name if Path(self.backbone).is_dir() else self.backbone
+
     def arguments(self) -> list[str]:
         """Return the command line that gives these settings."""
         named = {"--out": self.out, "--backbone": self.backbone, "--dtype": self.dtype, "--device": self.device}
         named |= {"--threads": self.threads, "--seed": self.seed, "--data": self.data, "--manual": self.manual}
+        named |= {"--sentences": self.sentences, "--words": self.words, "--ending": self.ending}
         return [*(["--smoke"] if self.smoke else []), *(f"{key}={value}" for key, value in named.items() if value)]
 
 
@@ -78,6 +91,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=Settings.seed, help="of data and order (default: %(default)s)")
     options.add_argument("--data", help="facts for time-to-score, such as LAMA's P36.jsonl (default: shipped capitals)")
     options.add_argument("--manual", default=Settings.manual, help="manual template of --data (default: %(default)s)")
+    options.add_argument("--sentences", help="labelled sentences for late slots, such as SST-2 (default: of facts)")
+    options.add_argument("--words", default=Settings.words, help="label words of --sentences (default: %(default)s)")
+    options.add_argument("--ending", default=Settings.ending, help="words behind --sentences (default: %(default)s)")
     return options
 
 
@@ -86,6 +102,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     values = {name: value for name, value in vars(options).items() if name in Settings.__dataclass_fields__}
     values["out"] = values["out"] or (SMOKE_RESULTS if values["smoke"] else RESULTS)
     values["out"] = values["out"].resolve()
+    for name in ("data", "sentences"):  # scripts run in the project's folder
+        if values[name] and Path(values[name]).exists():
+            values[name] = str(Path(values[name]).resolve())
     values["backbone"] = values["backbone"] or ("tiny" if values["smoke"] else Settings.backbone)
     return Settings(**values)
 
@@ -155,6 +174,7 @@ def write_result(
     answers: Mapping[str, Mapping[str, Json]],
     method: str,
     seconds: float,
+    peer: str | None = None,
 ) -> None:
     """Write what one script found as ``NAME.json``.
 
@@ -164,8 +184,9 @@ def write_result(
         question: What it asks, in words.
         cells: What was measured, a flat row each.
         answers: Entries for ``summary.json``, by their names there.
-        method: How it was measured, in words, with the peer's settings where there is a peer.
+        method: How it was measured, in words.
         seconds: How long all of it took.
+        peer: The settings of the peer, in words, where it was trained.
     """
     write_json(
         settings.out / f"{name}.json",
@@ -173,13 +194,16 @@ def write_result(
             "name": name,
             "question": question,
             "method": method,
+            "peer": peer,
             "smoke": settings.smoke,
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": seconds,
             "machine": machine(),
             "versions": versions(),
-            "settings": {key: value for key, value in asdict(settings).items() if key not in ("out", "data", "smoke")}
-            | {"data": Path(settings.data).name if settings.data else None},
+            "settings": {key: value for key, value in asdict(settings).items() if key not in ("out", "smoke")}
+            # Names, not the places where they lie on this machine.
+            | {"backbone": settings.backbone_name}
+            | {key: Path(file).name for key in ("data", "sentences") if (file := getattr(settings, key))},
             "cells": list(cells),
             "answers": dict(answers),
         },

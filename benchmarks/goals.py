@@ -11,6 +11,11 @@ from typing import Any
 from benchmarks.common import Json
 
 SUMMARY = "summary"
+# In the order in which they run. Those that start processes come first: in a smoke run all share one process, which
+# must be small until then.
+SCRIPTS = (
+    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "scaling", "stages",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ NO_FLEETS = "ptuning trains prompts one after another: there are no fleets yet"
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return script -> what it wrote, in the order of their names."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in found.items() if name != SUMMARY}
+    """Return script -> what it wrote, in the order of :data:`SCRIPTS`."""
+    files = {name: folder / f"{name}.json" for name in SCRIPTS}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.is_file()}
 
 
 def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Json]:

@@ -31,7 +31,7 @@ SLOTS = 6
 # since the activations of 64 rows of 512 tokens would take more memory than most machines have.
 PASS_TOKENS = 4096
 # What the countries of a sentence are sorted into, and what each is made of.
-CONTINENTS = ("Africa", "Asia", "Europe")
+CONTINENTS = LabelWords({name: (name,) for name in ("Africa", "Asia", "Europe")})
 FRAMES = (
     "{x} is a country whose capital is {capitals}; people there pay with the {currencies}, and their web addresses end "
     "in {domains}.",
@@ -122,7 +122,7 @@ def country_sentences(*, train: int, dev: int, seed: int) -> tuple[Records, Reco
     """Return sentences about countries, labelled with the continent; no country stands in both parts."""
     draw = random.Random(f"sentences {seed}")
     facts = {name: {row["x"]: row["y"] for row in every(name)} for name in ("capitals", "currencies", "domains")}
-    countries = [row for row in every("continents") if row["y"] in CONTINENTS]
+    countries = [row for row in every("continents") if row["y"] in CONTINENTS.words]
     countries = [row for row in countries if all(row["x"] in known for known in facts.values())]
     draw.shuffle(countries)
     cut = round(len(countries) * train / (train + dev))
@@ -146,12 +146,12 @@ def bind(backbone: Backbone, template: str) -> BoundTemplate:
     return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
-def items_of(bound: BoundTemplate, records: Sequence[Record], *, labels: Sequence[str] = ()) -> list[Item]:
-    """Return items to train on: targets, or classes where there are labels (each its own word)."""
+def items_of(bound: BoundTemplate, records: Sequence[Record], *, labels: LabelWords | None = None) -> list[Item]:
+    """Return items to train on: targets, or classes where there are label words."""
     rows = Records(records, name="benchmark")
-    if not labels:
+    if labels is None:
         return target_items(bound, rows, with_stop=True)
-    return label_items(bound, rows, LabelWords({label: (label,) for label in labels}))
+    return label_items(bound, rows, labels)
 
 
 def repeated(items: Sequence[Item], count: int) -> list[Item]:

@@ -16,7 +16,7 @@ from benchmarks.common import ROOT, Json, Settings, answer, no_answer, parser, s
 
 OURS, PEER = "ptuning", "peft"
 # Job -> contestants. Every job is one optimizer step or pass on the sizes of the other scripts.
-JOBS = ("short-16", "short-64", "late-sentences", "long-128-16", "long-512-16", "candidates")
+JOBS = ("short-16", "late-sentences", "long-512-16", "candidates")
 METHOD = (
     "One process per contestant and job, from its start to the end of one or two optimizer steps (one pass over one "
     "record's hundred candidates): the largest resident set the system reports, loading included; on a GPU the most "
@@ -94,7 +94,7 @@ def job_of(job: str, who: str, settings: Settings) -> None:
             with Peer(backbone, slots=prompt.slots, vectors=prompt.slot_vectors) as peer:
                 peer.score(rows, batch_rows=prediction.CANDIDATES)
     else:
-        train(job, who, settings, backbone, labels=material.CONTINENTS if job == "late-sentences" else ())
+        train(job, who, settings, backbone)
     # Kilobytes on Linux, bytes on a Mac.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if backbone.device.type == "cuda":
@@ -102,7 +102,7 @@ def job_of(job: str, who: str, settings: Settings) -> None:
     print(json.dumps({"peak_bytes": peak}))
 
 
-def train(job: str, who: str, settings: Settings, backbone: object, *, labels: tuple[str, ...]) -> None:
+def train(job: str, who: str, settings: Settings, backbone: object) -> None:
     """Take the optimizer steps of one job."""
     from benchmarks import late, material, training
     from benchmarks.peer import Peer, rows_of
@@ -113,7 +113,7 @@ def train(job: str, who: str, settings: Settings, backbone: object, *, labels: t
         records = material.country_sentences(train=160, dev=40, seed=settings.seed)[0][:64]
         slots, batch_size, parts = late.PEER_SLOTS, late.BATCH, 1
         bound = material.bind(backbone, late.LATE if who == OURS else late.PLAIN)
-        items = material.items_of(bound, records, labels=labels)
+        items = material.items_of(bound, records, labels=material.CONTINENTS)
     else:
         sizes = settings.pick(training.FULL, training.TINY)
         place = [cell.name for cell in training.FULL].index(job)

@@ -2,6 +2,7 @@
 The one module that knows PEFT.
 
 Best settings, all of which make it faster or leave it as it is:
+
 - the same frozen weights in the same type, in the same process; no cache of keys and values while training;
 - an encoder of the same width as ptuning's (LSTM of half the backbone's width per direction, two layers, then an MLP);
 - the same optimizer and schedule: AdamW (torch's fused one), linear warm-up over a tenth of the steps, linear decay to
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 MISSING = "peft is not installed; make bench installs it"
 IGNORED = -100  # what a label is where nothing is learned
-SETTINGS = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
+SETTINGS = (__doc__ or "").split("\n\n", 1)[1].strip()
 # Rows of one forward pass without gradients.
 SCORED_ROWS = 64
 

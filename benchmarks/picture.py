@@ -54,6 +54,7 @@ def draw(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -
             lower.plot(value, at, MARKERS[1], color=COLOURS[1], zorder=2)
         lower.axvline(1.0, color=INK, linewidth=1.0, linestyle="--", zorder=1)
         lower.set_xscale("log")
+        lower.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         lower.set_title("Measured, of the goal (dashed; right of it the goal is reached)")
         for axes, labels in ((upper, names), (lower, list(reached))):
             axes.set_yticks(range(len(labels)), labels)
@@ -61,7 +62,7 @@ def draw(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=True, axis="x", color=RULE, linewidth=0.8)
             axes.set_axisbelow(True)
-        upper.legend(loc="lower right", frameon=False)
+        upper.legend(loc="lower left", frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()

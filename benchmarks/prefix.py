@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     found = interleave(
         {"plain": lambda _: step(1 << 60)[0], "shared": lambda _: step(1)[0]},
         repeats=settings.pick(5, 2),
-        seconds=90,
+        seconds=60,
         seed=settings.seed,
         note="shared prefix",
     )

@@ -12,6 +12,7 @@ from benchmarks.picture import draw
 
 DOCS = ROOT / "docs" / "performance.md"
 REPORT, PICTURE = "report.md", "report.svg"
+CAPTION = "Training samples per second beside the bare backbone's, and how far each goal is reached"
 MARKED = re.compile(r"(<!-- bench: ([a-z ]+) -->\n).*?(<!-- bench: end -->)", flags=re.DOTALL)
 NOTHING = "*Not measured yet: `make bench`.*"
 
@@ -43,7 +44,7 @@ def report(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]])
     lines += [
         made["machine"],
         "",
-        f"![Throughput, and goals reached]({PICTURE})",
+        f"![{CAPTION}]({PICTURE})",
         "",
         "## Goals",
         "",
@@ -54,12 +55,16 @@ def report(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]])
         lines += [f"## {result['question']}", "", result["method"], ""]
         lines += [f"{made[table]}\n" for table in TABLES if TABLES[table][0] == name and made[table] != NOTHING]
         lines += [f"`benchmarks/{name}.py`, {result['seconds']:.0f} s, {result['written']}.", ""]
+    peer = next((result.get("peer") for result in results.values() if result.get("peer")), None)
+    lines += ["## The peer: PEFT's `P_TUNING` (LSTM) with transformers' `Trainer`", "", peer, ""] if peer else []
     return "\n".join(lines)
 
 
 def tables(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the name of every table -> its Markdown."""
-    made = {"goals": goals(summary), "machine": machine(summary)}
+    made = {"goals": goals(summary), "machine": machine(summary), "picture": NOTHING}
+    if results:
+        made["picture"] = f"![{CAPTION}](../benchmarks/{PICTURE})"
     for name, (script, wanted, columns) in TABLES.items():
         cells = [cell for cell in results.get(script, {}).get("cells", []) if wanted(cell)]
         made[name] = table(cells, columns) if cells else NOTHING

@@ -14,11 +14,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks.common import ROOT, Settings, parser, say, settings_of
-
-# Those that start processes come first: in a smoke run all share this process, which must be small until then.
-SCRIPTS = (
-    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "scaling", "stages",
-)  # fmt: skip
+from benchmarks.goals import SCRIPTS
 
 
 def main(settings: Settings, names: Sequence[str]) -> int:
@@ -51,4 +47,4 @@ if __name__ == "__main__":
     given = parser(__doc__)
     given.add_argument("--only", nargs="+", choices=known(), metavar="SCRIPT", help=f"some of: {', '.join(known())}")
     chosen = given.parse_args()
-    sys.exit(main(settings_of(chosen), chosen.only or known()))
+    sys.exit(main(settings_of(chosen), [name for name in known() if name in (chosen.only or known())]))

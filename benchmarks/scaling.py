@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
     ):
         contestants = {str(size): work(backbone, size, settings) for size in sizes}
         contestants[str(sizes[0])](0)  # what a process does once, before the clock runs
-        found = interleave(contestants, repeats=settings.pick(3, 1), seconds=60, seed=settings.seed, note=name)
+        found = interleave(contestants, repeats=settings.pick(3, 1), seconds=40, seed=settings.seed, note=name)
         medians = [float(np.median(found[str(size)])) for size in sizes]
         line = straight(sizes, medians)
         say(f"  {name}: {line['fixed_seconds']:.3f} s + {1000 * line['seconds_each']:.2f} ms each, r2 {line['r2']:.3f}")

@@ -45,7 +45,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(900)  # eight processes import torch; on a busy machine each takes its time
 def test_every_script_runs_and_says_on_what(smoke: Path) -> None:
     results = goals.read_results(smoke)
-    assert list(results) == sorted(run.known())
+    assert list(results) == run.known()
     for name, result in results.items():
         assert result["smoke"] is True
         assert result["cells"], name
@@ -90,7 +90,7 @@ def test_the_documented_tables_are_those_of_the_results() -> None:
     assert not any(result["smoke"] for result in results.values())
     assert report.fill(page, report.tables(goals.summarise(results), results)) == page
     marks = {found[2] for found in report.MARKED.finditer(page)}
-    assert marks == {"goals", "machine", *report.TABLES}
+    assert marks == {"goals", "machine", "picture", *report.TABLES}
 
 
 def spreads(value: Any) -> list[dict[str, float]]:
@@ -192,6 +192,7 @@ def result(**answers: object) -> dict[str, Any]:
         "cells": [],
         "question": "how fast?",
         "method": "so",
+        "peer": None,
         "seconds": 1.0,
     }
 
@@ -211,7 +212,7 @@ def test_the_summary_has_every_goal_and_nothing_else() -> None:
 
 def test_a_fleet_script_will_be_heard() -> None:
     """The names are reserved: a module of that name needs nothing but to be there."""
-    assert "fleet" in run.SCRIPTS
+    assert "fleet" in goals.SCRIPTS
     questions: Any = goals.summarise({"fleet": result(**{"fleet-16-cpu": common.answer([1.5])})})["questions"]
     assert questions["fleet-16-cpu"]["measured"] == 1.5
 
@@ -264,8 +265,9 @@ def test_a_script_that_fails_leaves_no_older_figure(tmp_path: Path, monkeypatch:
     page.write_text(report.DOCS.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(report, "DOCS", page)
     out = tmp_path / "results"
-    common.write_json(out / "nothing.json", result())
-    assert run.main(common.Settings(out=out), ["nothing"]) == 1
+    common.write_json(out / "training.json", result())
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    assert run.main(common.Settings(out=out), ["training"]) == 1
     assert sorted(path.name for path in out.iterdir()) == ["summary.json"]
 
 
@@ -320,7 +322,7 @@ def test_no_country_stands_in_both_parts() -> None:
     # A name may stand inside of another one (Guinea, Niger); a whole sentence never stands in both.
     assert len(both) < 10
     assert not {row["text"] for row in train} & {row["text"] for row in dev}
-    assert {row["y"] for row in train} == {row["y"] for row in dev} == set(material.CONTINENTS)
+    assert {row["y"] for row in train} == {row["y"] for row in dev} == set(material.CONTINENTS.words)
 
 
 def test_steps_are_timed_without_what_surrounds_them(causal: Backbone) -> None:
