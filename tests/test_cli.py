@@ -1162,7 +1162,7 @@ def press_ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not holds():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end

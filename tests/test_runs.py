@@ -177,7 +177,7 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
         process = subprocess.Popen(
             command(tmp_path, model, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not checkpoint.exists() or checkpoint.read_bytes() == before:
             assert process.poll() is None, process.communicate()[1].decode()
             assert time.monotonic() < deadline
