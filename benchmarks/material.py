@@ -123,19 +123,19 @@ def country_sentences(*, train: int, dev: int, seed: int) -> tuple[Records, Reco
     draw = random.Random(f"sentences {seed}")
     facts = {name: {row["x"]: row["y"] for row in every(name)} for name in ("capitals", "currencies", "domains")}
     countries = [row for row in every("continents") if row["y"] in CONTINENTS.words]
-    countries = [row for row in countries if all(row["x"] in known for known in facts.values())]
+    countries = [row for row in countries if all(row["x"] in values for values in facts.values())]
     draw.shuffle(countries)
     cut = round(len(countries) * train / (train + dev))
     parts = []
     for chosen, count in ((countries[:cut], train), (countries[cut:], dev)):
-        rows: list[Record] = [
-            {
-                "text": frame.format(x=row["x"], **{name: known[row["x"]] for name, known in facts.items()}),
-                "y": row["y"],
-            }
-            for row in chosen
-            for frame in draw.sample(FRAMES, len(FRAMES))
-        ]
+        rows: list[Record] = []
+        for row in chosen:
+            known = {name: values[row["x"]] for name, values in facts.items()}
+            texts = [frame.format(x=row["x"], **known) for frame in draw.sample(FRAMES, len(FRAMES))]
+            # One wording or two of them: 20 to 60 tokens.
+            rows += [
+                {"text": " ".join(texts[start:end]), "y": row["y"]} for start, end in ((0, 1), (1, 3), (2, 4), (3, 4))
+            ]
         draw.shuffle(rows)
         parts.append(Records(rows[:count], name="sentences about countries"))
     return parts[0], parts[1]
