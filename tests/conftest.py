@@ -13,6 +13,8 @@ from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Processes that tests start must add in the same order as this one, to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

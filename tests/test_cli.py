@@ -222,7 +222,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_a_full_disk_behind_the_output_is_one_message() -> None:
     command = f"{sys.executable} -m ptuning data cities > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONUNBUFFERED": ""},
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
     assert done.stderr.count("\n") == 1

@@ -581,7 +581,7 @@ def test_what_draws_is_loaded_only_to_draw() -> None:
 def test_the_templates_are_part_of_the_package() -> None:
     root = Path(__file__).resolve().parents[1]
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.findall(r'"([^"]+)"', re.findall(r"^ptuning = \[(.+)\]$", text, flags=re.MULTILINE)[0])
+    listed = re.findall(r'"([^"]+)"', re.findall(r"^ptuning = \[(.+?)\]$", text, flags=re.MULTILINE | re.DOTALL)[0])
     packaged = {path for pattern in listed for path in (root / "src" / "ptuning").glob(pattern)}
     files = set((root / "src" / "ptuning" / "templates").iterdir())
     assert {path.name for path in files} == {"report.html.jinja", "report.md.jinja"}

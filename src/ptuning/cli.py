@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -94,7 +95,9 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output has gone, as in "| head"
         sys.exit(1)
     except OSError as error:
-        # A file or a disk behind the output, in a place where no module expects trouble.
+        # A file or a disk behind the output, in a place where no module expects trouble. What is still to be written
+        # goes nowhere: Python would try once more at its end, and fail with a code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
 
 
