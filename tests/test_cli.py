@@ -239,7 +239,7 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
 
 @pytest.mark.parametrize("tune", ["tuned", "lora"])
 def test_from_training_weights_to_answers_without_them(tune: str, llama: str, data: Path) -> None:
-    """Issue 4: one prompt holds what was trained, every command takes it, and each part can be switched off."""
+    """One prompt holds what was trained, every command takes it, and each part can be switched off."""
     works("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, *QUICK, "--out", "out",
           "--tune", tune, "--backbone-lr", "0.03", "--lr", "0.1")  # fmt: skip
     settings = record_of(Path("out"))["settings"]

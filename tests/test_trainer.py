@@ -702,7 +702,7 @@ def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.M
 def test_dropout_is_the_backbones_own_where_it_learns(
     masked: Backbone, monkeypatch: pytest.MonkeyPatch, tune: str
 ) -> None:
-    """Issue 4: BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
+    """BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
     assert masked.model.config.hidden_dropout_prob == 0.1
     seen: list[tuple[bool, int]] = []
     real = target_logits
