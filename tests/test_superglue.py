@@ -19,7 +19,7 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.experiment import Watch
 from ptuning.method import METHODS, Setup, Solution
-from ptuning.questions import Questions
+from ptuning.questions import Questions, split_questions
 from ptuning.results import Results
 from ptuning.superglue import (
     LEFT_OUT,
@@ -27,7 +27,6 @@ from ptuning.superglue import (
     chosen_methods,
     draw_few,
     limited,
-    set_aside,
     superglue,
     task_job,
 )
@@ -238,7 +237,7 @@ def test_few_examples_are_balanced_and_drawn_by_seed(few: Path) -> None:
 def test_rows_that_read_the_same_stay_together() -> None:
     file = load_task("CB")
     rows = file.read_rows([{**row, "idx": at} for at, row in enumerate([*cb(5), *cb(5)])])
-    kept, aside = set_aside(rows, fraction=0.4, seed=0)
+    kept, aside = split_questions(rows, fraction=0.4, seed=0)
     assert (len(kept), len(aside)) == (6, 4)
     assert not {row.record["premise"] for row in kept} & {row.record["premise"] for row in aside}
 

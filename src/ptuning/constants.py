@@ -27,7 +27,7 @@ from ptuning.model import MAX_BATCH_TOKENS, inject, target_logits
 logger = logging.getLogger(__name__)
 
 # Rows pay for a cache by having it copied together in every step, so short constant parts are not worth one.
-# Source: docs/performance.md (the constant part).
+# Source: docs/architecture.md, decision 27.
 MIN_CONSTANT_TOKENS = 8
 # Left free on the disk when keys and values are put there.
 SPARED_DISK_BYTES = 2 << 30
@@ -47,7 +47,7 @@ class ConstantParts:
         memory_share: Which share of the free memory they may take; what is more goes to the disk, and what does not
             fit there is computed anew in each step. 0 turns all of it off.
 
-    Source: docs/performance.md (the constant part).
+    Source: docs/architecture.md, decision 27.
     """
 
     def __init__(self, backbone: Backbone, *, memory_share: float) -> None:
@@ -121,10 +121,8 @@ class ConstantParts:
         Returns:
             (N, V) float32, row by row.
         """
-        if not self.is_used or self.backbone.model.training:
-            return target_logits(self.backbone, collate(examples, slots=[slots] * len(examples)), vectors)
         constant = [_constant(example) for example in examples]
-        if not any(constant):
+        if not self.is_used or self.backbone.model.training or not any(constant):
             return target_logits(self.backbone, collate(examples, slots=[slots] * len(examples)), vectors)
         own = [_behind(example, len(ids)) for example, ids in zip(examples, constant, strict=True)]
         batch = collate(own, slots=[slots] * len(own)).to(self.backbone.device)

@@ -117,7 +117,8 @@ def measure_ceiling(
     """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
 
     The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
-    computes them, and a shared prefix runs once, so the ceiling is not lowered by work that training skips.
+    computes them, and a shared prefix runs once, so the ceiling is not lowered by work that training skips. Rows run
+    whole, so training from the first slot onwards may be faster than this.
     """
     tokens, spent, began = 0, 0.0, time.monotonic()
     for at in range(0, len(items), batch_size):

@@ -13,7 +13,7 @@ from ptuning.errors import RecordError, closest
 from ptuning.fields import Context, Source, unfold
 from ptuning.files import Json, sha256
 from ptuning.phrases import other_phrases
-from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, split_records
 
 # Where a row's label stands unless a task says otherwise.
 LABEL = Source(("label",), (), "label")
@@ -210,6 +210,21 @@ def as_questions(data: Sequence[Record] | Questions) -> Questions:
         return data
     records = as_records(data)
     return Questions([Question(record) for record in records], name=records.name, digest=records.sha256)
+
+
+def split_questions(questions: Questions, *, fraction: float, seed: int) -> tuple[Questions, Questions]:
+    """Set a seeded share of questions aside; groups stay whole, and rows that read the same together.
+
+    Raises:
+        RecordError: As :func:`ptuning.records.split_records`.
+    """
+    asked = {id(question.record): question for question in questions}
+    groups = [question.group for question in questions]
+    kept, aside = (
+        Questions((asked[id(record)] for record in part), name=part.name, digest=part.sha256)
+        for part in split_records(questions.records, fraction=fraction, seed=seed, groups=groups)
+    )
+    return kept, aside
 
 
 def with_few_choices(questions: Questions, count: int, *, seed: int) -> Questions:

@@ -14,11 +14,9 @@ from ptuning.files import Json, write_json
 from ptuning.metrics import Score, Values, bootstrap, difference, summary, value_of
 from ptuning.scores import SCORES
 from ptuning.suite import FORMAT_VERSION, CellResult
-from ptuning.tuning import LEARNED
+from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
 
 RESULTS_FILE = "results.json"
-# What stands for the learned prompt where it was not learned alone.
-LEARNED_ALONG = (f"{LEARNED}+fine-tuning", f"{LEARNED}+lora")
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def differences(
 
     Everything is compared with the learned prompt, and everything learned with the manual prompt.
     """
-    learned = next((name for name in (LEARNED, *LEARNED_ALONG) if name in names), LEARNED)
+    learned = next((name for name in LEARNED_BY_TUNE.values() if name in names), LEARNED)
     pairs = [(learned, name) for name in names if name != learned and learned in names]
     pairs += [(name, REFERENCE) for name in names if name not in (learned, REFERENCE) and REFERENCE in names]
     found = {}

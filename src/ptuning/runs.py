@@ -24,8 +24,8 @@ from ptuning.measure import Report, evaluate, measure_ceiling
 from ptuning.objective import Item, choice_items, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
-from ptuning.questions import Questions, as_questions, with_few_choices
-from ptuning.records import TARGET_FIELD, Record, Records, require_targets, split_records
+from ptuning.questions import Questions, as_questions, split_questions, with_few_choices
+from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
 from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
@@ -37,6 +37,8 @@ PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
 # Settings that do not change what is trained, so that a run may be resumed with others.
 IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "device")
+# What is trained along with a prompt, in the name of a method.
+ALONG: Mapping[Tune, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
 
@@ -223,18 +225,10 @@ def _set_aside(
     questions: Questions, items: Sequence[Item], config: TrainConfig
 ) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
     """Take a development part out of the training data. Everything was read before, so errors count its own records."""
-    made = {id(one.record): (one, item) for one, item in zip(questions, items, strict=True)}
-    kept, aside = split_records(
-        questions.records,
-        fraction=config.dev_fraction,
-        seed=config.seed,
-        groups=[question.group for question in questions],
-    )
-    parts = {
-        name: Questions((made[id(record)][0] for record in part), name=part.name, digest=part.sha256)
-        for name, part in (("train", kept), ("dev", aside))
-    }
-    return parts, {name: [made[id(one.record)][1] for one in part] for name, part in parts.items()}
+    made = {id(one): item for one, item in zip(questions, items, strict=True)}
+    kept, aside = split_questions(questions, fraction=config.dev_fraction, seed=config.seed)
+    parts = {"train": kept, "dev": aside}
+    return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
 
 
 def _items(
@@ -315,8 +309,7 @@ def _first_record(
 
 def method_name(template: Template, tune: Tune) -> str:
     """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
-    base = "p-tuning" if template.has_slots else "manual"
-    return base + {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}[tune]
+    return ("p-tuning" if template.has_slots else "manual") + ALONG[tune]
 
 
 def start_seed(seed: int, number: int) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,13 +17,13 @@ from ptuning.experiment import ALL_METHODS, Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method import METHODS, Task
 from ptuning.metrics import correlation
-from ptuning.questions import Question, Questions
+from ptuning.questions import Question, Questions, split_questions
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.results import Results
 from ptuning.server_files import write_server_files
 from ptuning.suite import Job
 from ptuning.tasks import TaskFile, find_split, load_task
-from ptuning.tuning import LEARNED
+from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,7 @@ TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 # A task that is closed anyway is asked the same with manual-restricted as with manual.
 LEFT_OUT = ("manual-restricted",)
 SUPERGLUE_METHODS = ("majority", "manual", "in-context", "fine-tuning", "manual+fine-tuning", LEARNED)
-# What p-tuning is called where the backbone's weights are trained along.
-LEARNED_BY_TUNE: Mapping[str, str] = {"frozen": LEARNED, "tuned": f"{LEARNED}+fine-tuning", "lora": f"{LEARNED}+lora"}
 SEEDS = 3
-FEW = 32
 
 
 def superglue(
@@ -212,7 +209,7 @@ def task_job(
     elif to_choose is not None:
         how = "training and development part as given"
     else:
-        train, to_choose = set_aside(train, fraction=dev_fraction, seed=seeds[0])
+        train, to_choose = split_questions(train, fraction=dev_fraction, seed=seeds[0])
         how = f"{dev_fraction:.0%} of the training part set aside to choose by, seed {seeds[0]}"
     test = limited(reported, limit, seed=0)
     how += f"; reported on the {where}" + (f", {len(test)} of {len(reported)} rows" if limit is not None else "")
@@ -265,24 +262,6 @@ def _units(questions: Questions) -> dict[str, list[Question]]:
         key = f"group {row.group}" if row.group is not None else f"{asked}{list(row.choices)}"
         units.setdefault(key, []).append(row)
     return units
-
-
-def set_aside(questions: Questions, *, fraction: float, seed: int) -> tuple[Questions, Questions]:
-    """Set a seeded share of questions aside; groups stay whole, and rows that read the same together.
-
-    Raises:
-        RecordError: If there are too few to split.
-    """
-    units = _units(questions)
-    if len(units) < 2:
-        raise RecordError(f"{questions.name}: too few different rows to set some aside; give a dev part")
-    keys = sorted(units)
-    random.Random(f"split {seed}").shuffle(keys)
-    aside = {id(row) for key in keys[: max(1, round(len(keys) * fraction))] for row in units[key]}
-    return (
-        Questions([row for row in questions if id(row) not in aside], name=f"{questions.name} (without a share)"),
-        Questions([row for row in questions if id(row) in aside], name=f"{questions.name} (a share set aside)"),
-    )
 
 
 def draw_few(pool: Questions, count: int, file: TaskFile, *, seed: int) -> tuple[Questions, Questions]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import cast
 
@@ -20,30 +21,35 @@ from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions
-from ptuning.runs import train
+from ptuning.runs import ALONG, train
 from ptuning.template import Field, Literal, Piece, Target, Template
 
 LEARNED = "p-tuning"
+# What it is called where the backbone's weights are trained along.
+LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
-# configured rate. Source: docs/paper.md (what was tried).
+# configured rate. Source: docs/architecture.md, decision 14 (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # So many evaluations with the same guess for every row are worth a warning.
 STUCK_EVALUATIONS = 3
 # Cost of training in forward passes: backward to the slots is as dear as forward, to all weights twice as dear.
-FROZEN_PASSES, LORA_PASSES, TUNED_PASSES = 2.5, 3.5, 4.5
+PASSES: Mapping[Tune, float] = {"frozen": 2.5, "lora": 3.5, "tuned": 4.5}
 # Which setting is the learning rate that is tried.
 RATES: Mapping[Tune, str] = {"frozen": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
 
 
-@METHODS.register(
-    LEARNED, describe="the learned prompt, backbone frozen", trained=True, seeded=True, passes=(FROZEN_PASSES, 1.0)
-)
-def p_tuning(task: Task, setup: Setup) -> Solution:
-    """Learn the slots of the task's template on the frozen backbone.
+def _register(name: str, describe: str, template: Callable[[Task], Template], *, tune: Tune) -> None:
+    """Register the method that trains on one of a task's templates."""
 
-    Source: Liu et al. (2021), section 3.
-    """
-    return _learn(task, setup, task.template, tune="frozen")
+    def fit(task: Task, setup: Setup) -> Solution:
+        return _learn(task, setup, template(task), tune=tune)
+
+    METHODS.register(name, describe=describe, trained=True, seeded=True, passes=(PASSES[tune], 1.0))(fit)
+
+
+# In the order of tables. Sources: Liu et al. (2021), section 3 (p-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
+# along, and FT with a head); Hu et al. (2021), section 4 (LoRA).
+_register(LEARNED, "the learned prompt, backbone frozen", attrgetter("template"), tune="frozen")
 
 
 @METHODS.register(
@@ -51,77 +57,23 @@ def p_tuning(task: Task, setup: Setup) -> Solution:
     describe="subject and target only, all weights trained (FT)",
     trained=True,
     seeded=True,
-    passes=(TUNED_PASSES, 1.0),
+    passes=(PASSES["tuned"], 1.0),
 )
 def fine_tuning(task: Task, setup: Setup) -> Solution:
     """Train all weights on the fields and the target, without words around them; with a classification head where the
     task has labels, or rows bring choices.
-
-    Source: Liu et al. (2021), section 4.1 (FT), and section 4.2 with a head.
     """
     if task.file is not None:
         return _tune_head(task, setup)
     return _learn(task, setup, bare(task.manual), tune="tuned")
 
 
-@METHODS.register(
-    "manual+fine-tuning",
-    describe="the manual prompt, all weights trained (MP+FT)",
-    trained=True,
-    seeded=True,
-    passes=(TUNED_PASSES, 1.0),
+_register("manual+fine-tuning", "the manual prompt, all weights trained (MP+FT)", attrgetter("manual"), tune="tuned")
+_register(
+    LEARNED_BY_TUNE["tuned"], "the learned prompt, all weights trained along", attrgetter("template"), tune="tuned"
 )
-def manual_fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the manual template.
-
-    Source: Liu et al. (2021), section 4.1 (MP+FT).
-    """
-    return _learn(task, setup, task.manual, tune="tuned")
-
-
-@METHODS.register(
-    "p-tuning+fine-tuning",
-    describe="the learned prompt, all weights trained along",
-    trained=True,
-    seeded=True,
-    passes=(TUNED_PASSES, 1.0),
-)
-def p_tuning_fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train the slots and all weights together.
-
-    Source: Liu et al. (2021), section 4.2 (the setting of its SuperGLUE experiments).
-    """
-    return _learn(task, setup, task.template, tune="tuned")
-
-
-@METHODS.register(
-    "manual+lora",
-    describe="the manual prompt, adapters trained (LoRA)",
-    trained=True,
-    seeded=True,
-    passes=(LORA_PASSES, 1.0),
-)
-def manual_lora(task: Task, setup: Setup) -> Solution:
-    """Train adapters on the manual template.
-
-    Source: Hu et al. (2021), section 4.
-    """
-    return _learn(task, setup, task.manual, tune="lora")
-
-
-@METHODS.register(
-    "p-tuning+lora",
-    describe="the learned prompt, adapters trained along",
-    trained=True,
-    seeded=True,
-    passes=(LORA_PASSES, 1.0),
-)
-def p_tuning_lora(task: Task, setup: Setup) -> Solution:
-    """Train the slots and adapters together.
-
-    Source: Liu et al. (2021), section 3; Hu et al. (2021), section 4.
-    """
-    return _learn(task, setup, task.template, tune="lora")
+_register("manual+lora", "the manual prompt, adapters trained (LoRA)", attrgetter("manual"), tune="lora")
+_register(LEARNED_BY_TUNE["lora"], "the learned prompt, adapters trained along", attrgetter("template"), tune="lora")
 
 
 def bare(manual: Template) -> Template:
