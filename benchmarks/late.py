@@ -243,7 +243,8 @@ def step_seconds(items: Sequence[Item], constants: ConstantParts, vectors: torch
     """Return the seconds of one forward and backward pass from the slot vectors."""
     leaf = vectors.clone().requires_grad_(True)
     began = synchronised(constants.backbone.device)
-    logits = constants.logits([row for item in items for row in item.inputs], leaf, slots=len(vectors))
+    rows = [row for item in items for row in item.inputs]
+    logits = constants.logits(rows, leaf, slots=[len(vectors)] * len(rows))
     loss(items, score_choices(items, logits))[0].backward()
     return synchronised(constants.backbone.device) - began
 

@@ -69,7 +69,7 @@ def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[
     parts = prepared(backbone, rows)
 
     wanted = plain(backbone, rows, vectors, slots=slots)
-    found = parts.logits(rows, vectors, slots=slots)
+    found = parts.logits(rows, vectors, slots=[slots] * len(rows))
 
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
     if slots:
@@ -101,7 +101,7 @@ def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
     with prepared(causal, rows) as parts:
         assert parts.memory_bytes == one
         assert (parts.disk_bytes > 0) == room
-        found = parts.logits(rows, vectors, slots=len(vectors))
+        found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
     assert not parts.is_used
     assert not (parts.tokens)
@@ -113,7 +113,7 @@ def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     parts = prepared(causal, rows[:1])
     wanted = plain(causal, rows, vectors, slots=len(vectors))
-    found = parts.logits(rows, vectors, slots=len(vectors))
+    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -131,7 +131,7 @@ def test_falls_back_where_it_does_not_apply(
     assert not parts.is_used
     assert not parts.tokens
     wanted = plain(backbone, rows, vectors, slots=len(vectors))
-    found = parts.logits(rows, vectors, slots=len(vectors))
+    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -139,6 +139,6 @@ def test_no_gradient_reaches_what_is_kept(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     parts = prepared(causal, rows)
     kept = [part.clone() for part in parts._memory.values()]
-    parts.logits(rows, vectors, slots=len(vectors)).sum().backward()
+    parts.logits(rows, vectors, slots=[len(vectors)] * len(rows)).sum().backward()
     assert all(not part.requires_grad for part in parts._memory.values())
     assert all(torch.equal(one, other) for one, other in zip(kept, parts._memory.values(), strict=True))

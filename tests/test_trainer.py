@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
-from ptuning import checkpoint, constants, measure, trainer
+from ptuning import checkpoint, constants, measure, steps, trainer
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
@@ -32,6 +32,7 @@ from ptuning.objective import Item, label_items, loss, loss_count, score_choices
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
+from ptuning.steps import Chunk
 from ptuning.trainer import Interrupted, Trainer, derived_seed, rate
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
@@ -402,13 +403,13 @@ def test_the_length_of_the_template_leaves_the_data_order_unchanged(
 ) -> None:
     """Trap 28: the order is the seed's and the epoch's alone, and every record comes once per epoch."""
     orders: list[list[str]] = []
-    real = Trainer._step
+    real = Trainer.begin_step
 
-    def spy(self: Trainer, group: list[Item]) -> None:
+    def spy(self: Trainer, group: list[Item]) -> list[Chunk]:
         orders[-1].extend(names[id(item)] for item in group)
-        real(self, group)
+        return real(self, group)
 
-    monkeypatch.setattr(Trainer, "_step", spy)
+    monkeypatch.setattr(Trainer, "begin_step", spy)
     for template, settings in (
         ("[P] [X] [Y]", {}),
         ("[P*9] [X] [P:is] [Y]", {}),
@@ -714,7 +715,7 @@ def test_dropout_is_the_backbones_own_where_it_learns(
             seen.append((dropping == {True}, taking))
         return real(backbone, batch, vectors)
 
-    monkeypatch.setattr(constants, "target_logits", watch)
+    monkeypatch.setattr(steps, "target_logits", watch)
     found = fit(make_trainer(masked, tune=tune, epochs=1))
     assert set(seen) == {(tune != "frozen", len(found.weights))}
     assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.weights)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning import constants, model, tuning
+from ptuning import constants, model, steps, tuning
 from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -149,6 +149,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
         return real(backbone, *args)
 
     monkeypatch.setattr(constants, "target_logits", target_logits)
+    monkeypatch.setattr(steps, "target_logits", target_logits)
     return seen
 
 

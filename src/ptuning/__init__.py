@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.experiment import methods as methods
+    from ptuning.fleets import FleetPrompt as FleetPrompt
+    from ptuning.fleets import train_fleet as train_fleet
     from ptuning.labels import LabelWords as LabelWords
     from ptuning.predict import PromptModel as PromptModel
     from ptuning.prompt import Prompt as Prompt
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
+    "FleetPrompt": "fleets",
     "LabelWords": "labels",
     "Prompt": "prompt",
     "PromptModel": "predict",
@@ -35,9 +38,11 @@ _HOMES = {
     "load_records": "records",
     "methods": "experiment",
     "train": "runs",
+    "train_fleet": "fleets",
 }
 
 __all__ = [
+    "FleetPrompt",
     "LabelWords",
     "PTuningError",
     "Prompt",
@@ -50,6 +55,7 @@ __all__ = [
     "load_records",
     "methods",
     "train",
+    "train_fleet",
 ]
 
 

@@ -77,18 +77,21 @@ class ConstantParts:
             self._folder.cleanup()
             self._folder = None
 
-    def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> None:
+    def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Compute what rows begin with, if the backbone can stand behind it and it is long enough to pay.
 
         Args:
             examples: All rows that will be run.
             report: Called with the number of tokens done, and of all.
+
+        Returns:
+            Whether it pays, so that these rows are to run from their first slot onwards.
         """
         rows = list(examples)
-        constant = [_constant(example) for example in rows]
+        constant = [constant_ids(example) for example in rows]
         tokens = sum(map(len, constant))
         if not self._memory_share or tokens < MIN_CONSTANT_TOKENS * len(rows) or not self.backbone.shares_prefix:
-            return
+            return False
         self.is_used = True
         wanted = sorted({ids for ids in constant if ids} - self._memory.keys() - self._disk.keys())
         wanted.sort(key=len)
@@ -100,6 +103,7 @@ class ConstantParts:
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
+        return True
 
     def to_json(self) -> dict[str, int]:
         """Return what was kept, as it stands in the record of a run; zeros if rows ran whole."""
@@ -110,22 +114,30 @@ class ConstantParts:
         """Number of tokens whose keys and values are kept."""
         return sum(map(len, self._memory)) + sum(map(len, self._disk))
 
-    def logits(self, examples: Sequence[Example], vectors: Tensor, *, slots: int) -> Tensor:
-        """Return the logits at the scored positions of rows that share one prompt, as :func:`target_logits` does.
+    def logits(
+        self,
+        examples: Sequence[Example],
+        vectors: Tensor,
+        *,
+        slots: Sequence[int],
+        offsets: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return the logits at the scored positions of rows, as :func:`target_logits` does.
 
         Args:
             examples: B rows.
-            vectors: (P, E) float32 slot vectors.
-            slots: Number of slots P.
+            vectors: (P, E) float32; the slot vectors of all prompts, one below the other.
+            slots: Number of slots of each row's prompt.
+            offsets: Where each row's prompt begins in ``vectors``; 0 for all by default (one prompt).
 
         Returns:
             (N, V) float32, row by row.
         """
-        constant = [_constant(example) for example in examples]
+        constant = [constant_ids(example) for example in examples]
         if not self.is_used or self.backbone.model.training or not any(constant):
-            return target_logits(self.backbone, collate(examples, slots=[slots] * len(examples)), vectors)
+            return target_logits(self.backbone, collate(examples, slots=slots, offsets=offsets), vectors)
         own = [_behind(example, len(ids)) for example, ids in zip(examples, constant, strict=True)]
-        batch = collate(own, slots=[slots] * len(own)).to(self.backbone.device)
+        batch = collate(own, slots=slots, offsets=offsets).to(self.backbone.device)
         past, mask = self._past(constant)
         lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
         logits, _ = self.backbone.run(
@@ -219,7 +231,7 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _constant(example: Example) -> Ids:
+def constant_ids(example: Example) -> Ids:
     """Return the ids in front of the first slot, and of the first scored position where there is no slot."""
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 

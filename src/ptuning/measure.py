@@ -95,7 +95,7 @@ def evaluate(
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
         examples = [example for item in group for example in item.inputs]
-        scored = score_choices(group, constants.logits(examples, vectors, slots=slots))
+        scored = score_choices(group, constants.logits(examples, vectors, slots=[slots] * len(examples)))
         batch_sum, batch_count = loss(group, scored)
         loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
         found |= dict(zip(chosen, hits(group, scored), strict=True))

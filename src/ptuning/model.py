@@ -74,9 +74,8 @@ def scored_logits(backbone: Backbone, embeddings: Tensor, batch: Batch) -> Tenso
     Returns:
         (N, V) float32, row by row.
     """
-    rows, shared, memory = len(batch.counts), batch.shared_tokens, None
-    if (rows - 1) * shared < MIN_SAVED_TOKENS or backbone.model.training or not backbone.shares_prefix:
-        shared = 0  # a backbone that is tuned itself draws its dropout for every row
+    rows, memory = len(batch.counts), None
+    shared = batch.shared_tokens if runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens) else 0
     if shared:
         memory = backbone.run_prefix(embeddings[:1, :shared], positions=batch.positions[:1, :shared], rows=rows)
     logits, _ = backbone.run(
@@ -89,6 +88,12 @@ def scored_logits(backbone: Backbone, embeddings: Tensor, batch: Batch) -> Tenso
         memory=memory,
     )
     return logits
+
+
+def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
+    """Whether the ``shared`` tokens that rows begin with are run in one row: if the backbone can, and it pays."""
+    saves = (rows - 1) * shared >= MIN_SAVED_TOKENS
+    return saves and not backbone.model.training and backbone.shares_prefix  # a tuned one draws dropout for every row
 
 
 def prefix_tokens(backbone: Backbone, examples: Sequence[Example], *, offsets: Sequence[int] | None = None) -> int:

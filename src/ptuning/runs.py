@@ -15,6 +15,7 @@ import torch
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, Tune, without_later_defaults
+from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
@@ -103,79 +104,164 @@ def train(
     Raises:
         PTuningError: Of the stage at fault; before training starts, with nothing written.
     """
-    began = time.monotonic()
-    config = config or TrainConfig()
-    if resume and out is None:
-        raise ConfigError("there is nothing to resume without the folder of the run (out)")
-    parsed = as_template(template)
-    if not parsed.has_slots and config.tune == "frozen":
-        raise TemplateError(
-            f"the template '{parsed}' has no slots, so there is nothing to learn; write words as [P:words] to start "
-            "from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
-        )
-    words = LabelWords.parse(labels) if isinstance(labels, str) else labels
-    if task is not None:
-        words = words or task.label_words
-    asked = {"train": as_questions(data)} if dev is None else {"train": as_questions(data), "dev": as_questions(dev)}
-    scoring = _scoring(task, calibrate, closed=words is not None or asked["train"].has_choices)
-    parts = {name: questions.records for name, questions in asked.items()}
-    for name, records in parts.items():
-        _check(name, records, words)
-    multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
-    bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
-    if words is not None:
-        words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
-    items = {name: _items(bound, questions, words, config, scoring) for name, questions in asked.items()}
-    if dev is None:
-        asked, items = _set_aside(asked["train"], items["train"], config)
-        parts = {name: questions.records for name, questions in asked.items()}
-    if asked["train"].has_choices:
-        few = with_few_choices(asked["train"], TRAIN_CHOICES, seed=config.seed)
-        items["train"] = _items(bound, few, words, config, scoring)
-        config = in_small_passes(config, items["train"])
-    record = _first_record(parsed, words, parts, items, backbone, config, command)
-    record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
-    folder = Path(out) if out is not None else None
-    if folder is not None:
-        finished = _prepare(folder, identity(record), resume=resume, overwrite=overwrite)
-        if finished is not None:
-            return TrainResult(Prompt.load(folder / PROMPT_FOLDER), finished, folder)
-    best: Trainer | None = None
-    starts: list[dict[str, Json]] = []
-    before = 0.0  # seconds of training before this call
-    for number in range(config.starts):
-        trainer = Trainer(
-            backbone,
-            bound,
-            config=replace(config, seed=start_seed(config.seed, number)),
-            checkpoint=_checkpoint(folder, number),
-            identity=identity(record),
-        )
-        if folder is not None and not number:
-            check_room(folder, _needed_bytes(trainer))
+    run = Run(
+        template, data, backbone=backbone, dev=dev, config=config, labels=labels, task=task, calibrate=calibrate,
+        out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command,
+    )  # fmt: skip
+    if run.finished is not None:
+        return run.finished
+    for number in range(run.config.starts):
+        trainer = run.trainer(number, checkpoint=run.checkpoint(number))
         if resume and trainer.load():
-            before += trainer.state.train_seconds
-        trainer.fit(items["train"], items["dev"], report=report, should_stop=should_stop)
-        starts.append(_start(trainer))
-        if best is None or _rank(trainer) > _rank(best):
-            best = trainer
-    assert best is not None
-    prompt = replace(
-        _prompt(parsed, words, best, items),
-        task=task,
-        calibrate=scoring.calibrate,
-        normalise=scoring.normalise,
-    )
-    record |= _outcome(best, seconds=time.monotonic() - began + before)
-    if config.starts > 1:
-        record["starts"] = list(starts)
-    if ceiling:
-        record["ceiling_tokens_per_second"] = measure_ceiling(
-            backbone, items["train"], batch_size=config.batch_size, slots=bound.slots
+            run.seconds_before += trainer.state.train_seconds
+        trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
+        run.add(number, trainer)
+    return run.result()
+
+
+class Run:
+    """A training run that has been checked, and its files: what it learns from, its record, and in the end its result.
+
+    Args:
+        template, data, backbone, dev, config, labels, task, calibrate, out, resume, overwrite, ceiling, command: As of
+            :func:`train`.
+
+    Raises:
+        PTuningError: If anything cannot be used; nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        template: str | Template,
+        data: Sequence[Record] | Questions,
+        *,
+        backbone: Backbone,
+        dev: Sequence[Record] | Questions | None = None,
+        config: TrainConfig | None = None,
+        labels: LabelWords | str | None = None,
+        task: TaskFile | None = None,
+        calibrate: bool | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        ceiling: bool = False,
+        command: str | None = None,
+    ) -> None:
+        self._began = time.monotonic()
+        config = config or TrainConfig()
+        if resume and out is None:
+            raise ConfigError("there is nothing to resume without the folder of the run (out)")
+        parsed = as_template(template)
+        if not parsed.has_slots and config.tune == "frozen":
+            raise TemplateError(
+                f"the template '{parsed}' has no slots, so there is nothing to learn; write words as [P:words] to "
+                "start from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
+            )
+        words = LabelWords.parse(labels) if isinstance(labels, str) else labels
+        if task is not None:
+            words = words or task.label_words
+        asked = (
+            {"train": as_questions(data)} if dev is None else {"train": as_questions(data), "dev": as_questions(dev)}
         )
-    if folder is not None and best.accelerator.is_main_process:
-        _write(folder, prompt, record, asked["dev"], items["dev"], best.backbone)
-    return TrainResult(prompt, record, folder)
+        scoring = _scoring(task, calibrate, closed=words is not None or asked["train"].has_choices)
+        parts = {name: questions.records for name, questions in asked.items()}
+        for name, records in parts.items():
+            _check(name, records, words)
+        multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
+        bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
+        if words is not None:
+            words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
+        items = {name: _items(bound, questions, words, config, scoring) for name, questions in asked.items()}
+        if dev is None:
+            asked, items = _set_aside(asked["train"], items["train"], config)
+            parts = {name: questions.records for name, questions in asked.items()}
+        if asked["train"].has_choices:
+            few = with_few_choices(asked["train"], TRAIN_CHOICES, seed=config.seed)
+            items["train"] = _items(bound, few, words, config, scoring)
+            config = in_small_passes(config, items["train"])
+        record = _first_record(parsed, words, parts, items, backbone, config, command)
+        record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
+        self.template, self.bound, self.backbone, self.config = parsed, bound, backbone, config
+        self.items, self.record = items, record
+        self.identity = identity(record)
+        self.folder = Path(out) if out is not None else None
+        self.finished: TrainResult | None = None
+        # Seconds of training in earlier starts of this run.
+        self.seconds_before = 0.0
+        self._dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
+        self._best: tuple[int, Trainer] | None = None
+        self._starts: dict[int, dict[str, Json]] = {}
+        if self.folder is not None:
+            found = _prepare(self.folder, self.identity, resume=resume, overwrite=overwrite)
+            if found is not None:
+                self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), found, self.folder)
+
+    def trainer(
+        self, number: int, *, checkpoint: Path | None = None, constants: ConstantParts | None = None
+    ) -> Trainer:
+        """Return the trainer of one of several starts, from 0.
+
+        Args:
+            number: Which start.
+            checkpoint: Folder of its checkpoint.
+            constants: What is kept of the text in front of the slots, where prompts are trained together.
+
+        Raises:
+            FileError: If there is no room for the run's files.
+        """
+        found = Trainer(
+            self.backbone,
+            self.bound,
+            config=replace(self.config, seed=start_seed(self.config.seed, number)),
+            checkpoint=checkpoint,
+            identity=self.identity,
+            constants=constants,
+        )
+        if self.folder is not None and not number:
+            check_room(self.folder, _needed_bytes(found))
+        return found
+
+    def checkpoint(self, number: int) -> Path | None:
+        """Return where the checkpoint of a start lies, if there are files."""
+        return _checkpoint(self.folder, number)
+
+    def add(self, number: int, trainer: Trainer) -> None:
+        """Take in a start that was trained; the best on the development part is the run's, of equal ones the first."""
+        self._starts[number] = _start(trainer)
+        if self._best is None or (_rank(trainer), -number) > (_rank(self._best[1]), -self._best[0]):
+            self._best = number, trainer
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether all starts are in."""
+        return len(self._starts) == self.config.starts
+
+    def result(self, *, seconds: float | None = None, more: Mapping[str, Json] | None = None) -> TrainResult:
+        """Return what was learned, and write it down if there is a folder.
+
+        Args:
+            seconds: How long it took; by default since the run was made.
+            more: What else the record says.
+        """
+        assert self._best is not None, "nothing was trained"
+        (_, best), config, record = self._best, self.config, dict(self.record)
+        prompt = replace(
+            _prompt(self.template, self._words, best, self.items),
+            task=self._task,
+            calibrate=self._scoring.calibrate,
+            normalise=self._scoring.normalise,
+        )
+        taken = time.monotonic() - self._began + self.seconds_before if seconds is None else seconds
+        record |= {**_outcome(best, seconds=taken), **(more or {})}
+        if config.starts > 1:
+            record["starts"] = [self._starts[number] for number in sorted(self._starts)]
+        if self._ceiling:
+            record["ceiling_tokens_per_second"] = measure_ceiling(
+                self.backbone, self.items["train"], batch_size=config.batch_size, slots=self.bound.slots
+            )
+        if self.folder is not None and best.accelerator.is_main_process:
+            _write(self.folder, prompt, record, self._dev, self.items["dev"], best.backbone)
+        return TrainResult(prompt, record, self.folder)
 
 
 def _rank(trainer: Trainer) -> tuple[float, float]:

@@ -28,7 +28,8 @@ from ptuning.lora import add_adapters
 from ptuning.measure import Evaluation, evaluate
 from ptuning.measure import Progress as Progress
 from ptuning.measure import Report as Report
-from ptuning.objective import Item, loss, loss_count, score_choices
+from ptuning.objective import Item, loss_count
+from ptuning.steps import Chunk, take_step
 from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
 
 # A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
@@ -56,6 +57,7 @@ class Trainer:
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
+        constants: What is kept of the text in front of the slots, where prompts share it; by default its own.
 
     Raises:
         TrainingError: If the backbone is not frozen.
@@ -69,6 +71,7 @@ class Trainer:
         config: TrainConfig,
         checkpoint: Path | None = None,
         identity: Mapping[str, Json] | None = None,
+        constants: ConstantParts | None = None,
     ) -> None:
         if backbone.model.training or any(weight.requires_grad for weight in backbone.model.parameters()):
             raise TrainingError(f"the backbone '{backbone.name}' is not frozen; call its freeze() first")
@@ -98,8 +101,11 @@ class Trainer:
         self.state = RunState()
         self.best_vectors = self.vectors()
         share = config.cache_memory if config.tune == "frozen" else 0
-        self.constants = ConstantParts(self.backbone, memory_share=share)
+        self.constants = constants or ConstantParts(self.backbone, memory_share=share)
         self.constant_part = self.constants.to_json()
+        # Whether rows run from their first slot onwards.
+        self.skips_constants = False
+        self._losses: list[Tensor] = []
         self.kept: KeptWeights | None = None
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
@@ -185,25 +191,47 @@ class Trainer:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
-        tell = report or (lambda _: None)
         self.kept = KeptWeights(self.checkpoint) if self.weights else None
         try:
             with self.constants:
-                self.constants.prepare(
-                    (example for item in (*train, *dev) for example in item.inputs),
-                    report=lambda done, total: tell(Progress("cache", done, total, "text in front of the slots")),
-                )
-                self.constant_part = self.constants.to_json()
-                self._fit(train, dev, tell, should_stop)
+                for group in self.course(train, dev, report=report):
+                    take_step([(self, group)])
+                    if should_stop is not None and should_stop():
+                        self.save()
+                        raise Interrupted(f"stopped in {self.place}")
+                    if time.monotonic() - self._saved_at > self._pause():
+                        self.save()
             if self.kept is not None:
                 self._take_best(self.kept)
         finally:
             if self.kept is not None:
                 self.kept.close()
 
-    def _fit(
-        self, train: Sequence[Item], dev: Sequence[Item], tell: Report, should_stop: Callable[[], bool] | None
-    ) -> None:
+    @property
+    def place(self) -> str:
+        """Where training stands, in words."""
+        return f"epoch {self.state.epoch} of {self.config.epochs}, after {self.state.step} steps"
+
+    def course(
+        self, train: Sequence[Item], dev: Sequence[Item], *, report: Report | None = None
+    ) -> Iterator[Sequence[Item]]:
+        """Go through training, or on from where a loaded checkpoint stands, and yield the records of each optimizer
+        step, for :func:`take_step` to take it before the next ones are asked for.
+
+        Args:
+            train: Items to learn from.
+            dev: Items to choose by.
+            report: Called with progress.
+
+        Raises:
+            TrainingError: If the loss is no number any more.
+        """
+        tell = report or (lambda _: None)
+        self.skips_constants = self.constants.prepare(
+            (example for item in (*train, *dev) for example in item.inputs),
+            report=lambda done, total: tell(Progress("cache", done, total, "text in front of the slots")),
+        )
+        self.constant_part = self.constants.to_json()
         state = self.state
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
@@ -212,14 +240,7 @@ class Trainer:
         while not state.done:
             if self.weights:
                 self.backbone.thaw(self.weights.values())
-            for _ in self._epoch(train, tell):
-                if should_stop is not None and should_stop():
-                    self.save()
-                    raise Interrupted(
-                        f"stopped in epoch {state.epoch} of {self.config.epochs}, after {state.step} steps"
-                    )
-                if time.monotonic() - self._saved_at > self._pause():
-                    self.save()
+            yield from self._epoch(train, tell)
             self.optimizer.zero_grad(set_to_none=True)
             if self.weights:
                 self.backbone.freeze()
@@ -252,24 +273,17 @@ class Trainer:
         self.backbone.freeze()
         self.optimizer.state.clear()
 
-    def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[None]:
-        """Take the epoch's remaining optimizer steps, yielding after each."""
+    def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[Sequence[Item]]:
+        """Yield the groups of the epoch's remaining optimizer steps."""
         state, config = self.state, self.config
         order = torch.randperm(len(train), generator=self.generator("data order", state.epoch)).tolist()
         group_size = config.batch_size * config.accumulation_steps
         total_steps = math.ceil(len(train) / group_size) * config.epochs
         while state.position < len(train):
-            began = time.monotonic()
-            group = [train[index] for index in order[state.position : state.position + group_size]]
             factor = rate(state.step, total_steps, warmup_fraction=config.warmup_fraction)
             for parameters, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
                 parameters["lr"] = peak * factor
-            self._step(group)
-            state.step += 1
-            state.position += len(group)
-            seconds = time.monotonic() - began
-            state.epoch_seconds += seconds
-            state.train_seconds += seconds
+            yield [train[index] for index in order[state.position : state.position + group_size]]
             mean = state.epoch_loss_sum / state.epoch_loss_count
             tell(
                 Progress(
@@ -279,39 +293,48 @@ class Trainer:
                     f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}",
                 )
             )
-            yield
 
-    def _step(self, group: Sequence[Item]) -> None:
-        """Take one optimizer step. Its loss is the sum over all tokens divided once by their number, however the group
-        is cut into batches or spread over processes.
-        """
+    def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
+        """Forget the last step's gradients, and return the passes of the next one that are this process's."""
         self.encoder.train()
-        total = loss_count(group)
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=self.backbone.device)
-        for at in range(0, len(group), self.config.batch_size):
-            items = group[at : at + self.config.batch_size][rank::processes]
-            if not items:
-                continue
-            examples = [example for item in items for example in item.inputs]
-            self.state.train_tokens += sum(len(example.token_ids) for example in examples)
-            with torch.random.fork_rng(devices=[self.backbone.device] if self.backbone.device.type == "cuda" else []):
-                torch.manual_seed(derived_seed(self.config.seed, "dropout", self.state.step * 65_536 + at))
-                logits = self.constants.logits(examples, self.encoder(), slots=self.bound.slots)
-            batch_loss, _ = loss(items, score_choices(items, logits))
-            (batch_loss / total).backward()
-            loss_sum += batch_loss.detach()
-        if processes > 1:
-            loss_sum = self.accelerator.reduce(loss_sum, "sum")
+        self._losses.clear()
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size, total = self.config.batch_size, loss_count(group)
+        parts = {at: group[at : at + size][rank::processes] for at in range(0, len(group), size)}
+        return [Chunk(self, items, at, total) for at, items in parts.items() if items]
+
+    def dropout_seed(self, at: int) -> int:
+        """Return the seed of what is drawn in a pass of the coming step."""
+        return derived_seed(self.config.seed, "dropout", self.state.step * 65_536 + at)
+
+    def note_loss(self, value: Tensor) -> None:
+        """Take down the summed loss of a pass."""
+        self._losses.append(value)
+
+    def end_step(self, group: Sequence[Item], *, seconds: float) -> None:
+        """Move the weights by the gradients that are there, and count the step.
+
+        Raises:
+            TrainingError: If the loss is no number any more.
+        """
+        state = self.state
+        summed = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=self.backbone.device)
+        if self.accelerator.num_processes > 1:
+            summed = self.accelerator.reduce(summed, "sum")
             for weight in self._trained():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
-        self._check_loss(float(loss_sum), "loss", self.state.epoch)
+        loss_sum = float(summed)
+        self._check_loss(loss_sum, "loss", state.epoch)
         torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
         self.optimizer.step()
-        self.state.epoch_loss_sum += float(loss_sum)
-        self.state.epoch_loss_count += total
+        state.epoch_loss_sum += loss_sum
+        state.epoch_loss_count += loss_count(group)
+        state.step += 1
+        state.position += len(group)
+        state.epoch_seconds += seconds
+        state.train_seconds += seconds
 
     def evaluate(self, items: Sequence[Item], *, report: Report | None = None, note: str = "") -> Evaluation:
         """Score items with the slot vectors as they are now."""
@@ -320,7 +343,7 @@ class Trainer:
             items,
             vectors=self.vectors(),
             slots=self.bound.slots,
-            constants=self.constants,
+            constants=self.constants if self.skips_constants else None,
             report=report,
             note=note,
         )
@@ -368,11 +391,15 @@ class Trainer:
         """Whether this process writes into the checkpoint's folder, or into one of its own."""
         return self.checkpoint is None or bool(self.accelerator.is_main_process)
 
+    def save_to(self, folder: Path) -> None:
+        """Write all that is needed to go on into a folder."""
+        write_checkpoint(folder, self.state, self._tensors(), identity=self.identity)
+
     def save(self) -> None:
         """Write the checkpoint, if there is a folder for it and this is the main process."""
         began = time.monotonic()
         if self.checkpoint is not None and self._writes:
-            write_checkpoint(self.checkpoint, self.state, self._tensors(), identity=self.identity)
+            self.save_to(self.checkpoint)
             if self.kept is not None:
                 self.kept.forget_others(epoch=self.state.chosen_epoch)
         self._saved_at = time.monotonic()
@@ -393,10 +420,18 @@ class Trainer:
         """Go on from the checkpoint; return whether there is one.
 
         Raises:
+            TrainingError: As :meth:`load_from`.
+        """
+        return self.checkpoint is not None and self.load_from(self.checkpoint)
+
+    def load_from(self, folder: Path) -> bool:
+        """Go on from what :meth:`save_to` wrote; return whether there is anything.
+
+        Raises:
             TrainingError: If it is damaged, or belongs to a run with other settings, data or backbone (says which).
         """
-        found = read_checkpoint(self.checkpoint, identity=self.identity) if self.checkpoint else None
-        if self.checkpoint is None or found is None:
+        found = read_checkpoint(folder, identity=self.identity)
+        if found is None:
             return False
         state, tensors = found
         try:
@@ -410,7 +445,7 @@ class Trainer:
                 self._load_optimizer(tensors)
             self.best_vectors = tensors["best_vectors"]
         except (KeyError, ValueError, RuntimeError) as error:
-            raise damaged(self.checkpoint, error) from error
+            raise damaged(folder, error) from error
         self.state = state
         return True
 
