@@ -180,7 +180,9 @@ def table(rows: int = 400, width: int = 12) -> Tensor:
 
 def starts(ids: list[int | None], how: RandomStart = "random", seed: int = 0) -> Tensor:
     """Draw start vectors from a seed of their own."""
-    return start_vectors(ids, table=table(), how=how, generator=torch.Generator().manual_seed(seed))
+    one = table()
+    draw = torch.Generator().manual_seed(seed)
+    return start_vectors(ids, table=one, mean=one.mean(dim=0), std=one.std(dim=0), how=how, generator=draw)
 
 
 def test_text_starts_are_the_tokens_embeddings() -> None:

@@ -18,7 +18,7 @@ RANKS = {
             "errors",
             "files metrics config phrases",
             "records fields",
-            "template segments questions",
+            "template segments questions fleet_file",
             "fill defaults relation_files",
             "labels batch families tokenizer hub relations forward probes",
             "backbone tasks lora",
@@ -44,7 +44,7 @@ RANKS = {
             "paraphrases superglue",
             "show",
             "show_suite show_tasks wiring",
-            "suite_commands task_commands",
+            "suite_commands task_commands fleet_commands",
             "cli",
         ]
     )

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,14 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 # How many values of each weight go into the fingerprint besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
+
+
+class TableStatistics(NamedTuple):
+    """Of the embeddings of all tokens: mean and standard deviation, (E,) float32 on the CPU, and mean norm."""
+
+    mean: Tensor
+    std: Tensor
+    norm: float
 
 
 class Backbone:
@@ -146,7 +154,7 @@ class Backbone:
         modules of its own around the very same weights, for others to be put beside them.
         """
         other = copy.copy(self)
-        for name in ("fingerprint", "trained"):
+        for name in ("fingerprint", "trained", "table_statistics"):
             other.__dict__.pop(name, None)
         shared = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
         other.model = copy.deepcopy(self.model, shared) if share else copy.deepcopy(self.model).float()
@@ -213,6 +221,12 @@ class Backbone:
         """Return the embeddings of all tokens of the tokenizer, (V, E) float32, without gradients."""
         with torch.no_grad():
             return self.embed(torch.arange(self.vocabulary, device=self.device)[None])[0].float()
+
+    @functools.cached_property
+    def table_statistics(self) -> TableStatistics:
+        """What random slots start around, and how far a slot may move; a pass over the whole table."""
+        table = self.table()
+        return TableStatistics(table.mean(dim=0).cpu(), table.std(dim=0).cpu(), float(table.norm(dim=-1).mean()))
 
     def run(
         self,

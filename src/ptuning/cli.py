@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import ptuning
-from ptuning import defaults, show, suite_commands, task_commands
+from ptuning import defaults, fleet_commands, show, suite_commands, task_commands
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.fill import FILLS_MASKS
 from ptuning.wiring import (
@@ -44,11 +44,11 @@ from ptuning.wiring import (
     dev_part,
     load,
     normalise_of,
-    pattern_of,
     prompt_of,
     read_candidates,
     stoppable,
     task_of,
+    template_of,
     tune_options,
 )
 
@@ -160,22 +160,12 @@ def train(
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
     from ptuning.files import check_free
-    from ptuning.template import Template
 
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"cache_memory": cache_memory}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     asked = task_of(task)
-    if (template is not None) + (manual is not None) != 1 and (asked is None or template is not None):
-        raise ConfigError("give either --template, or --manual to have one made from a manual template, or --task")
-    if about is not None and manual is None:
-        raise ConfigError("--about goes with --manual")
-    if pattern is not None and (asked is None or template is not None or manual is not None):
-        raise ConfigError("--pattern is the number of a task's template; it goes with --task alone")
-    if asked is not None and template is None and manual is None:
-        parsed = pattern_of(asked.learned, asked, pattern or 1)
-    else:
-        parsed = Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
+    parsed = template_of(asked, template, manual, about, pattern)
     check_free(out, overwrite=overwrite or resume)
     rows = data_of(data, field, asked, part="train")
     dev_rows = data_of(dev, field, asked, part="dev") if dev is not None else dev_part(data, asked)
@@ -403,7 +393,7 @@ def demo(
     show.demo(result)
 
 
-for _one in suite_commands.COMMANDS:
+for _one in (*fleet_commands.COMMANDS, *suite_commands.COMMANDS):
     app.command(cls=Command)(_one)
 for _name, _two in task_commands.COMMANDS.items():
     task_app.command(name=_name, cls=Command)(_two)

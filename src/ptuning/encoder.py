@@ -94,13 +94,21 @@ class PromptEncoder(nn.Module):
 
 
 def start_vectors(
-    start_ids: Sequence[int | None], *, table: Tensor, how: RandomStart, generator: torch.Generator
+    start_ids: Sequence[int | None],
+    *,
+    table: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    how: RandomStart,
+    generator: torch.Generator,
 ) -> Tensor:
     """Return what the slots start at.
 
     Args:
         start_ids: P token ids; None where a slot starts at random.
         table: (V, E) float32 embeddings of the tokenizer's tokens.
+        mean: (E,) their mean.
+        std: (E,) their standard deviation.
         how: ``random`` draws each vector around the table's mean, with :data:`RANDOM_START_NOISE` of its spread per
             dimension; ``vocabulary`` takes the embedding of a random token.
         generator: Draws the random starts.
@@ -115,5 +123,5 @@ def start_vectors(
         vectors[random] = table[torch.randint(len(table), (len(random),), generator=generator)]
     elif random:
         noise = torch.randn(len(random), table.shape[1], generator=generator)
-        vectors[random] = table.mean(dim=0) + RANDOM_START_NOISE * table.std(dim=0) * noise
+        vectors[random] = mean + RANDOM_START_NOISE * std * noise
     return vectors

@@ -162,7 +162,7 @@ class Fleet:
                     report(self._progress(work))
                 yield from self._go_on(self._live, failed, work)
         if self.checkpoint is not None:
-            self._write({})
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def _begin(
         self, member: Member, constants: ConstantParts, folders: dict[str, Path], report: Report | None

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.constants import ConstantParts
@@ -45,6 +47,38 @@ class FleetPrompt:
     labels: LabelWords | str | None = None
     task: TaskFile | None = None
     calibrate: bool | None = None
+
+    def run(
+        self,
+        backbone: Backbone,
+        *,
+        out: Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        command: str | None = None,
+    ) -> Run:
+        """Return its run, checked; arguments as of :func:`ptuning.train`.
+
+        Raises:
+            PTuningError: If anything cannot be used; says which prompt's.
+        """
+        try:
+            return Run(
+                self.template,
+                self.data,
+                backbone=backbone,
+                dev=self.dev,
+                config=self.config,
+                labels=self.labels,
+                task=self.task,
+                calibrate=self.calibrate,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                command=command,
+            )
+        except PTuningError as error:
+            raise type(error)(f"prompt '{self.name}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -105,23 +139,13 @@ def train_fleet(
     runs: dict[str, Run] = {}
     for prompt in prompts:
         _check_name(prompt.name, runs)
-        try:
-            runs[prompt.name] = Run(
-                prompt.template,
-                prompt.data,
-                backbone=backbone,
-                dev=prompt.dev,
-                config=prompt.config,
-                labels=prompt.labels,
-                task=prompt.task,
-                calibrate=prompt.calibrate,
-                out=folder / prompt.name if folder is not None else None,
-                resume=resume and folder is not None,
-                overwrite=overwrite,
-                command=command,
-            )
-        except PTuningError as error:
-            raise type(error)(f"prompt '{prompt.name}': {error}") from error
+        runs[prompt.name] = prompt.run(
+            backbone,
+            out=folder / prompt.name if folder is not None else None,
+            resume=resume and folder is not None,
+            overwrite=overwrite,
+            command=command,
+        )
     results: dict[str, TrainResult] = {}
     failed: dict[str, str] = {}
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
@@ -152,6 +176,11 @@ def train_fleet(
     if folder is not None:
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
+
+
+def can_train_together() -> bool:
+    """Whether prompts can be trained at once here: in one process they can, several share one prompt's rows."""
+    return bool(PartialState().num_processes == 1)
 
 
 def fleet_runs(

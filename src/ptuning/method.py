@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -17,6 +18,9 @@ from ptuning.questions import Question, Questions
 from ptuning.records import Record
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
+
+if TYPE_CHECKING:
+    from ptuning.fleets import FleetPrompt
 
 # What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
 RANDOM_WEIGHTS = "@random-weights"
@@ -129,6 +133,8 @@ class Method:
             seed.
         passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
             of time; None if it never runs the backbone.
+        prompts: Gives the trainings that ``fit`` looks for in the setup's folder, each under its name, so that those of
+            many tasks can be done together beforehand; None if there is nothing to share.
     """
 
     name: str
@@ -138,6 +144,7 @@ class Method:
     seeded: bool = False
     passes: tuple[float, float] | None = None
     reads_train: bool = True
+    prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
 
 
 class Methods(Mapping[str, Method]):
@@ -161,6 +168,7 @@ class Methods(Mapping[str, Method]):
         seeded: bool = False,
         passes: tuple[float, float] | None = None,
         reads_train: bool = True,
+        prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 
@@ -173,7 +181,7 @@ class Methods(Mapping[str, Method]):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train)
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train, prompts)
             return fit
 
         return add

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ptuning.demo import DemoResult
     from ptuning.evaluate import Result
     from ptuning.files import Json
+    from ptuning.fleets import FleetResult
     from ptuning.inspection import Inspection, Neighbour
     from ptuning.measure import Progress
     from ptuning.metrics import Score
@@ -170,6 +171,39 @@ def training(result: TrainResult) -> None:
     line(f"prompt:  {result.folder}/prompt")
     line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
     line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
+
+
+def fleet_prompt(name: str, outcome: TrainResult | Exception) -> None:
+    """Print a prompt of a fleet that has ended."""
+    if isinstance(outcome, Exception):
+        say(f"{name}: failed: {outcome}")
+        return
+    score, rows, chosen = _fleet_line(outcome)
+    say(f"{name}: dev score {score}, n = {rows}, {chosen}")
+
+
+def fleet(found: FleetResult, out: Path) -> None:
+    """Print what a fleet left."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("prompt", "start", "dev score", "n", "chosen"):
+        table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
+    for name, result in found.results.items():
+        start = cast("Mapping[str, float]", result.record["start"])
+        table.add_row(escape(name), f"{start['dev_score']:.3f}", *_fleet_line(result))
+    for name, error in found.failed.items():
+        table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
+    results().print(table)
+    line(f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl; {out}/fleet.json names them all")
+    if found.results:
+        line(f"next:    {program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE")
+
+
+def _fleet_line(result: TrainResult) -> tuple[str, str, str]:
+    """Return a prompt's development score, the number of records behind it, and what was chosen."""
+    score = next(value for name, value in result.prompt.scores.items() if name != "loss")
+    rows = cast("Mapping[str, Mapping[str, Json]]", result.record["data"])["dev"]["rows"]
+    chosen = cast("int", result.record["chosen_epoch"])
+    return f"{score:.3f}", str(rows), f"epoch {chosen}" if chosen else "the start"
 
 
 def evaluation(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:

@@ -4,7 +4,9 @@ statistics.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -21,13 +23,14 @@ from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
+from ptuning.fleets import can_train_together, fleet_runs
 from ptuning.measure import Progress, Report
 from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup, Task
 from ptuning.metrics import Score, Values, rows_of, summary, value_of
 from ptuning.prompt import versions
 from ptuning.questions import Questions
 from ptuning.records import Records
-from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE
+from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE, Run
 from ptuning.scores import TASK_SCORE, score_values
 from ptuning.trainer import Interrupted
 
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 CELLS_FOLDER = "cells"
+# Checkpoints of prompts that are in training at once.
+FLEETS_FOLDER = "fleets"
 # What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
 STARTED_FILE = "started.json"
 # Answers to rows whose labels nobody here knows.
@@ -141,6 +146,21 @@ class CellResult:
         }
 
 
+@dataclass
+class _Going:
+    """A start of a suite: who hears of it, who may stop it, and how many cells are through."""
+
+    report: Report | None
+    should_stop: Callable[[], bool] | None
+    total: int
+    done: int = 0
+
+    def tell(self, cell: Cell) -> None:
+        """Say which cell is next."""
+        if self.report is not None:
+            self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
+
+
 class Suite:
     """The cells of a comparison in one folder.
 
@@ -212,6 +232,8 @@ class Suite:
                         f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
                     ) from error
                 shutil.rmtree(folder)
+                # What was trained together with it went on from other settings, too.
+                shutil.rmtree(self.out / FLEETS_FOLDER, ignore_errors=True)
 
     def run(
         self,
@@ -227,18 +249,85 @@ class Suite:
             Interrupted: If ``should_stop`` said so.
         """
         cells = self.cells
-        for number, cell in enumerate(cells):
-            if report is not None:
-                report(Progress("suite", number, len(cells), f"{cell.task} {cell.method}"))
-            done = self.load(cell)
-            if done is not None:
-                yield done
-                continue
-            if should_stop is not None and should_stop():
-                raise Interrupted(f"stopped after {number} of {len(cells)} cells")
-            yield self._run(cell, report, should_stop)
+        going = _Going(report, should_stop, len(cells))
+        for _, group in itertools.groupby(cells, key=lambda cell: (cell.seed, cell.method)):
+            same = list(group)
+            run = self._run_together if self._trains_together(same) else self._run_in_turn
+            for result in run(same, going):
+                going.done += 1
+                yield result
         if report is not None:
             report(Progress("suite", len(cells), len(cells), ""))
+
+    def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
+        """Run cells of one method and seed, one after another."""
+        for cell in cells:
+            going.tell(cell)
+            done = self.load(cell)
+            if done is None and going.should_stop is not None and going.should_stop():
+                raise Interrupted(f"stopped after {going.done} of {going.total} cells")
+            yield done or self._run(cell, going)
+
+    def _trains_together(self, cells: Sequence[Cell]) -> bool:
+        """Whether what a method trains in these cells can be trained at once, and is more than one prompt."""
+        several = len(cells) * self.tries * self.config.starts > 1
+        return self.methods[cells[0].method].prompts is not None and several and can_train_together()
+
+    def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
+        """Run cells of one method and seed, whose prompts are trained at once, in the order in which they end."""
+        done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
+        yield from done.values()
+        if len(done) == len(cells):
+            return
+        going.tell(next(cell for cell in cells if cell not in done))
+        runs: dict[str, Run] = {}
+        owners: dict[str, Cell] = {}
+        for cell in cells:
+            # Those that are done as well: prompts that ended since the last checkpoint are trained to their end again.
+            if cell not in done:
+                self._start(cell)
+            try:
+                mine = self._prompts(cell, going)
+            except PTuningError as error:
+                if cell not in done:
+                    yield self._failed(cell, error)
+                continue
+            runs |= mine
+            owners |= dict.fromkeys(mine, cell)
+        if not runs:
+            return
+        waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
+        seconds = dict.fromkeys(waiting, 0.0)
+        failed: dict[Cell, PTuningError] = {}
+        place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
+        for name, outcome in fleet_runs(
+            runs, checkpoint=place, resume=True, report=going.report, should_stop=going.should_stop
+        ):
+            cell = owners[name]
+            waiting[cell].remove(name)
+            if isinstance(outcome, PTuningError):
+                failed[cell] = outcome
+            else:
+                seconds[cell] += cast("float", outcome.record["train_seconds"])
+            if waiting[cell] or cell in done:
+                continue
+            going.tell(cell)
+            if cell in failed:
+                yield self._failed(cell, failed[cell], seconds=seconds[cell])
+            else:
+                yield self._run(cell, going, seconds=seconds[cell])
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+    def _prompts(self, cell: Cell, going: _Going) -> dict[str, Run]:
+        """Return the trainings of a cell, each under a name of its own."""
+        make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
+        assert make is not None, f"{cell.method} does not train together with others"
+        setup, folder = self._setup(cell, going), self.out / cell.folder
+        return {
+            f"{cell.task} {prompt.name}": prompt.run(setup.backbone, out=folder / prompt.name, resume=True)
+            for prompt in make(task, setup)
+        }
 
     def load(self, cell: Cell) -> CellResult | None:
         """Return the result of a finished cell; None if it is not there, or broken."""
@@ -302,40 +391,41 @@ class Suite:
         task = job.task_of(seed)
         return {"train": task.train, "dev": task.dev, "test": job.test}
 
-    def _run(self, cell: Cell, report: Report | None, should_stop: Callable[[], bool] | None) -> CellResult:
-        began = time.monotonic()
-        folder = self.out / cell.folder
+    def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
+        """Run a cell, on which so many seconds were spent already."""
+        began = time.monotonic() - seconds
         try:
-            return self._fit(cell, folder, report, should_stop, began)
+            return self._fit(cell, self._setup(cell, going), began)
         except (Interrupted, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Whatever a method of somebody else's raises: the other cells are worth their while.
-            logger.warning("%s %s seed %d failed: %s", cell.task, cell.method, cell.seed, error)
-            logger.debug("the error in full", exc_info=error)
-            text = str(error) or type(error).__name__
-            return CellResult(cell, "failed", seconds=time.monotonic() - began, error=text)
+            return self._failed(cell, error, seconds=time.monotonic() - began)
 
-    def _fit(
-        self,
-        cell: Cell,
-        folder: Path,
-        report: Report | None,
-        should_stop: Callable[[], bool] | None,
-        began: float,
-    ) -> CellResult:
-        job, method = self.jobs[cell.task], self.methods[cell.method]
-        make_folder(folder)
-        write_json(folder / STARTED_FILE, {"identity": self.identity(cell)})
-        setup = Setup(
-            self._backbone_of(method, cell.seed),
+    def _failed(self, cell: Cell, error: Exception, *, seconds: float = 0.0) -> CellResult:
+        logger.warning("%s %s seed %d failed: %s", cell.task, cell.method, cell.seed, error)
+        logger.debug("the error in full", exc_info=error)
+        return CellResult(cell, "failed", seconds=seconds, error=str(error) or type(error).__name__)
+
+    def _start(self, cell: Cell) -> None:
+        """Write down what a cell is started with."""
+        make_folder(self.out / cell.folder)
+        write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
+
+    def _setup(self, cell: Cell, going: _Going) -> Setup:
+        return Setup(
+            self._backbone_of(self.methods[cell.method], cell.seed),
             config=self.config,
             seed=cell.seed,
             tries=self.tries,
-            folder=folder,
-            report=report,
-            should_stop=should_stop,
+            folder=self.out / cell.folder,
+            report=going.report,
+            should_stop=going.should_stop,
         )
+
+    def _fit(self, cell: Cell, setup: Setup, began: float) -> CellResult:
+        job, method, folder = self.jobs[cell.task], self.methods[cell.method], self.out / cell.folder
+        self._start(cell)
         solution = method.fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
         if job.unlabelled is not None:

@@ -84,14 +84,19 @@ class Trainer:
         self.checkpoint = checkpoint
         self.identity = dict(identity or {})
         self.accelerator = Accelerator()
-        table = backbone.table()
+        known = backbone.table_statistics
         start = start_vectors(
-            bound.slot_start_ids, table=table, how=config.start, generator=self.generator("slot starts")
+            bound.slot_start_ids,
+            table=backbone.table(),
+            mean=known.mean,
+            std=known.std,
+            how=config.start,
+            generator=self.generator("slot starts"),
         )
         with torch.random.fork_rng(devices=[]):  # torch's modules draw weights of their own before ours are written
             self.encoder = PromptEncoder(
                 start,
-                reach=float(table.norm(dim=-1).mean()),
+                reach=known.norm,
                 kind=config.encoder if bound.slots else "none",
                 dropout=config.dropout,
                 generator=self.generator("encoder weights"),

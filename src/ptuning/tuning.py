@@ -16,6 +16,7 @@ from ptuning.baselines import target_tokens
 from ptuning.config import Tune
 from ptuning.errors import ConfigError
 from ptuning.files import Json
+from ptuning.fleets import FleetPrompt
 from ptuning.head import HeadModel
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
@@ -44,7 +45,17 @@ def _register(name: str, describe: str, template: Callable[[Task], Template], *,
     def fit(task: Task, setup: Setup) -> Solution:
         return _learn(task, setup, template(task), tune=tune)
 
-    METHODS.register(name, describe=describe, trained=True, seeded=True, passes=(PASSES[tune], 1.0))(fit)
+    def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
+        return _tried(task, setup, template(task), tune=tune)
+
+    METHODS.register(
+        name,
+        describe=describe,
+        trained=True,
+        seeded=True,
+        passes=(PASSES[tune], 1.0),
+        prompts=prompts if tune == "frozen" else None,
+    )(fit)
 
 
 # In the order of tables. Sources: Liu et al. (2021), section 3 (p-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
@@ -101,6 +112,16 @@ def tried_factors(tries: int) -> Sequence[float]:
     return TRIED_FACTORS[:tries]
 
 
+def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[FleetPrompt]:
+    """Return a training for each of the tried learning rates, named after the folder of its files."""
+    setting, found = RATES[tune], []
+    for number, factor in enumerate(tried_factors(setup.tries), start=1):
+        rate = getattr(setup.config, setting) * factor
+        config = replace(setup.config, **{"seed": setup.seed, "tune": tune, "keep": "difference", setting: rate})
+        found.append(FleetPrompt(f"try-{number}", template, task.train, task.dev, config=config, task=task.file))
+    return found
+
+
 def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solution:
     """Train with each of the tried learning rates, as ``ptuning train`` does, and answer with what is best on the
     development part. Its files stay, but for those with all weights of a backbone, once the method is fitted.
@@ -110,17 +131,15 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     with contextlib.ExitStack() as temporary:
         # Not in memory: there it would bound the size of a backbone that can be tuned.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
-        for number, factor in enumerate(tried_factors(setup.tries), start=1):
-            rate = getattr(setup.config, setting) * factor
-            config = replace(setup.config, **{"seed": setup.seed, "tune": tune, "keep": "difference", setting: rate})
+        for one in _tried(task, setup, template, tune=tune):
             result = train(
-                template,
-                task.train,
-                dev=task.dev,
-                task=task.file,
+                one.template,
+                one.data,
+                dev=one.dev,
+                task=one.task,
                 backbone=setup.backbone,
-                config=config,
-                out=folder / f"try-{number}",
+                config=one.config,
+                out=folder / one.name,
                 resume=True,
                 report=setup.report,
                 should_stop=setup.should_stop,
@@ -128,6 +147,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
             records.append(result.record)
             name = "accuracy" if task.file is not None else "exact_match"
             score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
+            rate = getattr(one.config, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # and with it the weights, before the next copy is made
         best = _best(tried)

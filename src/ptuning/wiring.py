@@ -226,6 +226,47 @@ def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Te
     return templates[number - 1]
 
 
+def template_of(
+    task: TaskFile | None,
+    template: str | None,
+    manual: str | None,
+    about: str | None,
+    pattern: int | None,
+    *,
+    option: str = "--",
+) -> Template:
+    """Return the template to learn: the one that is given, one made of a manual one, or a task's by its number.
+
+    Args:
+        task: The task that is asked for, if any.
+        template: A template with slots.
+        manual: A manual template.
+        about: With ``manual``: what is asked for.
+        pattern: Number of the task's template, from 1.
+        option: What stands in front of the names of what is given, in messages.
+
+    Raises:
+        ConfigError: If these do not go together.
+        TemplateError: If a template is malformed.
+    """
+    from ptuning.template import Template
+
+    if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):
+        raise ConfigError(
+            f"give either {option}template, or {option}manual to have one made from a manual template, or {option}task"
+        )
+    if about is not None and manual is None:
+        raise ConfigError(f"{option}about goes with {option}manual")
+    if pattern is not None and (task is None or template is not None or manual is not None):
+        raise ConfigError(f"{option}pattern is the number of a task's template; it goes with {option}task alone")
+    if template is not None:
+        return Template.parse(template)
+    if manual is not None:
+        return Template.from_manual(manual, about=about)
+    assert task is not None
+    return pattern_of(task.learned, task, pattern or 1)
+
+
 def data_to_answer(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
 ) -> Records | Questions:
