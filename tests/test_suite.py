@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,20 @@ import pytest
 import torch
 
 from conftest import WARM
+from ptuning import steps
 from ptuning.backbone import Backbone
 from ptuning.comparison import compare
 from ptuning.config import TrainConfig
-from ptuning.errors import ConfigError, FileError
+from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.experiment import Watch
-from ptuning.method import METHODS, Setup, Solution
+from ptuning.method import METHODS, Setup, Solution, Task
+from ptuning.prompt import Prompt
+from ptuning.questions import as_questions
 from ptuning.records import Record, Records
 from ptuning.results import Results
-from ptuning.suite import Cell
-from ptuning.trainer import Interrupted
+from ptuning.suite import Cell, Job, Suite
+from ptuning.template import Template
+from ptuning.trainer import Interrupted, Trainer
 
 MANUAL = "The capital of [X] is [Y] ."
 NAMES = ("Nairobi", "yes", "no", "good")
@@ -242,22 +246,23 @@ from ptuning import TrainConfig, compare, load_backbone
 train, dev, test = json.load(open(sys.argv[2]))
 compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out=sys.argv[3],
         backbone=load_backbone(sys.argv[1], dtype="float32", device="cpu"), methods=sys.argv[6].split(","),
+        tries=int(sys.argv[7]),
         config=TrainConfig(epochs=8, batch_size=2, lr=0.01, patience=9, checkpoint_seconds=0.0))
 """
 
 
-@pytest.mark.parametrize("method", ["p-tuning", "fine-tuning"])
+@pytest.mark.parametrize(("method", "tries"), [("p-tuning", 1), ("p-tuning", 3), ("fine-tuning", 1)])
 def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
-    model_folder: Callable[[str], Path], tmp_path: Path, method: str
+    model_folder: Callable[[str], Path], tmp_path: Path, method: str, tries: int
 ) -> None:
-    """Done when: ``kill -9`` in a cell, started again, the same ``results.json``."""
+    """Done when: ``kill -9`` in a cell, started again, the same ``results.json``; also where prompts train at once."""
     (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
     model = str(model_folder("llama"))
 
     def start(out: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", PROGRAM, model, str(tmp_path / "data.json"), str(tmp_path / out), MANUAL, WARM]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*command, f"manual,{method}"], env=environment, stderr=subprocess.PIPE)
+        return subprocess.Popen([*command, f"manual,{method}", str(tries)], env=environment, stderr=subprocess.PIPE)
 
     with start("cut") as process:
         folder = tmp_path / f"cut/cells/task/{method}/seed-0"
@@ -277,6 +282,109 @@ def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     said = [(tmp_path / out / f"cells/task/{method}/seed-0/predictions.jsonl").read_bytes() for out in ("cut", "whole")]
     assert said[0] == said[1]
+
+
+def suite(backbone: Backbone, out: Path, *, counts: Sequence[int], template: str = WARM) -> Suite:
+    """A suite of p-tuning on tasks with so many facts to learn from each."""
+    jobs = [
+        Job(
+            Task(
+                f"task-{count}",
+                as_questions(TRAIN[:count]),
+                as_questions(DEV),
+                Template.parse(MANUAL),
+                Template.parse(template),
+                tuple(sorted(NAMES)),
+            ),
+            as_questions(TEST),
+            {},
+        )
+        for count in counts
+    ]
+    return Suite(out, jobs=jobs, methods=["p-tuning"], seeds=1, backbone=backbone, config=FAST, tries=1)
+
+
+def learned(out: Path) -> dict[str, torch.Tensor]:
+    found = {str(path.relative_to(out)): Prompt.load(path.parent) for path in sorted(out.rglob("prompt/prompt.json"))}
+    return {name: prompt.slot_vectors for name, prompt in found.items() if prompt.slot_vectors is not None}
+
+
+def test_prompts_of_several_tasks_are_trained_at_once(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass, and each as if it were alone, but for rounding."""
+    sizes: list[int] = []
+    real = steps._run
+
+    def spy(chunks: Sequence[steps.Chunk]) -> None:
+        sizes.append(len(chunks))
+        real(chunks)
+
+    monkeypatch.setattr(steps, "_run", spy)
+    together = list(suite(causal, tmp_path / "together", counts=(5, 12, 8)).run())
+    assert max(sizes) == 3
+    monkeypatch.setattr(Suite, "_trains_together", lambda *_: False)
+    in_turn = list(suite(causal, tmp_path / "turn", counts=(5, 12, 8)).run())
+    assert [one.cell.task for one in together] == ["task-5", "task-8", "task-12"], "each when it has ended"
+    assert {one.cell: one.values for one in together} == {one.cell: one.values for one in in_turn}
+    one, other = learned(tmp_path / "together"), learned(tmp_path / "turn")
+    assert list(one) == list(other)
+    assert len(one) == 3
+    for name, vectors in one.items():
+        torch.testing.assert_close(vectors, other[name], rtol=0, atol=1e-4)
+    assert not (tmp_path / "together" / "fleets").exists()
+    assert all(result.seconds > 0 for result in together)
+
+
+@pytest.mark.parametrize("steps_taken", [1, 4, 6])
+def test_stopped_while_several_tasks_train_it_goes_on_exactly(
+    causal: Backbone, tmp_path: Path, steps_taken: int
+) -> None:
+    """Also where one task was done already when it was stopped."""
+    asked = iter([False] * (steps_taken - 1) + [True] * 99)
+    whole = {one.cell: one.values for one in suite(causal, tmp_path / "whole", counts=(5, 12, 8)).run()}
+    with pytest.raises(Interrupted):
+        list(suite(causal, tmp_path / "cut", counts=(5, 12, 8)).run(should_stop=lambda: next(asked)))
+    again = list(suite(causal, tmp_path / "cut", counts=(5, 12, 8)).run())
+    assert {one.cell: one.values for one in again} == whole
+    one, other = learned(tmp_path / "cut"), learned(tmp_path / "whole")
+    assert list(one) == list(other)
+    for name, vectors in one.items():
+        assert torch.equal(vectors, other[name]), name
+
+
+def test_one_tasks_bad_loss_fails_its_cell_alone(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.end_step
+
+    def end(self: Trainer, group: Sequence[Any], *, seconds: float) -> None:
+        if self.state.step == 3:  # which the first task never takes
+            raise TrainingError("the loss is no number any more")
+        real(self, group, seconds=seconds)
+
+    monkeypatch.setattr(Trainer, "end_step", end)
+    found = {one.cell.task: one for one in suite(causal, tmp_path, counts=(4, 12)).run()}
+    assert {name: one.status for name, one in found.items()} == {"task-4": "done", "task-12": "failed"}
+    assert "no number" in str(found["task-12"].error)
+
+
+def test_a_task_that_cannot_be_trained_fails_alone(causal: Backbone, tmp_path: Path) -> None:
+    found = {one.cell.task: one for one in suite(causal, tmp_path, counts=(0, 12)).run()}
+    assert {name: one.status for name, one in found.items()} == {"task-0": "failed", "task-12": "done"}
+    assert "no records" in str(found["task-0"].error)
+
+
+def test_other_settings_forget_what_was_in_training_at_once(causal: Backbone, tmp_path: Path) -> None:
+    asked = iter([False] * 3 + [True] * 99)
+    one = suite(causal, tmp_path, counts=(5, 12))
+    with pytest.raises(Interrupted):
+        list(one.run(should_stop=lambda: next(asked)))
+    other = suite(causal, tmp_path, counts=(5, 12), template="[P*2] [X] [P] [Y]")
+    with pytest.raises(FileError, match="other settings"):
+        other.check(overwrite=False)
+    other.check(overwrite=True)
+    assert [result.status for result in other.run()] == ["done", "done"]
 
 
 def test_a_dry_run_leaves_nothing_and_knows_what_is_finished(causal: Backbone, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ptuning.trainer import Trainer
 
 # Tokens of one pass with gradients over the rows of several prompts. More brings nothing on a processor and costs
-# memory; a GPU is not full with them. Source: docs/architecture.md, decision 33.
+# memory; a GPU is not full with them. Source: docs/architecture.md, decision 28.
 JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts run together if pads make up no more than this beside the tokens that each prompt's rows
@@ -75,10 +75,7 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
     frozen backbone, and one :class:`~ptuning.constants.ConstantParts`.
 
     Returns:
-        Trainers whose loss is no number any more, where there are several.
-
-    Raises:
-        TrainingError: Where there is one.
+        Trainers whose loss is no number any more, each with what is to be said of it.
     """
     began = time.monotonic()
     chunks = [chunk for trainer, group in groups for chunk in trainer.begin_step(group)]
@@ -96,8 +93,6 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
         try:
             trainer.end_step(group, seconds=seconds)
         except TrainingError as error:
-            if len(groups) == 1:
-                raise
             failed[trainer] = error
     return failed
 

@@ -200,7 +200,8 @@ class Trainer:
         try:
             with self.constants:
                 for group in self.course(train, dev, report=report):
-                    take_step([(self, group)])
+                    if failed := take_step([(self, group)]):
+                        raise failed[self]
                     if should_stop is not None and should_stop():
                         self.save()
                         raise Interrupted(f"stopped in {self.place}")
