@@ -61,7 +61,6 @@ GOALS: dict[str, Goal] = {
     "load-seconds": Goal("loading the cached backbone in a new process", "startup", 3.0, "seconds", True),
 }
 NOT_RUN = "not measured yet; make bench does it"
-NO_FLEETS = "ptuning trains prompts one after another: there are no fleets yet"
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -77,8 +76,7 @@ def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Json]:
     for name, goal in GOALS.items():
         found = results.get(goal.script, {}).get("answers", {}).get(name)
         if found is None:
-            reason = NO_FLEETS if goal.script == "fleet" else NOT_RUN
-            found = {"measured": None, "low": None, "high": None, "note": reason}
+            found = {"measured": None, "low": None, "high": None, "note": NOT_RUN}
         questions[name] = {
             "goal": goal.goal,
             "measured": found["measured"],

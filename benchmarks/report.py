@@ -206,6 +206,16 @@ TABLES: dict[str, tuple[str, Callable[[Cell], bool], tuple[Column, ...]]] = {
         has("score"),
         (("facts", text_of("cell")), WHO, ("seconds of the run", spread_of("seconds")), ("score", spread_of("score"))),
     ),
+    "fleet": (
+        "fleet",
+        has("seconds_per_prompt"),
+        (
+            ("prompts", text_of("prompts")),
+            ("how", text_of("contestant")),
+            ("seconds", spread_of("seconds")),
+            ("seconds a prompt", spread_of("seconds_per_prompt")),
+        ),
+    ),
     "prediction": (
         "prediction",
         has("seconds_per_record"),

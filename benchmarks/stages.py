@@ -27,7 +27,7 @@ from benchmarks.material import (
     synchronised,
     train_seconds,
 )
-from ptuning import constants, encoder, model, trainer
+from ptuning import constants, encoder, model, steps
 from ptuning.backbone import Backbone
 from ptuning.trainer import TrainConfig, Trainer
 
@@ -134,13 +134,14 @@ def marked(backbone: Backbone) -> Iterator[None]:
         for owner, attribute, name in (
             (constants, "collate", COLLATE),
             (constants, "inject", EMBED),
+            (steps, "collate", COLLATE),
             (model, "inject", EMBED),
             (backbone, "embed", EMBED),
             (encoder.PromptEncoder, "forward", ENCODER),
             (backbone, "run", RUN),
             (body, "forward", BODY),
-            (trainer, "score_choices", LOSS),
-            (trainer, "loss", LOSS),
+            (steps, "score_choices", LOSS),
+            (steps, "loss", LOSS),
             (torch.Tensor, "backward", BACKWARD),
             (torch.optim.AdamW, "step", OPTIMIZER),
             (torch.nn.utils, "clip_grad_norm_", OPTIMIZER),

@@ -12,13 +12,13 @@ import pytest
 
 from conftest import bound
 from ptuning.backbone import Backbone
+from ptuning.cells import Job
 from ptuning.comparison import compare, lama, relation_job
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError, RecordError, TemplateError
 from ptuning.records import Record, Records, split_records
 from ptuning.relations import read_relations
 from ptuning.results import Results
-from ptuning.suite import Job
 from ptuning.template import Template
 
 WORDS = ("yes", "good", "great", "bad")

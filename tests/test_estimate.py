@@ -12,13 +12,14 @@ import pytest
 from conftest import WARM, bound
 from ptuning import estimate as module
 from ptuning.backbone import Backbone
+from ptuning.cells import Job
 from ptuning.config import TrainConfig
 from ptuning.estimate import Estimate, estimate
 from ptuning.experiment import methods as known
 from ptuning.method import Task
 from ptuning.questions import as_questions
 from ptuning.records import Record
-from ptuning.suite import Job, Suite
+from ptuning.suite import Suite
 from ptuning.template import Template
 
 WORDS = ("yes", "good", "great")

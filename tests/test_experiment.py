@@ -10,6 +10,7 @@ import pytest
 
 import ptuning.experiment
 from ptuning.backbone import Backbone
+from ptuning.cells import Job
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
@@ -17,7 +18,6 @@ from ptuning.method import METHODS, Task
 from ptuning.questions import as_questions
 from ptuning.records import Record
 from ptuning.results import Results
-from ptuning.suite import Job
 from ptuning.template import Template
 from ptuning.trainer import Interrupted
 

@@ -262,8 +262,32 @@ def test_errors_name_the_prompt_and_write_nothing(causal: Backbone, tmp_path: Pa
         train_fleet([good], backbone=causal, at_once=0)
 
 
+def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of prompts must not fill the memory with texts that nobody reads any more."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    kept: list[int] = []
+    real = ConstantParts.keep_only
+
+    def spy(self: ConstantParts, examples: Any) -> None:
+        real(self, examples)
+        kept.append(self.tokens)
+
+    monkeypatch.setattr(ConstantParts, "keep_only", spy)
+    texts = [[{"x": f"{word} {row['x']}", "y": row["y"]} for row in TEXTS] for word in ("First", "Then", "Last")]
+    prompts = [
+        FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=replace(FAST, epochs=1 + n))
+        for n, rows in enumerate(texts)
+    ]
+    train_fleet(prompts, backbone=causal)
+    assert len(kept) == 3
+    assert kept[0] > kept[1] > kept[2] == 0
+
+
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
+    (tmp_path / CHECKPOINT_FOLDER).mkdir()
     (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text("{}")
     with pytest.raises(TrainingError, match="damaged"):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)

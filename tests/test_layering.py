@@ -29,7 +29,7 @@ RANKS = {
             "measure checkpoint steps",
             "trainer predict method",
             "answers scores fleet",
-            "evaluate",
+            "evaluate cells",
             "runs inspection baselines head",
             "fleets",
             "tuning demo",

@@ -12,13 +12,13 @@ import pytest
 
 from conftest import bound
 from ptuning.backbone import Backbone
+from ptuning.cells import Cell, CellResult
 from ptuning.config import TrainConfig
 from ptuning.errors import RecordError
 from ptuning.paraphrases import paraphrases, spread, usable_wordings
 from ptuning.records import Records
 from ptuning.relations import Relation
 from ptuning.results import Collector, Results
-from ptuning.suite import Cell, CellResult
 from test_comparison import LIST, ROWS, lines
 
 PATTERNS = ("So [X] is [Y] .", "[Y] is what [X] is .", "[X] is [Y] !", "In all [X] was [Y]")

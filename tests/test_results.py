@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from ptuning.cells import Cell, CellResult
 from ptuning.metrics import bootstrap, score
 from ptuning.results import Collector, Results, differences, over_records, over_tasks
-from ptuning.suite import Cell, CellResult
 
 
 def done(

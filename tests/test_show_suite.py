@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from ptuning import show, show_suite
+from ptuning.cells import Cell, CellResult
 from ptuning.estimate import Estimate
 from ptuning.measure import Progress
 from ptuning.results import Collector, Results
 from ptuning.show_suite import duration
-from ptuning.suite import Cell, CellResult, Suite
+from ptuning.suite import Suite
 from test_show import Screen
 
 

@@ -20,6 +20,7 @@ import torch
 from conftest import WARM
 from ptuning import steps
 from ptuning.backbone import Backbone
+from ptuning.cells import Cell, Job
 from ptuning.comparison import compare
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, FileError, TrainingError
@@ -29,7 +30,7 @@ from ptuning.prompt import Prompt
 from ptuning.questions import as_questions
 from ptuning.records import Record, Records
 from ptuning.results import Results
-from ptuning.suite import Cell, Job, Suite
+from ptuning.suite import Suite
 from ptuning.template import Template
 from ptuning.trainer import Interrupted, Trainer
 

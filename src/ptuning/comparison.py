@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ptuning.backbone import Backbone
+from ptuning.cells import Job
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment import DEFAULT_METHODS, Plan, Watch, run_jobs
@@ -20,7 +21,6 @@ from ptuning.questions import as_questions
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, draw_records, require_targets, split_records
 from ptuning.relations import Relation, read_relations, split_relation
 from ptuning.results import Results
-from ptuning.suite import Job
 from ptuning.template import Field, Template
 from ptuning.tuning import bare
 from ptuning.vocabulary import Listed, OneToken, read_vocabulary

@@ -58,7 +58,10 @@ class ConstantParts:
         self._memory_share = memory_share
         self._memory: dict[Ids, Tensor] = {}
         self._disk: dict[Ids, tuple[safetensors.safe_open, str]] = {}
+        # File on the disk -> its ids and its size.
+        self._files: dict[Path, tuple[list[Ids], int]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._spilled = 0
 
     def __enter__(self) -> ConstantParts:
         return self
@@ -72,10 +75,24 @@ class ConstantParts:
         """Drop all keys and values; rows run whole until the next :meth:`prepare`."""
         self._memory.clear()
         self._disk.clear()
+        self._files.clear()
         self.is_used, self.memory_bytes, self.disk_bytes = False, 0, 0
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+    def keep_only(self, examples: Iterable[Example]) -> None:
+        """Drop what other rows than these begin with; what is on the disk goes once no row needs its file."""
+        wanted = {constant_ids(example) for example in examples}
+        for ids in [ids for ids in self._memory if ids not in wanted]:
+            self.memory_bytes -= self._memory.pop(ids).nbytes
+        for file, (listed, size) in list(self._files.items()):
+            if wanted.isdisjoint(listed):
+                for ids in listed:
+                    del self._disk[ids]
+                del self._files[file]
+                self.disk_bytes -= size
+                file.unlink(missing_ok=True)
 
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Compute what rows begin with, if the backbone can stand behind it and it is long enough to pay.
@@ -178,10 +195,12 @@ class ConstantParts:
         if shutil.disk_usage(self._folder.name).free < size + SPARED_DISK_BYTES:
             logger.info("no room on the disk for the keys and values of %d rows; they are computed anew", len(parts))
             return
-        file = Path(self._folder.name) / f"{len(self._disk)}.safetensors"
+        self._spilled += 1
+        file = Path(self._folder.name) / f"{self._spilled}.safetensors"
         safetensors.torch.save_file({str(index): part for index, part in enumerate(parts.values())}, file)
         mapped = safetensors.safe_open(file, framework="pt")
         self._disk |= {ids: (mapped, str(index)) for index, ids in enumerate(parts)}
+        self._files[file] = list(parts), size
         self.disk_bytes += size
 
     def _find(self, wanted: Iterable[Ids]) -> dict[Ids, Tensor]:

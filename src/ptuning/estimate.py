@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ptuning.answers import task_items
+from ptuning.cells import Cell, Job
 from ptuning.fill import BoundTemplate
 from ptuning.measure import evaluate
 from ptuning.questions import Questions
-from ptuning.suite import Cell, Job, Suite
+from ptuning.suite import Suite
 from ptuning.tuning import LEARNED
 
 # Records scored to measure the machine's speed, after as many to warm it up.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ptuning.backbone import Backbone
 from ptuning.baselines import FREE_METHODS
+from ptuning.cells import CELLS_FOLDER, CellResult, Job
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError
 from ptuning.estimate import Estimate, estimate
@@ -19,7 +20,7 @@ from ptuning.method import METHODS, RANDOM_WEIGHTS
 from ptuning.prompt import versions
 from ptuning.report import write_report
 from ptuning.results import RESULTS_FILE, Collector, Results
-from ptuning.suite import CELLS_FOLDER, CellResult, Job, Suite
+from ptuning.suite import Suite
 from ptuning.tuning import LEARNED, tried_factors
 
 # The list of methods with all of them on it: the modules that register them are loaded above.

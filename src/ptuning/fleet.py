@@ -17,6 +17,7 @@ from ptuning.backbone import Backbone
 from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
+from ptuning.fill import Example
 from ptuning.measure import Progress, Report
 from ptuning.objective import Item
 from ptuning.steps import take_step
@@ -160,7 +161,10 @@ class Fleet:
                 self._between(failed, should_stop)
                 if report is not None:
                     report(self._progress(work))
+                before = len(self._live)
                 yield from self._go_on(self._live, failed, work)
+                if constants.is_used and len(self._live) < before:
+                    constants.keep_only(row for one in self._live for row in _rows(one.member))
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
 
@@ -259,6 +263,10 @@ class _Work:
 
     total: int
     ended: int = 0
+
+
+def _rows(member: Member) -> Iterator[Example]:
+    return (example for item in (*member.train, *member.dev) for example in item.inputs)
 
 
 def _records(member: Member) -> int:

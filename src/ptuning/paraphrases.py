@@ -12,6 +12,7 @@ import numpy as np
 
 from ptuning.backbone import Backbone
 from ptuning.baselines import REFERENCE
+from ptuning.cells import Job
 from ptuning.comparison import relation_job
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import RecordError
@@ -19,7 +20,6 @@ from ptuning.experiment import Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.relations import Relation, read_relations
 from ptuning.results import Results
-from ptuning.suite import Job
 from ptuning.template import Field, Target, Template
 from ptuning.tuning import LEARNED
 

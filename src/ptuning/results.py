@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ptuning.baselines import REFERENCE
+from ptuning.cells import CellResult
 from ptuning.files import Json, write_json
 from ptuning.metrics import Score, Values, bootstrap, difference, summary, value_of
 from ptuning.scores import SCORES
-from ptuning.suite import FORMAT_VERSION, CellResult
+from ptuning.suite import FORMAT_VERSION
 from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
 
 RESULTS_FILE = "results.json"

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from ptuning.cells import Job
 from ptuning.files import Json, make_folder, read_bytes, write_json_lines, write_text
 from ptuning.results import Results
 from ptuning.runs import PREDICTIONS_FILE
-from ptuning.suite import UNLABELLED_FILE, Job
+from ptuning.suite import UNLABELLED_FILE
 from ptuning.tasks import TaskFile
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from rich.table import Table
 from ptuning import show
 
 if TYPE_CHECKING:
+    from ptuning.cells import CellResult
     from ptuning.estimate import Estimate
     from ptuning.results import Results, Scores
-    from ptuning.suite import CellResult
 
 TITLES = {
     "score": "score",

@@ -19,131 +19,29 @@ from typing import cast
 import torch
 
 from ptuning.backbone import Backbone
+from ptuning.cells import Cell, CellResult, Job, answer_rows, digest
 from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.fleets import can_train_together, fleet_runs
 from ptuning.measure import Progress, Report
-from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup, Task
-from ptuning.metrics import Score, Values, rows_of, summary, value_of
+from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup
 from ptuning.prompt import versions
 from ptuning.questions import Questions
-from ptuning.records import Records
 from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE, Run
-from ptuning.scores import TASK_SCORE, score_values
+from ptuning.scores import score_values
 from ptuning.trainer import Interrupted
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-CELLS_FOLDER = "cells"
-# Checkpoints of prompts that are in training at once.
-FLEETS_FOLDER = "fleets"
 # What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
 STARTED_FILE = "started.json"
 # Answers to rows whose labels nobody here knows.
 UNLABELLED_FILE = "unlabelled.jsonl"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task with its test part, which no method sees.
-
-    Args:
-        task: The task.
-        test: What is reported on.
-        info: What the results say about it.
-        type: Its type, over which means are made as well.
-        by_seed: The task with the training and development parts of a seed, where each seed draws its own.
-        unlabelled: Rows without labels that are answered, too.
-    """
-
-    task: Task
-    test: Questions
-    info: Mapping[str, Json]
-    type: str | None = None
-    by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
-    unlabelled: Questions | None = None
-
-    @property
-    def metrics(self) -> Sequence[str]:
-        """Names of the task's own metrics; none where answers are scored by their ranks."""
-        return self.task.file.metrics if self.task.file is not None else ()
-
-    def task_of(self, seed: int) -> Task:
-        """Return the task as a seed sees it."""
-        return self.by_seed.get(seed, self.task)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method on one task with one seed."""
-
-    task: str
-    method: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Where it lies below the folder of the suite."""
-        return f"{CELLS_FOLDER}/{self.task}/{self.method}/seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """What came of a cell.
-
-    Args:
-        cell: Which one.
-        status: ``done``, ``failed`` or ``waiting``.
-        values: Score -> what it is computed from, a row per test record, or per group of them.
-        seconds: Time taken by the start that finished it.
-        tried: How many settings were compared on the development part.
-        error: Why it failed.
-        was_there: Whether it was finished before.
-        hits: Share of the test records answered rightly, whatever the scores are.
-        dev_score: The same on the development part, of the setting that it chose; None where nothing was chosen.
-        warnings: What went on in training that a reader should know.
-    """
-
-    cell: Cell
-    status: str
-    values: Mapping[str, Values] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    tried: int = 1
-    error: str | None = None
-    was_there: bool = False
-    hits: float | None = None
-    dev_score: float | None = None
-    warnings: Sequence[str] = ()
-
-    @property
-    def n(self) -> int:
-        """Number of test records, or of groups of them that are scored together."""
-        return rows_of(next(iter(self.values.values()), ()))
-
-    @property
-    def primary(self) -> str:
-        """The score that stands for all where only one is shown."""
-        return TASK_SCORE if TASK_SCORE in self.values else "p_at_1"
-
-    def score(self, name: str) -> Score:
-        """Return one score with its interval over the test records."""
-        return summary([self.values[name]])
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the cell as it stands in ``results.json``."""
-        return {
-            **dataclasses.asdict(self.cell),
-            "status": self.status,
-            "scores": {name: value_of(values) for name, values in self.values.items()},
-            "n": self.n,
-            "seconds": self.seconds,
-            "tried": self.tried,
-            "run": self.cell.folder,
-            "error": self.error,
-        }
+# Checkpoints of prompts that are in training at once.
+FLEETS_FOLDER = "fleets"
 
 
 @dataclass
@@ -367,7 +265,7 @@ class Suite:
         job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
         task, method = job.task_of(cell.seed), self.methods[cell.method]
         found: dict[str, Json] = {
-            **{f"{part} data (sha256)": _digest(data) for part, data in self._parts(job, cell.seed).items()},
+            **{f"{part} data (sha256)": digest(data) for part, data in self._parts(job, cell.seed).items()},
             "manual template": str(task.manual),
             "template": str(task.template),
             "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
@@ -379,7 +277,7 @@ class Suite:
         if task.file is not None:
             found["task file (sha256)"] = sha256(task.file.text.encode())
         if job.unlabelled is not None:
-            found["unlabelled data (sha256)"] = _digest(job.unlabelled)
+            found["unlabelled data (sha256)"] = digest(job.unlabelled)
         if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
             found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
@@ -429,9 +327,9 @@ class Suite:
         solution = method.fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
         if job.unlabelled is not None:
-            write_json_lines(folder / UNLABELLED_FILE, _rows(job.unlabelled, solution.answer(job.unlabelled)))
+            write_json_lines(folder / UNLABELLED_FILE, answer_rows(job.unlabelled, solution.answer(job.unlabelled)))
         result = self._result(cell, answers, solution.record, time.monotonic() - began)
-        write_json_lines(folder / PREDICTIONS_FILE, _rows(job.test, answers))
+        write_json_lines(folder / PREDICTIONS_FILE, answer_rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
         (folder / STARTED_FILE).unlink(missing_ok=True)
         return result
@@ -475,31 +373,6 @@ def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
         if isinstance(saved, Mapping):
             return saved
     return None
-
-
-def _digest(data: Questions) -> str:
-    """Hash rows and not their file: the same facts in another file make the same cell."""
-    if any(row.choices or row.group for row in data):
-        return sha256(f"{Questions(data).sha256}{[row.group for row in data]}".encode())
-    return Records([row.record for row in data]).sha256
-
-
-def _rows(test: Questions, answers: Sequence[Answer]) -> list[dict[str, Json]]:
-    rows = []
-    for row, answer in zip(test, answers, strict=True):
-        about: dict[str, Json] = {"idx": row.idx, "group": row.group, "choices": list(row.choices) or None}
-        rows.append(
-            {
-                "record": dict(row.record),
-                **{name: value for name, value in about.items() if value is not None},
-                "target": row.right[0] if row.right else None,
-                "prediction": answer.text,
-                "rank": answer.rank,
-                "hit": answer.hit,
-                "log_prob": answer.log_prob,
-            }
-        )
-    return rows
 
 
 def _list(value: Json) -> Sequence[Json]:

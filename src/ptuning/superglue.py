@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.backbone import Backbone
+from ptuning.cells import Job
 from ptuning.config import TrainConfig, Tune, listed_names
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.experiment import ALL_METHODS, Plan, Watch, run_jobs
@@ -21,7 +22,6 @@ from ptuning.questions import Question, Questions, split_questions
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.results import Results
 from ptuning.server_files import write_server_files
-from ptuning.suite import Job
 from ptuning.tasks import TaskFile, find_split, load_task
 from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
 
