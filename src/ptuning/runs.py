@@ -29,7 +29,7 @@ from ptuning.questions import Questions, as_questions, split_questions, with_few
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
+from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, constant_parts, derived_seed, in_small_passes
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -76,6 +76,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,
+    constants: ConstantParts | None = None,
 ) -> TrainResult:
     """Learn the slot vectors of a template: alone, on a frozen backbone, or along with weights of a copy of it.
 
@@ -94,9 +95,11 @@ def train(
         resume: Go on from the checkpoint in ``out``; a finished run is returned as it is.
         overwrite: Replace an earlier run in ``out``.
         report: Called with progress.
-        should_stop: Asked after every step.
+        should_stop: Asked after every step, and after every pass over the text in front of the slots.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
+        constants: What is kept of the text in front of the slots, where several runs share it and their caller clears
+            it; by default it is shared by the starts of this one.
 
     Returns:
         The chosen prompt and the record of the run.
@@ -110,13 +113,14 @@ def train(
     )  # fmt: skip
     if run.finished is not None:
         return run.finished
-    for number in range(run.config.starts):
-        trainer = run.trainer(number, checkpoint=run.checkpoint(number))
-        if resume and trainer.load():
-            run.seconds_before += trainer.state.train_seconds
-        trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
-        run.add(number, trainer)
-    return run.result()
+    with constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants) as shared:
+        for number in range(run.config.starts):
+            trainer = run.trainer(number, checkpoint=run.checkpoint(number), constants=shared)
+            if resume and trainer.load():
+                run.seconds_before += trainer.state.train_seconds
+            trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
+            run.add(number, trainer)
+        return run.result()
 
 
 class Run:
