@@ -17,7 +17,7 @@ from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, Tune, without_later_defaults
 from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, TemplateError
-from ptuning.evaluate import prediction_rows
+from ptuning.evaluate import guessed, prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords, Scoring
@@ -264,7 +264,7 @@ class Run:
                 self.backbone, self.items["train"], batch_size=config.batch_size, slots=self.bound.slots
             )
         if self.folder is not None and best.accelerator.is_main_process:
-            _write(self.folder, prompt, record, self._dev, self.items["dev"], best.backbone)
+            _write(self.folder, prompt, record, self._dev, self.items["dev"], best)
         return TrainResult(prompt, record, self.folder)
 
 
@@ -485,13 +485,14 @@ def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrit
 
 
 def _write(
-    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Questions, items: Sequence[Item], backbone: Backbone
+    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Questions, items: Sequence[Item], best: Trainer
 ) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
-    found = evaluate(backbone, items, vectors=vectors, slots=prompt.slots)
-    predictions = PromptModel(backbone).predict(dev, prompt)
+    kept = best.constants if best.skips_constants else None
+    found = evaluate(best.backbone, items, vectors=best.best_vectors, slots=prompt.slots, constants=kept)
+    # Scoring labels and choices has chosen among them; a written answer is still to be written.
+    predictions = guessed(prompt, dev, found) if found.guesses else PromptModel(best.backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
