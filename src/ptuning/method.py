@@ -129,6 +129,8 @@ class Method:
             seed.
         passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
             of time; None if it never runs the backbone.
+        tokens: The same where no passes over a record's own tokens tell it: a task, a setup and a number of test
+            records -> tokens that are run for these and to choose on the development part.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Method:
     seeded: bool = False
     passes: tuple[float, float] | None = None
     reads_train: bool = True
+    tokens: Callable[[Task, Setup, int], float] | None = None
 
 
 class Methods(Mapping[str, Method]):
@@ -161,6 +164,7 @@ class Methods(Mapping[str, Method]):
         seeded: bool = False,
         passes: tuple[float, float] | None = None,
         reads_train: bool = True,
+        tokens: Callable[[Task, Setup, int], float] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 
@@ -173,7 +177,7 @@ class Methods(Mapping[str, Method]):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train)
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train, tokens)
             return fit
 
         return add
