@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import families
+import ptuning
 import ptuning.model
 from conftest import RECORDS, bound, items_of, learned, spoken
 from families import FAMILIES, PADDED_ROWS, TEMPLATE, TWO_SIDED, backbone_of, built, own_copy
@@ -323,3 +324,35 @@ def test_every_check_of_the_table_is_a_test_of_every_family() -> None:
     assert tuple(names) == TESTED
     for test in names.values():
         assert every_family.mark in test.pytestmark  # type: ignore[attr-defined]  # pytest puts it there
+
+
+SUBJECTS = ("Kenya", "France", "Peru", "the movie", "a film", "1999", "the capital", "people")
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "targets"),
+    [
+        ("t5", "[P*2] [X] [P] [Y]", ("Paris", "Lima", "yes", "no")),  # slots where the encoder reads, a sentinel as gap
+        ("t5", "[P*2] [X] [>] [P] [Y]", ("Paris", "Lima", "yes", "no")),
+        ("xlnet", "[P*2] [X] [P] [Y]", ("the", "a")),
+        ("xlnet", "[X] is [Y]", ("the", "a")),
+    ],
+)
+def test_facts_are_learned_by_heart_on_the_way_a_user_goes(
+    name: str, template: str, targets: Sequence[str], tmp_path: Path
+) -> None:
+    """Loaded, trained along with its prompt, saved, loaded by another backbone: every fact is answered, in seconds."""
+    facts = [{"x": text, "y": targets[at % len(targets)]} for at, text in enumerate(SUBJECTS)]
+    folder = tmp_path / "backbone"
+    backbone_of(name).model.save_pretrained(folder)
+    families.tokenizer_of(FAMILIES[name].tokenizer).save_pretrained(folder)
+    config = TrainConfig(tune="tuned", epochs=60, batch_size=4, backbone_lr=0.02, lr=0.01, patience=6)
+    out = tmp_path / "run"
+    found = ptuning.train(template, facts, dev=facts, backbone=ptuning.load_backbone(folder), config=config, out=out)
+    assert found.prompt.scores["exact_match"] == 1.0
+
+    model, prompt = PromptModel(load_backbone(folder)), Prompt.load(out)
+    before = PromptModel(load_backbone(folder)).predict(facts, Prompt.manual("[X] is [Y]"))
+    longest = None if backbone_of(name).kind == "encoder-decoder" else prompt.target_tokens  # it learned no ends
+    assert [answer.text for answer in model.predict(facts, prompt, max_tokens=longest)] == [row["y"] for row in facts]
+    assert [answer.text for answer in before] != [row["y"] for row in facts]
