@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,7 +20,7 @@ from families import FAMILIES, PADDED_ROWS, TEMPLATE, TWO_SIDED, backbone_of, bu
 from ptuning.backbone import Backbone, load_backbone, load_tokenizer
 from ptuning.batch import collate
 from ptuning.config import TrainConfig
-from ptuning.decode import write_answers
+from ptuning.decode import Written, write_answers
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.families import COLUMNS, TESTED, as_markdown
 from ptuning.families import families as shipped
@@ -28,6 +29,8 @@ from ptuning.model import prefix_tokens, target_logits
 from ptuning.predict import PromptModel
 from ptuning.probes import check_reading
 from ptuning.prompt import BackboneId, Prompt
+from ptuning.records import Record
+from ptuning.runs import PREDICTIONS_FILE
 from ptuning.trainer import Trainer
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -204,10 +207,6 @@ def test_written_answers(name: str) -> None:
     for template in templates(backbone):
         prompt = learned(backbone, template)
         model = PromptModel(backbone)
-        if families.examine(name).answers == "chooses among candidates":
-            with pytest.raises(BackboneError, match="keeps no cache of keys and values"):
-                model.predict(RECORDS, prompt)
-            continue
         if backbone.kind in FILLS_MASKS:
             for one, row in zip(model.predict(RECORDS, prompt, top_k=3, max_tokens=2), RECORDS, strict=True):
                 again = model.predict([row], prompt, top_k=3, max_tokens=2)[0]
@@ -356,3 +355,30 @@ def test_facts_are_learned_by_heart_on_the_way_a_user_goes(
     longest = None if backbone_of(name).kind == "encoder-decoder" else prompt.target_tokens  # it learned no ends
     assert [answer.text for answer in model.predict(facts, prompt, max_tokens=longest)] == [row["y"] for row in facts]
     assert [answer.text for answer in before] != [row["y"] for row in facts]
+
+
+def test_a_run_without_a_cache_is_written_down(tmp_path: Path) -> None:
+    """Its development part is answered in the end; a model that keeps no keys and values lost the run there."""
+    data: list[Record] = [{"x": row["x"], "y": "yes"} for row in RECORDS]
+    found = ptuning.train("[P*2] [X] [Y]", data, backbone=built("mamba"), config=TrainConfig(epochs=1), out=tmp_path)
+    assert found.prompt.scores
+    assert (tmp_path / PREDICTIONS_FILE).is_file()
+
+
+def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows are read again, and each beam goes on from its own."""
+    backbone = built("llama")
+    prompt = learned(backbone, TEMPLATE)
+
+    def beams() -> list[list[Written]]:
+        assert prompt.slot_vectors is not None
+        filled = bound(backbone, TEMPLATE)
+        return write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=6, pad_side="right")
+
+    kept = beams()
+    real = Backbone.run
+    monkeypatch.setattr(Backbone, "run", lambda *given, **more: (real(*given, **more)[0], None))
+    found = beams()
+    assert [[one.text for one in row] for row in found] == [[one.text for one in row] for row in kept]
+    for one, other in zip(itertools.chain(*found), itertools.chain(*kept), strict=True):
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-3)

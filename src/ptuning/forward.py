@@ -104,7 +104,9 @@ class Forward:
         accepted = inspect.signature(model.forward).parameters
         for needed, why in NEEDED_BY_KIND[kind].items():
             if needed not in accepted:
-                raise BackboneError(f"{name}: {type(model).__name__} takes no {needed} as input, {why}")
+                raise BackboneError(
+                    f"{name}: {type(model).__name__} takes no {needed} as input, {why}; use another language model"
+                )
         self.kind = kind
         self._name = name
         self.first_position = _first_position(model)
