@@ -6,13 +6,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from conftest import WARM, bound
 from ptuning import baselines
 from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
-from ptuning.baselines import filled, in_context, majority, manual, manual_restricted, target_tokens, with_examples
+from ptuning.baselines import (
+    example_counts,
+    filled,
+    in_context,
+    in_context_tokens,
+    majority,
+    manual,
+    manual_restricted,
+    target_tokens,
+    with_examples,
+)
 from ptuning.errors import ConfigError, TemplateError
+from ptuning.forward import Memory
 from ptuning.method import Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
@@ -194,3 +206,28 @@ def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) ->
         found = manual(task(train, single_token=False), Setup(causal)).answer(as_questions(DEV))
         seen.append(any("\n" in answer.text for answer in found))
     assert seen[1] is False
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_tokens_of_an_estimate_are_those_that_are_run(
+    family: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All examples in front count: once a batch for a causal model, in every row for a masked one."""
+    monkeypatch.setattr(baselines, "IN_CONTEXT_DRAWS", 1)
+    backbone = make_backbone(family)
+    assert backbone.shares_prefix == (family == "llama")  # found by a pass of its own, which is not to be counted
+    dev = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(50)]
+    here, setup = task(dev=dev), Setup(backbone)
+    ran: list[int] = []
+    real = Backbone.run
+
+    def watch(one: Backbone, embeddings: Tensor, **more: Any) -> tuple[Tensor, Memory | None]:
+        ran.append(embeddings.shape[0] * embeddings.shape[1])
+        return real(one, embeddings, **more)
+
+    monkeypatch.setattr(Backbone, "run", watch)
+    in_context(here, setup)
+    fitted = sum(ran)
+    assert in_context_tokens(here, setup, 0) == fitted
+    more = in_context_tokens(here, setup, len(dev)) - fitted
+    assert more == pytest.approx(fitted / len(example_counts(here, setup)))

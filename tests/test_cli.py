@@ -1251,7 +1251,7 @@ def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.Monkey
 def test_the_table_of_backbones() -> None:
     """For people the columns that fit, for programs all, with what is tested."""
     shown = works("backbones")
-    assert all(name in shown for name in ("LLaMA", "XLNet", "permuted", "encoder-decoder", "chooses among"))
+    assert all(name in shown for name in ("LLaMA", "XLNet", "permuted", "encoder-decoder", "fills masks"))
     rows = {row["head"]: row for row in json.loads(works("backbones", "--json"))}
     assert rows["T5ForConditionalGeneration"]["slots"] == "on either side"
     assert rows["LlamaForCausalLM"]["shared_prefix"] is True

@@ -12,11 +12,12 @@ import pytest
 from conftest import WARM, bound
 from ptuning import estimate as module
 from ptuning.backbone import Backbone
+from ptuning.baselines import in_context_tokens
 from ptuning.cells import Job
 from ptuning.config import TrainConfig
 from ptuning.estimate import Estimate, estimate
 from ptuning.experiment import methods as known
-from ptuning.method import Task
+from ptuning.method import Setup, Task
 from ptuning.questions import as_questions
 from ptuning.records import Record
 from ptuning.suite import Suite
@@ -55,8 +56,9 @@ def test_an_estimate_is_tokens_times_passes_over_speed(causal: Backbone, tmp_pat
     for name in ("p-tuning", "fine-tuning"):
         on_train, on_dev = known[name].passes or (0.0, 0.0)
         assert found[name] == pytest.approx((6 + 4 * (on_train * 20 + on_dev * 4)) * tokens / 100)
-    _, on_dev = known["in-context"].passes or (0.0, 0.0)
-    assert found["in-context"] == pytest.approx((6 + on_dev * 4) * tokens / 100)  # no epochs
+    setup = Setup(causal, FAST)
+    task = next(iter(suite(causal, tmp_path, []).jobs.values())).task
+    assert found["in-context"] == pytest.approx(in_context_tokens(task, setup, 6) / 100)  # no epochs
 
 
 @pytest.mark.usefixtures("at_100_tokens_per_second")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 import families
+import ptuning
 import ptuning.model
 from conftest import RECORDS, bound, items_of, learned, spoken
 from families import FAMILIES, PADDED_ROWS, TEMPLATE, TWO_SIDED, backbone_of, built, own_copy
 from ptuning.backbone import Backbone, load_backbone, load_tokenizer
 from ptuning.batch import collate
 from ptuning.config import TrainConfig
-from ptuning.decode import write_answers
+from ptuning.decode import Written, write_answers
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.families import COLUMNS, TESTED, as_markdown
 from ptuning.families import families as shipped
@@ -27,6 +29,8 @@ from ptuning.model import prefix_tokens, target_logits
 from ptuning.predict import PromptModel
 from ptuning.probes import check_reading
 from ptuning.prompt import BackboneId, Prompt
+from ptuning.records import Record
+from ptuning.runs import PREDICTIONS_FILE
 from ptuning.trainer import Trainer
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -203,10 +207,6 @@ def test_written_answers(name: str) -> None:
     for template in templates(backbone):
         prompt = learned(backbone, template)
         model = PromptModel(backbone)
-        if families.examine(name).answers == "chooses among candidates":
-            with pytest.raises(BackboneError, match="keeps no cache of keys and values"):
-                model.predict(RECORDS, prompt)
-            continue
         if backbone.kind in FILLS_MASKS:
             for one, row in zip(model.predict(RECORDS, prompt, top_k=3, max_tokens=2), RECORDS, strict=True):
                 again = model.predict([row], prompt, top_k=3, max_tokens=2)[0]
@@ -323,3 +323,62 @@ def test_every_check_of_the_table_is_a_test_of_every_family() -> None:
     assert tuple(names) == TESTED
     for test in names.values():
         assert every_family.mark in test.pytestmark  # type: ignore[attr-defined]  # pytest puts it there
+
+
+SUBJECTS = ("Kenya", "France", "Peru", "the movie", "a film", "1999", "the capital", "people")
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "targets"),
+    [
+        ("t5", "[P*2] [X] [P] [Y]", ("Paris", "Lima", "yes", "no")),  # slots where the encoder reads, a sentinel as gap
+        ("t5", "[P*2] [X] [>] [P] [Y]", ("Paris", "Lima", "yes", "no")),
+        ("xlnet", "[P*2] [X] [P] [Y]", ("the", "a")),
+        ("xlnet", "[X] is [Y]", ("the", "a")),
+    ],
+)
+def test_facts_are_learned_by_heart_on_the_way_a_user_goes(
+    name: str, template: str, targets: Sequence[str], tmp_path: Path
+) -> None:
+    """Loaded, trained along with its prompt, saved, loaded by another backbone: every fact is answered, in seconds."""
+    facts = [{"x": text, "y": targets[at % len(targets)]} for at, text in enumerate(SUBJECTS)]
+    folder = tmp_path / "backbone"
+    backbone_of(name).model.save_pretrained(folder)
+    families.tokenizer_of(FAMILIES[name].tokenizer).save_pretrained(folder)
+    config = TrainConfig(tune="tuned", epochs=60, batch_size=4, backbone_lr=0.02, lr=0.01, patience=6)
+    out = tmp_path / "run"
+    found = ptuning.train(template, facts, dev=facts, backbone=ptuning.load_backbone(folder), config=config, out=out)
+    assert found.prompt.scores["exact_match"] == 1.0
+
+    model, prompt = PromptModel(load_backbone(folder)), Prompt.load(out)
+    before = PromptModel(load_backbone(folder)).predict(facts, Prompt.manual("[X] is [Y]"))
+    longest = None if backbone_of(name).kind == "encoder-decoder" else prompt.target_tokens  # it learned no ends
+    assert [answer.text for answer in model.predict(facts, prompt, max_tokens=longest)] == [row["y"] for row in facts]
+    assert [answer.text for answer in before] != [row["y"] for row in facts]
+
+
+def test_a_run_without_a_cache_is_written_down(tmp_path: Path) -> None:
+    """Its development part is answered in the end; a model that keeps no keys and values lost the run there."""
+    data: list[Record] = [{"x": row["x"], "y": "yes"} for row in RECORDS]
+    found = ptuning.train("[P*2] [X] [Y]", data, backbone=built("mamba"), config=TrainConfig(epochs=1), out=tmp_path)
+    assert found.prompt.scores
+    assert (tmp_path / PREDICTIONS_FILE).is_file()
+
+
+def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole rows are read again, and each beam goes on from its own."""
+    backbone = built("llama")
+    prompt = learned(backbone, TEMPLATE)
+
+    def beams() -> list[list[Written]]:
+        assert prompt.slot_vectors is not None
+        filled = bound(backbone, TEMPLATE)
+        return write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=6, pad_side="right")
+
+    kept = beams()
+    real = Backbone.run
+    monkeypatch.setattr(Backbone, "run", lambda *given, **more: (real(*given, **more)[0], None))
+    found = beams()
+    assert [[one.text for one in row] for row in found] == [[one.text for one in row] for row in kept]
+    for one, other in zip(itertools.chain(*found), itertools.chain(*kept), strict=True):
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-3)

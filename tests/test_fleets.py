@@ -23,6 +23,7 @@ from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.fleet import AT_ONCE, STATE_FILE, Fleet, Member
 from ptuning.fleets import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
+from ptuning.measure import Progress
 from ptuning.records import Record, load_records
 from ptuning.runs import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE, TrainResult, train
 from ptuning.trainer import Interrupted, Trainer
@@ -186,6 +187,27 @@ def test_a_stopped_fleet_goes_on_exactly(
     assert list(parts.results) == list(whole.results)
     for name in whole.results:
         assert history(parts.results[name], "train_loss") == history(whole.results[name], "train_loss")
+
+
+def test_a_fleet_stops_between_passes_over_the_constant_part(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt that was about to begin is no failure, and the others go on from where they stood."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
+    seen: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress.note)
+
+    def stops() -> bool:  # the fourth, which begins when one of the first three has ended
+        return seen[-1:] == ["free: text in front of the slots"]
+
+    with pytest.raises(Interrupted, match=r"stopped with 1 of 8 prompts done and 2 in training"):
+        train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, report=watch, should_stop=stops)
+    parts = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
+    assert not parts.failed
 
 
 def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:

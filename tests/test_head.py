@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
-from conftest import plain_logits
+from families import FAMILIES, built, tokenizer_of
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.experiment import methods
-from ptuning.fill import BoundTemplate
+from ptuning.fill import BoundTemplate, Example
+from ptuning.forward import HEAD
 from ptuning.head import Head, HeadModel, head_items, head_template, with_head
 from ptuning.measure import item_batch
 from ptuning.method import Setup, Task
@@ -28,6 +31,18 @@ CHOICES = TaskFile.parse(
     'name = "next"\nversion = "1"\n[choices]\nfrom = ["one", "other"]\n[[patterns]]\nmanual = "{text}, so [Y]."'
 )
 TEXTS = ("the movie", "a film", "Kenya and Peru", "the capital of France is")
+# The library's own classes for these, and the name of what its classifier is called there.
+OWN_CLASSES = {
+    "gpt2": ("GPT2ForSequenceClassification", "score"),
+    "llama": ("LlamaForSequenceClassification", "score"),
+    "gemma-2": ("Gemma2ForSequenceClassification", "score"),
+    "opt-350m": ("OPTForSequenceClassification", "score"),
+    "xlnet": ("XLNetForSequenceClassification", "logits_proj"),
+    "t5": ("T5ForSequenceClassification", "classification_head"),
+    "umt5": ("UMT5ForSequenceClassification", "classification_head"),
+    "bart": ("BartForSequenceClassification", "classification_head"),
+    "mbart": ("MBartForSequenceClassification", "classification_head"),
+}
 QUICK = TrainConfig(epochs=20, batch_size=4, backbone_lr=5e-3, patience=20)
 
 
@@ -42,8 +57,16 @@ def task(file: TaskFile) -> Task:
     return Task(file.name, data, data, file.manual[0], file.learned[0], (), file=file)
 
 
+@torch.no_grad()
+def under_head(backbone: Backbone, example: Example) -> torch.Tensor:
+    """Return what a head makes of the last layer of transformers' own run, (K,)."""
+    hidden = backbone.model.base_model(input_ids=torch.tensor([example.token_ids])).last_hidden_state[0]
+    logits: torch.Tensor = getattr(backbone.model, HEAD)(hidden[example.logit_positions[0]])
+    return logits
+
+
 def bound(backbone: Backbone, one: Task) -> BoundTemplate:
-    return BoundTemplate(head_template(one), tokenizer=backbone.tokenizer, kind=backbone.kind)
+    return BoundTemplate(head_template(one, kind=backbone.kind), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
 def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbone) -> None:
@@ -65,7 +88,7 @@ def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbon
 
 
 def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbone) -> None:
-    """The same as transformers' own run with the head in place, row by row, whatever is beside it."""
+    """The same as transformers' own hidden states under the head, row by row, whatever is beside it."""
     other = with_head(backbone, 2, seed=0)
     one = task(LABELS)
     items = head_items(bound(other, one), one.train, ("good", "bad"))
@@ -74,7 +97,7 @@ def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbo
     assert found.shape == (len(items), 2)
     for row, item in zip(found, items, strict=True):
         (example,) = item.inputs
-        expected = plain_logits(other, list(example.token_ids))[example.logit_positions[0]]
+        expected = under_head(other, example)
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
@@ -97,7 +120,7 @@ def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
         items, score_choices(items, target_logits(other, item_batch(items, slots=0), torch.zeros(0, other.width)))
     )
     for item, row in zip(items, scores, strict=True):
-        own = [float(plain_logits(other, list(example.token_ids))[-1, 1]) for example in item.inputs]
+        own = [float(under_head(other, example)[1]) for example in item.inputs]
         assert float(row[0] - row[1]) == pytest.approx(own[0] - own[1], abs=1e-4)
 
 
@@ -124,7 +147,52 @@ def test_two_trainings_are_the_same_and_rows_without_labels_are_answered(causal:
     assert not any(answer.hit for answer in models[0].answer(bare))
 
 
-def test_a_head_that_is_no_layer(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(causal.model), "get_output_embeddings", lambda _: None)
-    with pytest.raises(BackboneError, match="is no single layer, so no classification head"):
+@pytest.mark.parametrize("family", OWN_CLASSES)
+@torch.no_grad()
+def test_it_reads_where_the_librarys_own_class_does(family: str) -> None:
+    """Weights, classifier and text put into the library's class give the same logits."""
+    other = with_head(built(family), 2, seed=0)
+    name, classifier = OWN_CLASSES[family]
+    theirs = getattr(transformers, name)(other.model.config).eval()
+    ours = other.model.base_model.state_dict()
+    body = theirs.base_model if theirs.base_model is not theirs else theirs.transformer
+    missing = body.load_state_dict({key: ours[key] for key in body.state_dict()}, strict=False).missing_keys
+    assert not missing
+    setattr(theirs, classifier, getattr(other.model, HEAD))
+    if family == "xlnet":  # its summary has a layer of its own between the hidden state and the classifier
+        theirs.sequence_summary.summary, theirs.sequence_summary.activation = nn.Identity(), nn.Identity()
+
+    one = task(LABELS)
+    items = head_items(bound(other, one), one.train, ("good", "bad"))
+    found = target_logits(other, item_batch(items, slots=0), torch.zeros(0, other.width))  # (N, 2)
+
+    tokenizer = tokenizer_of(FAMILIES[family].tokenizer)
+    for row, item in zip(found, items, strict=True):
+        (example,) = item.inputs
+        ids = list(example.token_ids[: example.encoder_tokens or None])
+        assert ids == tokenizer(one.train[items.index(item)].record["text"])["input_ids"]
+        torch.testing.assert_close(row, theirs(input_ids=torch.tensor([ids])).logits[0], atol=1e-5, rtol=0)
+    assert float(found.std(dim=0).max()) > 1e-4, "all rows alike would show nothing"
+
+
+def test_a_head_reads_the_layers_width_where_embeddings_are_narrower() -> None:
+    """ALBERT's layers give 32 numbers, which its own head turns into the 16 of an embedding."""
+    head = getattr(with_head(built("albert"), 3, seed=0).model, HEAD)
+    assert (head.in_features, built("albert").width) == (32, 16)
+
+
+@pytest.mark.parametrize("family", ["xlnet", "t5", "bart"])
+def test_other_kinds_learn_all_they_are_shown(family: str) -> None:
+    """Eight texts in a few steps, the backbone they started from left as it was."""
+    before = {name: weight.clone() for name, weight in built(family).model.state_dict().items()}
+    model = HeadModel(task(LABELS), Setup(built(family)), replace(QUICK, epochs=40, patience=40, tune="tuned"))
+    answers = model.answer(task(LABELS).train)
+    assert [answer.hit for answer in answers] == [True] * len(answers)
+    assert all(torch.equal(weight, before[name]) for name, weight in built(family).model.state_dict().items())
+
+
+def test_a_body_that_hides_its_states(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in causal.model.modules():
+        module._forward_hooks.clear()
+    with pytest.raises(BackboneError, match=r"does not show the hidden states .* leave fine-tuning out"):
         with_head(causal, 2, seed=0)

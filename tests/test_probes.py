@@ -117,3 +117,28 @@ def test_where_pads_may_stand() -> None:
     assert built("mamba").pads_left  # it takes the mask
     assert not built("rwkv").pads_left
     assert not built("bart").pads_left
+
+
+def test_a_model_that_cannot_run_a_longer_row() -> None:
+    """Reformer cuts rows into pieces; found on loading, and not in the middle of a training."""
+    config = transformers.ReformerConfig(
+        vocab_size=len(tokenizer_of("llama")),
+        hidden_size=32,
+        num_attention_heads=4,
+        attention_head_size=8,
+        feed_forward_size=48,
+        attn_layers=["local", "local"],
+        axial_pos_embds=False,
+        max_position_embeddings=64,
+        is_decoder=True,
+        local_attn_chunk_length=8,
+    )
+    with pytest.raises(BackboneError, match=r"cannot read a row of 63 tokens: .* \(RuntimeError\); use another"):
+        check_reading(made(transformers.ReformerModelWithLMHead, config, "llama"))
+
+
+def test_a_model_that_cannot_run_a_short_row() -> None:
+    """Its own error is told, with what to do."""
+    config = transformers.NystromformerConfig(vocab_size=len(tokenizer_of("bert")), num_landmarks=8, **BERT)
+    with pytest.raises(BackboneError, match=r"cannot read a row of 3 tokens: .* \(RuntimeError\); use another"):
+        check_reading(made(transformers.NystromformerForMaskedLM, config, "bert"))

@@ -11,27 +11,41 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from conftest import RECORDS, make_model
+from ptuning import constants
 from ptuning.backbone import Backbone, load_backbone
+from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import TrainConfig
+from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TemplateError, TrainingError
 from ptuning.evaluate import score_prompt
 from ptuning.files import Json
+from ptuning.fill import Ids
 from ptuning.labels import LabelWords
 from ptuning.measure import Evaluation, Progress
-from ptuning.predict import PromptModel
+from ptuning.model import target_logits
+from ptuning.predict import Prediction, PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
 from ptuning.questions import Questions
 from ptuning.records import Record, as_records, load_records
-from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, start_seed, train
+from ptuning.runs import (
+    CHECKPOINT_FOLDER,
+    PREDICTIONS_FILE,
+    PROMPT_FOLDER,
+    RUN_FILE,
+    Run,
+    TrainResult,
+    start_seed,
+    train,
+)
 from ptuning.tasks import TaskFile
 from ptuning.trainer import Interrupted, Trainer
 
@@ -425,6 +439,43 @@ def test_several_starts_are_resumed_where_they_were(causal: Backbone, tmp_path: 
     assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
 
 
+LATE = "{x} lies in {x} [P:is] [P] [Y]"
+
+
+def test_several_starts_share_the_text_in_front_of_the_slots(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is run once, every start learns what it learns with keys and values of its own, and none are left behind."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    made: list[ConstantParts] = []
+    ids: list[Ids] = []
+    real_run, real_init = ConstantParts._run, ConstantParts.__init__
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+        ids.extend(group)
+        return real_run(parts, group)
+
+    def init(parts: ConstantParts, backbone: Backbone, *, memory_share: float) -> None:
+        real_init(parts, backbone, memory_share=memory_share)
+        made.append(parts)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    monkeypatch.setattr(ConstantParts, "__init__", init)
+    shared = run(causal, tmp_path / "shared", template=LATE, settings={"starts": 3})
+    assert len(ids) == len(set(ids)) == len(FACTS)
+    assert not any(parts.tokens or parts.is_used for parts in made)
+
+    real = Run.trainer
+    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
+    own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
+    assert len(ids) == 4 * len(FACTS)
+    assert timeless(own.record) == timeless(shared.record)
+    assert any(cast("dict[str, int]", own.record["constant_part"]).values())
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, other = ((tmp_path / out / PROMPT_FOLDER / file).read_bytes() for out in ("shared", "own"))
+        assert one == other
+
+
 def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,7 +495,8 @@ MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["tuned", "who
 ANSWER = """
 import json, sys, torch
 from ptuning.backbone import load_backbone
-from ptuning.predict import PromptModel
+from ptuning.model import target_logits
+from ptuning.predict import Prediction, PromptModel
 from ptuning.prompt import Prompt
 model = PromptModel(load_backbone(sys.argv[1], dtype="float32", device="cpu"))
 for folder in sys.argv[3:]:
@@ -738,3 +790,45 @@ def test_a_tasks_label_words_are_its_own_unless_others_are_given(causal: Backbon
     words = LabelWords({"yes": ("good",), "no": ("bad",), "São Tomé": ("1999",)})
     found = run(causal, task=task, labels=words, calibrate=False).prompt
     assert (found.label_words, found.calibrate) == (words, False)
+
+
+@pytest.mark.parametrize("case", ["labels", "calibrated", "choices", "tuned", "written"])
+def test_the_written_predictions_are_those_of_predict(
+    case: str, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The development part is scored once, behind what is kept of it; what is chosen there is what ``predict`` says."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    labels = None if case in ("choices", "written") else "yes=great,good;no=bad;São Tomé=25"
+    asked = CHOICE_TASK.read_rows(CHOICE_ROWS) if case == "choices" else None
+    task = CHOICE_TASK if case == "choices" else None
+    settings = TUNED if case == "tuned" else {}
+    whole: list[int] = []
+    real = target_logits
+
+    def watch(backbone: Backbone, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
+        whole.append(len(batch.counts))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr(constants, "target_logits", watch)
+    answered: list[int] = []
+    predict = PromptModel.predict
+
+    def answer(model: PromptModel, rows: Questions, prompt: Prompt) -> list[Prediction]:
+        answered.append(len(rows))
+        return predict(model, rows, prompt)
+
+    monkeypatch.setattr(PromptModel, "predict", answer)
+    found = run(
+        causal, tmp_path, data=asked, task=task, template=LATE, labels=labels, settings=settings,
+        calibrate=True if case == "calibrated" else None,
+    )  # fmt: skip
+    assert bool(whole) == (case == "tuned")
+    assert bool(answered) == (case == "written")
+    lines = (tmp_path / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    held: Any = [row["record"] for row in rows]
+    if asked is not None:
+        held = Questions([next(one for one in asked if one.record["x"] == row["x"]) for row in held])
+    for row, wanted in zip(rows, predict(PromptModel(causal), held, found.prompt), strict=True):
+        assert row["prediction"] == wanted.text
+        assert row["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-4)

@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,8 +23,10 @@ from ptuning.backbone import Backbone, load_backbone
 from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import EncoderKind, RandomStart, TrainConfig
+from ptuning.constants import ConstantParts
 from ptuning.errors import TrainingError
 from ptuning.files import Json
+from ptuning.fill import Ids
 from ptuning.labels import LabelWords
 from ptuning.measure import Evaluation, Progress, item_batch, measure_ceiling
 from ptuning.model import target_logits
@@ -689,6 +691,37 @@ def test_resume_with_a_constant_part_is_exact(
     monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
     whole = fit_late(causal)
     fit_late(causal, tmp_path, stop_after=4)
+    resumed = fit_late(causal, tmp_path)
+    assert torch.equal(resumed.best_vectors, whole.best_vectors)
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_stops_between_passes_over_the_constant_part(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    whole = fit_late(causal)
+    monkeypatch.setattr(constants, "MAX_BATCH_TOKENS", 1)
+    passes: list[int] = []
+    real = ConstantParts._run
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[Tensor]:
+        passes.append(len(group))
+        return real(parts, group)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    asked = iter([False, False, True])
+    found = Trainer(
+        causal, bound(causal, LATE), config=TrainConfig.from_json(FAST), checkpoint=tmp_path, identity={"data": "facts"}
+    )
+    items = items_of(causal, LATE, FACTS)
+    with pytest.raises(Interrupted, match="after 0 steps"):
+        found.fit(items, items[:4], should_stop=lambda: next(asked))
+    assert passes == [1, 1, 1]
+    assert (tmp_path / CHECKPOINT_FILE).is_file()
+    assert not found.constants.tokens
+    monkeypatch.setattr(constants, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
     assert without_seconds(resumed) == without_seconds(whole)

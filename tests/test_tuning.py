@@ -14,7 +14,9 @@ from ptuning import constants, model, steps, tuning
 from ptuning.answers import answer_records
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError
+from ptuning.fill import Ids
 from ptuning.measure import Progress
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.predict import PromptModel
@@ -62,6 +64,27 @@ def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
     backbone.__dict__.pop("fingerprint")
     assert backbone.fingerprint == fingerprint
+
+
+def test_tries_share_the_text_in_front_of_the_slots(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same for every learning rate, so it is run once; afterwards nothing of it is left."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    ran: list[ConstantParts] = []
+    ids: list[Ids] = []
+    real = ConstantParts._run
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+        ran.append(parts)
+        ids.extend(group)
+        return real(parts, group)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    solution = fit("p-tuning", causal, replace(QUICK, starts=2), tries=2, task=task(template="{x} and {x} [P] [Y]"))
+    assert len(ids) == len(set(ids)) == len({row["x"] for row in (*TRAIN, *DEV)})
+    assert len(set(ran)) == 1
+    assert not ran[0].tokens
+    tried: Any = solution.record["tried"]
+    assert len(tried) == 2
 
 
 @pytest.mark.parametrize("method", TUNING)

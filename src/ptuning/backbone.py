@@ -21,7 +21,7 @@ from ptuning import defaults
 from ptuning.errors import BackboneError, closest
 from ptuning.files import sha256
 from ptuning.fill import Kind
-from ptuning.forward import Forward, Memory
+from ptuning.forward import HEAD, Forward, Memory
 from ptuning.hub import find_backbone
 from ptuning.probes import beside_pads, check_reading, same_logits
 from ptuning.tokenizer import UNBOUNDED_TOKENS, decoder_start, kind_of
@@ -161,6 +161,22 @@ class Backbone:
         other.freeze()
         return other
 
+    @property
+    @torch.no_grad()
+    def hidden_width(self) -> int:
+        """Width of the hidden states that a head reads, found by running three tokens."""
+        other = self.copy(share=True)
+        other.put_head(nn.Identity())
+        return beside_pads(other).shape[-1]
+
+    def put_head(self, head: nn.Module) -> None:
+        """Let a head read the hidden states at asked positions in the place of the language model's.
+
+        Args:
+            head: (N, H) hidden states -> (N, K) logits, which :meth:`run` then returns.
+        """
+        self.model.add_module(HEAD, head)
+
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen backbone of the same architecture that has learned nothing.
 
@@ -253,8 +269,8 @@ class Backbone:
             keep: Whether to return what the next call needs.
 
         Returns:
-            (N, V) float32 logits over the tokenizer's vocabulary (a table may be padded beyond it), and the memory if
-            asked for and the model keeps one.
+            (N, V) float32 logits over the tokenizer's vocabulary (a table may be padded beyond it), or (N, K) of
+            another head (:meth:`put_head`); and the memory if asked for and the model keeps one.
         """
         logits, memory = self._forward(
             self.model,
@@ -268,7 +284,7 @@ class Backbone:
             memory=memory,
             keep=keep,
         )
-        return logits[:, : self.vocabulary], memory
+        return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
         """Run once what B rows begin with, for a model that :attr:`shares_prefix`.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ptuning.answers import answer_records
+from ptuning.answers import answer_records, task_items
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.files import Json
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
 from ptuning.metrics import majority as most_frequent
+from ptuning.model import run_tokens
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions
@@ -25,8 +26,8 @@ IN_CONTEXT_DRAWS = 3
 # Examples and question together take no more tokens than this, however many the backbone could read: time grows with
 # them, and a small model gets lost.
 IN_CONTEXT_TOKENS = 2048
-# What a record costs behind examples, which run once a batch, beside one without (docs/architecture.md, decision 16).
-EXAMPLES_COST = 2.0
+# Development records whose tokens are counted for an estimate; the others are taken to be alike.
+COUNTED_RECORDS = 64
 
 REFERENCE = "manual"
 FREE_METHODS = ("majority", REFERENCE, "manual-restricted", "in-context")
@@ -78,11 +79,29 @@ def manual_restricted(task: Task, setup: Setup) -> Solution:
     return prompt_solution(task, setup, task.manual, closed=task.objects)
 
 
+def in_context_tokens(task: Task, setup: Setup, rows: int) -> float:
+    """Return the tokens that in-context runs to choose its examples and to answer so many rows: all of those in front,
+    once a batch where the backbone can. Which number of examples will be chosen is not known, so it is their mean.
+    """
+    dev = Questions(task.dev[:COUNTED_RECORDS])
+    costs = []
+    for template in (template for _, draw, template in drawn_examples(task, setup) if draw == 0):
+        bound = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task)).bind(setup.backbone)
+        try:
+            items = task_items(bound, dev, task)
+        except TemplateError:
+            continue  # as in_context does
+        costs.append(run_tokens(setup.backbone, [item.inputs for item in items]) / len(dev))
+    tried = IN_CONTEXT_DRAWS * len(task.dev) * sum(costs)
+    return tried + rows * sum(costs) / max(1, len(costs))
+
+
 @METHODS.register(
     "in-context",
     describe="examples of the training part in front of the manual prompt",
     seeded=True,
-    passes=(0.0, len(IN_CONTEXT_EXAMPLES) * IN_CONTEXT_DRAWS * EXAMPLES_COST),
+    passes=(0.0, float(len(IN_CONTEXT_EXAMPLES) * IN_CONTEXT_DRAWS)),
+    tokens=in_context_tokens,
 )
 def in_context(task: Task, setup: Setup) -> Solution:
     """Put examples in front of the question; how many, which ones and their order are chosen on the development part.
@@ -91,6 +110,29 @@ def in_context(task: Task, setup: Setup) -> Solution:
     """
     tried: list[dict[str, Json]] = []
     best: tuple[float, Template] | None = None
+    for count, draw, template in drawn_examples(task, setup):
+        try:
+            answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
+        except TemplateError:
+            continue  # these examples do not fit in front of the question
+        hits = sum(answer.hit for answer in answers) / len(answers)
+        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
+        if best is None or hits > best[0]:
+            best = hits, template
+    if best is None:
+        raise ConfigError(
+            f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
+            "has nothing to show"
+        )
+    found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
+    scores = [one["dev_score"] for one in tried]
+    return Solution(
+        found.answer, {"tried": list(tried), "chosen": tried[scores.index(best[0])], "prompt": str(best[1])}
+    )
+
+
+def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Template]]:
+    """Yield what is tried: how many examples, which draw of them, and the template with them in front."""
     # In front of the question a record's words are the template's own, where "[MASK]" would be a mask.
     specials = setup.backbone.tokenizer.special_ids
     shown = [
@@ -104,25 +146,7 @@ def in_context(task: Task, setup: Setup) -> Solution:
         for draw in range(IN_CONTEXT_DRAWS):
             # Each drawn anew: 16 examples are not 4 and 12 more, so that orders differ as well.
             chooser = random.Random(f"in-context {setup.seed} {count} {draw}")
-            template = with_examples(task.manual, chooser.sample(shown, count), kind=setup.backbone.kind)
-            try:
-                answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
-            except TemplateError:
-                continue  # these examples do not fit in front of the question
-            hits = sum(answer.hit for answer in answers) / len(answers)
-            tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
-            if best is None or hits > best[0]:
-                best = hits, template
-    if best is None:
-        raise ConfigError(
-            f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
-            "has nothing to show"
-        )
-    found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
-    scores = [one["dev_score"] for one in tried]
-    return Solution(
-        found.answer, {"tried": list(tried), "chosen": tried[scores.index(best[0])], "prompt": str(best[1])}
-    )
+            yield count, draw, with_examples(task.manual, chooser.sample(shown, count), kind=setup.backbone.kind)
 
 
 def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:

@@ -99,7 +99,8 @@ class ConstantParts:
 
         Args:
             examples: All rows that will be run.
-            report: Called with the number of tokens done, and of all.
+            report: Called after every pass with the number of tokens done, and of all. What it raises ends this; what
+                was computed stays, and the rest is computed when it is asked for.
 
         Returns:
             Whether it pays, so that these rows are to run from their first slot onwards.

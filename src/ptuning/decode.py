@@ -95,10 +95,14 @@ def _beams(
     width: int,
     max_tokens: int,
 ) -> list[list[Written]]:
-    """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding).
+    """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding). A
+    model that keeps no cache reads whole rows again for every token.
 
     Returns:
         For each of B rows up to ``width`` different answers, best first.
+
+    Raises:
+        BackboneError: If a model with an encoder keeps no cache.
     """
     rows, limit = len(examples), backbone.tokenizer.max_tokens
     ending = _Ending(backbone, bound)
@@ -116,15 +120,19 @@ def _beams(
         encoder_tokens=batch.encoder_tokens,
         keep=True,
     )
-    if memory is None:
+    if memory is None and batch.encoder_tokens:
         raise BackboneError(
             "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
         )
     scores = torch.log_softmax(logits, dim=-1)  # (B, V)
     best, tokens = scores.topk(width, dim=-1)  # (B, W)
     texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-    memory.reorder(torch.arange(rows, device=backbone.device).repeat_interleave(width))
-    mask, positions = (value.repeat_interleave(width, dim=0) for value in (mask, positions))
+    first = torch.arange(rows, device=backbone.device).repeat_interleave(width)
+    mask, positions = (value[first] for value in (mask, positions))
+    if memory is not None:
+        memory.reorder(first)
+    else:
+        embeddings, read = embeddings[first], batch.positions[first]  # (B * W, T, E), (B * W, T)
     ended = ending.reached(texts, tokens)  # (B, W)
     for _ in range(max_tokens - 1):
         # A row whose context is full ends where it stands; its neighbours may go on.
@@ -133,16 +141,19 @@ def _beams(
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B * W, T + 1)
         every = torch.arange(len(mask), device=backbone.device)
+        new, at = backbone.embed(tokens.reshape(-1, 1)), positions.clamp(max=limit - 1)[:, None]
+        if memory is None:
+            embeddings, read = torch.cat([embeddings, new], dim=1), torch.cat([read, at], dim=1)  # T + 1
+            new, at = embeddings, read
         logits, memory = backbone.run(
-            backbone.embed(tokens.reshape(-1, 1)),
+            new,
             mask=mask,
-            positions=positions.clamp(max=limit - 1)[:, None],
+            positions=at,
             rows=every,
-            cols=torch.zeros_like(every),
+            cols=torch.full_like(every, new.shape[1] - 1),
             memory=memory,
-            keep=True,
+            keep=memory is not None,
         )
-        assert memory is not None
         positions = positions + 1
         step = torch.log_softmax(logits, dim=-1).view(rows, width, -1)  # (B, W, V)
         # An ended beam goes on as itself: one continuation, which nobody reads, at no cost.
@@ -159,7 +170,11 @@ def _beams(
             for row in range(rows)
         ]
         ended = ended | ending.reached(texts, tokens)
-        memory.reorder((parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten())
+        kept = (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten()  # (B * W,)
+        if memory is not None:
+            memory.reorder(kept)
+        else:
+            embeddings, read = embeddings[kept], read[kept]
     return [
         _different(ending.answer(ids, value) for ids, value in zip(texts[row], best[row].tolist(), strict=True))
         for row in range(rows)

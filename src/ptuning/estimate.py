@@ -1,4 +1,4 @@
-"""How long the cells of a suite will take: tokens times passes over a measured speed. Runs nothing but that measure."""
+"""How long the cells of a suite will take: tokens to be run over a measured speed. Runs nothing but that measure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ptuning.answers import task_items
 from ptuning.cells import Cell, Job
 from ptuning.fill import BoundTemplate
 from ptuning.measure import evaluate
+from ptuning.method import Setup
 from ptuning.questions import Questions
 from ptuning.suite import Suite
 from ptuning.tuning import LEARNED
@@ -42,6 +43,11 @@ def estimate(suite: Suite) -> list[Estimate]:
         job, method = suite.jobs[cell.task], suite.methods[cell.method]
         if method.passes is None:
             found.append(Estimate(cell, 0.0 if cell in waiting else None))
+            continue
+        if method.tokens is not None:
+            setup = Setup(suite.backbone, suite.config, seed=cell.seed)
+            tokens = method.tokens(job.task_of(cell.seed), setup, len(job.test)) if cell in waiting else 0.0
+            found.append(Estimate(cell, tokens / speed if cell in waiting else None))
             continue
         on_train, on_dev = method.passes
         repeats = suite.tries if method.trained else 1

@@ -14,7 +14,7 @@ from ptuning.measure import Evaluation, Report, evaluate
 from ptuning.method import Answer
 from ptuning.metrics import Score, precision_at, reciprocal_ranks, score, summary
 from ptuning.objective import choice_items, label_items, target_items
-from ptuning.predict import Prediction, PromptModel, choices_of
+from ptuning.predict import Candidate, Prediction, PromptModel, choices_of
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions, as_questions
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
@@ -111,6 +111,28 @@ def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
     return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
 
 
+def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
+    """Return the answers that scoring found among labels or choices, as :meth:`PromptModel.predict` would.
+
+    Args:
+        prompt: The prompt, with label words or choices.
+        questions: N questions.
+        found: Their scores.
+    """
+    names = _class_names(prompt, questions)
+    best = [
+        Candidate(listed[guess], log_prob)
+        for listed, guess, log_prob in zip(names, found.guesses, found.log_probs, strict=True)
+    ]
+    return [Prediction(one.text, (one,)) for one in best]
+
+
+def _class_names(prompt: Prompt, questions: Questions) -> list[Sequence[str]]:
+    """Return what each question is answered with one of: the labels, or its choices."""
+    words = prompt.label_words
+    return [words.labels if words is not None else question.choices for question in questions]
+
+
 def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequence[float]) -> list[dict[str, Json]]:
     """Return one row per record for ``predictions.jsonl``."""
     return [
@@ -127,10 +149,9 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
 
 def _task_scores(prompt: Prompt, task: TaskFile, questions: Questions, found: Evaluation) -> dict[str, Score]:
     """Return the scores of a task's own metrics, in its order."""
-    words = prompt.label_words
-    names = [words.labels if words is not None else question.choices for question in questions]
     answers = [
-        Answer(listed[guess], bool(hit)) for listed, guess, hit in zip(names, found.guesses, found.hits, strict=True)
+        Answer(listed[guess], bool(hit))
+        for listed, guess, hit in zip(_class_names(prompt, questions), found.guesses, found.hits, strict=True)
     ]
     values = score_values(answers, questions, task.metrics)
     return {name: summary([values[name]]) for name in task.metrics}

@@ -34,7 +34,7 @@ class Family:
         kind: ``causal``, ``masked``, ``permuted`` or ``encoder-decoder``.
         listed: Whether something was done for it; the others work because they are asked what they need.
         slots: Where slots may stand.
-        answers: Whether it writes answers, fills masks, or only chooses among candidates.
+        answers: Whether it writes answers or fills masks.
         shared_prefix: Whether what the rows of a batch begin with runs once.
         own_width: Whether slots have another width than the layers (ELECTRA).
         pads: On which side of a row pads may stand; nobody needs to care.

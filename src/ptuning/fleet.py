@@ -137,7 +137,7 @@ class Fleet:
 
         Args:
             report: Called with progress.
-            should_stop: Asked after every step.
+            should_stop: Asked after every step, and after every pass over the text in front of the slots.
 
         Raises:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
@@ -153,8 +153,11 @@ class Fleet:
         with ConstantParts(self.backbone, memory_share=self._memory_share) as constants:
             while waiting or self._live:
                 while waiting and len(self._live) < self.at_once:
-                    one = self._begin(waiting.popleft(), constants, folders, report)
-                    yield from self._go_on([one], {}, work)
+                    one = self._begin(waiting.popleft(), constants, folders, report, should_stop)
+                    try:
+                        yield from self._go_on([one], {}, work)
+                    except Interrupted:  # before its first step: it begins anew, with those that wait
+                        self._between({}, lambda: True)
                 if not self._live:
                     continue
                 failed = take_step([(one.trainer, one.group) for one in self._live])
@@ -169,7 +172,12 @@ class Fleet:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def _begin(
-        self, member: Member, constants: ConstantParts, folders: dict[str, Path], report: Report | None
+        self,
+        member: Member,
+        constants: ConstantParts,
+        folders: dict[str, Path],
+        report: Report | None,
+        should_stop: Callable[[], bool] | None,
     ) -> _Live:
         """Return a prompt that begins, or goes on."""
         trainer = member.make(constants)
@@ -182,7 +190,7 @@ class Fleet:
             if report is not None and progress.stage in ("dev", "cache"):
                 report(replace(progress, note=f"{member.name}: {progress.note}"))
 
-        return _Live(member, trainer, trainer.course(member.train, member.dev, report=told))
+        return _Live(member, trainer, trainer.course(member.train, member.dev, report=told, should_stop=should_stop))
 
     def _go_on(
         self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
@@ -274,11 +282,17 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Let a prompt go on to its next step; return its trainer or an error if there is none."""
+    """Let a prompt go on to its next step; return its trainer or an error if there is none.
+
+    Raises:
+        Interrupted: If training is to stop.
+    """
     try:
         one.group = next(one.course)
     except StopIteration:
         return one.trainer
+    except Interrupted:
+        raise
     except TrainingError as error:
         return error
     return None

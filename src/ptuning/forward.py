@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import Cache, DynamicLayer, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutput
 
+# The module of a model that reads its hidden states where its own head would, if there is one.
+HEAD = "classification_head"
 # What a model must take as input, and what is wrong with one that does not.
 NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
 NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
@@ -74,11 +76,13 @@ class Memory:
 
 @dataclass
 class _Asked:
-    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and whether a hook took them."""
+    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and the hidden states there, (N, H),
+    once a hook took them.
+    """
 
     rows: Tensor
     cols: Tensor
-    taken: bool = False
+    hidden: Tensor | None = None
 
 
 _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
@@ -100,8 +104,11 @@ class Forward:
         accepted = inspect.signature(model.forward).parameters
         for needed, why in NEEDED_BY_KIND[kind].items():
             if needed not in accepted:
-                raise BackboneError(f"{name}: {type(model).__name__} takes no {needed} as input, {why}")
+                raise BackboneError(
+                    f"{name}: {type(model).__name__} takes no {needed} as input, {why}; use another language model"
+                )
         self.kind = kind
+        self._name = name
         self.first_position = _first_position(model)
         self._takes_positions = "position_ids" in accepted
         # A model without a table of segments (GPT-2, XLM) would add the embedding of the word with the segment's id.
@@ -129,6 +136,13 @@ class Forward:
         keep: bool,
     ) -> tuple[Tensor, Memory | None]:
         """Run the model, or a copy of it; as :meth:`ptuning.backbone.Backbone.run`.
+
+        A head that was put beside the model's own reads what the body makes of the asked positions: nothing of what
+        language models do to hidden states or logits on the way to words (T5's scale, BART's bias per word), and a
+        permuted model sees the asked positions like all others, since there is nothing to predict.
+
+        Raises:
+            BackboneError: If there is such a head, and the body does not show its hidden states.
 
         Source: docs/architecture.md, decision 6 (a hook on the body gathers before the head runs).
         """
@@ -158,7 +172,8 @@ class Forward:
                 "use_cache": keep or memory is not None,
                 "past_key_values": None if memory is None else memory.cache,
             }
-        if self.kind == "permuted":
+        head = getattr(model, HEAD, None)
+        if self.kind == "permuted" and head is None:
             hidden, mapping, cols = _asked_targets(embeddings, rows, cols)
             inputs |= {"perm_mask": hidden, "target_mapping": mapping}
         asked = _Asked(rows, cols)
@@ -167,7 +182,15 @@ class Forward:
             output = model(**inputs, return_dict=True)
         finally:
             _gather.reset(token)
-        logits = output.logits[0] if asked.taken else output.logits[rows, cols]  # (N, V)
+        if head is None:
+            logits = output.logits[rows, cols] if asked.hidden is None else output.logits[0]  # (N, V)
+        elif asked.hidden is not None:
+            logits = head(asked.hidden)  # (N, K)
+        else:
+            raise BackboneError(
+                f"{self._name}: {type(model).__name__} does not show the hidden states that its head reads, so no "
+                "classification head can take its place; leave fine-tuning out of the methods"
+            )
         cache = output.get("past_key_values") if keep else None
         if cache is None:
             return logits.float(), None
@@ -213,10 +236,10 @@ def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tens
 def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[str, Tensor] | None:
     """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
     asked = _gather.get()
-    if asked is None or asked.taken or not isinstance(output, dict) or "last_hidden_state" not in output:
+    if asked is None or asked.hidden is not None or not isinstance(output, dict) or "last_hidden_state" not in output:
         return None
-    output["last_hidden_state"] = output["last_hidden_state"][asked.rows, asked.cols][None]  # (1, N, H)
-    asked.taken = True
+    asked.hidden = output["last_hidden_state"][asked.rows, asked.cols]  # (N, H)
+    output["last_hidden_state"] = asked.hidden[None]  # (1, N, H)
     return output
 
 

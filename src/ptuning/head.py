@@ -1,7 +1,7 @@
 """Fine-tuning as it is usually done: a linear head on one hidden state instead of words. Knows no prompts.
 
 The head takes the place of the language model's own, so everything else is what prompts use: batches, logits at the
-asked positions only, losses over classes.
+asked positions only, losses over classes. It reads where the library's own classification models do.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ptuning.answers import answer_items
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.errors import BackboneError
 from ptuning.files import Json
-from ptuning.fill import BoundTemplate, Example
+from ptuning.fill import BoundTemplate, Example, Kind
 from ptuning.method import Answer, Setup, Task
 from ptuning.objective import Choice, Item
 from ptuning.questions import Question, Questions, with_few_choices
 from ptuning.records import Record
-from ptuning.template import Field, Literal, Target, Template
+from ptuning.template import Field, Literal, Target, Template, Turn
 from ptuning.trainer import TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
 
 # The standard deviation that heads start from in most of the models that are tuned with them.
@@ -43,7 +42,7 @@ class Head(nn.Linear):
 
 
 def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
-    """Return a float32 copy of a backbone whose language-model head is a new one over classes.
+    """Return a float32 copy of a backbone with a new head over classes in the place of the language model's.
 
     Args:
         backbone: The backbone; it does not change.
@@ -51,30 +50,26 @@ def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
         seed: Of the head's start values.
 
     Raises:
-        BackboneError: If its language-model head is no layer that can be replaced.
+        BackboneError: If it does not show the hidden states that its head reads.
     """
     other = backbone.copy()
-    old = other.model.get_output_embeddings()
-    if not isinstance(getattr(old, "weight", None), Tensor):
-        raise BackboneError(
-            f"{backbone.name}: the head of {type(backbone.model).__name__} is no single layer, so no classification "
-            "head can take its place; leave fine-tuning out of the methods"
-        )
-    head = Head(old.weight.shape[-1], classes, device=old.weight.device)
+    head = Head(backbone.hidden_width, classes, device=backbone.device)
     with torch.no_grad():
         head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
         head.bias.zero_()
-    other.model.set_output_embeddings(head)
+    other.put_head(head)
     other.freeze()
     return other
 
 
-def head_template(task: Task) -> Template:
-    """Return the template that holds a task's fields, and a row's choice behind them, with no words around."""
+def head_template(task: Task, *, kind: Kind) -> Template:
+    """Return the template that holds a task's fields, and a row's choice behind them, with no words around; all of it
+    on an encoder's side, if there is one.
+    """
     kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
     names = [*task.manual.fields, *([CHOICE] if task.train.has_choices else [])]
     pieces = [piece for name in names for piece in (Field(name, name in kept or name == CHOICE), Literal(" "))]
-    return Template((*pieces, Target()))
+    return Template((*pieces, *([Turn()] if kind == "encoder-decoder" else []), Target()))
 
 
 def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]) -> list[Item]:
@@ -86,7 +81,8 @@ def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]
         labels: The names of the labels; empty where rows bring their choices.
     """
     rows = [filled for question in questions for filled in _filled(question, labels)]
-    examples = iter([_at_summary(one, kind=bound.kind) for one in bound.contexts(rows, source=questions.name)])
+    filled = bound.contexts(rows, source=questions.name)
+    examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
     items = []
     for question in questions:
         inputs = tuple(next(examples) for _ in _filled(question, labels))
@@ -104,13 +100,25 @@ def _filled(question: Question, labels: Sequence[str]) -> list[Record]:
     return [question.record] if labels else [{**question.record, CHOICE: text} for text in question.choices]
 
 
-def _at_summary(example: Example, *, kind: str) -> Example:
-    """Move the scored position to where a model sums a text up: the last token, or the first of a masked model."""
-    if kind == "causal":
-        return Example(example.token_ids, (), (len(example.token_ids) - 1,), (), 0, shortened=example.shortened)
-    mask = example.logit_positions[0]
-    ids = (*example.token_ids[:mask], *example.token_ids[mask + 1 :])  # there is nothing to fill in
-    return Example(ids, (), (0,), (), 0, shortened=example.shortened)
+def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example:
+    """Move the scored position to where a model sums a text up: the first token of a masked model, the last one of any
+    other. A decoder reads the text once more, behind its start token, up to where it would write the text's end.
+
+    Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2; Lewis et al. (2020), section 3.1;
+        ``XLNetForSequenceClassification`` and ``T5ForSequenceClassification`` of transformers.
+    """
+    ids, decoder = example.token_ids, example.encoder_tokens
+    if decoder:
+        text, start = ids[:decoder], ids[decoder]
+        end = max((at for at, token in enumerate(text) if token == stop_id), default=decoder - 1)
+        ids, at = (*text, start, *text[:-1]), decoder + end
+    elif kind == "causal":
+        at = len(ids) - 1
+    else:
+        mask = example.logit_positions[0]
+        ids = (*ids[:mask], *ids[mask + 1 :])  # there is nothing to fill in
+        at = 0 if kind == "masked" else len(ids) - 1
+    return Example(ids, (), (at,), (), 0, shortened=example.shortened, encoder_tokens=decoder)
 
 
 class HeadModel:
@@ -121,14 +129,13 @@ class HeadModel:
         setup: With what it is trained.
         config: Settings of this training.
 
-    Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2, for the last token.
     """
 
     def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
         words = task.file.label_words if task.file is not None else None
         self.labels = words.labels if words is not None else ()
         copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
-        self.bound = BoundTemplate(head_template(task), tokenizer=copy.tokenizer, kind=copy.kind)
+        self.bound = BoundTemplate(head_template(task, kind=copy.kind), tokenizer=copy.tokenizer, kind=copy.kind)
         few = task.train if self.labels else with_few_choices(task.train, TRAIN_CHOICES, seed=config.seed)
         train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
         trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))

@@ -44,11 +44,13 @@ class Evaluation:
         loss: The mean loss.
         hits: 1.0 or 0.0 per record.
         guesses: The likeliest class of each record; empty where there are none to choose from.
+        log_probs: And its natural log-probability among the classes.
     """
 
     loss: float
     hits: tuple[float, ...]
     guesses: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
 
     @property
     def score(self) -> float:
@@ -85,12 +87,13 @@ def evaluate(
         note: Shown with the progress.
 
     Returns:
-        Mean loss, a hit or a miss per item, and its likeliest class, in order.
+        Mean loss, a hit or a miss per item, and its likeliest class with its log-probability, in order.
     """
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
     constants = constants or ConstantParts(backbone, memory_share=0)
     guesses: dict[int, int] = {}
+    log_probs: dict[int, float] = {}
     prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
@@ -100,14 +103,16 @@ def evaluate(
         loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
         found |= dict(zip(chosen, hits(group, scored), strict=True))
         if group[0].answers:
-            likeliest = class_scores(group, scored).argmax(dim=-1).tolist()
-            guesses |= dict(zip(chosen, likeliest, strict=True))
+            likeliest = torch.log_softmax(class_scores(group, scored), dim=-1).max(dim=-1)  # (I,)
+            guesses |= dict(zip(chosen, likeliest.indices.tolist(), strict=True))
+            log_probs |= dict(zip(chosen, likeliest.values.tolist(), strict=True))
         if report is not None:
             report(Progress("dev", done, len(items), note))
     return Evaluation(
         loss_sum / count,
         tuple(found[index] for index in range(len(items))),
         tuple(guesses[at] for at in sorted(guesses)),
+        tuple(log_probs[at] for at in sorted(log_probs)),
     )
 
 

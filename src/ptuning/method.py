@@ -135,6 +135,8 @@ class Method:
             of time; None if it never runs the backbone.
         prompts: Gives the trainings that ``fit`` looks for in the setup's folder, each under its name, so that those of
             many tasks can be done together beforehand; None if there is nothing to share.
+        tokens: The same where no passes over a record's own tokens tell it: a task, a setup and a number of test
+            records -> tokens that are run for these and to choose on the development part.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Method:
     passes: tuple[float, float] | None = None
     reads_train: bool = True
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
+    tokens: Callable[[Task, Setup, int], float] | None = None
 
 
 class Methods(Mapping[str, Method]):
@@ -169,6 +172,7 @@ class Methods(Mapping[str, Method]):
         passes: tuple[float, float] | None = None,
         reads_train: bool = True,
         prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
+        tokens: Callable[[Task, Setup, int], float] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method.
 
@@ -181,7 +185,7 @@ class Methods(Mapping[str, Method]):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train, prompts)
+            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train, prompts, tokens)
             return fit
 
         return add

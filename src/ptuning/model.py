@@ -102,6 +102,23 @@ def prefix_tokens(backbone: Backbone, examples: Sequence[Example], *, offsets: S
     return shared if shared and backbone.shares_prefix else 0
 
 
+def run_tokens(backbone: Backbone, inputs: Sequence[Sequence[Example]]) -> int:
+    """Count the tokens of the passes that :func:`batches` makes of inputs: with pads, a shared prefix once a pass.
+
+    Args:
+        backbone: The language model.
+        inputs: For each index the rows that must be run together.
+    """
+    total = 0
+    prefix = prefix_tokens(backbone, [example for row in inputs for example in row])
+    for chosen in batches(inputs, prefix=prefix):
+        rows = [example for index in chosen for example in inputs[index]]
+        shared = shared_tokens(rows)
+        shared = shared if runs_prefix_once(backbone, rows=len(rows), shared=shared) else 0
+        total += shared + len(rows) * (max(len(example.token_ids) for example in rows) - shared)
+    return total
+
+
 def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
     """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
 

@@ -1,9 +1,11 @@
-"""What a loaded model does, found by running it on three tokens: whether it reads pads, what stands behind a position,
+"""What a loaded model does, found by running it on a few tokens: whether it reads pads, what stands behind a position,
 or embeddings in another way than tokens. Knows no templates.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,9 @@ from ptuning.errors import BackboneError
 
 if TYPE_CHECKING:
     from ptuning.backbone import Backbone
+
+# Tokens of one longer row: no multiple of the pieces that some models cut rows into (Reformer), of 64 and less.
+LONG_ROW = 67
 
 
 @torch.no_grad()
@@ -34,23 +39,21 @@ def check_reading(backbone: Backbone) -> None:
                 "one table; use an encoder-decoder model that shares them, as T5 and BART do"
             )
     sides = ("", "decoder_") if backbone.kind == "encoder-decoder" else ("",)
-    plain, embedded = (
-        backbone.model(**{side + name: value for side in sides}, attention_mask=ones).logits[0].float()
-        for name, value in (("input_ids", ids), ("inputs_embeds", backbone.embed(ids)))
-    )
+    with _running(f"{called} cannot read a row of {ids.shape[1]} tokens"):
+        plain, embedded = (
+            backbone.model(**{side + name: value for side in sides}, attention_mask=ones).logits[0].float()
+            for name, value in (("input_ids", ids), ("inputs_embeds", backbone.embed(ids)))
+        )
     if not same_logits(backbone, plain, embedded):
         raise BackboneError(
             f"{called} does something else with embeddings than with the tokens they belong to, so slots cannot be "
             "filled; use another language model"
         )
-    try:
+    with _running(f"{called} cannot be asked for logits at some positions"):
         asked = _asked(backbone, ids)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(
-            f"{called} cannot be asked for logits at some positions: {first} ({type(error).__name__}); use another "
-            "language model"
-        ) from error
+    long = max(3, min(LONG_ROW, backbone.tokenizer.max_tokens - 1))
+    with _running(f"{called} cannot read a row of {long} tokens"):
+        _asked(backbone, ids.repeat(1, long // 3 + 1)[:, :long])
     if backbone.kind != "permuted" and not same_logits(backbone, asked, plain[1:, : backbone.vocabulary]):
         raise BackboneError(
             f"{called} answers otherwise when asked for some positions only; use another language model"
@@ -70,8 +73,18 @@ def check_reading(backbone: Backbone) -> None:
         )
 
 
+@contextlib.contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Turn what a model raises where it is run into an error that says what it cannot do."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"{what}: {first} ({type(error).__name__}); use another language model") from error
+
+
 def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
-    """Return the logits at all but the first position of a row, (2, V), as training asks for them."""
+    """Return the logits at the second and third position of a row, (2, V), as training asks for them."""
     split = ids.shape[1] if backbone.kind == "encoder-decoder" else 0
     row = torch.cat([ids, ids], dim=1) if split else ids
     positions = torch.arange(ids.shape[1], device=ids.device)[None]

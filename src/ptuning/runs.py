@@ -17,7 +17,7 @@ from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, Tune, without_later_defaults
 from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, TemplateError
-from ptuning.evaluate import prediction_rows
+from ptuning.evaluate import guessed, prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords, Scoring
@@ -29,7 +29,7 @@ from ptuning.questions import Questions, as_questions, split_questions, with_few
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
+from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, constant_parts, derived_seed, in_small_passes
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -76,6 +76,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,
+    constants: ConstantParts | None = None,
 ) -> TrainResult:
     """Learn the slot vectors of a template: alone, on a frozen backbone, or along with weights of a copy of it.
 
@@ -94,9 +95,11 @@ def train(
         resume: Go on from the checkpoint in ``out``; a finished run is returned as it is.
         overwrite: Replace an earlier run in ``out``.
         report: Called with progress.
-        should_stop: Asked after every step.
+        should_stop: Asked after every step, and after every pass over the text in front of the slots.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
+        constants: What is kept of the text in front of the slots, where several runs share it and their caller clears
+            it; by default it is shared by the starts of this one.
 
     Returns:
         The chosen prompt and the record of the run.
@@ -110,13 +113,14 @@ def train(
     )  # fmt: skip
     if run.finished is not None:
         return run.finished
-    for number in range(run.config.starts):
-        trainer = run.trainer(number, checkpoint=run.checkpoint(number))
-        if resume and trainer.load():
-            run.seconds_before += trainer.state.train_seconds
-        trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
-        run.add(number, trainer)
-    return run.result()
+    with constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants) as shared:
+        for number in range(run.config.starts):
+            trainer = run.trainer(number, checkpoint=run.checkpoint(number), constants=shared)
+            if resume and trainer.load():
+                run.seconds_before += trainer.state.train_seconds
+            trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
+            run.add(number, trainer)
+        return run.result()
 
 
 class Run:
@@ -260,7 +264,7 @@ class Run:
                 self.backbone, self.items["train"], batch_size=config.batch_size, slots=self.bound.slots
             )
         if self.folder is not None and best.accelerator.is_main_process:
-            _write(self.folder, prompt, record, self._dev, self.items["dev"], best.backbone)
+            _write(self.folder, prompt, record, self._dev, self.items["dev"], best)
         return TrainResult(prompt, record, self.folder)
 
 
@@ -481,13 +485,14 @@ def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrit
 
 
 def _write(
-    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Questions, items: Sequence[Item], backbone: Backbone
+    folder: Path, prompt: Prompt, record: Mapping[str, Json], dev: Questions, items: Sequence[Item], best: Trainer
 ) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
-    found = evaluate(backbone, items, vectors=vectors, slots=prompt.slots)
-    predictions = PromptModel(backbone).predict(dev, prompt)
+    kept = best.constants if best.skips_constants else None
+    found = evaluate(best.backbone, items, vectors=best.best_vectors, slots=prompt.slots, constants=kept)
+    # Scoring labels and choices has chosen among them; a written answer is still to be written.
+    predictions = guessed(prompt, dev, found) if found.guesses else PromptModel(best.backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)

@@ -4,12 +4,14 @@ parts only; knows no files but its checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -57,7 +59,8 @@ class Trainer:
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
-        constants: What is kept of the text in front of the slots, where prompts share it; by default its own.
+        constants: What is kept of the text in front of the slots, where prompts share it and whoever made it clears
+            it; by default its own, cleared after :meth:`fit`.
 
     Raises:
         TrainingError: If the backbone is not frozen.
@@ -105,8 +108,8 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = RunState()
         self.best_vectors = self.vectors()
-        share = config.cache_memory if config.tune == "frozen" else 0
-        self.constants = constants or ConstantParts(self.backbone, memory_share=share)
+        self._shares_constants = constants is not None
+        self.constants = constants or constant_parts(self.backbone, config)
         self.constant_part = self.constants.to_json()
         # Whether rows run from their first slot onwards.
         self.skips_constants = False
@@ -190,7 +193,7 @@ class Trainer:
             train: Items to learn from.
             dev: Items to choose by.
             report: Called after every batch.
-            should_stop: Asked after every step.
+            should_stop: Asked after every step, and after every pass over the text in front of the slots.
 
         Raises:
             Interrupted: If ``should_stop`` said so; a checkpoint was written.
@@ -198,13 +201,12 @@ class Trainer:
         """
         self.kept = KeptWeights(self.checkpoint) if self.weights else None
         try:
-            with self.constants:
-                for group in self.course(train, dev, report=report):
+            with contextlib.nullcontext() if self._shares_constants else self.constants:
+                for group in self.course(train, dev, report=report, should_stop=should_stop):
                     if failed := take_step([(self, group)]):
                         raise failed[self]
                     if should_stop is not None and should_stop():
-                        self.save()
-                        raise Interrupted(f"stopped in {self.place}")
+                        self._interrupt()
                     if time.monotonic() - self._saved_at > self._pause():
                         self.save()
             if self.kept is not None:
@@ -213,13 +215,22 @@ class Trainer:
             if self.kept is not None:
                 self.kept.close()
 
+    def _interrupt(self) -> NoReturn:
+        self.save()
+        raise Interrupted(f"stopped in {self.place}")
+
     @property
     def place(self) -> str:
         """Where training stands, in words."""
         return f"epoch {self.state.epoch} of {self.config.epochs}, after {self.state.step} steps"
 
     def course(
-        self, train: Sequence[Item], dev: Sequence[Item], *, report: Report | None = None
+        self,
+        train: Sequence[Item],
+        dev: Sequence[Item],
+        *,
+        report: Report | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Sequence[Item]]:
         """Go through training, or on from where a loaded checkpoint stands, and yield the records of each optimizer
         step, for :func:`take_step` to take it before the next ones are asked for.
@@ -228,15 +239,22 @@ class Trainer:
             train: Items to learn from.
             dev: Items to choose by.
             report: Called with progress.
+            should_stop: Asked after every pass over the text in front of the slots; between steps it is the caller's
+                to ask.
 
         Raises:
+            Interrupted: If ``should_stop`` said so; a checkpoint was written.
             TrainingError: If the loss is no number any more.
         """
         tell = report or (lambda _: None)
-        self.skips_constants = self.constants.prepare(
-            (example for item in (*train, *dev) for example in item.inputs),
-            report=lambda done, total: tell(Progress("cache", done, total, "text in front of the slots")),
-        )
+
+        def passed(done: int, total: int) -> None:
+            tell(Progress("cache", done, total, "text in front of the slots"))
+            if should_stop is not None and should_stop():
+                self._interrupt()
+
+        inputs = (example for item in (*train, *dev) for example in item.inputs)
+        self.skips_constants = self.constants.prepare(inputs, report=passed)
         self.constant_part = self.constants.to_json()
         state = self.state
         if not state.start:
@@ -463,6 +481,11 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def constant_parts(backbone: Backbone, config: TrainConfig) -> ConstantParts:
+    """Return what keeps the text in front of the slots, with nothing in it, for runs with these settings."""
+    return ConstantParts(backbone, memory_share=config.cache_memory if config.tune == "frozen" else 0)
 
 
 def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:

@@ -24,6 +24,7 @@ from ptuning.prompt import Prompt
 from ptuning.questions import Questions
 from ptuning.runs import ALONG, train
 from ptuning.template import Field, Literal, Piece, Target, Template
+from ptuning.trainer import constant_parts
 
 LEARNED = "p-tuning"
 # What it is called where the backbone's weights are trained along.
@@ -129,6 +130,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
+        constants = temporary.enter_context(constant_parts(setup.backbone, replace(setup.config, tune=tune)))
         # Not in memory: there it would bound the size of a backbone that can be tuned.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
@@ -143,6 +145,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 resume=True,
                 report=setup.report,
                 should_stop=setup.should_stop,
+                constants=constants,
             )
             records.append(result.record)
             name = "accuracy" if task.file is not None else "exact_match"
