@@ -19,7 +19,7 @@ RANKS = {
             "files metrics config phrases",
             "records fields",
             "template segments questions",
-            "fill defaults relation_files",
+            "fill defaults relation_files recompute",
             "labels batch families tokenizer hub relations forward probes",
             "backbone tasks lora",
             "encoder vocabulary weights task_check",

@@ -23,7 +23,16 @@ Keep = Literal["difference", "whole"]
 RECIPE = 4
 # Settings that came after results were first written down, and change nothing at their default: a result that does not
 # name them was made with that.
-LATER_SETTINGS = ("backbone_weight_decay", "lora_lr", "lora_rank", "lora_alpha", "lora_targets", "keep", "cache_memory")
+LATER_SETTINGS = (
+    "backbone_weight_decay",
+    "lora_lr",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "keep",
+    "cache_memory",
+    "checkpointing",
+)
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -61,6 +70,8 @@ class TrainConfig:
         seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
         cache_memory: Share of the free memory that keys and values in front of the first slots may take; 0 for none.
+        checkpointing: Whether each layer's activations are dropped and computed again for the gradients: less memory,
+            more time, the same result.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.
@@ -91,6 +102,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_seconds: float = 30.0
     cache_memory: float = 0.25
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -37,7 +37,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
 # Settings that do not change what is trained, so that a run may be resumed with others.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "device")
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
 # What is trained along with a prompt, in the name of a method.
 ALONG: Mapping[Tune, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # Room for the prompt, the record and the predictions, besides the checkpoint.
