@@ -139,7 +139,7 @@ def _is_cache(value: object) -> bool:
 
 
 def _state(cache: object) -> dict[str, Any]:
-    """Return what a cache consists of, unchanged when it changes: attributes of layers, the same of caches inside of it,
+    """Return what a cache consists of, unchanged when it changes: attributes of layers, the same of caches inside it,
     and copies of its notes.
     """
     found: dict[str, Any] = {}
