@@ -16,7 +16,7 @@ RANKS = {
     for rank, names in enumerate(
         [
             "errors",
-            "files metrics config phrases",
+            "files memory metrics config phrases",
             "records fields",
             "template segments questions",
             "fill defaults relation_files recompute",
@@ -32,9 +32,9 @@ RANKS = {
             "evaluate",
             "runs inspection baselines head",
             "fleets",
-            "tuning demo",
-            "suite",
-            "results estimate",
+            "tuning demo trial",
+            "suite forecast",
+            "results dry_run",
             "findings pictures server_files",
             "blocks",
             "tables caveats",
@@ -43,8 +43,8 @@ RANKS = {
             "comparison",
             "paraphrases superglue",
             "show",
-            "show_suite show_tasks wiring",
-            "suite_commands task_commands",
+            "show_suite show_tasks show_forecast wiring",
+            "suite_commands task_commands estimate_commands",
             "cli",
         ]
     )

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from ptuning import show, show_suite
-from ptuning.estimate import Estimate
+from ptuning.dry_run import Estimate
 from ptuning.measure import Progress
 from ptuning.results import Collector, Results
-from ptuning.show_suite import duration
+from ptuning.show import duration
 from ptuning.suite import Cell, CellResult, Suite
 from test_show import Screen
 

@@ -87,15 +87,32 @@ class ConstantParts:
         Returns:
             Whether it pays, so that these rows are to run from their first slot onwards.
         """
-        rows = list(examples)
-        constant = [constant_ids(example) for example in rows]
-        tokens = sum(map(len, constant))
-        if not self._memory_share or tokens < MIN_CONSTANT_TOKENS * len(rows) or not self.backbone.shares_prefix:
+        constant = [constant_ids(example) for example in examples]
+        if not self.pays(constant):
             return False
+        self.keep(constant, report=report)
+        return True
+
+    def pays(self, constant: Sequence[Ids]) -> bool:
+        """Whether the backbone can stand behind what rows begin with, and it is long enough to be worth keeping.
+
+        Args:
+            constant: What each row begins with (:func:`constant_ids`).
+        """
+        enough = sum(map(len, constant)) >= MIN_CONSTANT_TOKENS * len(constant)
+        return bool(self._memory_share) and enough and self.backbone.shares_prefix
+
+    def keep(self, constant: Iterable[Ids], *, report: Told | None = None) -> None:
+        """Compute what rows begin with, and keep it.
+
+        Args:
+            constant: What each row begins with.
+            report: As of :meth:`prepare`.
+        """
         self.is_used = True
         wanted = sorted({ids for ids in constant if ids} - self._memory.keys() - self._disk.keys())
         wanted.sort(key=len)
-        budget = self._memory_share * free_bytes(self.backbone.device) + self.memory_bytes
+        budget = self.budget()
         total, done = sum(map(len, wanted)), 0
         for group in _groups(wanted):
             parts = dict(zip(group, self._run(group), strict=True))
@@ -103,7 +120,10 @@ class ConstantParts:
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
-        return True
+
+    def budget(self) -> int:
+        """Return how many bytes of memory may be taken in all, as much as is free now."""
+        return int(self._memory_share * free_bytes(self.backbone.device)) + self.memory_bytes
 
     def to_json(self) -> dict[str, int]:
         """Return what was kept, as it stands in the record of a run; zeros if rows ran whole."""
@@ -161,7 +181,7 @@ class ConstantParts:
         whole = torch.stack([torch.stack(pair) for pair in memory.layers])  # (L, 2, B, H, C, D)
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
-    def _keep(self, ids: Ids, part: Tensor, budget: float) -> bool:
+    def _keep(self, ids: Ids, part: Tensor, budget: int) -> bool:
         fits = self.memory_bytes + part.nbytes <= budget
         if fits:
             self._memory[ids] = part

@@ -59,7 +59,7 @@ def recomputing(model: nn.Module, *, name: str) -> Iterator[None]:
     Raises:
         TrainingError: If no layer of the model can be run again.
 
-    Source: Chen et al. (2016), section 4; docs/architecture.md, decision 28.
+    Source: Chen et al. (2016), section 4; docs/architecture.md, decision 34.
     """
     layers = list(dict.fromkeys(layers_of(model)))
     seen: list[nn.Module] = []

@@ -188,7 +188,7 @@ class Run:
         self.finished: TrainResult | None = None
         # Seconds of training in earlier starts of this run.
         self.seconds_before = 0.0
-        self._dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
+        self.dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
         self._best: tuple[int, Trainer] | None = None
         self._starts: dict[int, dict[str, Json]] = {}
         if self.folder is not None:
@@ -245,12 +245,7 @@ class Run:
         """
         assert self._best is not None, "nothing was trained"
         (_, best), config, record = self._best, self.config, dict(self.record)
-        prompt = replace(
-            _prompt(self.template, self._words, best, self.items),
-            task=self._task,
-            calibrate=self._scoring.calibrate,
-            normalise=self._scoring.normalise,
-        )
+        prompt = self.prompt(best)
         taken = time.monotonic() - self._began + self.seconds_before if seconds is None else seconds
         record |= {**_outcome(best, seconds=taken), **(more or {})}
         if config.starts > 1:
@@ -260,8 +255,17 @@ class Run:
                 self.backbone, self.items["train"], batch_size=config.batch_size, slots=self.bound.slots
             )
         if self.folder is not None and best.accelerator.is_main_process:
-            _write(self.folder, prompt, record, self._dev, self.items["dev"], best.backbone)
+            _write(self.folder, prompt, record, self.dev, self.items["dev"], best.backbone)
         return TrainResult(prompt, record, self.folder)
+
+    def prompt(self, trainer: Trainer) -> Prompt:
+        """Return the prompt that a trainer has learned, with all that it carries along."""
+        return replace(
+            _prompt(self.template, self._words, trainer, self.items),
+            task=self._task,
+            calibrate=self._scoring.calibrate,
+            normalise=self._scoring.normalise,
+        )
 
 
 def _rank(trainer: Trainer) -> tuple[float, float]:

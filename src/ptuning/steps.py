@@ -84,8 +84,7 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
     """
     began = time.monotonic()
     chunks = [chunk for trainer, group in groups for chunk in trainer.begin_step(group)]
-    for together in joined(chunks):
-        _run(together)
+    run_passes(chunks)
     tokens = {trainer: sum(item.tokens for item in group) for trainer, group in groups}
     for trainer in tokens:
         trainer.state.train_tokens += sum(
@@ -102,6 +101,12 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
                 raise
             failed[trainer] = error
     return failed
+
+
+def run_passes(chunks: Sequence[Chunk]) -> None:
+    """Run chunks, forward and backward, those together that may be: the gradients of a step."""
+    for together in joined(chunks):
+        _run(together)
 
 
 def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:

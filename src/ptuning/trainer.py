@@ -148,9 +148,10 @@ class Trainer:
     @property
     def trainable_parameters(self) -> int:
         """Number of weights of the prompt encoder, and of those of the backbone that are trained."""
-        return sum(weight.numel() for weight in self._trained())
+        return sum(weight.numel() for weight in self.trained_parameters())
 
-    def _trained(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer moves."""
         return [*self.encoder.parameters(), *self.weights.values()]
 
     def trained_weights(self) -> TrainedWeights | None:
@@ -276,7 +277,7 @@ class Trainer:
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[Sequence[Item]]:
         """Yield the groups of the epoch's remaining optimizer steps."""
         state, config = self.state, self.config
-        order = torch.randperm(len(train), generator=self.generator("data order", state.epoch)).tolist()
+        order = self.order(len(train), epoch=state.epoch)
         group_size = config.batch_size * config.accumulation_steps
         total_steps = math.ceil(len(train) / group_size) * config.epochs
         while state.position < len(train):
@@ -293,6 +294,11 @@ class Trainer:
                     f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}",
                 )
             )
+
+    def order(self, records: int, *, epoch: int) -> list[int]:
+        """Return the order in which an epoch, from 1, reads so many records."""
+        order: list[int] = torch.randperm(records, generator=self.generator("data order", epoch)).tolist()
+        return order
 
     def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
         """Forget the last step's gradients, and return the passes of the next one that are this process's."""
@@ -322,12 +328,12 @@ class Trainer:
         summed = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=self.backbone.device)
         if self.accelerator.num_processes > 1:
             summed = self.accelerator.reduce(summed, "sum")
-            for weight in self._trained():
+            for weight in self.trained_parameters():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
         loss_sum = float(summed)
         self._check_loss(loss_sum, "loss", state.epoch)
-        torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         state.epoch_loss_sum += loss_sum
         state.epoch_loss_count += loss_count(group)

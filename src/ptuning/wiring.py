@@ -85,6 +85,28 @@ PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
 WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+# Of a training run.
+TrainOption = Annotated[
+    str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")
+]
+DevOption = Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")]
+TemplateOption = Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')]
+ManualOption = Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")]
+AboutOption = Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")]
+PatternOption = Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")]
+LabelsOption = Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')]
+EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
+EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")]
+BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per step.")]
+LrOption = Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")]
+BackboneLrOption = Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")]
+KeepOption = Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")]
+StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts trained side by side; the best is kept.", min=1)]
+CacheMemoryOption = Annotated[
+    float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Of everything random.")]
 
 
 def command_line(program: str = "ptuning") -> str:
@@ -224,6 +246,23 @@ def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Te
     if not 1 <= number <= len(templates):
         raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
     return templates[number - 1]
+
+
+def template_of(
+    template: str | None, manual: str | None, about: str | None, task: TaskFile | None, pattern: int | None
+) -> Template:
+    """Return the template that is to be trained: as it is written, made of a manual one, or the task's."""
+    from ptuning.template import Template
+
+    if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):
+        raise ConfigError("give either --template, or --manual to have one made from a manual template, or --task")
+    if about is not None and manual is None:
+        raise ConfigError("--about goes with --manual")
+    if pattern is not None and (task is None or template is not None or manual is not None):
+        raise ConfigError("--pattern is the number of a task's template; it goes with --task alone")
+    if task is not None and template is None and manual is None:
+        return pattern_of(task.learned, task, pattern or 1)
+    return Template.parse(template) if template is not None else Template.from_manual(manual or "", about=about)
 
 
 def data_to_answer(
