@@ -42,12 +42,12 @@ class Case:
 
 CASES = (
     Case("facts", "facts", ((146, 36), (24, 6)), {"epochs": 3}),
-    Case("facts, tuned", "facts", ((146, 36), (24, 6)), {"epochs": 2, "tune": "tuned"}),
-    Case("facts, LoRA", "facts", ((146, 36), (24, 6)), {"epochs": 2, "tune": "lora"}),
-    Case("sentences, late slots", "sentences", ((320, 80), (24, 6)), {"epochs": 2}),
-    Case("records of 128 tokens", "records", ((48, 8), (8, 4)), {"epochs": 1, "batch_size": 16}),
+    Case("sentences, late slots", "sentences", ((160, 40), (24, 6)), {"epochs": 2}),
+    Case("facts, LoRA", "facts", ((146, 36), (24, 6)), {"epochs": 1, "tune": "lora"}),
+    Case("facts, tuned", "facts", ((146, 36), (24, 6)), {"epochs": 1, "tune": "tuned"}),
+    Case("records of 128 tokens", "records", ((32, 4), (8, 4)), {"epochs": 1, "batch_size": 16}),
     Case(
-        "the same, checkpointing", "records", ((48, 8), (8, 4)), {"epochs": 1, "batch_size": 16, "checkpointing": True}
+        "the same, checkpointing", "records", ((32, 4), (8, 4)), {"epochs": 1, "batch_size": 16, "checkpointing": True}
     ),
 )
 

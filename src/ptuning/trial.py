@@ -134,7 +134,7 @@ class _Trial:
         """Run all there is to see, the largest first."""
         trainer = self.trainer
         steps, scored = spread(self.step_weights, TIMED_STEPS), spread(self.scored_weights, 3)[-2:]
-        self.planned = len(steps) + len(scored) + 3
+        self.planned = len(steps) + len(scored) + 3 + trainer.skips_constants
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0  # each step does its work, and nothing moves
         with torch.random.fork_rng(), PeakMemory(self.run.backbone.device) as watched:
@@ -174,7 +174,7 @@ class _Trial:
 
     def _tell(self, note: str) -> None:
         self.done += 1
-        self.report(Progress("estimate", min(self.done, self.planned), self.planned, note))
+        self.report(Progress("estimate", self.done, self.planned, note))
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
