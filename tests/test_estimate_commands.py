@@ -95,6 +95,7 @@ def test_the_tables_leave_out_what_is_nothing(capsys: pytest.CaptureFixture[str]
     assert "kept text" not in out
     assert "training 2,613" in out
     assert "training, per epoch 45 s" in out
+    assert "scoring the development part, each of 7 times 4 s" in out
     assert "all of it: 6 epochs 5 min" in out
     more = replace(FOUND, starts=3, memory=replace(SIZES, constant_part=10**6, other_starts=10**6, on_disk=5 * 10**6))
     out = squeezed(printed(more, capsys))

@@ -21,6 +21,7 @@ from ptuning.config import TrainConfig
 from ptuning.constants import ConstantParts
 from ptuning.errors import TrainingError
 from ptuning.measure import item_batch
+from ptuning.memory import LiveTensors
 from ptuning.model import target_logits
 from ptuning.objective import Item
 from ptuning.recompute import layers_of, recomputing
@@ -32,29 +33,6 @@ INSTRUCTION = "[P:The capital of Kenya is Nairobi. The capital of] [X] is [P] [Y
 LATE = "{x} and {x} [P:is] [P*2] [Y]"
 
 
-class Held:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once, without the model's own."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self._own = {weight.untyped_storage().data_ptr() for weight in backbone.model.parameters()}
-        self._found: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # so that no address is used twice
-
-    @property
-    def total(self) -> int:
-        return sum(self._found.values())
-
-    def watch(self) -> contextlib.AbstractContextManager[Any]:
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._own:
-                self._found[storage.data_ptr()] = storage.nbytes()
-                self._kept.append(tensor)
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-
-
 def gradient(
     backbone: Backbone, items: list[Item], *, slots: int, saves: bool, parts: ConstantParts | None = None
 ) -> tuple[Tensor, Tensor, int]:
@@ -62,15 +40,15 @@ def gradient(
     noise = torch.randn(slots, backbone.width, generator=torch.Generator().manual_seed(1))
     vectors = (noise * float(backbone.table().std())).requires_grad_(True)
     examples = [example for item in items for example in item.inputs]
-    held = Held(backbone)
     how = recomputing(backbone.model, name="tiny") if saves else contextlib.nullcontext()
-    with held.watch(), how:
+    with LiveTensors() as live, how:
         if parts is None:
             logits = target_logits(backbone, item_batch(items, slots=slots), vectors)
         else:
             logits = parts.logits(examples, vectors, slots=[slots] * len(examples))
+    held = live.now  # what layers were given and will run on again is no tensor that autograd knows of
     (found,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), vectors)
-    return logits.detach(), found, held.total
+    return logits.detach(), found, held
 
 
 def check_equal(backbone: Backbone, template: str, records: list[Record], **more: Any) -> None:

@@ -52,7 +52,8 @@ def forecast(found: Forecast, *, as_json: bool) -> None:
     times.add_column("", justify="right")
     times.add_row("preparing", duration(seconds.preparing + seconds.constant_part))
     times.add_row("training, per epoch", duration(seconds.epoch))
-    times.add_row("scoring the development part, once more than epochs", duration(seconds.dev))
+    scored = found.starts * (found.epochs + 1)
+    times.add_row(f"scoring the development part, each of {scored} times", duration(seconds.dev))
     times.add_row("checkpoints", duration(seconds.saving))
     times.add_row("answers in the end", duration(seconds.answers))
     starts = f", {found.starts} starts" if found.starts > 1 else ""
