@@ -15,7 +15,7 @@ from ptuning.config import TrainConfig
 from ptuning.measure import Progress
 from ptuning.records import Record
 from ptuning.runs import Run
-from ptuning.trial import Seen, along, spread, timed, try_out
+from ptuning.trial import Seen, along, padded, spread, timed, try_out
 
 LATE = "{x} and {x} [P:is] [P*2] [Y]"
 FACTS: list[Record] = [
@@ -42,6 +42,11 @@ def test_the_places_are_spread_from_the_smallest_to_the_largest() -> None:
 def test_seconds_are_read_off_between_those_timed() -> None:
     assert along([2.0, 4.0, 3.0, 1.0], {0: 2.0, 1: 6.0}).tolist() == [2.0, 6.0, 4.0, 1.0]
     assert along([2.0, 2.0], {0: 1.0, 1: 3.0}).tolist() == [2.0, 2.0]
+
+
+def test_texts_are_padded_to_the_longest_that_runs_with_them() -> None:
+    assert padded([(1,), (1, 2, 3), (4, 5)]) == 9
+    assert padded([(1,) * 4000, (2,) * 10]) == 4010  # which is no pass together
 
 
 def test_work_that_takes_long_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +95,7 @@ def test_what_is_kept_is_counted_for_all_rows(causal: Backbone, monkeypatch: pyt
     assert trainer.constants.prepare(rows)
     assert seen.kept_bytes == pytest.approx(trainer.constants.memory_bytes, rel=0.01)
     assert 0 < seen.trial_bytes <= seen.kept_bytes
+    assert seen.kept_seconds > 0
     assert tried(run_of(causal, LATE, cache_memory=0.0)).kept_bytes == 0
 
 

@@ -114,7 +114,7 @@ class ConstantParts:
         wanted.sort(key=len)
         budget = self.budget()
         total, done = sum(map(len, wanted)), 0
-        for group in _groups(wanted):
+        for group in text_groups(wanted):
             parts = dict(zip(group, self._run(group), strict=True))
             self._spill({ids: part for ids, part in parts.items() if not self._keep(ids, part, budget)})
             done += sum(map(len, group))
@@ -217,7 +217,7 @@ class ConstantParts:
                 found[ids] = part.to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in _groups(sorted(missing, key=len)):
+        for group in text_groups(sorted(missing, key=len)):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
@@ -266,7 +266,7 @@ def _behind(example: Example, start: int) -> Example:
     )
 
 
-def _groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
+def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
     """Yield beginnings to run together, shortest first, within the bounds of one forward pass."""
     group: list[Ids] = []
     for ids in ordered:

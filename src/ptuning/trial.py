@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptuning.checkpoint import RunState, write_checkpoint
-from ptuning.constants import constant_ids
+from ptuning.constants import constant_ids, text_groups
 from ptuning.fill import Ids
 from ptuning.measure import Progress, Report, evaluate
 from ptuning.memory import LiveTensors, PeakMemory, tensor_bytes
@@ -195,12 +195,14 @@ class _Trial:
             return 0.0, 0
         wanted = [ids for index in steps for ids in self.train.texts(self.steps[index])]
         wanted += [ids for index in scored for ids in self.dev.texts(self.scored[index])]
-        constants.keep(wanted[:WARMING_TEXTS])
-        before = constants.tokens
-        spent = timed(lambda: constants.keep(wanted), times=1)
-        tokens, made = sum(map(len, every)), constants.memory_bytes + constants.disk_bytes
+        wanted = [ids for ids in dict.fromkeys(wanted) if ids]
+        warming = WARMING_TEXTS if len(wanted) > WARMING_TEXTS else 0
+        constants.keep(wanted[:warming])
+        rest = wanted[warming:]
+        spent = timed(lambda: constants.keep(rest), times=1)
+        made = constants.memory_bytes + constants.disk_bytes
         self._tell("text in front of the slots")
-        return spent * tokens / max(1, constants.tokens - before), made * tokens // constants.tokens
+        return spent * padded(every) / padded(rest), made * sum(map(len, every)) // constants.tokens
 
     def _items(self, step: int) -> list[Item]:
         return [self.train.items[index] for index in self.steps[step]]
@@ -275,6 +277,11 @@ class _Trial:
             spent = timed(lambda: write_checkpoint(Path(folder), RunState(), chosen, identity={}))
         self._tell("disk")
         return spent / size
+
+
+def padded(texts: Iterable[Ids]) -> int:
+    """Return the tokens that are run for texts in front of slots, pads included."""
+    return sum(len(group) * len(group[-1]) for group in text_groups(sorted(texts, key=len)))
 
 
 def spread(weights: Sequence[float], count: int) -> list[int]:
