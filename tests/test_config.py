@@ -37,6 +37,7 @@ CHANGED = TrainConfig(
     seed=2**63 - 1,
     checkpoint_seconds=0.0,
     cache_memory=0.0,
+    checkpointing=True,
 )
 
 

@@ -16,10 +16,10 @@ RANKS = {
     for rank, names in enumerate(
         [
             "errors",
-            "files metrics config phrases",
+            "files memory metrics config phrases",
             "records fields",
             "template segments questions fleet_file",
-            "fill defaults relation_files",
+            "fill defaults relation_files recompute",
             "labels batch families tokenizer hub relations forward probes",
             "backbone tasks lora",
             "encoder vocabulary weights task_check",
@@ -32,9 +32,9 @@ RANKS = {
             "evaluate cells",
             "runs inspection baselines head",
             "fleets",
-            "tuning demo",
-            "suite",
-            "results estimate",
+            "tuning demo trial",
+            "suite forecast",
+            "results dry_run",
             "findings pictures server_files",
             "blocks",
             "tables caveats",
@@ -43,8 +43,8 @@ RANKS = {
             "comparison",
             "paraphrases superglue",
             "show",
-            "show_suite show_tasks wiring",
-            "suite_commands task_commands fleet_commands",
+            "show_suite show_tasks show_forecast wiring",
+            "suite_commands task_commands estimate_commands fleet_commands",
             "cli",
         ]
     )

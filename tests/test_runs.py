@@ -23,7 +23,7 @@ from ptuning import constants
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, start_seed
 from ptuning.constants import ConstantParts
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TemplateError, TrainingError
 from ptuning.evaluate import score_prompt
@@ -43,7 +43,6 @@ from ptuning.runs import (
     RUN_FILE,
     Run,
     TrainResult,
-    start_seed,
     train,
 )
 from ptuning.tasks import TaskFile
@@ -759,7 +758,7 @@ def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, m
     """The record says so; what is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.trainer.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.objective.PASS_TOKENS", 1)
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
     sizes = [one.record["settings"] for one in (whole, small)]
     assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]

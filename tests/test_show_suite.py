@@ -11,10 +11,10 @@ from rich.console import Console
 
 from ptuning import show, show_suite
 from ptuning.cells import Cell, CellResult
-from ptuning.estimate import Estimate
+from ptuning.dry_run import Estimate
 from ptuning.measure import Progress
 from ptuning.results import Collector, Results
-from ptuning.show_suite import duration
+from ptuning.show import duration
 from ptuning.suite import Suite
 from test_show import Screen
 

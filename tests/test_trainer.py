@@ -22,7 +22,7 @@ from ptuning import checkpoint, constants, measure, steps, trainer
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
-from ptuning.config import EncoderKind, RandomStart, TrainConfig
+from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.constants import ConstantParts
 from ptuning.errors import TrainingError
 from ptuning.files import Json
@@ -35,7 +35,7 @@ from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
 from ptuning.steps import Chunk
-from ptuning.trainer import Interrupted, Trainer, derived_seed, rate
+from ptuning.trainer import Interrupted, Trainer, rate
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]

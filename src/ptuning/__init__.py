@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptuning.experiment import methods as methods
     from ptuning.fleets import FleetPrompt as FleetPrompt
     from ptuning.fleets import train_fleet as train_fleet
+    from ptuning.forecast import estimate as estimate
     from ptuning.labels import LabelWords as LabelWords
     from ptuning.predict import PromptModel as PromptModel
     from ptuning.prompt import Prompt as Prompt
@@ -33,6 +34,7 @@ _HOMES = {
     "Template": "template",
     "TrainConfig": "config",
     "compare": "comparison",
+    "estimate": "forecast",
     "lama": "comparison",
     "load_backbone": "backbone",
     "load_records": "records",
@@ -50,6 +52,7 @@ __all__ = [
     "Template",
     "TrainConfig",
     "compare",
+    "estimate",
     "lama",
     "load_backbone",
     "load_records",

@@ -24,8 +24,8 @@ from ptuning.fill import Kind
 from ptuning.forward import HEAD, Forward, Memory
 from ptuning.hub import find_backbone
 from ptuning.probes import beside_pads, check_reading, same_logits
-from ptuning.tokenizer import UNBOUNDED_TOKENS, decoder_start, kind_of
 from ptuning.tokenizer import TextTokenizer as TextTokenizer
+from ptuning.tokenizer import decoder_start, kind_of, longest_row
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class Backbone:
         self._forward = Forward(model, kind=self.kind, name=name)
         self.tokenizer = TextTokenizer(
             tokenizer,
-            max_tokens=_context(model.config) - self._forward.first_position,
+            max_tokens=longest_row(model.config) - self._forward.first_position,
             rows=self.embedding_rows,
             decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
         )
@@ -364,7 +364,7 @@ def load_tokenizer(name: str | Path = defaults.BACKBONE) -> tuple[TextTokenizer,
     folder = str(_default_folder(name)) if name in defaults.KNOWN else find_backbone(name)[0]
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
     decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
-    return TextTokenizer(tokenizer, max_tokens=_context(config), decoder_ids=decoder_ids), kind
+    return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
 
 
 def _generation(folder: str) -> GenerationConfig | None:
@@ -448,13 +448,6 @@ def _default_folder(name: str) -> Path:
             tokenizer.save_pretrained(target)
 
     return defaults.cached_folder(name, convert)
-
-
-def _context(config: PretrainedConfig) -> int:
-    """Return the longest row that a model takes, or the longest of either side."""
-    names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
-    found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
-    return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1
 
 
 def _as_bfloat16_bytes(weight: Tensor) -> bytes:

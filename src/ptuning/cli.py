@@ -16,25 +16,42 @@ import typer
 from typer.core import TyperGroup
 
 import ptuning
-from ptuning import defaults, fleet_commands, show, suite_commands, task_commands
+from ptuning import defaults, estimate_commands, fleet_commands, show, suite_commands, task_commands
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.fill import FILLS_MASKS
 from ptuning.wiring import (
     SETTINGS,
     SIGNAL_EXIT,
+    AboutOption,
+    BackboneLrOption,
     BackboneOption,
+    BatchSizeOption,
+    CacheMemoryOption,
     CalibrateOption,
     CandidatesOption,
     Command,
     DeviceOption,
+    DevOption,
     DtypeOption,
+    EncoderOption,
+    EpochsOption,
     FieldOption,
     ForceOption,
     JsonOption,
+    KeepOption,
+    LabelsOption,
+    LrOption,
+    ManualOption,
     NormaliseOption,
+    PatternOption,
     PromptArgument,
+    SeedOption,
     SetOption,
+    StartsOption,
     TaskOption,
+    TemplateOption,
+    TrainOption,
+    TuneOption,
     WithoutOption,
     check_calibrate,
     command_line,
@@ -122,28 +139,26 @@ def common(
 
 @app.command(cls=Command)
 def train(
-    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")],
+    data: TrainOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
-    template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
-    manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
-    about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
+    template: TemplateOption = None,
+    manual: ManualOption = None,
+    about: AboutOption = None,
     task: TaskOption = None,
-    pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
-    dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
+    pattern: PatternOption = None,
+    dev: DevOption = None,
     backbone: BackboneOption = None,
-    encoder: Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")] = SETTINGS.encoder,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Records per step.")] = SETTINGS.batch_size,
-    lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
-    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
-    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
-    starts: suite_commands.StartsOption = SETTINGS.starts,
-    cache_memory: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
-    ] = SETTINGS.cache_memory,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
-    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    encoder: EncoderOption = SETTINGS.encoder,
+    epochs: EpochsOption = SETTINGS.epochs,
+    batch_size: BatchSizeOption = SETTINGS.batch_size,
+    lr: LrOption = SETTINGS.lr,
+    tune: TuneOption = SETTINGS.tune,
+    backbone_lr: BackboneLrOption = None,
+    keep: KeepOption = SETTINGS.keep,
+    starts: StartsOption = SETTINGS.starts,
+    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
+    seed: SeedOption = SETTINGS.seed,
+    labels: LabelsOption = None,
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
@@ -393,6 +408,7 @@ def demo(
     show.demo(result)
 
 
+app.command(name="estimate", cls=Command)(estimate_commands.estimate)
 for _one in (*fleet_commands.COMMANDS, *suite_commands.COMMANDS):
     app.command(cls=Command)(_one)
 for _name, _two in task_commands.COMMANDS.items():

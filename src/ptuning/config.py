@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,16 @@ Keep = Literal["difference", "whole"]
 RECIPE = 4
 # Settings that came after results were first written down, and change nothing at their default: a result that does not
 # name them was made with that.
-LATER_SETTINGS = ("backbone_weight_decay", "lora_lr", "lora_rank", "lora_alpha", "lora_targets", "keep", "cache_memory")
+LATER_SETTINGS = (
+    "backbone_weight_decay",
+    "lora_lr",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "keep",
+    "cache_memory",
+    "checkpointing",
+)
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -61,6 +71,8 @@ class TrainConfig:
         seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
         checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
         cache_memory: Share of the free memory that keys and values in front of the first slots may take; 0 for none.
+        checkpointing: Whether each layer's activations are dropped and computed again for the gradients: less memory,
+            more time, the same result.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.
@@ -91,6 +103,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_seconds: float = 30.0
     cache_memory: float = 0.25
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -185,3 +198,14 @@ def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
         if option not in dashed and f"'{option}'" in hint:
             hint = f" Did you mean --set {setting}=VALUE?"
     return ConfigError(f"unknown option '{name}'.{hint} Options: {', '.join(dashed)}")
+
+
+def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
+    """Return a seed for one purpose; draws for other purposes do not move it."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def start_seed(seed: int, number: int) -> int:
+    """Return the seed of one of several starts; the first is what it would be alone."""
+    return derived_seed(seed, "start", number) if number else seed

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.batch import collate
+from ptuning.config import TrainConfig
 from ptuning.fill import Example, Ids
 from ptuning.forward import Memory
 from ptuning.model import MAX_BATCH_TOKENS, inject, target_logits
@@ -105,23 +106,43 @@ class ConstantParts:
         Returns:
             Whether it pays, so that these rows are to run from their first slot onwards.
         """
-        rows = list(examples)
-        constant = [constant_ids(example) for example in rows]
-        tokens = sum(map(len, constant))
-        if not self._memory_share or tokens < MIN_CONSTANT_TOKENS * len(rows) or not self.backbone.shares_prefix:
+        constant = [constant_ids(example) for example in examples]
+        if not self.pays(constant):
             return False
+        self.keep(constant, report=report)
+        return True
+
+    def pays(self, constant: Sequence[Ids]) -> bool:
+        """Whether the backbone can stand behind what rows begin with, and it is long enough to be worth keeping.
+
+        Args:
+            constant: What each row begins with (:func:`constant_ids`).
+        """
+        enough = sum(map(len, constant)) >= MIN_CONSTANT_TOKENS * len(constant)
+        return bool(self._memory_share) and enough and self.backbone.shares_prefix
+
+    def keep(self, constant: Iterable[Ids], *, report: Told | None = None) -> None:
+        """Compute what rows begin with, and keep it.
+
+        Args:
+            constant: What each row begins with.
+            report: As of :meth:`prepare`.
+        """
         self.is_used = True
         wanted = sorted({ids for ids in constant if ids} - self._memory.keys() - self._disk.keys())
         wanted.sort(key=len)
-        budget = self._memory_share * free_bytes(self.backbone.device) + self.memory_bytes
+        budget = self.budget()
         total, done = sum(map(len, wanted)), 0
-        for group in _groups(wanted):
+        for group in text_groups(wanted):
             parts = dict(zip(group, self._run(group), strict=True))
             self._spill({ids: part for ids, part in parts.items() if not self._keep(ids, part, budget)})
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
-        return True
+
+    def budget(self) -> int:
+        """Return how many bytes of memory may be taken in all, as much as is free now."""
+        return int(self._memory_share * free_bytes(self.backbone.device)) + self.memory_bytes
 
     def to_json(self) -> dict[str, int]:
         """Return what was kept, as it stands in the record of a run; zeros if rows ran whole."""
@@ -179,7 +200,7 @@ class ConstantParts:
         whole = torch.stack([torch.stack(pair) for pair in memory.layers])  # (L, 2, B, H, C, D)
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
-    def _keep(self, ids: Ids, part: Tensor, budget: float) -> bool:
+    def _keep(self, ids: Ids, part: Tensor, budget: int) -> bool:
         fits = self.memory_bytes + part.nbytes <= budget
         if fits:
             self._memory[ids] = part
@@ -217,7 +238,7 @@ class ConstantParts:
                 found[ids] = part.to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in _groups(sorted(missing, key=len)):
+        for group in text_groups(sorted(missing, key=len)):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
@@ -244,6 +265,11 @@ class ConstantParts:
         return [(keys, values) for keys, values in whole], mask
 
 
+def constant_parts(backbone: Backbone, config: TrainConfig) -> ConstantParts:
+    """Return what keeps the text in front of the slots, with nothing in it, for runs with these settings."""
+    return ConstantParts(backbone, memory_share=config.cache_memory if config.tune == "frozen" else 0)
+
+
 def free_bytes(device: torch.device) -> int:
     """Return how much memory is free where a backbone runs."""
     if device.type == "cuda":
@@ -266,7 +292,7 @@ def _behind(example: Example, start: int) -> Example:
     )
 
 
-def _groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
+def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
     """Yield beginnings to run together, shortest first, within the bounds of one forward pass."""
     group: list[Ids] = []
     for ids in ordered:

@@ -12,8 +12,8 @@ from ptuning.backbone import Backbone
 from ptuning.baselines import FREE_METHODS
 from ptuning.cells import CELLS_FOLDER, CellResult, Job
 from ptuning.config import TrainConfig, listed_names
+from ptuning.dry_run import Estimate, estimate
 from ptuning.errors import ConfigError
-from ptuning.estimate import Estimate, estimate
 from ptuning.files import Json, check_free, make_folder
 from ptuning.measure import Report
 from ptuning.method import METHODS, RANDOM_WEIGHTS

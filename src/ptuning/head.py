@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ptuning.answers import answer_items
 from ptuning.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, derived_seed
 from ptuning.files import Json
 from ptuning.fill import BoundTemplate, Example, Kind
 from ptuning.method import Answer, Setup, Task
-from ptuning.objective import Choice, Item
+from ptuning.objective import TRAIN_CHOICES, Choice, Item, in_small_passes
 from ptuning.questions import Question, Questions, with_few_choices
 from ptuning.records import Record
 from ptuning.template import Field, Literal, Target, Template, Turn
-from ptuning.trainer import TRAIN_CHOICES, Trainer, derived_seed, in_small_passes
+from ptuning.trainer import Trainer
 
 # The standard deviation that heads start from in most of the models that are tuned with them.
 START_SCALE = 0.02

@@ -14,22 +14,22 @@ import torch
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import check_identity
-from ptuning.config import RECIPE, TrainConfig, Tune, without_later_defaults
-from ptuning.constants import ConstantParts
+from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed, without_later_defaults
+from ptuning.constants import ConstantParts, constant_parts
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import guessed, prediction_rows
 from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords, Scoring
 from ptuning.measure import Report, evaluate, measure_ceiling
-from ptuning.objective import Item, choice_items, label_items, target_items
+from ptuning.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
 from ptuning.questions import Questions, as_questions, split_questions, with_few_choices
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
-from ptuning.trainer import CHOICE_RULE, TRAIN_CHOICES, Trainer, constant_parts, derived_seed, in_small_passes
+from ptuning.trainer import CHOICE_RULE, Trainer
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
@@ -37,7 +37,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
 # Settings that do not change what is trained, so that a run may be resumed with others.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "device")
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
 # What is trained along with a prompt, in the name of a method.
 ALONG: Mapping[Tune, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # Room for the prompt, the record and the predictions, besides the checkpoint.
@@ -192,7 +192,7 @@ class Run:
         self.finished: TrainResult | None = None
         # Seconds of training in earlier starts of this run.
         self.seconds_before = 0.0
-        self._dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
+        self.dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
         self._best: tuple[int, Trainer] | None = None
         self._starts: dict[int, dict[str, Json]] = {}
         if self.folder is not None:
@@ -249,12 +249,7 @@ class Run:
         """
         assert self._best is not None, "nothing was trained"
         (_, best), config, record = self._best, self.config, dict(self.record)
-        prompt = replace(
-            _prompt(self.template, self._words, best, self.items),
-            task=self._task,
-            calibrate=self._scoring.calibrate,
-            normalise=self._scoring.normalise,
-        )
+        prompt = self.prompt(best)
         taken = time.monotonic() - self._began + self.seconds_before if seconds is None else seconds
         record |= {**_outcome(best, seconds=taken), **(more or {})}
         if config.starts > 1:
@@ -264,8 +259,17 @@ class Run:
                 self.backbone, self.items["train"], batch_size=config.batch_size, slots=self.bound.slots
             )
         if self.folder is not None and best.accelerator.is_main_process:
-            _write(self.folder, prompt, record, self._dev, self.items["dev"], best)
+            _write(self.folder, prompt, record, self.dev, self.items["dev"], best)
         return TrainResult(prompt, record, self.folder)
+
+    def prompt(self, trainer: Trainer) -> Prompt:
+        """Return the prompt that a trainer has learned, with all that it carries along."""
+        return replace(
+            _prompt(self.template, self._words, trainer, self.items),
+            task=self._task,
+            calibrate=self._scoring.calibrate,
+            normalise=self._scoring.normalise,
+        )
 
 
 def _rank(trainer: Trainer) -> tuple[float, float]:
@@ -400,11 +404,6 @@ def _first_record(
 def method_name(template: Template, tune: Tune) -> str:
     """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
     return ("p-tuning" if template.has_slots else "manual") + ALONG[tune]
-
-
-def start_seed(seed: int, number: int) -> int:
-    """Return the seed of one of several starts; the first is what it would be alone."""
-    return derived_seed(seed, "start", number) if number else seed
 
 
 def _checkpoint(folder: Path | None, number: int) -> Path | None:

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from ptuning.runs import TrainResult
 
 # What the stages of a progress report are called on the screen.
-STAGES = {"suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering"}
+STAGES = {
+    "suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering",
+    "estimate": "trying out",
+}  # fmt: skip
 # A person sees this many neighbours of a slot; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 # And these columns of the table of backbones; docs/backbones.md has all.
@@ -379,6 +382,14 @@ def heading(text: str) -> None:
 def line(text: str) -> None:
     """Print a line that is not wrapped, so that a path or a command can be copied."""
     results().print(text, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _visible(text: str) -> str:

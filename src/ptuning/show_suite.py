@@ -13,7 +13,7 @@ from ptuning import show
 
 if TYPE_CHECKING:
     from ptuning.cells import CellResult
-    from ptuning.estimate import Estimate
+    from ptuning.dry_run import Estimate
     from ptuning.results import Results, Scores
 
 TITLES = {
@@ -53,13 +53,13 @@ def estimates(found: Sequence[Estimate]) -> None:
         own = [one for one in found if one.cell.method == method]
         seconds = sum(one.seconds or 0.0 for one in own)
         finished = sum(one.seconds is None for one in own)
-        table.add_row(escape(method), str(len(own)), str(finished), duration(seconds))
+        table.add_row(escape(method), str(len(own)), str(finished), show.duration(seconds))
     show.results().print(table)
     for one in found:
-        text = "finished" if one.seconds is None else duration(one.seconds)
+        text = "finished" if one.seconds is None else show.duration(one.seconds)
         show.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {text}")
     total = sum(one.seconds or 0.0 for one in found)
-    show.line(f"about {duration(total)} for {len(found)} cells on this machine; nothing was run")
+    show.line(f"about {show.duration(total)} for {len(found)} cells on this machine; nothing was run")
 
 
 def results(found: Results) -> None:
@@ -125,11 +125,3 @@ def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
         return list(present[1:]) if len(present) <= 3 and present[1:] else ["score"]
     same = all(scores[present[0]].value == scores["exact_match"].value for scores in rows.values())
     return [name for name in present if name != "p_at_10" and not (same and name == "exact_match")]
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -4,6 +4,7 @@ files.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ptuning.errors import TrainingError
 from ptuning.fill import Example
 from ptuning.model import runs_prefix_once, target_logits
 from ptuning.objective import Item, loss, score_choices
+from ptuning.recompute import recomputing
 
 if TYPE_CHECKING:
     from ptuning.trainer import Trainer
@@ -79,8 +81,7 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
     """
     began = time.monotonic()
     chunks = [chunk for trainer, group in groups for chunk in trainer.begin_step(group)]
-    for together in joined(chunks):
-        _run(together)
+    run_passes(chunks)
     tokens = {trainer: sum(item.tokens for item in group) for trainer, group in groups}
     for trainer in tokens:
         trainer.state.train_tokens += sum(
@@ -95,6 +96,12 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
         except TrainingError as error:
             failed[trainer] = error
     return failed
+
+
+def run_passes(chunks: Sequence[Chunk]) -> None:
+    """Run chunks, forward and backward, those together that may be: the gradients of a step."""
+    for together in joined(chunks):
+        _run(together)
 
 
 def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
@@ -146,10 +153,12 @@ def _run(chunks: Sequence[Chunk]) -> None:
             torch.manual_seed(chunk.trainer.dropout_seed(chunk.at))
             tables.append(chunk.trainer.encoder())
         vectors = torch.cat(tables) if len(tables) > 1 else tables[0]  # (P, E)
-        if first.skips_constants:
-            logits = first.constants.logits(examples, vectors, slots=slots, offsets=offsets)
-        else:
-            logits = target_logits(backbone, collate(examples, slots=slots, offsets=offsets), vectors)
+        saves = any(chunk.trainer.config.checkpointing for chunk in chunks)
+        with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
+            if first.skips_constants:
+                logits = first.constants.logits(examples, vectors, slots=slots, offsets=offsets)
+            else:
+                logits = target_logits(backbone, collate(examples, slots=slots, offsets=offsets), vectors)
     sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
     losses = []
     for chunk, own in zip(chunks, logits.split(sizes), strict=True):

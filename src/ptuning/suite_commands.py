@@ -16,8 +16,10 @@ from ptuning.wiring import (
     BackboneOption,
     DeviceOption,
     DtypeOption,
+    EncoderOption,
     FieldOption,
     SetOption,
+    StartsOption,
 )
 
 if TYPE_CHECKING:
@@ -31,13 +33,11 @@ RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As 
 MethodsOption = Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")]
 SeedsOption = Annotated[int, typer.Option(metavar="N", help="Trainings with different seeds.", min=1)]
 TriesOption = Annotated[int, typer.Option(metavar="N", help="Settings each trained method tries.", min=1)]
-StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts trained side by side; the best is kept.", min=1)]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
 VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", help="Closed set of answers.")]
-EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
 EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")]
 SeedOption = Annotated[int, typer.Option(metavar="N", help="The first seed.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")]

@@ -13,7 +13,7 @@ from ptuning.fill import Ids, Kind
 from ptuning.segments import Gap
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Rows without a limit of their own (tokenizers say 1e30) are bounded by this many tokens.
 UNBOUNDED_TOKENS = 1 << 20
@@ -211,3 +211,10 @@ def decoder_start(config: object, generation: object) -> Ids:
         )
     forced = named("forced_bos_token_id")
     return (start,) if forced is None else (start, forced)
+
+
+def longest_row(config: PretrainedConfig) -> int:
+    """Return the longest row that a model takes, or the longest of either side."""
+    names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
+    found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
+    return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1

@@ -5,11 +5,9 @@ parts only; knows no files but its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +19,8 @@ from ptuning.backbone import Backbone
 from ptuning.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from ptuning.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.config import TrainConfig as TrainConfig
-from ptuning.constants import ConstantParts
+from ptuning.config import derived_seed
+from ptuning.constants import ConstantParts, constant_parts
 from ptuning.encoder import PromptEncoder, start_vectors
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
@@ -36,11 +35,6 @@ from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
 
 # A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
 SAVING_PAUSE = 20.0
-
-# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
-TRAIN_CHOICES = 10
-# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
-PASS_TOKENS = 4096
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
@@ -156,9 +150,10 @@ class Trainer:
     @property
     def trainable_parameters(self) -> int:
         """Number of weights of the prompt encoder, and of those of the backbone that are trained."""
-        return sum(weight.numel() for weight in self._trained())
+        return sum(weight.numel() for weight in self.trained_parameters())
 
-    def _trained(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer moves."""
         return [*self.encoder.parameters(), *self.weights.values()]
 
     def trained_weights(self) -> TrainedWeights | None:
@@ -300,7 +295,7 @@ class Trainer:
     def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[Sequence[Item]]:
         """Yield the groups of the epoch's remaining optimizer steps."""
         state, config = self.state, self.config
-        order = torch.randperm(len(train), generator=self.generator("data order", state.epoch)).tolist()
+        order = self.order(len(train), epoch=state.epoch)
         group_size = config.batch_size * config.accumulation_steps
         total_steps = math.ceil(len(train) / group_size) * config.epochs
         while state.position < len(train):
@@ -317,6 +312,11 @@ class Trainer:
                     f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}",
                 )
             )
+
+    def order(self, records: int, *, epoch: int) -> list[int]:
+        """Return the order in which an epoch, from 1, reads so many records."""
+        order: list[int] = torch.randperm(records, generator=self.generator("data order", epoch)).tolist()
+        return order
 
     def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
         """Forget the last step's gradients, and return the passes of the next one that are this process's."""
@@ -346,12 +346,12 @@ class Trainer:
         summed = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=self.backbone.device)
         if self.accelerator.num_processes > 1:
             summed = self.accelerator.reduce(summed, "sum")
-            for weight in self._trained():
+            for weight in self.trained_parameters():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 weight.grad = self.accelerator.reduce(gradient, "sum")
         loss_sum = float(summed)
         self._check_loss(loss_sum, "loss", state.epoch)
-        torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         state.epoch_loss_sum += loss_sum
         state.epoch_loss_count += loss_count(group)
@@ -483,19 +483,6 @@ class Trainer:
         self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
 
 
-def constant_parts(backbone: Backbone, config: TrainConfig) -> ConstantParts:
-    """Return what keeps the text in front of the slots, with nothing in it, for runs with these settings."""
-    return ConstantParts(backbone, memory_share=config.cache_memory if config.tune == "frozen" else 0)
-
-
-def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
-    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
-    while config.batch_size % rows:
-        rows -= 1
-    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
-
-
 def _guessed(found: Evaluation) -> dict[str, int]:
     """Return how many different classes were guessed, where there are classes: one alone is a sign of a stuck model."""
     return {"guessed_classes": len(set(found.guesses))} if found.guesses else {}
@@ -507,9 +494,3 @@ def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (total_steps - step) / max(1, total_steps - warmup)
-
-
-def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """Return a seed for one purpose; draws for other purposes do not move it."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -14,6 +14,7 @@ from typing import cast
 from ptuning.answers import answer_records
 from ptuning.baselines import target_tokens
 from ptuning.config import Tune
+from ptuning.constants import constant_parts
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.fleets import FleetPrompt
@@ -24,7 +25,6 @@ from ptuning.prompt import Prompt
 from ptuning.questions import Questions
 from ptuning.runs import ALONG, train
 from ptuning.template import Field, Literal, Piece, Target, Template
-from ptuning.trainer import constant_parts
 
 LEARNED = "p-tuning"
 # What it is called where the backbone's weights are trained along.

@@ -85,6 +85,28 @@ PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
 WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+# Of a training run.
+TrainOption = Annotated[
+    str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")
+]
+DevOption = Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")]
+TemplateOption = Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')]
+ManualOption = Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")]
+AboutOption = Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")]
+PatternOption = Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")]
+LabelsOption = Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')]
+EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
+EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")]
+BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per step.")]
+LrOption = Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")]
+BackboneLrOption = Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")]
+KeepOption = Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")]
+StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts trained side by side; the best is kept.", min=1)]
+CacheMemoryOption = Annotated[
+    float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Of everything random.")]
 
 
 def command_line(program: str = "ptuning") -> str:

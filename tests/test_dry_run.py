@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from conftest import WARM, bound
-from ptuning import estimate as module
+from ptuning import dry_run as module
 from ptuning.backbone import Backbone
 from ptuning.baselines import in_context_tokens
 from ptuning.cells import Job
 from ptuning.config import TrainConfig
-from ptuning.estimate import Estimate, estimate
+from ptuning.dry_run import Estimate, estimate
 from ptuning.experiment import methods as known
 from ptuning.method import Setup, Task
 from ptuning.questions import as_questions
