@@ -1,4 +1,4 @@
-"""What a training run will take, said before it starts: bytes and seconds. Writes nothing."""
+"""What a training run will take, said before it starts: bytes and seconds. Leaves no file."""
 
 from __future__ import annotations
 
