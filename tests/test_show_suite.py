@@ -127,6 +127,9 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
         def cells(self) -> list[Cell]:
             return [Cell("P36", "manual", 0), Cell("P36", "p-tuning", 0)]
 
+        def _trains_together(self, cells: Sequence[Cell]) -> bool:
+            return False
+
         def load(self, cell: Cell) -> CellResult:
             return done(cell.task, cell.method, [1.0], was_there=True)
 

@@ -200,6 +200,8 @@ class Trainer:
                 for group in self.course(train, dev, report=report, should_stop=should_stop):
                     if failed := take_step([(self, group)]):
                         raise failed[self]
+                    if report is not None:
+                        report(self._progress(train))
                     if should_stop is not None and should_stop():
                         self._interrupt()
                     if time.monotonic() - self._saved_at > self._pause():
@@ -213,6 +215,12 @@ class Trainer:
     def _interrupt(self) -> NoReturn:
         self.save()
         raise Interrupted(f"stopped in {self.place}")
+
+    def _progress(self, train: Sequence[Item]) -> Progress:
+        state, epochs = self.state, self.config.epochs
+        mean = state.epoch_loss_sum / state.epoch_loss_count
+        done = (state.epoch - 1) * len(train) + state.position
+        return Progress("train", done, epochs * len(train), f"epoch {state.epoch}/{epochs}, loss {mean:.3f}")
 
     @property
     def place(self) -> str:
@@ -259,7 +267,7 @@ class Trainer:
         while not state.done:
             if self.weights:
                 self.backbone.thaw(self.weights.values())
-            yield from self._epoch(train, tell)
+            yield from self._epoch(train)
             self.optimizer.zero_grad(set_to_none=True)
             if self.weights:
                 self.backbone.freeze()
@@ -292,7 +300,7 @@ class Trainer:
         self.backbone.freeze()
         self.optimizer.state.clear()
 
-    def _epoch(self, train: Sequence[Item], tell: Report) -> Iterator[Sequence[Item]]:
+    def _epoch(self, train: Sequence[Item]) -> Iterator[Sequence[Item]]:
         """Yield the groups of the epoch's remaining optimizer steps."""
         state, config = self.state, self.config
         order = self.order(len(train), epoch=state.epoch)
@@ -303,15 +311,6 @@ class Trainer:
             for parameters, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
                 parameters["lr"] = peak * factor
             yield [train[index] for index in order[state.position : state.position + group_size]]
-            mean = state.epoch_loss_sum / state.epoch_loss_count
-            tell(
-                Progress(
-                    "train",
-                    (state.epoch - 1) * len(train) + state.position,
-                    config.epochs * len(train),
-                    f"epoch {state.epoch}/{config.epochs}, loss {mean:.3f}",
-                )
-            )
 
     def order(self, records: int, *, epoch: int) -> list[int]:
         """Return the order in which an epoch, from 1, reads so many records."""
