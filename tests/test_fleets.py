@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import bound, items_of, make_model
-from ptuning import constants, fleets, steps
+from ptuning import constants, fleet, fleets, steps
 from ptuning.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.constants import ConstantParts
@@ -133,6 +133,26 @@ def test_gradients_equal_those_alone(backbone: Backbone) -> None:
     for got, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
     assert sum(float(got.abs().max()) > 0 for got in found) >= 3
+
+
+def test_encoders_do_not_fill_the_memory(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide ones are trained with fewer others beside them; one always is."""
+    most: list[int] = []
+    real = steps.take_step
+
+    def spy(groups: Any) -> Any:
+        most.append(len(groups))
+        return real(groups)
+
+    monkeypatch.setattr(fleet, "take_step", spy)
+    weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].trainable_parameters
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(5)]
+    for room, expected in ((2.5, 2), (0.5, 1), (99, 5)):
+        total = room * weights * fleet.BYTES_PER_WEIGHT / fleet.STATE_SHARE
+        monkeypatch.setattr(fleet, "total_bytes", lambda _, total=total: total)
+        most.clear()
+        assert len(train_fleet(prompts, backbone=causal).results) == 5
+        assert max(most) == expected
 
 
 def test_little_is_padded_and_a_shared_prefix_stays_shared(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,17 @@ from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
 from ptuning.fill import Example
 from ptuning.measure import Progress, Report
+from ptuning.memory import total_bytes
 from ptuning.objective import Item
 from ptuning.steps import take_step
 from ptuning.trainer import SAVING_PAUSE, Interrupted, Trainer
 
 # How many prompts are in training at the same time; each has an encoder and an optimizer in memory.
 AT_ONCE = 16
+# Of the device's memory, what the encoders of prompts in training may take, so that wide ones do not fill it.
+STATE_SHARE = 0.25
+# Of each weight there is its gradient and two moments, float32.
+BYTES_PER_WEIGHT = 16
 # The state of a fleet: which prompts are done, which are in training, and in which folder theirs lie.
 STATE_FILE = "fleet.json"
 
@@ -152,7 +157,7 @@ class Fleet:
             self._write({})
         with ConstantParts(self.backbone, memory_share=self._memory_share) as constants:
             while waiting or self._live:
-                while waiting and len(self._live) < self.at_once:
+                while waiting and self._has_room(goes_on=waiting[0].name in folders):
                     one = self._begin(waiting.popleft(), constants, folders, report, should_stop)
                     try:
                         yield from self._go_on([one], {}, work)
@@ -170,6 +175,16 @@ class Fleet:
                     constants.keep_only(row for one in self._live for row in _rows(one.member))
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def _has_room(self, *, goes_on: bool) -> bool:
+        """Whether one more can be in training. Whatever was when a checkpoint was written is so again; and it is the
+        device's whole memory that is asked for, so that a resumed fleet decides alike.
+        """
+        if not self._live or goes_on:
+            return True
+        largest = max(one.trainer.trainable_parameters for one in self._live)
+        fits = (len(self._live) + 1) * largest * BYTES_PER_WEIGHT <= STATE_SHARE * total_bytes(self.backbone.device)
+        return fits and len(self._live) < self.at_once
 
     def _begin(
         self,

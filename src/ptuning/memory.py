@@ -105,6 +105,13 @@ class PeakMemory:
         self.bytes = max(self.bytes, self._process.memory_info().rss)
 
 
+def total_bytes(device: torch.device) -> int:
+    """Return how much memory a device has, taken or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
 def peak_so_far(device: torch.device) -> int:
     """Return the most bytes that were taken on a device since this process began."""
     if device.type == "cuda":
