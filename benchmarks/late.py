@@ -120,7 +120,7 @@ def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Js
     }
     contestants |= {"peft": peer} if is_installed() else {}
     found = interleave(
-        contestants, repeats=settings.pick(3, 1), seconds=450, seed=settings.seed, note="whole runs on sentences"
+        contestants, repeats=settings.pick(3, 1), seconds=330, seed=settings.seed, note="whole runs on sentences"
     )
     tokens = mean_tokens(items_of(bind(backbone, late), train, labels=words))
     cells: list[dict[str, Json]] = [
