@@ -1,0 +1,126 @@
+"""Turn results of ``ptuning lama`` into the figures of docs/paper.md: docs/lama.json, its tables, and a picture.
+
+Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
+
+Several results are those of different relations, or of different methods on the same ones, with the same settings. With
+none the tables and the picture are made anew from docs/lama.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptuning.metrics import Score, bootstrap, score
+from ptuning.pictures import dots
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FIGURES, PAGE, PICTURE = DOCS / "lama.json", DOCS / "paper.md", DOCS / "lama.svg"
+NAMES: Mapping[str, str] = {
+    "majority": "majority answer of the training part",
+    "manual": "manual prompt",
+    "manual-restricted": "manual prompt, choosing among the relation's objects only",
+    "in-context": "examples in context, twelve tried settings",
+    "p-tuning": "**P-tuning**, one tried setting",
+}
+SHORT = ("majority", "manual", "manual, objects only", "in context", "P-tuning")
+LEARNED, RIVAL = "p-tuning", "in-context"
+TYPES = ("1-1", "N-1", "N-M")
+MARKED = re.compile(r"(<!-- lama: (\w+) -->\n).*?(\n<!-- lama: end -->)", flags=re.DOTALL)
+
+Relations = Mapping[str, Mapping[str, Any]]
+
+
+def main(files: Sequence[Path]) -> None:
+    """Write the figures, if results are given, and what is made of them."""
+    if files:
+        FIGURES.write_text(json.dumps(gathered(files), indent=1) + "\n", encoding="utf-8")
+    found = read_figures(FIGURES)
+    made = tables(found)
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(MARKED.sub(lambda mark: f"{mark[1]}{made[mark[2]]}{mark[3]}", page), encoding="utf-8")
+    PICTURE.write_text(picture(found), encoding="utf-8")
+    print("\n\n".join(made.values()))
+
+
+def gathered(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return relation -> its type, the number of its test facts, and how many of them each method answered."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in files:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for name, methods in results["tasks"].items():
+            info = results["task_info"][name]
+            one = found.setdefault(name, {"label": info["label"], "type": info["type"], "hits": {}})
+            for method, scores in methods.items():
+                hit = scores["p_at_1"]
+                one["n"] = hit["n"]
+                one["hits"][method] = round(hit["value"] * hit["n"])
+    return dict(sorted(found.items(), key=lambda entry: int(entry[0][1:])))
+
+
+def read_figures(path: Path) -> dict[str, dict[str, Any]]:
+    """Read docs/lama.json."""
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def values(relations: Relations, method: str) -> list[float]:
+    """Return a method's P@1 on each relation."""
+    return [one["hits"][method] / one["n"] for one in relations.values()]
+
+
+def apart(relations: Relations, left: str, right: str) -> list[float]:
+    """Return how far two methods lie apart on each relation."""
+    return [one - other for one, other in zip(values(relations, left), values(relations, right), strict=True)]
+
+
+def tables(relations: Relations) -> dict[str, str]:
+    """Return the tables of the page by their names there."""
+    kinds = {kind: {name: one for name, one in relations.items() if one["type"] == kind} for kind in TYPES}
+    counts = [f"{kind} ({len(part)})" for kind, part in kinds.items()]
+    macro = [f"| P@1, mean over relations | all {len(relations)} | 95 % over relations | {' | '.join(counts)} |"]
+    macro.append("|---" * 6 + "|")
+    for method, described in NAMES.items():
+        all_of = bootstrap(values(relations, method))
+        means = [f"{sum(values(part, method)) / len(part):.3f}" for part in kinds.values()]
+        macro.append(f"| {described} | {all_of.value:.3f} | {reach(all_of)} | {' | '.join(means)} |")
+    paired = ["| paired difference | P@1 | 95 % over relations |", "|---|---|---|"]
+    for method, described in reversed(NAMES.items()):
+        if method != LEARNED:
+            gap = bootstrap(apart(relations, LEARNED, method))
+            paired.append(f"| P-tuning − {described.split(', twelve')[0]} | {gap.value:+.3f} | {reach(gap, '+')} |")
+    each = [f"| relation | | type | n | {' | '.join(SHORT)} |", "|---" * 9 + "|"]
+    for name, one in relations.items():
+        shares = [f"{one['hits'][method] / one['n']:.3f}" for method in NAMES]
+        shares[-1] += f" {reach(of(one, LEARNED))}"
+        each.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares)} |")
+    return {"macro": "\n".join(macro), "paired": "\n".join(paired), "each": "\n".join(each)}
+
+
+def of(one: Mapping[str, Any], method: str) -> Score:
+    """Return a method's P@1 on one relation, with Wilson's interval."""
+    hits = one["hits"][method]
+    return score([1.0] * hits + [0.0] * (one["n"] - hits))
+
+
+def reach(found: Score, sign: str = "") -> str:
+    """Write an interval."""
+    return f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def picture(relations: Relations) -> str:
+    """Draw the manual prompt and P-tuning on every relation, the largest gain first."""
+    gains = dict(zip(relations, apart(relations, LEARNED, "manual"), strict=True))
+    rows = [
+        (f"{name} {relations[name]['label']}", of(relations[name], "manual"), of(relations[name], LEARNED))
+        for name in sorted(gains, key=lambda name: -gains[name])
+    ]
+    return dots(rows, names=("manual prompt", "P-tuning"), unit="P@1", name="lama")
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])

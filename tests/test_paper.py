@@ -1,0 +1,47 @@
+"""The figures of docs/paper.md are those of docs/lama.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def lama() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lama_script", ROOT / "scripts" / "lama.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_documented_tables_are_those_of_the_documented_results(lama: ModuleType) -> None:
+    page = lama.PAGE.read_text(encoding="utf-8")
+    found = lama.read_figures(lama.FIGURES)
+    assert len(found) == 31
+    for text in lama.tables(found).values():
+        assert text in page
+
+
+def test_results_of_several_runs_are_put_together(lama: ModuleType, tmp_path: Path) -> None:
+    def results(name: str, relation: str, **hits: int) -> Path:
+        scores: dict[str, Any] = {
+            method.replace("_", "-"): {"p_at_1": {"value": count / 7, "n": 7}} for method, count in hits.items()
+        }
+        whole = {"tasks": {relation: scores}, "task_info": {relation: {"label": "a", "type": "N-1"}}}
+        (tmp_path / name).write_text(json.dumps(whole), encoding="utf-8")
+        return tmp_path / name
+
+    files = [results("1", "P36", manual=1), results("2", "P7", manual=2, p_tuning=7), results("3", "P36", p_tuning=5)]
+    found = lama.gathered(files)
+    assert list(found) == ["P7", "P36"]
+    assert found["P36"] == {"label": "a", "type": "N-1", "hits": {"manual": 1, "p-tuning": 5}, "n": 7}
+    assert lama.apart(found, "p-tuning", "manual") == pytest.approx([5 / 7, 4 / 7])
