@@ -89,7 +89,7 @@ def tables(relations: Relations) -> dict[str, str]:
         means = [f"{sum(values(part, method)) / len(part):.3f}" for part in kinds.values()]
         macro.append(f"| {described} | {all_of.value:.3f} | {reach(all_of)} | {' | '.join(means)} |")
     paired = ["| paired difference | P@1 | 95 % over relations |", "|---|---|---|"]
-    for method, described in reversed(NAMES.items()):
+    for method, described in reversed(list(NAMES.items())):
         if method != LEARNED:
             gap = bootstrap(apart(relations, LEARNED, method))
             paired.append(f"| P-tuning − {described.split(', twelve')[0]} | {gap.value:+.3f} | {reach(gap, '+')} |")
