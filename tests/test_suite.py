@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from conftest import WARM
-from ptuning import steps
+from ptuning import fleet, fleets, steps
 from ptuning.backbone import Backbone
 from ptuning.cells import Cell, Job
 from ptuning.comparison import compare
@@ -368,6 +368,39 @@ def test_one_tasks_bad_loss_fails_its_cell_alone(
     found = {one.cell.task: one for one in suite(causal, tmp_path, counts=(4, 12)).run()}
     assert {name: one.status for name, one in found.items()} == {"task-4": "done", "task-12": "failed"}
     assert "no number" in str(found["task-12"].error)
+
+
+def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where so many encoders do not fit into the memory."""
+
+    def full(_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(fleet, "take_step", full)
+    found = list(suite(causal, tmp_path, counts=(5, 12)).run())
+    assert [one.status for one in found] == ["done", "done"]
+    assert "at once failed: out of memory" in caplog.text
+    assert not (tmp_path / "fleets").exists()
+
+
+def test_a_finished_task_is_not_trained_again_beside_new_ones(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has become of the files of its training."""
+    before = list(suite(causal, tmp_path, counts=(5, 12)).run())
+    shutil.rmtree(tmp_path / before[0].cell.folder / "try-1")
+    names: list[str] = []
+    real = fleets.fleet_runs
+
+    def spy(runs: Any, **options: Any) -> Any:
+        names.extend(runs)
+        return real(runs, **options)
+
+    monkeypatch.setattr("ptuning.suite.fleet_runs", spy)
+    assert len(list(suite(causal, tmp_path, counts=(5, 12, 8)).run())) == 3
+    assert names == ["task-8 try-1"]
 
 
 def test_a_task_that_cannot_be_trained_fails_alone(causal: Backbone, tmp_path: Path) -> None:

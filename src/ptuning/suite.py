@@ -178,12 +178,14 @@ class Suite:
         if len(done) == len(cells):
             return
         going.tell(next(cell for cell in cells if cell not in done))
+        place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
         runs: dict[str, Run] = {}
         owners: dict[str, Cell] = {}
         for cell in cells:
-            # Those that are done as well: prompts that ended since the last checkpoint are trained to their end again.
             if cell not in done:
                 self._start(cell)
+            elif not place.is_dir():
+                continue  # else what ended since the last checkpoint is trained to its end again, beside the others
             try:
                 mine = self._prompts(cell, going)
             except PTuningError as error:
@@ -192,12 +194,34 @@ class Suite:
                 continue
             runs |= mine
             owners |= dict.fromkeys(mine, cell)
-        if not runs:
-            return
+        left = [cell for cell in dict.fromkeys(owners.values()) if cell not in done]
+        try:
+            for result in self._ended(runs, owners, place, going):
+                if result.cell in left:
+                    left.remove(result.cell)
+                    yield result
+        except Interrupted:
+            raise
+        except Exception as error:
+            # Such as too little memory for so many, or a damaged checkpoint: alone each may well be trained.
+            logger.warning("training prompts at once failed: %s; going on one after another", error)
+            logger.debug("the error in full", exc_info=error)
+            shutil.rmtree(place, ignore_errors=True)
+            for cell in left:
+                going.tell(cell)
+                yield self._run(cell, going)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+    def _ended(
+        self, runs: Mapping[str, Run], owners: Mapping[str, Cell], place: Path, going: _Going
+    ) -> Iterator[CellResult]:
+        """Train runs at once, and yield the cells whose runs have all ended."""
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
         seconds = dict.fromkeys(waiting, 0.0)
         failed: dict[Cell, PTuningError] = {}
-        place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
+        if not runs:
+            return
         for name, outcome in fleet_runs(
             runs, checkpoint=place, resume=True, report=going.report, should_stop=going.should_stop
         ):
@@ -207,15 +231,14 @@ class Suite:
                 failed[cell] = outcome
             else:
                 seconds[cell] += cast("float", outcome.record["train_seconds"])
-            if waiting[cell] or cell in done:
+            if waiting[cell]:
                 continue
+            done = self.load(cell)
             going.tell(cell)
             if cell in failed:
                 yield self._failed(cell, failed[cell], seconds=seconds[cell])
             else:
-                yield self._run(cell, going, seconds=seconds[cell])
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()
+                yield done or self._run(cell, going, seconds=seconds[cell])
 
     def _prompts(self, cell: Cell, going: _Going) -> dict[str, Run]:
         """Return the trainings of a cell, each under a name of its own."""
