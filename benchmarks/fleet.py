@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
 
     contestants: dict[str, Callable[[int], float]] = {"one after another": one_after_another}
     contestants |= {f"fleet of {size}": partial(together, size) for size in sizes if size <= ASKED}
-    found = interleave(contestants, repeats=4, seconds=settings.pick(150, 5), seed=settings.seed, note="fleets")
+    found = interleave(contestants, repeats=4, seconds=settings.pick(110, 5), seed=settings.seed, note="fleets")
     for size in sizes:
         if size > ASKED:  # takes as long as all others together, so it runs once
             found[f"fleet of {size}"] = [together(size, 0)]

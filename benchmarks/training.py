@@ -79,7 +79,7 @@ FULL = (
     Cell("sentences", 20, 60, 16, 3, 5, 80),
     Cell("sentences", 20, 60, 64, 1, 3, 60),
     Cell("long-128", 128, 128, 16, 1, 3, 60),
-    Cell("long-128", 128, 128, 64, 1, 2, 140),
+    Cell("long-128", 128, 128, 64, 1, 2, 100),
     Cell("long-512", 512, 512, 16, 1, 2, 140),
     Cell("long-512", 512, 512, 64, 1, 1, 0),  # one round, four to five minutes on two cores
 )
