@@ -230,6 +230,15 @@ def test_a_fleet_stops_between_passes_over_the_constant_part(
     assert not parts.failed
 
 
+def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Path) -> None:
+    """Nothing of its checkpoint is gone on from, whatever the settings."""
+    with pytest.raises(Interrupted):
+        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, should_stop=after(2))
+    other = [replace(EVERY[0], config=replace(EVERY[0].config, lr=0.02))]
+    found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
+    torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
+
+
 def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
     """kill -9 at three moments in a row: prompts that were written after the last checkpoint come out the same."""
     make_model("llama", tmp_path / "model")

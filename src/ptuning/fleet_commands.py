@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -92,17 +92,21 @@ def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
     )
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
 
-    def part(source: str, name: str) -> Any:
+    def once(source: str, name: str, reader: Callable[[], Any]) -> Any:
         key = (source, tuple(renamed), given.get("task"), name)
         if key not in read:
-            read[key] = wiring.data_of(source, renamed, task, part=name)
+            read[key] = reader()
         return read[key]
 
-    dev = part(given["dev"], "dev") if "dev" in given else wiring.dev_part(given["data"], task)
+    def part(source: str, name: str) -> Any:
+        return once(source, name, lambda: wiring.data_of(source, renamed, task, part=name))
+
+    data = given["data"]
+    dev = part(given["dev"], "dev") if "dev" in given else once(data, "beside", lambda: wiring.dev_part(data, task))
     return FleetPrompt(
         entry.name,
         template,
-        part(given["data"], "train"),
+        part(data, "train"),
         dev=dev,
         config=config,
         labels=_labels(given.get("labels")),

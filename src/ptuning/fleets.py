@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def fleet_runs(
         runs: Name -> run; all of one frozen backbone.
         checkpoint: Folder of the fleet's checkpoint.
         at_once: How many prompts are in training at the same time.
-        resume: Go on from the checkpoint.
+        resume: Go on from the checkpoint; otherwise one that is there is dropped.
         report: Called with progress.
         should_stop: Asked after every step.
 
@@ -213,6 +214,8 @@ def fleet_runs(
                 f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
                 "it alone"
             )
+    if checkpoint is not None and not resume:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(
         next(iter(runs.values())).backbone,

@@ -148,15 +148,17 @@ class _Trial:
                     for one in state.values()
                     if isinstance(one, Tensor)
                 )
-            dev = {index: self._time_scored(self.scored[index]) for index in scored}
-            answers = self._time_answers()
+            timed_passes = {index: self._time_scored(self.scored[index]) for index in scored}
+            dev = float(along(self.scored_weights, timed_passes).sum())
+            answers = dev + self._time_written()
+            self._tell("answers")
             trial_bytes = trainer.constants.memory_bytes
             trainer.constants.clear()
         return Seen(
             kept_seconds=kept_seconds,
             kept_bytes=kept_bytes,
             epoch_seconds=float(along(self.step_weights, times).sum()) / self.run.config.epochs,
-            dev_seconds=float(along(self.scored_weights, dev).sum()),
+            dev_seconds=dev,
             answer_seconds=answers,
             written_seconds=self._time_writing(),
             gradients=gradients,
@@ -232,23 +234,28 @@ class _Trial:
                 break
         return {step: statistics.median(times) for step, times in found.items()}
 
-    def _evaluate(self, indices: Sequence[int], *, kept: bool) -> None:
-        trainer = self.trainer
-        evaluate(
-            trainer.backbone,
-            [self.dev.items[index] for index in indices],
-            vectors=trainer.vectors(),
-            slots=trainer.bound.slots,
-            constants=trainer.constants if kept and trainer.skips_constants else None,
-        )
-
     def _time_scored(self, indices: Sequence[int]) -> float:
-        spent = timed(lambda: self._evaluate(indices, kept=True))
+        trainer = self.trainer
+
+        def score() -> None:
+            evaluate(
+                trainer.backbone,
+                [self.dev.items[index] for index in indices],
+                vectors=trainer.vectors(),
+                slots=trainer.bound.slots,
+                constants=trainer.constants if trainer.skips_constants else None,
+            )
+
+        spent = timed(score)
         self._tell("development part")
         return spent
 
-    def _time_answers(self) -> float:
-        """Return the seconds of the answers to the development part: some of middling length, scaled up."""
+    def _time_written(self) -> float:
+        """Return the seconds of writing answers to the development part: some of middling length, scaled up. Labels and
+        choices are chosen among as they are scored.
+        """
+        if self.dev.items[0].answers:
+            return 0.0
         tokens = [item.tokens for item in self.dev.items]
         order = sorted(range(len(tokens)), key=tokens.__getitem__)
         mean = sum(tokens) / len(tokens)
@@ -258,14 +265,7 @@ class _Trial:
         prompt = self.run.prompt(self.trainer)
         model = PromptModel(self.trainer.backbone)
         asked = Questions([self.run.dev[index] for index in some])
-
-        def answer() -> None:
-            self._evaluate(some, kept=False)
-            model.predict(asked, prompt)
-
-        spent = timed(answer) * len(order) / len(some)
-        self._tell("answers")
-        return spent
+        return timed(lambda: model.predict(asked, prompt)) * len(order) / len(some)
 
     def _time_writing(self) -> float:
         """Return the seconds of a byte in a checkpoint, as the folder for temporary files takes it."""
