@@ -58,7 +58,6 @@ from ptuning.wiring import (
     config_of,
     data_of,
     data_to_answer,
-    dev_part,
     load,
     normalise_of,
     prompt_of,
@@ -66,6 +65,7 @@ from ptuning.wiring import (
     stoppable,
     task_of,
     template_of,
+    training_parts,
     tune_options,
 )
 
@@ -182,8 +182,7 @@ def train(
     asked = task_of(task)
     parsed = template_of(asked, template, manual, about, pattern)
     check_free(out, overwrite=overwrite or resume)
-    rows = data_of(data, field, asked, part="train")
-    dev_rows = data_of(dev, field, asked, part="dev") if dev is not None else dev_part(data, asked)
+    rows, dev_rows = training_parts(data, dev, field, asked)
     if template is None:
         show.say(f"learned template: {parsed}")
     loaded = load(backbone, dtype=dtype, device=device)

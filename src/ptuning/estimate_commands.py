@@ -31,11 +31,10 @@ from ptuning.wiring import (
     TrainOption,
     TuneOption,
     config_of,
-    data_of,
-    dev_part,
     load,
     task_of,
     template_of,
+    training_parts,
     tune_options,
 )
 
@@ -76,8 +75,7 @@ def estimate(
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     asked = task_of(task)
     parsed = template_of(asked, template, manual, about, pattern)
-    rows = data_of(data, field, asked, part="train")
-    dev_rows = data_of(dev, field, asked, part="dev") if dev is not None else dev_part(data, asked)
+    rows, dev_rows = training_parts(data, dev, field, asked)
     loaded = load(backbone, dtype=dtype, device=device)
     with show.bar() as report:
         from ptuning.forecast import estimate as forecast

@@ -215,6 +215,14 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
     return task.read(path)
 
 
+def training_parts(
+    data: str, dev: str | None, field: Sequence[str] | None, task: TaskFile | None
+) -> tuple[Records | Questions, Records | Questions | None]:
+    """Read what is learned from, and what is chosen by: what is named, or what stands beside a task's training part."""
+    train = data_of(data, field, task, part="train")
+    return train, data_of(dev, field, task, part="dev") if dev is not None else dev_part(data, task)
+
+
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
     Leave out a part of it if asked to.
