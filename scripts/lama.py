@@ -2,8 +2,9 @@
 
 Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
 
-Several results are those of different relations, or of different methods on the same ones, with the same settings. With
-none the tables and the picture are made anew from docs/lama.json.
+Several results are those of different relations, or of different methods on the same ones, with the same settings. What
+docs/lama.json already holds of a relation and a method stays; remove the file to begin anew. With no results the tables
+and the picture are made anew from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,21 @@ NAMES: Mapping[str, str] = {
     "p-tuning": "**P-tuning**, one tried setting",
 }
 SHORT = ("majority", "manual", "manual, objects only", "in context", "P-tuning")
-LEARNED, RIVAL = "p-tuning", "in-context"
+LEARNED = "p-tuning"
+# Tables of those relations on which all of some methods ran: by their names on the page, with what heads a column.
+PARTS: Mapping[str, Mapping[str, str]] = {
+    "trained": {
+        "manual": "manual",
+        "fine-tuning": "fine-tuning (FT)",
+        "manual+fine-tuning": "manual + fine-tuning (MP+FT)",
+        LEARNED: "P-tuning, frozen",
+    },
+    "control": {
+        "majority": "majority",
+        f"{LEARNED}@random-weights": "P-tuning, random weights",
+        LEARNED: "P-tuning",
+    },
+}
 TYPES = ("1-1", "N-1", "N-M")
 MARKED = re.compile(r"(<!-- lama: (\w+) -->\n).*?(\n<!-- lama: end -->)", flags=re.DOTALL)
 
@@ -38,7 +53,8 @@ Relations = Mapping[str, Mapping[str, Any]]
 def main(files: Sequence[Path]) -> None:
     """Write the figures, if results are given, and what is made of them."""
     if files:
-        FIGURES.write_text(json.dumps(gathered(files), indent=1) + "\n", encoding="utf-8")
+        known = read_figures(FIGURES) if FIGURES.exists() else {}
+        FIGURES.write_text(json.dumps(gathered(files, known), indent=1) + "\n", encoding="utf-8")
     found = read_figures(FIGURES)
     made = tables(found)
     page = PAGE.read_text(encoding="utf-8")
@@ -47,9 +63,17 @@ def main(files: Sequence[Path]) -> None:
     print("\n\n".join(made.values()))
 
 
-def gathered(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return relation -> its type, the number of its test facts, and how many of them each method answered."""
-    found: dict[str, dict[str, Any]] = {}
+def gathered(files: Sequence[Path], known: Relations) -> dict[str, dict[str, Any]]:
+    """Return relation -> its type, the number of its test facts, and how many of them each method answered.
+
+    Args:
+        files: The results.
+        known: What is already known, which stays.
+
+    Raises:
+        ValueError: If a relation has not the same number of test facts everywhere.
+    """
+    found: dict[str, dict[str, Any]] = {name: dict(one) for name, one in known.items()}
     for path in files:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name, methods in results["tasks"].items():
@@ -57,8 +81,9 @@ def gathered(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
             one = found.setdefault(name, {"label": info["label"], "type": info["type"], "hits": {}})
             for method, scores in methods.items():
                 hit = scores["p_at_1"]
-                one["n"] = hit["n"]
-                one["hits"][method] = round(hit["value"] * hit["n"])
+                if one.setdefault("n", hit["n"]) != hit["n"]:
+                    raise ValueError(f"{path}: {name} has {hit['n']} test facts, and {one['n']} elsewhere")
+                one["hits"] = {method: round(hit["value"] * hit["n"])} | one["hits"]
     return dict(sorted(found.items(), key=lambda entry: int(entry[0][1:])))
 
 
@@ -98,7 +123,24 @@ def tables(relations: Relations) -> dict[str, str]:
         shares = [f"{one['hits'][method] / one['n']:.3f}" for method in NAMES]
         shares[-1] += f" {reach(of(one, LEARNED))}"
         each.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares)} |")
-    return {"macro": "\n".join(macro), "paired": "\n".join(paired), "each": "\n".join(each)}
+    parts = {name: part(relations, methods) for name, methods in PARTS.items()}
+    return {"macro": "\n".join(macro), "paired": "\n".join(paired), "each": "\n".join(each), **parts}
+
+
+def part(relations: Relations, methods: Mapping[str, str]) -> str:
+    """Return a table of the relations on which all methods ran, with means and how far P-tuning is ahead."""
+    chosen = {name: one for name, one in relations.items() if all(method in one["hits"] for method in methods)}
+    rows = [f"| relation | | type | n | {' | '.join(methods.values())} |", "|---" * (4 + len(methods)) + "|"]
+    for name, one in chosen.items():
+        shares = [f"{of(one, method).value:.3f} {reach(of(one, method))}" for method in methods]
+        rows.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares)} |")
+    means = [bootstrap(values(chosen, method)) for method in methods]
+    ahead = [bootstrap(apart(chosen, LEARNED, method)) for method in methods if method != LEARNED]
+    shown = [f"**{mean.value:.3f}** {reach(mean)}" for mean in means]
+    rows.append(f"| mean | of {len(chosen)} relations | | | {' | '.join(shown)} |")
+    shown = [*(f"{gap.value:+.3f} {reach(gap, '+')}" for gap in ahead), ""]
+    rows.append(f"| P-tuning ahead by | paired, over relations | | | {' | '.join(shown)} |")
+    return "\n".join(rows)
 
 
 def of(one: Mapping[str, Any], method: str) -> Score:

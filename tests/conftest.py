@@ -258,14 +258,17 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def _word_piece() -> PreTrainedTokenizerFast:
+    """Make WordPiece of the text's letters and short words: the library's trainer breaks ties anew in every process."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    raw.normalizer = normalizers.BertNormalizer(lowercase=False)
-    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
+    words = sorted({word for text in CORPUS for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
+    letters = sorted(set("".join(words)))
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *(word[:8] for word in words)]
+    vocabulary = dict.fromkeys([*specials, *pieces])
+    raw = Tokenizer(models.WordPiece({piece: at for at, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizer, splitter
     raw.decoder = decoders.WordPiece()
-    raw.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
-    )
+    raw.add_special_tokens(specials)
     raw.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

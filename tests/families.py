@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -315,7 +316,8 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 def unigram(
     specials: list[str], *, single: str, scheme: str = "always", by_word: bool = True, unk_token: str, **names: Any
 ) -> PreTrainedTokenizerFast:
-    """Train a unigram tokenizer as SentencePiece does.
+    """Make a unigram tokenizer as SentencePiece does, of letters and pieces of words with made-up log-probabilities:
+    the library's trainer adds in another order in every process.
 
     Args:
         specials: Special tokens, in the order of their ids.
@@ -325,15 +327,19 @@ def unigram(
         unk_token: The token for what is unknown.
         names: What else the tokenizer of transformers takes.
     """
-    raw = Tokenizer(models.Unigram())
+    words = sorted({word for line in CORPUS for word in re.findall(r"\w+", line)})
+    scores = dict.fromkeys(specials, 0.0) | dict.fromkeys(["▁", *sorted({*"".join(CORPUS)} - {" "})], -9.0)
+    for at, word in enumerate(words):
+        for score, piece in ((-4.0, f"▁{word[:5]}"), (-6.0, word[:5]), (-5.0, word[5:])):
+            if piece:
+                scores.setdefault(
+                    piece, score - at / 1000
+                )  # no two alike, so that no way to cut a word ties with another
+    raw = Tokenizer(models.Unigram(list(scores.items()), specials.index(unk_token), byte_fallback=False))
     marks = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks]) if by_word else marks
     raw.decoder = decoders.Metaspace(replacement="▁", prepend_scheme=scheme)
-    letters = sorted({letter for line in CORPUS for letter in line} - {" "})
-    trainer = trainers.UnigramTrainer(
-        vocab_size=240, special_tokens=specials, unk_token=unk_token, show_progress=False, initial_alphabet=letters
-    )
-    raw.train_from_iterator(CORPUS, trainer)
+    raw.add_special_tokens(specials)
     around = [token for token in specials if token in single]
     raw.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[(token, specials.index(token)) for token in around]

@@ -41,7 +41,21 @@ def test_results_of_several_runs_are_put_together(lama: ModuleType, tmp_path: Pa
         return tmp_path / name
 
     files = [results("1", "P36", manual=1), results("2", "P7", manual=2, p_tuning=7), results("3", "P36", p_tuning=5)]
-    found = lama.gathered(files)
+    found = lama.gathered(files[:2], {})
+    found = lama.gathered([results("4", "P36", manual=7), *files[2:]], found)
     assert list(found) == ["P7", "P36"]
     assert found["P36"] == {"label": "a", "type": "N-1", "hits": {"manual": 1, "p-tuning": 5}, "n": 7}
     assert lama.apart(found, "p-tuning", "manual") == pytest.approx([5 / 7, 4 / 7])
+    with pytest.raises(ValueError, match="P7 has 7 test facts, and 8 elsewhere"):
+        lama.gathered(files, {"P7": {"label": "a", "type": "N-1", "n": 8, "hits": {}}})
+
+
+def test_a_part_of_the_relations_is_compared_where_all_of_its_methods_ran(lama: ModuleType) -> None:
+    both = {"label": "a", "type": "N-1", "n": 10, "hits": {"p-tuning": 6, "fine-tuning": 4}}
+    one = {"label": "b", "type": "1-1", "n": 10, "hits": {"p-tuning": 6}}
+    lines = lama.part({"P1": both, "P2": one}, {"fine-tuning": "FT", "p-tuning": "P-tuning"}).splitlines()
+    assert len(lines) == 5
+    assert lines[2].startswith("| P1 | a | N-1 | 10 | 0.400 [")
+    assert "**0.400**" in lines[3]
+    assert "of 1 relations" in lines[3]
+    assert "+0.200" in lines[4]

@@ -649,7 +649,8 @@ def test_several_starts_with_trained_weights(causal: Backbone, tmp_path: Path, m
 def test_a_manual_template_is_enough_where_the_backbone_learns(
     backbone: Backbone, tmp_path: Path, mode: dict[str, Any]
 ) -> None:
-    result = run(backbone, tmp_path / "out", template="[X] is [Y]", settings=mode)
+    result = run(backbone, tmp_path / "out", template="[X] is [Y]", settings=mode, dev=FACTS)
+    assert result.record["chosen_epoch"] != 0
     prompt = Prompt.load(tmp_path / "out")
     assert (prompt.slots, prompt.slot_vectors) == (0, None)
     assert prompt.method == ("manual+lora" if mode["tune"] == "lora" else "manual+fine-tuning")

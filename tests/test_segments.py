@@ -82,6 +82,13 @@ def test_the_text_beside_an_unknown_target_is_not_swallowed_with_it() -> None:
     ]
 
 
+def test_a_target_that_grows_together_with_the_text_behind_it_leaves_none_of_itself_there() -> None:
+    """Whether all of its tokens do, or only the last: a masked model must not read the end of the answer."""
+    for target, tokens in (("Rome", [" Rome."]), ("New York", [" New", " York."])):
+        run = Run(((LITERAL, "it is "), (TARGET, target), (LITERAL, ". Yes!")))
+        assert cut(run)[0] == [(LITERAL, ["it", " is"]), (TARGET, tokens), (LITERAL, [" Yes", "!"])]
+
+
 def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
     """A word in front is cut off again, or left out where it has grown together with the text."""
     run = Run(((LITERAL, " is "), (TARGET, "so"))).behind_slots()

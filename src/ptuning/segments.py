@@ -109,18 +109,28 @@ class Encoded(dict[str, Ids]):
         cuts = [*itertools.accumulate((_common(prefix_ids, ids) for prefix_ids in before), max), len(ids)]
         spans = [(name, ids[cuts[at] : cuts[at + 1]]) for at, (name, _) in enumerate(run.segments)]
         target = next((at for at, (name, _) in enumerate(run.segments) if name == TARGET), None)
-        if target is None or (spans[target][1] and not run.is_open):
+        if target is None:
             return spans
-        if spans[target][1] and cuts[target] == len(before[target]):
+        # A word of several tokens may grow together with what follows by its last one alone.
+        is_whole = target + 1 == len(spans) or cuts[target + 1] == len(before[target + 1])
+        if spans[target][1] and is_whole and not run.is_open:
+            return spans
+        if run.is_open and spans[target][1] and cuts[target] == len(before[target]):
             return [*spans[:target], (TARGET, ()), *spans[target + 1 :]]
-        behind = self["".join(text for _, text in run.segments[target + 1 :])]
+        text = "".join(text for _, text in run.segments[target + 1 :])
+        behind = self[text]
         if run.is_open:
             # The word in the target's place has grown together with the text beside it, which is then taken alone.
             return [(LITERAL, before[target][len(lead_ids) :]), (TARGET, ()), (LITERAL, behind)]
         # The target's last token runs on into the text behind it, as in "[Y]s"; then that whole token is the target's.
         rest = ids[cuts[target] :]
-        own = len(rest) - _common(behind[::-1], rest[::-1])
+        own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (behind, self._behind_word(text)))
         return [*spans[:target], (TARGET, rest[:own]), (LITERAL, rest[own:])]
+
+    def _behind_word(self, text: str) -> Ids:
+        """Return the ids of the end of a text as they are behind a word; nothing where the two grow together."""
+        word, both = self[ANCHOR_WORD], self[ANCHOR_WORD + text]
+        return both[len(word) :] if both[: len(word)] == word else ()
 
     def _within(self, prefix: str) -> Ids:
         """Return the ids of the beginning of a text as they are when more follows.
