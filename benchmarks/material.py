@@ -206,20 +206,25 @@ def train_seconds(
     return clock.seconds
 
 
-def bare_seconds(backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int) -> float:
-    """Run the bare backbone forward and backward over the same rows, and return the seconds.
+def bare_seconds(
+    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, backward: bool = True
+) -> float:
+    """Run the bare backbone forward over the same rows, and backward where asked for, and return the seconds.
 
     The embeddings are the leaves: no encoder, nothing written in, no optimizer. Every row runs whole, and logits are
     computed at the scored positions only.
     """
     began = synchronised(backbone.device)
-    for at in range(0, len(items), batch_size):
-        batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
-        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
-        logits, _ = backbone.run(
-            embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
-        )
-        torch.logsumexp(logits, dim=-1).sum().backward()
+    with torch.set_grad_enabled(backward):
+        for at in range(0, len(items), batch_size):
+            batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
+            embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(backward)  # (B, T, E)
+            logits, _ = backbone.run(
+                embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+            )
+            found = torch.logsumexp(logits, dim=-1).sum()
+            if backward:
+                found.backward()
     return synchronised(backbone.device) - began
 
 

@@ -23,7 +23,7 @@ from benchmarks.common import (
     spread,
     write_result,
 )
-from benchmarks.material import backbone_of, bind, every, items_of, seconds_of
+from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, seconds_of
 from benchmarks.peer import Peer, Row, choice_rows, is_installed, rows_of
 from ptuning.backbone import Backbone
 from ptuning.batch import collate
@@ -36,17 +36,21 @@ from ptuning.prompt import Prompt
 from ptuning.records import Record
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
+SUBJECT_FIRST = "[X] is a country. Its capital is [Y]"
 CANDIDATES = 100
+BATCH_ROWS = 64
 MAX_TOKENS = 6
 # Differences of log-probabilities that count as the same score, by type.
 MOST_GAP = {torch.float32: 1e-2, torch.bfloat16: 1.0}
 METHOD = (
     f"One prompt, {TEMPLATE}, its slots holding embeddings of words; PEFT gets the same vectors. Targets: "
-    f"PromptModel.target_logits against PEFT's forward in batches. Candidates: PromptModel.rank of {CANDIDATES} "
-    "capitals, against PEFT's forward on batches of a hundred rows, and against a loop of one forward pass per "
-    "candidate of the bare backbone (logits at the target only). Written answers: PromptModel.predict against PEFT's "
-    f"generate, both greedy, up to {MAX_TOKENS} tokens, rows of one length together. Times are compared only if "
-    "log-probabilities agree."
+    f"PromptModel.target_logits against PEFT's forward in batches, and against the bare backbone's forward over the "
+    f"same rows in batches of {BATCH_ROWS} (logits at the targets only, rows tokenised beforehand); subject first: the "
+    f"same for {SUBJECT_FIRST}, whose rows share no beginning. Candidates: PromptModel.rank of {CANDIDATES} capitals, "
+    "against PEFT's forward on batches of a hundred rows, and against a loop of one forward pass per candidate of the "
+    "bare backbone (logits at the target only). Written answers: PromptModel.predict against PEFT's generate, both "
+    f"greedy, up to {MAX_TOKENS} tokens, rows of one length together. Times are compared only if log-probabilities "
+    "agree."
 )
 
 
@@ -60,8 +64,11 @@ def main(settings: Settings) -> None:
     records = every("capitals")
     candidates = candidates_of(records)[: settings.pick(CANDIDATES, 12)]
     model = PromptModel(backbone)
+    plain = Prompt.manual(SUBJECT_FIRST)
+    some = records[: settings.pick(128, 8)]
     work = {
-        "targets": targets(model, prompt, bound, records[: settings.pick(128, 8)]),
+        "targets": targets(model, prompt, bound, some),
+        "targets, subject first": targets(model, plain, bind(backbone, SUBJECT_FIRST), some),
         "candidates": ranking(model, prompt, bound, records[: settings.pick(8, 2)], candidates),
         "written answers": writing(model, prompt, bound, records[: settings.pick(48, 4)]),
     }
@@ -101,7 +108,7 @@ Work = tuple[dict[str, Callable[[int], float]], dict[str, int]]
 
 
 def targets(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: list[Record]) -> Work:
-    """Score each record's own target."""
+    """Score each record's own target; the peer has to have slots."""
     device = model.backbone.device
 
     def ours(_: int) -> float:
@@ -111,7 +118,13 @@ def targets(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: l
         with Peer(model.backbone, slots=prompt.slots, vectors=prompt.slot_vectors) as other:
             return seconds_of(lambda: other.score(rows_of(items_of(bound, records))), device)
 
-    return contest(ours, peer), {"ptuning": len(records), "peft": len(records)}
+    items = sorted(items_of(bound, records), key=lambda item: len(item.inputs[0].token_ids))
+
+    def bare(_: int) -> float:
+        return bare_seconds(model.backbone, items, batch_size=BATCH_ROWS, slots=prompt.slots, backward=False)
+
+    contestants = {**(contest(ours, peer) if prompt.slots else {"ptuning": ours}), "bare": bare}
+    return contestants, dict.fromkeys(contestants, len(records))
 
 
 def ranking(

@@ -31,21 +31,28 @@ TASK_SCORE = "score"
 
 
 def settings(findings: Findings) -> list[Block]:
-    """Return what was run: the settings, and closed below them the tasks and the versions."""
+    """Return what was run on what, and closed below it every setting, the tasks and the versions."""
     backbone = {f"backbone {key}": value for key, value in findings.backbone.items()}
-    listed = {"suite": findings.suite, "command": findings.command, **backbone, **findings.settings}
-    rows = [[Entry(name), Entry(_shown(value))] for name, value in listed.items() if value is not None]
-    blocks: list[Block] = [Table("What was run.", ["setting", "value"], rows, numbers=False)]
+    run = {"suite": findings.suite, "command": findings.command, **backbone}
+    blocks: list[Block] = [Table("What was run.", ["", "value"], _listed(run), numbers=False)]
+    if findings.settings:
+        rows = _listed(findings.settings)
+        table = Table("Every setting, given or by default.", ["setting", "value"], rows, numbers=False)
+        blocks.append(Fold(counted(len(rows), "setting"), [table]))
     if findings.task_info:
         title = f"Templates and data of {counted(len(findings.task_info), 'task')}"
         columns = ["task", "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
         tasks = [_task(findings.named(name), info) for name, info in findings.task_info.items()]
         blocks.append(Fold(title, [Table(f"{title}.", columns, tasks, numbers=False)]))
     if findings.versions:
-        versions = [[Entry(name), Entry(_shown(value))] for name, value in findings.versions.items()]
+        versions = _listed(findings.versions)
         table = Table("Versions that the numbers depend on.", ["package", "version"], versions, numbers=False)
         blocks.append(Fold("Versions", [table]))
     return blocks
+
+
+def _listed(values: Mapping[str, Json]) -> list[list[Entry]]:
+    return [[Entry(name), Entry(_shown(value))] for name, value in values.items() if value is not None]
 
 
 def _task(name: str, info: Mapping[str, Json]) -> list[Entry]:
