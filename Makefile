@@ -13,7 +13,7 @@ demo: $(VENV)/runtime.stamp
 	@$(BIN)/ptuning demo --out runs/demo
 
 test: $(VENV)/dev.stamp
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

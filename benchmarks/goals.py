@@ -14,7 +14,8 @@ SUMMARY = "summary"
 # In the order in which they run. Those that start processes come first: in a smoke run all share one process, which
 # must be small until then.
 SCRIPTS = (
-    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "scaling", "stages",
+    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "scaling", "arithmetic",
+    "stages",
 )  # fmt: skip
 
 

@@ -244,6 +244,16 @@ TABLES: dict[str, tuple[str, Callable[[Cell], bool], tuple[Column, ...]]] = {
             ("off", percent_of("off")),
         ),
     ),
+    "arithmetic": (
+        "arithmetic",
+        has("times_faster"),
+        (
+            ("how", text_of("contestant")),
+            ("samples/s", spread_of("samples_per_second")),
+            ("times float32's speed", spread_of("times_faster")),
+            ("logits off by", lambda cell: f"{cell['gap']:.0e}"),
+        ),
+    ),
     "memory": (
         "memory",
         has("peak_bytes"),

@@ -1,0 +1,130 @@
+"""What do the number format, the threads and the kind of attention bring to a training step?
+
+Forward and backward of the bare backbone over one batch of short facts; no setting of ptuning's own takes part.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.common import Settings, interleave, parser, ratios, settings_of, spread, write_result
+from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, repeated
+from ptuning.backbone import Backbone
+from ptuning.measure import item_batch
+from ptuning.objective import Item
+
+TEMPLATE = "[P*6] The capital of [X] is [Y]"
+ROWS = 16
+DEFAULT = "float32"
+METHOD = (
+    f"Forward and backward of the bare backbone over {ROWS} rows of {TEMPLATE}, in rounds. All start from the same "
+    "weights; off is the largest difference of a logit from float32's, over the largest logit. TF32 is "
+    "measured on a GPU, where it exists."
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute."""
+
+    dtype: str = DEFAULT
+    threads: int | None = None
+    attention: str | None = None
+    tf32: bool = False
+
+
+def main(settings: Settings) -> None:
+    """Measure each way."""
+    began = time.monotonic()
+    named = ways(settings.device)
+    backbones = {dtype: backbone_of(replace(settings, dtype=dtype)) for dtype in {one.dtype for one in named.values()}}
+    bound = bind(backbones[DEFAULT], TEMPLATE)
+    items = repeated(items_of(bound, every("capitals")), ROWS)
+
+    def measured(way: Way) -> Callable[[int], float]:
+        def run(_: int) -> float:
+            with computing(way, backbones[way.dtype]) as backbone:
+                return bare_seconds(backbone, items, batch_size=ROWS, slots=bound.slots)
+
+        return run
+
+    contestants = {name: measured(way) for name, way in named.items()}
+    plain = logits_of(named[DEFAULT], backbones, items, slots=bound.slots)
+    gaps = {}
+    for name, way in named.items():  # what a process does once, before the clock runs
+        gaps[name] = float(
+            (logits_of(way, backbones, items, slots=bound.slots) - plain).abs().max() / plain.abs().max()
+        )
+    found = interleave(contestants, repeats=settings.pick(5, 1), seconds=30, seed=settings.seed, note="arithmetic")
+    write_result(
+        settings,
+        "arithmetic",
+        question=(__doc__ or "").splitlines()[0],
+        cells=[
+            {
+                "cell": "arithmetic",
+                "contestant": name,
+                "samples_per_second": spread([ROWS / seconds for seconds in values]),
+                "times_faster": spread(ratios(found[DEFAULT], values)),
+                "gap": gaps[name],
+            }
+            for name, values in found.items()
+        ],
+        answers={},
+        method=METHOD,
+        seconds=time.monotonic() - began,
+    )
+
+
+def ways(device: str) -> Mapping[str, Way]:
+    """Return what is compared on a device, by names for people; the first is the default's."""
+    found = {
+        DEFAULT: Way(),
+        "bfloat16": Way("bfloat16"),
+        "float32, eager attention": Way(attention="eager"),
+    }
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return {**found, "float32 as TF32": Way(tf32=True)}
+    cores = os.cpu_count() or 1
+    return {**found, **({"float32, one thread": Way(threads=1)} if cores > 1 else {})}
+
+
+@contextmanager
+def computing(way: Way, backbone: Backbone) -> Iterator[Backbone]:
+    """Compute in a way, and as before afterwards."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    attention = backbone.model.config._attn_implementation
+    torch.set_num_threads(way.threads or threads)
+    torch.set_float32_matmul_precision("high" if way.tf32 else precision)
+    backbone.model.set_attn_implementation(way.attention or attention)
+    try:
+        yield backbone
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        backbone.model.set_attn_implementation(attention)
+
+
+@torch.no_grad()
+def logits_of(way: Way, backbones: Mapping[str, Backbone], items: list[Item], *, slots: int) -> torch.Tensor:
+    """Return the logits at the scored positions, (N, V) float32."""
+    with computing(way, backbones[way.dtype]) as backbone:
+        batch = item_batch(items, slots=slots).to(backbone.device)
+        logits, _ = backbone.run(
+            backbone.embed(batch.token_ids),
+            mask=batch.mask,
+            positions=batch.positions,
+            rows=batch.logit_rows,
+            cols=batch.logit_cols,
+        )
+    return logits.float()
+
+
+if __name__ == "__main__":
+    main(settings_of(parser(__doc__).parse_args()))
