@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.common import Settings, interleave, parser, ratios, settings_of, spread, write_result
-from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, repeated
+from benchmarks.material import backbone_of, bare_logits, bare_seconds, bind, every, items_of, repeated
 from ptuning.backbone import Backbone
-from ptuning.measure import item_batch
 from ptuning.objective import Item
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
@@ -83,7 +82,7 @@ def main(settings: Settings) -> None:
 
 
 def ways(device: str) -> Mapping[str, Way]:
-    """Return what is compared on a device, by names for people; the first is the default's."""
+    """Return what is compared on a device, by names for people."""
     found = {
         DEFAULT: Way(),
         "bfloat16": Way("bfloat16"),
@@ -115,15 +114,7 @@ def computing(way: Way, backbone: Backbone) -> Iterator[Backbone]:
 def logits_of(way: Way, backbones: Mapping[str, Backbone], items: list[Item], *, slots: int) -> torch.Tensor:
     """Return the logits at the scored positions, (N, V) float32."""
     with computing(way, backbones[way.dtype]) as backbone:
-        batch = item_batch(items, slots=slots).to(backbone.device)
-        logits, _ = backbone.run(
-            backbone.embed(batch.token_ids),
-            mask=batch.mask,
-            positions=batch.positions,
-            rows=batch.logit_rows,
-            cols=batch.logit_cols,
-        )
-    return logits.float()
+        return bare_logits(backbone, items, slots=slots)
 
 
 if __name__ == "__main__":

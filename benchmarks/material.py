@@ -217,15 +217,22 @@ def bare_seconds(
     began = synchronised(backbone.device)
     with torch.set_grad_enabled(backward):
         for at in range(0, len(items), batch_size):
-            batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
-            embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(backward)  # (B, T, E)
-            logits, _ = backbone.run(
-                embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
-            )
-            found = torch.logsumexp(logits, dim=-1).sum()
+            found = torch.logsumexp(bare_logits(backbone, items[at : at + batch_size], slots=slots), dim=-1).sum()
             if backward:
                 found.backward()
     return synchronised(backbone.device) - began
+
+
+def bare_logits(backbone: Backbone, items: Sequence[Item], *, slots: int) -> torch.Tensor:
+    """Run whole rows in one pass and return the logits at their scored positions, (N, V); where gradients are on, they
+    end at the embeddings.
+    """
+    batch = item_batch(items, slots=slots).to(backbone.device)
+    embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(torch.is_grad_enabled())  # (B, T, E)
+    logits, _ = backbone.run(
+        embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols
+    )
+    return logits
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

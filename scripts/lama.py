@@ -73,7 +73,7 @@ def gathered(files: Sequence[Path], known: Relations) -> dict[str, dict[str, Any
     Raises:
         ValueError: If a relation has not the same number of test facts everywhere.
     """
-    found: dict[str, dict[str, Any]] = {name: dict(one) for name, one in known.items()}
+    found: dict[str, dict[str, Any]] = {name: {**one, "hits": dict(one["hits"])} for name, one in known.items()}
     for path in files:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name, methods in results["tasks"].items():
@@ -83,7 +83,7 @@ def gathered(files: Sequence[Path], known: Relations) -> dict[str, dict[str, Any
                 hit = scores["p_at_1"]
                 if one.setdefault("n", hit["n"]) != hit["n"]:
                     raise ValueError(f"{path}: {name} has {hit['n']} test facts, and {one['n']} elsewhere")
-                one["hits"] = {method: round(hit["value"] * hit["n"])} | one["hits"]
+                one["hits"].setdefault(method, round(hit["value"] * hit["n"]))
     return dict(sorted(found.items(), key=lambda entry: int(entry[0][1:])))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of four families with tokenizers trained on the spot; everything offline, in a second."""
+"""Tiny random models of four families with tokenizers made on the spot; everything offline, in a second."""
 
 from __future__ import annotations
 

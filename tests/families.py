@@ -332,10 +332,8 @@ def unigram(
     for at, word in enumerate(words):
         for score, piece in ((-4.0, f"▁{word[:5]}"), (-6.0, word[:5]), (-5.0, word[5:])):
             if piece:
-                scores.setdefault(
-                    piece, score - at / 1000
-                )  # no two alike, so that no way to cut a word ties with another
-    raw = Tokenizer(models.Unigram(list(scores.items()), specials.index(unk_token), byte_fallback=False))
+                scores.setdefault(piece, score - at / 1000)  # no two alike, so that no two ways to cut a word tie
+    raw = Tokenizer(models.Unigram(list(scores.items()), specials.index(unk_token)))
     marks = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme)
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), marks]) if by_word else marks
     raw.decoder = decoders.Metaspace(replacement="▁", prepend_scheme=scheme)

@@ -95,7 +95,8 @@ class Encoded(dict[str, Ids]):
         return ids
 
     def cut(self, run: Run) -> list[tuple[str, Ids]]:
-        """Return (name, ids) of a run's segments; a token belongs to the segment in which it ends.
+        """Return (name, ids) of a run's segments; a token belongs to the segment in which it ends, but one
+        that begins in the target belongs to the target.
 
         The cuts are found by tokenising ever longer prefixes of the text rather than by character offsets, which
         tokenizers trim and normalise in different ways. A target that is not known has no ids.
