@@ -19,7 +19,7 @@ RANKS = {
             "files memory metrics config phrases",
             "records fields",
             "template segments questions fleet_file",
-            "fill defaults relation_files recompute",
+            "fill defaults relation_files recompute attention",
             "labels batch families tokenizer hub relations forward probes",
             "backbone tasks lora",
             "encoder vocabulary weights task_check",
@@ -53,7 +53,7 @@ RANKS = {
 # The package itself may be imported by whoever writes its version down, and starts the command line.
 PACKAGE, STARTER = "__init__", "__main__"
 IMPORTS_PACKAGE = {"prompt", "cli"}
-KNOWS_TRANSFORMERS = {"backbone", "forward", "tokenizer"}
+KNOWS_TRANSFORMERS = {"attention", "backbone", "forward", "tokenizer"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from ptuning.attention import pack_heads
 from ptuning.errors import BackboneError
 from ptuning.fill import Kind
 
@@ -120,6 +121,7 @@ class Forward:
             bodies = {model.base_model, getattr(model.base_model, "decoder", model.base_model)}
         for body in bodies:
             body.register_forward_hook(_gather_hook)
+        pack_heads(model)
 
     def __call__(
         self,
