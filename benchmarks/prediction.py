@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     for name, (contestants, counts) in work.items():
         for run in contestants.values():  # what a process does once, before the clock runs
             run(0)
-        found = interleave(contestants, repeats=settings.pick(5, 1), seconds=40, seed=settings.seed, note=name)
+        found = interleave(contestants, repeats=settings.pick(5, 1), seconds=25, seed=settings.seed, note=name)
         each = {who: [seconds / counts[who] for seconds in values] for who, values in found.items()}
         cells += [
             {"cell": name, "contestant": who, "records": counts[who], "seconds_per_record": spread(values)}

@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
         contestants["load"](0)  # converts the backbone, if nothing did before
     elif len(contestants) > 4:
         del contestants["first step"]  # each process takes seconds, and the peer's goes the same way
-    found = interleave(contestants, repeats=settings.pick(5, 1), seconds=100, seed=settings.seed, note="processes")
+    found = interleave(contestants, repeats=settings.pick(5, 1), seconds=70, seed=settings.seed, note="processes")
     cells: list[dict[str, Json]] = [
         {"cell": name, "contestant": "peft" if name.endswith("peft") else "ptuning", "seconds": spread(values)}
         for name, values in found.items()
