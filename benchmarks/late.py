@@ -94,7 +94,7 @@ def main(settings: Settings) -> None:
 
 def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Json]], dict[str, Json]]:
     """Time whole runs of five epochs, and compare what they score."""
-    train, dev, words, ending = labelled(settings, train=settings.pick(96, 16), dev=settings.pick(120, 12))
+    train, dev, words, ending = labelled(settings, train=settings.pick(64, 16), dev=settings.pick(120, 12))
     late, plain = f"{{text}} [P:{ending}] [Y]", f"{{text}} {ending} [Y]"
     epochs = settings.pick(EPOCHS, 2)
 
@@ -120,7 +120,7 @@ def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Js
     }
     contestants |= {"peft": peer} if is_installed() else {}
     found = interleave(
-        contestants, repeats=settings.pick(3, 1), seconds=330, seed=settings.seed, note="whole runs on sentences"
+        contestants, repeats=settings.pick(3, 1), seconds=260, seed=settings.seed, note="whole runs on sentences"
     )
     tokens = mean_tokens(items_of(bind(backbone, late), train, labels=words))
     cells: list[dict[str, Json]] = [

@@ -11,8 +11,21 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 
-from benchmarks.common import ROOT, Json, Settings, answer, no_answer, parser, say, settings_of, spread, write_result
+from benchmarks.common import (
+    ROOT,
+    Json,
+    Settings,
+    answer,
+    interleave,
+    no_answer,
+    parser,
+    say,
+    settings_of,
+    spread,
+    write_result,
+)
 
 OURS, PEER = "ptuning", "peft"
 # Job -> contestants. Every job is one optimizer step or pass on the sizes of the other scripts.
@@ -34,33 +47,38 @@ def main(settings: Settings) -> None:
     contestants = (OURS, PEER) if find_spec("peft") is not None else (OURS,)
     peaks: dict[tuple[str, str], list[float]] = {}
     for job in settings.pick(JOBS, JOBS[:1]):
-        for _ in range(settings.pick(2, 1)):
-            for who in contestants:
-                peaks.setdefault((job, who), []).append(child(job, who, settings))
+        found = interleave(
+            {who: partial(child, job, who, settings) for who in contestants},
+            repeats=settings.pick(2, 1),
+            seconds=45,
+            seed=settings.seed,
+            note=job,
+        )
+        peaks |= {(job, who): values for who, values in found.items()}
         line = ", ".join(f"{who} {max(peaks[job, who]) / 1e6:.0f} MB" for who in contestants)
         say(f"  {job}: {line}")
     cells: list[dict[str, Json]] = [
         {"cell": job, "contestant": who, "peak_bytes": spread(values)} for (job, who), values in peaks.items()
     ]
-    found = no_answer("peft is not installed; make bench installs it")
+    result = no_answer("peft is not installed; make bench installs it")
     if PEER in contestants:
         worst: tuple[list[float], str] = ([0.0], "")
         for job in dict.fromkeys(job for job, _ in peaks):
             of_peer = [one / other for one, other in zip(peaks[job, OURS], peaks[job, PEER], strict=True)]
             worst = max(worst, (of_peer, job), key=lambda entry: max(entry[0]))
-        found = answer(worst[0], f"worst of {len({job for job, _ in peaks})} questions: {worst[1]}")
+        result = answer(worst[0], f"worst of {len({job for job, _ in peaks})} questions: {worst[1]}")
     write_result(
         settings,
         "memory",
         question=(__doc__ or "").splitlines()[0],
         cells=cells,
-        answers={"memory-worst": found},
+        answers={"memory-worst": result},
         method=METHOD,
         seconds=time.monotonic() - began,
     )
 
 
-def child(job: str, who: str, settings: Settings) -> float:
+def child(job: str, who: str, settings: Settings, _: int) -> float:
     """Run one job in a process of its own and return the bytes at its peak."""
     command = [sys.executable, "-m", "benchmarks.memory", *settings.arguments(), "--job", job, "--who", who]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
