@@ -41,7 +41,7 @@ def main(settings: Settings) -> None:
     for name, unit, sizes, work in (
         ("slots", "slots of a template", settings.pick((1, 4, 16, 64), (1, 4)), slots),
         ("length", "tokens of a record", settings.pick((16, 64, 128, 256), (8, 16)), length),
-        ("rows", "rows of an epoch", settings.pick((64, 128, 256, 512), (8, 16)), rows),
+        ("rows", "rows of an epoch", settings.pick((32, 64, 128, 256), (8, 16)), rows),
         ("prompts", "prompts in one batch", settings.pick((1, 4, 16, 64), (1, 4)), prompts),
     ):
         contestants = {str(size): work(backbone, size, settings) for size in sizes}

@@ -52,7 +52,7 @@ def main(settings: Settings) -> None:
     backbone = backbone_of(settings)
     cells: list[dict[str, Json]] = []
     for batch_size in settings.pick((16, 64), (4,)):
-        cells += profiled(backbone, batch_size, settings.pick(128 // batch_size, 2))
+        cells += profiled(backbone, batch_size, settings.pick(64 // batch_size, 2))
     write_result(
         settings,
         "stages",

@@ -1,0 +1,161 @@
+"""Turn results of ``ptuning superglue`` into the figures of docs/superglue.md: docs/superglue.json and its tables.
+
+Usage: python scripts/superglue.py RESULTS.JSON [RESULTS.JSON ...]
+
+Several results are those of different tasks, or of different methods on the same ones, with the same settings. Of a
+task and a method the last result counts, and what docs/superglue.json already holds of others stays. With no results
+the tables are made anew from it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptuning.blocks import called, in_order
+from ptuning.metrics import bootstrap
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FIGURES, PAGE = DOCS / "superglue.json", DOCS / "superglue.md"
+LEARNED = "p-tuning"
+NAMES: Mapping[str, str] = {
+    "majority": "majority",
+    "manual": "manual",
+    "in-context": "in context",
+    "fine-tuning": "fine-tuning",
+    "manual+fine-tuning": "manual + fine-tuning",
+    LEARNED: "P-tuning, frozen",
+    f"{LEARNED}+fine-tuning": "P-tuning, tuned",
+}
+# Methods that come out the same whatever the seed; of others, fewer seeds than these are said so.
+SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
+# Tables of mean scores over those tasks on which all of some methods ran, by their names on the page.
+PARTS: Mapping[str, Sequence[str]] = {
+    "frozen": ("majority", "manual", LEARNED),
+    "trained": tuple(name for name in NAMES if name != "in-context"),
+}
+MARKED = re.compile(r"(<!-- superglue: (\w+) -->\n).*?(\n<!-- superglue: end -->)", flags=re.DOTALL)
+
+Tasks = Mapping[str, Mapping[str, Any]]
+
+
+def main(files: Sequence[Path]) -> None:
+    """Write the figures, if results are given, and what is made of them."""
+    if files:
+        known = read_figures(FIGURES) if FIGURES.exists() else {}
+        FIGURES.write_text(json.dumps(gathered(files, known), indent=1) + "\n", encoding="utf-8")
+    made = tables(read_figures(FIGURES))
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(MARKED.sub(lambda mark: f"{mark[1]}{made[mark[2]]}{mark[3]}", page), encoding="utf-8")
+    print("\n\n".join(made.values()))
+
+
+def gathered(files: Sequence[Path], known: Tasks) -> dict[str, dict[str, Any]]:
+    """Return task -> the number of reported rows and, for each method, its metrics, its score by seed and its time.
+
+    Args:
+        files: The results.
+        known: What is already known, which stays where no file says otherwise.
+
+    Raises:
+        ValueError: If a task has not the same number of reported rows everywhere.
+    """
+    found: dict[str, dict[str, Any]] = {name: {**one, "methods": dict(one["methods"])} for name, one in known.items()}
+    for path in files:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for task, methods in results["tasks"].items():
+            for method, metrics in methods.items():
+                n = metrics["score"]["n"]
+                one = found.setdefault(task, {"n": n, "methods": {}})
+                if one["n"] != n:
+                    raise ValueError(f"{path}: {task} has {n} reported rows, and {one['n']} elsewhere")
+                cells = [cell for cell in results["cells"] if (cell["task"], cell["method"]) == (task, method)]
+                done = [cell for cell in cells if cell["status"] == "done"]
+                one["methods"][method] = {
+                    "metrics": metrics,
+                    "scores": {str(cell["seed"]): cell["scores"]["score"] for cell in done},
+                    "seconds": statistics.median(cell["seconds"] for cell in done),
+                }
+    return dict(sorted(found.items()))
+
+
+def read_figures(path: Path) -> dict[str, dict[str, Any]]:
+    """Read docs/superglue.json."""
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def tables(tasks: Tasks) -> dict[str, str]:
+    """Return the tables of the page by their names there."""
+    return {"each": each(tasks)} | {name: means(tasks, methods) for name, methods in PARTS.items()}
+
+
+def each(tasks: Tasks) -> str:
+    """Return a table of every metric of every task: means over seeds with intervals and spread."""
+    lines = [f"| task | n | {' | '.join(NAMES.values())} |", "|---" * (2 + len(NAMES)) + "|"]
+    for task, one in tasks.items():
+        metrics = [name for name in in_order(one["methods"]["majority"]["metrics"]) if name != "score"]
+        for metric in metrics:
+            name = task if len(metrics) == 1 else f"{task}, {called(metric)}"
+            shown = [written(method, one["methods"].get(method), metric) for method in NAMES]
+            lines.append(f"| {name} | {one['n']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def written(name: str, method: Mapping[str, Any] | None, metric: str) -> str:
+    """Write one metric of one method: mean, interval, the spread over seeds, and how many where there are too few."""
+    if method is None:
+        return ""
+    found = method["metrics"][metric]
+    text = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    if found["std"] is not None:
+        text += f", sd {found['std']:.3f}, lowest {found['lowest']:.3f}"
+    if name in SEEDLESS or found["seeds"] >= LEAST_SEEDS:
+        return text
+    return f"{text} ({found['seeds']} seed{'s' if found['seeds'] > 1 else ''})"
+
+
+def means(tasks: Tasks, methods: Sequence[str]) -> str:
+    """Return a table of mean scores over those tasks on which all of some methods ran.
+
+    The spread is that of the mean over tasks from seed to seed; the differences are paired by task.
+    """
+    chosen = {task: one["methods"] for task, one in tasks.items() if all(name in one["methods"] for name in methods)}
+    ahead_of = f"{NAMES[LEARNED]}, ahead by (95 % over tasks)"
+    lines = [
+        f"| mean score of {', '.join(chosen)} | mean | sd over seeds | lowest seed | {ahead_of} |",
+        "|---" * 5 + "|",
+    ]
+    ours = task_scores(chosen, LEARNED)
+    for method in methods:
+        mean = statistics.mean(task_scores(chosen, method))
+        seeds = seed_means(chosen, method)
+        sd, lowest = (f"{statistics.stdev(seeds):.3f}", f"{min(seeds):.3f}") if len(seeds) > 1 else ("", "")
+        ahead = ""
+        if method != LEARNED:
+            gap = bootstrap([one - other for one, other in zip(ours, task_scores(chosen, method), strict=True)])
+            ahead = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+        name = f"**{NAMES[method]}**" if method == LEARNED else NAMES[method]
+        lines.append(f"| {name} | {mean:.3f} | {sd} | {lowest} | {ahead} |")
+    return "\n".join(lines)
+
+
+def task_scores(chosen: Mapping[str, Mapping[str, Any]], method: str) -> list[float]:
+    """Return a method's score on each task, the mean over its seeds."""
+    return [methods[method]["metrics"]["score"]["value"] for methods in chosen.values()]
+
+
+def seed_means(chosen: Mapping[str, Mapping[str, Any]], method: str) -> list[float]:
+    """Return a method's mean over tasks for every seed that all tasks have."""
+    by_task = [methods[method]["scores"] for methods in chosen.values()]
+    shared = [seed for seed in by_task[0] if all(seed in scores for scores in by_task)]
+    return [statistics.mean(scores[seed] for scores in by_task) for seed in shared]
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]])
