@@ -56,7 +56,7 @@ def main(files: Sequence[Path]) -> None:
 
 
 def gathered(files: Sequence[Path], known: Tasks) -> dict[str, dict[str, Any]]:
-    """Return task -> the number of reported rows and, for each method, its metrics, its score by seed and its time.
+    """Return task -> the number of reported rows and, for each method, its metrics and its score by seed.
 
     Args:
         files: The results.
@@ -79,7 +79,6 @@ def gathered(files: Sequence[Path], known: Tasks) -> dict[str, dict[str, Any]]:
                 one["methods"][method] = {
                     "metrics": metrics,
                     "scores": {str(cell["seed"]): cell["scores"]["score"] for cell in done},
-                    "seconds": statistics.median(cell["seconds"] for cell in done),
                 }
     return dict(sorted(found.items()))
 

@@ -30,7 +30,7 @@ def results(path: Path, task: str, n: int = 7, **methods: list[float]) -> Path:
         for name, (scores, mean) in means.items()
     }
     cells = [
-        {"task": task, "method": name, "seed": seed, "status": "done", "scores": {"score": score}, "seconds": 3.0}
+        {"task": task, "method": name, "seed": seed, "status": "done", "scores": {"score": score}}
         for name, (scores, _) in means.items()
         for seed, score in enumerate(scores)
     ]
