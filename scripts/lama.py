@@ -10,12 +10,12 @@ and the picture are made anew from it.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import Figures, fill, read_figures, write_figures
 from ptuning.metrics import Score, bootstrap, score
 from ptuning.pictures import dots
 
@@ -45,25 +45,21 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     },
 }
 TYPES = ("1-1", "N-1", "N-M")
-MARKED = re.compile(r"(<!-- lama: (\w+) -->\n).*?(\n<!-- lama: end -->)", flags=re.DOTALL)
-
-Relations = Mapping[str, Mapping[str, Any]]
 
 
 def main(files: Sequence[Path]) -> None:
     """Write the figures, if results are given, and what is made of them."""
     if files:
         known = read_figures(FIGURES) if FIGURES.exists() else {}
-        FIGURES.write_text(json.dumps(gathered(files, known), indent=1) + "\n", encoding="utf-8")
+        write_figures(FIGURES, gathered(files, known))
     found = read_figures(FIGURES)
     made = tables(found)
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(MARKED.sub(lambda mark: f"{mark[1]}{made[mark[2]]}{mark[3]}", page), encoding="utf-8")
+    fill(PAGE, "lama", made)
     PICTURE.write_text(picture(found), encoding="utf-8")
     print("\n\n".join(made.values()))
 
 
-def gathered(files: Sequence[Path], known: Relations) -> dict[str, dict[str, Any]]:
+def gathered(files: Sequence[Path], known: Figures) -> dict[str, dict[str, Any]]:
     """Return relation -> its type, the number of its test facts, and how many of them each method answered.
 
     Args:
@@ -87,23 +83,17 @@ def gathered(files: Sequence[Path], known: Relations) -> dict[str, dict[str, Any
     return dict(sorted(found.items(), key=lambda entry: int(entry[0][1:])))
 
 
-def read_figures(path: Path) -> dict[str, dict[str, Any]]:
-    """Read docs/lama.json."""
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def values(relations: Relations, method: str) -> list[float]:
+def values(relations: Figures, method: str) -> list[float]:
     """Return a method's P@1 on each relation."""
     return [one["hits"][method] / one["n"] for one in relations.values()]
 
 
-def apart(relations: Relations, left: str, right: str) -> list[float]:
+def apart(relations: Figures, left: str, right: str) -> list[float]:
     """Return how far two methods lie apart on each relation."""
     return [one - other for one, other in zip(values(relations, left), values(relations, right), strict=True)]
 
 
-def tables(relations: Relations) -> dict[str, str]:
+def tables(relations: Figures) -> dict[str, str]:
     """Return the tables of the page by their names there."""
     kinds = {kind: {name: one for name, one in relations.items() if one["type"] == kind} for kind in TYPES}
     counts = [f"{kind} ({len(part)})" for kind, part in kinds.items()]
@@ -127,7 +117,7 @@ def tables(relations: Relations) -> dict[str, str]:
     return {"macro": "\n".join(macro), "paired": "\n".join(paired), "each": "\n".join(each), **parts}
 
 
-def part(relations: Relations, methods: Mapping[str, str]) -> str:
+def part(relations: Figures, methods: Mapping[str, str]) -> str:
     """Return a table of the relations on which all methods ran, with means and how far P-tuning is ahead."""
     chosen = {name: one for name, one in relations.items() if all(method in one["hits"] for method in methods)}
     rows = [f"| relation | | type | n | {' | '.join(methods.values())} |", "|---" * (4 + len(methods)) + "|"]
@@ -154,7 +144,7 @@ def reach(found: Score, sign: str = "") -> str:
     return f"[{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
-def picture(relations: Relations) -> str:
+def picture(relations: Figures) -> str:
     """Draw the manual prompt and P-tuning on every relation, the largest gain first."""
     gains = dict(zip(relations, apart(relations, LEARNED, "manual"), strict=True))
     rows = [

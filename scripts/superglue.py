@@ -10,13 +10,13 @@ the tables are made anew from it.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import Figures, fill, read_figures, write_figures
 from ptuning.blocks import called, in_order
 from ptuning.metrics import bootstrap
 
@@ -39,23 +39,19 @@ PARTS: Mapping[str, Sequence[str]] = {
     "frozen": ("majority", "manual", LEARNED),
     "trained": tuple(name for name in NAMES if name != "in-context"),
 }
-MARKED = re.compile(r"(<!-- superglue: (\w+) -->\n).*?(\n<!-- superglue: end -->)", flags=re.DOTALL)
-
-Tasks = Mapping[str, Mapping[str, Any]]
 
 
 def main(files: Sequence[Path]) -> None:
     """Write the figures, if results are given, and what is made of them."""
     if files:
         known = read_figures(FIGURES) if FIGURES.exists() else {}
-        FIGURES.write_text(json.dumps(gathered(files, known), indent=1) + "\n", encoding="utf-8")
+        write_figures(FIGURES, gathered(files, known))
     made = tables(read_figures(FIGURES))
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(MARKED.sub(lambda mark: f"{mark[1]}{made[mark[2]]}{mark[3]}", page), encoding="utf-8")
+    fill(PAGE, "superglue", made)
     print("\n\n".join(made.values()))
 
 
-def gathered(files: Sequence[Path], known: Tasks) -> dict[str, dict[str, Any]]:
+def gathered(files: Sequence[Path], known: Figures) -> dict[str, dict[str, Any]]:
     """Return task -> the number of reported rows and, for each method, its metrics and its score by seed.
 
     Args:
@@ -83,18 +79,12 @@ def gathered(files: Sequence[Path], known: Tasks) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def read_figures(path: Path) -> dict[str, dict[str, Any]]:
-    """Read docs/superglue.json."""
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def tables(tasks: Tasks) -> dict[str, str]:
+def tables(tasks: Figures) -> dict[str, str]:
     """Return the tables of the page by their names there."""
     return {"each": each(tasks)} | {name: means(tasks, methods) for name, methods in PARTS.items()}
 
 
-def each(tasks: Tasks) -> str:
+def each(tasks: Figures) -> str:
     """Return a table of every metric of every task: means over seeds with intervals and spread."""
     lines = [f"| task | n | {' | '.join(NAMES.values())} |", "|---" * (2 + len(NAMES)) + "|"]
     for task, one in tasks.items():
@@ -119,7 +109,7 @@ def written(name: str, method: Mapping[str, Any] | None, metric: str) -> str:
     return f"{text} ({found['seeds']} seed{'s' if found['seeds'] > 1 else ''})"
 
 
-def means(tasks: Tasks, methods: Sequence[str]) -> str:
+def means(tasks: Figures, methods: Sequence[str]) -> str:
     """Return a table of mean scores over those tasks on which all of some methods ran.
 
     The spread is that of the mean over tasks from seed to seed; the differences are paired by task.

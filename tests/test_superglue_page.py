@@ -71,3 +71,13 @@ def test_means_are_over_the_tasks_on_which_all_methods_ran(page: ModuleType, tmp
     # Over seeds 0 and 1, which both tasks have: means 0.45 and 0.75.
     assert lines[3] == "| **P-tuning, frozen** | 0.650 | 0.212 | 0.450 |  |"
     assert "0.600 [0.000, 1.000], sd 0.100, lowest 0.500 (2 seeds)" in page.each(tasks)
+
+
+def test_tables_go_between_their_marks_and_nowhere_else(page: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("a\n<!-- s: one -->\n<!-- s: end -->\nb\n<!-- s: two -->\nold\n<!-- s: end -->\nc\n", "utf-8")
+    page.fill(path, "s", {"one": "| 1 |", "two": "| 2 |"})
+    filled = "a\n<!-- s: one -->\n| 1 |\n<!-- s: end -->\nb\n<!-- s: two -->\n| 2 |\n<!-- s: end -->\nc\n"
+    assert path.read_text("utf-8") == filled
+    page.fill(path, "other", {})
+    assert path.read_text("utf-8") == filled
