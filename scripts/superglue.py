@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.blocks import called, in_order
 from ptuning.metrics import bootstrap
+from ptuning.names import called, in_order
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE = DOCS / "superglue.json", DOCS / "superglue.md"

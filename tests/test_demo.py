@@ -14,12 +14,12 @@ import torch
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.config import TrainConfig
 from ptuning.demo import MANUAL, DemoResult, run_demo
-from ptuning.errors import FileError
+from ptuning.errors import FileError, TrainingError
 from ptuning.fill import BoundTemplate
 from ptuning.measure import Progress
 from ptuning.metrics import majority, score
 from ptuning.predict import PromptModel
-from ptuning.prompt import Prompt
+from ptuning.prompt import VECTORS_FILE, Prompt
 from ptuning.records import load_records
 from ptuning.runs import train
 from ptuning.template import Template
@@ -200,6 +200,35 @@ def test_another_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds another run, .* choose another folder \(--out\)"):
         run_demo(tmp_path, backbone=tiny, config=CONFIG)
     assert vectors_of(tmp_path) == before
+
+
+def test_a_stopped_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
+    """Its checkpoint used to be taken for one of a demo with other settings."""
+    steps = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(
+            "[P] [X] [Y]",
+            load_records("capitals:train"),
+            backbone=tiny,
+            config=CONFIG,
+            out=tmp_path,
+            should_stop=lambda: next(steps) == 2,
+        )
+    (checkpoint,) = (tmp_path / "checkpoint").glob("state*")
+    before = checkpoint.read_bytes()
+    with pytest.raises(FileError, match=r"holds another run, .* choose another folder \(--out\)"):
+        run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    assert checkpoint.read_bytes() == before
+    checkpoint.write_bytes(before[:200])
+    with pytest.raises(TrainingError, match="is damaged"):
+        run_demo(tmp_path, backbone=tiny, config=CONFIG)
+
+
+def test_a_prompt_without_a_record_is_not_replaced(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
+    finished.prompt.save(tmp_path / "prompt")
+    with pytest.raises(FileError, match=r"holds part of another run; choose another folder"):
+        run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    assert (tmp_path / "prompt" / VECTORS_FILE).is_file()
 
 
 # ------------------------------------------------------------------------------------------- the default backbone

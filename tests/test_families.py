@@ -26,11 +26,11 @@ from ptuning.families import COLUMNS, TESTED, as_markdown
 from ptuning.families import families as shipped
 from ptuning.fill import FILLS_MASKS, Example
 from ptuning.model import prefix_tokens, target_logits
+from ptuning.names import PREDICTIONS_FILE
 from ptuning.predict import PromptModel
 from ptuning.probes import check_reading
 from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record
-from ptuning.runs import PREDICTIONS_FILE
 from ptuning.trainer import Trainer
 
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -24,8 +24,9 @@ from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.fleet import AT_ONCE, STATE_FILE, Fleet, Member
 from ptuning.fleets import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
 from ptuning.measure import Progress
+from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
 from ptuning.records import Record, load_records
-from ptuning.runs import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE, TrainResult, train
+from ptuning.runs import TrainResult, train
 from ptuning.trainer import Interrupted, Trainer
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
@@ -237,6 +238,15 @@ def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Pat
     other = [replace(EVERY[0], config=replace(EVERY[0].config, lr=0.02))]
     found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
     torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
+
+
+def test_a_fleet_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Path) -> None:
+    train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
+    before = bytes_of(tmp_path)
+    for wrong in (replace(EVERY[1], template="no target"), replace(EVERY[1], config=TrainConfig(tune="tuned"))):
+        with pytest.raises(PTuningError, match=f"prompt '{wrong.name}'"):
+            train_fleet([EVERY[0], wrong], backbone=causal, out=tmp_path, overwrite=True)
+    assert bytes_of(tmp_path) == before != {}
 
 
 def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:

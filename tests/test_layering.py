@@ -15,7 +15,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            "errors",
+            "errors names",
             "files memory metrics config phrases",
             "records fields",
             "template segments questions fleet_file",
@@ -27,7 +27,7 @@ RANKS = {
             "model",
             "objective decode constants",
             "measure checkpoint steps",
-            "trainer predict method",
+            "trainer predict method run_folder",
             "answers scores fleet",
             "evaluate cells",
             "runs inspection baselines head",

@@ -25,26 +25,27 @@ from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import TrainConfig, start_seed
 from ptuning.constants import ConstantParts
-from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TemplateError, TrainingError
+from ptuning.errors import (
+    BackboneError,
+    ConfigError,
+    FileError,
+    PTuningError,
+    RecordError,
+    TemplateError,
+    TrainingError,
+)
 from ptuning.evaluate import score_prompt
 from ptuning.files import Json
 from ptuning.fill import Ids
 from ptuning.labels import LabelWords
 from ptuning.measure import Evaluation, Progress
 from ptuning.model import target_logits
+from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.predict import Prediction, PromptModel
 from ptuning.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
 from ptuning.questions import Questions
 from ptuning.records import Record, as_records, load_records
-from ptuning.runs import (
-    CHECKPOINT_FOLDER,
-    PREDICTIONS_FILE,
-    PROMPT_FOLDER,
-    RUN_FILE,
-    Run,
-    TrainResult,
-    train,
-)
+from ptuning.runs import Run, TrainResult, train
 from ptuning.tasks import TaskFile
 from ptuning.trainer import Interrupted, Trainer
 
@@ -315,6 +316,29 @@ def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == [CHECKPOINT_FOLDER]
     run(causal, out, overwrite=True, settings={"seed": 2})
     assert Prompt.load(out).seed == 2
+
+
+def test_a_run_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Path) -> None:
+    """The earlier run used to be removed before it was known that the new one can be made."""
+    out = tmp_path / "out"
+    run(causal, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(BackboneError, match="nonsense"):
+        run(causal, out, overwrite=True, settings={"tune": "lora", "lora_targets": "nonsense"})
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(causal, out, should_stop=after(2))
+    (out / ".prompt.abc.tmp").mkdir()
+    (out / ".prompt.abc.tmp" / "weights").write_bytes(b"half")
+    (out / ".run.json.12.tmp").write_bytes(b"half")
+    (out / ".prompt.abd.old").mkdir()
+    run(causal, out, resume=how == "resume", overwrite=how == "overwrite")
+    assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
 
 
 def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -95,28 +95,6 @@ class Page:
 
 # A single value has no spread that an interval could be made of.
 NO_INTERVAL = "no interval"
-SCORE_NAMES = {
-    "score": "score",
-    "p_at_1": "P@1",
-    "p_at_10": "P@10",
-    "mrr": "MRR",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "f1a": "F1a",
-    "f1": "F1",
-    "exact_match": "exact match",
-}
-
-
-def called(score: str) -> str:
-    """Return what people call a score."""
-    return SCORE_NAMES.get(score, score.replace("_", " "))
-
-
-def in_order(scores: Iterable[str]) -> list[str]:
-    """Return names of scores, each once: the usual ones first, others in alphabetical order."""
-    present = set(scores)
-    return [name for name in SCORE_NAMES if name in present] + sorted(present - SCORE_NAMES.keys())
 
 
 def reading(score: Score) -> str:

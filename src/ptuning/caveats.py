@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ptuning.blocks import counted
-from ptuning.findings import CONTROL, WRITTEN, Findings
+from ptuning.findings import WRITTEN, Findings
+from ptuning.names import RANDOM_WEIGHTS
 
 # Methods that learn from the training facts, by the names they have in the paper.
 TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora")
@@ -149,7 +150,7 @@ def _knowledge(findings: Findings) -> Iterator[str]:
     else:
         yield "Test records may stand in the text that the backbone was pretrained on."
     trained = [name for name in findings.overall if name in TRAINED]
-    without = [name for name in trained if f"{name}{CONTROL}" not in findings.overall]
+    without = [name for name in trained if f"{name}{RANDOM_WEIGHTS}" not in findings.overall]
     if without:
         yield (
             f"There is no control with random weights for {', '.join(without)}: how much was learned from the training "

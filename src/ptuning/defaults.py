@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError
-from ptuning.files import check_room, publish_folder, write_json
+from ptuning.files import check_room, publish_folder, sweep, write_json
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -69,7 +67,7 @@ def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
     if _is_whole(folder):
         return folder
     weights = _weights_file(name)
-    _sweep(folder.parent)
+    sweep(folder.parent, KNOWN, older_seconds=STALE_SECONDS)
     check_room(folder, KNOWN[name].cache_bytes)
     try:
         with publish_folder(folder, overwrite=True) as temporary:
@@ -119,10 +117,3 @@ def _weights_file(name: str) -> Path:
             f"reading the weights of {name} for the first time needs the package gguf: {advice}"
         ) from error
     return found[0]
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed conversions left behind."""
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        if path.suffix in (".tmp", ".old") and path.is_dir() and time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.backbone import Backbone
-from ptuning.checkpoint import CHECKPOINT_FILE
+from ptuning.checkpoint import read_identity
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError, TrainingError
 from ptuning.evaluate import score_prompt
 from ptuning.files import Json, read_bytes, read_json, write_json, write_json_lines
 from ptuning.measure import Report
 from ptuning.metrics import Score, majority, score
+from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.predict import PromptModel
 from ptuning.prompt import VECTORS_FILE, Prompt
 from ptuning.records import Records, load_records
-from ptuning.runs import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE, TrainResult, train
+from ptuning.run_folder import OURS, data_key, identity
+from ptuning.runs import TrainResult, train
 from ptuning.template import Template
 from ptuning.trainer import Interrupted
 
@@ -83,11 +85,11 @@ def run_demo(
         command: The command line, for the record.
 
     Raises:
-        FileError: If another run lies in ``out``.
+        FileError: If another run lies in ``out``, finished or stopped.
         Interrupted: If ``should_stop`` said so; the next call goes on from there.
     """
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
-    unfinished = _is_unfinished(out)
+    unfinished = _is_unfinished(out, parts["train"])
 
     def learn(*, resume: bool) -> TrainResult:
         return train(
@@ -111,33 +113,30 @@ def run_demo(
     except TrainingError:
         if not unfinished:
             raise
-        # The checkpoint is of other settings or an older version. The folder is the demo's own, so it starts anew.
+        # The checkpoint is of other settings or an older version. It was a demo's, so this one starts anew.
         result = learn(resume=False)
     if should_stop is not None and should_stop():
         raise Interrupted("stopped after training, before the test part was scored")
     return _score_test(out, result, parts, PromptModel(backbone), report)
 
 
-def _is_unfinished(out: Path) -> bool:
+def _is_unfinished(out: Path, facts: Records) -> bool:
     """Whether a demo was stopped in ``out``: while it trained, or before it scored the test part.
 
     Raises:
-        FileError: If the run in ``out`` is no demo, which would be lost.
+        FileError: If a run in ``out`` is no demo, or none can be made out, which would be lost.
+        TrainingError: If a checkpoint in it is damaged.
     """
-    if not (out / RUN_FILE).is_file():
-        return (out / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file()
-    record = read_json(out / RUN_FILE)
-    settings, data = record.get("settings"), record.get("data")
-    facts = data.get("train") if isinstance(data, Mapping) else None
-    is_demo = (
-        isinstance(settings, Mapping)
-        and settings.get("template") == str(Template.from_manual(MANUAL))
-        and isinstance(facts, Mapping)
-        and facts.get("name") == f"{FACTS}:train"
-    )
-    if not is_demo:
+    finished = read_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else None
+    found = read_identity(out / CHECKPOINT_FOLDER) if finished is None else identity(finished)
+    if found is None:
+        if any((out / name).exists() for name in OURS):
+            raise FileError(f"{out} holds part of another run; choose another folder (--out)")
+        return False
+    own = {"template": str(Template.from_manual(MANUAL)), data_key("train"): facts.sha256}
+    if any(found.get(name) != value for name, value in own.items()):
         raise FileError(f"{out} holds another run, which the demo would replace; choose another folder (--out)")
-    return "scores" not in record
+    return finished is None or "scores" not in finished
 
 
 def _score_test(
@@ -191,8 +190,8 @@ def load_demo(out: Path) -> DemoResult:
         name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
         for name, entry in ((name, of["exact_match"]) for name, of in found.items())
     }
-    lines = read_bytes(out / PREDICTIONS_FILE).decode("utf-8").splitlines()[:SHOWN_RECORDS]
-    rows = [json.loads(line) for line in lines]
+    lines = read_bytes(out / PREDICTIONS_FILE).decode("utf-8").split("\n")[:SHOWN_RECORDS]
+    rows = [json.loads(line) for line in lines if line]
     prompt = Prompt.load(out / PROMPT_FOLDER)
     common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
     return DemoResult(

@@ -12,9 +12,9 @@ from ptuning.cells import Cell, Job
 from ptuning.fill import BoundTemplate
 from ptuning.measure import evaluate
 from ptuning.method import Setup
+from ptuning.names import LEARNED
 from ptuning.questions import Questions
 from ptuning.suite import Suite
-from ptuning.tuning import LEARNED
 
 # Records scored to measure the machine's speed, after as many to warm it up.
 MEASURED_RECORDS = 64

@@ -16,12 +16,13 @@ from ptuning.dry_run import Estimate, estimate
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_free, make_folder
 from ptuning.measure import Report
-from ptuning.method import METHODS, RANDOM_WEIGHTS
+from ptuning.method import METHODS
+from ptuning.names import LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.prompt import versions
 from ptuning.report import write_report
-from ptuning.results import RESULTS_FILE, Collector, Results
+from ptuning.results import Collector, Results
 from ptuning.suite import Suite
-from ptuning.tuning import LEARNED, tried_factors
+from ptuning.tuning import tried_factors
 
 # The list of methods with all of them on it: the modules that register them are loaded above.
 methods = METHODS

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def read_json(path: Path) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise FileError(f"{path} must hold a JSON object, and holds {type(value).__name__}")
     return value
+
+
+def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
+    """Remove what killed writers of this module left in a folder.
+
+    Args:
+        folder: The folder, if there is one.
+        names: What they wrote: the beginnings of its names.
+        older_seconds: How old something must be to be nobody's.
+    """
+    beginnings = tuple(f".{name}" for name in names)
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if not (path.name.startswith(beginnings) and path.suffix in (".tmp", ".old")):
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older_seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sha256(data: bytes) -> str:

@@ -13,20 +13,14 @@ from pathlib import Path, PurePosixPath
 from ptuning.errors import FileError
 from ptuning.files import Json, read_bytes, read_json
 from ptuning.metrics import Score
+from ptuning.names import LEARNED_BY_TUNE, MANUAL, PREDICTIONS_FILE, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE
 
 FORMAT_VERSION = 1
-# A report needs nothing that trains, so the names of the files stand here as well.
-RESULTS_FILE = "results.json"
-RUN_FILE = "run.json"
-PREDICTIONS_FILE = "predictions.jsonl"
 STATUSES = ("done", "failed", "waiting")
-# Written behind the name of a method that ran on a backbone with random weights.
-CONTROL = "@random-weights"
 # The score that stands for all where only one is shown: the first that is there.
 PRIMARY = ("score", "p_at_1", "exact_match")
 # The pair that the paper is about; where a run lacks the first of a line, the next stands in.
-WRITTEN = ("manual", "manual-restricted")
-LEARNED = ("p-tuning", "p-tuning+fine-tuning", "p-tuning+lora")
+WRITTEN, LEARNED = (MANUAL, "manual-restricted"), tuple(LEARNED_BY_TUNE.values())
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,7 @@ class Findings:
     @property
     def controls(self) -> list[str]:
         """The methods that ran on a backbone with random weights."""
-        return [name for name in self.ordered(self.overall) if name.endswith(CONTROL)]
+        return [name for name in self.ordered(self.overall) if name.endswith(RANDOM_WEIGHTS)]
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return names of methods, each once, in the order in which the file lists the methods."""

@@ -18,10 +18,11 @@ from ptuning.files import Json, check_free, write_json
 from ptuning.fleet import AT_ONCE, Fleet, Member
 from ptuning.labels import LabelWords
 from ptuning.measure import Report
+from ptuning.names import CHECKPOINT_FOLDER
 from ptuning.prompt import versions
 from ptuning.questions import Questions
 from ptuning.records import Record
-from ptuning.runs import CHECKPOINT_FOLDER, FORMAT_VERSION, Run, TrainResult
+from ptuning.runs import FORMAT_VERSION, Run, TrainResult
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
 from ptuning.trainer import Trainer
@@ -214,6 +215,8 @@ def fleet_runs(
                 f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
                 "it alone"
             )
+    for run in runs.values():
+        run.clear()
     if checkpoint is not None and not resume:
         shutil.rmtree(checkpoint, ignore_errors=True)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}

@@ -14,6 +14,7 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
 from ptuning.measure import Report
+from ptuning.names import RANDOM_WEIGHTS
 from ptuning.questions import Question, Questions
 from ptuning.records import Record
 from ptuning.tasks import TaskFile
@@ -21,9 +22,6 @@ from ptuning.template import Template
 
 if TYPE_CHECKING:
     from ptuning.fleets import FleetPrompt
-
-# What marks a trained method's control: the same on a backbone that has learned nothing (docs/paper.md).
-RANDOM_WEIGHTS = "@random-weights"
 
 
 @dataclass(frozen=True)

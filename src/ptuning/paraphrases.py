@@ -18,10 +18,10 @@ from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import RecordError
 from ptuning.experiment import Plan, Watch, run_jobs
 from ptuning.files import Json
+from ptuning.names import LEARNED
 from ptuning.relations import Relation, read_relations
 from ptuning.results import Results
 from ptuning.template import Field, Target, Template
-from ptuning.tuning import LEARNED
 
 logger = logging.getLogger(__name__)
 

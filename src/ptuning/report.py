@@ -23,7 +23,6 @@ from ptuning.blocks import (
     Section,
     Table,
     Text,
-    called,
     counted,
     decimal,
     percent,
@@ -33,6 +32,7 @@ from ptuning.blocks import (
 from ptuning.caveats import caveats
 from ptuning.files import make_folder, write_text
 from ptuning.findings import Answer, CellRecord, Findings, load_findings
+from ptuning.names import called
 
 if TYPE_CHECKING:
     from jinja2 import Environment

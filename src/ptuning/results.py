@@ -13,11 +13,9 @@ from ptuning.baselines import REFERENCE
 from ptuning.cells import CellResult
 from ptuning.files import Json, write_json
 from ptuning.metrics import Score, Values, bootstrap, difference, summary, value_of
+from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
 from ptuning.scores import SCORES
 from ptuning.suite import FORMAT_VERSION
-from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
-
-RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True)

@@ -13,33 +13,26 @@ from typing import cast
 import torch
 
 from ptuning.backbone import Backbone
-from ptuning.checkpoint import check_identity
-from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed, without_later_defaults
+from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed
 from ptuning.constants import ConstantParts, constant_parts
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.evaluate import guessed, prediction_rows
-from ptuning.files import Json, check_free, check_room, make_folder, read_json, write_json, write_json_lines
+from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.fill import BoundTemplate
 from ptuning.labels import LabelWords, Scoring
 from ptuning.measure import Report, evaluate, measure_ceiling
+from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items
 from ptuning.predict import PromptModel
 from ptuning.prompt import BackboneId, Prompt, as_template, versions
 from ptuning.questions import Questions, as_questions, split_questions, with_few_choices
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets
+from ptuning.run_folder import check_folder, checkpoint_folder, clear_folder, identity
 from ptuning.tasks import TaskFile
 from ptuning.template import Template
 from ptuning.trainer import CHOICE_RULE, Trainer
 
 FORMAT_VERSION = 1
-RUN_FILE = "run.json"
-PREDICTIONS_FILE = "predictions.jsonl"
-PROMPT_FOLDER = "prompt"
-CHECKPOINT_FOLDER = "checkpoint"
-# Settings that do not change what is trained, so that a run may be resumed with others.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
-# What is trained along with a prompt, in the name of a method.
-ALONG: Mapping[Tune, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
 
@@ -116,6 +109,8 @@ def train(
     with constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants) as shared:
         for number in range(run.config.starts):
             trainer = run.trainer(number, checkpoint=run.checkpoint(number), constants=shared)
+            if not number:
+                run.clear()
             if resume and trainer.load():
                 run.seconds_before += trainer.state.train_seconds
             trainer.fit(run.items["train"], run.items["dev"], report=report, should_stop=should_stop)
@@ -195,8 +190,9 @@ class Run:
         self.dev, self._words, self._task, self._scoring, self._ceiling = asked["dev"], words, task, scoring, ceiling
         self._best: tuple[int, Trainer] | None = None
         self._starts: dict[int, dict[str, Json]] = {}
+        self._replaces = overwrite and not resume
         if self.folder is not None:
-            found = _prepare(self.folder, self.identity, resume=resume, overwrite=overwrite)
+            found = check_folder(self.folder, self.identity, resume=resume, overwrite=overwrite)
             if found is not None:
                 self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), found, self.folder)
 
@@ -225,9 +221,14 @@ class Run:
             check_room(self.folder, _needed_bytes(found))
         return found
 
+    def clear(self) -> None:
+        """Remove the run that this one replaces, and what killed ones left half written: once it is known to start."""
+        if self.folder is not None:
+            clear_folder(self.folder, replaces=self._replaces)
+
     def checkpoint(self, number: int) -> Path | None:
         """Return where the checkpoint of a start lies, if there are files."""
-        return _checkpoint(self.folder, number)
+        return checkpoint_folder(self.folder, number) if self.folder is not None else None
 
     def add(self, number: int, trainer: Trainer) -> None:
         """Take in a start that was trained; the best on the development part is the run's, of equal ones the first."""
@@ -284,26 +285,6 @@ def _needed_bytes(trainer: Trainer) -> int:
     # Of each start the encoder with both moments, and the backbone's best weights; of the one in training also the
     # backbone's weights with both moments, twice; and in the end the prompt's.
     return FILES_BYTES + starts * 8 * encoder + (starts + 1 + 2 * 3 + 1) * backbone
-
-
-def identity(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what must be equal for a run to be resumed: settings, data and backbone.
-
-    Raises:
-        FileError: If the record is not one of a run.
-    """
-    settings, data, backbone = record.get("settings"), record.get("data"), record.get("backbone")
-    if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
-        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects; use --overwrite")
-    found: dict[str, Json] = {
-        name: value for name, value in without_later_defaults(settings).items() if name not in IRRELEVANT_SETTINGS
-    }
-    for part in ("train", "dev"):
-        listed = data.get(part)
-        found[f"{part} data (sha256)"] = listed.get("sha256") if isinstance(listed, Mapping) else None
-    found["backbone fingerprint"] = backbone.get("fingerprint")
-    found["recipe of training"] = record.get("recipe", 1)
-    return found
 
 
 def _check(name: str, records: Records, words: LabelWords | None) -> None:
@@ -403,13 +384,7 @@ def _first_record(
 
 def method_name(template: Template, tune: Tune) -> str:
     """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
-    return ("p-tuning" if template.has_slots else "manual") + ALONG[tune]
-
-
-def _checkpoint(folder: Path | None, number: int) -> Path | None:
-    if folder is None:
-        return None
-    return folder / CHECKPOINT_FOLDER / (f"start-{number}" if number else "")
+    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
 
 
 def _start(trainer: Trainer) -> dict[str, Json]:
@@ -460,27 +435,6 @@ def _prompt(
         scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
         weights=trainer.trained_weights(),
     )
-
-
-def _prepare(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrite: bool) -> dict[str, Json] | None:
-    """Make room for a run; return the record of a finished one that is to be resumed."""
-    if resume and (folder / RUN_FILE).is_file():
-        record = read_json(folder / RUN_FILE)
-        check_identity(wanted, identity(record), where=str(folder))
-        return record
-    ours = {RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER}
-    only_ours = folder.is_dir() and all(
-        entry.name in ours or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
-    )
-    check_free(folder, overwrite=overwrite or (resume and only_ours))
-    if overwrite and not resume:
-        # The record goes first: without it nobody takes the rest for a finished run.
-        for name in (RUN_FILE, PREDICTIONS_FILE):
-            with contextlib.suppress(FileNotFoundError):
-                (folder / name).unlink()
-        for name in (PROMPT_FOLDER, CHECKPOINT_FOLDER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    return None
 
 
 def _write(

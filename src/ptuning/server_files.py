@@ -9,8 +9,8 @@ from typing import cast
 
 from ptuning.cells import Job
 from ptuning.files import Json, make_folder, read_bytes, write_json_lines, write_text
+from ptuning.names import PREDICTIONS_FILE
 from ptuning.results import Results
-from ptuning.runs import PREDICTIONS_FILE
 from ptuning.suite import UNLABELLED_FILE
 from ptuning.tasks import TaskFile
 

@@ -10,25 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning import show
+from ptuning.names import LEARNED_BY_TUNE, called, in_order
 
 if TYPE_CHECKING:
     from ptuning.cells import CellResult
     from ptuning.dry_run import Estimate
     from ptuning.results import Results, Scores
-
-TITLES = {
-    "score": "score",
-    "p_at_1": "P@1",
-    "p_at_10": "P@10",
-    "mrr": "MRR",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "f1a": "F1a",
-    "f1": "F1",
-    "exact_match": "exact match",
-}
-
-LEARNED = ("p-tuning", "p-tuning+fine-tuning", "p-tuning+lora")
 
 
 def cell(result: CellResult, number: int, total: int) -> None:
@@ -41,7 +28,7 @@ def cell(result: CellResult, number: int, total: int) -> None:
         show.say(f"{where}failed: {result.error}")
         return
     name = result.primary
-    show.say(f"{where}{TITLES[name]} {show.interval(result.score(name))}, n = {result.n}, {result.seconds:.0f} s")
+    show.say(f"{where}{called(name)} {show.interval(result.score(name))}, n = {result.n}, {result.seconds:.0f} s")
 
 
 def estimates(found: Sequence[Estimate]) -> None:
@@ -73,10 +60,10 @@ def results(found: Results) -> None:
         _table(scores, f"{name} (n = {unit})")
     for name, differences in found.differences.items():
         first = next((one for one in ("score", "p_at_1") if one in differences), None)
-        if name.partition(" - ")[0] in LEARNED and first is not None:
+        if name.partition(" - ")[0] in LEARNED_BY_TUNE.values() and first is not None:
             score = differences[first]
             where = f"[{score.low:+.3f}, {score.high:+.3f}]"
-            show.line(f"{name}: {TITLES[first]} {score.value:+.3f}  {where}, n = {score.n}")
+            show.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
     for result in found.failed:
         show.line(f"failed: {result.cell.folder}: {result.error}")
     show.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
@@ -88,12 +75,12 @@ SHOWN_TASKS = 3
 
 def _table(rows: Mapping[str, Scores], title: str) -> None:
     show.heading(title)
-    present = [name for name in TITLES if any(name in scores for scores in rows.values())]
+    present = in_order(name for scores in rows.values() for name in scores)
     first, names = present[0], _columns(present, rows)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method")
     for name in names:
-        table.add_column(f"{TITLES[name]}  [95 % interval]", no_wrap=True)
+        table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
     # Beside two scores with their intervals there is no room for more.
     spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
     for name in ("sd", "lowest") if spread else ():

@@ -26,10 +26,12 @@ from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
 from ptuning.fleets import can_train_together, fleet_runs
 from ptuning.measure import Progress, Report
-from ptuning.method import METHODS, RANDOM_WEIGHTS, Answer, Method, Setup
+from ptuning.method import METHODS, Answer, Method, Setup
+from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.prompt import versions
 from ptuning.questions import Questions
-from ptuning.runs import IRRELEVANT_SETTINGS, PREDICTIONS_FILE, RUN_FILE, Run
+from ptuning.run_folder import IRRELEVANT_SETTINGS
+from ptuning.runs import Run
 from ptuning.scores import score_values
 from ptuning.trainer import Interrupted
 

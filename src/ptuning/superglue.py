@@ -18,12 +18,12 @@ from ptuning.experiment import ALL_METHODS, Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method import METHODS, Task
 from ptuning.metrics import correlation
+from ptuning.names import LEARNED, LEARNED_BY_TUNE
 from ptuning.questions import Question, Questions, split_questions
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.results import Results
 from ptuning.server_files import write_server_files
 from ptuning.tasks import TaskFile, find_split, load_task
-from ptuning.tuning import LEARNED, LEARNED_BY_TUNE
 
 logger = logging.getLogger(__name__)
 

@@ -11,19 +11,18 @@ from ptuning.blocks import (
     Fold,
     Table,
     Text,
-    called,
     counted,
     decimal,
     difference,
     entry,
-    in_order,
     percent,
     phrase,
     points,
     reading,
 )
 from ptuning.files import Json
-from ptuning.findings import CONTROL, Estimate, Findings
+from ptuning.findings import Estimate, Findings
+from ptuning.names import RANDOM_WEIGHTS, called, in_order
 
 SHOWN_HASH_DIGITS = 12
 # The score of tasks that bring metrics of their own: the mean of these.
@@ -187,7 +186,7 @@ def control(findings: Findings) -> list[Block]:
     score, scores = findings.primary, findings.overall
     rows = []
     for method in findings.controls:
-        base = method.removesuffix(CONTROL)
+        base = method.removesuffix(RANDOM_WEIGHTS)
         gap = findings.differences.get(f"{base} - {method}", {}).get(score)
         rows.append([Entry(base), entry(_of(scores, base, score)), entry(_of(scores, method, score)), difference(gap)])
     if not rows:

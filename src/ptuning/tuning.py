@@ -20,15 +20,13 @@ from ptuning.files import Json
 from ptuning.fleets import FleetPrompt
 from ptuning.head import HeadModel
 from ptuning.method import METHODS, Answer, Setup, Solution, Task
+from ptuning.names import LEARNED, LEARNED_BY_TUNE
 from ptuning.predict import PromptModel
 from ptuning.prompt import Prompt
 from ptuning.questions import Questions
-from ptuning.runs import ALONG, train
+from ptuning.runs import train
 from ptuning.template import Field, Literal, Piece, Target, Template
 
-LEARNED = "p-tuning"
-# What it is called where the backbone's weights are trained along.
-LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
 # configured rate. Source: docs/architecture.md, decision 14 (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)

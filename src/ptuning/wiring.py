@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 from ptuning import defaults, show
 from ptuning.config import TrainConfig, named_values, unknown_option
 from ptuning.errors import ConfigError, FileError, RecordError, closest
+from ptuning.names import CHECKPOINT_FOLDER, RESULTS_FILE, RUN_FILE
 
 if TYPE_CHECKING:
     from ptuning.backbone import Backbone, Dtype
@@ -370,8 +371,6 @@ def load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = N
 @contextlib.contextmanager
 def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[[], bool]]]:
     """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
-    from ptuning.results import RESULTS_FILE
-    from ptuning.runs import CHECKPOINT_FOLDER, RUN_FILE
     from ptuning.trainer import Interrupted
 
     asked: list[int] = []

@@ -1,0 +1,45 @@
+"""Names that stand in files, for what writes them and what reads them: of files, methods and scores. Imports nothing of
+its own package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+RUN_FILE = "run.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+RESULTS_FILE = "results.json"
+PROMPT_FOLDER = "prompt"
+CHECKPOINT_FOLDER = "checkpoint"
+
+MANUAL, LEARNED = "manual", "p-tuning"
+# What is trained along with a prompt (tune), behind the name of a method.
+ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
+# What the learned prompt is called where weights of the backbone are trained along.
+LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
+# Behind the name of a method that ran on a backbone with random weights.
+RANDOM_WEIGHTS = "@random-weights"
+
+# Score -> what people call it, in the order of tables.
+SCORES: Mapping[str, str] = {
+    "score": "score",
+    "p_at_1": "P@1",
+    "p_at_10": "P@10",
+    "mrr": "MRR",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "f1a": "F1a",
+    "f1": "F1",
+    "exact_match": "exact match",
+}
+
+
+def called(score: str) -> str:
+    """Return what people call a score."""
+    return SCORES.get(score, score.replace("_", " "))
+
+
+def in_order(scores: Iterable[str]) -> list[str]:
+    """Return names of scores, each once: the usual ones first, others in alphabetical order."""
+    present = set(scores)
+    return [name for name in SCORES if name in present] + sorted(present - SCORES.keys())
