@@ -81,7 +81,7 @@ def test_written_answers_get_as_long_as_the_longest_training_target(
     rows = [{"x": "a", "y": "yes"}, {"x": "b", "y": "a good film"}]
     here = task(rows, [{"x": "c", "y": "a good film and a bad one"}], single_token=False)
     longest = max(example.own_tokens for example in bound(causal, MANUAL).examples(rows))
-    assert target_tokens(here, Setup(causal), here.manual) == longest
+    assert target_tokens(here, Setup(causal)) == longest
     asked: list[int | None] = []
 
     def answer_records(*_: object, max_tokens: int | None, **__: object) -> list[Answer]:

@@ -64,7 +64,7 @@ def test_an_estimate_is_tokens_times_passes_over_speed(causal: Backbone, tmp_pat
 @pytest.mark.usefixtures("at_100_tokens_per_second")
 def test_tries_and_starts_and_epochs_count_where_something_is_trained(causal: Backbone, tmp_path: Path) -> None:
     def of(config: TrainConfig = FAST, tries: int = 1) -> dict[str, Any]:
-        names = ["manual", "p-tuning", "p-tuning@random-weights", "fine-tuning"]
+        names = ["manual", "p-tuning", "p-tuning@random-weights", "p-tuning+fine-tuning", "fine-tuning"]
         return seconds(estimate(suite(causal, tmp_path, names, config=config, tries=tries)))
 
     plain = of()
@@ -77,10 +77,22 @@ def test_tries_and_starts_and_epochs_count_where_something_is_trained(causal: Ba
     twice, starts, epochs = of(tries=2), of(replace(FAST, starts=3)), of(replace(FAST, epochs=8))
     assert [found["manual"] for found in (twice, starts, epochs)] == [test_part] * 3
     assert [training(twice, name) for name in ("p-tuning", "fine-tuning")] == pytest.approx([2, 2])
-    # Several prompts are trained by p-tuning alone.
+    # Several prompts are trained where there are slots.
     assert training(starts, "fine-tuning") == pytest.approx(1)
-    assert [training(starts, name) for name in ("p-tuning", "p-tuning@random-weights")] == pytest.approx([3, 3])
+    slots = ("p-tuning", "p-tuning@random-weights", "p-tuning+fine-tuning")
+    assert [training(starts, name) for name in slots] == pytest.approx([3, 3, 3])
     assert training(epochs, "p-tuning") == pytest.approx(2)
+
+
+@pytest.mark.usefixtures("at_100_tokens_per_second")
+def test_rows_without_labels_are_answered_too(causal: Backbone, tmp_path: Path) -> None:
+    def of(unlabelled: int) -> list[Any]:
+        found = suite(causal, tmp_path, ["manual", "p-tuning", "in-context"])
+        (name, job) = next(iter(found.jobs.items()))
+        found.jobs = {name: replace(job, unlabelled=as_questions(FACTS[:unlabelled]) if unlabelled else None)}
+        return list(seconds(estimate(found)).values())
+
+    assert all(more > plain for more, plain in zip(of(3), of(0), strict=True))
 
 
 def test_finished_cells_take_no_time_and_need_no_measurement(

@@ -61,6 +61,38 @@ def test_a_prompts_own_template_takes_the_place_of_the_common_one(tmp_path: Path
     assert mood.settings == {"epochs": 9}
 
 
+@pytest.mark.parametrize(
+    ("common", "own", "given"),
+    [
+        ({"manual", "about"}, {"template"}, {"template"}),
+        ({"manual", "about"}, {"manual"}, {"manual"}),
+        ({"manual", "about"}, {"about"}, {"manual", "about"}),
+        ({"manual", "about"}, {"task"}, {"task"}),
+        ({"manual", "task"}, {"pattern"}, {"task", "pattern"}),
+        ({"template"}, {"manual", "about"}, {"manual", "about"}),
+        ({"template", "task"}, {"task"}, {"task"}),
+        ({"template"}, {"task", "manual"}, {"task", "manual"}),
+        ({"task", "pattern"}, {"manual"}, {"task", "manual"}),
+        ({"task", "pattern"}, {"template"}, {"task", "template"}),
+        ({"task", "pattern"}, {"task"}, {"task"}),
+        ({"task", "pattern"}, {"pattern"}, {"task", "pattern"}),
+        ({"template", "task"}, {"labels"}, {"template", "task", "labels"}),
+    ],
+)
+def test_a_prompts_own_way_to_a_template_leaves_no_other(
+    tmp_path: Path, common: set[str], own: set[str], given: set[str]
+) -> None:
+    """Those of ``[all]`` used to stay in part: a sentence without its template, a template without its task."""
+
+    def lines(keys: set[str], whose: str) -> str:
+        return "".join(f"{key} = {2 if key == 'pattern' else repr(f'{whose} {key}')}\n" for key in sorted(keys))
+
+    text = f"[all]\ndata = 'rows'\n{lines(common, 'common')}[[prompt]]\nname = 'one'\n{lines(own, 'own')}"
+    (found,) = read_fleet(written(tmp_path, text)).entries
+    assert found.inputs.keys() - {"data"} == given
+    assert all(str(found.inputs[key]).startswith("own") for key in own - {"pattern"})
+
+
 def test_files_beside_it_are_found_and_other_names_stay(tmp_path: Path) -> None:
     (tmp_path / "mood.jsonl").write_text("{}")
     (tmp_path / "folder").mkdir()

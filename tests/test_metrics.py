@@ -169,6 +169,17 @@ def test_the_interval_of_grouped_rows_is_over_groups() -> None:
     assert 0.1 < alone.low < 0.5 < alone.high < 0.9
 
 
+def test_rows_of_many_groups_take_memory_by_the_row() -> None:
+    """A table of groups by rows took eight gigabytes for these."""
+    rows = 32_000
+    tracemalloc.start()
+    found = grouped([1.0] * rows, [str(number) for number in range(rows)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.over.shape == (rows, 1)
+    assert peak < 1e8
+
+
 def test_the_bootstrap_of_ratios_is_the_usual_one() -> None:
     """With one row per group and a denominator of one, it is the plain percentile bootstrap of a mean."""
     draw = random.Random(3)

@@ -386,9 +386,10 @@ def test_scores_and_the_ceiling_share_prefixes(
     passes.bodies.clear()
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
     assert measure_ceiling(backbone, items, batch_size=5, slots=8) > 0
+    assert measure_ceiling(backbone, items[:5], batch_size=5, slots=8) > 0  # a single batch, not only warmed up
     assert [tokens for rows, tokens in passes.bodies if rows == 1] == [
         collate([row for item in items[:5] for row in item.inputs], slots=[8] * 5).shared_tokens
-    ] * 3
+    ] * (4 + 2)
 
 
 def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:

@@ -450,6 +450,16 @@ def test_nothing_finished_and_nothing_optional_still_is_a_report(tmp_path: Path)
     assert headings(tmp_path) == ["Settings", "What this run cannot show"]
 
 
+def test_one_wording_that_has_run_has_no_spread(lama: Path) -> None:
+    """Its standard deviation is null, which used to pass for a damaged file."""
+    spread = {"min": 0.25, "max": 0.25, "range": 0.0, "std": None, "patterns": 1}
+    change(lama, lambda found: found["paraphrases"]["P36"]["spread"].update(manual=spread))
+    write_report(lama)
+    text = (lama / "report.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "25.0 %" in line and "| manual | 1 |" in line)
+    assert line.endswith("| 25.0 % | 25.0 % | 0.0 | – |")
+
+
 def test_pictures_of_an_earlier_report_do_not_stay(lama: Path) -> None:
     write_report(lama)
     change(lama, lambda found: found.pop("paraphrases"))

@@ -24,7 +24,7 @@ from ptuning.prompt import Prompt
 from ptuning.questions import as_questions
 from ptuning.records import Record, Records
 from ptuning.template import Template
-from ptuning.trainer import Interrupted
+from ptuning.trainer import Interrupted, Trainer
 from ptuning.tuning import TRIED_FACTORS, bare, tried_factors
 
 MANUAL = "The capital of [X] is [Y] ."
@@ -85,6 +85,22 @@ def test_tries_share_the_text_in_front_of_the_slots(causal: Backbone, monkeypatc
     assert not ran[0].tokens
     tried: Any = solution.record["tried"]
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize(("method", "starts"), [("p-tuning", 2), ("manual+fine-tuning", 1), ("p-tuning+lora", 2)])
+def test_only_slots_have_several_starts(
+    method: str, starts: int, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    real = Trainer.fit
+
+    def watch(trainer: Trainer, *args: Any, **options: Any) -> None:
+        began.append(trainer.config.seed)
+        real(trainer, *args, **options)
+
+    monkeypatch.setattr(Trainer, "fit", watch)
+    fit(method, causal, replace(QUICK, starts=2))
+    assert len(set(began)) == len(began) == starts
 
 
 @pytest.mark.parametrize("method", TUNING)

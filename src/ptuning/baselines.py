@@ -161,7 +161,7 @@ def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Seq
             questions,
             closed=closed,
             single_token=task.single_token,
-            max_tokens=target_tokens(task, setup, template) if is_written else None,
+            max_tokens=target_tokens(task, setup) if is_written else None,
             report=setup.report,
         )
 
@@ -173,9 +173,9 @@ def is_multiline(task: Task) -> bool:
     return any("\n" in row.record[TARGET_FIELD] for row in task.train)
 
 
-def target_tokens(task: Task, setup: Setup, template: Template) -> int:
+def target_tokens(task: Task, setup: Setup) -> int:
     """Return the number of tokens of the longest training target: how long a written answer may get."""
-    bound = Prompt.manual(template).bind(setup.backbone)
+    bound = Prompt.manual(task.manual).bind(setup.backbone)
     return max(example.own_tokens for example in bound.examples(task.train.records))
 
 

@@ -12,7 +12,7 @@ from ptuning.cells import Cell, Job
 from ptuning.fill import BoundTemplate
 from ptuning.measure import evaluate
 from ptuning.method import Setup
-from ptuning.names import LEARNED
+from ptuning.names import LEARNED_BY_TUNE
 from ptuning.questions import Questions
 from ptuning.suite import Suite
 
@@ -41,20 +41,21 @@ def estimate(suite: Suite) -> list[Estimate]:
     found = []
     for cell in cells:
         job, method = suite.jobs[cell.task], suite.methods[cell.method]
+        answered = len(job.test) + len(job.unlabelled or ())
         if method.passes is None:
             found.append(Estimate(cell, 0.0 if cell in waiting else None))
             continue
         if method.tokens is not None:
             setup = Setup(suite.backbone, suite.config, seed=cell.seed)
-            tokens = method.tokens(job.task_of(cell.seed), setup, len(job.test)) if cell in waiting else 0.0
+            tokens = method.tokens(job.task_of(cell.seed), setup, answered) if cell in waiting else 0.0
             found.append(Estimate(cell, tokens / speed if cell in waiting else None))
             continue
         on_train, on_dev = method.passes
         repeats = suite.tries if method.trained else 1
-        if cell.method.partition("@")[0] == LEARNED:  # the only one that trains several starts
+        if cell.method.partition("@")[0] in LEARNED_BY_TUNE.values():  # what has slots has several starts
             repeats *= suite.config.starts
         epochs = suite.config.epochs if method.trained else 1
-        rows = len(job.test) + repeats * epochs * (on_train * len(job.task.train) + on_dev * len(job.task.dev))
+        rows = answered + repeats * epochs * (on_train * len(job.task.train) + on_dev * len(job.task.dev))
         found.append(Estimate(cell, rows * lengths[cell.task] / speed if cell in waiting else None))
     return found
 

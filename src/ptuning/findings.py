@@ -87,11 +87,28 @@ class Wording:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far the scores of a relation's wordings lie apart.
+
+    Args:
+        min, max, range: Of the scores, as fractions.
+        std: Their standard deviation; None for a single wording.
+        patterns: How many wordings these are.
+    """
+
+    min: float
+    max: float
+    range: float
+    std: float | None
+    patterns: int
+
+
+@dataclass(frozen=True)
 class Relation:
-    """A relation in several wordings, and per method how far their scores lie apart (min, max, range, std)."""
+    """A relation in several wordings, and per method how far their scores lie apart."""
 
     wordings: Sequence[Wording]
-    spread: Mapping[str, Mapping[str, float]]
+    spread: Mapping[str, Spread]
 
 
 @dataclass(frozen=True)
@@ -406,11 +423,17 @@ def _relation(source: _Source, value: Json, where: str) -> Relation:
     patterns = source.sequence(found.get("patterns"), f"{where} patterns")
     rows = [source.mapping(one, f"{where} patterns") for one in patterns]
     spread = {name: source.mapping(one, f"{where} spread") for name, one in source.part(found, "spread").items()}
-    keys = ("min", "max", "range", "std", "patterns")
     return Relation(
         [Wording(source.text(one, "pattern"), source.estimates(one.get("scores"), f"{where} scores")) for one in rows],
-        {
-            method: {key: source.number(numbers, key, f"{where} spread {method}") for key in keys}
-            for method, numbers in spread.items()
-        },
+        {method: _spread(source, numbers, f"{where} spread {method}") for method, numbers in spread.items()},
+    )
+
+
+def _spread(source: _Source, numbers: Mapping[str, Json], where: str) -> Spread:
+    return Spread(
+        min=source.number(numbers, "min", where),
+        max=source.number(numbers, "max", where),
+        range=source.number(numbers, "range", where),
+        std=source.optional_number(numbers, "std", where),
+        patterns=int(source.number(numbers, "patterns", where)),
     )

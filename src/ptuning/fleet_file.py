@@ -28,6 +28,14 @@ INPUTS: Mapping[str, tuple[type, ...]] = {
     "data": (str,), "dev": (str,), "template": (str,), "manual": (str,), "about": (str,), "task": (str,),
     "pattern": (int,), "labels": (str, dict), "calibrate": (bool,), "fields": (dict,),
 }  # fmt: skip
+# What says which template is learned -> the defaults that this takes the place of. A task's rows and label words go
+# with any template; its own template has a number.
+RIVALS: Mapping[str, Sequence[str]] = {
+    "template": ("manual", "about", "pattern"),
+    "manual": ("template", "about", "pattern"),
+    "pattern": ("template", "manual", "about"),
+    "task": ("template", "manual", "about", "pattern"),
+}
 # These name files, which may stand beside the fleet's.
 PATHS = ("data", "dev", "task")
 TYPE_NAMES: Mapping[type, str] = {str: "text", int: "a whole number", bool: "true or false", dict: "a table"}
@@ -105,10 +113,10 @@ def read_fleet(path: Path) -> FleetFile:
 
 
 def _without_rivals(common: Mapping[str, object], prompt: Mapping[str, object]) -> dict[str, object]:
-    """Return the defaults that a prompt takes: where it brings a template, no other one comes from there."""
-    rivals = ("template", "manual", "about", "pattern")
-    own = any(key in prompt for key in rivals)
-    return {key: value for key, value in common.items() if not (own and key in rivals and key != "about")}
+    """Return the defaults that a prompt takes: where it says what template it learns, no other one comes from there."""
+    own = next((key for key in RIVALS if key in prompt), None)
+    dropped = RIVALS[own] if own is not None else ()
+    return {key: value for key, value in common.items() if key not in dropped}
 
 
 def _entries(name: str, given: Mapping[str, object], folder: Path, *, where: str) -> Iterator[Entry]:

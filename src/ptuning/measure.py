@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ def measure_ceiling(
     whole, so training from the first slot onwards may be faster than this.
     """
     tokens, spent, began = 0, 0.0, time.monotonic()
-    for at in range(0, len(items), batch_size):
+    for number, at in enumerate((0, *range(0, len(items), batch_size))):
         batch = item_batch(items[at : at + batch_size], slots=slots).to(backbone.device)
         embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
         start = time.monotonic()
@@ -134,8 +133,8 @@ def measure_ceiling(
         torch.logsumexp(logits, dim=-1).sum().backward()
         if backbone.device.type == "cuda":
             torch.cuda.synchronize(backbone.device)
-        if at:  # the first batch warms the machine up
+        if number:  # the first time, the first batch warms the machine up
             tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
-        if time.monotonic() - began > seconds:
+        if number and time.monotonic() - began > seconds:
             break
-    return tokens / spent if spent else math.nan
+    return tokens / spent

@@ -253,9 +253,11 @@ def grouped(values: Sequence[float] | Ratios, groups: Sequence[str]) -> Ratios:
     if not isinstance(values, Ratios):
         values = Ratios(_array(values)[:, None], np.ones((len(values), 1)))
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    belongs = np.zeros((len(numbers), len(groups)))
-    belongs[[numbers[group] for group in groups], range(len(groups))] = 1.0
-    return Ratios(belongs @ values.over, belongs @ values.under)
+    at = [numbers[group] for group in groups]
+    over, under = np.zeros((len(numbers), values.over.shape[1])), np.zeros((len(numbers), values.under.shape[1]))
+    np.add.at(over, at, values.over)
+    np.add.at(under, at, values.under)
+    return Ratios(over, under)
 
 
 def all_right(hits: Sequence[float], groups: Sequence[str]) -> list[float]:

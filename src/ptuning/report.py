@@ -188,11 +188,11 @@ def _answer(findings: Findings) -> Iterator[str]:
         )
     for method in findings.ordered(name for one in findings.paraphrases.values() for name in one.spread):
         wide = {task: one.spread[method] for task, one in findings.paraphrases.items() if method in one.spread}
-        at = max(wide, key=lambda task: wide[task]["range"])
+        at = max(wide, key=lambda task: wide[task].range)
         yield (
-            f"With {method}, the wordings of one relation lie up to {decimal(wide[at]['range'])} points apart "
-            f"({findings.named(at)}: {percent(wide[at]['min'])} to {percent(wide[at]['max'])} over "
-            f"{counted(int(wide[at]['patterns']), 'wording')})."
+            f"With {method}, the wordings of one relation lie up to {decimal(wide[at].range)} points apart "
+            f"({findings.named(at)}: {percent(wide[at].min)} to {percent(wide[at].max)} over "
+            f"{counted(wide[at].patterns, 'wording')})."
         )
 
 

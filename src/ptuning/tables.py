@@ -232,8 +232,9 @@ def wordings(findings: Findings) -> list[Block]:
     for name, relation in findings.paraphrases.items():
         title = findings.named(name)
         for method, spread in relation.spread.items():
-            numbers = [percent(spread["min"]), percent(spread["max"]), decimal(spread["range"]), decimal(spread["std"])]
-            rows.append([Entry(title), Entry(method), Entry(f"{spread['patterns']:.0f}"), *map(Entry, numbers)])
+            numbers = [percent(spread.min), percent(spread.max), decimal(spread.range)]
+            std = decimal(spread.std) if spread.std is not None else "–"
+            rows.append([Entry(title), Entry(method), Entry(str(spread.patterns)), *map(Entry, [*numbers, std])])
         methods = findings.ordered(method for one in relation.wordings for method in one.scores)
         every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.wordings]
         caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {findings.unit}."

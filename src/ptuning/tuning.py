@@ -112,11 +112,16 @@ def tried_factors(tries: int) -> Sequence[float]:
 
 
 def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[FleetPrompt]:
-    """Return a training for each of the tried learning rates, named after the folder of its files."""
+    """Return a training for each of the tried learning rates, named after the folder of its files.
+
+    Several starts are for slots; what has none would draw nothing else in them than the order of the data.
+    """
     setting, found = RATES[tune], []
+    starts = setup.config.starts if template.has_slots else 1
+    same = replace(setup.config, seed=setup.seed, tune=tune, keep="difference", starts=starts)
     for number, factor in enumerate(tried_factors(setup.tries), start=1):
         rate = getattr(setup.config, setting) * factor
-        config = replace(setup.config, **{"seed": setup.seed, "tune": tune, "keep": "difference", setting: rate})
+        config = replace(same, **{setting: rate})
         found.append(FleetPrompt(f"try-{number}", template, task.train, task.dev, config=config, task=task.file))
     return found
 
@@ -169,6 +174,7 @@ def _tune_head(task: Task, setup: Setup) -> Solution:
         tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
         if _best(tried) == len(tried) - 1:
             best = model
+        del model  # so that no more than two copies of the backbone are there at a time
     assert best is not None
     prompt = str(best.bound.template)
     return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
@@ -207,7 +213,7 @@ def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, reco
             questions,
             closed=task.vocabulary,
             single_token=task.single_token,
-            max_tokens=target_tokens(task, setup, task.manual) if is_written else None,
+            max_tokens=target_tokens(task, setup) if is_written else None,
             report=setup.report,
         )
 

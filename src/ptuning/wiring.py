@@ -98,12 +98,12 @@ PatternOption = Annotated[int | None, typer.Option(metavar="N", help="Which temp
 LabelsOption = Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')]
 EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
 EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")]
-BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per step.")]
+BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per pass.")]
 LrOption = Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")]
 BackboneLrOption = Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")]
 KeepOption = Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")]
-StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts trained side by side; the best is kept.", min=1)]
+StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 CacheMemoryOption = Annotated[
     float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
 ]
