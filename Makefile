@@ -25,7 +25,7 @@ format: $(VENV)/dev.stamp
 	@$(BIN)/ruff format .
 
 # Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of docs/performance.md, in about
-# 35 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.
+# 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.
 bench: $(VENV)/bench.stamp
 	@$(BIN)/python -m benchmarks.run $(if $(SMOKE),--smoke) $(OPTIONS)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.metrics import Score, bootstrap, score
+from ptuning.metrics import Score, mean_difference, mean_score, score
 from ptuning.pictures import dots
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -100,13 +100,13 @@ def tables(relations: Figures) -> dict[str, str]:
     macro = [f"| P@1, mean over relations | all {len(relations)} | 95 % over relations | {' | '.join(counts)} |"]
     macro.append("|---" * 6 + "|")
     for method, described in NAMES.items():
-        all_of = bootstrap(values(relations, method))
+        all_of = mean_score(values(relations, method))
         means = [f"{sum(values(part, method)) / len(part):.3f}" for part in kinds.values()]
         macro.append(f"| {described} | {all_of.value:.3f} | {reach(all_of)} | {' | '.join(means)} |")
     paired = ["| paired difference | P@1 | 95 % over relations |", "|---|---|---|"]
     for method, described in reversed(list(NAMES.items())):
         if method != LEARNED:
-            gap = bootstrap(apart(relations, LEARNED, method))
+            gap = mean_difference(apart(relations, LEARNED, method))
             paired.append(f"| P-tuning − {described.split(', twelve')[0]} | {gap.value:+.3f} | {reach(gap, '+')} |")
     each = [f"| relation | | type | n | {' | '.join(SHORT)} |", "|---" * 9 + "|"]
     for name, one in relations.items():
@@ -124,8 +124,8 @@ def part(relations: Figures, methods: Mapping[str, str]) -> str:
     for name, one in chosen.items():
         shares = [f"{of(one, method).value:.3f} {reach(of(one, method))}" for method in methods]
         rows.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares)} |")
-    means = [bootstrap(values(chosen, method)) for method in methods]
-    ahead = [bootstrap(apart(chosen, LEARNED, method)) for method in methods if method != LEARNED]
+    means = [mean_score(values(chosen, method)) for method in methods]
+    ahead = [mean_difference(apart(chosen, LEARNED, method)) for method in methods if method != LEARNED]
     shown = [f"**{mean.value:.3f}** {reach(mean)}" for mean in means]
     rows.append(f"| mean | of {len(chosen)} relations | | | {' | '.join(shown)} |")
     shown = [*(f"{gap.value:+.3f} {reach(gap, '+')}" for gap in ahead), ""]

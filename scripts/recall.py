@@ -30,7 +30,7 @@ from ptuning.answers import answer_records
 from ptuning.backbone import Backbone, quiet
 from ptuning.files import Json, check_free, make_folder, write_json, write_json_lines, write_text
 from ptuning.fill import BoundTemplate
-from ptuning.metrics import Score, bootstrap, majority, score
+from ptuning.metrics import Score, majority, mean_difference, score
 from ptuning.prompt import versions
 from ptuning.records import SPLITS, TARGET_FIELD, Records, split_records
 from ptuning.template import Template
@@ -74,7 +74,7 @@ class Asked:
         """Return the scores as they stand in the results."""
         return {
             "each": {name: one.to_json() for name, one in self.each.items()},
-            "mean": bootstrap(self.per_fact).to_json(),
+            "mean": score(self.per_fact).to_json(),
         }
 
 
@@ -355,7 +355,7 @@ def run_relation(backbone: Backbone, facts: Records, settings: Settings, *, out:
         "held_back_among_objects": ask(model, wordings["held_back"], test, closed=True).to_json(),
         "p_tuning": learned.to_json(),
         "p_tuning_random_weights": control.to_json(),
-        "p_tuning_minus_held_back": bootstrap(gains).to_json(),
+        "p_tuning_minus_held_back": mean_difference(gains).to_json(),
     }
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.metrics import bootstrap
+from ptuning.metrics import mean_difference
 from ptuning.names import called, in_order
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -127,7 +127,7 @@ def means(tasks: Figures, methods: Sequence[str]) -> str:
         sd, lowest = (f"{statistics.stdev(seeds):.3f}", f"{min(seeds):.3f}") if len(seeds) > 1 else ("", "")
         ahead = ""
         if method != LEARNED:
-            gap = bootstrap([one - other for one, other in zip(ours, task_scores(chosen, method), strict=True)])
+            gap = mean_difference([one - other for one, other in zip(ours, task_scores(chosen, method), strict=True)])
             ahead = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
         name = f"**{NAMES[method]}**" if method == LEARNED else NAMES[method]
         lines.append(f"| {name} | {mean:.3f} | {sd} | {lowest} | {ahead} |")

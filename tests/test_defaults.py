@@ -134,7 +134,7 @@ def test_killed_half_way(cache: Path) -> None:
     folder = cached_folder(BACKBONE, convert)
     assert is_cached(BACKBONE)
     assert left.exists()  # fresh: somebody may be writing it
-    aside = cache / ".old-copy.old"
+    aside = cache / f".{BACKBONE}-0.1.old"
     aside.mkdir()
     for path in (left, aside):
         os.utime(path, (time.time() - 2 * STALE_SECONDS,) * 2)

@@ -327,6 +327,15 @@ def test_a_causal_model_does_not_and_says_so_once(
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
+def test_a_decoder_does_not_either(families: dict[str, Family], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ptuning"):
+        template = Template.parse("{dropped word} [>] [Y] and on")
+        BoundTemplate(template, tokenizer=families["gpt2"].tokenizer, kind="encoder-decoder")
+    assert [record.message for record in caplog.records] == [
+        "a decoder cannot see what stands behind [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
+    ]
+
+
 # --- Special tokens (traps 18 and 21) ---
 
 HOSTILE = "[P*3] {mask} [MASK] </s> <|endoftext|> <s> <mask> [SEP] [X] [Y]"

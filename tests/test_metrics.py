@@ -13,7 +13,6 @@ from ptuning.metrics import (
     Score,
     all_right,
     blend,
-    bootstrap,
     correlation,
     difference,
     exact_match,
@@ -21,6 +20,8 @@ from ptuning.metrics import (
     grouped,
     macro_f1,
     majority,
+    mean_difference,
+    mean_score,
     normalised,
     precision_at,
     ranks,
@@ -67,6 +68,28 @@ def test_other_values_have_a_percentile_bootstrap() -> None:
     assert found.high == pytest.approx(found.value + error, abs=0.1 * error)
     assert score(values, seed=1) == found
     assert score(values, seed=2) != found
+
+
+def test_a_mean_of_few_values_has_students_interval() -> None:
+    """Percentiles of a bootstrap over 3 values hold the mean in 75 of 100 cases."""
+    values = [0.2, 0.5, 0.4, 0.45]
+    low, high = stats.t.interval(0.95, 3, loc=0.3875, scale=stats.sem(values))
+    found = mean_score(values)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((0.3875, low, high, 4))
+    assert low > 0
+    # No score lies beyond 0 and 1, and no difference beyond -1 and 1.
+    assert mean_score([0.0, 0.9]) == Score(0.45, 0.0, 1.0, 2)
+    assert mean_difference([0.1, 0.3]).low < 0
+    assert mean_difference([0.0, 0.9]) == Score(0.45, -1.0, 1.0, 2)
+
+
+def test_students_interval_holds_the_mean_as_often_as_it_says() -> None:
+    draw = random.Random(5)
+    held = 0
+    for _ in range(400):
+        found = mean_score([draw.gauss(0.5, 0.05) for _ in range(5)])
+        held += found.low <= 0.5 <= found.high
+    assert 0.92 <= held / 400 <= 0.98
 
 
 def test_one_value_or_equal_values_have_no_interval_to_show() -> None:
@@ -180,12 +203,13 @@ def test_rows_of_many_groups_take_memory_by_the_row() -> None:
     assert peak < 1e8
 
 
-def test_the_bootstrap_of_ratios_is_the_usual_one() -> None:
-    """With one row per group and a denominator of one, it is the plain percentile bootstrap of a mean."""
+@pytest.mark.parametrize("size", [5, 40])
+def test_the_interval_of_ratios_is_the_usual_one(size: int) -> None:
+    """With one row per group and a denominator of one, it is that of a plain mean."""
     draw = random.Random(3)
-    values = [draw.random() for _ in range(40)]
-    plain = bootstrap(values)
-    found = summary([grouped(values, [str(at) for at in range(40)])])
+    values = [draw.random() for _ in range(size)]
+    plain = mean_score(values)
+    found = summary([grouped(values, [str(at) for at in range(size)])])
     assert found.value == pytest.approx(plain.value)
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
 
@@ -222,9 +246,9 @@ def test_means_over_trainings_and_differences_are_paired() -> None:
     assert gap.low > 0  # on the same rows
     same = difference([one], [one])
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
-    # Plain values are what they were: a mean per row, and the bootstrap of it.
-    assert summary([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]) == bootstrap([1.0, 0.5, 0.0])
-    assert difference([[1.0, 1.0]], [[0.0, 1.0]]) == bootstrap([1.0, 0.0])
+    # Plain values are what they were: a mean per row, and the interval of it.
+    assert summary([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]) == mean_score([1.0, 0.5, 0.0])
+    assert difference([[1.0, 1.0]], [[0.0, 1.0]]) == mean_difference([1.0, 0.0])
 
 
 def test_a_score_of_no_rows_is_an_error() -> None:

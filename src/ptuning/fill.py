@@ -110,7 +110,7 @@ class BoundTemplate:
             )
         if kind == "causal" or template.turn is not None:
             template, dropped = template.without_tail()
-            _notice_dropped(str(template), dropped.strip())
+            _notice_dropped(str(template), dropped.strip(), "causal model" if kind == "causal" else "decoder")
         elif kind in FILLS_MASKS and tokenizer.mask_id is None:
             raise TemplateError(f"this {kind} model's tokenizer has no mask token, so [Y] has no place in its input")
         self.template = template
@@ -393,11 +393,11 @@ class BoundTemplate:
 
 
 @functools.lru_cache(maxsize=1024)
-def _notice_dropped(pattern: str, dropped: str) -> None:
-    """Say once per template what a causal model does not get to see; a lone full stop is no news to anybody."""
+def _notice_dropped(pattern: str, dropped: str, reader: str) -> None:
+    """Say once per template what its reader does not get to see; a lone full stop is no news to anybody."""
     if dropped:
         level = logging.WARNING if any(map(str.isalnum, dropped)) else logging.INFO
-        logger.log(level, "a causal model cannot see what stands behind [Y]; dropped '%s' from '%s'", dropped, pattern)
+        logger.log(level, "a %s cannot see what stands behind [Y]; dropped '%s' from '%s'", reader, dropped, pattern)
 
 
 def _take_space(pieces: list[_Piece]) -> str:

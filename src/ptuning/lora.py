@@ -67,7 +67,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     Args:
         model: The model, whose layers are replaced; give it a copy.
         config: From :func:`adapter_config`.
-        tensors: From :func:`adapter_tensors`.
+        tensors: Of the trained adapters, by name.
 
     Raises:
         ConfigError: If peft is missing.
@@ -125,7 +125,7 @@ def _inject(model: nn.Module, config: object) -> None:
 def _peft() -> ModuleType:
     """Import peft, which takes seconds, only where adapters are used."""
     if find_spec("peft") is None:
-        raise ConfigError("adapters (lora) need the package peft; install it with: pip install 'ptuning[lora]'")
+        raise ConfigError("adapters (lora) need the package peft; install it with: pip install peft")
     return import_module("peft")
 
 

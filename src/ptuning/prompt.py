@@ -88,7 +88,7 @@ class Prompt:
 
     Raises:
         TemplateError: If the pattern is malformed.
-        PromptError: If there are slots without vectors, vectors without slots, or vectors of a wrong shape.
+        PromptError: If there are slots without vectors, or vectors of a wrong shape.
     """
 
     template: Template

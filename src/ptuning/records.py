@@ -293,7 +293,7 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError as error:
-        raise FileError(f"reading {name} needs pyarrow: pip install 'ptuning[parquet]'") from error
+        raise FileError(f"reading {name} needs pyarrow; install it with: pip install pyarrow") from error
     try:
         table = read_table(io.BytesIO(data)).to_pylist()
     except (ArrowException, OSError, ValueError) as error:  # a damaged footer is an OSError, broken text a ValueError

@@ -327,7 +327,9 @@ def _hub_tables(source: str) -> list[Table]:
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise FileError(f"reading {source} needs the package datasets: pip install 'ptuning[hub]'") from error
+        raise FileError(
+            f"reading {source} needs the package datasets; install it with: pip install datasets"
+        ) from error
     try:
         loaded = load_dataset(name, config or None, split=split or None)
         return [

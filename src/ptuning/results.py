@@ -12,7 +12,7 @@ import numpy as np
 from ptuning.baselines import REFERENCE
 from ptuning.cells import CellResult
 from ptuning.files import Json, write_json
-from ptuning.metrics import Score, Values, bootstrap, difference, summary, value_of
+from ptuning.metrics import Score, Values, difference, mean_difference, mean_score, summary, value_of
 from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
 from ptuning.scores import SCORES
 from ptuning.suite import FORMAT_VERSION
@@ -153,7 +153,7 @@ def over_records(results: Sequence[CellResult]) -> dict[str, Summary]:
 
 
 def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: Iterable[str]) -> dict[str, Scores]:
-    """Return method -> score -> mean over tasks (macro average), with a bootstrap over tasks.
+    """Return method -> score -> mean over tasks (macro average), with an interval over tasks.
 
     Source: Petroni et al. (2019), section 4 (macro average over relations).
     """
@@ -166,7 +166,7 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
             means = [{one.cell.seed: value_of(one.values[name]) for one in results} for results in found]
             seeds = [seed for seed in means[0] if all(seed in row for row in means)]  # those that all tasks have
             by_seed = [float(np.mean([row[seed] for row in means])) for seed in seeds]
-            scores[name] = _summary(bootstrap([float(np.mean(list(row.values()))) for row in means]), by_seed)
+            scores[name] = _summary(mean_score([float(np.mean(list(row.values()))) for row in means]), by_seed)
         if scores:
             table[method] = scores
     return table
@@ -175,7 +175,7 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
 def differences(
     done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: Sequence[str]
 ) -> dict[str, dict[str, Score]]:
-    """Return ``A - B`` -> score -> paired difference with a bootstrap over tasks, or over records of the only task.
+    """Return ``A - B`` -> score -> paired difference with an interval over tasks, or over records of the only task.
 
     Everything is compared with the learned prompt, and everything learned with the manual prompt.
     """
@@ -193,7 +193,7 @@ def differences(
             scores[name] = (
                 difference(*values[0])
                 if len(values) == 1
-                else bootstrap([_mean(left) - _mean(right) for left, right in values])
+                else mean_difference([_mean(left) - _mean(right) for left, right in values])
             )
         if scores:
             found[f"{one} - {other}"] = scores
