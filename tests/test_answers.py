@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -136,14 +137,34 @@ def test_a_closed_set_of_longer_texts_is_ranked_by_their_log_probability(backbon
     assert found[2].rank == 5
 
 
-def test_candidates_with_the_targets_score_rank_before_it() -> None:
+@pytest.mark.parametrize(
+    ("row", "gold", "rank"),
+    [
+        ([0.1, 0.9, 0.5], 1, 1),
+        ([0.1, 0.9, 0.5], 2, 2),
+        ([0.1, 0.9, 0.5], 0, 3),
+        ([0.5, 0.5, 0.1], 0, 2),
+        ([0.5, 0.5, 0.5], 1, 3),
+        ([-math.inf, -math.inf], 0, 2),
+        ([0.3], 0, 1),
+        # What is no number is never in one's favour.
+        ([math.nan, math.nan, math.nan], 1, 3),
+        ([0.1, math.nan, 0.2], 1, 3),
+        ([0.9, math.nan, 0.2], 0, 2),
+    ],
+)
+def test_equal_scores_rank_behind(row: list[float], gold: int, rank: int) -> None:
+    found = sorted((Candidate(str(at), value) for at, value in enumerate(row)), key=lambda one: -one.log_prob)
+    answer = answers.among_candidates((str(gold),), found)
+    assert (answer.rank, answer.hit) == (rank, rank == 1)
+
+
+def test_candidates_with_the_targets_score_are_the_answer_before_it() -> None:
     found = [Candidate("yes", -1.0), Candidate("no", -1.0), Candidate("one", -2.0)]
-    assert answers._of_candidates("yes", found) == Answer("no", False, 2, -1.0)
-    assert answers._of_candidates("no", found) == Answer("yes", False, 2, -1.0)
-    assert answers._of_candidates("one", found) == Answer("yes", False, 3, -1.0)
-    assert answers._of_candidates("two", found).rank == 4
-    broken = [Candidate("yes", float("nan")), Candidate("no", float("nan"))]
-    assert answers._of_candidates("yes", broken).rank == 2
+    assert answers.among_candidates(("yes",), found) == Answer("no", False, 2, -1.0)
+    assert answers.among_candidates(("no",), found) == Answer("yes", False, 2, -1.0)
+    assert answers.among_candidates(("one",), found) == Answer("yes", False, 3, -1.0)
+    assert answers.among_candidates(("two",), found).rank == 4
 
 
 def test_written_answers_are_compared_as_a_whole_and_not_ranked(backbone: Backbone) -> None:

@@ -10,13 +10,13 @@ import pytest
 
 from conftest import RECORDS, bound, learned
 from ptuning.backbone import Backbone
-from ptuning.errors import RecordError
+from ptuning.errors import ConfigError, RecordError
 from ptuning.evaluate import candidates_of, prediction_rows, score_prompt
 from ptuning.labels import LabelWords
-from ptuning.predict import PromptModel
+from ptuning.predict import Candidate, PromptModel
 from ptuning.prompt import Prompt
 from ptuning.records import Record, Records, as_records
-from ptuning.tasks import TaskFile
+from ptuning.tasks import TaskFile, load_task
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
@@ -67,13 +67,38 @@ def test_candidates_are_ranked(backbone: Backbone) -> None:
     assert wide.scores["accuracy"].value <= wide.scores["p_at_10"].value <= 0.75
 
 
+def test_a_closed_prompt_takes_no_candidates(causal: Backbone) -> None:
+    """Its targets are labels, or a row's choices; they used to be left out without a word, or to hide its accuracy."""
+    model, words = PromptModel(causal), LabelWords.parse("good=great;bad=poor")
+    task = load_task("COPA")
+    for prompt, says in (
+        (Prompt.manual("[X] is [Y]", label_words=words), "has label words"),
+        (Prompt.manual(task.manual[0], task=task), "brings its own choices"),
+    ):
+        with pytest.raises(ConfigError, match=f"the prompt {says}.*; leave the candidates"):
+            score_prompt(model, Records([{"x": "a", "y": "good"}]), prompt, candidates=["a", "b"])
+
+
+def test_candidates_that_score_the_same_rank_before_the_target(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(*_: object, **__: object) -> list[list[Candidate]]:
+        return [[Candidate("yes", -1.0), Candidate("no", -1.0)]]
+
+    monkeypatch.setattr(PromptModel, "rank", same)
+    found = score_prompt(
+        PromptModel(causal), Records([{"x": "a", "y": "yes"}]), Prompt.manual("[X] is [Y]"), candidates=["yes", "no"]
+    )
+    assert (found.scores["accuracy"].value, found.scores["mrr"].value) == (0.0, 0.5)
+
+
 def test_label_words_are_scored_by_class(backbone: Backbone) -> None:
-    """Accuracy agrees with what prediction answers, and there is nothing to rank."""
+    """Accuracy agrees with what prediction answers."""
     words = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",)})
     base = learned(backbone, TEMPLATE)
     prompt = Prompt(base.template, base.slot_vectors, base.backbone, label_words=words)
     rows: list[Record] = [{**record, "y": ("good", "bad")[index % 2]} for index, record in enumerate(RECORDS)]
-    found = score_prompt(PromptModel(backbone), as_records(rows), prompt, candidates=CANDIDATES)
+    found = score_prompt(PromptModel(backbone), as_records(rows), prompt)
     answers = [answer.text for answer in PromptModel(backbone).predict(rows, prompt)]
     assert list(found.hits) == [float(answer == row["y"]) for answer, row in zip(answers, rows, strict=True)]
     assert set(found.scores) == {"accuracy"}

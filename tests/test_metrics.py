@@ -24,7 +24,6 @@ from ptuning.metrics import (
     mean_score,
     normalised,
     precision_at,
-    ranks,
     reciprocal_ranks,
     rows_of,
     score,
@@ -110,34 +109,6 @@ def test_a_bootstrap_over_many_rows_fits_into_memory() -> None:
 def test_a_score_needs_a_value() -> None:
     with pytest.raises(ValueError, match="at least one value"):
         score([])
-
-
-@pytest.mark.parametrize(
-    ("row", "gold", "rank"),
-    [
-        ([0.1, 0.9, 0.5], 1, 1),
-        ([0.1, 0.9, 0.5], 2, 2),
-        ([0.1, 0.9, 0.5], 0, 3),
-        ([0.5, 0.5, 0.1], 0, 2),
-        ([0.5, 0.5, 0.5], 1, 3),
-        ([-math.inf, -math.inf], 0, 2),
-        ([0.3], 0, 1),
-        # What is no number is never in one's favour.
-        ([math.nan, math.nan, math.nan], 1, 3),
-        ([0.1, math.nan, 0.2], 1, 3),
-        ([0.9, math.nan, 0.2], 0, 2),
-    ],
-)
-def test_equal_scores_rank_behind(row: list[float], gold: int, rank: int) -> None:
-    assert ranks([row], [gold]) == [rank]
-
-
-def test_ranks_match_scipy_where_nothing_is_equal() -> None:
-    draw = random.Random(0)
-    rows = [[draw.random() for _ in range(9)] for _ in range(20)]
-    gold = [draw.randrange(9) for _ in rows]
-    expected = [int(stats.rankdata([-value for value in row])[right]) for row, right in zip(rows, gold, strict=True)]
-    assert ranks(rows, gold) == expected
 
 
 def test_precision_and_reciprocal_ranks() -> None:

@@ -103,7 +103,7 @@ def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     found = Prompt.load(tmp_path / "p")
     assert found.task == task
     assert found.has_choices
-    assert found.scoring == Scoring("mean", calibrate=True, keep=("question",))
+    assert found.scoring() == Scoring("mean", calibrate=True, keep=("question",))
     manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
     assert (manifest["task"]["name"], manifest["task"]["version"], manifest["choices"]) == ("COPA", "1", True)
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_a_task_brings_its_label_words_unless_others_are_given() -> None:
     assert Prompt.manual(task.manual[0], task=task).label_words == task.label_words
     assert Prompt.manual(task.manual[0], task=task, label_words=words).label_words == words
     assert not Prompt.manual(task.manual[0], task=task).has_choices
-    assert Prompt.manual("[X] is [Y]").scoring == PLAIN
+    assert Prompt.manual("[X] is [Y]").scoring() == PLAIN
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def task_items(bound: BoundTemplate, questions: Questions, task: Task, *, with_s
     """Return what training and scoring read of a task's questions: targets, label words, or each row's choices."""
     if task.file is None:
         return target_items(bound, questions.records, with_stop=with_stop)
-    scoring = Prompt.manual(task.manual, task=task.file).scoring
+    scoring = Prompt.manual(task.manual, task=task.file).scoring()
     if task.file.label_words is not None:
         return label_items(bound, questions.records, task.file.label_words, scoring=scoring)
     return choice_items(bound, questions, scoring=scoring)
@@ -59,16 +59,16 @@ def answer_records(
     questions = as_questions(records)
     data = questions.records
     model = model.for_prompt(prompt)
-    if prompt.label_words is not None or prompt.has_choices:
+    if prompt.is_closed:
         ranked = model.classify(questions, prompt)
-        return [_of_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     bound = prompt.bind(model.backbone, force=model.force)
-    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
+    vectors = prompt.vectors(model.backbone.width)
     if single_token:
         return _among_tokens(model, bound, vectors, data, closed=closed, report=report)
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
-        return [_of_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
     written = model.predict(data, prompt, max_tokens=max_tokens)
@@ -102,13 +102,13 @@ def answer_items(
             # A shorter row of choices than others of the batch has no name for the classes it lacks.
             found = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
             best_first = sorted(found, key=lambda one: -one.log_prob)
-            answers[index] = _of_candidates(questions[index].right, best_first)
+            answers[index] = among_candidates(questions[index].right, best_first)
         if report is not None:
             report(Progress("dev", len(answers), len(items), questions.name))
     return [answers[index] for index in range(len(items))]
 
 
-def _of_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
+def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
     """Return the answer among candidates, best first; those with a right one's score rank before it. Where nothing is
     known to be right, the best one is a miss.
     """

@@ -233,12 +233,10 @@ def evaluate(
     from ptuning.records import require_targets
 
     chosen = prompt_of(prompt, task_of(task), without=without)
-    closed = chosen.label_words is not None or chosen.has_choices
-    if closed and candidates is not None:
-        what = "brings its own choices" if chosen.has_choices else "has label words, which are all its answers"
-        raise ConfigError(f"the prompt {what}; leave --candidates out")
+    if candidates is not None:
+        chosen.check_open()
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = normalise_of(normalise, closed=closed or candidates is not None)
+    how = normalise_of(normalise, closed=chosen.is_closed or candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -278,7 +276,7 @@ def predict(
     from ptuning.questions import Questions, as_questions
 
     chosen = prompt_of(prompt, task_of(task), without=without)
-    closed = candidates is not None or chosen.label_words is not None or chosen.has_choices
+    closed = candidates is not None or chosen.is_closed
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import torch
-
+from ptuning.answers import among_candidates
 from ptuning.errors import RecordError
 from ptuning.files import Json
-from ptuning.labels import Normalise, Scoring
+from ptuning.labels import Normalise
 from ptuning.measure import Evaluation, Report, evaluate
 from ptuning.method import Answer
 from ptuning.metrics import Score, precision_at, reciprocal_ranks, score, summary
@@ -59,14 +59,17 @@ def score_prompt(
         model: The backbone in use.
         data: Records with targets, or questions of a task.
         prompt: The prompt, learned or manual.
-        candidates: A closed set of answers to rank as well.
+        candidates: A closed set of answers to rank as well; of equal scores the target's ranks last.
         normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt says.
         calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
         report: Called with progress.
 
     Raises:
         RecordError: If there are no records, or one lacks its target.
+        ConfigError: If candidates are given to a prompt with label words or choices.
     """
+    if candidates is not None:
+        prompt.check_open()
     if not data:
         raise RecordError(f"{data.name} holds no records, so there is nothing to score")
     questions = as_questions(data)
@@ -74,8 +77,7 @@ def score_prompt(
     require_targets(records)
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    own = prompt.scoring
-    scoring = Scoring(normalise or own.normalise, own.calibrate if calibrate is None else calibrate, own.keep)
+    scoring = prompt.scoring(normalise=normalise, calibrate=calibrate)
     if prompt.label_words is not None:
         items, name = label_items(bound, records, prompt.label_words, scoring=scoring), "accuracy"
     elif prompt.has_choices:
@@ -83,23 +85,21 @@ def score_prompt(
         items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
     else:
         items, name = target_items(bound, records, with_stop=False), "exact_match"
-    vectors = prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, model.backbone.width)
+    vectors = prompt.vectors(model.backbone.width)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
     scores = {name: score(found.hits)}
     if prompt.task is not None and found.guesses:
         scores |= _task_scores(prompt, prompt.task, questions, found)
     missing = 0
-    if candidates is not None and prompt.label_words is None:
+    if candidates is not None:
+        targets = [record[TARGET_FIELD].strip() for record in records]
         ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
-        places = [
-            _place(record[TARGET_FIELD].strip(), [candidate.text.strip() for candidate in row])
-            for record, row in zip(records, ranked, strict=True)
+        ranks = [
+            cast("int", among_candidates((target,), row).rank) for target, row in zip(targets, ranked, strict=True)
         ]
-        missing = sum(place is None for place in places)
-        ranks = [place if place is not None else len(candidates) + 1 for place in places]
-        inverse = [
-            0.0 if place is None else value for place, value in zip(places, reciprocal_ranks(ranks), strict=True)
-        ]
+        known = [target in {text.strip() for text in candidates} for target in targets]
+        missing = known.count(False)
+        inverse = [value if is_known else 0.0 for value, is_known in zip(reciprocal_ranks(ranks), known, strict=True)]
         scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(inverse)}
         if len(candidates) > 10:
             scores["p_at_10"] = score(precision_at(10, ranks))
@@ -155,7 +155,3 @@ def _task_scores(prompt: Prompt, task: TaskFile, questions: Questions, found: Ev
     ]
     values = score_values(answers, questions, task.metrics)
     return {name: summary([values[name]]) for name in task.metrics}
-
-
-def _place(target: str, ranked: Sequence[str]) -> int | None:
-    return ranked.index(target) + 1 if target in ranked else None

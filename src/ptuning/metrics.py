@@ -226,22 +226,6 @@ def _array(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
-def ranks(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> list[int]:
-    """Return the one-based rank of each row's right candidate; equal scores rank behind (never in one's favour).
-
-    A right candidate whose score is no number ranks last.
-
-    Args:
-        scores: One list of candidate scores per row, higher is better.
-        gold: Index of the right candidate per row.
-    """
-    found = []
-    for row, right in zip(scores, gold, strict=True):
-        # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-        found.append(1 + sum(1 for index, value in enumerate(row) if index != right and not value < row[right]))
-    return found
-
-
 def precision_at(k: int, rank_list: Sequence[int]) -> list[float]:
     """Return 1.0 for each rank within the first ``k`` (P@k per row).
 

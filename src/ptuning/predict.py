@@ -15,7 +15,7 @@ from ptuning.batch import Side, collate
 from ptuning.decode import write_answers
 from ptuning.errors import PromptError, RecordError
 from ptuning.fill import BoundTemplate, Example
-from ptuning.labels import Normalise, Scoring
+from ptuning.labels import Normalise
 from ptuning.model import batches, prefix_tokens, target_logits
 from ptuning.objective import Choice, Item, candidate_item, class_scores, closed_items, score_choices
 from ptuning.prompt import Prompt
@@ -222,13 +222,12 @@ class PromptModel:
         if self.for_prompt(prompt) is not self:
             return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
         table = _Table(self.backbone, [prompt] * len(data), force=self.force)
-        own = prompt.scoring
         items = closed_items(
             prompt.bind(self.backbone, force=self.force),
             data,
             texts,
             classes=tuple(label for label, _ in labels.flat) if labels is not None else None,
-            scoring=Scoring(normalise or own.normalise, own.calibrate if calibrate is None else calibrate, own.keep),
+            scoring=prompt.scoring(normalise=normalise, calibrate=calibrate),
         )
         found: list[list[Candidate]] = [[]] * len(items)
         rows = [(index, example) for index, item in enumerate(items) for example in item.inputs]
@@ -264,7 +263,7 @@ class PromptModel:
         Args:
             records: N records, or questions of a task; targets are not needed and not looked at.
             prompt: One for all rows, or one per row.
-            candidates: A closed set of answers.
+            candidates: A closed set of answers, in the place of a prompt's own labels or choices.
             top_k: How many candidates to keep.
             max_tokens: Longest written answer; by default a little more than the longest target seen in training.
             normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt
@@ -287,7 +286,7 @@ class PromptModel:
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(_per_row(prompt, len(records))):
             rows = [data[index] for index in indices]
-            if one.label_words is not None or one.has_choices:
+            if one.is_closed:
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
                 found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -303,7 +302,7 @@ class PromptModel:
             self.backbone,
             prompt.bind(self.backbone, force=self.force),
             records,
-            _vectors(prompt, width=self.backbone.width),
+            prompt.vectors(self.backbone.width),
             width=top_k,
             max_tokens=max_tokens,
             pad_side=self.pad_side,
@@ -354,7 +353,7 @@ class _Table:
             if id(prompt) not in starts:
                 self.bound[id(prompt)] = prompt.bind(backbone, force=force)
                 starts[id(prompt)] = total
-                parts.append(_vectors(prompt, width=backbone.width))
+                parts.append(prompt.vectors(backbone.width))
                 total += prompt.slots
         self.vectors = torch.cat(parts).to(backbone.device) if parts else torch.zeros(0, backbone.width)  # (P, E)
         self.offsets = [starts[id(prompt)] for prompt in prompts]
@@ -405,10 +404,6 @@ def choices_of(records: Sequence[Record] | Questions) -> list[Sequence[str]]:
             "task (--task NAME, or load_task(NAME).read(FILE))"
         )
     return [question.choices for question in records]
-
-
-def _vectors(prompt: Prompt, *, width: int = 0) -> Tensor:
-    return prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, width)
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ptuning
 from ptuning.backbone import Backbone
-from ptuning.errors import FileError, LabelWordError, PromptError, TaskError, TemplateError
+from ptuning.errors import ConfigError, FileError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import (
     Json,
     make_folder,
@@ -178,9 +178,28 @@ class Prompt:
         return self.label_words is None and self.task is not None and self.task.has_choices
 
     @property
-    def scoring(self) -> Scoring:
-        """How labels and choices are scored."""
-        return Scoring(self.normalise, self.calibrate, self.task.closed_fields if self.task is not None else ())
+    def is_closed(self) -> bool:
+        """Whether it says itself what there is to answer: label words, or choices that each row brings."""
+        return self.label_words is not None or self.has_choices
+
+    def check_open(self) -> None:
+        """Check that candidates can be its answers.
+
+        Raises:
+            ConfigError: If it is closed.
+        """
+        if self.is_closed:
+            what = "brings its own choices" if self.has_choices else "has label words, which are all its answers"
+            raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
+
+    def scoring(self, *, normalise: Normalise | None = None, calibrate: bool | None = None) -> Scoring:
+        """Return how labels and choices are scored: as the prompt says, unless asked otherwise."""
+        kept = self.task.closed_fields if self.task is not None else ()
+        return Scoring(normalise or self.normalise, self.calibrate if calibrate is None else calibrate, kept)
+
+    def vectors(self, width: int) -> Tensor:
+        """Return its slot vectors, (P, width); (0, width) of a manual prompt."""
+        return self.slot_vectors if self.slot_vectors is not None else torch.zeros(0, width)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
