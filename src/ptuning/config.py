@@ -23,7 +23,7 @@ Keep = Literal["difference", "whole"]
 # of today's code.
 RECIPE = 4
 # Settings that came after results were first written down, and change nothing at their default: a result that does not
-# name them was made with that.
+# mention one was made with its default.
 LATER_SETTINGS = (
     "backbone_weight_decay",
     "lora_lr",

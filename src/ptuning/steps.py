@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # memory; a GPU is not full with them. Source: docs/architecture.md, decision 28.
 JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
-# Rows of different prompts run together if pads make up no more than this beside the tokens that each prompt's rows
-# would be padded to alone.
+# Rows of different prompts run together if that takes at most so many times the tokens, pads included, that each
+# prompt's rows take alone.
 JOINT_PADDING = 1.25
 
 
