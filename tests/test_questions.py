@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,54 @@ def test_the_right_choice_is_a_number_a_text_or_true_for_the_first(right: object
     (found,) = read(choices("label"), {"a": "Left", "b": "Right", "label": right})
     assert (found.choices, found.answers) == (("Left", "Right"), answers)
     assert found.record["y"] == found.choices[answers[0]]
+
+
+@pytest.mark.parametrize(
+    ("listed", "right", "text"),
+    [
+        (["2", "1", "0"], 0, "2"),  # a number is a place, whatever the choices are
+        ([1, 2, 3, 4], 1, "2"),
+        ([1, 2, 3, 4], "1", "1"),  # and a text one's text first
+        (["a", "b"], "1", "b"),
+        (["", "a", "b"], 1, "a"),  # empty and double ones count
+        (["yes", "yes", "no"], 1, "yes"),
+        (["yes", "yes", "no"], 2, "no"),
+        (["yes", "yes", "no"], False, "no"),
+    ],
+)
+def test_numbers_of_choices_are_those_of_the_row(listed: list[object], right: object, text: str) -> None:
+    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
+    (found,) = read(reader, {"options": listed, "label": right})
+    assert found.right == (text,)
+    assert found.record["y"] == text
+
+
+def test_an_empty_choice_is_not_right() -> None:
+    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
+    with pytest.raises(RecordError, match="is right, and is none of the 3 choices"):
+        read(reader, {"options": ["", "a", "b"], "label": 0})
+
+
+def test_values_that_are_labels_of_others() -> None:
+    """A file that counts from 1 for labels that count from 0: the file's values go first."""
+    shifted = Reader({}, labels=("0", "1"), values={"y": {"1": "0", "2": "1"}})
+    assert [one.record["y"] for one in read(shifted, {"label": 1}, {"label": 2}, {"label": 0})] == ["0", "1", "0"]
+    swapped = Reader({}, labels=("0", "1"), values={"y": {"1": "0", "0": "1"}})
+    assert [one.record["y"] for one in read(swapped, {"label": 1}, {"label": 0})] == ["0", "1"]
+
+
+def test_groups_of_several_parts_are_kept_apart() -> None:
+    reader = Reader({}, group=(at("a"), at("b")))
+    found = read(reader, {"a": "1/2", "b": "3"}, {"a": "1", "b": "2/3"}, {"a": "1", "b": "2"}, labelled=False)
+    assert len({one.group for one in found}) == 3
+    assert found[2].group == "1/2"
+
+
+def test_what_is_no_json_in_columns_that_nobody_reads() -> None:
+    (found,) = read(LABELLED, {"text": "a", "label": 1, "day": datetime.date(2020, 1, 2), "raw": b"x"})
+    assert found.record == {"x": "a", "y": "true"}
+    with pytest.raises(RecordError, match=r"f.jsonl, line 1: the row holds half a character"):
+        read(LABELLED, {"text": "\ud83d", "label": 1})
 
 
 def test_what_is_right_and_no_choice_is_an_error() -> None:

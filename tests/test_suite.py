@@ -156,7 +156,7 @@ def test_settings_of_training_do_not_matter_to_what_is_not_trained(causal: Backb
 
 def test_a_folder_of_something_else_is_left_alone(causal: Backbone, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileError, match="not empty"):
+    with pytest.raises(FileError, match=r"holds files, and no results of a benchmark; choose another folder"):
         run(causal, tmp_path, methods=["manual"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

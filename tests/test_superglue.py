@@ -393,6 +393,50 @@ def test_a_task_of_ones_own(causal: Backbone, tmp_path: Path) -> None:
     assert list(found.tasks["mood"]["p-tuning"]) == ["score", "macro_f1"]
 
 
+def test_a_task_whose_answers_are_written(causal: Backbone, tmp_path: Path) -> None:
+    """Neither labels nor choices: every method answers in words, and rows without targets are answered as well."""
+    path = tmp_path / "free.toml"
+    path.write_text(
+        'name = "free"\nversion = "1"\nmetrics = ["exact_match", "f1"]\n[[patterns]]\nmanual = \'{text} is [Y].\'\n',
+        encoding="utf-8",
+    )
+    rows = [{"text": f"film {at}", "label": ("good", "a good film")[at % 2]} for at in range(12)]
+    lines(tmp_path / "data/train.jsonl", rows)
+    lines(tmp_path / "data/val.jsonl", rows[:4])
+    lines(tmp_path / "data/test.jsonl", [{"text": row["text"]} for row in rows[:3]])
+    methods = ("majority", "manual", "in-context", "p-tuning", "fine-tuning")
+    found = run(causal, tmp_path / "data", tmp_path / "out", tasks=str(path), methods=methods)
+    assert not found.failed
+    assert [list(scores) for scores in found.tasks["free"].values()] == [["score", "exact_match", "f1"]] * 5
+    for cell in (tmp_path / "out" / "cells" / "free").rglob("unlabelled.jsonl"):
+        assert len(cell.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_two_files_of_one_name(causal: Backbone, few: Path, tmp_path: Path) -> None:
+    """The first used to be left out without a word."""
+    text = 'name = "one"\nversion = "1"\n[labels]\na = ["good"]\nb = ["bad"]\n[[patterns]]\nmanual = "{text} [Y]"\n'
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.toml").write_text(f"# {name}\n{text}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="two task files have the name one"):
+        run(causal, few, tmp_path / "out", tasks=f"{tmp_path}/one.toml,{tmp_path}/other.toml")
+    assert [file.name for file in asked_tasks(few, "CB,CB")] == ["CB"]
+
+
+def test_files_for_the_server_are_of_the_answers_that_are_there(causal: Backbone, few: Path, tmp_path: Path) -> None:
+    server, cell = tmp_path / "out" / "server", tmp_path / "out" / "cells" / "CB" / "majority" / "seed-0"
+    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), server=True)
+    whole = (server / "majority" / "seed-0" / "CB.jsonl").read_text(encoding="utf-8")
+    # Other tasks into the same folder, and a damaged cell, which is made again.
+    run(causal, few, tmp_path / "out", tasks="COPA", methods=("majority",), server=True)
+    assert "CB: of an earlier run into this folder" in (server / "README.md").read_text(encoding="utf-8")
+    name = "unlabelled.jsonl" if (cell / "unlabelled.jsonl").is_file() else "predictions.jsonl"
+    (cell / name).write_text("{\n", encoding="utf-8")
+    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), server=True)
+    assert (server / "majority" / "seed-0" / "CB.jsonl").read_text(encoding="utf-8") == whole
+    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), pattern=2, overwrite=True, server=False)
+    assert not server.exists()
+
+
 PROGRAM = """
 import sys
 from ptuning import TrainConfig, load_backbone

@@ -131,10 +131,42 @@ def test_train_eval_and_predict_with_choices(llama: str) -> None:
     assert [sorted(one["text"] for one in row["candidates"]) for row in found] == [["a good film", "yes"]] * 8
     given = b'{"x": "Kenya", "a": "Nairobi", "b": "no"}\n'
     assert works("predict", "run", "--data", "-", stdin=given).strip() in ("Nairobi", "no")
-    fails("predict", "run", "Kenya", says=["chooses among texts that each row brings"])
+    fails("predict", "run", "Kenya", says=["a TEXT is not enough for the task choose", "use --data"])
     fails(
-        "eval", "run", "--data", "d:val", "--candidates", "train", says=["brings its own choices; leave --candidates"]
+        "eval", "run", "--data", "d:val", "--candidates", "train", says=["brings its own choices; leave the candidates"]
     )
+
+
+def test_a_text_is_read_as_a_file_s_is(llama: str) -> None:
+    """Repairs and values of its field count for it, too."""
+    text = TASK.replace("[labels]", '[fields]\ntext = "text|lower_first|no_full_stop"\n[labels]', 1)
+    Path("moods.toml").write_text(text, encoding="utf-8")
+    write_lines(Path("one.jsonl"), [{"text": "The film was good."}])
+    args = ("manual:", "--task", "moods.toml", "--backbone", llama, "--json")
+    (alone,) = lines_of(works("predict", *args, "The film was good."))
+    (of_file,) = lines_of(works("predict", *args, "--data", "one.jsonl"))
+    assert alone == of_file
+    assert alone["record"] == {"text": "the film was good"}
+    Path("moods.toml").write_text(
+        text.replace("[values.label]", '[values.text]\na = "b"\n[values.label]'), encoding="utf-8"
+    )
+    fails("predict", *args, "nonsense", says=["the field 'text' is 'nonsense'", "know a"])
+
+
+def test_a_run_is_not_resumed_with_another_task_file(llama: str) -> None:
+    args = ("--task", "moods.toml", "--data", "d", "--backbone", llama, "--out", "run", *QUICK)
+    works("train", *args)
+    works("train", *args, "--resume")
+    Path("moods.toml").write_text(TASK.replace('0 = "bad"\n1 = "good"', '0 = "good"\n1 = "bad"'), encoding="utf-8")
+    fails("train", *args, "--resume", says=["cannot resume from run: task file (sha256) was"])
+
+
+def test_a_row_that_does_not_fit_is_named(model_folder: Callable[[str], Path]) -> None:
+    write_lines(Path("d/moods/val.jsonl"), [{"text": "a", "label": 0}, {"text": "a film " * 400, "label": 1}])
+    Path("moods.toml").write_text(TASK.replace("{text}", "{text!}"), encoding="utf-8")
+    done = call("task", "check", "moods.toml", "--data", "d", "--backbone", model_folder("bert"))
+    assert done.code == 2
+    assert "d/moods/val.jsonl, row 2" in done.err
 
 
 @pytest.mark.parametrize("name", ["moods", "choose"])

@@ -149,6 +149,19 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
         ("[labels]", '[fields]\ntext = "t|lower"\n[labels]', "unknown repair 'lower'"),
         ("[labels]", '[values.label]\n0 = "god"\n[labels]', "'god', and no word covers it. Did you mean 'good'"),
         ("[labels]", '[choices]\nfrom = ["a"]\n[labels]', r"both \[labels\] and \[choices\]"),
+        ('"mine"', '"../mine"', "'../mine' is no name for a task, since it becomes a folder"),
+        ('"mine"', f'"{"m" * 101}"', "is no name for a task"),
+        ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
+        ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' is the F1 of the label 'true', which this task has not"),
+        ("[labels]", '[files]\ndve = ["a"]\n[labels]', r"unknown part under \[files\] 'dve'. Did you mean 'dev'"),
+        ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
+        ("{text} It", "{label} It", "the field 'label' of a pattern is what is to be answered"),
+        (
+            "[labels]",
+            '[fields]\ntext = "label|lower_first"\n[labels]',
+            "the field 'text' of a pattern is what is to be",
+        ),
+        ("[labels]", '[fields]\ntext = "a|mark a[b"\n[labels]', "is no place in a row"),
     ],
 )
 def test_mistakes_in_a_file_say_what_to_do(old: str, new: str, message: str) -> None:

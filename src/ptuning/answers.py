@@ -22,7 +22,7 @@ from ptuning.records import Record, Records
 
 def task_items(bound: BoundTemplate, questions: Questions, task: Task, *, with_stop: bool = False) -> list[Item]:
     """Return what training and scoring read of a task's questions: targets, label words, or each row's choices."""
-    if task.file is None:
+    if task.file is None or not task.file.is_closed:
         return target_items(bound, questions.records, with_stop=with_stop)
     scoring = Prompt.manual(task.manual, task=task.file).scoring()
     if task.file.label_words is not None:
@@ -69,9 +69,11 @@ def answer_records(
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+    written = model.predict(data, prompt, max_tokens=max_tokens)
+    if not all(row.right for row in questions):  # read without targets: there is nothing to compare with
+        return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
-    written = model.predict(data, prompt, max_tokens=max_tokens)
     return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
 
 

@@ -152,7 +152,7 @@ def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Templat
 def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
     """Return the solution that asks the frozen backbone with a template without slots."""
     prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task))
-    model, is_written = PromptModel(setup.backbone), not task.single_token and closed is None and task.file is None
+    model, is_written = PromptModel(setup.backbone), task.is_written and closed is None
 
     def answer(questions: Questions) -> list[Answer]:
         return answer_records(

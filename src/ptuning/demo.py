@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ptuning.backbone import Backbone
 from ptuning.checkpoint import read_identity
 from ptuning.config import TrainConfig
 from ptuning.errors import FileError, TrainingError
 from ptuning.evaluate import score_prompt
-from ptuning.files import Json, read_bytes, read_json, write_json, write_json_lines
+from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
 from ptuning.measure import Report
 from ptuning.metrics import Score, majority, score
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
@@ -190,8 +189,7 @@ def load_demo(out: Path) -> DemoResult:
         name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
         for name, entry in ((name, of["exact_match"]) for name, of in found.items())
     }
-    lines = read_bytes(out / PREDICTIONS_FILE).decode("utf-8").split("\n")[:SHOWN_RECORDS]
-    rows = [json.loads(line) for line in lines if line]
+    rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
     prompt = Prompt.load(out / PROMPT_FOLDER)
     common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
     return DemoResult(

@@ -19,7 +19,6 @@ from ptuning.prompt import Prompt
 from ptuning.questions import Questions, as_questions
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
 from ptuning.scores import score_values
-from ptuning.tasks import TaskFile
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,11 @@ def score_prompt(
     vectors = prompt.vectors(model.backbone.width)
     found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
     scores = {name: score(found.hits)}
-    if prompt.task is not None and found.guesses:
-        scores |= _task_scores(prompt, prompt.task, questions, found)
+    if prompt.task is not None:
+        said = [one.text for one in guessed(prompt, questions, found) or model.predict(records, prompt)]
+        answers = [Answer(text, bool(hit)) for text, hit in zip(said, found.hits, strict=True)]
+        values = score_values(answers, questions, prompt.task.metrics)
+        scores |= {name: summary([values[name]]) for name in prompt.task.metrics}
     missing = 0
     if candidates is not None:
         targets = [record[TARGET_FIELD].strip() for record in records]
@@ -112,13 +114,16 @@ def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
-    """Return the answers that scoring found among labels or choices, as :meth:`PromptModel.predict` would.
+    """Return the answers that scoring found among labels or choices, as :meth:`PromptModel.predict` would; none where
+    answers are written.
 
     Args:
         prompt: The prompt, with label words or choices.
         questions: N questions.
         found: Their scores.
     """
+    if not found.guesses:
+        return []
     names = _class_names(prompt, questions)
     best = [
         Candidate(listed[guess], log_prob)
@@ -145,13 +150,3 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
         }
         for record, found, hit in zip(data, predictions, hits, strict=True)
     ]
-
-
-def _task_scores(prompt: Prompt, task: TaskFile, questions: Questions, found: Evaluation) -> dict[str, Score]:
-    """Return the scores of a task's own metrics, in its order."""
-    answers = [
-        Answer(listed[guess], bool(hit))
-        for listed, guess, hit in zip(_class_names(prompt, questions), found.guesses, found.hits, strict=True)
-    ]
-    values = score_values(answers, questions, task.metrics)
-    return {name: summary([values[name]]) for name in task.metrics}

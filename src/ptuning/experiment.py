@@ -13,7 +13,7 @@ from ptuning.baselines import FREE_METHODS
 from ptuning.cells import CELLS_FOLDER, CellResult, Job
 from ptuning.config import TrainConfig, listed_names
 from ptuning.dry_run import Estimate, estimate
-from ptuning.errors import ConfigError
+from ptuning.errors import ConfigError, FileError
 from ptuning.files import Json, check_free, make_folder
 from ptuning.measure import Report
 from ptuning.method import METHODS
@@ -145,7 +145,9 @@ def run_jobs(
             plan.watch.on_estimate(estimate(suite))
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
     if not (plan.out / RESULTS_FILE).is_file() and not (plan.out / CELLS_FOLDER).is_dir():
-        check_free(plan.out, overwrite=False)
+        check_free(plan.out, overwrite=True)
+        if plan.out.is_dir() and any(plan.out.iterdir()):
+            raise FileError(f"{plan.out} holds files, and no results of a benchmark; choose another folder (--out)")
     suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
     # With what is finished: whoever stops the first new cell must not find less than before.

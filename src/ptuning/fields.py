@@ -69,6 +69,8 @@ class Source:
             if (name in PLAIN_REPAIRS) != (argument == ""):
                 what = "takes nothing" if argument else "needs something"
                 raise TaskError(f"'{text}': the repair '{name}' {what} behind its name")
+            if name == "mark":
+                cls.parse(argument)
             found.append((name, argument))
         return cls(names, tuple(found), text)
 
@@ -99,7 +101,7 @@ class Source:
             RecordError: If something is missing, or is no text and no number.
         """
         return [
-            self._repaired(_text(value, source=self.written, where=where), context, where=where)
+            self.repaired(_text(value, source=self.written, where=where), context, where=where)
             for value in self.values(context, where=where)
         ]
 
@@ -117,7 +119,12 @@ class Source:
             )
         return found[0]
 
-    def _repaired(self, text: str, context: Context, *, where: str) -> str:
+    def repaired(self, text: str, context: Context, *, where: str) -> str:
+        """Return a text after the source's repairs.
+
+        Raises:
+            RecordError: If one of them does not find what it needs.
+        """
         for name, argument in self.repairs:
             if name == "no_full_stop":
                 text = re.sub(r"\s*[.?!]+\s*$", "", text)

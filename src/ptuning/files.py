@@ -99,6 +99,22 @@ def read_json(path: Path) -> dict[str, Json]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Json]]:
+    """Read what :func:`write_json_lines` wrote.
+
+    Raises:
+        FileError: If the file cannot be read, or a line holds no JSON object.
+    """
+    try:
+        # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
+        rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise FileError(f"{path} must hold a JSON object on each line")
+    return rows
+
+
 def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
     """Remove what killed writers of this module left in a folder.
 

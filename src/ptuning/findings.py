@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ptuning.errors import FileError
-from ptuning.files import Json, read_bytes, read_json
+from ptuning.files import Json, read_json, read_json_lines
 from ptuning.metrics import Score
 from ptuning.names import LEARNED_BY_TUNE, MANUAL, PREDICTIONS_FILE, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE
 
@@ -230,13 +230,8 @@ class Findings:
         path = self._file(cell, PREDICTIONS_FILE)
         if path is None or not path.is_file():
             return []
-        try:
-            lines = read_bytes(path).decode("utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except ValueError as error:
-            raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
         source = _Source(str(path))
-        return [_answer(source, row, f"row {number}") for number, row in enumerate(rows, start=1)]
+        return [_answer(source, row, f"row {number}") for number, row in enumerate(read_json_lines(path), start=1)]
 
     def _file(self, cell: CellRecord, name: str) -> Path | None:
         return None if cell.run is None else self.folder / cell.run / name

@@ -18,7 +18,7 @@ from ptuning.files import Json, check_free, write_json
 from ptuning.fleet import AT_ONCE, Fleet, Member
 from ptuning.labels import LabelWords
 from ptuning.measure import Report
-from ptuning.names import CHECKPOINT_FOLDER
+from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
 from ptuning.prompt import versions
 from ptuning.questions import Questions
 from ptuning.records import Record
@@ -265,8 +265,7 @@ def _check_name(name: str, taken: Collection[str]) -> None:
     """Check that a name can be a folder of its own."""
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
-    plain = name.replace("-", "").replace("_", "").replace(".", "").replace("+", "").replace("=", "")
-    if not plain.isalnum() or name.startswith(".") or name in (CHECKPOINT_FOLDER, FLEET_FILE):
+    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
         raise ConfigError(f"'{name}' is no name for a prompt: it becomes a folder; use letters, digits and - _ . + =")
 
 

@@ -14,7 +14,7 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
 from ptuning.measure import Report
-from ptuning.names import RANDOM_WEIGHTS
+from ptuning.names import RANDOM_WEIGHTS, is_folder_name
 from ptuning.questions import Question, Questions
 from ptuning.records import Record
 from ptuning.tasks import TaskFile
@@ -37,7 +37,7 @@ class Task:
         objects: The task's different answers, over all of its parts, in alphabetical order.
         vocabulary: The closed set of answers that every method is restricted to, or None.
         single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
-        file: The task file, where rows are answered with one of its labels or one of their own choices.
+        file: The task file, where there is one.
     """
 
     name: str
@@ -49,6 +49,16 @@ class Task:
     vocabulary: tuple[str, ...] | None = None
     single_token: bool = False
     file: TaskFile | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether rows are answered with a label of the task file, or a choice of their own."""
+        return self.file is not None and self.file.is_closed
+
+    @property
+    def is_written(self) -> bool:
+        """Whether answers are whatever the backbone writes."""
+        return not (self.single_token or self.is_closed)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ class Methods(Mapping[str, Method]):
         """
         if name in self._methods:
             raise ConfigError(f"there is a method '{name}' already; choose another name")
-        if not name or name.startswith(".") or any(sign in name for sign in "/\\@, \n"):
+        if not is_folder_name(name):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:

@@ -4,6 +4,7 @@ its own package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 RUN_FILE = "run.json"
@@ -17,6 +18,8 @@ MANUAL, LEARNED = "manual", "p-tuning"
 ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # What the learned prompt is called where weights of the backbone are trained along.
 LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
+# The label whose F1 over all answers is MultiRC's F1a.
+POSITIVE = "true"
 # Behind the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 
@@ -32,6 +35,12 @@ SCORES: Mapping[str, str] = {
     "f1": "F1",
     "exact_match": "exact match",
 }
+
+
+def is_folder_name(name: str, *, spaces: bool = False) -> bool:
+    """Whether a name can be that of a folder, on any system and within the folder that it is meant to lie in."""
+    plain = name.replace(" ", "") if spaces and name == name.strip() else name
+    return len(name) <= 100 and re.fullmatch(r"\w[\w.+=-]*", plain) is not None
 
 
 def called(score: str) -> str:

@@ -13,7 +13,7 @@ from ptuning.errors import RecordError, closest
 from ptuning.fields import Context, Source, unfold
 from ptuning.files import Json, sha256
 from ptuning.phrases import other_phrases
-from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, split_records
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text, split_records
 
 # Where a row's label stands unless a task says otherwise.
 LABEL = Source(("label",), (), "label")
@@ -86,11 +86,11 @@ class ChoiceSource:
     phrases: Source | None = None
     right: Source = LABEL
 
-    def choices(self, context: Context, *, where: str) -> tuple[str, ...]:
-        """Return the different choices of a row, in order of appearance.
+    def read(self, context: Context, *, where: str, labelled: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the different choices of a row, in order of appearance, and the places of the right ones among them.
 
         Raises:
-            RecordError: If there are fewer than two.
+            RecordError: If there are fewer than two, or something right is none of them.
         """
         found = [text for source in self.texts for text in source.texts(context, where=where)]
         if self.spans is not None and self.of is not None:
@@ -98,26 +98,24 @@ class ChoiceSource:
             found += [_span(text, span, where=where) for span in self.spans.values(context, where=where)]
         if self.phrases is not None:
             found += other_phrases(self.phrases.text(context, where=where), than=found)
-        kept = tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
+        listed = [text.strip() for text in found]
+        kept = tuple(dict.fromkeys(text for text in listed if text))
         if len(kept) < 2:
             raise RecordError(f"{where}: {len(kept)} choice(s); a row needs two or more different ones")
-        return kept
+        right = self._right(context, listed, where=where) if labelled else set()
+        return kept, tuple(place for place, text in enumerate(kept) if text in right)
 
-    def answers(self, context: Context, choices: Sequence[str], *, where: str) -> tuple[int, ...]:
-        """Return the places of the right choices.
-
-        Raises:
-            RecordError: If something right is none of the choices.
-        """
+    def _right(self, context: Context, listed: Sequence[str], *, where: str) -> set[str]:
+        """Return the right ones of the choices as the row lists them: empty and double ones count for their numbers."""
         values = self.right.values(context, where=where)
         if len(values) == 1 and isinstance(values[0], bool):
-            return (0,) if values[0] else tuple(range(1, len(choices)))
-        found = [_place(text.strip(), choices, where=where) for text in self.right.texts(context, where=where)]
-        if not found:
+            return {listed[0]} if values[0] else {text for text in listed if text != listed[0]}
+        texts = self.right.texts(context, where=where)
+        if not texts:
             raise RecordError(
                 f"{where}: '{self.right.written}' names no right choice; read it as unlabelled, or drop it"
             )
-        return tuple(sorted(set(found)))
+        return {_right_one(value, text.strip(), listed, where=where) for value, text in zip(values, texts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,20 @@ class Reader:
             RecordError: If a row lacks something, or its label is outside of the task.
         """
         for where, row in rows:
-            value = json.loads(json.dumps(row))  # plain JSON, whatever the file's format gave
+            # Plain JSON, whatever the file's format gave: a date or bytes in a column are the text that Python shows.
+            text = json.dumps(row, ensure_ascii=False, default=str)
+            check_text(text, where=where)
+            value = json.loads(text)
             for context in unfold(value, self.lists, where=where):
                 yield self._question(context, where=where, labelled=labelled)
+
+    def filled(self, name: str, text: str, *, where: str) -> str:
+        """Return what a field of a record holds, from what stands in a row.
+
+        Raises:
+            RecordError: If the task knows no such text.
+        """
+        return self._valued(name, self.fields[name].repaired(text, {"": {}}, where=where), where=where)
 
     def _question(self, context: Context, *, where: str, labelled: bool) -> Question:
         record = {
@@ -163,14 +172,13 @@ class Reader:
         choices: tuple[str, ...] = ()
         answers: tuple[int, ...] = ()
         if self.choices is not None:
-            choices = self.choices.choices(context, where=where)
+            choices, answers = self.choices.read(context, where=where, labelled=labelled)
             if labelled:
-                answers = self.choices.answers(context, choices, where=where)
                 record[TARGET_FIELD] = choices[answers[0]]
         elif labelled:
             record[TARGET_FIELD] = self._label(context, where=where)
         group = [text for source in self.group for text in source.texts(context, where=where)]
-        return Question(record, choices, answers, "/".join(group) if group else None, self._idx(context, where=where))
+        return Question(record, choices, answers, _joined(group), self._idx(context, where=where))
 
     def _label(self, context: Context, *, where: str) -> str:
         text = self._valued(TARGET_FIELD, self.label.text(context, where=where), where=where)
@@ -182,9 +190,9 @@ class Reader:
         return text
 
     def _valued(self, name: str, text: str, *, where: str) -> str:
-        """Return what a value of the file stands for; a label's own name stands for itself."""
+        """Return what a value of the file stands for; a label's own name for itself, where no value is written so."""
         known = self.values.get(name)
-        if known is None or (name == TARGET_FIELD and text in self.labels):
+        if known is None or (text not in known and name == TARGET_FIELD and text in self.labels):
             return text
         if text not in known:
             what = "label" if name == TARGET_FIELD else f"field '{name}'"
@@ -251,12 +259,24 @@ def _span(text: str, span: Json, *, where: str) -> str:
     return text[start : end + 1]
 
 
-def _place(text: str, choices: Sequence[str], *, where: str) -> int:
-    if text in choices:
-        return choices.index(text)
-    if text.isdecimal() and int(text) < len(choices):
-        return int(text)
-    raise RecordError(
-        f"{where}: '{text}' is right, and is none of the {len(choices)} choices {', '.join(choices)[:200]}; it must be "
-        "a choice's text, or its number from 0"
-    )
+def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> str:
+    """Return a right choice by its place, from 0, or by its text; a number is a place, and a text is a text first."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        at = value
+    elif text and text in listed:
+        return text
+    else:
+        at = int(text) if text.isdecimal() else -1
+    if not 0 <= at < len(listed) or not listed[at]:
+        raise RecordError(
+            f"{where}: '{text}' is right, and is none of the {len(listed)} choices {', '.join(listed)[:200]}; it must "
+            "be a choice's text, or its number from 0"
+        )
+    return listed[at]
+
+
+def _joined(group: Sequence[str]) -> str | None:
+    """Return the name of a group; two different ones have different names, whatever stands in them."""
+    if any("/" in text for text in group) and len(group) > 1:
+        return json.dumps(group, ensure_ascii=False)
+    return "/".join(group) if group else None

@@ -22,6 +22,8 @@ Record = Mapping[str, str]
 
 TARGET_FIELD = "y"
 SPLITS = ("train", "dev", "test")
+# A cell of a table may hold a whole document.
+MAX_CELL_CHARACTERS = 2**31 - 1
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
@@ -116,6 +118,18 @@ def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]
     return _json_line_rows(_text(data, name), name)
 
 
+def check_text(text: str, *, where: str, what: str = "the row") -> None:
+    """Check that a text can be written and read by a tokenizer.
+
+    Raises:
+        RecordError: If it holds half a character, as broken JSON may.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{where}: {what} holds half a character (a lone surrogate)") from error
+
+
 def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
     """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
 
@@ -129,10 +143,7 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
         if not isinstance(name, str):
             raise RecordError(f"{where}: field names must be text, not {name!r}")
         if isinstance(value, str):
-            try:
-                (name + value).encode()
-            except UnicodeEncodeError as error:
-                raise RecordError(f"{where}: the field {name!r} holds half a character (a lone surrogate)") from error
+            check_text(name + value, where=where, what=f"the field {name!r}")
             record[name] = value
         elif isinstance(value, bool | int | float):
             record[name] = json.dumps(value)
@@ -181,7 +192,8 @@ def split_records(
     drawn = sorted(set(inputs))
     if len(drawn) < 2:
         raise RecordError(
-            f"{records.name}: too few different records to set some aside; give a development file (--dev)"
+            f"{records.name}: too few different records to set some aside; give more, or others to choose by (a "
+            "development file, --dev, or a dev part in the folder)"
         )
     random.Random(f"split {seed}").shuffle(drawn)
     aside = set(drawn[: min(len(drawn) - 1, max(1, round(len(drawn) * fraction)))])
@@ -253,7 +265,7 @@ def _json_line_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object
         where = f"{name}, line {number}"
         try:
             rows.append((where, json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(f"{where}: not a JSON object ({error}); each line must hold one") from error
     return rows
 
@@ -261,13 +273,14 @@ def _json_line_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object
 def _array_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object]]]:
     try:
         return [(f"{name}, record {number}", row) for number, row in enumerate(json.loads(text), start=1)]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{name}: not valid JSON ({error})") from error
 
 
 def _delimited_rows(text: str, name: str, *, tab: bool) -> list[tuple[str, Mapping[str, object]]]:
     # Tab-separated benchmark files hold bare quotation marks as text, comma-separated ones quote with them.
     stream = io.StringIO(text, newline="")
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
     reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
     rows: list[tuple[str, Mapping[str, object]]] = []
     try:

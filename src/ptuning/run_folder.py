@@ -10,7 +10,7 @@ from pathlib import Path
 from ptuning.checkpoint import check_identity
 from ptuning.config import without_later_defaults
 from ptuning.errors import FileError
-from ptuning.files import Json, check_free, read_json, sweep
+from ptuning.files import Json, check_free, read_json, sha256, sweep
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 
 OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
@@ -19,7 +19,7 @@ IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "d
 
 
 def identity(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what must be equal for a run to be resumed: settings, data and backbone.
+    """Return what must be equal for a run to be resumed: settings, data, task and backbone.
 
     Raises:
         FileError: If the record is not one of a run.
@@ -33,6 +33,9 @@ def identity(record: Mapping[str, Json]) -> dict[str, Json]:
     for part in ("train", "dev"):
         listed = data.get(part)
         found[data_key(part)] = listed.get("sha256") if isinstance(listed, Mapping) else None
+    task = record.get("task")
+    if isinstance(task, Mapping):
+        found["task file (sha256)"] = sha256(str(task.get("file")).encode("utf-8"))
     found["backbone fingerprint"] = backbone.get("fingerprint")
     found["recipe of training"] = record.get("recipe", 1)
     return found

@@ -445,7 +445,7 @@ def _write(
     kept = best.constants if best.skips_constants else None
     found = evaluate(best.backbone, items, vectors=best.best_vectors, slots=prompt.slots, constants=kept)
     # Scoring labels and choices has chosen among them; a written answer is still to be written.
-    predictions = guessed(prompt, dev, found) if found.guesses else PromptModel(best.backbone).predict(dev, prompt)
+    predictions = guessed(prompt, dev, found) or PromptModel(best.backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from ptuning.errors import TaskError
 from ptuning.method import Answer
 from ptuning.metrics import Ratios, Values, all_right, blend, exact_match, f1_of, grouped, macro_f1, word_f1
+from ptuning.names import POSITIVE
 from ptuning.questions import Questions
 from ptuning.records import TARGET_FIELD
 
@@ -17,8 +18,6 @@ RANK_SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
 # What a task with metrics of its own counts in a mean over tasks: the mean of its metrics.
 TASK_SCORE = "score"
 SCORES = (TASK_SCORE, *RANK_SCORES, "accuracy", "macro_f1", "f1a", "f1")
-# The label whose F1 over all answers is MultiRC's F1a.
-POSITIVE = "true"
 
 
 def score_values(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 from ptuning.cells import Job
-from ptuning.files import Json, make_folder, read_bytes, write_json_lines, write_text
+from ptuning.files import Json, make_folder, read_json_lines, write_json_lines, write_text
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.results import Results
 from ptuning.suite import UNLABELLED_FILE
@@ -47,14 +46,15 @@ def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) 
         if job is None or job.task.file is None or result.status != "done":
             continue
         name = PREDICTIONS_FILE if job.unlabelled is None else UNLABELLED_FILE
-        text = read_bytes(results.folder / result.cell.folder / name).decode("utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line]
+        rows = read_json_lines(results.folder / result.cell.folder / name)
         folder = results.folder / SERVER_FOLDER / result.cell.method / f"seed-{result.cell.seed}"
         make_folder(folder)
         write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
     if not (results.folder / SERVER_FOLDER).is_dir():
         return
+    there = {path.stem for path in (results.folder / SERVER_FOLDER).rglob("*.jsonl")}
     sources = [f"{name}: {FROM_REPORTED if job.unlabelled is None else FROM_TEST}" for name, job in found.items()]
+    sources += [f"{name}: of an earlier run into this folder" for name in sorted(there - found.keys())]
     listed = "\n".join(f"- {source}" for source in sources)
     write_text(results.folder / SERVER_FOLDER / "README.md", NOTE.format(sources=listed))
 

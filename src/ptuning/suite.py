@@ -7,14 +7,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +22,7 @@ from ptuning.cells import Cell, CellResult, Job, answer_rows, digest
 from ptuning.checkpoint import check_identity
 from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.files import Json, make_folder, read_bytes, read_json, sha256, write_json, write_json_lines
+from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json, write_json_lines
 from ptuning.fleets import can_train_together, fleet_runs
 from ptuning.measure import Progress, Report
 from ptuning.method import METHODS, Answer, Method, Setup
@@ -257,13 +256,12 @@ class Suite:
         folder = self.out / cell.folder
         try:
             record = read_json(folder / RUN_FILE)
-            # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
-            lines = read_bytes(folder / PREDICTIONS_FILE).decode("utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
+            rows: list[Any] = list(read_json_lines(folder / PREDICTIONS_FILE))
             answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
             if record["identity"] != self.identity(cell) or len(rows) != len(self.jobs[cell.task].test):
                 return None
-            if self.jobs[cell.task].unlabelled is not None and not (folder / UNLABELLED_FILE).is_file():
+            unlabelled = self.jobs[cell.task].unlabelled
+            if unlabelled is not None and len(read_json_lines(folder / UNLABELLED_FILE)) != len(unlabelled):
                 return None
             return replace(self._result(cell, answers, record, cast("float", record["seconds"])), was_there=True)
         except (PTuningError, ValueError, KeyError, TypeError):
@@ -333,6 +331,7 @@ class Suite:
     def _start(self, cell: Cell) -> None:
         """Write down what a cell is started with."""
         make_folder(self.out / cell.folder)
+        sweep(self.out / cell.folder, (RUN_FILE, PREDICTIONS_FILE, STARTED_FILE, UNLABELLED_FILE))
         write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
 
     def _setup(self, cell: Cell, going: _Going) -> Setup:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -22,7 +24,7 @@ from ptuning.names import LEARNED, LEARNED_BY_TUNE
 from ptuning.questions import Question, Questions, split_questions
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.results import Results
-from ptuning.server_files import write_server_files
+from ptuning.server_files import SERVER_FOLDER, write_server_files
 from ptuning.tasks import TaskFile, find_split, load_task
 
 logger = logging.getLogger(__name__)
@@ -121,6 +123,8 @@ def superglue(
         "tune of p-tuning": tune,
     }
     results = run_jobs(SUITE, jobs, plan=plan, settings=settings, more=what_else)
+    if overwrite and not dry_run:
+        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # of answers that are no longer there
     if server and not dry_run:
         write_server_files(results, [job for job in jobs if job.task.name in TASKS], is_draw=limit is not None)
     return results
@@ -154,7 +158,11 @@ def asked_tasks(data: Path, tasks: Sequence[str] | str) -> list[TaskFile]:
     if asked != ["all"]:
         if not asked:
             raise ConfigError(f"there are no tasks to run; known: all, {', '.join(TASKS)}")
-        return [load_task(name) for name in asked]
+        files = {file.text: file for file in map(load_task, asked)}  # a task named twice runs once
+        doubled = [name for name, count in Counter(file.name for file in files.values()).items() if count > 1]
+        if doubled:
+            raise ConfigError(f"two task files have the name {doubled[0]}; it becomes a folder, so give each its own")
+        return list(files.values())
     if not data.is_dir():
         raise FileError(f"no such data folder: {data}; give the folder that holds BoolQ, CB and the others")
     there = {entry.name.lower() for entry in data.iterdir() if entry.is_dir()}

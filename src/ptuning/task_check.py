@@ -5,11 +5,11 @@ weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ptuning.errors import PTuningError
-from ptuning.fill import BoundTemplate, Kind
+from ptuning.fill import BoundTemplate, Example, Kind
 from ptuning.questions import Question, Questions
 from ptuning.records import TARGET_FIELD
 from ptuning.tasks import TaskFile
@@ -70,12 +70,12 @@ def check_words(
         kind: Of the backbone.
         parts: Data, if there is some; else a record whose fields hold their own names.
     """
-    rows = [row for questions in (parts or {}).values() for row in questions]
-    sample = rows[0] if rows else Question({name: name for name in task.fields}, choices=("this", "that"))
+    given = [questions for questions in (parts or {}).values() if questions]
+    sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
     found = Findings()
     for number, pair in enumerate(zip(task.manual, task.learned, strict=True), start=1):
         for what, template in zip(("manual", "learned"), pair, strict=True):
-            found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, rows)
+            found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
     # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
     return Findings(*(tuple(dict.fromkeys(lines)) for lines in (found.facts, found.doubts, found.problems)))
 
@@ -87,7 +87,7 @@ def _check_template(
     tokenizer: TextTokenizer,
     kind: Kind,
     sample: Question,
-    rows: list[Question],
+    parts: Sequence[Questions],
 ) -> Findings:
     facts, doubts = [], []
     try:
@@ -95,9 +95,12 @@ def _check_template(
         if task.label_words is not None:
             lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
-        chosen = rows[:FILLED_ROWS]
-        texts = [max(_answers(task, row), key=len) for row in chosen]
-        filled = bound.examples([row.record for row in chosen], targets=texts)
+        filled: list[Example] = []
+        for questions in parts:
+            chosen = questions[:FILLED_ROWS]
+            texts = [max(_answers(task, row), key=len) for row in chosen]
+            source = f"{questions.name}, row"
+            filled += bound.examples([row.record for row in chosen], targets=texts, source=source)
         short = sum(example.shortened for example in filled)
         if short:
             doubts.append(

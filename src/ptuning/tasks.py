@@ -16,8 +16,9 @@ from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, Te
 from ptuning.fields import Source
 from ptuning.files import Json, read_bytes, sha256
 from ptuning.labels import LabelWords, Normalise
+from ptuning.names import POSITIVE, is_folder_name
 from ptuning.questions import ChoiceSource, Questions, Reader
-from ptuning.records import SUFFIXES, TARGET_FIELD, raw_rows
+from ptuning.records import SUFFIXES, TARGET_FIELD, Record, raw_rows
 from ptuning.template import Template
 
 if sys.version_info >= (3, 11):
@@ -99,6 +100,11 @@ class TaskFile:
             raise TaskError(f"{where}: {error}") from error
 
     @property
+    def is_closed(self) -> bool:
+        """Whether rows are answered with a label or a choice of theirs, and not with any text."""
+        return self.label_words is not None or self.has_choices
+
+    @property
     def has_choices(self) -> bool:
         """Whether rows bring the texts to choose among."""
         return self.reader.choices is not None
@@ -112,6 +118,17 @@ class TaskFile:
     def closed_fields(self) -> tuple[str, ...]:
         """Fields that hold one of a few words, such as "because" and "so"."""
         return tuple(name for name in self.reader.values if name != TARGET_FIELD)
+
+    def record_of(self, text: str) -> Record:
+        """Return the record of a task with one field, from what stands there in a file.
+
+        Raises:
+            RecordError: If rows have more fields, or choices; or as for :meth:`read`.
+        """
+        if self.has_choices or len(self.fields) != 1:
+            what = "choices of their own" if self.has_choices else f"the fields {', '.join(self.fields)}"
+            raise RecordError(f"a TEXT is not enough for the task {self.name}, whose rows have {what}; use --data")
+        return {self.fields[0]: self.reader.filled(self.fields[0], text, where="the command line")}
 
     def to_json(self) -> dict[str, Json]:
         """Return what a prompt and a record say of the task."""
@@ -129,6 +146,8 @@ class TaskFile:
             RecordError: If a row is not what the task needs; names file, line and what is missing.
         """
         path = Path(path)
+        if not path.suffix and not path.exists():
+            raise FileError(f"no such data file or folder: {path}")
         if path.suffix.lower() not in SUFFIXES:
             raise FileError(f"cannot tell the format of {path}; a data file ends in one of {', '.join(SUFFIXES)}")
         data = read_bytes(path)
@@ -267,23 +286,31 @@ def _task(values: Mapping[str, object], text: str) -> TaskFile:
                 "words under [labels]"
             )
     used = dict.fromkeys(name for one in (*manual, *learned) for name in one.fields)
+    metrics = _metrics(values.get("metrics", ["accuracy"]), words)
     own = {name: Source.parse(place) for name, place in _texts(values.get("fields"), "fields").items()}
     if TARGET_FIELD in own:
         raise TaskError(f"the target has the key 'label'; '{TARGET_FIELD}' is no name for a field")
     for name in (*own, *(name for name in mapped if name != TARGET_FIELD)):
         if name not in used:
             raise TaskError(f"no pattern uses the field '{name}'.{closest(name, used)}")
+    label = Source.parse(_text(values, "label", "label"))
+    choices = _choices(values["choices"], label) if "choices" in values else None
+    answer = label if choices is None else choices.right
+    for name in used:
+        if own.get(name, Source((name,))).path == answer.path:
+            raise TaskError(f"the field '{name}' of a pattern is what is to be answered; [Y] stands for that")
     normalise = _text(values, "normalise", "sum")
     if normalise not in ("sum", "mean"):
         raise TaskError(f'\'normalise\' is "sum" or "mean", not "{normalise}"')
     calibrate = values.get("calibrate", False)
     if not isinstance(calibrate, bool):
         raise TaskError("'calibrate' is true or false")
-    label = Source.parse(_text(values, "label", "label"))
-    listed = _table(values.get("files"), "files").items()
-    files = {part: tuple(_listed(names, f"files.{part}")) for part, names in listed}
+    files = _files(values.get("files"))
+    name = _text(values, "name")
+    if not is_folder_name(name, spaces=True):
+        raise TaskError(f"'{name}' is no name for a task, since it becomes a folder; use letters, digits and - _ . + =")
     return TaskFile(
-        _text(values, "name"),
+        name,
         _text(values, "version"),
         _text(values, "source", ""),
         _text(values, "about", ""),
@@ -295,12 +322,12 @@ def _task(values: Mapping[str, object], text: str) -> TaskFile:
             label=label,
             labels=words.labels if words is not None else (),
             values=mapped,
-            choices=_choices(values["choices"], label) if "choices" in values else None,
+            choices=choices,
             group=tuple(map(Source.parse, _listed(values.get("group", []), "group"))),
             idx=_idx(values.get("idx", "idx")),
         ),
         words,
-        _metrics(values.get("metrics", ["accuracy"])),
+        metrics,
         calibrate,
         cast("Normalise", normalise),
         {**SPLIT_FILES, **files},
@@ -354,8 +381,24 @@ def _choices(value: object, label: Source) -> ChoiceSource:
     )
 
 
-def _metrics(listed: object) -> tuple[str, ...]:
+def _files(value: object) -> dict[str, tuple[str, ...]]:
+    """Return part -> names of its file without their endings."""
+    table = _table(value, "files")
+    _known(table, tuple(SPLIT_FILES), what="part under [files]")
+    files = {part: tuple(_listed(names, f"files.{part}")) for part, names in table.items()}
+    for part, names in files.items():
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                raise TaskError(f"[files] {part} names '{name}'; leave its ending out: '{Path(name).stem}'")
+    return files
+
+
+def _metrics(listed: object, words: LabelWords | None) -> tuple[str, ...]:
     names = _listed(listed, "metrics")
+    if not names:
+        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(METRICS)}, or leave the key out")
+    if "f1a" in names and (words is None or POSITIVE not in words.labels):
+        raise TaskError(f"the metric 'f1a' is the F1 of the label '{POSITIVE}', which this task has not")
     for name in names:
         if name not in METRICS:
             raise TaskError(f"unknown metric '{name}'.{closest(name, METRICS)} Known: {', '.join(METRICS)}")

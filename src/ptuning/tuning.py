@@ -73,7 +73,7 @@ def fine_tuning(task: Task, setup: Setup) -> Solution:
     """Train all weights on the fields and the target, without words around them; with a classification head where the
     task has labels, or rows bring choices.
     """
-    if task.file is not None:
+    if task.is_closed:
         return _tune_head(task, setup)
     return _learn(task, setup, bare(task.manual), tune="tuned")
 
@@ -151,7 +151,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 constants=constants,
             )
             records.append(result.record)
-            name = "accuracy" if task.file is not None else "exact_match"
+            name = "accuracy" if task.is_closed else "exact_match"
             score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
             rate = getattr(one.config, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
@@ -204,8 +204,6 @@ def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
 
 
 def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:
-    is_written = not task.single_token and task.file is None
-
     def answer(questions: Questions) -> list[Answer]:
         return answer_records(
             model,
@@ -213,7 +211,7 @@ def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, reco
             questions,
             closed=task.vocabulary,
             single_token=task.single_token,
-            max_tokens=target_tokens(task, setup) if is_written else None,
+            max_tokens=target_tokens(task, setup) if task.is_written else None,
             report=setup.report,
         )
 

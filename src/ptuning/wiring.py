@@ -295,7 +295,7 @@ def template_of(
     if manual is not None:
         return Template.from_manual(manual, about=about)
     assert task is not None
-    return pattern_of(task.learned, task, pattern or 1)
+    return pattern_of(task.learned, task, 1 if pattern is None else pattern)
 
 
 def data_to_answer(
@@ -315,6 +315,8 @@ def data_to_answer(
         return Records(read_rows(given, name="standard input", fields=fields_of(field)), name="standard input")
     if data is not None:
         return data_of(data, field, prompt.task, part="test", labelled=False)
+    if prompt.task is not None:
+        return Records([prompt.task.record_of(text or "")], name="the command line")
     fields = prompt.template.fields
     if len(fields) != 1:
         raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
