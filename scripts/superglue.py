@@ -37,7 +37,8 @@ SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
 # Tables of mean scores over those tasks on which all of some methods ran, by their names on the page.
 PARTS: Mapping[str, Sequence[str]] = {
     "frozen": ("majority", "manual", LEARNED),
-    "trained": tuple(name for name in NAMES if name != "in-context"),
+    "trained": tuple(name for name in NAMES if name != "manual+fine-tuning"),
+    "every": tuple(NAMES),
 }
 
 
@@ -101,7 +102,9 @@ def written(name: str, method: Mapping[str, Any] | None, metric: str) -> str:
     if method is None:
         return ""
     found = method["metrics"][metric]
-    text = f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    text = f"{found['value']:.3f}"
+    if found["low"] < found["high"]:  # equal values have no interval
+        text += f" [{found['low']:.3f}, {found['high']:.3f}]"
     if found["std"] is not None:
         text += f", sd {found['std']:.3f}, lowest {found['lowest']:.3f}"
     if name in SEEDLESS or found["seeds"] >= LEAST_SEEDS:
