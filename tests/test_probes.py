@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from conftest import make_tokenizer
-from families import BART, BERT, GPT, built, model_of, tokenizer_of
+from families import BART, BERT, GPT, GROUPED, POSITIONS, ROBERTA, SMALL, built, model_of, tokenizer_of
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.errors import BackboneError
 from ptuning.probes import check_reading
@@ -29,6 +29,15 @@ class Louder(transformers.GPT2LMHeadModel):
     def forward(self, *, inputs_embeds: Tensor | None = None, attention_mask: Any = None, **inputs: Any) -> Any:
         given = None if inputs_embeds is None else 2 * inputs_embeds
         return super().forward(inputs_embeds=given, attention_mask=attention_mask, **inputs)
+
+
+class Short(transformers.GPT2LMHeadModel):
+    """Looks something up by its place in the row, beyond the end of what it has."""
+
+    def forward(self, *, inputs_embeds: Tensor | None = None, attention_mask: Any = None, **inputs: Any) -> Any:
+        if inputs_embeds is not None and inputs_embeds.shape[1] > 3:
+            return [0, 1, 2][inputs_embeds.shape[1]]
+        return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **inputs)
 
 
 def made(head: type[Any], config: Any, tokenizer: str) -> Backbone:
@@ -142,3 +151,31 @@ def test_a_model_that_cannot_run_a_short_row() -> None:
     config = transformers.NystromformerConfig(vocab_size=len(tokenizer_of("bert")), num_landmarks=8, **BERT)
     with pytest.raises(BackboneError, match=r"cannot read a row of 3 tokens: .* \(RuntimeError\); use another"):
         check_reading(made(transformers.NystromformerForMaskedLM, config, "bert"))
+
+
+def test_a_model_that_runs_out_of_places() -> None:
+    """An IndexError in a model is a refusal like any other error."""
+    config = transformers.GPT2Config(vocab_size=len(tokenizer_of("gpt2")), bos_token_id=0, eos_token_id=0, **GPT)
+    with pytest.raises(BackboneError, match=r"cannot read a row of 63 tokens: list index .* \(IndexError\); use"):
+        check_reading(made(Short, config, "gpt2"))
+
+
+def test_a_model_that_looks_for_the_tokens_of_embeddings() -> None:
+    """Gemma 4 reads every token in each layer once more: found on loading, and not when the first slot is trained."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=len(tokenizer_of("llama")),
+        vocab_size_per_layer_input=len(tokenizer_of("llama")),
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        pad_token_id=0,
+        **{**SMALL, **POSITIONS, **GROUPED, "layer_types": ["sliding_attention", "full_attention"]},
+    )
+    with pytest.raises(BackboneError, match=r"cannot read embeddings that are no token's: .* use another"):
+        check_reading(made(transformers.Gemma4ForCausalLM, config, "llama"))
+
+
+def test_a_model_whose_embeddings_are_no_tensor() -> None:
+    """I-BERT's come with a scale."""
+    config = transformers.IBertConfig(vocab_size=len(tokenizer_of("roberta")), **ROBERTA)
+    with pytest.raises(BackboneError, match=r"embeddings of IBertForMaskedLM are no tensor \(tuple\).*use another"):
+        made(transformers.IBertForMaskedLM, config, "roberta")

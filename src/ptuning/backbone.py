@@ -230,7 +230,10 @@ class Backbone:
         Returns:
             (B, T, E) in the dtype of the embedding's output.
         """
-        embedded: Tensor = self._embedding(token_ids)
+        embedded = self._embedding(token_ids)
+        if not isinstance(embedded, Tensor):
+            what = f"the input embeddings of {type(self.model).__name__} are no tensor ({type(embedded).__name__})"
+            raise BackboneError(f"{self.name}: {what}, so slots cannot be filled; use another language model")
         return embedded
 
     def table(self) -> Tensor:

@@ -25,8 +25,9 @@ def check_reading(backbone: Backbone) -> None:
     """Check that a model reads what it is given and nothing else.
 
     Raises:
-        BackboneError: If it reads embeddings in another way than tokens, pads, (a causal one) what stands behind a
-            position, or the two sides of an encoder-decoder model through two tables; with what to do.
+        BackboneError: If it reads embeddings in another way than tokens, or only those of tokens, pads, (a causal one)
+            what stands behind a position, or the two sides of an encoder-decoder model through two tables; with what to
+            do.
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
     ids = _probe_ids(backbone)[None]  # (1, 3)
@@ -49,6 +50,9 @@ def check_reading(backbone: Backbone) -> None:
             f"{called} does something else with embeddings than with the tokens they belong to, so slots cannot be "
             "filled; use another language model"
         )
+    between = (backbone.embed(ids) + backbone.embed(ids.roll(1, dims=1))) / 2  # (1, 3, E)
+    with _running(f"{called} cannot read embeddings that are no token's"):
+        backbone.model(**{f"{side}inputs_embeds": between.clone() for side in sides}, attention_mask=ones)
     with _running(f"{called} cannot be asked for logits at some positions"):
         asked = _asked(backbone, ids)
     long = max(3, min(LONG_ROW, backbone.tokenizer.max_tokens - 1))
@@ -78,7 +82,7 @@ def _running(what: str) -> Iterator[None]:
     """Turn what a model raises where it is run into an error that says what it cannot do."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(f"{what}: {first} ({type(error).__name__}); use another language model") from error
 
