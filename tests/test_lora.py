@@ -17,7 +17,7 @@ from ptuning.backbone import Backbone
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.predict import PromptModel
 from ptuning.weights import TrainedWeights, trained_parameters
-from test_weights import adapted, logits, weights
+from test_weights import EXPERTS, adapted, experts, logits, weights
 
 
 def test_new_adapters_change_nothing(backbone: Backbone) -> None:
@@ -89,11 +89,22 @@ def test_no_layers_for_adapters(causal: Backbone) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # between peft and transformers
 def test_peft_reads_what_is_saved(backbone: Backbone, tmp_path: Path) -> None:
+    check_peft_reads(backbone, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("head", EXPERTS)
+def test_peft_reads_adapters_on_experts(head: str, tmp_path: Path) -> None:
+    check_peft_reads(experts(head), tmp_path)
+
+
+def check_peft_reads(backbone: Backbone, folder: Path) -> None:
     trained = adapted(backbone)
-    TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(tmp_path)
-    assert json.loads((tmp_path / lora.CONFIG_FILE).read_text())["base_model_name_or_path"] == backbone.name
+    TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(folder)
+    assert json.loads((folder / lora.CONFIG_FILE).read_text())["base_model_name_or_path"] == backbone.name
     plain = backbone.copy().model
-    model = peft.PeftModel.from_pretrained(plain, tmp_path)
+    model = peft.PeftModel.from_pretrained(plain, folder)
     model.eval()
     with torch.no_grad():
         found = model(input_ids=torch.tensor([[7, 9, 11, 13]])).logits

@@ -24,7 +24,7 @@ from ptuning.batch import Batch
 from ptuning.checkpoint import CHECKPOINT_FILE
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.constants import ConstantParts
-from ptuning.errors import TrainingError
+from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.fill import Ids
 from ptuning.labels import LabelWords
@@ -36,6 +36,7 @@ from ptuning.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
 from ptuning.steps import Chunk
 from ptuning.trainer import Interrupted, Trainer, rate
+from test_weights import experts
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
@@ -791,3 +792,9 @@ def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) ->
     again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
     with pytest.raises(TrainingError, match=r"best-.* is no whole safetensors file .*; start anew with --overwrite"):
         fit(again)
+
+
+def test_adapters_that_do_not_work_are_found_before_training() -> None:
+    """A run of hours must not end with a traceback, nor with a prompt that cannot be loaded."""
+    with pytest.raises(BackboneError, match="cannot run with adapters"):
+        make_trainer(experts("PhimoeForCausalLM"), tune="lora")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
+from conftest import make_tokenizer
+from families import POSITIONS, SMALL
+from ptuning import lora
 from ptuning.backbone import Backbone, load_backbone
 from ptuning.config import Keep
-from ptuning.errors import FileError, PromptError
+from ptuning.errors import BackboneError, FileError, PromptError
 from ptuning.files import Json
 from ptuning.lora import add_adapters
 from ptuning.weights import (
@@ -23,8 +30,26 @@ from ptuning.weights import (
     TrainedWeights,
     read_tensors,
     trained_parameters,
+    with_adapters,
     write_tensors,
 )
+
+EXPERTS = ("MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM")
+
+
+def experts(head: str) -> Backbone:
+    """Return a frozen tiny backbone with a mixture of experts."""
+    tokenizer = make_tokenizer("llama")
+    sizes = {**SMALL, **POSITIONS, "num_key_value_heads": 2, "num_experts_per_tok": 2, "num_local_experts": 4}
+    sizes |= {"num_experts": 4, "moe_intermediate_size": 24} if head == "Qwen3MoeForCausalLM" else {}
+    head_class = getattr(transformers, head)
+    model = head_class(head_class.config_class(vocab_size=len(tokenizer), **sizes)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5.0)
+    backbone = Backbone(model, tokenizer, name="some model")
+    backbone.freeze()
+    return backbone
 
 
 def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -44,10 +69,10 @@ def moved(backbone: Backbone) -> Backbone:
     return other
 
 
-def adapted(backbone: Backbone) -> Backbone:
+def adapted(backbone: Backbone, *, targets: str = "all-linear") -> Backbone:
     """Return a copy with adapters that do something."""
     other = backbone.copy(share=True)
-    add_adapters(other.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    add_adapters(other.model, rank=4, alpha=8.0, targets=targets, seed=0)
     with torch.no_grad():
         for weight in trained_parameters(other, "lora").values():
             weight.add_(0.1)
@@ -130,6 +155,112 @@ def test_adapters_come_back_bit_by_bit(backbone: Backbone, tmp_path: Path) -> No
     # The other weights are the very same ones, not a copy.
     own = {id(weight) for weight in other.model.parameters()}
     assert all(id(weight) in own for weight in backbone.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("head", "targets"),
+    [
+        *itertools.product(EXPERTS, ("all-linear", "q_proj,v_proj")),
+        ("MixtralForCausalLM", "w1,w2,w3"),
+        ("Qwen3MoeForCausalLM", "gate_proj,up_proj,down_proj"),
+    ],
+)
+def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_path: Path) -> None:
+    """peft puts them on the stacked weights of all experts, with ranks of their own for what is stacked of two."""
+    backbone = experts(head)
+    trained = adapted(backbone, targets=targets)
+    assert any(".mlp." in name for name in trained_parameters(trained, "lora")) == (targets != "q_proj,v_proj")
+    read = TrainedWeights.load(
+        tmp_path, TrainedWeights.of(trained, backbone, tune="lora", keep="difference").save(tmp_path)
+    )
+    before = weights(backbone)
+    other = read.into(backbone)
+    assert torch.equal(logits(other), logits(trained))
+    assert not torch.equal(logits(other), logits(backbone))
+    own = {id(weight) for weight in other.model.parameters()}
+    assert all(id(weight) in own for weight in backbone.model.parameters())
+    after = weights(backbone)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"target_modules": "q_proj"},
+        {"target_modules": [1]},
+        {"target_parameters": "gate.weight"},
+        {"target_parameters": {"gate.weight": 1}},
+        {"target_parameters": [7]},
+        {"rank_pattern": ["x"]},
+        {"rank_pattern": {".*\\.gate_up_proj": "8"}},
+        {"rank_pattern": {".*\\.gate_up_proj": 2.5}},
+        {"rank_pattern": {".*\\.gate_up_proj": 0}},
+        {"rank_pattern": {".*\\.gate_up_proj": True}},
+        {"rank_pattern": {"(a+)+b": 8}},  # nothing from a file is run as an expression of its own
+        {"alpha_pattern": {"(": 8}},
+        {"alpha_pattern": {".*\\.gate_up_proj": None}},
+        {"r": "4"},
+        {"lora_alpha": None},
+    ],
+)
+def test_an_adapters_config_of_other_types(changed: dict[str, Json]) -> None:
+    backbone = experts("MixtralForCausalLM")
+    found = TrainedWeights.of(adapted(backbone), backbone, tune="lora", keep="difference")
+    config = json.loads(found.files[lora.CONFIG_FILE])
+    files = {lora.CONFIG_FILE: json.dumps({**config, **changed}).encode()}
+    with pytest.raises(PromptError, match=rf"do not fit MixtralForCausalLM: '{next(iter(changed))}' must be "):
+        replace(found, files=files).into(backbone)
+
+
+@pytest.mark.parametrize("keys", [["r"], ["target_modules"]])
+def test_an_adapters_config_that_lacks_something(causal: Backbone, keys: list[str]) -> None:
+    found = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    config = json.loads(found.files[lora.CONFIG_FILE])
+    for key in keys:
+        del config[key]
+    with pytest.raises(PromptError, match=rf"do not fit LlamaForCausalLM: '{keys[0]}' must be "):
+        replace(found, files={lora.CONFIG_FILE: json.dumps(config).encode()}).into(causal)
+
+
+def test_a_config_of_adapters_from_before_there_were_patterns(causal: Backbone) -> None:
+    """What an older peft does not write down is not missed."""
+    found = TrainedWeights.of(adapted(causal), causal, tune="lora", keep="difference")
+    config = json.loads(found.files[lora.CONFIG_FILE])
+    kept = {name: config[name] for name in ("target_modules", "r", "lora_alpha", "fan_in_fan_out")}
+    other = replace(found, files={lora.CONFIG_FILE: json.dumps(kept).encode()}).into(causal)
+    assert torch.equal(logits(other), logits(adapted(causal)))
+
+
+def test_adapters_that_the_model_does_not_run_with() -> None:
+    """PhiMoE's router is a linear module that returns three things, and peft takes it for a plain one."""
+    backbone = experts("PhimoeForCausalLM")
+    with pytest.raises(
+        BackboneError,
+        match=r"some model: PhimoeForCausalLM cannot run with adapters \(lora_targets all-linear\): .*"
+        r"\(AttributeError\); set lora_targets to .* such as q_proj,v_proj",
+    ):
+        with_adapters(backbone, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    state = torch.get_rng_state()
+    other = with_adapters(backbone, rank=4, alpha=8.0, targets="q_proj,v_proj", seed=0)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    assert torch.equal(logits(other), logits(backbone))
+    assert not any(weight.requires_grad for weight in other.model.parameters())
+
+
+def test_adapters_that_would_not_come_back(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's own choice may be a pattern of modules (Gemma 4): refused before it is trained, not when it is loaded."""
+    known = {"llama": r".*\.(q_proj|v_proj)"}
+    monkeypatch.setattr("peft.tuners.lora.model.LoraModel.target_module_mapping", known)
+    with pytest.raises(BackboneError, match=r"not be loaded again: 'target_modules' must be .*; set lora_targets"):
+        with_adapters(causal, rank=4, alpha=8.0, targets="default", seed=0)
+
+
+def test_adapters_built_of_what_is_not_kept(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what peft writes down only some is read again; where anything else matters, nothing is trained."""
+    made, more = peft.LoraConfig, iter([{"use_rslora": True}])
+    monkeypatch.setattr(peft, "LoraConfig", lambda **given: made(**given, **next(more, {})))
+    with pytest.raises(BackboneError, match=r"could not be loaded again: .* of use_rslora as well.*set lora_targets"):
+        with_adapters(causal, rank=4, alpha=8.0, targets="all-linear", seed=0)
 
 
 def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> None:

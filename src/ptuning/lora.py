@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
+from ptuning.files import Json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 # peft names the adapters of a model after the model as it wraps it.
 PREFIX = "base_model.model."
 ADAPTER = "default"
+# What to do about adapters that do not work: attention's linear modules take them in nearly every model.
+ADVICE = "set lora_targets to names of its other linear modules, such as q_proj,v_proj"
+# The pattern of names that peft makes up; a pattern in a file is run as a regular expression, so no other one is read.
+PATTERN = re.compile(r"(\.\*\\\.)?\w+")
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
@@ -73,14 +78,10 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
         ConfigError: If peft is missing.
         PromptError: If they do not fit the model.
     """
-    peft = _peft()
     try:
-        # Only what adapters are built of is read: a file's other keys could name code to be loaded.
-        saved = json.loads(config)
-        targets = [str(name) for name in saved["target_modules"]]
-        rank, alpha, turned = int(saved["r"]), float(saved["lora_alpha"]), saved["fan_in_fan_out"] is True
-        _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=turned))
-    except (TypeError, ValueError, KeyError) as error:
+        with torch.random.fork_rng(devices=[]):  # their start values are written over
+            _inject(model, _read_config(config))
+    except (TypeError, ValueError) as error:
         raise PromptError(
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
             "they were trained on"
@@ -104,6 +105,29 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
             weight.copy_(tensors[name])
 
 
+def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
+    """Check that a model's adapters come back once they are saved.
+
+    Args:
+        model: With adapters in it.
+        other: The same model without; its layers are replaced, so give it a copy.
+        targets: What they were put on.
+
+    Raises:
+        BackboneError: If they would not, or would be others.
+    """
+    saved = adapter_config(model, backbone="")
+    what = f"adapters of {type(model).__name__} (lora_targets {targets}) could not be loaded again"
+    try:
+        restore_adapters(other, saved, adapter_parameters(model))
+    except PromptError as error:
+        raise BackboneError(f"{what}: {error.__cause__ or error}; {ADVICE}") from error
+    again = json.loads(adapter_config(other, backbone=""))
+    lost = sorted(name for name, value in json.loads(saved).items() if again.get(name) != value)
+    if lost:
+        raise BackboneError(f"{what}: peft builds them of {', '.join(lost)} as well, which is not read; {ADVICE}")
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of a model's adapters, by the names that peft saves them under: without the adapter's name."""
     return {
@@ -116,10 +140,61 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _inject(model: nn.Module, config: object) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft turns it the right way by itself
+        # They match parameters, among which peft does not look for them.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any targeted")
         _peft().inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.float()  # as slots, adapters are float32 whatever the backbone's dtype
+
+
+def _read_config(config: bytes) -> object:
+    """Return what peft builds saved adapters of.
+
+    Only that is read, and only as what it must be: a file's other keys could name code to be loaded.
+    """
+    saved = json.loads(config)
+    if not isinstance(saved, dict):
+        raise TypeError("their config is no JSON object")
+    found = {name: saved.get(name) for name in READ}
+    for name, (wanted, fits) in READ.items():
+        if not fits(found[name]):
+            raise TypeError(f"'{name}' must be {wanted}, and is {json.dumps(found[name])}")
+    given = {name: value for name, value in found.items() if value is not None}
+    return _peft().LoraConfig(**given, inference_mode=True)
+
+
+def _is_rank(value: Json) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_names(value: Json) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _by_pattern(fits: Callable[[Json], bool]) -> Callable[[Json], bool]:
+    """Return what is true of values of a kind by patterns of names, and of none at all."""
+    return lambda value: (
+        value is None
+        or (isinstance(value, dict) and all(PATTERN.fullmatch(name) and fits(one) for name, one in value.items()))
+    )
+
+
+# What adapters are built of, as peft writes it: what it must be, and whether it is. Besides linear modules peft puts
+# them on parameters, which hold all experts of a layer, and gives what is stacked of two modules a rank of its own.
+READ: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
+    "target_modules": ("a list of names", _are_names),
+    "target_parameters": ("a list of names, or null", lambda value: value is None or _are_names(value)),
+    "r": ("a whole number above 0", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "rank_pattern": ("whole numbers above 0 by names", _by_pattern(_is_rank)),
+    "alpha_pattern": ("numbers by names", _by_pattern(_is_number)),
+    "fan_in_fan_out": ("true or false", lambda value: value is None or isinstance(value, bool)),
+}
 
 
 def _peft() -> ModuleType:

@@ -40,7 +40,7 @@ def check_reading(backbone: Backbone) -> None:
                 "one table; use an encoder-decoder model that shares them, as T5 and BART do"
             )
     sides = ("", "decoder_") if backbone.kind == "encoder-decoder" else ("",)
-    with _running(f"{called} cannot read a row of {ids.shape[1]} tokens"):
+    with running(f"{called} cannot read a row of {ids.shape[1]} tokens"):
         plain, embedded = (
             backbone.model(**{side + name: value for side in sides}, attention_mask=ones).logits[0].float()
             for name, value in (("input_ids", ids), ("inputs_embeds", backbone.embed(ids)))
@@ -51,12 +51,12 @@ def check_reading(backbone: Backbone) -> None:
             "filled; use another language model"
         )
     between = (backbone.embed(ids) + backbone.embed(ids.roll(1, dims=1))) / 2  # (1, 3, E)
-    with _running(f"{called} cannot read embeddings that are no token's"):
+    with running(f"{called} cannot read embeddings that are no token's"):
         backbone.model(**{f"{side}inputs_embeds": between.clone() for side in sides}, attention_mask=ones)
-    with _running(f"{called} cannot be asked for logits at some positions"):
+    with running(f"{called} cannot be asked for logits at some positions"):
         asked = _asked(backbone, ids)
     long = max(3, min(LONG_ROW, backbone.tokenizer.max_tokens - 1))
-    with _running(f"{called} cannot read a row of {long} tokens"):
+    with running(f"{called} cannot read a row of {long} tokens"):
         _asked(backbone, ids.repeat(1, long // 3 + 1)[:, :long])
     if backbone.kind != "permuted" and not same_logits(backbone, asked, plain[1:, : backbone.vocabulary]):
         raise BackboneError(
@@ -78,13 +78,13 @@ def check_reading(backbone: Backbone) -> None:
 
 
 @contextlib.contextmanager
-def _running(what: str) -> Iterator[None]:
-    """Turn what a model raises where it is run into an error that says what it cannot do."""
+def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
+    """Turn what a model raises where it is run into an error that says what it cannot do, and what to do."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(f"{what}: {first} ({type(error).__name__}); use another language model") from error
+        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
 
 
 def _asked(backbone: Backbone, ids: Tensor) -> Tensor:

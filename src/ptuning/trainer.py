@@ -25,13 +25,12 @@ from ptuning.encoder import PromptEncoder, start_vectors
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
 from ptuning.fill import BoundTemplate
-from ptuning.lora import add_adapters
 from ptuning.measure import Evaluation, evaluate
 from ptuning.measure import Progress as Progress
 from ptuning.measure import Report as Report
 from ptuning.objective import Item, loss_count
 from ptuning.steps import Chunk, take_step
-from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters
+from ptuning.weights import KeptWeights, TrainedWeights, trained_parameters, with_adapters
 
 # A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
 SAVING_PAUSE = 20.0
@@ -115,17 +114,15 @@ class Trainer:
     def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
         if config.tune == "frozen":
             return backbone
-        other = backbone.copy(share=config.tune == "lora")
-        if config.tune == "lora":
-            add_adapters(
-                other.model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                targets=config.lora_targets,
-                seed=derived_seed(config.seed, "adapter weights"),
-            )
-            other.freeze()
-        return other
+        if config.tune == "tuned":
+            return backbone.copy()
+        return with_adapters(
+            backbone,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            seed=derived_seed(config.seed, "adapter weights"),
+        )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW over the encoder, and over the backbone with a learning rate and decay of its own."""

@@ -20,6 +20,7 @@ from ptuning.backbone import Backbone
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
 from ptuning.files import Json, file_error, file_sha256, make_folder, read_bytes, replacing, write_bytes
+from ptuning.probes import beside_pads, running
 
 PREFIX = ".weights-"
 DIFFERENCE_FILE = "difference.safetensors"
@@ -34,6 +35,31 @@ def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter
     if tune == "frozen":
         return {}
     return lora.adapter_parameters(backbone.model) if tune == "lora" else dict(backbone.model.named_parameters())
+
+
+def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
+    """Return a frozen backbone of its own with new adapters, once it is seen to run with them and to be loaded again.
+
+    Args:
+        backbone: It does not change; the other shares its weights.
+        rank: Of the adapters, as the others for :func:`ptuning.lora.add_adapters`.
+        alpha: What they add is scaled by this, divided by the rank.
+        targets: What they are put on.
+        seed: Of their start values.
+
+    Raises:
+        ConfigError: If peft is missing.
+        BackboneError: If the model has no such layers, or does not run with adapters on them, or if they would not come
+            back once they are saved.
+    """
+    other = backbone.copy(share=True)
+    lora.add_adapters(other.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
+    other.freeze()
+    called = f"{backbone.name}: {type(backbone.model).__name__}"
+    with running(f"{called} cannot run with adapters (lora_targets {targets})", do=lora.ADVICE):
+        beside_pads(other)
+    lora.check_restorable(other.model, backbone.copy(share=True).model, targets=targets)
+    return other
 
 
 @dataclass(frozen=True, eq=False)
