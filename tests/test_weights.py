@@ -118,6 +118,24 @@ def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: Keep, tmp_
     assert not any(weight.requires_grad for weight in other.model.parameters())
 
 
+@pytest.mark.parametrize("keep", ["difference", "whole"])
+@pytest.mark.parametrize("files", [torch.float32, torch.bfloat16])
+def test_weights_trained_in_one_type_and_loaded_in_another(
+    causal: Backbone, keep: Keep, files: torch.dtype, tmp_path: Path
+) -> None:
+    """What docs/tune.md says of untouched rows: rounded as the backbone is, where its files hold more than bfloat16."""
+    causal.model.to(files).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    causal.tokenizer.save(tmp_path)
+    full = load_backbone(tmp_path, dtype="float32", device="cpu")
+    half = load_backbone(tmp_path, dtype="bfloat16", device="cpu")
+    for one, other in ((full, half), (half, full)):
+        trained = moved(one)
+        found = TrainedWeights.of(trained, one, tune="tuned", keep=keep)
+        assert torch.equal(logits(found.into(one)), logits(trained))
+        same = torch.equal(logits(found.into(other)), logits(trained))
+        assert same == (keep == "whole" or files == torch.bfloat16)
+
+
 def test_a_difference_holds_what_changed(causal: Backbone, tmp_path: Path) -> None:
     trained = moved(causal)
     names = [name for name, _ in causal.model.named_parameters()]
