@@ -77,8 +77,9 @@ def test_numbers_of_choices_are_those_of_the_row(listed: list[object], right: ob
 
 def test_an_empty_choice_is_not_right() -> None:
     reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
-    with pytest.raises(RecordError, match="is right, and is none of the 3 choices"):
-        read(reader, {"options": ["", "a", "b"], "label": 0})
+    for right in (0, True):
+        with pytest.raises(RecordError, match="is right, and is none of the 3 choices"):
+            read(reader, {"options": ["", "a", "b"], "label": right})
 
 
 def test_values_that_are_labels_of_others() -> None:

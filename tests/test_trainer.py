@@ -632,10 +632,10 @@ def test_one_record_is_enough(backbone: Backbone) -> None:
 
 
 def test_the_ceiling_is_measured(causal: Backbone) -> None:
-    """Tokens per second of the bare backbone; no number where there is one batch only."""
+    """Tokens per second of the bare backbone, of a single batch as well."""
     items = items_of(causal, TEMPLATE, FACTS)
     assert measure_ceiling(causal, items, batch_size=2, slots=3) > 0
-    assert math.isnan(measure_ceiling(causal, items, batch_size=99, slots=3))
+    assert measure_ceiling(causal, items, batch_size=99, slots=3) > 0
     assert all(weight.grad is None for weight in causal.model.parameters())
 
 

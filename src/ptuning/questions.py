@@ -109,7 +109,8 @@ class ChoiceSource:
         """Return the right ones of the choices as the row lists them: empty and double ones count for their numbers."""
         values = self.right.values(context, where=where)
         if len(values) == 1 and isinstance(values[0], bool):
-            return {listed[0]} if values[0] else {text for text in listed if text != listed[0]}
+            first = _right_one(0, "0", listed, where=where)
+            return {first} if values[0] else {text for text in listed if text != first}
         texts = self.right.texts(context, where=where)
         if not texts:
             raise RecordError(
