@@ -38,7 +38,7 @@ def expected(backbone: Backbone, example: Example, allowed: Sequence[int], slot_
     scores = plain_scores(backbone, example, slot_ids)
     ordered = sorted(allowed, key=lambda token: -float(scores[token]))
     gold = example.target_ids[0]
-    rank = ordered.index(gold) + 1 if gold in ordered else len(ordered) + 1
+    rank = ordered.index(gold) + 1 if gold in ordered else 0
     text = backbone.tokenizer.decode([ordered[0]]).strip()
     return Answer(text, rank == 1, rank, float(scores[ordered[0]]))
 
@@ -72,7 +72,7 @@ def test_ranks_among_a_closed_set_of_tokens(backbone: Backbone) -> None:
     check_same(found, [expected(backbone, one, allowed) for one in bound(backbone, MANUAL).examples(FACTS)])
     outside = [answer for answer, row in zip(found, FACTS, strict=True) if row["y"] not in closed]
     assert outside
-    assert all(answer.rank == 4 and not answer.hit for answer in outside)
+    assert all(answer.rank == 0 and not answer.hit for answer in outside)
     assert {answer.text for answer in found} <= {"good", "yes", "one"}
 
 
@@ -131,10 +131,10 @@ def test_a_closed_set_of_longer_texts_is_ranked_by_their_log_probability(backbon
     for answer, row, ranked in zip(found, records, model.rank(records, prompt, closed), strict=True):
         texts = [candidate.text for candidate in ranked]
         target = row["y"].strip()
-        assert answer.rank == (texts.index(target) + 1 if target in texts else 5)
+        assert answer.rank == (texts.index(target) + 1 if target in texts else 0)
         assert (answer.text, answer.log_prob) == (texts[0], ranked[0].log_prob)
         assert answer.hit == (answer.rank == 1)
-    assert found[2].rank == 5
+    assert found[2].rank == 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_candidates_with_the_targets_score_are_the_answer_before_it() -> None:
     assert answers.among_candidates(("yes",), found) == Answer("no", False, 2, -1.0)
     assert answers.among_candidates(("no",), found) == Answer("yes", False, 2, -1.0)
     assert answers.among_candidates(("one",), found) == Answer("yes", False, 3, -1.0)
-    assert answers.among_candidates(("two",), found).rank == 4
+    assert answers.among_candidates(("two",), found).rank == 0
 
 
 def test_written_answers_are_compared_as_a_whole_and_not_ranked(backbone: Backbone) -> None:

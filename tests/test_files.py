@@ -194,3 +194,14 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: p
         files.publish_folder(tmp_path / "a"),
     ):
         pytest.fail("the block must not run")
+
+
+def test_a_folder_behind_a_link_takes_what_is_published(tmp_path: Path) -> None:
+    """The link used to become a folder of its own, and to stay behind under another name."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    with files.publish_folder(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big" / "a").read_text(encoding="utf-8") == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "link"]

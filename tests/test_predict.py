@@ -17,7 +17,7 @@ from ptuning import model as model_module
 from ptuning.backbone import Backbone
 from ptuning.batch import Batch, collate
 from ptuning.config import Tune
-from ptuning.errors import PromptError, RecordError, TemplateError
+from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
 from ptuning.fill import Example
 from ptuning.labels import LabelWords
 from ptuning.lora import add_adapters
@@ -395,6 +395,8 @@ def test_zero_records(backbone: Backbone) -> None:
     [
         (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
+        (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "it must be sum or mean"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' stands twice"),
         (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),

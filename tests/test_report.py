@@ -460,6 +460,11 @@ def test_one_wording_that_has_run_has_no_spread(lama: Path) -> None:
     assert line.endswith("| 25.0 % | 25.0 % | 0.0 | – |")
 
 
+def test_cells_without_tasks_still_are_a_report(lama: Path) -> None:
+    change(lama, lambda found: found.update(tasks={}))
+    assert write_report(lama).is_file()
+
+
 def test_pictures_of_an_earlier_report_do_not_stay(lama: Path) -> None:
     write_report(lama)
     change(lama, lambda found: found.pop("paraphrases"))

@@ -341,6 +341,24 @@ def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tm
     assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
 
 
+def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
+    """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
+    for tune in ("frozen", "tuned", "lora"):
+        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' stand behind \[Y\]"):
+            run(causal, tmp_path / tune, template="[X] [Y] [P*3]", settings={"tune": tune})
+        assert not (tmp_path / tune).exists()
+
+
+def test_gradients_that_are_off_outside(causal: Backbone) -> None:
+    with torch.no_grad():
+        first = run(causal)
+    with torch.inference_mode():
+        second = run(causal)
+    assert first.prompt.slot_vectors is not None
+    assert second.prompt.slot_vectors is not None
+    assert torch.equal(first.prompt.slot_vectors, second.prompt.slot_vectors)
+
+
 def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
     """Neither resume nor a plain run writes among a user's files; overwrite leaves them alone."""
     (tmp_path / "notes.txt").write_text("mine")

@@ -41,6 +41,14 @@ def test_scores_of_ranked_and_of_written_answers() -> None:
     }
 
 
+def test_a_target_that_is_not_among_the_ranked_counts_nowhere() -> None:
+    """However short the list: one of two wrong answers used to give a reciprocal rank of a third."""
+    found = score_values([Answer("no", False, 0), Answer("yes", True, 1), Answer("no", False, 2)])
+    assert {name: list(scores) for name, scores in found.items() if isinstance(scores, list)} == {
+        "p_at_1": [0.0, 1.0, 0.0], "p_at_10": [0.0, 1.0, 1.0], "mrr": [0.0, 1.0, 0.5], "exact_match": [0.0, 1.0, 0.0],
+    }  # fmt: skip
+
+
 def test_one_metric_is_the_tasks_score() -> None:
     questions, answers = labelled("ttf", "tft")
     found = score_values(answers, questions, ("accuracy",))

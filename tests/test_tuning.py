@@ -247,7 +247,7 @@ def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
     for method in TRAINED:
         found = fit(method, causal, task=closed).answer(as_questions(DEV))
         assert {answer.text for answer in found} <= {"yes", "bad", "one"}
-        assert max(answer.rank or 0 for answer in found) == 4  # a target that is not in it
+        assert 0 in {answer.rank for answer in found}  # a target that is not in it
 
 
 @pytest.mark.parametrize("method", TRAINED)

@@ -111,13 +111,13 @@ def answer_items(
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among candidates, best first; those with a right one's score rank before it. Where nothing is
-    known to be right, the best one is a miss.
+    """Return the answer among candidates, best first; those with a right one's score rank before it. Where none of
+    them is right, the best one is a miss, and the rank 0.
     """
     others = [one for one in found if one.text.strip() not in right]
     own = next((one for one in found if one.text.strip() in right), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-    rank = 1 + sum(own is None or not one.log_prob < own.log_prob for one in others)
+    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob for one in others)
     best = own if own is not None and rank == 1 else others[0]
     return Answer(best.text.strip(), best is own, rank, best.log_prob)
 
@@ -150,7 +150,7 @@ def _among_tokens(
         is_gold = allowed[None] == gold[:, None]  # (N, C)
         own = log_probs.masked_fill(~is_gold, -torch.inf).amax(dim=-1, keepdim=True)  # (N, 1)
         # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-        ranks = 1 + (~(log_probs < own) & ~is_gold).sum(dim=-1)  # (N,)
+        ranks = is_gold.any(dim=-1) * (1 + (~(log_probs < own) & ~is_gold).sum(dim=-1))  # (N,)
         # A target that only shares the first place is not the answer.
         is_shared = is_gold & (ranks > 1)[:, None]  # (N, C)
         best, places = log_probs.masked_fill(is_shared, -torch.inf).max(dim=-1)  # (N,), (N,)

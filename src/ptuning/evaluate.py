@@ -99,10 +99,8 @@ def score_prompt(
         ranks = [
             cast("int", among_candidates((target,), row).rank) for target, row in zip(targets, ranked, strict=True)
         ]
-        known = [target in {text.strip() for text in candidates} for target in targets]
-        missing = known.count(False)
-        inverse = [value if is_known else 0.0 for value, is_known in zip(reciprocal_ranks(ranks), known, strict=True)]
-        scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(inverse)}
+        missing = ranks.count(0)
+        scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(reciprocal_ranks(ranks))}
         if len(candidates) > 10:
             scores["p_at_10"] = score(precision_at(10, ranks))
     return Result(scores, found.loss, found.hits, missing)

@@ -17,7 +17,7 @@ from ptuning.errors import ConfigError, FileError
 from ptuning.files import Json, check_free, make_folder
 from ptuning.measure import Report
 from ptuning.method import METHODS
-from ptuning.names import LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
+from ptuning.names import ALL_METHODS, LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.prompt import versions
 from ptuning.report import write_report
 from ptuning.results import Collector, Results
@@ -28,7 +28,6 @@ from ptuning.tuning import tried_factors
 methods = METHODS
 # What is compared where nobody says; fine-tuning takes an hour and more on a CPU, so it is asked for.
 DEFAULT_METHODS = (*FREE_METHODS, LEARNED)
-ALL_METHODS = "all"
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,8 @@ def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileError: If ``folder`` is taken and ``overwrite`` is not set, or if it cannot be written.
     """
+    if folder.is_symlink():
+        folder = folder.resolve()
     check_free(folder, overwrite=overwrite)
     make_folder(folder.parent)
     try:

@@ -14,7 +14,7 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
 from ptuning.measure import Report
-from ptuning.names import RANDOM_WEIGHTS, is_folder_name
+from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, is_folder_name
 from ptuning.questions import Question, Questions
 from ptuning.records import Record
 from ptuning.tasks import TaskFile
@@ -91,7 +91,8 @@ class Answer:
     Args:
         text: What is answered.
         hit: Whether that is the record's target.
-        rank: One-based rank of the target among the possible answers; None if they were not ranked.
+        rank: One-based rank of the target among the possible answers, 0 if it is none of them; None if they were not
+            ranked.
         log_prob: Natural log-probability of the answer, where there is one.
     """
 
@@ -102,9 +103,9 @@ class Answer:
 
     @classmethod
     def of_ranked(cls, texts: Sequence[str], question: Question) -> Answer:
-        """Return the answer of a method that ranks texts; a target that is not among them ranks behind all."""
+        """Return the answer of a method that ranks texts; a target that is not among them has rank 0."""
         right = question.right
-        rank = next((at for at, text in enumerate(texts, start=1) if text in right), len(texts) + 1)
+        rank = next((at for at, text in enumerate(texts, start=1) if text in right), 0)
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
@@ -187,7 +188,7 @@ class Methods(Mapping[str, Method]):
         Raises:
             ConfigError: If the name is taken, or is no plain name (it becomes a folder).
         """
-        if name in self._methods:
+        if name in self._methods or name == ALL_METHODS:
             raise ConfigError(f"there is a method '{name}' already; choose another name")
         if not is_folder_name(name):
             raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")

@@ -227,16 +227,16 @@ def _array(values: Sequence[float]) -> np.ndarray:
 
 
 def precision_at(k: int, rank_list: Sequence[int]) -> list[float]:
-    """Return 1.0 for each rank within the first ``k`` (P@k per row).
+    """Return 1.0 for each rank within the first ``k`` (P@k per row); rank 0 is that of what is not among the answers.
 
     Source: Petroni et al. (2019), LAMA, section 4.
     """
-    return [float(rank <= k) for rank in rank_list]
+    return [float(0 < rank <= k) for rank in rank_list]
 
 
 def reciprocal_ranks(rank_list: Sequence[int]) -> list[float]:
-    """Return 1 / rank per row; their mean is the MRR."""
-    return [1.0 / rank for rank in rank_list]
+    """Return 1 / rank per row, 0 for rank 0; their mean is the MRR."""
+    return [1.0 / rank if rank else 0.0 for rank in rank_list]
 
 
 def majority(targets: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ RESULTS_FILE = "results.json"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
 
+# What stands for every method where a list is asked for.
+ALL_METHODS = "all"
 MANUAL, LEARNED = "manual", "p-tuning"
 # What is trained along with a prompt (tune), behind the name of a method.
 ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}

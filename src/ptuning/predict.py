@@ -13,7 +13,7 @@ from torch import Tensor
 from ptuning.backbone import Backbone
 from ptuning.batch import Side, collate
 from ptuning.decode import write_answers
-from ptuning.errors import PromptError, RecordError
+from ptuning.errors import ConfigError, PromptError, RecordError
 from ptuning.fill import BoundTemplate, Example
 from ptuning.labels import Normalise
 from ptuning.model import batches, prefix_tokens, target_logits
@@ -153,8 +153,11 @@ class PromptModel:
 
         Raises:
             RecordError: If there are no candidates, or two that are equal.
+            ConfigError: If ``normalise`` is neither.
         """
         _check_candidates(candidates)
+        if normalise not in ("sum", "mean"):
+            raise ConfigError(f"normalise is '{normalise}'; it must be sum or mean")
         each, data = _per_row(prompts, len(records)), as_records(records)
         return self._spread(
             each,
@@ -407,6 +410,8 @@ def choices_of(records: Sequence[Record] | Questions) -> list[Sequence[str]]:
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:
+    if isinstance(candidates, str):
+        raise RecordError(f"candidates are a list of texts, and not the text '{candidates}'")
     if not candidates:
         raise RecordError("there are no candidates to choose from")
     seen: set[str] = set()

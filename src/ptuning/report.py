@@ -304,6 +304,8 @@ def _by_record(findings: Findings, cell: CellRecord | None) -> dict[str, Answer]
 
 
 def _ranked(answer: Answer) -> list[str]:
+    if answer.rank == 0:
+        return ["target is none of the answers"]
     return [] if answer.rank is None else [f"target has rank {answer.rank:,}"]
 
 

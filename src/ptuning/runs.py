@@ -106,7 +106,9 @@ def train(
     )  # fmt: skip
     if run.finished is not None:
         return run.finished
-    with constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants) as shared:
+    parts = constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants)
+    # Whoever calls may have gradients off.
+    with torch.inference_mode(mode=False), torch.enable_grad(), parts as shared:
         for number in range(run.config.starts):
             trainer = run.trainer(number, checkpoint=run.checkpoint(number), constants=shared)
             if not number:
@@ -168,6 +170,11 @@ class Run:
             _check(name, records, words)
         multiline = any("\n" in record[TARGET_FIELD] for record in parts["train"])
         bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
+        if parsed.has_slots and not bound.slots:
+            raise TemplateError(
+                f"all slots of '{parsed}' stand behind [Y], where a model that reads from left to right does not see "
+                "them; move them in front of it"
+            )
         if words is not None:
             words.check_ids(bound, parts["train"][0], unknown_id=backbone.tokenizer.unknown_id)
         items = {name: _items(bound, questions, words, config, scoring) for name, questions in asked.items()}

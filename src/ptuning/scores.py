@@ -8,7 +8,19 @@ from collections.abc import Mapping, Sequence
 
 from ptuning.errors import TaskError
 from ptuning.method import Answer
-from ptuning.metrics import Ratios, Values, all_right, blend, exact_match, f1_of, grouped, macro_f1, word_f1
+from ptuning.metrics import (
+    Ratios,
+    Values,
+    all_right,
+    blend,
+    exact_match,
+    f1_of,
+    grouped,
+    macro_f1,
+    precision_at,
+    reciprocal_ranks,
+    word_f1,
+)
 from ptuning.names import POSITIVE
 from ptuning.questions import Questions
 from ptuning.records import TARGET_FIELD
@@ -50,9 +62,9 @@ def _rank_values(answers: Sequence[Answer]) -> Mapping[str, list[float]]:
     if len(ranks) < len(answers):
         return {"p_at_1": hits, "exact_match": hits}
     return {
-        "p_at_1": [float(rank == 1) for rank in ranks],
-        "p_at_10": [float(rank <= 10) for rank in ranks],
-        "mrr": [1.0 / rank for rank in ranks],
+        "p_at_1": precision_at(1, ranks),
+        "p_at_10": precision_at(10, ranks),
+        "mrr": reciprocal_ranks(ranks),
         "exact_match": hits,
     }
 

@@ -16,11 +16,11 @@ from ptuning.backbone import Backbone
 from ptuning.cells import Job
 from ptuning.config import TrainConfig, Tune, listed_names
 from ptuning.errors import ConfigError, FileError, RecordError
-from ptuning.experiment import ALL_METHODS, Plan, Watch, run_jobs
+from ptuning.experiment import Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method import METHODS, Task
 from ptuning.metrics import correlation
-from ptuning.names import LEARNED, LEARNED_BY_TUNE
+from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
 from ptuning.questions import Question, Questions, split_questions
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.results import Results

@@ -91,9 +91,9 @@ def main(findings: Findings) -> list[Block]:
             ]
         )
     of = (
-        f"means of {counted(len(findings.tasks), 'task')}"
-        if len(findings.tasks) > 1
-        else findings.named(*findings.tasks)
+        findings.named(*findings.tasks)
+        if len(findings.tasks) == 1
+        else f"means of {counted(len(findings.tasks), 'task')}"
     )
     part = "reported" if findings.agreement is not None else "test"
     caption = (
