@@ -134,7 +134,7 @@ def test_a_dry_run_writes_nothing_and_gives_its_estimates(causal: Backbone, tmp_
 
 def test_a_folder_that_is_no_folder_of_results(causal: Backbone, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileError, match="exists and is not empty"):
+    with pytest.raises(FileError, match="holds files, and no results of a benchmark"):
         run(causal, tmp_path)
     with pytest.raises(FileError, match="is no folder"):
         run(causal, tmp_path / "notes.txt")

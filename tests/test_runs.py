@@ -341,6 +341,12 @@ def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tm
     assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
 
 
+@pytest.mark.parametrize("lr", [1e38, 1e308])
+def test_a_learning_rate_that_overflows_is_an_error_of_training(lr: float, causal: Backbone) -> None:
+    with pytest.raises(TrainingError, match=r"overflows .*; lower the learning rate|the loss became nan"):
+        run(causal, settings={"lr": lr, "warmup_fraction": 0.0})
+
+
 def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
     """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
     for tune in ("frozen", "tuned", "lora"):

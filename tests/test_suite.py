@@ -188,7 +188,7 @@ def test_a_method_of_ones_own_takes_a_few_lines(
     scores = found.tasks["task"]["always-yes"]
     assert scores["p_at_1"].value == sum(row["y"] == "yes" for row in TEST) / len(TEST)
     assert scores["mrr"].value == pytest.approx(
-        sum({"yes": 1.0, "no": 0.5}.get(row["y"], 1 / 3) for row in TEST) / len(TEST)
+        sum({"yes": 1.0, "no": 0.5}.get(row["y"], 0.0) for row in TEST) / len(TEST)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -22,8 +22,6 @@ Keep = Literal["difference", "whole"]
 # Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
 # of today's code.
 RECIPE = 4
-# No learning rate of any use is larger; far larger ones overflow in a step.
-MAX_LR = 1000.0
 # Settings that came after results were first written down, and change nothing at their default: a result that does not
 # mention one was made with its default.
 LATER_SETTINGS = (
@@ -113,12 +111,10 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "backbone_lr", "lora_lr"):
-            self._require(name, 0 < getattr(self, name) <= MAX_LR, f"a number above 0, at most {MAX_LR:g}")
-        for name in ("lora_alpha", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
+            self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "a number from 0")
+            self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
         for name in ("warmup_fraction", "dropout", "cache_memory"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")

@@ -336,7 +336,7 @@ class Trainer:
         """Move the weights by the gradients that are there, and count the step.
 
         Raises:
-            TrainingError: If the loss is no number any more.
+            TrainingError: If the loss is no number any more, or the step overflows.
         """
         state = self.state
         summed = torch.stack(self._losses).sum() if self._losses else torch.zeros((), device=self.backbone.device)
@@ -348,7 +348,12 @@ class Trainer:
         loss_sum = float(summed)
         self._check_loss(loss_sum, "loss", state.epoch)
         torch.nn.utils.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error):
+                raise
+            raise TrainingError(f"step {state.step + 1} overflows ({error}); lower the learning rate") from error
         state.epoch_loss_sum += loss_sum
         state.epoch_loss_count += loss_count(group)
         state.step += 1
