@@ -36,7 +36,7 @@ NAMES: Mapping[str, str] = {
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
 # Tables of mean scores over those tasks on which all of some methods ran, by their names on the page.
 PARTS: Mapping[str, Sequence[str]] = {
-    "frozen": ("majority", "manual", LEARNED),
+    "frozen": ("majority", "manual", "in-context", LEARNED),
     "trained": tuple(name for name in NAMES if name != "manual+fine-tuning"),
     "every": tuple(NAMES),
 }
