@@ -17,6 +17,7 @@ from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
 from ptuning.metrics import Score, mean_difference, mean_score, score
+from ptuning.names import LEARNED, RANDOM_WEIGHTS
 from ptuning.pictures import dots
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -26,10 +27,9 @@ NAMES: Mapping[str, str] = {
     "manual": "manual prompt",
     "manual-restricted": "manual prompt, choosing among the relation's objects only",
     "in-context": "examples in context, twelve tried settings",
-    "p-tuning": "**P-tuning**, one tried setting",
+    LEARNED: "**P-tuning**, one tried setting",
 }
 SHORT = ("majority", "manual", "manual, objects only", "in context", "P-tuning")
-LEARNED = "p-tuning"
 # Tables of those relations on which all of some methods ran: by their names on the page, with what heads a column.
 PARTS: Mapping[str, Mapping[str, str]] = {
     "trained": {
@@ -40,7 +40,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     },
     "control": {
         "majority": "majority",
-        f"{LEARNED}@random-weights": "P-tuning, random weights",
+        f"{LEARNED}{RANDOM_WEIGHTS}": "P-tuning, random weights",
         LEARNED: "P-tuning",
     },
 }

@@ -18,11 +18,10 @@ from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
 from ptuning.metrics import mean_difference
-from ptuning.names import called, in_order
+from ptuning.names import LEARNED, LEARNED_BY_TUNE, called, in_order
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE = DOCS / "superglue.json", DOCS / "superglue.md"
-LEARNED = "p-tuning"
 NAMES: Mapping[str, str] = {
     "majority": "majority",
     "manual": "manual",
@@ -30,7 +29,7 @@ NAMES: Mapping[str, str] = {
     "fine-tuning": "fine-tuning",
     "manual+fine-tuning": "manual + fine-tuning",
     LEARNED: "P-tuning, frozen",
-    f"{LEARNED}+fine-tuning": "P-tuning, tuned",
+    LEARNED_BY_TUNE["tuned"]: "P-tuning, tuned",
 }
 # Methods that come out the same whatever the seed; of others, fewer seeds than these are said so.
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3

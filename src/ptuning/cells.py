@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ptuning.files import Json, sha256
 from ptuning.method import Answer, Task
 from ptuning.metrics import Score, Values, rows_of, summary, value_of
+from ptuning.names import TASK_SCORE
 from ptuning.questions import Questions
 from ptuning.records import Records
-from ptuning.scores import TASK_SCORE
 
 CELLS_FOLDER = "cells"
 

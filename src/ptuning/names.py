@@ -25,9 +25,11 @@ POSITIVE = "true"
 # Behind the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 
+# What a task with metrics of its own counts in a mean over tasks: the mean of its metrics.
+TASK_SCORE = "score"
 # Score -> what people call it, in the order of tables.
 SCORES: Mapping[str, str] = {
-    "score": "score",
+    TASK_SCORE: "score",
     "p_at_1": "P@1",
     "p_at_10": "P@10",
     "mrr": "MRR",

@@ -21,14 +21,12 @@ from ptuning.metrics import (
     reciprocal_ranks,
     word_f1,
 )
-from ptuning.names import POSITIVE
+from ptuning.names import POSITIVE, TASK_SCORE
 from ptuning.questions import Questions
 from ptuning.records import TARGET_FIELD
 
 # In the order of tables. RANK_SCORES are what a task has that names no metrics of its own.
 RANK_SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
-# What a task with metrics of its own counts in a mean over tasks: the mean of its metrics.
-TASK_SCORE = "score"
 SCORES = (TASK_SCORE, *RANK_SCORES, "accuracy", "macro_f1", "f1a", "f1")
 
 

@@ -22,11 +22,9 @@ from ptuning.blocks import (
 )
 from ptuning.files import Json
 from ptuning.findings import Estimate, Findings
-from ptuning.names import RANDOM_WEIGHTS, called, in_order
+from ptuning.names import RANDOM_WEIGHTS, TASK_SCORE, called, in_order
 
 SHOWN_HASH_DIGITS = 12
-# The score of tasks that bring metrics of their own: the mean of these.
-TASK_SCORE = "score"
 
 
 def settings(findings: Findings) -> list[Block]:
