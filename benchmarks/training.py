@@ -41,9 +41,9 @@ from benchmarks.material import (
 )
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
-from ptuning.backbone import Backbone
-from ptuning.objective import Item
-from ptuning.records import Record
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.reading import Record
+from ptuning.engine.objective import Item
 
 METHOD = (
     "Samples per second of training steps, in rounds in one process, the three in random order in each. ptuning: its "

@@ -1,0 +1,320 @@
+"""The template language: parse a pattern into pieces, write pieces as a pattern. Knows no tokenizer and no model.
+
+Grammar (every token of it):
+    ``[P]`` ``[P*3]``   one / three slots, started at random
+    ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
+                        literal brackets
+    ``{name}``          the record's field, may be shortened; ``{name!}`` never is
+    ``[X]``             short for ``{x}``
+    ``[Y]``             the target, exactly one
+    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, in front of ``[Y]``
+    ``[[`` ``{{``       literal opening brackets
+    anything else       literal text
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ptuning.data.reading import TARGET_FIELD
+from ptuning.errors import TemplateError
+
+EXPECTED = "expected [P], [P*3], [P:words], [X], [Y] or [>]; write [[ for a literal bracket"
+MAX_SLOTS = 1000
+DEFAULT_FRONT_SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Text that stands in every filled template (the paper's anchors)."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the record; ``keep`` means that it is never shortened."""
+
+    name: str
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A number of slots that start at random."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class TextSlots:
+    """One slot per token of ``text``, started at the embeddings of those tokens (warm start)."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place of the text to predict."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where an encoder-decoder model's template turns to the decoder's side: what follows is read by the decoder."""
+
+
+Piece = Literal | Field | Slots | TextSlots | Target | Turn
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed pattern.
+
+    Args:
+        pieces: The pieces in order, exactly one of them the target; neighbouring literals are joined.
+
+    Raises:
+        TemplateError: If there is not exactly one target, if the target's own field is also an input, or if ``[>]``
+            stands twice or behind the target.
+
+    Example:
+        >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
+        ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
+    """
+
+    pieces: tuple[Piece, ...]
+
+    def __post_init__(self) -> None:
+        targets = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)]
+        if not targets:
+            raise self.error("a template needs one [Y], the place of the target; this one has none", len(self.pieces))
+        if len(targets) > 1:
+            raise self.error("a template has exactly one [Y], this one has two or more", targets[1])
+        turns = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)]
+        if len(turns) > 1:
+            raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
+        if turns and turns[0] > targets[0]:
+            raise self.error("[>] stands behind [Y], but the target is always on the decoder's side", turns[0])
+        for index, piece in enumerate(self.pieces):
+            if isinstance(piece, Field) and piece.name == TARGET_FIELD:
+                raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
+
+    @classmethod
+    def parse(cls, pattern: str) -> Template:
+        """Parse a pattern.
+
+        Raises:
+            TemplateError: With the pattern, a caret at the column, and what was expected.
+        """
+        return cls(tuple(_joined(_scan(pattern))))
+
+    @classmethod
+    def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
+        """Make the learned template of a manual one: its words become slots that start at them.
+
+        ``about``, a noun such as "country", stands in front as ``[P:The country:]``. Without it, a manual template
+        that begins with a field gets three random slots in front, since slots on both sides learn better.
+
+        Raises:
+            TemplateError: If the manual template is malformed or has slots already.
+
+        Example:
+            >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
+            '[P:The country:] [X] [P:is located in] [Y]'
+
+        Source: docs/architecture.md, decision 4 (six LAMA relations).
+        """
+        parsed = cls.parse(manual)
+        for index, piece in enumerate(parsed.pieces):
+            if isinstance(piece, Slots | TextSlots):
+                raise parsed.error("a manual template has no slots; give this one as --template", index)
+        front: list[Piece] = []
+        if about is not None and about.strip():
+            front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
+        elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
+            front = [Slots(DEFAULT_FRONT_SLOTS), Literal(" ")]
+        return cls(tuple(_joined([*front, *_words_to_slots(parsed.pieces)])))
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether anything in the template is learned; a template without slots is a manual prompt."""
+        return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
+
+    @property
+    def turn(self) -> int | None:
+        """Index of ``[>]`` among the pieces, None without one."""
+        return next((index for index, piece in enumerate(self.pieces) if isinstance(piece, Turn)), None)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the record's fields that the template reads, without the target, in order of appearance."""
+        return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
+
+    def without_tail(self) -> tuple[Template, str]:
+        """Return the template up to the target, and the dropped rest as a pattern (for models that write)."""
+        end = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)) + 1
+        return Template(self.pieces[:end]), render(self.pieces[end:])
+
+    def without_slots(self) -> Template:
+        """Return the template with the words that slots start at in their place; slots that start at random are left
+        out, and a space beside them.
+
+        Example:
+            >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
+            '[X] is [Y]'
+        """
+        left: list[Piece] = []
+        for piece in self.pieces:
+            if isinstance(piece, Slots):
+                continue
+            if isinstance(piece, TextSlots):
+                left.append(Literal(piece.text))
+                continue
+            last = left[-1] if left else Literal(" ")
+            if isinstance(piece, Literal) and isinstance(last, Literal) and last.text.endswith(" "):
+                piece = Literal(piece.text.removeprefix(" "))
+            if piece != Literal(""):
+                left.append(piece)
+        return Template(tuple(_joined(left)))
+
+    def error(self, message: str, index: int) -> TemplateError:
+        """Return the error that shows the template with a caret under the piece at ``index``."""
+        return TemplateError(message, pattern=str(self), column=len(render(self.pieces[:index])))
+
+    def __str__(self) -> str:
+        return render(self.pieces)
+
+
+def render(pieces: Iterable[Piece]) -> str:
+    """Write pieces as a pattern; ``Template.parse`` reads the same pieces back."""
+    written = []
+    for piece in pieces:
+        match piece:
+            case Literal(text):
+                written.append(text.replace("[", "[[").replace("{", "{{"))
+            case Field(name, keep):
+                written.append("[X]" if name == "x" and not keep else f"{{{name}{'!' if keep else ''}}}")
+            case Slots(count):
+                written.append("[P]" if count == 1 else f"[P*{count}]")
+            case TextSlots(text):
+                written.append(f"[P:{text.replace('[', '[[').replace(']', ']]')}]")
+            case Target():
+                written.append("[Y]")
+            case Turn():
+                written.append("[>]")
+    return "".join(written)
+
+
+def _scan(pattern: str) -> list[Piece]:
+    pieces: list[Piece] = []
+    at = 0
+    while at < len(pattern):
+        if pattern.startswith(("[[", "{{"), at):
+            pieces.append(Literal(pattern[at]))
+            at += 2
+        elif pattern[at] == "[":
+            piece, at = _bracket(pattern, at)
+            pieces.append(piece)
+        elif pattern[at] == "{":
+            piece, at = _field(pattern, at)
+            pieces.append(piece)
+        else:
+            end = next((i for i in range(at, len(pattern)) if pattern[i] in "[{"), len(pattern))
+            pieces.append(Literal(pattern[at:end]))
+            at = end
+    return pieces
+
+
+def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
+    if pattern.startswith("[P:", start):
+        return _text_slots(pattern, start)
+    end = pattern.find("]", start)
+    if end < 0:
+        raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
+    inside = pattern[start + 1 : end]
+    if inside == "X":
+        return Field("x"), end + 1
+    if inside == "Y":
+        return Target(), end + 1
+    if inside == ">":
+        return Turn(), end + 1
+    if inside == "P":
+        return Slots(1), end + 1
+    counted = re.fullmatch(r"P\*([0-9]+)", inside)
+    if counted is None:
+        raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
+    count = int(counted[1]) if len(counted[1]) < 7 else MAX_SLOTS + 1
+    if not 1 <= count <= MAX_SLOTS:
+        raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[1]}", pattern=pattern, column=start)
+    return Slots(count), end + 1
+
+
+def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
+    text: list[str] = []
+    at = start + len("[P:")
+    while at < len(pattern):
+        if pattern.startswith(("[[", "]]"), at):
+            text.append(pattern[at])
+            at += 2
+        elif pattern[at] == "[":
+            raise TemplateError(
+                "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them",
+                pattern=pattern,
+                column=start,
+            )
+        elif pattern[at] == "]":
+            if not "".join(text).strip():
+                raise TemplateError(
+                    "[P:words] without words; write [P] for one slot that starts at random",
+                    pattern=pattern,
+                    column=start,
+                )
+            return TextSlots("".join(text)), at + 1
+        else:
+            text.append(pattern[at])
+            at += 1
+    raise TemplateError("unclosed bracket; expected ] after the words of [P:words]", pattern=pattern, column=start)
+
+
+def _field(pattern: str, start: int) -> tuple[Field, int]:
+    end = pattern.find("}", start)
+    if end < 0:
+        raise TemplateError(
+            "unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern, column=start
+        )
+    inside = pattern[start + 1 : end]
+    keep = inside.endswith("!")
+    name = inside[:-1] if keep else inside
+    if not name.strip() or name != name.strip() or "{" in name or "[" in name:
+        raise TemplateError(
+            "a field's name stands in braces; expected {field} or {field!}", pattern=pattern, column=start
+        )
+    return Field(name, keep), end + 1
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if isinstance(piece, Literal) and isinstance(last, Literal):
+            joined[-1] = Literal(last.text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
+    turned: list[Piece] = []
+    for piece in pieces:
+        # Punctuation alone stays an anchor: it holds the sentence together and has no wording to learn.
+        if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
+            turned.append(piece)
+            continue
+        words = piece.text.strip()
+        before, after = piece.text.split(words, 1)
+        turned += [Literal(before)] if before else []
+        turned.append(TextSlots(words))
+        turned += [Literal(after)] if after else []
+    return turned
