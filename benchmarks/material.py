@@ -14,10 +14,13 @@ from typing import cast
 import torch
 
 from benchmarks.common import Settings
-from ptuning.backbone.backbone import Backbone, Dtype, load_backbone
-from ptuning.data.reading import SPLITS, Record, Records, load_records, shipped_facts
-from ptuning.engine.evaluate import Progress, item_batch
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import Dtype, load_backbone
+from ptuning.data.reading import SPLITS, load_records, shipped_facts
+from ptuning.engine.evaluate import item_batch
 from ptuning.engine.objective import Item, label_items, target_items
+from ptuning.progress import Progress
+from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template

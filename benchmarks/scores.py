@@ -24,8 +24,9 @@ from benchmarks.material import backbone_of, bind, items_of, mean_tokens, synchr
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Records, load_records, split_records
-from ptuning.engine.evaluate import Progress
+from ptuning.data.reading import load_records, split_records
+from ptuning.progress import Progress
+from ptuning.records import Records
 from ptuning.template.language import Template
 from ptuning.training.trainer import TrainConfig, Trainer
 

@@ -42,8 +42,8 @@ from benchmarks.material import (
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Record
 from ptuning.engine.objective import Item
+from ptuning.records import Record
 
 METHOD = (
     "Samples per second of training steps, in rounds in one process, the three in random order in each. ptuning: its "

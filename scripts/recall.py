@@ -28,10 +28,11 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 import ptuning
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.tokenizer import TextTokenizer
-from ptuning.data.reading import SPLITS, TARGET_FIELD, Records, split_records
+from ptuning.data.reading import SPLITS, split_records
 from ptuning.files import Json, check_free, make_folder, write_json, write_json_lines, write_text
 from ptuning.prompt.answer import answer_records
-from ptuning.prompt.prompt import versions
+from ptuning.provenance import versions
+from ptuning.records import TARGET_FIELD, Records
 from ptuning.statistics import Score, majority, mean_difference, score
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template

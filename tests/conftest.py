@@ -33,10 +33,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from ptuning.backbone.backbone import Backbone, load_backbone
-from ptuning.data.reading import Record, as_records
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.engine.objective import Item, target_items
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Template
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ptuning.provenance import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from ptuning.backbone.backbone import load_backbone as load_backbone
+    from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.data.reading import load_records as load_records
     from ptuning.errors import PTuningError as PTuningError

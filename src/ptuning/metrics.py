@@ -4,13 +4,13 @@ metrics. Knows no method and no table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from ptuning.data.questions import Questions
-from ptuning.data.reading import TARGET_FIELD
 from ptuning.errors import TaskError
-from ptuning.method.base import Answer
 from ptuning.names import POSITIVE, TASK_SCORE
+from ptuning.records import TARGET_FIELD, Record
 from ptuning.statistics import (
     Ratios,
     Values,
@@ -25,13 +25,49 @@ from ptuning.statistics import (
     word_f1,
 )
 
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one record.
+
+    Args:
+        text: What is answered.
+        hit: Whether that is the record's target.
+        rank: One-based rank of the target among the possible answers, 0 if it is none of them; None if they were not
+            ranked.
+        log_prob: Natural log-probability of the answer, where there is one.
+    """
+
+    text: str
+    hit: bool
+    rank: int | None = None
+    log_prob: float | None = None
+
+    @classmethod
+    def of_ranked(cls, texts: Sequence[str], right: Collection[str]) -> Answer:
+        """Return the answer of a method that ranks texts; a target that is not among them has rank 0."""
+        rank = next((at for at, text in enumerate(texts, start=1) if text in right), 0)
+        return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
+
+
+class Asked(Protocol):
+    """What scoring needs of a question: its record with the target, its right answers, what it is grouped by."""
+
+    @property
+    def record(self) -> Record: ...  # noqa: D102
+    @property
+    def right(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def group(self) -> str | None: ...  # noqa: D102
+
+
 # In the order of tables. RANK_SCORES are what a task has that names no metrics of its own.
 RANK_SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
 SCORES = (TASK_SCORE, *RANK_SCORES, "accuracy", "macro_f1", "f1a", "f1")
 
 
 def score_values(
-    answers: Sequence[Answer], questions: Questions | None = None, metrics: Sequence[str] = ()
+    answers: Sequence[Answer], questions: Sequence[Asked] | None = None, metrics: Sequence[str] = ()
 ) -> dict[str, Values]:
     """Return score -> values of a task.
 
@@ -67,7 +103,7 @@ def _rank_values(answers: Sequence[Answer]) -> Mapping[str, list[float]]:
     }
 
 
-def _metric(name: str, questions: Questions, answers: Sequence[Answer]) -> list[float] | Ratios:
+def _metric(name: str, questions: Sequence[Asked], answers: Sequence[Answer]) -> list[float] | Ratios:
     said = [answer.text for answer in answers]
     if name == "accuracy":
         return [float(answer.hit) for answer in answers]
@@ -86,10 +122,10 @@ def _metric(name: str, questions: Questions, answers: Sequence[Answer]) -> list[
     raise TaskError(f"unknown metric '{name}'; known: accuracy, macro_f1, f1a, f1, exact_match")
 
 
-def _targets(questions: Questions) -> list[str]:
+def _targets(questions: Sequence[Asked]) -> list[str]:
     return [question.record[TARGET_FIELD].strip() for question in questions]
 
 
-def _groups(questions: Questions) -> list[str]:
+def _groups(questions: Sequence[Asked]) -> list[str]:
     """Return the group of each row; one that has none is one of its own."""
     return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(questions)]

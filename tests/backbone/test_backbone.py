@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 import ptuning.backbone.backbone
 import ptuning.engine.passes
-from ptuning.backbone import hub
-from ptuning.backbone.backbone import Backbone, load_backbone, load_tokenizer
-from ptuning.backbone.hub import find_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone, load_tokenizer
+from ptuning.backbone.sources import find_backbone
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -340,7 +340,7 @@ def test_the_hub_is_asked_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     with pytest.raises(BackboneError, match=r"the hub cannot be reached \(ConnectionError\)"):
-        hub.find_backbone("owner/model-that-is-nowhere")
+        find_backbone("owner/model-that-is-nowhere")
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:

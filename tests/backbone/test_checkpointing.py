@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import layers_of, recomputing
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Record
 from ptuning.engine import passes, prefix_cache
 from ptuning.engine.evaluate import item_batch
 from ptuning.engine.objective import Item
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import TrainingError
+from ptuning.progress import Interrupted
+from ptuning.records import Record
 from ptuning.training.memory import LiveTensors
-from ptuning.training.trainer import Interrupted, Trainer
+from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, bound, items_of
 from tests.families import FAMILIES, TEMPLATE, TWO_SIDED, backbone_of, own_copy
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import ptuning
 import ptuning.engine.passes
-from ptuning.backbone.backbone import Backbone, load_backbone, load_tokenizer
+from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.families import COLUMNS, TESTED, as_markdown
 from ptuning.backbone.families import families as shipped
+from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Record
 from ptuning.engine.batch import collate
 from ptuning.engine.generate import Written, write_answers
 from ptuning.engine.passes import prefix_tokens, target_logits
@@ -27,6 +27,7 @@ from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record
 from ptuning.template.fill import FILLS_MASKS, Example
 from ptuning.training.trainer import Trainer
 from tests import families

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.probes import check_reading
 from ptuning.errors import BackboneError
 from tests.conftest import make_tokenizer

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from ptuning.backbone import sources
-from ptuning.backbone.backbone import load_backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.sources import BACKBONE, KNOWN, MANIFEST, STALE_SECONDS, cached_folder, is_cached
 from ptuning.errors import BackboneError, FileError
 

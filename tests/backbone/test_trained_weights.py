@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from ptuning.backbone import lora
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import (
     DIFFERENCE_FILE,

@@ -28,7 +28,7 @@ import ptuning.training.run
 from ptuning import Prompt
 from ptuning.cli import app, terminal
 from ptuning.data.reading import shipped_facts
-from ptuning.engine.evaluate import Progress
+from ptuning.progress import Progress
 from tests.conftest import make_model
 
 FACTS = [

@@ -13,8 +13,8 @@ import pytest
 import ptuning.method.tuned
 import ptuning.training.run
 from ptuning.cli import terminal
-from ptuning.engine.evaluate import Progress
 from ptuning.method.base import METHODS, Solution
+from ptuning.progress import Progress
 from tests.cli.test_app import call, fails, works
 from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
 from tests.experiment.test_paraphrases import PATTERNS

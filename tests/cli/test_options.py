@@ -15,8 +15,8 @@ from ptuning.cli import options
 from ptuning.config import TrainConfig
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError
+from ptuning.progress import Interrupted
 from ptuning.prompt.prompt import Prompt
-from ptuning.training.trainer import Interrupted
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from ptuning.cli import show_experiments, terminal
 from ptuning.cli.terminal import duration
-from ptuning.engine.evaluate import Progress
 from ptuning.experiment.cells import Cell, CellResult
 from ptuning.experiment.dry_run import Estimate
 from ptuning.experiment.results import Collector, Results
 from ptuning.experiment.suite import Suite
+from ptuning.progress import Progress
 from tests.cli.test_terminal import Screen
 
 

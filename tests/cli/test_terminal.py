@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from ptuning.cli import terminal
-from ptuning.engine.evaluate import Progress
+from ptuning.progress import Progress
 
 
 class Screen(io.StringIO):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions, with_few_choices
-from ptuning.data.reading import Records
 from ptuning.data.row_paths import Source
 from ptuning.errors import RecordError
+from ptuning.records import Records
 
 at = Source.parse
 LABELLED = Reader({"x": at("text")}, labels=("true", "false"), values={"y": {"1": "true", "0": "false"}})

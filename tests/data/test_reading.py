@@ -9,9 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptuning.data.reading import Records, as_records, load_records, read_rows, require_targets, split_records
+from ptuning.data.reading import load_records, read_rows, split_records
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
+from ptuning.records import Records, as_records, require_targets
 
 ROWS = [{"x": "Kenya", "y": "Nairobi"}, {"x": "São Tomé", "y": '"b", a'}]
 

@@ -17,10 +17,10 @@ import pyarrow.parquet
 import pytest
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Record, Records
 from ptuning.data.relations import Relation, Split, read_relations, split_relation
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
+from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from tests.conftest import bound, spoken
 

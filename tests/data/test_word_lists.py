@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.word_lists import Listed, OneToken, read_vocabulary
+from ptuning.data.word_lists import read_vocabulary
 from ptuning.errors import FileError, TemplateError
+from ptuning.experiment.lama import Listed, OneToken
 from ptuning.template.language import Template
 from tests.conftest import bound
 

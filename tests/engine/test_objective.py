@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question, Questions
-from ptuning.data.reading import as_records
 from ptuning.engine.evaluate import item_batch
 from ptuning.engine.objective import (
     Choice,
@@ -29,6 +28,7 @@ from ptuning.engine.objective import (
 )
 from ptuning.engine.passes import target_logits
 from ptuning.errors import RecordError, TemplateError
+from ptuning.records import as_records
 from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords, Scoring
 from tests.conftest import RECORDS, bound, items_of, learned

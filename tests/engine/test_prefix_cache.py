@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Record, as_records
 from ptuning.engine import prefix_cache
 from ptuning.engine.batch import collate
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
 from tests.conftest import CAUSAL, bound
 

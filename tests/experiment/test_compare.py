@@ -12,12 +12,13 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Record, Records, split_records
+from ptuning.data.reading import split_records
 from ptuning.data.relations import read_relations
 from ptuning.errors import FileError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare, lama, relation_job
 from ptuning.experiment.results import Results
+from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from tests.conftest import bound
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
-from ptuning.engine.evaluate import Progress
 from ptuning.errors import FileError, TrainingError
 from ptuning.experiment.demo import MANUAL, DemoResult, run_demo
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import VECTORS_FILE, Prompt
 from ptuning.statistics import majority, score
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 from ptuning.training.run import train
-from ptuning.training.trainer import Interrupted
 
 # Free vectors and few epochs: what is tested is what the demo leaves, not what it learns.
 CONFIG = TrainConfig(epochs=2, encoder="none", batch_size=32)

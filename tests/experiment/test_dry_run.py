@@ -12,7 +12,6 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import Record
 from ptuning.experiment import dry_run as module
 from ptuning.experiment.cells import Job
 from ptuning.experiment.dry_run import Estimate, estimate
@@ -20,6 +19,7 @@ from ptuning.experiment.plan import methods as known
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Setup, Task
 from ptuning.method.baselines import in_context_tokens
+from ptuning.records import Record
 from ptuning.template.language import Template
 from tests.conftest import WARM, bound
 

@@ -12,12 +12,12 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Records
 from ptuning.data.relations import Relation
 from ptuning.errors import RecordError
 from ptuning.experiment.cells import Cell, CellResult
 from ptuning.experiment.paraphrases import paraphrases, spread, usable_wordings
 from ptuning.experiment.results import Collector, Results
+from ptuning.records import Records
 from tests.conftest import bound
 from tests.experiment.test_compare import LIST, ROWS, lines
 

@@ -12,14 +12,14 @@ import ptuning.experiment.plan
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import Record
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.plan import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.experiment.results import Results
 from ptuning.method.base import METHODS, Task
+from ptuning.progress import Interrupted
+from ptuning.records import Record
 from ptuning.template.language import Template
-from ptuning.training.trainer import Interrupted
 
 WORDS = ("yes", "good", "great")
 FACTS: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(12)]

@@ -20,7 +20,6 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import Record, Records
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.experiment.cells import Cell, Job
 from ptuning.experiment.compare import compare
@@ -28,10 +27,12 @@ from ptuning.experiment.plan import Watch
 from ptuning.experiment.results import Results
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.progress import Interrupted
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from ptuning.training import fleet, step, train_fleet
-from ptuning.training.trainer import Interrupted, Trainer
+from ptuning.training.trainer import Trainer
 from tests.conftest import WARM
 
 MANUAL = "The capital of [X] is [Y] ."

@@ -7,7 +7,8 @@ import pytest
 from ptuning.data.questions import Question, as_questions
 from ptuning.errors import ConfigError
 from ptuning.experiment.plan import methods
-from ptuning.method.base import METHODS, Answer, Methods, Setup, Solution, Task
+from ptuning.method.base import METHODS, Methods, Setup, Solution, Task
+from ptuning.metrics import Answer
 
 
 def nothing(_: Task, __: Setup) -> Solution:
@@ -15,10 +16,10 @@ def nothing(_: Task, __: Setup) -> Solution:
 
 
 def test_an_answer_among_ranked_texts() -> None:
-    assert Answer.of_ranked(["yes", "no"], Question({"y": "yes"})) == Answer("yes", True, 1)
-    assert Answer.of_ranked(["yes", "no"], Question({"y": " no\n"})) == Answer("yes", False, 2)
-    assert Answer.of_ranked(["yes", "no"], Question({"y": "maybe"})) == Answer("yes", False, 0)
-    assert Answer.of_ranked([], Question({"y": "maybe"})) == Answer("", False, 0)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": "yes"}).right) == Answer("yes", True, 1)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": " no\n"}).right) == Answer("yes", False, 2)
+    assert Answer.of_ranked(["yes", "no"], Question({"y": "maybe"}).right) == Answer("yes", False, 0)
+    assert Answer.of_ranked([], Question({"y": "maybe"}).right) == Answer("", False, 0)
 
 
 def test_a_solution_of_a_ranking_answers_each_record() -> None:

@@ -11,10 +11,9 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.reading import Record, Records
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.method import baselines
-from ptuning.method.base import Answer, Setup, Solution, Task
+from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.baselines import (
     example_counts,
     filled,
@@ -26,9 +25,11 @@ from ptuning.method.baselines import (
     target_tokens,
     with_examples,
 )
+from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
 from ptuning.template.language import Template
 from tests.conftest import WARM, bound
 

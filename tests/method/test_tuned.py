@@ -13,21 +13,22 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import Record, Records
 from ptuning.engine import passes, prefix_cache
-from ptuning.engine.evaluate import Progress
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import ConfigError
 from ptuning.method import tuned
-from ptuning.method.base import METHODS, Answer, Setup, Solution, Task
+from ptuning.method.base import METHODS, Setup, Solution, Task
 from ptuning.method.tuned import TRIED_FACTORS, bare, tried_factors
+from ptuning.metrics import Answer
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
 from ptuning.template.fill import Ids
 from ptuning.template.language import Template
 from ptuning.training import step as steps
-from ptuning.training.trainer import Interrupted, Trainer
+from ptuning.training.trainer import Trainer
 
 MANUAL = "The capital of [X] is [Y] ."
 WORDS = ("yes", "good", "great", "bad")

@@ -15,10 +15,10 @@ import torch
 from benchmarks import common, goals, material, peer, picture, report, run, scaling, scores
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import as_records
 from ptuning.engine.batch import collate
 from ptuning.engine.objective import label_items
 from ptuning.engine.passes import target_logits
+from ptuning.records import as_records
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, bound, items_of, learned
 

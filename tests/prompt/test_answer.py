@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Records
 from ptuning.engine.batch import Batch
-from ptuning.engine.evaluate import Progress
 from ptuning.errors import RecordError
-from ptuning.method.base import Answer
+from ptuning.metrics import Answer
+from ptuning.progress import Progress
 from ptuning.prompt import answer as answers
 from ptuning.prompt.answer import answer_records, token_ids_of
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Records
 from ptuning.template.fill import Example
 from tests.conftest import bound, learned, plain_logits, spoken
 

@@ -11,13 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from ptuning.backbone.backbone import Backbone, load_backbone
-from ptuning.data.reading import as_records
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.errors import PromptError
 from ptuning.prompt.inspect import NEAREST, inspect_prompt
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.records import as_records
 from tests.conftest import RECORDS, bound, learned
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"

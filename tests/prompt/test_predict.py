@@ -16,7 +16,6 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import Tune
-from ptuning.data.reading import Record
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import passes as model_module
 from ptuning.engine.batch import Batch, collate
@@ -24,6 +23,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record
 from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords
 from tests.conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned
@@ -492,13 +492,13 @@ def test_a_vocabulary_padded_in_the_model(backbone: Backbone) -> None:
 
 def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records are cleaned once each, not once per record and record."""
-    from ptuning.data import reading
+    from ptuning import records
     from ptuning.prompt import predict
 
     calls = []
-    real = reading.as_records
+    real = records.as_records
 
-    def counted(data: Sequence[Record]) -> reading.Records:
+    def counted(data: Sequence[Record]) -> records.Records:
         calls.append(len(data))
         return real(data)
 

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError, PTuningError, TemplateError

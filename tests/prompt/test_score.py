@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Record, Records, as_records
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, RecordError
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import candidates_of, prediction_rows, score_prompt
+from ptuning.records import Record, Records, as_records
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, bound, learned
 

@@ -19,6 +19,7 @@ class Words:
     prefix_ids: Ids = ()
     suffix_ids: Ids = ()
     mask_id: int | None = None
+    unknown_id: int | None = None
     stop_id: int | None = None
     line_end_id: int | None = None
     gap = Gap()

@@ -6,8 +6,7 @@ import pytest
 
 from ptuning.data.questions import Question, Questions
 from ptuning.errors import TaskError
-from ptuning.method.base import Answer
-from ptuning.metrics import score_values
+from ptuning.metrics import Answer, score_values
 from ptuning.statistics import rows_of, value_of
 
 

@@ -18,14 +18,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig, start_seed
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Record, as_records, load_records
+from ptuning.data.reading import load_records
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import prefix_cache as constants
 from ptuning.engine.batch import Batch
-from ptuning.engine.evaluate import Evaluation, Progress
+from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import (
@@ -39,14 +40,16 @@ from ptuning.errors import (
 )
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.records import Record, as_records
 from ptuning.template.fill import Ids
 from ptuning.template.labels import LabelWords
 from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.run import Run, TrainResult, train
-from ptuning.training.trainer import Interrupted, Trainer
+from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"

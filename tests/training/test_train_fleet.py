@@ -17,18 +17,19 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Record, load_records
+from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
-from ptuning.engine.evaluate import Progress
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, Progress
+from ptuning.records import Record
 from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
 from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
 from ptuning.training.run import TrainResult, train
 from ptuning.training.train_fleet import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
-from ptuning.training.trainer import Interrupted, Trainer
+from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
@@ -260,7 +261,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "from pathlib import Path\n"
         "from dataclasses import replace\n"
-        "from ptuning.backbone.backbone import load_backbone\n"
+        "from ptuning.backbone.loading import load_backbone\n"
         "from ptuning.training.train_fleet import train_fleet\n"
         "from tests.training.test_train_fleet import EVERY\n"
         "from ptuning.training import fleet\n"

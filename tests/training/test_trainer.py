@@ -17,26 +17,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptuning.backbone.backbone import Backbone, load_backbone
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
-from ptuning.data.reading import Record, as_records
 from ptuning.engine import evaluate, prefix_cache
 from ptuning.engine.batch import Batch
-from ptuning.engine.evaluate import Evaluation, Progress, item_batch, measure_ceiling
+from ptuning.engine.evaluate import Evaluation, item_batch, measure_ceiling
 from ptuning.engine.objective import Item, label_items, loss, loss_count, score_choices
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record, as_records
 from ptuning.template.fill import Ids
 from ptuning.template.labels import LabelWords
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.step import Chunk
-from ptuning.training.trainer import Interrupted, Trainer, rate
+from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
 
@@ -470,7 +472,7 @@ def test_two_processes_learn_what_one_learns(
         "import sys, torch\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "import tests.training.test_trainer as t\n"
-        "from ptuning.backbone.backbone import load_backbone\n"
+        "from ptuning.backbone.loading import load_backbone\n"
         f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
         "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
         "assert found.accelerator.num_processes == 2\n"

@@ -10,9 +10,9 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Record
 from ptuning.engine import prefix_cache
-from ptuning.engine.evaluate import Progress
+from ptuning.progress import Progress
+from ptuning.records import Record
 from ptuning.training import trial
 from ptuning.training.run import Run
 from ptuning.training.trial import Seen, along, padded, spread, timed, try_out

@@ -6,15 +6,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, same_logits
 from ptuning.errors import BackboneError
-
-if TYPE_CHECKING:
-    from ptuning.backbone.backbone import Backbone
 
 # Tokens of one longer row: no multiple of the pieces that some models cut rows into (Reformer), of 64 and less.
 LONG_ROW = 67
@@ -30,7 +27,7 @@ def check_reading(backbone: Backbone) -> None:
             do.
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
-    ids = _probe_ids(backbone)[None]  # (1, 3)
+    ids = probe_ids(backbone)[None]  # (1, 3)
     ones = torch.ones_like(ids)
     if backbone.kind == "encoder-decoder":
         decoder = backbone.table_of(backbone.model.get_decoder())
@@ -101,37 +98,3 @@ def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
         encoder_tokens=split,
     )
     return logits
-
-
-def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
-    """Return the logits at the last token of a row (of a decoder's only token), (1, V), with pads beside it."""
-    ids = nn.functional.pad(_probe_ids(backbone)[None], (left, right))  # (1, T)
-    mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
-    positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
-    if backbone.kind == "encoder-decoder":
-        encoder_tokens = at = ids.shape[1]
-        ids, mask = (torch.cat([value, value[:, left : left + 1]], dim=1) for value in (ids, mask))
-        positions = nn.functional.pad(positions, (0, 1))
-    logits, _ = backbone.run(
-        backbone.embed(ids),
-        mask=mask,
-        positions=positions,
-        rows=torch.zeros(1, dtype=torch.int64, device=backbone.device),
-        cols=torch.tensor([at], device=backbone.device),
-        encoder_tokens=encoder_tokens,
-    )
-    return logits
-
-
-def _probe_ids(backbone: Backbone) -> Tensor:
-    """Return three token ids, (3,); none is what the model itself takes for a pad."""
-    padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)
-    usable = [token for token in range(min(6, backbone.embedding_rows)) if token != padding]
-    return torch.tensor(usable[-3:], device=backbone.device)
-
-
-def same_logits(backbone: Backbone, one: Tensor, other: Tensor) -> bool:
-    """Whether logits are equal up to what another order of sums makes in the backbone's type."""
-    tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
-    scale = max(1.0, float(one.abs().max()))
-    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

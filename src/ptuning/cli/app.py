@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import ptuning
 from ptuning.backbone import sources
 from ptuning.cli import estimate, experiments, fleet, tasks, terminal
 from ptuning.cli.options import (
@@ -68,6 +67,7 @@ from ptuning.cli.options import (
     tune_options,
 )
 from ptuning.errors import ConfigError, PTuningError, RecordError
+from ptuning.provenance import VERSION
 from ptuning.template.fill import FILLS_MASKS
 
 # Records answered between two steps of the progress bar.
@@ -134,7 +134,7 @@ def common(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if version:
-        typer.echo(f"ptuning {ptuning.__version__}")
+        typer.echo(f"ptuning {VERSION}")
         raise typer.Exit
 
 
@@ -231,7 +231,7 @@ def evaluate(
     Example: ptuning eval capitals --data capitals:test
     """
     from ptuning.data.questions import as_questions
-    from ptuning.data.reading import require_targets
+    from ptuning.records import require_targets
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
@@ -285,7 +285,7 @@ def predict(
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
-    from ptuning.engine.evaluate import Progress
+    from ptuning.progress import Progress
     from ptuning.prompt.predict import PromptModel
 
     model, found = PromptModel(loaded, force=force), []
@@ -347,7 +347,7 @@ def show_template(
         row = dict(rows[0])
     name = backbone if backbone is not None else sources.BACKBONE
     with terminal.loading(name):
-        from ptuning.backbone.backbone import load_tokenizer
+        from ptuning.backbone.loading import load_tokenizer
         from ptuning.template.fill import BoundTemplate
 
         tokenizer, kind = load_tokenizer(name)

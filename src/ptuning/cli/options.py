@@ -25,12 +25,13 @@ from ptuning.errors import ConfigError, FileError, RecordError, closest
 from ptuning.names import CHECKPOINT_FOLDER, RESULTS_FILE, RUN_FILE
 
 if TYPE_CHECKING:
-    from ptuning.backbone.backbone import Backbone, Dtype
+    from ptuning.backbone.backbone import Backbone
+    from ptuning.backbone.loading import Dtype
     from ptuning.data.questions import Questions
-    from ptuning.data.reading import Records
     from ptuning.data.task_files import TaskFile
-    from ptuning.engine.evaluate import Report
+    from ptuning.progress import OnProgress
     from ptuning.prompt.prompt import Prompt
+    from ptuning.records import Records
     from ptuning.template.labels import Normalise
     from ptuning.template.language import Template
 
@@ -303,7 +304,8 @@ def data_to_answer(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
 ) -> Records | Questions:
     """Read what is to be answered: a text, data, or the standard input; by the prompt's task where it has one."""
-    from ptuning.data.reading import Records, raw_rows, read_rows
+    from ptuning.data.reading import raw_rows, read_rows
+    from ptuning.records import Records
 
     if (text is None) == (data is None):
         raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
@@ -326,9 +328,10 @@ def data_to_answer(
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
     """Read candidates: a text file with one per line, the targets of a data file, or those of the training part."""
-    from ptuning.data.reading import TARGET_FIELD, load_records
+    from ptuning.data.reading import load_records
     from ptuning.files import read_bytes
     from ptuning.prompt.score import candidates_of
+    from ptuning.records import TARGET_FIELD
 
     if source == "train" and not Path(source).exists():
         source = _training_part(prompt, data)
@@ -366,15 +369,15 @@ def load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = N
     own = prompt.backbone.name if prompt is not None and prompt.backbone is not None else sources.BACKBONE
     chosen = name if name is not None else own
     with terminal.loading(chosen):
-        from ptuning.backbone.backbone import load_backbone
+        from ptuning.backbone.loading import load_backbone
 
         return load_backbone(chosen, dtype=cast("Dtype", dtype), device=device)
 
 
 @contextlib.contextmanager
-def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[Report, Callable[[], bool]]]:
+def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
     """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
-    from ptuning.training.trainer import Interrupted
+    from ptuning.progress import Interrupted
 
     asked: list[int] = []
     # Said by a thread: the signal may come in the middle of drawing the progress bar.

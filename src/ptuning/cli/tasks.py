@@ -65,7 +65,7 @@ def check_task(
             parts[name] = found.read(path, labelled=name != "test")
     name = backbone if backbone is not None else sources.BACKBONE
     with terminal.loading(name):
-        from ptuning.backbone.backbone import load_tokenizer
+        from ptuning.backbone.loading import load_tokenizer
         from ptuning.data.task_check import check_data, check_words
 
         tokenizer, kind = load_tokenizer(name)

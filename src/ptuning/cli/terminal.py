@@ -27,14 +27,14 @@ from ptuning.backbone.families import COLUMNS, TESTED, Family
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import TextTokenizer
     from ptuning.data.questions import Questions
-    from ptuning.data.reading import Records
-    from ptuning.engine.evaluate import Progress
     from ptuning.experiment.demo import DemoResult
     from ptuning.files import Json
+    from ptuning.progress import Progress
     from ptuning.prompt.inspect import Inspection, Neighbour
     from ptuning.prompt.predict import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.prompt.score import Result
+    from ptuning.records import Records
     from ptuning.statistics import Score
     from ptuning.training.run import TrainResult
     from ptuning.training.train_fleet import FleetResult

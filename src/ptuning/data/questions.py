@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ptuning.data.noun_phrases import other_phrases
-from ptuning.data.reading import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text, split_records
+from ptuning.data.reading import split_records
 from ptuning.data.row_paths import Context, Source, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text
 
 # Where a row's label stands unless a task says otherwise.
 LABEL = Source(("label",), (), "label")

@@ -7,53 +7,23 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import read_bytes, sha256
+from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_json, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
-Record = Mapping[str, str]
 
-TARGET_FIELD = "y"
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
 MAX_CELL_CHARACTERS = 2**31 - 1
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-# What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
-ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
-
-
-class Records(list[Record]):
-    """A list of records that knows where it came from.
-
-    Args:
-        rows: The records.
-        name: The file's path as given, or ``NAME:split``, for ``run.json`` and messages.
-        digest: SHA-256 of the file's bytes; of the records' canonical JSON where there is no file.
-    """
-
-    def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:
-        super().__init__(rows)
-        self.name = name
-        self.sha256 = digest or sha256("".join(canonical_json(row) + "\n" for row in self).encode("utf-8"))
-
-
-def canonical_json(record: Record) -> str:
-    """Return a record as one JSON line with sorted keys."""
-    return json.dumps(dict(record), ensure_ascii=False, sort_keys=True)
-
-
-def as_records(data: Sequence[Record]) -> Records:
-    """Return ``data`` as :class:`Records`, unchanged if it is one already."""
-    if isinstance(data, Records):
-        return data
-    return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
 
 
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
@@ -116,56 +86,6 @@ def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]
     if suffix == ".json" and _text(data, name).lstrip().startswith("["):
         return _array_rows(_text(data, name), name)
     return _json_line_rows(_text(data, name), name)
-
-
-def check_text(text: str, *, where: str, what: str = "the row") -> None:
-    """Check that a text can be written and read by a tokenizer.
-
-    Raises:
-        RecordError: If it holds half a character, as broken JSON may.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{where}: {what} holds half a character (a lone surrogate)") from error
-
-
-def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
-    """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
-
-    Raises:
-        RecordError: If the row is no mapping or a field name is not text.
-    """
-    if not isinstance(row, Mapping):
-        raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
-    record: dict[str, str] = {}
-    for name, value in row.items():
-        if not isinstance(name, str):
-            raise RecordError(f"{where}: field names must be text, not {name!r}")
-        if isinstance(value, str):
-            check_text(name + value, where=where, what=f"the field {name!r}")
-            record[name] = value
-        elif isinstance(value, bool | int | float):
-            record[name] = json.dumps(value)
-    for name, others in ALIASES.items():
-        source = next((other for other in others if other in record), None)
-        if name not in record and source is not None:
-            record[name] = record[source]
-    return record
-
-
-def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
-    """Check that every record has a target with text in it.
-
-    Raises:
-        RecordError: At the first record without one; it gives the record's number and its fields.
-    """
-    for number, record in enumerate(records, start=1):
-        if not record.get(field, "").strip():
-            raise RecordError(
-                f"{records.name}, record {number}: no target; the field '{field}' is missing or empty, the record has "
-                f"{', '.join(sorted(record)) or 'no fields'}. Name another field with --field {field}=NAME"
-            )
 
 
 def split_records(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning.data.reading import SPLITS, TARGET_FIELD, Record, Records, canonical_json, clean
+from ptuning.data.reading import SPLITS
 from ptuning.data.relation_layouts import (
     FACTS,
     GOOGLE_RE_TEMPLATES,
@@ -25,6 +25,7 @@ from ptuning.data.relation_layouts import (
     relation_of,
 )
 from ptuning.errors import RecordError, closest
+from ptuning.records import TARGET_FIELD, Record, Records, canonical_json, clean
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.data.questions import Question, Questions
-from ptuning.data.reading import TARGET_FIELD
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
+from ptuning.records import TARGET_FIELD
 from ptuning.template.fill import BoundTemplate, Example, Kind
 from ptuning.template.language import Field, Template
+from ptuning.template.segments import Tokenizer
 
 # Rows of a part that are filled in to see whether they fit: tokenising every row of a large one takes long.
 FILLED_ROWS = 500
@@ -60,7 +60,7 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
 
 
 def check_words(
-    task: TaskFile, tokenizer: TextTokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
+    task: TaskFile, tokenizer: Tokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
 ) -> Findings:
     """Fill every pattern of a task, and say which tokens its label words are and what gets shortened.
 
@@ -84,7 +84,7 @@ def _check_template(
     name: str,
     task: TaskFile,
     template: Template,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     kind: Kind,
     sample: Question,
     parts: Sequence[Questions],

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ptuning.data.questions import ChoiceSource, Questions, Reader
-from ptuning.data.reading import SUFFIXES, TARGET_FIELD, Record, raw_rows
+from ptuning.data.reading import SUFFIXES, raw_rows
 from ptuning.data.row_paths import Source
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, read_bytes, sha256
 from ptuning.names import POSITIVE, is_folder_name
+from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise
 from ptuning.template.language import Template
 

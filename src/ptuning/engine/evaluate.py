@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +14,7 @@ from ptuning.engine.batch import Batch, collate
 from ptuning.engine.objective import Item, class_scores, hits, loss, score_choices
 from ptuning.engine.passes import batches, prefix_tokens, scored_logits
 from ptuning.engine.prefix_cache import ConstantParts
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a run is doing, for whoever shows it.
-
-    Args:
-        stage: ``train``, ``dev``, ``cache`` for what stands in front of the slots, or ``epoch`` at the end of one.
-        done, total: Records read in this stage, tokens for ``cache``, or epochs.
-        note: A few words, such as the epoch and the loss so far.
-    """
-
-    stage: str
-    done: int
-    total: int
-    note: str
-
-
-Report = Callable[[Progress], None]
+from ptuning.progress import OnProgress, Progress
 
 
 @dataclass(frozen=True)
@@ -71,7 +53,7 @@ def evaluate(
     vectors: Tensor,
     slots: int,
     constants: ConstantParts | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     note: str = "",
 ) -> Evaluation:
     """Score items with given slot vectors, items of similar length together so that a batch needs little padding.

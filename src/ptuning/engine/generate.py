@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import Record
 from ptuning.engine.batch import Side, collate
 from ptuning.engine.passes import batches, inject, target_logits
 from ptuning.errors import BackboneError, TemplateError
+from ptuning.records import Record
 from ptuning.template.fill import FILLS_MASKS, BoundTemplate, Example
 
 

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Records
 from ptuning.errors import RecordError, TemplateError
+from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example, Ids
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Records
 from ptuning.files import Json, sha256
-from ptuning.method.base import Answer, Task
+from ptuning.method.base import Task
+from ptuning.metrics import Answer
 from ptuning.names import TASK_SCORE
+from ptuning.records import Records
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
 
 CELLS_FOLDER = "cells"

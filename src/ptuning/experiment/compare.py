@@ -12,17 +12,19 @@ from typing import Literal, get_args
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import TARGET_FIELD, Record, Records, as_records, draw_records, require_targets, split_records
+from ptuning.data.reading import draw_records, split_records
 from ptuning.data.relations import Relation, read_relations, split_relation
-from ptuning.data.word_lists import Listed, OneToken, read_vocabulary
+from ptuning.data.word_lists import read_vocabulary
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
+from ptuning.experiment.lama import Listed, OneToken
 from ptuning.experiment.plan import DEFAULT_METHODS, Plan, Watch, run_jobs
 from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, require_targets
 from ptuning.template.language import Field, Template
 
 logger = logging.getLogger(__name__)

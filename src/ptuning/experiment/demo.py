@@ -9,20 +9,20 @@ from typing import Any, cast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import Records, load_records
-from ptuning.engine.evaluate import Report
+from ptuning.data.reading import load_records
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import VECTORS_FILE, Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import read_identity
 from ptuning.training.run import TrainResult, train
 from ptuning.training.run_folder import OURS, data_key, identity
-from ptuning.training.trainer import Interrupted
 
 FACTS = "capitals"
 MANUAL = "The capital of [X] is [Y]"
@@ -67,7 +67,7 @@ def run_demo(
     *,
     backbone: Backbone,
     config: TrainConfig | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     command: str | None = None,
 ) -> DemoResult:
@@ -139,7 +139,7 @@ def _is_unfinished(out: Path, facts: Records) -> bool:
 
 
 def _score_test(
-    out: Path, result: TrainResult, parts: Mapping[str, Records], model: PromptModel, report: Report | None
+    out: Path, result: TrainResult, parts: Mapping[str, Records], model: PromptModel, report: OnProgress | None
 ) -> DemoResult:
     test, prompt, manual = parts["test"], result.prompt, Prompt.manual(MANUAL)
     common = majority([row["y"] for row in parts["train"]])

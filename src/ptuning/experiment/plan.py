@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
-from ptuning.engine.evaluate import Report
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CELLS_FOLDER, CellResult, Job
 from ptuning.experiment.dry_run import Estimate, estimate
@@ -21,7 +20,8 @@ from ptuning.method.base import METHODS
 from ptuning.method.baselines import FREE_METHODS
 from ptuning.method.tuned import tried_factors
 from ptuning.names import ALL_METHODS, LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
-from ptuning.prompt.prompt import versions
+from ptuning.progress import OnProgress
+from ptuning.provenance import versions
 from ptuning.report.write import write_report
 
 # The list of methods with all of them on it: the modules that register them are loaded above.
@@ -36,12 +36,12 @@ class Watch:
 
     Args:
         report: Called with progress inside a cell.
-        should_stop: Asked now and then; if true, :class:`ptuning.training.trainer.Interrupted` is raised.
+        should_stop: Asked now and then; if true, :class:`ptuning.progress.Interrupted` is raised.
         on_cell: Called with the result of each cell, its number from 1, and how many there are.
         on_estimate: Called with the estimate of a dry run.
     """
 
-    report: Report | None = None
+    report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
     on_cell: Callable[[CellResult, int, int], None] | None = None
     on_estimate: Callable[[Sequence[Estimate]], None] | None = None

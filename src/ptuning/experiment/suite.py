@@ -20,19 +20,18 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig, without_later_defaults
 from ptuning.data.questions import Questions
-from ptuning.engine.evaluate import Progress, Report
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import Cell, CellResult, Job, answer_rows, digest
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json, write_json_lines
-from ptuning.method.base import METHODS, Answer, Method, Setup
-from ptuning.metrics import score_values
+from ptuning.method.base import METHODS, Method, Setup
+from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
-from ptuning.prompt.prompt import versions
+from ptuning.progress import Interrupted, OnProgress, Progress
+from ptuning.provenance import versions
 from ptuning.training.checkpoint import check_identity
 from ptuning.training.run import Run
 from ptuning.training.run_folder import IRRELEVANT_SETTINGS
 from ptuning.training.train_fleet import can_train_together, fleet_runs
-from ptuning.training.trainer import Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ FLEETS_FOLDER = "fleets"
 class _Going:
     """A start of a suite: who hears of it, who may stop it, and how many cells are through."""
 
-    report: Report | None
+    report: OnProgress | None
     should_stop: Callable[[], bool] | None
     total: int
     done: int = 0
@@ -137,7 +136,7 @@ class Suite:
     def run(
         self,
         *,
-        report: Report | None = None,
+        report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[CellResult]:
         """Run the cells that are not done yet, and yield the result of each, finished ones included.

@@ -15,7 +15,6 @@ from typing import cast
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, Tune, listed_names
 from ptuning.data.questions import Question, Questions, split_questions
-from ptuning.data.reading import TARGET_FIELD, canonical_json
 from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.experiment.cells import Job
@@ -25,6 +24,7 @@ from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_file
 from ptuning.files import Json
 from ptuning.method.base import METHODS, Task
 from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
+from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.questions import Question, Questions
-from ptuning.data.reading import Record
+from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import Report
 from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
+from ptuning.metrics import Answer
 from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, is_folder_name
+from ptuning.progress import OnProgress
+from ptuning.records import Record
 from ptuning.template.language import Template
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Setup:
         tries: How many settings a trained method tries; the one best on the development part is kept.
         folder: Where a method may keep files, such as its prompt; None for nowhere.
         report: Called with progress.
-        should_stop: Asked now and then; training then raises :class:`ptuning.training.trainer.Interrupted`.
+        should_stop: Asked now and then; training then raises :class:`ptuning.progress.Interrupted`.
     """
 
     backbone: Backbone
@@ -80,33 +81,8 @@ class Setup:
     seed: int = 0
     tries: int = 1
     folder: Path | None = None
-    report: Report | None = None
+    report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one record.
-
-    Args:
-        text: What is answered.
-        hit: Whether that is the record's target.
-        rank: One-based rank of the target among the possible answers, 0 if it is none of them; None if they were not
-            ranked.
-        log_prob: Natural log-probability of the answer, where there is one.
-    """
-
-    text: str
-    hit: bool
-    rank: int | None = None
-    log_prob: float | None = None
-
-    @classmethod
-    def of_ranked(cls, texts: Sequence[str], question: Question) -> Answer:
-        """Return the answer of a method that ranks texts; a target that is not among them has rank 0."""
-        right = question.right
-        rank = next((at for at, text in enumerate(texts, start=1) if text in right), 0)
-        return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
 @dataclass(frozen=True)
@@ -125,7 +101,7 @@ class Solution:
     @classmethod
     def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
         """Return the solution of a method that gives each record a ranked list of texts."""
-        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row) for row in questions], record)
+        return cls(lambda questions: [Answer.of_ranked(rank(row.record), row.right) for row in questions], record)
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ptuning.data.questions import Questions
-from ptuning.data.reading import TARGET_FIELD, Record
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.passes import run_tokens
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.files import Json
-from ptuning.method.base import METHODS, Answer, Setup, Solution, Task
-from ptuning.prompt.answer import answer_records, task_items
+from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.method.items import task_items
+from ptuning.metrics import Answer
+from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Record
 from ptuning.statistics import majority as most_frequent
 from ptuning.template.language import Field, Literal, Piece, Target, Template
 
@@ -54,7 +56,8 @@ def _majority_place(task: Task) -> Solution:
             for row in questions
         ]
         return [
-            Answer.of_ranked(list(dict.fromkeys(texts)), row) for texts, row in zip(ordered, questions, strict=True)
+            Answer.of_ranked(list(dict.fromkeys(texts)), row.right)
+            for texts, row in zip(ordered, questions, strict=True)
         ]
 
     return Solution(answer, {"answer": f"choice {places[0] + 1}"})

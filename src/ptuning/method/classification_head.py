@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.questions import Question, Questions, with_few_choices
-from ptuning.data.reading import Record
 from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item, in_small_passes
 from ptuning.files import Json
-from ptuning.method.base import Answer, Setup, Task
+from ptuning.method.base import Setup, Task
+from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_items
+from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example, Kind
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.training.trainer import Trainer

@@ -9,25 +9,16 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.reading import Record, Records
-from ptuning.engine.evaluate import Progress, Report, evaluate, item_batch
-from ptuning.engine.objective import Item, choice_items, class_scores, label_items, score_choices, target_items
+from ptuning.engine.evaluate import evaluate, item_batch
+from ptuning.engine.objective import Item, class_scores, score_choices, target_items
 from ptuning.engine.passes import batches, prefix_tokens, target_logits
 from ptuning.errors import RecordError
-from ptuning.method.base import Answer, Task
+from ptuning.metrics import Answer
+from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
-
-
-def task_items(bound: BoundTemplate, questions: Questions, task: Task, *, with_stop: bool = False) -> list[Item]:
-    """Return what training and scoring read of a task's questions: targets, label words, or each row's choices."""
-    if task.file is None or not task.file.is_closed:
-        return target_items(bound, questions.records, with_stop=with_stop)
-    scoring = Prompt.manual(task.manual, task=task.file).scoring()
-    if task.file.label_words is not None:
-        return label_items(bound, questions.records, task.file.label_words, scoring=scoring)
-    return choice_items(bound, questions, scoring=scoring)
 
 
 def answer_records(
@@ -38,7 +29,7 @@ def answer_records(
     closed: Sequence[str] | None = None,
     single_token: bool = False,
     max_tokens: int | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
 ) -> list[Answer]:
     """Answer records, and say where each one's target ranks.
 
@@ -84,7 +75,7 @@ def answer_items(
     questions: Questions,
     names: Sequence[Sequence[str]],
     *,
-    report: Report | None = None,
+    report: OnProgress | None = None,
 ) -> list[Answer]:
     """Answer with the class that scores best, for what is no prompt: a classification head.
 
@@ -130,7 +121,7 @@ def _among_tokens(
     records: Records,
     *,
     closed: Sequence[str] | None,
-    report: Report | None,
+    report: OnProgress | None,
 ) -> list[Answer]:
     """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
     backbone = model.backbone

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Records
-from ptuning.engine.evaluate import Report
 from ptuning.errors import PromptError
 from ptuning.files import Json
+from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.records import Records
 from ptuning.statistics import Score
 
 NEAREST = 5
@@ -93,7 +93,7 @@ def inspect_prompt(
     *,
     data: Records | Questions | None = None,
     force: bool = False,
-    report: Report | None = None,
+    report: OnProgress | None = None,
 ) -> Inspection:
     """Find the tokens nearest to each slot, and with data what the prompt scores when they take its place.
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Record, as_records
 from ptuning.engine.batch import Side, collate
 from ptuning.engine.generate import write_answers
 from ptuning.engine.objective import Choice, Item, candidate_item, class_scores, closed_items, score_choices
 from ptuning.engine.passes import batches, prefix_tokens, target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
 

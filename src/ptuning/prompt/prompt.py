@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 
 import safetensors
@@ -13,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import ptuning
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.task_files import TaskFile
@@ -29,6 +26,7 @@ from ptuning.files import (
     write_json,
     write_text,
 )
+from ptuning.provenance import VERSION, versions
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
@@ -376,8 +374,7 @@ class Prompt:
         lines = [
             "# A prompt for a language model",
             "",
-            f"Made by the method `{self.method}` with [ptuning](https://arxiv.org/abs/2103.10385) "
-            f"{ptuning.__version__}.",
+            f"Made by the method `{self.method}` with [ptuning](https://arxiv.org/abs/2103.10385) {VERSION}.",
             "",
             "| | |",
             "|---|---|",
@@ -420,13 +417,6 @@ class Prompt:
 def as_template(template: str | Template) -> Template:
     """Return a template, parsed if it is a pattern."""
     return Template.parse(template) if isinstance(template, str) else template
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
-    found = {name: metadata.version(name) for name in packages}
-    return {"ptuning": ptuning.__version__, "python": platform.python_version(), **found}
 
 
 def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.reading import TARGET_FIELD, Records, as_records, require_targets
-from ptuning.engine.evaluate import Evaluation, Report, evaluate
+from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.objective import choice_items, label_items, target_items
 from ptuning.errors import RecordError
 from ptuning.files import Json
-from ptuning.method.base import Answer
-from ptuning.metrics import score_values
+from ptuning.metrics import Answer, score_values
+from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel, choices_of
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
 from ptuning.statistics import Score, precision_at, reciprocal_ranks, score, summary
 from ptuning.template.labels import Normalise
 
@@ -47,7 +47,7 @@ def score_prompt(
     candidates: Sequence[str] | None = None,
     normalise: Normalise | None = None,
     calibrate: bool | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
 ) -> Result:
     """Score a prompt on records.
 

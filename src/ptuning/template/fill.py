@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Literal as OneOf
 
-from ptuning.data.reading import TARGET_FIELD, Record
 from ptuning.errors import RecordError, TemplateError
+from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import ANCHOR_WORD, LITERAL, TARGET, Encoded, Run, Tokenizer
 from ptuning.template.segments import Ids as Ids

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ptuning.data.reading import TARGET_FIELD, Record, Records
 from ptuning.errors import LabelWordError, RecordError, closest
+from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate, Example
 
 # A text of several tokens scores its total log-probability, or the mean over its tokens.

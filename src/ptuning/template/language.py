@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ptuning.data.reading import TARGET_FIELD
 from ptuning.errors import TemplateError
+from ptuning.records import TARGET_FIELD
 
 EXPECTED = "expected [P], [P*3], [P:words], [X], [Y] or [>]; write [[ for a literal bracket"
 MAX_SLOTS = 1000

@@ -36,6 +36,7 @@ class Tokenizer(Protocol):
     prefix_ids: Ids  # what the tokenizer puts in front of a sentence, such as BOS or CLS
     suffix_ids: Ids  # what it puts behind one, such as SEP
     mask_id: int | None
+    unknown_id: int | None  # what stands for text that has no token
     stop_id: int | None  # what ends a text
     line_end_id: int | None  # what ends a line, if that is one token
     gap: Gap

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Record
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import Report
 from ptuning.files import Json
+from ptuning.progress import OnProgress
+from ptuning.records import Record
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.training import trial
@@ -133,7 +133,7 @@ def estimate(
     labels: LabelWords | str | None = None,
     task: TaskFile | None = None,
     calibrate: bool | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
 ) -> Forecast:
     """Say what :func:`ptuning.train` with the same arguments, and a folder for its files, will take.
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.evaluate import Progress, Report
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
+from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import Example
 from ptuning.training.memory import total_bytes
 from ptuning.training.step import take_step
-from ptuning.training.trainer import SAVING_PAUSE, Interrupted, Trainer
+from ptuning.training.trainer import SAVING_PAUSE, Trainer
 
 # How many prompts are in training at the same time; each has an encoder and an optimizer in memory.
 AT_ONCE = 16
@@ -135,7 +135,7 @@ class Fleet:
         self._finished.append(name)
 
     def run(
-        self, *, report: Report | None = None, should_stop: Callable[[], bool] | None = None
+        self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
         """Train, or go on from the checkpoint, and yield each prompt that has ended: its trainer, or the error that
         ended it. Those that were released are not among them.
@@ -191,7 +191,7 @@ class Fleet:
         member: Member,
         constants: ConstantParts,
         folders: dict[str, Path],
-        report: Report | None,
+        report: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
         """Return a prompt that begins, or goes on."""

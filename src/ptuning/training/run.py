@@ -15,17 +15,19 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed
 from ptuning.data.questions import Questions, as_questions, split_questions, with_few_choices
-from ptuning.data.reading import TARGET_FIELD, Record, Records, require_targets
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import Report, evaluate, measure_ceiling
+from ptuning.engine.evaluate import evaluate, measure_ceiling
 from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items
 from ptuning.engine.prefix_cache import ConstantParts, constant_parts
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt, as_template, versions
+from ptuning.prompt.prompt import BackboneId, Prompt, as_template
 from ptuning.prompt.score import guessed, prediction_rows
+from ptuning.provenance import versions
+from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
@@ -65,7 +67,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,

@@ -9,20 +9,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import recomputing
+from ptuning.config import TrainConfig
 from ptuning.engine.batch import collate, shared_tokens
 from ptuning.engine.objective import Item, loss, score_choices
 from ptuning.engine.passes import runs_prefix_once, target_logits
-from ptuning.engine.prefix_cache import constant_ids
+from ptuning.engine.prefix_cache import ConstantParts, constant_ids
 from ptuning.errors import TrainingError
-from ptuning.template.fill import Example
+from ptuning.template.fill import BoundTemplate, Example
+from ptuning.training.checkpoint import RunState
+from ptuning.training.encoder import PromptEncoder
 
-if TYPE_CHECKING:
-    from ptuning.training.trainer import Trainer
+T = TypeVar("T", bound="InTraining")
 
 # Tokens of one pass with gradients over the rows of several prompts. More brings nothing on a processor and costs
 # memory; a GPU is not full with them. Source: docs/architecture.md, decision 28.
@@ -31,6 +35,34 @@ JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts run together if that takes at most so many times the tokens, pads included, that each
 # prompt's rows take alone.
 JOINT_PADDING = 1.25
+
+
+class InTraining(Protocol):
+    """A prompt in training, as far as its optimizer steps go (:class:`~ptuning.training.trainer.Trainer`)."""
+
+    backbone: Backbone
+    bound: BoundTemplate
+    config: TrainConfig
+    encoder: PromptEncoder
+    constants: ConstantParts
+    skips_constants: bool
+    state: RunState
+
+    def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
+        """Return the passes of the next step."""
+        ...
+
+    def dropout_seed(self, at: int) -> int:
+        """Return the seed of what is drawn in a pass of the coming step."""
+        ...
+
+    def note_loss(self, value: Tensor) -> None:
+        """Take down the summed loss of a pass."""
+        ...
+
+    def end_step(self, group: Sequence[Item], *, seconds: float) -> None:
+        """Move the weights by the gradients that are there, and count the step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,7 @@ class Chunk:
         total: What the losses of all passes of the step are divided by.
     """
 
-    trainer: Trainer
+    trainer: InTraining
     items: Sequence[Item]
     at: int
     total: float
@@ -69,7 +101,7 @@ class Chunk:
         return runs_prefix_once(self.trainer.backbone, rows=len(rows), shared=shared_tokens(rows))
 
 
-def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer, TrainingError]:
+def take_step(groups: Sequence[tuple[T, Sequence[Item]]]) -> dict[T, TrainingError]:
     """Take one optimizer step of every trainer, each with its own records.
 
     The loss of each is the sum over all of its tokens divided once by their number, however its records are cut into
@@ -77,7 +109,7 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
     frozen backbone, and one :class:`~ptuning.engine.prefix_cache.ConstantParts`.
 
     Returns:
-        Trainers whose loss is no number any more, each with what is to be said of it.
+        InTrainings whose loss is no number any more, each with what is to be said of it.
     """
     began = time.monotonic()
     chunks = [chunk for trainer, group in groups for chunk in trainer.begin_step(group)]
@@ -87,7 +119,7 @@ def take_step(groups: Sequence[tuple[Trainer, Sequence[Item]]]) -> dict[Trainer,
         trainer.state.train_tokens += sum(
             len(row.token_ids) for chunk in chunks if chunk.trainer is trainer for row in chunk.examples
         )
-    failed: dict[Trainer, TrainingError] = {}
+    failed: dict[T, TrainingError] = {}
     everything = sum(tokens.values())
     for trainer, group in groups:
         seconds = (time.monotonic() - began) * tokens[trainer] / everything

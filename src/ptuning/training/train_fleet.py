@@ -13,14 +13,14 @@ from accelerate import PartialState
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
-from ptuning.data.reading import Record
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import Report
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, check_free, write_json
 from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
-from ptuning.prompt.prompt import versions
+from ptuning.progress import OnProgress
+from ptuning.provenance import versions
+from ptuning.records import Record
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
@@ -106,7 +106,7 @@ def train_fleet(
     at_once: int = AT_ONCE,
     resume: bool = False,
     overwrite: bool = False,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
     command: str | None = None,
@@ -191,7 +191,7 @@ def fleet_runs(
     checkpoint: Path | None = None,
     at_once: int = AT_ONCE,
     resume: bool = False,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
     """Train runs together, and yield each one that has ended: its result, written down, or the error that ended it.

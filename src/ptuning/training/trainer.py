@@ -20,12 +20,13 @@ from ptuning.backbone.trained_weights import KeptWeights, TrainedWeights, traine
 from ptuning.config import TrainConfig as TrainConfig
 from ptuning.config import derived_seed
 from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.evaluate import Progress as Progress
-from ptuning.engine.evaluate import Report as Report
 from ptuning.engine.objective import Item, loss_count
 from ptuning.engine.prefix_cache import ConstantParts, constant_parts
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
+from ptuning.progress import Interrupted
+from ptuning.progress import OnProgress as OnProgress
+from ptuning.progress import Progress as Progress
 from ptuning.template.fill import BoundTemplate
 from ptuning.training.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from ptuning.training.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
@@ -36,10 +37,6 @@ from ptuning.training.step import Chunk, take_step
 SAVING_PAUSE = 20.0
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
-
-
-class Interrupted(TrainingError):
-    """Training was asked to stop before its end; a checkpoint was written if there is a folder for it."""
 
 
 class Trainer:
@@ -173,7 +170,7 @@ class Trainer:
         train: Sequence[Item],
         dev: Sequence[Item],
         *,
-        report: Report | None = None,
+        report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         """Train to the end, or from where a loaded checkpoint stands.
@@ -229,7 +226,7 @@ class Trainer:
         train: Sequence[Item],
         dev: Sequence[Item],
         *,
-        report: Report | None = None,
+        report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Sequence[Item]]:
         """Go through training, or on from where a loaded checkpoint stands, and yield the records of each optimizer
@@ -361,7 +358,7 @@ class Trainer:
         state.epoch_seconds += seconds
         state.train_seconds += seconds
 
-    def evaluate(self, items: Sequence[Item], *, report: Report | None = None, note: str = "") -> Evaluation:
+    def evaluate(self, items: Sequence[Item], *, report: OnProgress | None = None, note: str = "") -> Evaluation:
         """Score items with the slot vectors as they are now."""
         return evaluate(
             self.backbone,

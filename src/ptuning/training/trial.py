@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ptuning.data.questions import Questions
-from ptuning.engine.evaluate import Progress, Report, evaluate
+from ptuning.engine.evaluate import evaluate
 from ptuning.engine.objective import Item
 from ptuning.engine.passes import batches, prefix_tokens
 from ptuning.engine.prefix_cache import constant_ids, text_groups
+from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.template.fill import Ids
 from ptuning.training.checkpoint import RunState, write_checkpoint
@@ -77,7 +78,7 @@ class Seen:
     longest_pass: tuple[int, int]
 
 
-def try_out(run: Run, trainer: Trainer, *, report: Report) -> Seen:
+def try_out(run: Run, trainer: Trainer, *, report: OnProgress) -> Seen:
     """Take some steps and passes of a run.
 
     Args:
@@ -113,7 +114,7 @@ class _Part:
 
 
 class _Trial:
-    def __init__(self, run: Run, trainer: Trainer, report: Report) -> None:
+    def __init__(self, run: Run, trainer: Trainer, report: OnProgress) -> None:
         self.run, self.trainer, self.report = run, trainer, report
         self.done = self.planned = 0
         constants, config = trainer.constants, run.config

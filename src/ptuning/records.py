@@ -1,0 +1,99 @@
+"""A record, the row of data that everything starts from: a mapping from field name to text.
+
+Here are the type, a list of records that knows where it came from, and the checks that records must pass. Reading
+files is the job of :mod:`ptuning.data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from ptuning.errors import RecordError
+from ptuning.files import sha256
+
+Record = Mapping[str, str]
+
+
+TARGET_FIELD = "y"
+
+
+# What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
+ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
+
+
+class Records(list[Record]):
+    """A list of records that knows where it came from.
+
+    Args:
+        rows: The records.
+        name: The file's path as given, or ``NAME:split``, for ``run.json`` and messages.
+        digest: SHA-256 of the file's bytes; of the records' canonical JSON where there is no file.
+    """
+
+    def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:
+        super().__init__(rows)
+        self.name = name
+        self.sha256 = digest or sha256("".join(canonical_json(row) + "\n" for row in self).encode("utf-8"))
+
+
+def canonical_json(record: Record) -> str:
+    """Return a record as one JSON line with sorted keys."""
+    return json.dumps(dict(record), ensure_ascii=False, sort_keys=True)
+
+
+def as_records(data: Sequence[Record]) -> Records:
+    """Return ``data`` as :class:`Records`, unchanged if it is one already."""
+    if isinstance(data, Records):
+        return data
+    return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
+
+
+def check_text(text: str, *, where: str, what: str = "the row") -> None:
+    """Check that a text can be written and read by a tokenizer.
+
+    Raises:
+        RecordError: If it holds half a character, as broken JSON may.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{where}: {what} holds half a character (a lone surrogate)") from error
+
+
+def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
+    """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
+
+    Raises:
+        RecordError: If the row is no mapping or a field name is not text.
+    """
+    if not isinstance(row, Mapping):
+        raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
+    record: dict[str, str] = {}
+    for name, value in row.items():
+        if not isinstance(name, str):
+            raise RecordError(f"{where}: field names must be text, not {name!r}")
+        if isinstance(value, str):
+            check_text(name + value, where=where, what=f"the field {name!r}")
+            record[name] = value
+        elif isinstance(value, bool | int | float):
+            record[name] = json.dumps(value)
+    for name, others in ALIASES.items():
+        source = next((other for other in others if other in record), None)
+        if name not in record and source is not None:
+            record[name] = record[source]
+    return record
+
+
+def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
+    """Check that every record has a target with text in it.
+
+    Raises:
+        RecordError: At the first record without one; it gives the record's number and its fields.
+    """
+    for number, record in enumerate(records, start=1):
+        if not record.get(field, "").strip():
+            raise RecordError(
+                f"{records.name}, record {number}: no target; the field '{field}' is missing or empty, the record has "
+                f"{', '.join(sorted(record)) or 'no fields'}. Name another field with --field {field}=NAME"
+            )
