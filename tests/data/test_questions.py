@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions, with_few_choices
+from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions
 from ptuning.data.row_paths import Source
+from ptuning.data.splits import with_few_choices
 from ptuning.errors import RecordError
 from ptuning.records import Records
 

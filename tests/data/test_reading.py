@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptuning.data.reading import load_records, read_rows, split_records
+from ptuning.data.reading import load_records, read_rows
+from ptuning.data.splits import split_records
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
 from ptuning.records import Records, as_records, require_targets

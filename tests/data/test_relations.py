@@ -17,7 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.relations import Relation, Split, read_relations, split_relation
+from ptuning.data.relations import Relation, read_relations
+from ptuning.data.splits import Split, split_relation
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
 from ptuning.records import Record, Records

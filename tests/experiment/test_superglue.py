@@ -16,20 +16,13 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.questions import Questions, split_questions
+from ptuning.data.questions import Questions
+from ptuning.data.splits import draw_few, split_questions
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.experiment.plan import Watch
 from ptuning.experiment.results import Results
-from ptuning.experiment.superglue import (
-    LEFT_OUT,
-    asked_tasks,
-    chosen_methods,
-    draw_few,
-    limited,
-    superglue,
-    task_job,
-)
+from ptuning.experiment.superglue import LEFT_OUT, asked_tasks, chosen_methods, superglue, task_job
 from ptuning.method.base import METHODS, Setup, Solution
 from tests.experiment.test_suite import results_of
 
