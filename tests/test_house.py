@@ -1,4 +1,4 @@
-"""House rules that a reader of the source can check: no dangerous calls, inert import, errors used, all documented."""
+"""Rules that can be read off the source: no dangerous calls, inert import, errors used, all documented."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def calls_forbidden(node: ast.AST) -> bool:
-    """Style 13 and 16: no text is run as code, and nothing is printed but by the command line's own printer."""
+    """No text is run as code, and nothing is printed but by the command line's own printer."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "print")
 
 
 def imports_pickles(node: ast.AST) -> bool:
-    """Design, section 6: no pickle anywhere, under none of its names."""
+    """No pickle anywhere, under none of its names: reading one can run any code."""
     return any(name.split(".")[0] in ("pickle", "joblib", "dill", "shelve", "marshal") for name in imported(node))
 
 
 def catches_everything(node: ast.AST) -> bool:
-    """Style 14: no bare except."""
+    """No bare except, which would hide errors that nobody thought of."""
     return isinstance(node, ast.ExceptHandler) and node.type is None
 
 
@@ -62,7 +62,7 @@ def loads_pickles(node: ast.AST) -> bool:
 
 
 def imports_private(node: ast.AST) -> bool:
-    """Row 6 of needs.md: only public names of transformers, so that its next release breaks nothing."""
+    """Only public names of transformers, so that its next release breaks nothing."""
     return any(
         name.split(".")[0] == "transformers" and any(part.startswith("_") for part in name.split("."))
         for name in imported(node)
@@ -70,7 +70,7 @@ def imports_private(node: ast.AST) -> bool:
 
 
 def asks_the_name(node: ast.AST) -> bool:
-    """Style 10: what a model can do is never read from part of its name ("gpt" in model_type)."""
+    """What a model can do is never read from part of its name ("gpt" in model_type); the model is asked."""
 
     def is_name(value: ast.AST) -> bool:
         return (
@@ -132,7 +132,7 @@ def test_a_rule_finds_what_it_forbids(rule: Finder, breaches: list[str]) -> None
 
 
 def test_import_is_inert() -> None:
-    """Style 3: importing the package prints nothing and loads nothing that takes seconds."""
+    """Importing the package prints nothing and loads nothing that takes seconds."""
     code = "import json, sys; import ptuning; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -143,7 +143,7 @@ def test_import_is_inert() -> None:
 
 
 def test_the_front_door_is_small_and_whole() -> None:
-    """Style 3: few public names for one prompt and for many, each of which is there; any other is an error."""
+    """Few public names for one prompt and for many, each of which is there; any other is an error."""
     assert len(ptuning.__all__) <= 15
     assert len(set(ptuning.__all__)) == len(ptuning.__all__)
     for name in ptuning.__all__:
@@ -154,7 +154,7 @@ def test_the_front_door_is_small_and_whole() -> None:
 
 
 def test_every_error_has_a_stage_that_raises_it() -> None:
-    """Design, section 3: one subclass per stage; all are one level below the base."""
+    """One subclass per stage, all one level below the base: whoever catches an error knows which stage is at fault."""
     kinds = {
         name: kind
         for name, kind in vars(errors).items()
@@ -175,7 +175,7 @@ def test_every_error_has_a_stage_that_raises_it() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_everything_public_is_documented(path: Path) -> None:
-    """Style 17: each module, class, function, method and property says what it is for."""
+    """Each module, class, function, method and property says what it is for."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{path.name} has no docstring"
 
@@ -195,12 +195,12 @@ def test_everything_public_is_documented(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_modules_stay_short(path: Path) -> None:
-    """Style 1 aims at 400 lines."""
+    """A module is read in one go: the aim is 400 lines, and this is the bound."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
 def test_examples_in_docstrings_run() -> None:
-    """Style 17: what a docstring shows is what happens."""
+    """What a docstring shows is what happens."""
     import doctest
 
     for path in FILES:

@@ -1,4 +1,4 @@
-"""Imports go one way (style 2): each module imports only modules of a lower rank, wherever the import stands."""
+"""Imports go one way: each module imports only modules of a lower rank, wherever the import stands."""
 
 from __future__ import annotations
 
