@@ -1,0 +1,413 @@
+"""The command line: the commands on prompts and data, and what becomes of errors. The only place that exits; ``show``
+prints for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ptuning.backbone import sources
+from ptuning.cli import estimate, experiments, fleet, tasks, terminal
+from ptuning.cli.options import (
+    SETTINGS,
+    SIGNAL_EXIT,
+    AboutOption,
+    BackboneLrOption,
+    BackboneOption,
+    BatchSizeOption,
+    CacheMemoryOption,
+    CalibrateOption,
+    CandidatesOption,
+    Command,
+    DeviceOption,
+    DevOption,
+    DtypeOption,
+    EncoderOption,
+    EpochsOption,
+    FieldOption,
+    ForceOption,
+    JsonOption,
+    KeepOption,
+    LabelsOption,
+    LrOption,
+    ManualOption,
+    NormaliseOption,
+    PatternOption,
+    PromptArgument,
+    SeedOption,
+    SetOption,
+    StartsOption,
+    TaskOption,
+    TemplateOption,
+    TrainOption,
+    TuneOption,
+    WithoutOption,
+    check_calibrate,
+    command_line,
+    config_of,
+    data_of,
+    data_to_answer,
+    load,
+    normalise_of,
+    prompt_of,
+    read_candidates,
+    stoppable,
+    task_of,
+    template_of,
+    training_parts,
+    tune_options,
+)
+from ptuning.errors import ConfigError, PTuningError, RecordError
+from ptuning.provenance import VERSION
+from ptuning.template.fill import FILLS_MASKS
+
+# Records answered between two steps of the progress bar.
+PREDICTED_ROWS = 64
+
+
+class _Group(TyperGroup):
+    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`stoppable`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            terminal.stopped("stopped", None, "")
+            raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+template_app = typer.Typer(help="Look at how a template is filled.", no_args_is_help=True)
+app.add_typer(template_app, name="template")
+task_app = typer.Typer(help="Look at the shipped tasks, and check a task file.", no_args_is_help=True)
+app.add_typer(task_app, name="task")
+
+
+def main() -> None:
+    """Run the command line; errors of the user end with exit code 2 and one message."""
+    try:
+        app(prog_name="ptuning")
+    except PTuningError as error:
+        _fail(str(error), error)
+    except KeyboardInterrupt:
+        terminal.stopped("stopped", None, "")
+        sys.exit(SIGNAL_EXIT + signal.SIGINT)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, as in "| head"
+        sys.exit(1)
+    except OSError as error:
+        # A file or a disk behind the output, in a place where no module expects trouble. What is still to be written
+        # goes nowhere: Python would try once more at its end, and fail with a code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(f"{error}; check the path, its rights and the room on the disk", error)
+
+
+def _fail(text: str, error: Exception) -> None:
+    terminal.complain(text)
+    logging.getLogger(__name__).debug("the error in full", exc_info=error)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices, and errors in full.")] = False,
+) -> None:
+    """Options of every command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
+    logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if version:
+        typer.echo(f"ptuning {VERSION}")
+        raise typer.Exit
+
+
+@app.command(cls=Command)
+def train(
+    data: TrainOption,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
+    template: TemplateOption = None,
+    manual: ManualOption = None,
+    about: AboutOption = None,
+    task: TaskOption = None,
+    pattern: PatternOption = None,
+    dev: DevOption = None,
+    backbone: BackboneOption = None,
+    encoder: EncoderOption = SETTINGS.encoder,
+    epochs: EpochsOption = SETTINGS.epochs,
+    batch_size: BatchSizeOption = SETTINGS.batch_size,
+    lr: LrOption = SETTINGS.lr,
+    tune: TuneOption = SETTINGS.tune,
+    backbone_lr: BackboneLrOption = None,
+    keep: KeepOption = SETTINGS.keep,
+    starts: StartsOption = SETTINGS.starts,
+    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
+    seed: SeedOption = SETTINGS.seed,
+    labels: LabelsOption = None,
+    calibrate: CalibrateOption = None,
+    set_: SetOption = None,
+    field: FieldOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
+    measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
+
+    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
+
+    Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
+    """
+    from ptuning.files import check_free
+
+    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    chosen |= {"cache_memory": cache_memory}
+    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    asked = task_of(task)
+    parsed = template_of(asked, template, manual, about, pattern)
+    check_free(out, overwrite=overwrite or resume)
+    rows, dev_rows = training_parts(data, dev, field, asked)
+    if template is None:
+        terminal.say(f"learned template: {parsed}")
+    loaded = load(backbone, dtype=dtype, device=device)
+    with stoppable(out, again="--resume") as (report, should_stop):
+        from ptuning.training.run import train as run
+
+        result = run(
+            parsed,
+            rows,
+            backbone=loaded,
+            dev=dev_rows,
+            config=config,
+            labels=labels,
+            task=asked,
+            calibrate=calibrate,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            report=report,
+            should_stop=should_stop,
+            ceiling=measure_ceiling,
+            command=command_line(),
+        )
+    terminal.training(result)
+
+
+@app.command(name="eval", cls=Command)
+def evaluate(
+    prompt: PromptArgument,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
+    candidates: CandidatesOption = None,
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    without: WithoutOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a prompt on records, with 95 % intervals.
+
+    Example: ptuning eval capitals --data capitals:test
+    """
+    from ptuning.data.questions import as_questions
+    from ptuning.records import require_targets
+
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    if candidates is not None:
+        chosen.check_open()
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = normalise_of(normalise, closed=chosen.is_closed or candidates is not None)
+    rows = data_of(data, field, chosen.task, part="val")
+    require_targets(as_questions(rows).records)
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.prompt.predict import PromptModel
+    from ptuning.prompt.score import score_prompt
+
+    with terminal.bar() as report:
+        model = PromptModel(loaded, force=force)
+        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, calibrate=calibrate, report=report)
+    terminal.evaluation(prompt, rows, found, as_json=as_json)
+
+
+@app.command(cls=Command)
+def predict(
+    prompt: PromptArgument,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
+    candidates: CandidatesOption = None,
+    top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    without: WithoutOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer a text or records; with --json one object per line.
+
+    Example: ptuning predict capitals Kenya
+    """
+    from ptuning.data.questions import Questions, as_questions
+
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    closed = candidates is not None or chosen.is_closed
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    if max_tokens is not None and closed:
+        raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
+    how = normalise_of(normalise, closed=closed)
+    rows = as_questions(data_to_answer(chosen, text, data, field))
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.progress import Progress
+    from ptuning.prompt.predict import PromptModel
+
+    model, found = PromptModel(loaded, force=force), []
+    with terminal.bar() as report:
+        for at in range(0, len(rows), PREDICTED_ROWS):
+            part = Questions(rows[at : at + PREDICTED_ROWS])
+            found += model.predict(
+                part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
+            )
+            report(Progress("predict", len(found), len(rows), rows.name))
+    terminal.predictions(rows.records, found, as_json=as_json, masked=loaded.kind in FILLS_MASKS)
+
+
+@app.command(cls=Command)
+def inspect(
+    prompt: PromptArgument,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Look inside a prompt: the tokens nearest to each slot, and (with --data) whether they mean anything.
+
+    Example: ptuning inspect capitals --data capitals:dev
+    """
+    chosen = prompt_of(prompt)
+    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.prompt.inspect import inspect_prompt
+
+    with terminal.bar() as report:
+        found = inspect_prompt(loaded, chosen, data=rows, force=force, report=report)
+    terminal.inspection(chosen, found, as_json=as_json)
+
+
+@template_app.command(name="show", cls=Command)
+def show_template(
+    template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
+    backbone: BackboneOption = None,
+    record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show each position of a filled template: slot, literal, field or target, with its token.
+
+    Example: ptuning template show "[P:The capital of] [X] [P:is] [Y]" --record '{"x": "Kenya", "y": "Nairobi"}'
+    """
+    from ptuning.data.reading import read_rows
+    from ptuning.template.language import Template
+
+    parsed = Template.parse(template)
+    row = {name: name for name in parsed.fields}
+    if record is not None:
+        rows = read_rows(record.replace("\n", " ").encode(), name="--record")
+        if len(rows) != 1:
+            raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
+        row = dict(rows[0])
+    name = backbone if backbone is not None else sources.BACKBONE
+    with terminal.loading(name):
+        from ptuning.backbone.loading import load_tokenizer
+        from ptuning.template.fill import BoundTemplate
+
+        tokenizer, kind = load_tokenizer(name)
+    terminal.template(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
+
+
+@app.command(cls=Command)
+def data(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
+    split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
+) -> None:
+    """List the shipped facts, or print a part of them as JSONL. NAME:split works wherever a data file does.
+
+    Example: ptuning data capitals --split test
+    """
+    from ptuning.data.reading import load_records, shipped_facts
+
+    if name is None:
+        terminal.facts(shipped_facts())
+        return
+    for row in load_records(name if ":" in name else f"{name}:{split}"):
+        typer.echo(json.dumps(dict(row), ensure_ascii=False))
+
+
+@app.command(cls=Command)
+def backbones(as_json: JsonOption = False) -> None:
+    """List the families of language models, what each supports, and what is tested. No model is loaded.
+
+    Example: ptuning backbones --json
+    """
+    from ptuning.backbone.families import families
+
+    terminal.backbones(families(), as_json=as_json)
+
+
+@app.command(cls=Command)
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
+    set_: SetOption = None,
+    backbone: BackboneOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Learn country -> capital and compare with the manual prompt: the main job, in about a minute.
+
+    Example: ptuning demo
+    """
+    config = config_of(set_)
+    loaded = load(backbone, dtype=dtype, device=device)
+    with stoppable(out) as (report, should_stop):
+        from ptuning.experiment.demo import run_demo
+
+        result = run_demo(
+            out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=command_line()
+        )
+    terminal.demo(result)
+
+
+app.command(name="estimate", cls=Command)(estimate.estimate)
+for _one in (*fleet.COMMANDS, *experiments.COMMANDS):
+    app.command(cls=Command)(_one)
+for _name, _two in tasks.COMMANDS.items():
+    task_app.command(name=_name, cls=Command)(_two)
