@@ -539,7 +539,7 @@ def test_predict_a_text(run_folder: Path) -> None:
     assert found["record"] == {"x": "Kenya"}
     assert found["candidates"] == [{"text": found["prediction"], "log_prob": found["candidates"][0]["log_prob"]}]
     assert found["candidates"][0]["log_prob"] < 0
-    assert answer == terminal._visible(found["prediction"])
+    assert answer == terminal.visible(found["prediction"])
 
 
 def test_predict_records_from_a_file_and_from_the_input(
@@ -633,7 +633,7 @@ def test_inspect_keeps_tokens_with_spaces_on_one_line(run_folder: Path) -> None:
     found = json.loads(works("inspect", run_folder, "--json"))
     for slot in found["slots"]:
         for near in slot["nearest_by_cosine"][:3]:
-            assert f"{terminal._token(near['token'])} {near['similarity']:.2f} " in printed
+            assert f"{terminal.quoted(near['token'])} {near['similarity']:.2f} " in printed
 
 
 def test_template_show_with_a_record(llama: str) -> None:
