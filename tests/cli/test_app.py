@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 
-import ptuning.backbone.backbone
+import ptuning.backbone.loading
 import ptuning.training.run
 from ptuning import Prompt
 from ptuning.cli import app, terminal
@@ -726,7 +726,7 @@ def test_a_first_conversion_is_announced(monkeypatch: pytest.MonkeyPatch, data: 
         raise ptuning.PTuningError("as far as this test goes")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
-    monkeypatch.setattr(ptuning.backbone.backbone, "load_backbone", convert)
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", convert)
     done = call("eval", "manual:[X] is [Y]", "--data", data / "dev.jsonl")
     assert done.err.splitlines() == [
         "converting smollm2-135m for the first time, about 20 seconds",
@@ -1237,7 +1237,7 @@ def test_ctrl_c_while_a_backbone_loads(data: Path, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ptuning.backbone.backbone, "load_backbone", interrupted)
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", interrupted)
     done = call("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", "any", "--out", "out")
     assert (done.code, done.out, done.err) == (130, "", "stopped; nothing was written\n")
     assert not Path("out").exists()
