@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.common import Settings, interleave, parser, ratios, settings_of, spread, write_result
 from benchmarks.material import backbone_of, bare_logits, bare_seconds, bind, every, items_of, repeated
-from ptuning.backbone import Backbone
-from ptuning.objective import Item
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine.objective import Item
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 ROWS = 16

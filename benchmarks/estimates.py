@@ -82,8 +82,8 @@ def work(case: Case, how: str, settings: Settings) -> dict[str, float]:
     """Estimate or train a case."""
     import ptuning
     from benchmarks import late, material
-    from ptuning import forecast, memory, trial
-    from ptuning.records import load_records
+    from ptuning.data.reading import load_records
+    from ptuning.training import estimate, memory, trial
 
     trial.clock = time.process_time
     backbone = material.backbone_of(settings)
@@ -101,7 +101,7 @@ def work(case: Case, how: str, settings: Settings) -> dict[str, float]:
         data, given["dev"] = rows[:count], rows[count:]
     began = time.process_time()
     if how == "estimate":
-        found = forecast.estimate(template, data, backbone=backbone, **given)
+        found = estimate.estimate(template, data, backbone=backbone, **given)
         say(json.dumps(found.to_json()))
         seconds, peak = found.seconds.total, found.memory.peak
     else:

@@ -25,10 +25,10 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.material import FACTS_TEMPLATE, backbone_of, every, seconds_of
-from ptuning.backbone import Backbone
-from ptuning.fleets import FleetPrompt, train_fleet
-from ptuning.runs import TrainResult, train
-from ptuning.trainer import TrainConfig
+from ptuning.backbone.backbone import Backbone
+from ptuning.training.run import TrainResult, train
+from ptuning.training.train_fleet import FleetPrompt, train_fleet
+from ptuning.training.trainer import TrainConfig
 
 SIZES = (1, 4, 16, 64)
 # The size of the goal, and how many runs one after another stand for it.

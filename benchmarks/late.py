@@ -41,13 +41,14 @@ from benchmarks.material import (
 )
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
-from ptuning.backbone import Backbone
-from ptuning.constants import ConstantParts
-from ptuning.labels import LabelWords
-from ptuning.measure import evaluate
-from ptuning.objective import Item, loss, score_choices
-from ptuning.records import Records, draw_records, load_records, split_records
-from ptuning.trainer import TrainConfig, Trainer
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.reading import draw_records, load_records, split_records
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.objective import Item, loss, score_choices
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.records import Records
+from ptuning.template.labels import LabelWords
+from ptuning.training.trainer import TrainConfig, Trainer
 
 ENDING = "In short, this country lies in"
 LATE = f"{{text}} [P:{ENDING}] [Y]"

@@ -14,14 +14,17 @@ from typing import cast
 import torch
 
 from benchmarks.common import Settings
-from ptuning.backbone import Backbone, Dtype, load_backbone
-from ptuning.fill import BoundTemplate
-from ptuning.labels import LabelWords
-from ptuning.measure import Progress, item_batch
-from ptuning.objective import Item, label_items, target_items
-from ptuning.records import SPLITS, Record, Records, load_records, shipped_facts
-from ptuning.template import Template
-from ptuning.trainer import TrainConfig, Trainer
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import Dtype, load_backbone
+from ptuning.data.reading import SPLITS, load_records, shipped_facts
+from ptuning.engine.evaluate import item_batch
+from ptuning.engine.objective import Item, label_items, target_items
+from ptuning.progress import Progress
+from ptuning.records import Record, Records
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.labels import LabelWords
+from ptuning.template.language import Template
+from ptuning.training.trainer import TrainConfig, Trainer
 
 # Three slots in front and three behind, as in the paper; the peer has all six in front.
 FACTS_TEMPLATE = "[P*3] [X] [P*3] [Y]"

@@ -95,9 +95,9 @@ def job_of(job: str, who: str, settings: Settings) -> None:
 
     backbone = material.backbone_of(settings)
     if job == "candidates":
-        from ptuning.evaluate import candidates_of
-        from ptuning.predict import PromptModel
-        from ptuning.prompt import Prompt
+        from ptuning.prompt.predict import PromptModel
+        from ptuning.prompt.prompt import Prompt
+        from ptuning.prompt.score import candidates_of
 
         bound = material.bind(backbone, prediction.TEMPLATE)
         prompt = Prompt.from_token_ids(prediction.TEMPLATE, range(9, 9 + bound.slots), backbone)
@@ -124,7 +124,7 @@ def train(job: str, who: str, settings: Settings, backbone: object) -> None:
     """Take the optimizer steps of one job."""
     from benchmarks import late, material, training
     from benchmarks.peer import Peer, rows_of
-    from ptuning.backbone import Backbone
+    from ptuning.backbone.backbone import Backbone
 
     assert isinstance(backbone, Backbone)
     if job == "late-sentences":

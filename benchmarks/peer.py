@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.material import synchronised
-from ptuning.backbone import Backbone, quiet
-from ptuning.encoder import MAX_ENCODER_WIDTH
-from ptuning.objective import Item
+from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.engine.objective import Item
+from ptuning.training.encoder import MAX_ENCODER_WIDTH
 
 if TYPE_CHECKING:
     from transformers import TrainerState

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.goals import GOALS
-from ptuning.pictures import COLOURS, GREY, HOLLOW, INK, MARKERS, RULE
+from ptuning.report.pictures import COLOURS, GREY, HOLLOW, INK, MARKERS, RULE
 
 WIDTH = 7.2
 SERIES = ("peft", "ptuning")

@@ -25,15 +25,15 @@ from benchmarks.common import (
 )
 from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, seconds_of
 from benchmarks.peer import Peer, Row, choice_rows, is_installed, rows_of
-from ptuning.backbone import Backbone
-from ptuning.batch import collate
-from ptuning.evaluate import candidates_of
-from ptuning.fill import BoundTemplate, Example
-from ptuning.model import target_logits
-from ptuning.objective import candidate_item
-from ptuning.predict import Candidate, PromptModel
-from ptuning.prompt import Prompt
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine.batch import collate
+from ptuning.engine.objective import candidate_item
+from ptuning.engine.passes import target_logits
+from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import candidates_of
 from ptuning.records import Record
+from ptuning.template.fill import BoundTemplate, Example
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 SUBJECT_FIRST = "[X] is a country. Its capital is [Y]"

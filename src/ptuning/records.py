@@ -1,30 +1,23 @@
-"""Reading data into records (field name -> text), and seeded splits. Knows no template and no model."""
+"""A record, the row of data that everything starts from: a mapping from field name to text.
+
+Here are the type, a list of records that knows where it came from, and the checks that records must pass. Reading
+files is the job of :mod:`ptuning.data`.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
-import random
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ptuning.errors import FileError, RecordError, closest
-from ptuning.files import read_bytes, sha256
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable  # where Python 3.10 has it
+from ptuning.errors import RecordError
+from ptuning.files import sha256
 
 Record = Mapping[str, str]
 
+
 TARGET_FIELD = "y"
-SPLITS = ("train", "dev", "test")
-# A cell of a table may hold a whole document.
-MAX_CELL_CHARACTERS = 2**31 - 1
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 
@@ -54,68 +47,6 @@ def as_records(data: Sequence[Record]) -> Records:
     if isinstance(data, Records):
         return data
     return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
-
-
-def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
-    """Read records from a data file or from the shipped facts.
-
-    Values are text: numbers and booleans are written as JSON writes them, ``null`` counts as absent, lists and
-    objects are left out. A record without ``x`` takes LAMA's ``sub_label`` for it, one without ``y`` takes
-    ``obj_label`` or ``label``.
-
-    Args:
-        source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, or shipped facts as ``NAME:split``.
-        fields: New field name -> name in the file, such as ``{"y": "answer"}``.
-
-    Returns:
-        The records, in the order of the file.
-
-    Raises:
-        FileError: If the file does not exist, cannot be read, or has another ending.
-        RecordError: If a line cannot be read (it names file and line), or if there are no records.
-
-    Example:
-        >>> load_records("capitals:train")[0].keys()
-        dict_keys(['x', 'y'])
-    """
-    path = Path(source)
-    exists = os.path.exists(path)  # unlike Path.exists, False for whatever can be no path
-    if not exists and ":" in str(source) and not path.suffix:
-        return _shipped_records(str(source))
-    if not exists:
-        raise FileError(f"no such data file: {source}.{_hint(path)}")
-    if path.suffix.lower() not in SUFFIXES:
-        raise FileError(f"cannot tell the format of {source}; a data file ends in one of {', '.join(SUFFIXES)}")
-    data = read_bytes(path)
-    records = Records(read_rows(data, name=str(source), fields=fields), name=str(source), digest=sha256(data))
-    if not records:
-        raise RecordError(f"{source} holds no records; it needs one record per line")
-    return records
-
-
-def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> list[Record]:
-    """Parse the bytes of a data file; the format is read from the ending of ``name`` (JSONL for any other).
-
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
-    """
-    return [_renamed(clean(row, where=where), fields, where=where) for where, row in raw_rows(data, name=name)]
-
-
-def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as it stands there).
-
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
-    """
-    suffix = Path(name).suffix.lower()
-    if suffix == ".parquet":
-        return _parquet_rows(data, name)
-    if suffix in (".csv", ".tsv"):
-        return _delimited_rows(_text(data, name), name, tab=suffix == ".tsv")
-    if suffix == ".json" and _text(data, name).lstrip().startswith("["):
-        return _array_rows(_text(data, name), name)
-    return _json_line_rows(_text(data, name), name)
 
 
 def check_text(text: str, *, where: str, what: str = "the row") -> None:
@@ -166,161 +97,3 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
                 f"{records.name}, record {number}: no target; the field '{field}' is missing or empty, the record has "
                 f"{', '.join(sorted(record)) or 'no fields'}. Name another field with --field {field}=NAME"
             )
-
-
-def split_records(
-    records: Records, *, fraction: float, seed: int, groups: Sequence[str | None] | None = None
-) -> tuple[Records, Records]:
-    """Set a seeded share of the records aside; records with the same input stay together.
-
-    Args:
-        records: At least two different inputs.
-        fraction: Share of the second part, in (0, 1).
-        seed: Seed of the draw.
-        groups: For each record the name of what stays together with it, if there is more than its input.
-
-    Returns:
-        The larger part and the part set aside, each in the original order.
-
-    Raises:
-        RecordError: If there are too few different inputs to split.
-    """
-    answers = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
-    inputs = [canonical_json({name: text for name, text in row.items() if name not in answers}) for row in records]
-    if groups is not None:
-        inputs = [own if group is None else f"group {group}" for own, group in zip(inputs, groups, strict=True)]
-    drawn = sorted(set(inputs))
-    if len(drawn) < 2:
-        raise RecordError(
-            f"{records.name}: too few different records to set some aside; give more, or others to choose by (a "
-            "development file, --dev, or a dev part in the folder)"
-        )
-    random.Random(f"split {seed}").shuffle(drawn)
-    aside = set(drawn[: min(len(drawn) - 1, max(1, round(len(drawn) * fraction)))])
-    kept = [row for row, key in zip(records, inputs, strict=True) if key not in aside]
-    held = [row for row, key in zip(records, inputs, strict=True) if key in aside]
-    percent = f"{fraction:.0%}"
-    return (
-        Records(kept, name=f"{records.name} (without the {percent} set aside, seed {seed})"),
-        Records(held, name=f"{records.name} ({percent} set aside, seed {seed})"),
-    )
-
-
-def draw_records(records: Records, count: int | None, *, seed: int) -> Records:
-    """Return a seeded draw of records, in their order: all of them if ``count`` is None or not below their number."""
-    if count is None or count >= len(records):
-        return records
-    chosen = sorted(random.Random(f"draw {seed}").sample(range(len(records)), count))
-    return Records([records[index] for index in chosen], name=f"{records.name} ({count} drawn, seed {seed})")
-
-
-def shipped_facts() -> dict[str, dict[str, object]]:
-    """Return the shipped facts: name -> title, manual template, ``about`` noun and rows per split."""
-    found: dict[str, dict[str, object]] = json.loads((_facts_folder() / "index.json").read_text(encoding="utf-8"))
-    return found
-
-
-def _facts_folder() -> Traversable:
-    return resources.files("ptuning") / "facts"
-
-
-def _shipped_records(source: str) -> Records:
-    name, _, split = source.partition(":")
-    known = shipped_facts()
-    if name not in known:
-        raise FileError(
-            f"no data file and no shipped facts named '{source}'.{closest(name, known)} Shipped: {_names()}"
-        )
-    if split not in SPLITS:
-        raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
-    data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
-    return Records(read_rows(data, name=f"{source}.jsonl"), name=source, digest=sha256(data))
-
-
-def _names() -> str:
-    return ", ".join(f"{name}:train|dev|test" for name in sorted(shipped_facts()))
-
-
-def _hint(path: Path) -> str:
-    if path.name in shipped_facts():
-        return f" The shipped facts of that name have three parts: {path.name}:train, {path.name}:dev, {path.name}:test"
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return closest(path.name, neighbours) + f" Shipped facts: {_names()}"
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RecordError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-
-
-def _json_line_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    rows = []
-    # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            rows.append((where, json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise RecordError(f"{where}: not a JSON object ({error}); each line must hold one") from error
-    return rows
-
-
-def _array_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    try:
-        return [(f"{name}, record {number}", row) for number, row in enumerate(json.loads(text), start=1)]
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{name}: not valid JSON ({error})") from error
-
-
-def _delimited_rows(text: str, name: str, *, tab: bool) -> list[tuple[str, Mapping[str, object]]]:
-    # Tab-separated benchmark files hold bare quotation marks as text, comma-separated ones quote with them.
-    stream = io.StringIO(text, newline="")
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
-    reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
-    rows: list[tuple[str, Mapping[str, object]]] = []
-    try:
-        header = next(reader, [])
-        doubled = {column for column in header if header.count(column) > 1}
-        if doubled:
-            raise RecordError(f"{name}, line 1: the column names {', '.join(sorted(doubled))} stand there twice")
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise RecordError(
-                    f"{name}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)} columns"
-                )
-            rows.append((f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        raise RecordError(f"{name}, line {reader.line_num}: {error}") from error
-    return rows
-
-
-def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError as error:
-        raise FileError(f"reading {name} needs pyarrow; install it with: pip install pyarrow") from error
-    try:
-        table = read_table(io.BytesIO(data)).to_pylist()
-    except (ArrowException, OSError, ValueError) as error:  # a damaged footer is an OSError, broken text a ValueError
-        raise RecordError(f"{name} is no readable Parquet file: {error}") from error
-    return [(f"{name}, row {number}", row) for number, row in enumerate(table, start=1)]
-
-
-def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names; the old names are gone, so that no answer stays behind."""
-    renamed = {}
-    for new, old in (fields or {}).items():
-        if old not in record:
-            raise RecordError(
-                f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
-            )
-        renamed[new] = record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed

@@ -1,0 +1,375 @@
+"""The language model: load, freeze, embed, run. The one module that knows transformers' models; knows no templates'
+pieces, no prompts and no training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.backbone.forward import HEAD, Forward, Memory
+from ptuning.backbone.tokenizer import TextTokenizer as TextTokenizer
+from ptuning.backbone.tokenizer import decoder_start, kind_of, longest_row
+from ptuning.errors import BackboneError
+from ptuning.files import sha256
+from ptuning.template.fill import Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# How many values of each weight go into the fingerprint besides the whole embedding table.
+FINGERPRINT_SAMPLES = 256
+
+
+class TableStatistics(NamedTuple):
+    """Of the embeddings of all tokens: mean and standard deviation, (E,) float32 on the CPU, and mean norm."""
+
+    mean: Tensor
+    std: Tensor
+    norm: float
+
+
+class Backbone:
+    """A language model with its tokenizer.
+
+    Args:
+        model: A language model of transformers with its head: causal, masked, permuted or encoder-decoder.
+        tokenizer: The tokenizer of the model; it is copied, not changed.
+        name: Known name, folder or hub id, for the record.
+        revision: Commit of the hub, or None.
+
+    Raises:
+        BackboneError: If the model is no language model, or if its inputs cannot be embeddings.
+    """
+
+    trained: object | None = None  # the trained weights that were put into it, if any
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
+    ) -> None:
+        self.model = model
+        self.name = name
+        self.revision = revision
+        self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
+        self._forward = Forward(model, kind=self.kind, name=name)
+        self.tokenizer = TextTokenizer(
+            tokenizer,
+            max_tokens=longest_row(model.config) - self._forward.first_position,
+            rows=self.embedding_rows,
+            decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
+        )
+        self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
+        # Either may be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
+        self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding table lies."""
+        return self._table_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.model.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Two halves of 16 hexadecimal digits: the embedding table, and samples of every weight.
+
+        Values are hashed as bfloat16, so that the same weights loaded as float32 have the same fingerprint.
+        """
+        table = _as_bfloat16_bytes(self._table_weight)
+        samples = []
+        for weight in self.model.parameters():
+            step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
+            samples.append(sha256(_as_bfloat16_bytes(weight.detach().reshape(-1)[::step])))
+        # Sorted digests, since the names and the order of weights differ between releases of transformers.
+        return f"{sha256(table)[:16]}-{sha256(''.join(sorted(samples)).encode())[:16]}"
+
+    @property
+    def _embedding(self) -> nn.Module:
+        return self.table_of(self.model.get_encoder() if self.kind == "encoder-decoder" else self.model)
+
+    def table_of(self, part: PreTrainedModel) -> nn.Module:
+        """Return the embedding table that the model, or its encoder or decoder, reads; the model's if it names none."""
+        source = part if hasattr(part, "get_input_embeddings") else self.model
+        return source.get_input_embeddings()
+
+    @property
+    def _table_weight(self) -> Tensor:
+        weight = self._embedding.weight
+        if not isinstance(weight, Tensor):
+            raise BackboneError(f"{self.name}: the input embeddings of {type(self.model).__name__} have no weight")
+        return weight
+
+    @property
+    def embedding_rows(self) -> int:
+        """Number of token ids that the model can embed."""
+        return len(self._table_weight)
+
+    def to_json(self) -> dict[str, str | int | None]:
+        """Return what identifies the backbone, as it stands in the record of a run."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "fingerprint": self.fingerprint,
+            "kind": self.kind,
+            "parameters": self.parameters,
+        }
+
+    def freeze(self) -> None:
+        """Put the model into evaluation mode and stop its weights from taking gradients."""
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    def thaw(self, weights: Iterable[nn.Parameter]) -> None:
+        """Put the model into training mode, its own dropout included, and let some weights take gradients."""
+        self.model.train()
+        for weight in weights:
+            weight.requires_grad_(True)
+
+    def copy(self, *, share: bool = False) -> Backbone:
+        """Return a frozen backbone of its own, to be trained: with the same weights in float32, or (``share``) with
+        modules of its own around the very same weights, for others to be put beside them.
+        """
+        other = copy.copy(self)
+        for name in ("fingerprint", "trained", "table_statistics"):
+            other.__dict__.pop(name, None)
+        shared = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
+        other.model = copy.deepcopy(self.model, shared) if share else copy.deepcopy(self.model).float()
+        other.freeze()
+        return other
+
+    @property
+    @torch.no_grad()
+    def hidden_width(self) -> int:
+        """Width of the hidden states that a head reads, found by running three tokens."""
+        other = self.copy(share=True)
+        other.put_head(nn.Identity())
+        return beside_pads(other).shape[-1]
+
+    def put_head(self, head: nn.Module) -> None:
+        """Let a head read the hidden states at asked positions in the place of the language model's.
+
+        Args:
+            head: (N, H) hidden states -> (N, K) logits, which :meth:`run` then returns.
+        """
+        self.model.add_module(HEAD, head)
+
+    def with_random_weights(self, *, seed: int) -> Backbone:
+        """Return a frozen backbone of the same architecture that has learned nothing.
+
+        Source: Zhong et al. (2021), section 3 (random controls).
+        """
+        other = self.copy()
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(seed)
+            fresh = type(self.model)(self.model.config)
+        other.model.load_state_dict(fresh.state_dict())
+        other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+        other.name = f"{self.name} with random weights (seed {seed})"
+        return other
+
+    @functools.cached_property
+    @torch.no_grad()
+    def shares_prefix(self) -> bool:
+        """Whether rows may stand behind one row's keys and values (:meth:`run_prefix`).
+
+        Only a causal model whose cache is nothing but the keys and values of every token, in every layer: no sliding
+        window, no state of a recurrent layer, nothing quantised. Found by running one token.
+        """
+        import transformers
+
+        if self.kind != "causal":
+            return False
+        start = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        memory = self._remember(self.embed(start), mask=torch.ones_like(start), positions=start)
+        if memory is None or type(memory.cache) is not transformers.DynamicCache:
+            return False
+        return all(
+            type(layer) is transformers.DynamicLayer and layer.get_seq_length() == 1 for layer in memory.cache.layers
+        )
+
+    @functools.cached_property
+    @torch.no_grad()
+    def pads_left(self) -> bool:
+        """Whether pads may stand in front of a row: not where positions are counted from the first pad (BART), nor
+        where a recurrent state reads every column (RWKV). Found by running one row with pads and without.
+        """
+        if self.kind == "encoder-decoder":
+            return False
+        return same_logits(self, beside_pads(self, left=0), beside_pads(self, left=2))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return what the model sees for token ids, through its own embedding call (scaled where the model scales).
+
+        Args:
+            token_ids: (B, T) int64.
+
+        Returns:
+            (B, T, E) in the dtype of the embedding's output.
+        """
+        embedded = self._embedding(token_ids)
+        if not isinstance(embedded, Tensor):
+            what = f"the input embeddings of {type(self.model).__name__} are no tensor ({type(embedded).__name__})"
+            raise BackboneError(f"{self.name}: {what}, so slots cannot be filled; use another language model")
+        return embedded
+
+    def table(self) -> Tensor:
+        """Return the embeddings of all tokens of the tokenizer, (V, E) float32, without gradients."""
+        with torch.no_grad():
+            return self.embed(torch.arange(self.vocabulary, device=self.device)[None])[0].float()
+
+    @functools.cached_property
+    def table_statistics(self) -> TableStatistics:
+        """What random slots start around, and how far a slot may move; a pass over the whole table."""
+        table = self.table()
+        return TableStatistics(table.mean(dim=0).cpu(), table.std(dim=0).cpu(), float(table.norm(dim=-1).mean()))
+
+    def run(
+        self,
+        embeddings: Tensor,
+        *,
+        mask: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        encoder_tokens: int = 0,
+        memory: Memory | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Memory | None]:
+        """Run the model and return logits at the asked positions only.
+
+        Args:
+            embeddings: (B, T, E).
+            mask: (B, T_all) int64; 1 at tokens, remembered ones included.
+            positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
+            rows: (N,) int64; in which rows logits are wanted, row by row.
+            cols: (N,) int64; and in which columns.
+            encoder_tokens: How many leading columns an encoder reads; the decoder reads the others.
+            memory: What is kept of earlier tokens; of an encoder's as well, so that only the decoder's are given.
+            keep: Whether to return what the next call needs.
+
+        Returns:
+            (N, V) float32 logits over the tokenizer's vocabulary (a table may be padded beyond it), or (N, K) of
+            another head (:meth:`put_head`); and the memory if asked for and the model keeps one.
+        """
+        logits, memory = self._forward(
+            self.model,
+            embeddings,
+            mask=mask,
+            positions=positions,
+            rows=rows,
+            cols=cols,
+            segment_id=self.tokenizer.segment_id,
+            encoder_tokens=encoder_tokens,
+            memory=memory,
+            keep=keep,
+        )
+        return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
+
+    def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
+        """Run once what B rows begin with, for a model that :attr:`shares_prefix`.
+
+        Gradients flow through the cache as through any other activation.
+
+        Args:
+            embeddings: (1, T, E); every position is a token or a slot.
+            positions: (1, T) int64; as for :meth:`run`.
+            rows: Number of rows B.
+
+        Returns:
+            Keys and values of T tokens for B rows, as views of the one row's: nothing is copied here.
+        """
+        memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)
+        for layer in memory.cache.layers:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)  # type: ignore[union-attr]  # all are plain layers
+            layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
+        return memory
+
+    def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
+        """Run rows for their keys and values alone, for a model that :attr:`shares_prefix`.
+
+        Args:
+            embeddings: (B, T, E).
+            mask: (B, T) int64; pads stand behind, where they reach nothing.
+            positions: (B, T) int64; as for :meth:`run`.
+        """
+        memory = self._remember(embeddings, mask=mask, positions=positions)
+        assert memory is not None
+        return memory
+
+    def _remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory | None:
+        """Run rows for their memory alone: one logit is read, since a head may not take nothing at all."""
+        start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
+        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep=True)
+        return memory
+
+
+def _as_bfloat16_bytes(weight: Tensor) -> bytes:
+    return weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own progress bars and notices while ptuning shows its own."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
+    """Return the logits at the last token of a row (of a decoder's only token), (1, V), with pads beside it."""
+    ids = nn.functional.pad(probe_ids(backbone)[None], (left, right))  # (1, T)
+    mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
+    positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
+    if backbone.kind == "encoder-decoder":
+        encoder_tokens = at = ids.shape[1]
+        ids, mask = (torch.cat([value, value[:, left : left + 1]], dim=1) for value in (ids, mask))
+        positions = nn.functional.pad(positions, (0, 1))
+    logits, _ = backbone.run(
+        backbone.embed(ids),
+        mask=mask,
+        positions=positions,
+        rows=torch.zeros(1, dtype=torch.int64, device=backbone.device),
+        cols=torch.tensor([at], device=backbone.device),
+        encoder_tokens=encoder_tokens,
+    )
+    return logits
+
+
+def probe_ids(backbone: Backbone) -> Tensor:
+    """Return three token ids, (3,); none is what the model itself takes for a pad."""
+    padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)
+    usable = [token for token in range(min(6, backbone.embedding_rows)) if token != padding]
+    return torch.tensor(usable[-3:], device=backbone.device)
+
+
+def same_logits(backbone: Backbone, one: Tensor, other: Tensor) -> bool:
+    """Whether logits are equal up to what another order of sums makes in the backbone's type."""
+    tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
+    scale = max(1.0, float(one.abs().max()))
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

@@ -1,0 +1,174 @@
+"""Loading a backbone: find it, read its weights from safetensors, and check on a few tokens that it can be used."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ptuning.backbone import sources
+from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.backbone.probes import check_reading
+from ptuning.backbone.sources import find_backbone
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.errors import BackboneError, closest
+from ptuning.template.fill import Kind
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
+    """Load a frozen language model.
+
+    Args:
+        name: A known name (``smollm2-135m``), a local folder, or a hub id.
+        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on a CPU, where it is the
+            faster one unless the processor multiplies bfloat16 tiles.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        The backbone, frozen and in evaluation mode.
+
+    Raises:
+        BackboneError: If there is no such backbone, or if it is damaged, unsafe or of an unknown kind.
+    """
+    place = _device(device)
+    weight_type = _dtype(dtype, place)
+    name = str(name)
+    if name in sources.KNOWN:
+        folder, revision = str(_default_folder(name)), None
+    else:
+        folder, revision = find_backbone(name)
+    model, tokenizer = _load(folder, name=name, dtype=weight_type)
+    model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+    backbone = Backbone(model, tokenizer, name=name, revision=revision)
+    backbone.freeze()
+    check_reading(backbone)
+    return backbone
+
+
+def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, Kind]:
+    """Load what templates need of a backbone, without its weights.
+
+    Raises:
+        BackboneError: As :func:`load_backbone`.
+    """
+    name = str(name)
+    folder = str(_default_folder(name)) if name in sources.KNOWN else find_backbone(name)[0]
+    config, tokenizer, kind = _read_tokenizer(folder, name=name)
+    decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
+    return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
+
+
+def _generation(folder: str) -> GenerationConfig | None:
+    import transformers
+
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    return transformers.GenerationConfig.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn whatever transformers' readers raise into an error that says which backbone cannot be loaded."""
+    with quiet():
+        try:
+            yield
+        except BackboneError as error:
+            raise BackboneError(f"{name}: {error}") from error
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackboneError(
+                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must hold "
+                "config.json, a tokenizer and whole safetensors files"
+            ) from error
+
+
+def _read_tokenizer(folder: str, *, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind]:
+    import transformers
+
+    with _reading(name):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
+
+
+def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from safetensors, never from pickles, and never with code from the model's folder."""
+    import transformers
+
+    _, tokenizer, kind = _read_tokenizer(folder, name=name)
+    auto = {
+        "causal": transformers.AutoModelForCausalLM,
+        "masked": transformers.AutoModelForMaskedLM,
+        "permuted": transformers.AutoModelForCausalLM,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }[kind]
+    with _reading(name):
+        model, info = auto.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BackboneError(
+            f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
+            f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
+        )
+    return model, tokenizer
+
+
+def _default_folder(name: str) -> Path:
+    """Return the cached default backbone, converting it first if need be."""
+
+    def convert(gguf: Path, target: Path) -> None:
+        import transformers
+
+        # The reader of GGUF files has a progress bar of its own that nothing else silences.
+        with _reading(name), contextlib.redirect_stderr(io.StringIO()):
+            # Unpacked on reading: newer releases would keep the weights in GGUF blocks otherwise.
+            packing = getattr(transformers, "GgufConfig", None)
+            options = {"quantization_config": packing(dequantize=True)} if packing else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            read = transformers.AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
+            )
+        # A model read from GGUF refuses save_pretrained, so a fresh one takes its weights.
+        plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        with quiet():
+            fresh = type(read)(type(read.config)(**plain))
+            fresh.load_state_dict(read.state_dict())
+            fresh.bfloat16().save_pretrained(target)
+            tokenizer.save_pretrained(target)
+
+    return sources.cached_folder(name, convert)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, cpu or cuda") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise BackboneError(f"unknown dtype '{name}'; use auto, {' or '.join(known)}.{closest(name, known)}")
+    return known[name]

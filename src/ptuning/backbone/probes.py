@@ -1,0 +1,100 @@
+"""What a loaded model does, found by running it on a few tokens: whether it reads pads, what stands behind a position,
+or embeddings in another way than tokens. Knows no templates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, same_logits
+from ptuning.errors import BackboneError
+
+# Tokens of one longer row: no multiple of the pieces that some models cut rows into (Reformer), of 64 and less.
+LONG_ROW = 67
+
+
+@torch.no_grad()
+def check_reading(backbone: Backbone) -> None:
+    """Check that a model reads what it is given and nothing else.
+
+    Raises:
+        BackboneError: If it reads embeddings in another way than tokens, or only those of tokens, pads, (a causal one)
+            what stands behind a position, or the two sides of an encoder-decoder model through two tables; with what to
+            do.
+    """
+    called = f"{backbone.name}: {type(backbone.model).__name__}"
+    ids = probe_ids(backbone)[None]  # (1, 3)
+    ones = torch.ones_like(ids)
+    if backbone.kind == "encoder-decoder":
+        decoder = backbone.table_of(backbone.model.get_decoder())
+        if not same_logits(backbone, backbone.embed(ids).float(), decoder(ids).float()):
+            raise BackboneError(
+                f"{called} has an embedding table for its encoder and another for its decoder, and a prompt belongs to "
+                "one table; use an encoder-decoder model that shares them, as T5 and BART do"
+            )
+    sides = ("", "decoder_") if backbone.kind == "encoder-decoder" else ("",)
+    with running(f"{called} cannot read a row of {ids.shape[1]} tokens"):
+        plain, embedded = (
+            backbone.model(**{side + name: value for side in sides}, attention_mask=ones).logits[0].float()
+            for name, value in (("input_ids", ids), ("inputs_embeds", backbone.embed(ids)))
+        )
+    if not same_logits(backbone, plain, embedded):
+        raise BackboneError(
+            f"{called} does something else with embeddings than with the tokens they belong to, so slots cannot be "
+            "filled; use another language model"
+        )
+    between = (backbone.embed(ids) + backbone.embed(ids.roll(1, dims=1))) / 2  # (1, 3, E)
+    with running(f"{called} cannot read embeddings that are no token's"):
+        backbone.model(**{f"{side}inputs_embeds": between.clone() for side in sides}, attention_mask=ones)
+    with running(f"{called} cannot be asked for logits at some positions"):
+        asked = _asked(backbone, ids)
+    long = max(3, min(LONG_ROW, backbone.tokenizer.max_tokens - 1))
+    with running(f"{called} cannot read a row of {long} tokens"):
+        _asked(backbone, ids.repeat(1, long // 3 + 1)[:, :long])
+    if backbone.kind != "permuted" and not same_logits(backbone, asked, plain[1:, : backbone.vocabulary]):
+        raise BackboneError(
+            f"{called} answers otherwise when asked for some positions only; use another language model"
+        )
+    if backbone.kind != "causal":
+        if not same_logits(backbone, beside_pads(backbone, right=0), beside_pads(backbone, right=2)):
+            raise BackboneError(
+                f"{called} reads pads in spite of its attention_mask, so a row's answer would depend on the rows "
+                "beside it; use another language model"
+            )
+        return
+    cut_off = backbone.model(inputs_embeds=backbone.embed(ids[:, :2]), attention_mask=ones[:, :2])
+    if not same_logits(backbone, embedded[:2], cut_off.logits[0].float()):
+        raise BackboneError(
+            f"{called} lets a position see what stands behind it, so it would be shown the target; use a causal "
+            "language model, or a masked one with its masked language-model head"
+        )
+
+
+@contextlib.contextmanager
+def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
+    """Turn what a model raises where it is run into an error that says what it cannot do, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
+
+
+def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
+    """Return the logits at the second and third position of a row, (2, V), as training asks for them."""
+    split = ids.shape[1] if backbone.kind == "encoder-decoder" else 0
+    row = torch.cat([ids, ids], dim=1) if split else ids
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logits, _ = backbone.run(
+        backbone.embed(row),
+        mask=torch.ones_like(row),
+        positions=torch.cat([positions, positions], dim=1) if split else positions,
+        rows=torch.zeros(2, dtype=torch.int64, device=ids.device),
+        cols=torch.tensor([split + 1, split + 2], device=ids.device),
+        encoder_tokens=split,
+    )
+    return logits

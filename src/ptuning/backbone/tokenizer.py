@@ -1,0 +1,220 @@
+"""What templates need of a backbone without its weights: its tokenizer and its kind. Knows no model's forward pass."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptuning.errors import BackboneError
+from ptuning.template.fill import Ids, Kind
+from ptuning.template.segments import Gap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# Rows without a limit of their own (tokenizers say 1e30) are bounded by this many tokens.
+UNBOUNDED_TOKENS = 1 << 20
+# Models that learned to fill gaps mark them with sentinels, as T5 does: the first gap, and what ends its filling.
+# Some vocabularies write them with SentencePiece's mark of a space. Source: Raffel et al. (2020), section 3.1.4.
+SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id_1>"))
+
+
+class TextTokenizer:
+    """A transformers tokenizer as templates need it: no special tokens added, special text in records is plain text.
+
+    Args:
+        tokenizer: The tokenizer; a copy of it is used, so the caller's stays as it is.
+        max_tokens: Longest row that the model takes.
+        rows: How many ids the model can embed, if known; special tokens beyond them do not count.
+        decoder_ids: What a decoder starts with (:func:`decoder_start`).
+
+    Raises:
+        BackboneError: If the tokenizer's special tokens cannot be told from text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, rows: int | None = None, decoder_ids: Ids = ()
+    ) -> None:
+        # Encoding special text as plain text leaves a mark in the tokenizer's state, which must not be the caller's.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._reserved: frozenset[int] = frozenset()
+        self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
+        self.mask_id: int | None = tokenizer.mask_token_id
+        self.stop_id: int | None = tokenizer.eos_token_id
+        self.unknown_id: int | None = tokenizer.unk_token_id
+        self.line_end_id = self._probe_line_end()
+        self.special_ids: Mapping[str, int] = {
+            token.content: index
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special and (rows is None or index < rows)
+        }
+        self.decoder_ids = decoder_ids
+        self.gap = self._find_gap(rows)
+        named = {*self.special_ids.values(), *self.gap.encoder_ids, self.gap.end_id}
+        self._reserved = frozenset(token for token in named if token is not None and token != self.unknown_id)
+        self.prefix_ids, self.suffix_ids, self.segment_id = self._probe_specials()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
+
+    def _spelled(self, text: str, ids: list[int]) -> list[int]:
+        """Return a text's ids with the special tokens that it writes spelled out letter by letter: a vocabulary that
+        holds them like other pieces (unigram) finds them in any text. Those that stand for something else
+        (the bytes of an unknown letter) stay.
+        """
+        if self._reserved.isdisjoint(ids):
+            return ids
+        spelled: list[int] = []
+        for token in ids:
+            name = str(self._tokenizer.convert_ids_to_tokens(token)) if token in self._reserved else ""
+            if name and name.lstrip("▁") in text:
+                found = [self._tokenizer.convert_tokens_to_ids(letter) for letter in name]
+                spelled += [letter for letter in found if isinstance(letter, int)]
+            else:
+                spelled.append(token)
+        return spelled
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files as transformers reads them."""
+        self._tokenizer.save_pretrained(folder)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token(self, token_id: int) -> str:
+        """Return a token as a person reads it: a space stays a space, other invisible characters are escaped."""
+        text = str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        written = self._tokenizer.convert_ids_to_tokens(token_id)
+        return text if text.strip() or text == " " else repr(text)[1:-1] or str(written)
+
+    def ends_line(self, token_id: int) -> bool:
+        """Whether a token's text holds a line break."""
+        return "\n" in self.decode([token_id])
+
+    def _probe_line_end(self) -> int | None:
+        """Return the token of a line break, if there is one; a tokenizer that drops line breaks has none."""
+        ids = self.encode(["\n"])[0]
+        return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id and self.ends_line(ids[0]) else None
+
+    def _find_gap(self, rows: int | None) -> Gap:
+        """Return what a model that reads on one side and writes on the other expects at a gap: its mask, or sentinels;
+        nothing if it has neither.
+        """
+        if self.mask_id is not None:
+            return Gap((self.mask_id,))
+        vocabulary = self._tokenizer.get_vocab()
+        for first, second in SENTINELS:
+            if first in vocabulary and second in vocabulary:
+                gap, end = vocabulary[first], vocabulary[second]
+                if rows is None or max(gap, end) < rows:
+                    return Gap((gap,), (gap,), end)
+        return Gap()
+
+    def _probe_specials(self) -> tuple[Ids, Ids, int]:
+        """Ask the tokenizer where it puts special tokens and which segment id a single sentence gets."""
+        bare = self.encode(["a"])[0]
+        whole = self._tokenizer("a", verbose=False)
+        ids = list(whole["input_ids"])
+        at = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), None)
+        if at is None:
+            raise BackboneError(f"the tokenizer gives {ids} with special tokens and {bare} without; it cannot be used")
+        segments = whole.get("token_type_ids", [0])
+        return tuple(ids[:at]), tuple(ids[at + len(bare) :]), int(segments[min(at, len(segments) - 1)])
+
+
+def kind_of(config: object, *, has_mask: bool) -> Kind:
+    """Say from a model's config what kind of language model it is.
+
+    Raises:
+        BackboneError: If it is none.
+    """
+    from transformers.models.auto import modeling_auto
+
+    model_type = str(getattr(config, "model_type", ""))
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    two_sided = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if getattr(config, "is_encoder_decoder", False):
+        if model_type not in two_sided:
+            raise BackboneError(
+                f"model type '{model_type}' has an encoder and a decoder, and no language-model head for text in "
+                "transformers; use a causal, a masked or another encoder-decoder language model"
+            )
+        return "encoder-decoder"
+    named = list(getattr(config, "architectures", None) or [])
+    forward: Kind = "permuted" if has_mask and _is_permuted(model_type) else "causal"
+    heads: dict[str, Kind] = {str(causal.get(model_type)): forward, str(masked.get(model_type)): "masked"}
+    for architecture in named:
+        if architecture in heads:
+            return heads[architecture]
+    # No or another head is named: the family decides, and where it has both (BERT) whether there is a mask token.
+    if model_type in masked and (has_mask or model_type not in causal):
+        return "masked"
+    if model_type in causal:
+        return forward
+    raise BackboneError(
+        f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
+    )
+
+
+def _is_permuted(model_type: str) -> bool:
+    """Whether a model that goes on with a text can be told what to hide from what, and what to predict (XLNet)."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return False
+    head = getattr(transformers, str(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)), None)
+    accepted = inspect.signature(head.forward).parameters if head is not None else {}
+    return "perm_mask" in accepted and "target_mapping" in accepted
+
+
+def decoder_start(config: object, generation: object) -> Ids:
+    """Return what a decoder reads in front of the first token it writes: its start token, and a token that it is made
+    to write first.
+
+    Args:
+        config: The model's config.
+        generation: Its generation config, if it has one, which goes before.
+
+    Raises:
+        BackboneError: If a model with a decoder names no start token.
+    """
+    if not getattr(config, "is_encoder_decoder", False):
+        return ()
+
+    def named(name: str) -> int | None:
+        value = getattr(generation, name, None)
+        value = getattr(config, name, None) if value is None else value
+        return None if value is None else int(value)
+
+    start = named("decoder_start_token_id")
+    start = named("bos_token_id") if start is None else start
+    if start is None:
+        raise BackboneError(
+            "its config names no decoder_start_token_id, with which a decoder begins; write it into config.json"
+        )
+    forced = named("forced_bos_token_id")
+    return (start,) if forced is None else (start, forced)
+
+
+def longest_row(config: PretrainedConfig) -> int:
+    """Return the longest row that a model takes, or the longest of either side."""
+    names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
+    found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
+    return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1

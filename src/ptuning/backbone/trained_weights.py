@@ -1,0 +1,342 @@
+"""What training makes of a backbone's own weights: which are trained, how the best are set aside, and what is kept of
+them in the end. Knows no prompts and no training.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ptuning.backbone import lora
+from ptuning.backbone.backbone import Backbone, beside_pads
+from ptuning.backbone.probes import running
+from ptuning.config import Keep, Tune
+from ptuning.errors import PromptError
+from ptuning.files import Json, file_error, file_sha256, make_folder, read_bytes, replacing, write_bytes
+
+PREFIX = ".weights-"
+DIFFERENCE_FILE = "difference.safetensors"
+BEST_FILE = "best-{epoch}.safetensors"
+WHOLE_FILE = "model.safetensors"
+# Of a tensor of which only some rows changed, those rows are kept, and under the name with this behind it which ones.
+ROWS = ".rows"
+
+
+def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter]:
+    """Return the weights of a backbone that are trained, by name."""
+    if tune == "frozen":
+        return {}
+    return lora.adapter_parameters(backbone.model) if tune == "lora" else dict(backbone.model.named_parameters())
+
+
+def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
+    """Return a frozen backbone of its own with new adapters, once it is seen to run with them and to be loaded again.
+
+    Args:
+        backbone: It does not change; the other shares its weights.
+        rank: Of the adapters, as the others for :func:`ptuning.backbone.lora.add_adapters`.
+        alpha: What they add is scaled by this, divided by the rank.
+        targets: What they are put on.
+        seed: Of their start values.
+
+    Raises:
+        ConfigError: If peft is missing.
+        BackboneError: If the model has no such layers, or does not run with adapters on them, or if they would not come
+            back once they are saved.
+    """
+    other = backbone.copy(share=True)
+    lora.add_adapters(other.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
+    other.freeze()
+    called = f"{backbone.name}: {type(backbone.model).__name__}"
+    with running(f"{called} cannot run with adapters (lora_targets {targets})", do=lora.ADVICE):
+        beside_pads(other)
+    lora.check_restorable(other.model, backbone.copy(share=True).model, targets=targets)
+    return other
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedWeights:
+    """What training made of a backbone's weights, and what it takes to put them into the frozen backbone again.
+
+    Args:
+        tune: ``tuned`` or ``lora``.
+        keep: For ``tuned``: ``difference`` holds the weights that changed, ``whole`` all of them.
+        fingerprint: Of the backbone with these weights in it.
+        tensors: The weights by name, float32, of any shape.
+        files: Other files that are saved beside them: how adapters are built, or what makes a folder a model's.
+    """
+
+    tune: Tune
+    keep: Keep
+    fingerprint: str
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    # What a backbone with these weights in it bears, which keeps nothing of them in memory.
+    mark: object = field(default_factory=object)
+
+    @classmethod
+    def of(cls, trained: Backbone, frozen: Backbone, *, tune: Tune, keep: Keep) -> TrainedWeights:
+        """Return the trained weights of a backbone; they share memory with it.
+
+        Args:
+            trained: With the trained weights in it.
+            frozen: The backbone that it was made of.
+            tune: ``tuned`` or ``lora``.
+            keep: What to keep of tuned weights.
+        """
+        tensors = {name: weight.detach() for name, weight in trained_parameters(trained, tune).items()}
+        if tune == "lora":
+            files = {lora.CONFIG_FILE: lora.adapter_config(trained.model, backbone=frozen.name)}
+            return cls(tune, keep, trained.fingerprint, tensors, files)
+        if keep == "difference":
+            return cls(tune, keep, trained.fingerprint, _changed(tensors, dict(frozen.model.named_parameters())))
+        return cls(tune, keep, trained.fingerprint, _saved_tensors(trained), _model_files(trained))
+
+    @property
+    def file(self) -> str:
+        """Name of the file that holds the tensors."""
+        if self.tune == "lora":
+            return lora.WEIGHTS_FILE
+        return WHOLE_FILE if self.keep == "whole" else DIFFERENCE_FILE
+
+    @property
+    def describe(self) -> str:
+        """What they are, in a few words."""
+        if self.tune == "lora":
+            return "adapters (LoRA)"
+        return "all of them" if self.keep == "whole" else "those that changed"
+
+    def into(self, backbone: Backbone) -> Backbone:
+        """Return a frozen backbone of its own with these weights in it; the one given does not change.
+
+        With adapters its other weights are shared with the one given, with tuned weights it is a copy in float32.
+
+        Raises:
+            PromptError: If a key is missing or extra, or a shape is wrong for this backbone.
+        """
+        if self.tune == "lora":
+            other = backbone.copy(share=True)
+            lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
+            other.freeze()
+            other.trained = self.mark
+            return other
+        other = backbone.copy()
+        own = _saved_tensors(other)
+        left = set(self.tensors)
+        with torch.no_grad():
+            for name, weight in own.items():
+                kept, rows = self.tensors.get(name), self.tensors.get(name + ROWS)
+                left -= {name, name + ROWS}
+                if kept is None and self.keep == "whole":
+                    raise PromptError(f"the trained weights lack the key '{name}' of '{backbone.name}'")
+                if kept is None:
+                    continue
+                fits = kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)
+                if not fits:
+                    raise PromptError(
+                        f"the trained weights have a wrong shape at '{name}': {tuple(kept.shape)}, and "
+                        f"'{backbone.name}' has {tuple(weight.shape)}"
+                    )
+                if rows is None:
+                    weight.copy_(kept)
+                else:
+                    weight[rows.to(weight.device)] = kept.to(weight.device)
+        if left:
+            raise PromptError(
+                f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
+            )
+        other.trained = self.mark
+        return other
+
+    def save(self, folder: Path) -> dict[str, Json]:
+        """Write the weights into a folder, and return what :meth:`load` needs to know of it.
+
+        Raises:
+            FileError: If a file cannot be written.
+        """
+        for name, data in self.files.items():
+            write_bytes(folder / name, data)
+        write_tensors(folder / self.file, self.tensors)
+        return {
+            "tune": self.tune,
+            "keep": self.keep,
+            "fingerprint": self.fingerprint,
+            "sha256": {name: file_sha256(folder / name) for name in sorted((*self.files, self.file))},
+        }
+
+    @classmethod
+    def load(cls, folder: Path, about: Mapping[str, Json]) -> TrainedWeights:
+        """Read the weights back; their values are read from disk when they are used.
+
+        Args:
+            folder: Where they were written.
+            about: What :meth:`save` returned.
+
+        Raises:
+            FileError: If a file cannot be read.
+            PromptError: If one is cut off or was changed.
+            TypeError: If ``about`` is none of ours.
+        """
+        tune, keep, hashes = about.get("tune"), about.get("keep"), about.get("sha256")
+        if tune not in ("tuned", "lora") or keep not in ("difference", "whole") or not isinstance(hashes, Mapping):
+            raise TypeError(f"'weights' must say tune, keep and sha256, and says {tune}, {keep} and {hashes}")
+        empty = cls(tune, keep, str(about.get("fingerprint")), {})  # type: ignore[arg-type]  # checked above
+        if empty.file not in hashes:
+            raise TypeError(f"the sha256 of {empty.file} is missing")
+        for name in hashes:
+            if Path(name).name != name:
+                raise TypeError(f"'{name}' is no file's name")
+        tensors = read_tensors(folder / empty.file)  # first: that a file is cut off says more than that it was changed
+        for name, wanted in hashes.items():
+            if file_sha256(folder / name) != wanted:
+                raise PromptError(
+                    f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
+                )
+        files = {name: read_bytes(folder / name) for name in hashes if name != empty.file}
+        if tune == "lora" and lora.CONFIG_FILE not in files:
+            raise TypeError(f"the sha256 of {lora.CONFIG_FILE} is missing")
+        return cls(empty.tune, empty.keep, empty.fingerprint, tensors, files)
+
+
+class KeptWeights:
+    """The best weights so far, set aside on disk: a third copy in memory (beside gradients and the two moments of the
+    optimizer) would bound the size of a backbone that can be tuned.
+
+    Args:
+        folder: Where they lie, beside a checkpoint that says of which epoch they are; without one in the system's place
+            for temporary files, until :meth:`close`.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX) if folder is None else None
+        self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
+
+    def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
+        """Write the weights of an epoch beside those of earlier ones.
+
+        Raises:
+            FileError: If they cannot be written.
+        """
+        make_folder(self._folder)
+        write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
+
+    def forget_others(self, *, epoch: int) -> None:
+        """Remove the weights of all epochs but one, once nothing names them any more."""
+        for file in self._folder.glob(BEST_FILE.format(epoch="*")):
+            if file != self._file(epoch):
+                file.unlink(missing_ok=True)
+
+    def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
+        """Put the weights of an epoch back.
+
+        Raises:
+            PromptError: If their file is damaged, or of another backbone.
+        """
+        kept = read_tensors(self._file(epoch))
+        if kept.keys() != weights.keys() or any(kept[name].shape != weights[name].shape for name in kept):
+            raise PromptError(f"{self._file(epoch)} holds the weights of another backbone")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
+
+    def close(self) -> None:
+        """Remove what was kept for the time of the training only."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _file(self, epoch: int) -> Path:
+        return self._folder / BEST_FILE.format(epoch=epoch)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file without a copy of it in memory.
+
+    Args:
+        path: Where it goes.
+        tensors: What it holds; those that lie elsewhere than on the CPU, or not in one piece, are copied one by one.
+        texts: What stands in its header.
+
+    Raises:
+        FileError: If it cannot be written; nothing is left behind.
+    """
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replacing(path) as temporary:
+        temporary.touch()
+        rights = temporary.stat().st_mode  # as of any new file; safetensors leaves one that only its owner reads
+        try:
+            safetensors.torch.save_file(plain, temporary, {"format": "pt", **(texts or {})})
+            temporary.chmod(rights)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; values are read from disk when they are used.
+
+    Raises:
+        FileError: If it cannot be read.
+        PromptError: If it is cut off or damaged.
+    """
+    try:
+        with path.open("rb"), safetensors.safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    except OSError as error:
+        raise file_error("read", path, error) from error
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise PromptError(f"{path} is no whole safetensors file ({error}); it is cut off or damaged") from error
+
+
+def _saved_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """Return what a model's file holds: its weights, tied ones once, and those buffers that it is saved with."""
+    weights = {name: weight.detach() for name, weight in backbone.model.named_parameters()}
+    buffers = dict(backbone.model.named_buffers())
+    return weights | {name: one for name, one in backbone.model.state_dict().items() if name in buffers}
+
+
+def _changed(trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that changed, and of those of which only some rows changed these rows."""
+    found: dict[str, Tensor] = {}
+    for name, weight in trained.items():
+        if weight.ndim == 0:
+            found[name] = weight
+            continue
+        # As bits: a zero that became a negative one is a change, too.
+        before = frozen[name].detach().float().view(torch.int32)
+        moved = (weight.view(torch.int32) != before).reshape(len(weight), -1).any(dim=-1)  # (rows,)
+        rows = moved.nonzero()[:, 0]  # (changed rows,)
+        if len(rows) == len(weight):
+            found[name] = weight
+        elif len(rows):
+            found |= {name: weight[rows], name + ROWS: rows}
+    return found
+
+
+def _rows_fit(kept: Tensor, rows: Tensor, weight: Tensor) -> bool:
+    return (
+        rows.ndim == 1
+        and rows.dtype == torch.int64
+        and kept.shape == (len(rows), *weight.shape[1:])
+        and (not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) < len(weight))
+    )
+
+
+def _model_files(backbone: Backbone) -> dict[str, bytes]:
+    """Return the files that make a folder with weights in it a model of transformers: its config and its tokenizer."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+        folder = Path(name)
+        config = copy.deepcopy(backbone.model.config)
+        config.dtype = torch.float32
+        config.save_pretrained(folder)
+        generation = getattr(backbone.model, "generation_config", None)  # which only models that write have
+        if generation is not None:
+            generation.save_pretrained(folder)
+        backbone.tokenizer.save(folder)
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

@@ -1,0 +1,173 @@
+"""`ptuning fleet`: learn many prompts at once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError, PTuningError
+
+if TYPE_CHECKING:
+    from ptuning.files import Json
+    from ptuning.template.labels import LabelWords
+    from ptuning.training.fleet_file import Entry, FleetFile
+    from ptuning.training.run import TrainResult
+    from ptuning.training.train_fleet import FleetPrompt, FleetResult
+
+
+def fleet(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="TOML that names the prompts: docs/fleets.md.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder with a folder for each prompt.")],
+    at_once: Annotated[
+        int | None, typer.Option(metavar="N", help="Prompts in training at the same time.", min=1)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped fleet was.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fleet in DIR.")] = False,
+    backbone: BackboneOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Learn many prompts at once on one frozen backbone: other data, templates, seeds or settings. Each is left as
+    train would leave it, in a folder of its own.
+
+    Example: ptuning fleet --config fleet.toml --out runs/fleet
+    """
+    from ptuning.files import check_free
+    from ptuning.training.fleet_file import read_fleet
+
+    asked = read_fleet(config)
+    check_free(out, overwrite=overwrite or resume)
+    prompts = read_prompts(asked)
+    loaded = inputs.load(backbone or asked.backbone, dtype=dtype, device=device)
+    with signals.stoppable(out, again="--resume") as (report, should_stop):
+        from ptuning.training.fleet import AT_ONCE
+        from ptuning.training.train_fleet import train_fleet
+
+        found = train_fleet(
+            prompts,
+            backbone=loaded,
+            out=out,
+            at_once=at_once or asked.at_once or AT_ONCE,
+            resume=resume,
+            overwrite=overwrite,
+            # A line per epoch of dozens of trainings would bury the line per prompt.
+            report=lambda now: report(now) if now.stage != "epoch" else None,
+            should_stop=should_stop,
+            on_prompt=show_prompt,
+            command=options.command_line(),
+        )
+    show(found, out)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
+    """Read the templates, settings and data that the prompts of a fleet name; a file that several name is read once.
+
+    Raises:
+        PTuningError: If one cannot be used; names the prompt.
+    """
+    read: dict[tuple[object, ...], Any] = {}
+    found = []
+    for entry in asked.entries:
+        try:
+            found.append(_prompt(entry, read))
+        except PTuningError as error:
+            raise type(error)(f"prompt '{entry.name}': {error}") from error
+    return found
+
+
+def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+    from ptuning.training.train_fleet import FleetPrompt
+
+    given = cast("dict[str, Any]", entry.inputs)
+    config = TrainConfig.from_json(entry.settings)
+    task = inputs.task_of(given.get("task"))
+    template = inputs.template_of(
+        task, *(given.get(name) for name in ("template", "manual", "about", "pattern")), option=""
+    )
+    renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
+
+    def once(source: str, name: str, reader: Callable[[], Any]) -> Any:
+        key = (source, tuple(renamed), given.get("task"), name)
+        if key not in read:
+            read[key] = reader()
+        return read[key]
+
+    def part(source: str, name: str) -> Any:
+        return once(source, name, lambda: inputs.data_of(source, renamed, task, part=name))
+
+    data = given["data"]
+    dev = part(given["dev"], "dev") if "dev" in given else once(data, "beside", lambda: inputs.dev_part(data, task))
+    return FleetPrompt(
+        entry.name,
+        template,
+        part(data, "train"),
+        dev=dev,
+        config=config,
+        labels=_labels(given.get("labels")),
+        task=task,
+        calibrate=given.get("calibrate"),
+    )
+
+
+def _labels(given: object) -> LabelWords | str | None:
+    """Return label words from a text, or from a table of label -> word or words."""
+    from ptuning.template.labels import LabelWords
+
+    if not isinstance(given, dict):
+        return cast("str | None", given)
+    words: dict[str, tuple[str, ...]] = {}
+    for label, listed in given.items():
+        several = [listed] if isinstance(listed, str) else listed
+        if not isinstance(several, list) or not all(isinstance(word, str) for word in several):
+            raise ConfigError(f"labels.{label} is {listed!r}; it must be a word or a list of words")
+        words[label] = tuple(several)
+    return LabelWords(words)
+
+
+def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
+    """Print a prompt of a fleet that has ended."""
+    if isinstance(outcome, Exception):
+        terminal.say(f"{name}: failed: {outcome}")
+        return
+    score, rows, chosen = _line(outcome)
+    terminal.say(f"{name}: dev score {score}, n = {rows}, {chosen}")
+
+
+def show(found: FleetResult, out: Path) -> None:
+    """Print what a fleet left."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("prompt", "start", "dev score", "n", "chosen"):
+        table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
+    for name, result in found.results.items():
+        start = cast("Mapping[str, float]", result.record["start"])
+        table.add_row(escape(name), f"{start['dev_score']:.3f}", *_line(result))
+    for name, error in found.failed.items():
+        table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
+    terminal.results().print(table)
+    terminal.line(
+        f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl; {out}/fleet.json names them all"
+    )
+    if found.results:
+        terminal.line(
+            f"next:    {terminal.program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE"
+        )
+
+
+def _line(result: TrainResult) -> tuple[str, str, str]:
+    """Return a prompt's development score, the number of records behind it, and what was chosen."""
+    score = next(value for name, value in result.prompt.scores.items() if name != "loss")
+    rows = cast("Mapping[str, Mapping[str, Json]]", result.record["data"])["dev"]["rows"]
+    chosen = cast("int", result.record["chosen_epoch"])
+    return f"{score:.3f}", str(rows), f"epoch {chosen}" if chosen else "the start"

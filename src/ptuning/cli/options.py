@@ -1,0 +1,175 @@
+"""Options that several commands share, and reading settings and pairs from them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from typer.core import TyperCommand
+
+from ptuning.config import TrainConfig
+from ptuning.errors import ConfigError, closest
+
+if TYPE_CHECKING:
+    from ptuning.prompt.prompt import Prompt
+    from ptuning.template.labels import Normalise
+
+# Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
+
+SETTINGS = TrainConfig()
+# What an option stands for that is given without its value.
+OPTIONAL_VALUES = {"--few-shot": "32"}
+
+
+class Command(TyperCommand):
+    """Names the closest option or setting to an unknown one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, and turn an unknown option into an error that says what was meant."""
+        try:
+            return super().parse_args(ctx, with_optional_values(args))
+        except Exception as error:
+            # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
+            name = getattr(error, "option_name", None)
+            if name is None or not hasattr(error, "possibilities"):
+                raise
+            raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
+
+
+def with_optional_values(args: Sequence[str]) -> list[str]:
+    """Return arguments with the values that may be left out.
+
+    Example:
+        >>> with_optional_values(["--few-shot", "--seeds", "3"])
+        ['--few-shot', '32', '--seeds', '3']
+    """
+    found: list[str] = []
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
+        found.append(arg)
+        if arg in OPTIONAL_VALUES and following.startswith("-"):
+            found.append(OPTIONAL_VALUES[arg])
+    return found
+
+
+BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
+DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
+FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
+NormaliseOption = Annotated[str | None, typer.Option(metavar="sum|mean", help="Score of answers of several tokens.")]
+CalibrateOption = Annotated[
+    bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
+]
+TaskOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.")]
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
+WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
+CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+# Of a training run.
+TrainOption = Annotated[
+    str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")
+]
+DevOption = Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")]
+TemplateOption = Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')]
+ManualOption = Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")]
+AboutOption = Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")]
+PatternOption = Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")]
+LabelsOption = Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')]
+EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
+EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")]
+BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per pass.")]
+LrOption = Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")]
+BackboneLrOption = Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")]
+KeepOption = Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")]
+StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
+CacheMemoryOption = Annotated[
+    float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Of everything random.")]
+
+
+def command_line(program: str = "ptuning") -> str:
+    """Return the command line as it was given."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
+    """Return the settings given; those not given keep the default of ``TrainConfig``."""
+    given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
+    values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
+    for name, text in values.items():
+        with contextlib.suppress(ValueError):
+            values[name] = json.loads(text)
+        if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
+            raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
+    return TrainConfig.from_json({**options, **values})
+
+
+def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
+    """Return the settings of what is trained besides the slots; each way to train has a learning rate of its own."""
+    if backbone_lr is None:
+        return {"tune": tune, "keep": keep}
+    if tune == "frozen":
+        raise ConfigError("--backbone-lr goes with --tune tuned or lora: a frozen backbone learns nothing")
+    return {"tune": tune, "keep": keep, "lora_lr" if tune == "lora" else "backbone_lr": backbone_lr}
+
+
+def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Return new name -> name in the file."""
+    return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
+
+
+def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
+    """Return how answers of several tokens are scored, None for as the prompt says; it goes with a closed set only."""
+    if value not in ("sum", "mean", None):
+        raise ConfigError(f"--normalise is sum or mean, not '{value}'")
+    if value == "mean" and not closed:
+        raise ConfigError(
+            "--normalise goes with a closed set of answers: --candidates, label words, or a task's choices"
+        )
+    return cast("Normalise | None", value)
+
+
+def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
+    """Check that there is something to calibrate: label words or choices, and no candidates in their place."""
+    if calibrate and (candidates or not prompt.is_closed):
+        raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
+
+
+def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
+    """Read texts of the form ``NAME=VALUE``.
+
+    Raises:
+        ConfigError: If one is not of that form; says what was ``expected``.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if not (name.strip() and text.strip()):
+            raise ConfigError(f"'{pair}' is not {expected}")
+        found[name.strip()] = text.strip()
+    return found
+
+
+def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
+    """Return the error for an option of the command line that does not exist.
+
+    Args:
+        name: The option as written.
+        options: Those that exist; where ``--set`` is among them, settings without an option are suggested, too.
+    """
+    dashed = [option for option in options if option.startswith("-")]
+    settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
+    hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)
+    for option, setting in settings.items():
+        if option not in dashed and f"'{option}'" in hint:
+            hint = f" Did you mean --set {setting}=VALUE?"
+    return ConfigError(f"unknown option '{name}'.{hint} Options: {', '.join(dashed)}")

@@ -1,0 +1,75 @@
+"""The commands on tasks: list, show, check. ``show_tasks`` prints for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ptuning.backbone import sources
+from ptuning.cli import show_tasks, terminal
+from ptuning.cli.options import BackboneOption
+from ptuning.errors import FileError, TaskError
+
+TaskArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped task, or a task file.")]
+# The parts of a data folder that a check reads, if they are there.
+PARTS = ("train", "dev", "val", "test")
+
+
+def list_tasks() -> None:
+    """List the shipped tasks.
+
+    Example: ptuning task list
+    """
+    from ptuning.data.task_files import shipped_tasks
+
+    show_tasks.tasks(shipped_tasks())
+
+
+def show_task(task: TaskArgument) -> None:
+    """Show a task's templates and its file, which may be the beginning of one of your own.
+
+    Example: ptuning task show RTE
+    """
+    from ptuning.data.task_files import load_task
+
+    show_tasks.task(load_task(task))
+
+
+def check_task(
+    task: TaskArgument,
+    data: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help="Rows to read as well.")] = None,
+    backbone: BackboneOption = None,
+) -> None:
+    """Check a task file: its keys, its templates, its label words with a backbone's tokenizer, and rows of data. Loads
+    no weights.
+
+    Example: ptuning task check RTE --data fewglue
+    """
+    from ptuning.data.questions import Questions
+    from ptuning.data.task_files import find_split, load_task
+
+    found = load_task(task)
+    parts: dict[str, Questions] = {}
+    if data is not None and not data.is_dir():
+        parts["data"] = found.read(data)
+    elif data is not None:
+        parts["train"] = found.read(find_split(data, found, "train"))
+        for name in PARTS[1:]:
+            try:
+                path = find_split(data, found, name)
+            except FileError:
+                continue  # only the training part must be there
+            parts[name] = found.read(path, labelled=name != "test")
+    name = backbone if backbone is not None else sources.BACKBONE
+    with terminal.loading(name):
+        from ptuning.backbone.loading import load_tokenizer
+        from ptuning.data.task_check import check_data, check_words
+
+        tokenizer, kind = load_tokenizer(name)
+    checked = check_data(found, parts) + check_words(found, tokenizer, kind, parts=parts)
+    show_tasks.findings(found, checked)
+    if checked.problems:
+        raise TaskError(f"{task}: " + "\n  ".join(checked.problems))
+    terminal.line(f"fine with the tokenizer of {name}")

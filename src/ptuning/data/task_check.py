@@ -1,0 +1,122 @@
+"""What is wrong with a task file, and what is worth knowing of it, before a model is loaded. Knows tokenizers and no
+weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ptuning.data.questions import Question, Questions
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import PTuningError
+from ptuning.records import TARGET_FIELD
+from ptuning.template.fill import BoundTemplate, Example, Kind
+from ptuning.template.language import Field, Template
+from ptuning.template.segments import Tokenizer
+
+# Rows of a part that are filled in to see whether they fit: tokenising every row of a large one takes long.
+FILLED_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found.
+
+    Args:
+        facts: What is so, a line each.
+        doubts: What may be meant, and may be a mistake.
+        problems: What must be mended.
+    """
+
+    facts: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(self.facts + other.facts, self.doubts + other.doubts, self.problems + other.problems)
+
+
+def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
+    """Say what stands in the parts of a task's data, and which labels do not."""
+    facts, doubts = [], []
+    for name, questions in parts.items():
+        labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
+        line = f"{name}: {len(questions)} rows of {questions.name}"
+        if questions.has_choices:
+            counts = sorted(len(row.choices) for row in questions)
+            line += f"; {counts[0]} to {counts[-1]} choices, {counts[len(counts) // 2]} in the middle"
+        elif task.label_words is not None and labels:
+            line += "; " + ", ".join(f"{label} {labels[label]}" for label in task.label_words.labels)
+            missing = [label for label in task.label_words.labels if not labels[label]]
+            if missing:
+                doubts.append(f"{name}: no row has the label {' or '.join(missing)}")
+        groups = {row.group for row in questions if row.group is not None}
+        facts.append(line + (f"; {len(groups)} groups" if groups else ""))
+        empty = Counter(field for row in questions for field in task.fields if not row.record[field].strip())
+        doubts += [f"{name}: the field '{field}' is empty in {count} rows" for field, count in empty.items()]
+    return Findings(tuple(facts), tuple(doubts))
+
+
+def check_words(
+    task: TaskFile, tokenizer: Tokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
+) -> Findings:
+    """Fill every pattern of a task, and say which tokens its label words are and what gets shortened.
+
+    Args:
+        task: The task.
+        tokenizer: Of the backbone.
+        kind: Of the backbone.
+        parts: Data, if there is some; else a record whose fields hold their own names.
+    """
+    given = [questions for questions in (parts or {}).values() if questions]
+    sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
+    found = Findings()
+    for number, pair in enumerate(zip(task.manual, task.learned, strict=True), start=1):
+        for what, template in zip(("manual", "learned"), pair, strict=True):
+            found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
+    # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
+    return Findings(*(tuple(dict.fromkeys(lines)) for lines in (found.facts, found.doubts, found.problems)))
+
+
+def _check_template(
+    name: str,
+    task: TaskFile,
+    template: Template,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    sample: Question,
+    parts: Sequence[Questions],
+) -> Findings:
+    facts, doubts = [], []
+    try:
+        bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
+        if task.label_words is not None:
+            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
+            facts.append(f"label words and their tokens: {'; '.join(lines)}")
+        filled: list[Example] = []
+        for questions in parts:
+            chosen = questions[:FILLED_ROWS]
+            texts = [max(_answers(task, row), key=len) for row in chosen]
+            source = f"{questions.name}, row"
+            filled += bound.examples([row.record for row in chosen], targets=texts, source=source)
+        short = sum(example.shortened for example in filled)
+        if short:
+            doubts.append(
+                f"{name}: {short} of {len(filled)} rows are shortened to {tokenizer.max_tokens} tokens, in the fields "
+                f"without '!': {', '.join(_shrinking(template)) or 'none'}"
+            )
+    except PTuningError as error:
+        return Findings(tuple(facts), tuple(doubts), (f"{name}: {error}",))
+    return Findings(tuple(facts), tuple(doubts))
+
+
+def _shrinking(template: Template) -> list[str]:
+    return list(dict.fromkeys(piece.name for piece in template.pieces if isinstance(piece, Field) and not piece.keep))
+
+
+def _answers(task: TaskFile, row: Question) -> tuple[str, ...]:
+    if task.label_words is not None:
+        return tuple(word for _, word in task.label_words.flat)
+    return row.choices or (row.record.get(TARGET_FIELD) or "a",)

@@ -1,0 +1,148 @@
+"""Collating examples into one padded batch with explicit mask and positions. Knows no model and draws nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptuning.errors import PromptError
+from ptuning.template.fill import Example
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows padded to T tokens, with S slot positions and N scored positions over all rows.
+
+    Args:
+        token_ids: (B, T) int64; zero at pads and slots, both of which only the mask and the positions know.
+        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. A pad is a mask entry, never a token id.
+        positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
+        slot_rows, slot_cols: (S,) int64; where slot vectors are written.
+        slot_index: (S,) int64; which row of the (P, E) table of slot vectors is written there.
+        logit_rows, logit_cols: (N,) int64; where logits are read, row by row.
+        counts: Number of scored positions of each row, summing up to N.
+        shared_tokens: Number of leading columns that are the same in every row (:func:`shared_tokens`).
+        encoder_tokens: Number of leading columns that an encoder reads; the decoder reads the others.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    slot_rows: Tensor
+    slot_cols: Tensor
+    slot_index: Tensor
+    logit_rows: Tensor
+    logit_cols: Tensor
+    counts: tuple[int, ...]
+    shared_tokens: int = 0
+    encoder_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens and slots, without pads."""
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]  # only tensors are replaced
+
+
+def collate(
+    examples: Sequence[Example], *, slots: Sequence[int], offsets: Sequence[int] | None = None, pad_side: Side = "right"
+) -> Batch:
+    """Pad examples to one batch. Rows are whole before they are padded, so no pad stands between slots and text.
+
+    Args:
+        examples: B examples, in order.
+        slots: Number of slots of each row's prompt.
+        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
+        pad_side: Where pads stand; an encoder's and a decoder's part are each padded on the right.
+
+    Raises:
+        PromptError: If a row has another number of slot positions than its prompt has slots.
+    """
+    lengths = np.array([len(example.token_ids) for example in examples])
+    encoder = np.array([example.encoder_tokens for example in examples])
+    split = int(encoder.max())
+    width = split + int((lengths - encoder).max())
+    starts = width - lengths if pad_side == "left" and not split else np.zeros_like(lengths)
+    every = np.arange(width)[None, :]
+    in_side = np.where(every < split, every, every - split)  # (1, T): column within the encoder's or decoder's part
+    columns = in_side - starts[:, None]  # (B, T): position within the side, negative at left pads
+    own = np.where(every < split, encoder[:, None], (lengths - encoder)[:, None])  # (B, T): length of the side
+    mask = (columns >= 0) & (columns < own)  # (B, T)
+    token_ids = np.zeros((len(examples), width), dtype=np.int64)
+    token_ids[mask] = np.fromiter((i for example in examples for i in example.token_ids), dtype=np.int64)
+    for row, (example, expected) in enumerate(zip(examples, slots, strict=True)):
+        if len(example.slot_positions) != expected:
+            raise PromptError(
+                f"row {row} has {len(example.slot_positions)} slots, and its prompt has {expected} vectors"
+            )
+    slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts, encoder)
+    logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts, encoder)
+    table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)
+    begins_with_pads = bool(starts.any())
+    return Batch(
+        token_ids=torch.from_numpy(token_ids),
+        mask=torch.from_numpy(mask.astype(np.int64)),
+        positions=torch.from_numpy(np.where(mask, columns, 0).astype(np.int64)),
+        slot_rows=torch.from_numpy(slot_rows),
+        slot_cols=torch.from_numpy(slot_cols),
+        slot_index=torch.from_numpy(order + table[slot_rows]),
+        logit_rows=torch.from_numpy(logit_rows),
+        logit_cols=torch.from_numpy(logit_cols),
+        counts=tuple(len(example.logit_positions) for example in examples),
+        shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, offsets=offsets),
+        encoder_tokens=split,
+    )
+
+
+def shared_tokens(examples: Iterable[Example], *, offsets: Iterable[int] | None = None) -> int:
+    """Count the leading tokens and slots that are the same in all examples and stand before any scored position, so
+    that each row has at least one position of its own behind them.
+
+    Args:
+        examples: Rows, unpadded.
+        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
+
+    Example:
+        >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
+        >>> shared_tokens(rows), shared_tokens(rows, offsets=[0, 1])
+        (2, 1)
+    """
+    first: list[int] = []
+    shared: int | None = None
+    for example, offset in zip(examples, itertools.repeat(0) if offsets is None else offsets, strict=False):
+        row = list(example.token_ids[: min(example.logit_positions, default=0)])
+        for index, position in enumerate(example.slot_positions, start=offset):
+            if position < len(row):
+                row[position] = -1 - index  # which no token id is
+        if shared is None:
+            first, shared = row, len(row)
+        shared = min(shared, len(row))
+        if row[:shared] != first[:shared]:
+            shared = next(at for at in range(shared) if row[at] != first[at])
+        if not shared:
+            break
+    return shared or 0
+
+
+def _flat(
+    positions: Sequence[Sequence[int]], starts: np.ndarray, encoder: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows, columns and the index within the row of all positions, row by row."""
+    counts = np.array([len(row) for row in positions], dtype=np.int64)
+    rows = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
+    columns = np.fromiter((p for row in positions for p in row), dtype=np.int64, count=int(counts.sum()))
+    order = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    pads = np.where(columns < encoder[rows], 0, encoder.max() - encoder[rows])  # those between the two sides
+    return rows, columns + starts[rows] + pads, order

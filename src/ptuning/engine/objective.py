@@ -1,0 +1,327 @@
+"""Losses as (sum, count), and scores of targets, candidates, label words and choices. Knows no training loop and no
+files.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from ptuning.config import TrainConfig
+from ptuning.data.questions import Questions
+from ptuning.errors import RecordError, TemplateError
+from ptuning.records import Records
+from ptuning.template.fill import BoundTemplate, Example, Ids
+from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
+
+# What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
+# half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
+STOP_WEIGHT = 0.2
+# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
+TRAIN_CHOICES = 10
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A text to score: the ids it adds to one input. ``own_tokens`` of them are its own, the rest teaches to stop."""
+
+    input: int
+    target_ids: Ids
+    own_tokens: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One record ready to be scored.
+
+    Args:
+        inputs: The different rows the model has to read for it.
+        choices: The texts scored from them: the target alone, or every candidate, label word or choice of the row.
+        classes: Class of each choice, for label words; each choice of a row is a class of its own.
+        answers: The right classes, of which label words have one; empty where there is nothing to choose.
+        empty: For calibration: the choices again, scored from inputs made of an empty record.
+        normalise: How choices of several tokens are scored.
+    """
+
+    inputs: tuple[Example, ...]
+    choices: tuple[Choice, ...]
+    classes: Ids = ()
+    answers: Ids = ()
+    empty: tuple[Choice, ...] = ()
+    normalise: Normalise = "sum"
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens the model reads for it."""
+        return sum(len(example.token_ids) for example in self.inputs)
+
+
+def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
+    """Turn examples of one record into the different inputs behind them and a choice for each.
+
+    Candidates that differ in their last token only (for a masked model: that have the same length) are scored from
+    one input, so single-token candidates cost one forward pass together.
+    """
+    inputs: dict[tuple[Ids, Ids, Ids], int] = {}
+    kept: list[Example] = []
+    choices = []
+    for example in examples:
+        key = (example.token_ids, example.slot_positions, example.logit_positions)
+        if key not in inputs:
+            inputs[key] = len(kept)
+            kept.append(example)
+        choices.append(Choice(inputs[key], example.target_ids, example.own_tokens))
+    return tuple(kept), tuple(choices)
+
+
+def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> list[Item]:
+    """Return one item per record, its own target the only choice."""
+    examples = bound.examples(records, with_stop=with_stop, source=f"{records.name}, record")
+    return [Item((example,), (Choice(0, example.target_ids, example.own_tokens),)) for example in examples]
+
+
+def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
+    """Return one item per record, with every label word a choice.
+
+    Raises:
+        RecordError: If a record's target is none of the labels.
+    """
+    answers = [
+        (labels.label_of(record, where=f"{records.name}, record {number}"),)
+        for number, record in enumerate(records, start=1)
+    ]
+    words = [tuple(word for _, word in labels.flat)] * len(records)
+    classes = tuple(label for label, _ in labels.flat)
+    return closed_items(bound, records, words, classes=classes, answers=answers, scoring=scoring)
+
+
+def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring = PLAIN) -> list[Item]:
+    """Return one item per question, with every text of the row a choice and a class of its own.
+
+    Raises:
+        RecordError: If a question has no choices.
+    """
+    for number, question in enumerate(questions, start=1):
+        if not question.choices:
+            raise RecordError(f"{questions.name}, row {number} has no choices to choose among")
+    return closed_items(
+        bound,
+        questions.records,
+        [question.choices for question in questions],
+        answers=[question.answers for question in questions],
+        scoring=scoring,
+    )
+
+
+def closed_items(
+    bound: BoundTemplate,
+    records: Records,
+    texts: Sequence[Sequence[str]],
+    *,
+    classes: Ids | None = None,
+    answers: Sequence[Ids] | None = None,
+    scoring: Scoring = PLAIN,
+) -> list[Item]:
+    """Return one item per record that scores a closed set of texts.
+
+    Args:
+        bound: The template.
+        records: N records.
+        texts: The texts of each.
+        classes: Class of each text, the same for all records; without it each text is one.
+        answers: The right classes of each record, if known.
+        scoring: How texts are scored.
+    """
+    items = []
+    empty: dict[tuple[object, ...], list[Example]] = {}
+    for at, (record, listed, own) in enumerate(zip(records, texts, _filled(bound, records, texts), strict=True)):
+        without: list[Example] = []
+        if scoring.calibrate:
+            bare = scoring.empty_record({name: record[name] for name in bound.template.fields})
+            key = (*bare.items(), *enumerate(listed))
+            without = empty[key] if key in empty else bound.examples([bare] * len(listed), targets=listed)
+            empty[key] = without
+        inputs, choices = share_inputs([*own, *without])
+        items.append(
+            Item(
+                inputs,
+                choices[: len(own)],
+                tuple(range(len(own))) if classes is None else classes,
+                () if answers is None else answers[at],
+                choices[len(own) :],
+                scoring.normalise,
+            )
+        )
+    return items
+
+
+def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
+    """Yield the examples of each record's texts; an error names the record and not its place among all texts."""
+    repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
+    try:
+        examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
+    except (TemplateError, RecordError):
+        for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1):
+            bound.examples(
+                [record] * len(listed), targets=list(listed), source=f"{records.name}, record {number}, answer"
+            )
+        raise
+    for listed in texts:
+        yield list(itertools.islice(examples, len(listed)))
+
+
+def candidate_item(examples: Sequence[Example]) -> Item:
+    """Return the item that scores each example's target as a candidate."""
+    inputs, choices = share_inputs(examples)
+    return Item(inputs, choices)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of the choices of several items, C choices and M scored tokens in all.
+
+    Args:
+        log_probs: (C,) float32, differentiable; total log-probability of each choice's own tokens.
+        all_log_probs: (C,) float32; the same with the stop token where one is scored.
+        correct: (C,) bool; whether every own token is the likeliest one given those before it (exact match).
+        lengths: (C,) float32; number of own tokens.
+        token_count: Number of scored tokens, stop tokens counted by :data:`STOP_WEIGHT`.
+        per_item: Number of choices of each item; those scored from an empty record, if any, stand behind the others.
+    """
+
+    log_probs: Tensor
+    all_log_probs: Tensor
+    correct: Tensor
+    lengths: Tensor
+    token_count: float
+    per_item: tuple[int, ...]
+
+
+def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
+    """Score the choices of items from the logits of their inputs.
+
+    Args:
+        items: Items whose inputs, one after the other, were the rows of a batch.
+        logits: (N, V) float32; the scored positions of those rows, row by row.
+
+    Returns:
+        The choices' log-probabilities, item by item.
+    """
+    rows: list[int] = []
+    ids: list[int] = []
+    choice_of: list[int] = []
+    own: list[bool] = []
+    start = number = 0
+    for item in items:
+        starts = []
+        for example in item.inputs:
+            starts.append(start)
+            start += len(example.logit_positions)
+        for choice in (*item.choices, *item.empty):
+            count = len(choice.target_ids)
+            rows += range(starts[choice.input], starts[choice.input] + count)
+            ids += choice.target_ids
+            choice_of += [number] * count
+            own += [index < choice.own_tokens for index in range(count)]
+            number += 1
+    device = logits.device
+    at, token, owner = (torch.tensor(values, dtype=torch.int64, device=device) for values in (rows, ids, choice_of))
+    is_own = torch.tensor(own, dtype=torch.bool, device=device)  # (M,)
+    token_log_probs = logits[at, token] - torch.logsumexp(logits, dim=-1)[at]  # (M,)
+    missed = (logits.argmax(dim=-1)[at] != token) & is_own  # (M,)
+    zeros = torch.zeros(number, dtype=torch.float32, device=device)
+    return Scored(
+        log_probs=zeros.index_add(0, owner, token_log_probs * is_own),
+        all_log_probs=zeros.index_add(0, owner, token_log_probs),
+        correct=zeros.index_add(0, owner, missed.float()) == 0,
+        lengths=zeros.index_add(0, owner, is_own.float()),
+        token_count=sum(own) + STOP_WEIGHT * (len(own) - sum(own)),
+        per_item=tuple(len(item.choices) + len(item.empty) for item in items),
+    )
+
+
+def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
+    """Return one score per item and class: the log of the mean probability of the class's words, each divided by what
+    it has from an empty record where items are calibrated.
+
+    Args:
+        items: I items that are scored and calibrated alike, with up to K classes and up to C choices each.
+        scored: Their choices' log-probabilities.
+
+    Returns:
+        (I, K) unnormalised log-probabilities; minus infinity for classes that an item does not have.
+
+    Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
+    """
+    values = scored.log_probs / scored.lengths if items[0].normalise == "mean" else scored.log_probs
+    parts = values.split(scored.per_item)
+    if items[0].empty:
+        parts = tuple(part[: len(part) // 2] - part[len(part) // 2 :] for part in parts)
+    scores = pad_sequence(list(parts), batch_first=True, padding_value=-torch.inf)[:, None]  # (I, 1, C)
+    width = scores.shape[-1]
+    of_choice = torch.tensor(
+        [[*item.classes, *[-1] * (width - len(item.classes))] for item in items], device=scores.device
+    )  # (I, C)
+    members = torch.arange(int(of_choice.max()) + 1, device=scores.device)[:, None] == of_choice[:, None]  # (I, K, C)
+    masked = scores.masked_fill(~members, -torch.inf)  # (I, K, C)
+    return torch.logsumexp(masked, dim=-1) - members.sum(dim=-1).clamp(min=1).log()  # (I, K)
+
+
+def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
+    """Return the loss of items as (sum, count), to be divided once over everything that makes one step.
+
+    Without classes it is the negative log-likelihood of the target's tokens, counted in tokens, with the stop token
+    weighing :data:`STOP_WEIGHT`; with classes the cross-entropy over them, counted in items: minus the log of the
+    probability that the right ones have together.
+
+    Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
+    """
+    if not items[0].answers:
+        own, everything = scored.log_probs.sum(), scored.all_log_probs.sum()
+        return -own - STOP_WEIGHT * (everything - own), scored.token_count
+    scores = class_scores(items, scored)  # (I, K)
+    if all(len(item.answers) == 1 for item in items):
+        gold = torch.tensor([item.answers[0] for item in items], device=scores.device)  # (I,)
+        return functional.cross_entropy(scores, gold, reduction="sum"), len(items)
+    is_right = torch.zeros_like(scores, dtype=torch.bool)  # (I, K)
+    for row, item in enumerate(items):
+        is_right[row, list(item.answers)] = True
+    right = torch.log_softmax(scores, dim=-1).masked_fill(~is_right, -torch.inf)  # (I, K)
+    return -torch.logsumexp(right, dim=-1).sum(), len(items)
+
+
+def loss_count(items: Sequence[Item]) -> float:
+    """Return what :func:`loss` will count for items, before they are run."""
+    if not items[0].answers:
+        choices = [choice for item in items for choice in item.choices]
+        stops = sum(len(choice.target_ids) - choice.own_tokens for choice in choices)
+        return sum(choice.own_tokens for choice in choices) + STOP_WEIGHT * stops
+    return len(items)
+
+
+def hits(items: Sequence[Item], scored: Scored) -> list[float]:
+    """Return 1.0 for each item answered rightly: exact match of the target's own tokens, or a right class.
+
+    A target counts if each of its tokens is the likeliest one given the tokens before it, which is what greedy
+    decoding would write; what a model would write after the target is not looked at.
+    """
+    if not items[0].answers:
+        return [float(value) for value in scored.correct.tolist()]
+    guesses = class_scores(items, scored).argmax(dim=-1).tolist()
+    return [float(guess in item.answers) for guess, item in zip(guesses, items, strict=True)]
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))

@@ -1,0 +1,205 @@
+"""The demo: learn country -> capital, compare with the sentence it started from and with the majority answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.data.reading import load_records
+from ptuning.errors import FileError, TrainingError
+from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
+from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, OnProgress
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import VECTORS_FILE, Prompt
+from ptuning.prompt.score import score_prompt
+from ptuning.records import Records
+from ptuning.statistics import Score, majority, score
+from ptuning.template.language import Template
+from ptuning.training.checkpoint import read_identity
+from ptuning.training.run import TrainResult, train
+from ptuning.training.run_folder import OURS, data_key, identity
+
+FACTS = "capitals"
+MANUAL = "The capital of [X] is [Y]"
+SHOWN_RECORDS = 5
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A test record with the answers of the manual and of the learned prompt."""
+
+    subject: str
+    target: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo shows.
+
+    Args:
+        prompt: The learned prompt.
+        record: What stands in ``run.json``.
+        scores: Method -> exact match on the test part.
+        described: Method -> what answers in it, for people.
+        answers: A few test records with the answers before and after.
+        folder: Where the files lie.
+        size_bytes: Size of the prompt's vectors on disk.
+    """
+
+    prompt: Prompt
+    record: Mapping[str, Json]
+    scores: Mapping[str, Score]
+    described: Mapping[str, str]
+    answers: Sequence[Answers]
+    folder: Path
+    size_bytes: int
+
+
+def run_demo(
+    out: Path,
+    *,
+    backbone: Backbone,
+    config: TrainConfig | None = None,
+    report: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    command: str | None = None,
+) -> DemoResult:
+    """Train on the training part, choose on the development part, score the test part once, and leave the files.
+
+    A demo that was stopped goes on where it was; a finished one is made anew.
+
+    Args:
+        out: Folder of the run.
+        backbone: The language model.
+        config: Settings; the defaults otherwise.
+        report: Called with progress.
+        should_stop: Asked after every step.
+        command: The command line, for the record.
+
+    Raises:
+        FileError: If another run lies in ``out``, finished or stopped.
+        Interrupted: If ``should_stop`` said so; the next call goes on from there.
+    """
+    parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
+    unfinished = _is_unfinished(out, parts["train"])
+
+    def learn(*, resume: bool) -> TrainResult:
+        return train(
+            Template.from_manual(MANUAL),
+            parts["train"],
+            dev=parts["dev"],
+            backbone=backbone,
+            config=config,
+            out=out,
+            resume=resume,
+            overwrite=True,
+            report=report,
+            should_stop=should_stop,
+            command=command,
+        )
+
+    try:
+        result = learn(resume=unfinished)
+    except Interrupted:
+        raise
+    except TrainingError:
+        if not unfinished:
+            raise
+        # The checkpoint is of other settings or an older version. It was a demo's, so this one starts anew.
+        result = learn(resume=False)
+    if should_stop is not None and should_stop():
+        raise Interrupted("stopped after training, before the test part was scored")
+    return _score_test(out, result, parts, PromptModel(backbone), report)
+
+
+def _is_unfinished(out: Path, facts: Records) -> bool:
+    """Whether a demo was stopped in ``out``: while it trained, or before it scored the test part.
+
+    Raises:
+        FileError: If a run in ``out`` is no demo, or none can be made out, which would be lost.
+        TrainingError: If a checkpoint in it is damaged.
+    """
+    finished = read_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else None
+    found = read_identity(out / CHECKPOINT_FOLDER) if finished is None else identity(finished)
+    if found is None:
+        if any((out / name).exists() for name in OURS):
+            raise FileError(f"{out} holds part of another run; choose another folder (--out)")
+        return False
+    own = {"template": str(Template.from_manual(MANUAL)), data_key("train"): facts.sha256}
+    if any(found.get(name) != value for name, value in own.items()):
+        raise FileError(f"{out} holds another run, which the demo would replace; choose another folder (--out)")
+    return finished is None or "scores" not in finished
+
+
+def _score_test(
+    out: Path, result: TrainResult, parts: Mapping[str, Records], model: PromptModel, report: OnProgress | None
+) -> DemoResult:
+    test, prompt, manual = parts["test"], result.prompt, Prompt.manual(MANUAL)
+    common = majority([row["y"] for row in parts["train"]])
+    before = score_prompt(model, test, manual, report=report)
+    after = score_prompt(model, test, prompt, report=report)
+    scores = {
+        "majority": score([float(row["y"] == common) for row in test]),
+        "manual": before.scores["exact_match"],
+        "p-tuning": after.scores["exact_match"],
+    }
+    # Left to itself the manual prompt goes on writing; it is stopped at the length of the longest training target.
+    written = model.predict(test, manual, max_tokens=prompt.target_tokens)
+    learned = model.predict(test, prompt)
+    rows: list[dict[str, Json]] = [
+        {
+            "record": dict(row),
+            "target": row["y"],
+            "prediction": new.text,
+            "hit": bool(new_hit),
+            "log_prob": new.log_prob,
+            "manual": {"prediction": old.text, "hit": bool(old_hit), "log_prob": old.log_prob},
+        }
+        for row, old, old_hit, new, new_hit in zip(test, written, before.hits, learned, after.hits, strict=True)
+    ]
+    record = dict(result.record)
+    data = record["data"]
+    tested: Json = {"name": test.name, "sha256": test.sha256, "rows": len(test), "kept": len(test), "dropped": 0}
+    record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
+    record["scores"] = {name: {"exact_match": found.to_json()} for name, found in scores.items()}
+    write_json_lines(out / PREDICTIONS_FILE, rows)
+    write_json(out / RUN_FILE, record)
+    return load_demo(out)
+
+
+def load_demo(out: Path) -> DemoResult:
+    """Read a finished demo back from its files.
+
+    Raises:
+        FileError: If there is no finished demo in ``out``.
+    """
+    record = read_json(out / RUN_FILE)
+    listed = record.get("scores")
+    if not isinstance(listed, Mapping):
+        raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
+    found = cast("Mapping[str, Mapping[str, Mapping[str, float]]]", listed)
+    scores = {
+        name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
+        for name, entry in ((name, of["exact_match"]) for name, of in found.items())
+    }
+    rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
+    prompt = Prompt.load(out / PROMPT_FOLDER)
+    common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
+    return DemoResult(
+        prompt=prompt,
+        record=record,
+        scores=scores,
+        described={"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)},
+        answers=[
+            Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
+        ],
+        folder=out,
+        size_bytes=(out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size,
+    )

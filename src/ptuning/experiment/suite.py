@@ -1,0 +1,402 @@
+"""Running cells (task, method, seed), each written when it is done, finished ones skipped. Knows no benchmark and no
+statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import RECIPE, TrainConfig, without_later_defaults
+from ptuning.data.questions import Questions
+from ptuning.errors import FileError, PTuningError, TrainingError
+from ptuning.experiment.cells import Cell, CellResult, Job, answer_rows, digest
+from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json, write_json_lines
+from ptuning.method.base import METHODS, Method, Setup
+from ptuning.metrics import Answer, score_values
+from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
+from ptuning.progress import Interrupted, OnProgress, Progress
+from ptuning.provenance import versions
+from ptuning.training.checkpoint import check_identity
+from ptuning.training.run import Run
+from ptuning.training.run_folder import IRRELEVANT_SETTINGS
+from ptuning.training.train_fleet import can_train_together, fleet_runs
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+# What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
+STARTED_FILE = "started.json"
+# Answers to rows whose labels nobody here knows.
+UNLABELLED_FILE = "unlabelled.jsonl"
+# Checkpoints of prompts that are in training at once.
+FLEETS_FOLDER = "fleets"
+
+
+@dataclass
+class _Going:
+    """A start of a suite: who hears of it, who may stop it, and how many cells are through."""
+
+    report: OnProgress | None
+    should_stop: Callable[[], bool] | None
+    total: int
+    done: int = 0
+
+    def tell(self, cell: Cell) -> None:
+        """Say which cell is next."""
+        if self.report is not None:
+            self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
+
+
+class Suite:
+    """The cells of a comparison in one folder.
+
+    Args:
+        out: The folder.
+        jobs: The tasks.
+        methods: Names of methods, in the order of the tables.
+        seeds: How many seeds; methods that draw nothing run with the first one only.
+        backbone: The frozen backbone of all cells.
+        config: Settings of training; the seed is the first one.
+        tries: How many settings a trained method tries.
+
+    Raises:
+        ConfigError: If a method is unknown.
+        PTuningError: If ``check`` finds cells made with other settings.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        jobs: Sequence[Job],
+        methods: Sequence[str],
+        seeds: int,
+        backbone: Backbone,
+        config: TrainConfig,
+        tries: int,
+    ) -> None:
+        self.out = out
+        self.jobs = {job.task.name: job for job in jobs}
+        self.methods = {name: METHODS.find(name) for name in methods}
+        self.seeds = seeds
+        self.backbone = backbone
+        self.config = config
+        self.tries = tries
+        self._random: tuple[int, Backbone] | None = None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells in the order they run in: whatever is cheap first, so that a useful table stands there early."""
+        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes or ())))
+        return [
+            Cell(name, method.name, self.config.seed + number)
+            for number in range(self.seeds)
+            for method in ordered
+            for name, job in self.jobs.items()
+            if number == 0 or method.seeded or (job.by_seed and method.reads_train)
+        ]
+
+    def check(self, *, overwrite: bool) -> None:
+        """Check that what lies in the folder belongs to these cells; with ``overwrite`` clear what does not.
+
+        Raises:
+            FileError: If a cell was made with other settings, data or backbone; says what differs.
+        """
+        for cell in self.cells:
+            folder = self.out / cell.folder
+            saved = _saved_identity(folder)
+            if saved is None:
+                # Nothing there, or broken: it will be made again.
+                if overwrite:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            try:
+                check_identity(self.identity(cell), saved, where=cell.folder)
+            except TrainingError as error:
+                if not overwrite:
+                    raise FileError(
+                        f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
+                    ) from error
+                shutil.rmtree(folder)
+                # What was trained together with it went on from other settings, too.
+                shutil.rmtree(self.out / FLEETS_FOLDER, ignore_errors=True)
+
+    def run(
+        self,
+        *,
+        report: OnProgress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[CellResult]:
+        """Run the cells that are not done yet, and yield the result of each, finished ones included.
+
+        A cell that fails is logged, reported as failed, and does not stop the others.
+
+        Raises:
+            Interrupted: If ``should_stop`` said so.
+        """
+        cells = self.cells
+        going = _Going(report, should_stop, len(cells))
+        for _, group in itertools.groupby(cells, key=lambda cell: (cell.seed, cell.method)):
+            same = list(group)
+            run = self._run_together if self._trains_together(same) else self._run_in_turn
+            for result in run(same, going):
+                going.done += 1
+                yield result
+        if report is not None:
+            report(Progress("suite", len(cells), len(cells), ""))
+
+    def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
+        """Run cells of one method and seed, one after another."""
+        for cell in cells:
+            going.tell(cell)
+            done = self.load(cell)
+            if done is None and going.should_stop is not None and going.should_stop():
+                raise Interrupted(f"stopped after {going.done} of {going.total} cells")
+            yield done or self._run(cell, going)
+
+    def _trains_together(self, cells: Sequence[Cell]) -> bool:
+        """Whether what a method trains in these cells can be trained at once, and is more than one prompt."""
+        several = len(cells) * self.tries * self.config.starts > 1
+        return self.methods[cells[0].method].prompts is not None and several and can_train_together()
+
+    def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
+        """Run cells of one method and seed, whose prompts are trained at once, in the order in which they end."""
+        done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
+        yield from done.values()
+        if len(done) == len(cells):
+            return
+        going.tell(next(cell for cell in cells if cell not in done))
+        place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
+        runs: dict[str, Run] = {}
+        owners: dict[str, Cell] = {}
+        for cell in cells:
+            if cell not in done:
+                self._start(cell)
+            elif not place.is_dir():
+                continue  # else what ended since the last checkpoint is trained to its end again, beside the others
+            try:
+                mine = self._prompts(cell, going)
+            except PTuningError as error:
+                if cell not in done:
+                    yield self._failed(cell, error)
+                continue
+            runs |= mine
+            owners |= dict.fromkeys(mine, cell)
+        left = [cell for cell in dict.fromkeys(owners.values()) if cell not in done]
+        try:
+            for result in self._ended(runs, owners, place, going):
+                if result.cell in left:
+                    left.remove(result.cell)
+                    yield result
+        except Interrupted:
+            raise
+        except Exception as error:
+            # Such as too little memory for so many, or a damaged checkpoint: alone each may well be trained.
+            logger.warning("training prompts at once failed: %s; going on one after another", error)
+            logger.debug("the error in full", exc_info=error)
+            shutil.rmtree(place, ignore_errors=True)
+            for cell in left:
+                going.tell(cell)
+                yield self._run(cell, going)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+    def _ended(
+        self, runs: Mapping[str, Run], owners: Mapping[str, Cell], place: Path, going: _Going
+    ) -> Iterator[CellResult]:
+        """Train runs at once, and yield the cells whose runs have all ended."""
+        waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
+        seconds = dict.fromkeys(waiting, 0.0)
+        failed: dict[Cell, PTuningError] = {}
+        if not runs:
+            return
+        for name, outcome in fleet_runs(
+            runs, checkpoint=place, resume=True, report=going.report, should_stop=going.should_stop
+        ):
+            cell = owners[name]
+            waiting[cell].remove(name)
+            if isinstance(outcome, PTuningError):
+                failed[cell] = outcome
+            else:
+                seconds[cell] += cast("float", outcome.record["train_seconds"])
+            if waiting[cell]:
+                continue
+            done = self.load(cell)
+            going.tell(cell)
+            if cell in failed:
+                yield self._failed(cell, failed[cell], seconds=seconds[cell])
+            else:
+                yield done or self._run(cell, going, seconds=seconds[cell])
+
+    def _prompts(self, cell: Cell, going: _Going) -> dict[str, Run]:
+        """Return the trainings of a cell, each under a name of its own."""
+        make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
+        assert make is not None, f"{cell.method} does not train together with others"
+        setup, folder = self._setup(cell, going), self.out / cell.folder
+        return {
+            f"{cell.task} {prompt.name}": prompt.run(setup.backbone, out=folder / prompt.name, resume=True)
+            for prompt in make(task, setup)
+        }
+
+    def load(self, cell: Cell) -> CellResult | None:
+        """Return the result of a finished cell; None if it is not there, or broken."""
+        folder = self.out / cell.folder
+        try:
+            record = read_json(folder / RUN_FILE)
+            rows: list[Any] = list(read_json_lines(folder / PREDICTIONS_FILE))
+            answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
+            if record["identity"] != self.identity(cell) or len(rows) != len(self.jobs[cell.task].test):
+                return None
+            unlabelled = self.jobs[cell.task].unlabelled
+            if unlabelled is not None and len(read_json_lines(folder / UNLABELLED_FILE)) != len(unlabelled):
+                return None
+            return replace(self._result(cell, answers, record, cast("float", record["seconds"])), was_there=True)
+        except (PTuningError, ValueError, KeyError, TypeError):
+            return None
+
+    def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
+        """Return the result of a finished cell from its answers and what its method did."""
+        job = self.jobs[cell.task]
+        chosen = record.get("chosen")
+        dev_score = chosen.get("dev_score") if isinstance(chosen, Mapping) else None
+        return CellResult(
+            cell,
+            "done",
+            score_values(answers, job.test, job.metrics),
+            seconds,
+            len(_list(record.get("tried"))),
+            hits=sum(answer.hit for answer in answers) / len(answers),
+            dev_score=dev_score if isinstance(dev_score, float) else None,
+            warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+        )
+
+    def identity(self, cell: Cell) -> dict[str, Json]:
+        """Return what the result of a cell depends on."""
+        job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
+        task, method = job.task_of(cell.seed), self.methods[cell.method]
+        found: dict[str, Json] = {
+            **{f"{part} data (sha256)": digest(data) for part, data in self._parts(job, cell.seed).items()},
+            "manual template": str(task.manual),
+            "template": str(task.template),
+            "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
+            "restricted": task.vocabulary is not None,
+            "single token": task.single_token,
+            "seed": cell.seed,
+            "backbone fingerprint": self.backbone.fingerprint,
+        }
+        if task.file is not None:
+            found["task file (sha256)"] = sha256(task.file.text.encode())
+        if job.unlabelled is not None:
+            found["unlabelled data (sha256)"] = digest(job.unlabelled)
+        if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
+            found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
+        if method.trained:
+            kept = {name: value for name, value in settings.items() if name not in (*IRRELEVANT_SETTINGS, "seed")}
+            found |= {**kept, "tries": self.tries, "recipe of training": RECIPE}
+        return found
+
+    def _parts(self, job: Job, seed: int) -> dict[str, Questions]:
+        task = job.task_of(seed)
+        return {"train": task.train, "dev": task.dev, "test": job.test}
+
+    def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
+        """Run a cell, on which so many seconds were spent already."""
+        began = time.monotonic() - seconds
+        try:
+            return self._fit(cell, self._setup(cell, going), began)
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # noqa: BLE001
+            # Whatever a method of somebody else's raises: the other cells are worth their while.
+            return self._failed(cell, error, seconds=time.monotonic() - began)
+
+    def _failed(self, cell: Cell, error: Exception, *, seconds: float = 0.0) -> CellResult:
+        logger.warning("%s %s seed %d failed: %s", cell.task, cell.method, cell.seed, error)
+        logger.debug("the error in full", exc_info=error)
+        return CellResult(cell, "failed", seconds=seconds, error=str(error) or type(error).__name__)
+
+    def _start(self, cell: Cell) -> None:
+        """Write down what a cell is started with."""
+        make_folder(self.out / cell.folder)
+        sweep(self.out / cell.folder, (RUN_FILE, PREDICTIONS_FILE, STARTED_FILE, UNLABELLED_FILE))
+        write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
+
+    def _setup(self, cell: Cell, going: _Going) -> Setup:
+        return Setup(
+            self._backbone_of(self.methods[cell.method], cell.seed),
+            config=self.config,
+            seed=cell.seed,
+            tries=self.tries,
+            folder=self.out / cell.folder,
+            report=going.report,
+            should_stop=going.should_stop,
+        )
+
+    def _fit(self, cell: Cell, setup: Setup, began: float) -> CellResult:
+        job, method, folder = self.jobs[cell.task], self.methods[cell.method], self.out / cell.folder
+        self._start(cell)
+        solution = method.fit(job.task_of(cell.seed), setup)
+        answers = solution.answer(job.test)
+        if job.unlabelled is not None:
+            write_json_lines(folder / UNLABELLED_FILE, answer_rows(job.unlabelled, solution.answer(job.unlabelled)))
+        result = self._result(cell, answers, solution.record, time.monotonic() - began)
+        write_json_lines(folder / PREDICTIONS_FILE, answer_rows(job.test, answers))
+        write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
+        (folder / STARTED_FILE).unlink(missing_ok=True)
+        return result
+
+    def _backbone_of(self, method: Method, seed: int) -> Backbone:
+        if not method.name.endswith(RANDOM_WEIGHTS):
+            return self.backbone
+        if self._random is None or self._random[0] != seed:
+            self._random = seed, self.backbone.with_random_weights(seed=seed)
+        return self._random[1]
+
+    def _record(
+        self, cell: Cell, job: Job, method: Method, result: CellResult, more: Mapping[str, Json]
+    ) -> dict[str, Json]:
+        return {
+            "format_version": FORMAT_VERSION,
+            **dataclasses.asdict(cell),
+            "describe": method.describe,
+            "identity": self.identity(cell),
+            "data": {
+                part: {"name": data.name, "sha256": data.sha256, "rows": len(data)}
+                for part, data in self._parts(job, cell.seed).items()
+            },
+            "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
+            "settings": dict(self.config.to_json()),
+            "versions": dict(versions()),
+            "scores": {name: result.score(name).to_json() for name in result.values},
+            "n": result.n,
+            "seconds": result.seconds,
+            **more,
+        }
+
+
+def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
+    """Return what a finished cell depended on, or one that was started; None if nothing readable says so."""
+    for name in (RUN_FILE, STARTED_FILE):
+        try:
+            saved = read_json(folder / name).get("identity")
+        except FileError:
+            continue
+        if isinstance(saved, Mapping):
+            return saved
+    return None
+
+
+def _list(value: Json) -> Sequence[Json]:
+    return value if isinstance(value, list) and value else [None]

@@ -1,0 +1,156 @@
+"""Fine-tuning as it is usually done: a linear head on one hidden state instead of words. Knows no prompts.
+
+The head takes the place of the language model's own, so everything else is what prompts use: batches, logits at the
+asked positions only, losses over classes. It reads where the library's own classification models do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig, derived_seed
+from ptuning.data.questions import Question, Questions, with_few_choices
+from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item, in_small_passes
+from ptuning.files import Json
+from ptuning.method.base import Setup, Task
+from ptuning.metrics import Answer
+from ptuning.prompt.answer import answer_items
+from ptuning.records import Record
+from ptuning.template.fill import BoundTemplate, Example, Kind
+from ptuning.template.language import Field, Literal, Target, Template, Turn
+from ptuning.training.trainer import Trainer
+
+# The standard deviation that heads start from in most of the models that are tuned with them.
+START_SCALE = 0.02
+# Name of the field that holds a row's choice; no task file can name one so.
+CHOICE = "a row's choice"
+# A choice has one logit. Beside it stands this constant, next to which the logarithm of the sum of exponentials is the
+# same for every choice: what a softmax over both leaves of it is the choice's own logit, less the constant.
+FAR_ABOVE = 100.0
+
+
+class Head(nn.Linear):
+    """A linear layer over classes; with a single one, the logit of a choice (beside a constant one)."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (..., K) logits of (..., H) hidden states, K being 2 for a single class."""
+        logits: Tensor = super().forward(hidden)
+        return logits if self.out_features > 1 else torch.cat([torch.full_like(logits, FAR_ABOVE), logits], dim=-1)
+
+
+def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
+    """Return a float32 copy of a backbone with a new head over classes in the place of the language model's.
+
+    Args:
+        backbone: The backbone; it does not change.
+        classes: How many; 1 for a logit per choice.
+        seed: Of the head's start values.
+
+    Raises:
+        BackboneError: If it does not show the hidden states that its head reads.
+    """
+    other = backbone.copy()
+    head = Head(backbone.hidden_width, classes, device=backbone.device)
+    with torch.no_grad():
+        head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        head.bias.zero_()
+    other.put_head(head)
+    other.freeze()
+    return other
+
+
+def head_template(task: Task, *, kind: Kind) -> Template:
+    """Return the template that holds a task's fields, and a row's choice behind them, with no words around; all of it
+    on an encoder's side, if there is one.
+    """
+    kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
+    names = [*task.manual.fields, *([CHOICE] if task.train.has_choices else [])]
+    pieces = [piece for name in names for piece in (Field(name, name in kept or name == CHOICE), Literal(" "))]
+    return Template((*pieces, *([Turn()] if kind == "encoder-decoder" else []), Target()))
+
+
+def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]) -> list[Item]:
+    """Return one item per question: the classes of a single row for labels, a row each for choices.
+
+    Args:
+        bound: Of :func:`head_template`.
+        questions: N questions, with or without their labels.
+        labels: The names of the labels; empty where rows bring their choices.
+    """
+    rows = [filled for question in questions for filled in _filled(question, labels)]
+    filled = bound.contexts(rows, source=questions.name)
+    examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
+    items = []
+    for question in questions:
+        inputs = tuple(next(examples) for _ in _filled(question, labels))
+        if labels:
+            choices = tuple(Choice(0, (label,), 1) for label in range(len(labels)))
+            answers = tuple(labels.index(name) for name in question.right)
+        else:
+            choices, answers = tuple(Choice(place, (1,), 1) for place in range(len(inputs))), question.answers
+        items.append(Item(inputs, choices, tuple(range(len(choices))), answers))
+    return items
+
+
+def _filled(question: Question, labels: Sequence[str]) -> list[Record]:
+    """Return the records that are read for a question."""
+    return [question.record] if labels else [{**question.record, CHOICE: text} for text in question.choices]
+
+
+def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example:
+    """Move the scored position to where a model sums a text up: the first token of a masked model, the last one of any
+    other. A decoder reads the text once more, behind its start token, up to where it would write the text's end.
+
+    Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2; Lewis et al. (2020), section 3.1;
+        ``XLNetForSequenceClassification`` and ``T5ForSequenceClassification`` of transformers.
+    """
+    ids, decoder = example.token_ids, example.encoder_tokens
+    if decoder:
+        text, start = ids[:decoder], ids[decoder]
+        end = max((at for at, token in enumerate(text) if token == stop_id), default=decoder - 1)
+        ids, at = (*text, start, *text[:-1]), decoder + end
+    elif kind == "causal":
+        at = len(ids) - 1
+    else:
+        mask = example.logit_positions[0]
+        ids = (*ids[:mask], *ids[mask + 1 :])  # there is nothing to fill in
+        at = 0 if kind == "masked" else len(ids) - 1
+    return Example(ids, (), (at,), (), 0, shortened=example.shortened, encoder_tokens=decoder)
+
+
+class HeadModel:
+    """A backbone with a head, trained on a task.
+
+    Args:
+        task: The task, with label words or choices.
+        setup: With what it is trained.
+        config: Settings of this training.
+
+    """
+
+    def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
+        words = task.file.label_words if task.file is not None else None
+        self.labels = words.labels if words is not None else ()
+        copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
+        self.bound = BoundTemplate(head_template(task, kind=copy.kind), tokenizer=copy.tokenizer, kind=copy.kind)
+        few = task.train if self.labels else with_few_choices(task.train, TRAIN_CHOICES, seed=config.seed)
+        train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
+        trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))
+        trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
+        self.backbone = trainer.backbone
+        self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
+        self.record: Mapping[str, Json] = {
+            "start": dict(trainer.state.start),
+            "history": [dict(epoch) for epoch in trainer.state.history],
+            "chosen_epoch": trainer.state.chosen_epoch,
+            "trainable_parameters": trainer.trainable_parameters,
+        }
+
+    def answer(self, questions: Questions) -> list[Answer]:
+        """Answer questions with the likeliest label or choice."""
+        items = head_items(self.bound, questions, self.labels)
+        return answer_items(self.backbone, items, questions, [self.labels or row.choices for row in questions])

@@ -1,0 +1,176 @@
+"""Answering a task's records with a prompt: among all tokens, among a closed set, or written. Knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Questions, as_questions
+from ptuning.engine.evaluate import evaluate, item_batch
+from ptuning.engine.objective import Item, class_scores, score_choices, target_items
+from ptuning.engine.passes import batches, prefix_tokens, target_logits
+from ptuning.errors import RecordError
+from ptuning.metrics import Answer
+from ptuning.progress import OnProgress, Progress
+from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
+from ptuning.template.fill import BoundTemplate
+
+
+def answer_records(
+    model: PromptModel,
+    prompt: Prompt,
+    records: Sequence[Record] | Questions,
+    *,
+    closed: Sequence[str] | None = None,
+    single_token: bool = False,
+    max_tokens: int | None = None,
+    report: OnProgress | None = None,
+) -> list[Answer]:
+    """Answer records, and say where each one's target ranks.
+
+    Args:
+        model: The backbone in use.
+        prompt: The prompt, learned or manual; with label words or choices these are all there is to answer.
+        records: N records with targets, or questions; where the prompt has labels or choices, targets may be missing.
+        closed: The possible answers; None for all tokens (with ``single_token``), or for whatever the model writes.
+        single_token: Whether all targets are one token each.
+        max_tokens: Longest written answer.
+        report: Called with progress.
+
+    Returns:
+        N answers. A written one has no rank: its target was not compared with anything but the answer.
+
+    Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
+    """
+    questions = as_questions(records)
+    data = questions.records
+    model = model.for_prompt(prompt)
+    if prompt.is_closed:
+        ranked = model.classify(questions, prompt)
+        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+    bound = prompt.bind(model.backbone, force=model.force)
+    vectors = prompt.vectors(model.backbone.width)
+    if single_token:
+        return _among_tokens(model, bound, vectors, data, closed=closed, report=report)
+    if closed is not None:
+        ranked = model.rank(data, prompt, closed)
+        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
+    written = model.predict(data, prompt, max_tokens=max_tokens)
+    if not all(row.right for row in questions):  # read without targets: there is nothing to compare with
+        return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
+    items = target_items(bound, data, with_stop=False)
+    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
+
+
+@torch.no_grad()
+def answer_items(
+    backbone: Backbone,
+    items: Sequence[Item],
+    questions: Questions,
+    names: Sequence[Sequence[str]],
+    *,
+    report: OnProgress | None = None,
+) -> list[Answer]:
+    """Answer with the class that scores best, for what is no prompt: a classification head.
+
+    Args:
+        backbone: Whose logits score the items' classes.
+        items: N items without slots.
+        questions: What they were made of.
+        names: What each class of each item is called.
+        report: Called with progress.
+    """
+    answers: dict[int, Answer] = {}
+    for chosen in batches([item.inputs for item in items]):
+        group = [items[index] for index in chosen]
+        logits = target_logits(backbone, item_batch(group, slots=0), torch.zeros(0, backbone.width))  # (N, V)
+        scores = torch.log_softmax(class_scores(group, score_choices(group, logits)), dim=-1).tolist()  # I rows of K
+        for index, values in zip(chosen, scores, strict=True):
+            # A shorter row of choices than others of the batch has no name for the classes it lacks.
+            found = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
+            best_first = sorted(found, key=lambda one: -one.log_prob)
+            answers[index] = among_candidates(questions[index].right, best_first)
+        if report is not None:
+            report(Progress("dev", len(answers), len(items), questions.name))
+    return [answers[index] for index in range(len(items))]
+
+
+def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
+    """Return the answer among candidates, best first; those with a right one's score rank before it. Where none of
+    them is right, the best one is a miss, and the rank 0.
+    """
+    others = [one for one in found if one.text.strip() not in right]
+    own = next((one for one in found if one.text.strip() in right), None)
+    # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob for one in others)
+    best = own if own is not None and rank == 1 else others[0]
+    return Answer(best.text.strip(), best is own, rank, best.log_prob)
+
+
+@torch.no_grad()
+def _among_tokens(
+    model: PromptModel,
+    bound: BoundTemplate,
+    vectors: Tensor,
+    records: Records,
+    *,
+    closed: Sequence[str] | None,
+    report: OnProgress | None,
+) -> list[Answer]:
+    """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
+    backbone = model.backbone
+    items = target_items(bound, records, with_stop=False)
+    if closed is None:
+        allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
+    else:
+        found = token_ids_of(bound, records, closed, unknown_id=backbone.tokenizer.unknown_id)
+        allowed = found.to(backbone.device)  # (C,)
+    answers: dict[int, Answer] = {}
+    prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
+    for chosen in batches([item.inputs for item in items], prefix=prefix):
+        group = [items[index] for index in chosen]
+        logits = target_logits(backbone, item_batch(group, slots=bound.slots), vectors)  # (N, V)
+        log_probs = torch.log_softmax(logits, dim=-1)[:, allowed]  # (N, C)
+        gold = torch.tensor([_only_token(item) for item in group], device=allowed.device)  # (N,)
+        is_gold = allowed[None] == gold[:, None]  # (N, C)
+        own = log_probs.masked_fill(~is_gold, -torch.inf).amax(dim=-1, keepdim=True)  # (N, 1)
+        # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
+        ranks = is_gold.any(dim=-1) * (1 + (~(log_probs < own) & ~is_gold).sum(dim=-1))  # (N,)
+        # A target that only shares the first place is not the answer.
+        is_shared = is_gold & (ranks > 1)[:, None]  # (N, C)
+        best, places = log_probs.masked_fill(is_shared, -torch.inf).max(dim=-1)  # (N,), (N,)
+        tokens = allowed[places].tolist()
+        for index, rank, value, token in zip(chosen, ranks.tolist(), best.tolist(), tokens, strict=True):
+            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value)
+        if report is not None:
+            report(Progress("dev", len(answers), len(items), records.name))
+    return [answers[index] for index in range(len(items))]
+
+
+def _only_token(item: Item) -> int:
+    ids = item.choices[0].target_ids
+    if len(ids) != 1:
+        raise RecordError(f"a target takes {len(ids)} tokens, and only targets of one token can be ranked among tokens")
+    return ids[0]
+
+
+def token_ids_of(
+    bound: BoundTemplate, records: Records, texts: Sequence[str], *, unknown_id: int | None = None
+) -> Tensor:
+    """Return the token ids of those texts that are one known token in a filled template, (C,) int64, each once.
+
+    Raises:
+        RecordError: If none of them is.
+    """
+    examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
+    single = (example.target_ids[0] for example in examples if example.own_tokens == 1)
+    ids = dict.fromkeys(one for one in single if one != unknown_id)  # which stands for whatever has no token
+    if not ids:
+        raise RecordError(f"none of the {len(texts)} possible answers, such as '{texts[0]}', is one token of the model")
+    return torch.tensor(list(ids), dtype=torch.int64)

@@ -1,0 +1,148 @@
+"""Looking inside a prompt: the tokens nearest to each slot, and whether they mean anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Questions
+from ptuning.errors import PromptError
+from ptuning.files import Json
+from ptuning.progress import OnProgress
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import score_prompt
+from ptuning.records import Records
+from ptuning.statistics import Score
+
+NEAREST = 5
+SAMPLED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token near a slot; ``value`` is a cosine similarity or a Euclidean distance."""
+
+    token: str
+    token_id: int
+    value: float
+
+
+@dataclass(frozen=True)
+class SlotView:
+    """One slot: the token it started at (None for a random start), its norm, and its nearest tokens both ways."""
+
+    start: str | None
+    norm: float
+    by_cosine: tuple[Neighbour, ...]
+    by_distance: tuple[Neighbour, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_prompt` found.
+
+    Args:
+        slots: One view per slot, in template order.
+        token_distance: Median Euclidean distance between two tokens of the vocabulary.
+        neighbour_distance: Median distance of a token to its nearest other token.
+        token_norm: Median norm of a token's embedding.
+        scores: With data: the score ``as learned`` and with every slot replaced by its nearest token by cosine
+            (``nearest tokens``). Where they are far apart, the nearest tokens do not say what the prompt means.
+    """
+
+    slots: tuple[SlotView, ...]
+    token_distance: float
+    neighbour_distance: float
+    token_norm: float
+    scores: Mapping[str, Score]
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the findings as plain JSON."""
+        return {
+            "slots": [
+                {
+                    "start": view.start,
+                    "norm": view.norm,
+                    "nearest_by_cosine": [
+                        {"token": n.token, "id": n.token_id, "similarity": n.value} for n in view.by_cosine
+                    ],
+                    "nearest_by_distance": [
+                        {"token": n.token, "id": n.token_id, "distance": n.value} for n in view.by_distance
+                    ],
+                }
+                for view in self.slots
+            ],
+            "typical": {
+                "token_distance": self.token_distance,
+                "neighbour_distance": self.neighbour_distance,
+                "token_norm": self.token_norm,
+            },
+            "scores": {name: found.to_json() for name, found in self.scores.items()},
+        }
+
+
+@torch.no_grad()
+def inspect_prompt(
+    backbone: Backbone,
+    prompt: Prompt,
+    *,
+    data: Records | Questions | None = None,
+    force: bool = False,
+    report: OnProgress | None = None,
+) -> Inspection:
+    """Find the tokens nearest to each slot, and with data what the prompt scores when they take its place.
+
+    Raises:
+        PromptError: If the prompt has no slots, or belongs to another backbone.
+    """
+    if prompt.slot_vectors is None:
+        raise PromptError("a manual prompt has no slots to look into")
+    backbone = prompt.adapt(backbone, force=force)
+    bound = prompt.bind(backbone, force=force)
+    table = backbone.table().cpu()  # (V, E)
+    vectors = prompt.slot_vectors  # (P, E)
+    cosine = torch.nn.functional.normalize(vectors, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (P, V)
+    # Exact, since a slot may stand on a token: the faster way by matrix products would say a little above zero.
+    distance = torch.cdist(vectors, table, compute_mode="donot_use_mm_for_euclid_dist")  # (P, V)
+    views = tuple(
+        SlotView(
+            start=None if start is None else backbone.tokenizer.token(start),
+            norm=float(vector.norm()),
+            by_cosine=_neighbours(backbone, similar, largest=True),
+            by_distance=_neighbours(backbone, far, largest=False),
+        )
+        for start, vector, similar, far in zip(bound.slot_start_ids, vectors, cosine, distance, strict=True)
+    )
+    scores = {}
+    if data is not None:
+        model = PromptModel(backbone, force=force)
+        nearest = replace(prompt, slot_vectors=table[cosine.argmax(dim=-1)])
+        for name, one in (("as learned", prompt), ("nearest tokens", nearest)):
+            scores[name] = next(iter(score_prompt(model, data, one, report=report).scores.values()))
+    return Inspection(views, *_typical(table), scores)
+
+
+def _neighbours(backbone: Backbone, values: Tensor, *, largest: bool) -> tuple[Neighbour, ...]:
+    best, ids = values.topk(min(NEAREST, len(values)), largest=largest)
+    return tuple(
+        Neighbour(backbone.tokenizer.token(token), token, value)
+        for token, value in zip(ids.tolist(), best.tolist(), strict=True)
+    )
+
+
+def _typical(table: Tensor) -> tuple[float, float, float]:
+    """Return the median distance between tokens, to the nearest token, and norm, over a fixed sample of tokens."""
+    chosen = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:SAMPLED_TOKENS]
+    distance = torch.cdist(table[chosen], table)  # (S, V)
+    distance[torch.arange(len(chosen)), chosen] = torch.inf
+    between = distance[:, chosen]
+    return (
+        float(between[between.isfinite()].median()),
+        float(distance.min(dim=-1).values.median()),
+        float(table.norm(dim=-1).median()),
+    )

@@ -1,0 +1,423 @@
+"""Using prompts: logits of targets, ranked candidates, label words and written answers, many prompts in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.data.questions import Questions
+from ptuning.engine.batch import Side, collate
+from ptuning.engine.generate import write_answers
+from ptuning.engine.objective import Choice, Item, candidate_item, class_scores, closed_items, score_choices
+from ptuning.engine.passes import batches, prefix_tokens, target_logits
+from ptuning.errors import ConfigError, PromptError, RecordError
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, as_records
+from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.labels import Normalise
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible answer with its total natural log-probability."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one record.
+
+    Args:
+        text: The likeliest candidate, label or written answer.
+        candidates: The likeliest candidates, best first; the first is the answer.
+        tokens: Number of tokens of a written answer, which a masked model chose; None for candidates and labels.
+    """
+
+    text: str
+    candidates: tuple[Candidate, ...]
+    tokens: int | None = None
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the answer."""
+        return self.candidates[0].log_prob
+
+
+class PromptModel:
+    """A backbone in use with prompts.
+
+    Args:
+        backbone: The language model; nothing of it changes, and without a prompt it answers as before.
+        force: Accept prompts of another backbone of the same width.
+        pad_side: Where pads stand in a batch, if the backbone allows both; answers do not depend on it.
+
+    Example:
+        >>> model = PromptModel(load_backbone())                                            # doctest: +SKIP
+        >>> model.predict([{"x": "Kenya"}], Prompt.load("capitals"))[0].text                # doctest: +SKIP
+        'Nairobi'
+    """
+
+    def __init__(self, backbone: Backbone, *, force: bool = False, pad_side: Side = "right") -> None:
+        self.backbone = backbone
+        self.force = force
+        self.pad_side: Side = pad_side if pad_side == "right" or backbone.pads_left else "right"
+        # A model for each prompt with trained weights, for as long as that prompt is in use.
+        self._adapted: WeakKeyDictionary[TrainedWeights, PromptModel] = WeakKeyDictionary()
+
+    def for_prompt(self, prompt: Prompt) -> PromptModel:
+        """Return the model that a prompt is to be used with: one with its trained weights in it, or else this one."""
+        if prompt.weights is None:
+            return self
+        if prompt.weights not in self._adapted:
+            backbone = prompt.adapt(self.backbone, force=self.force)
+            if backbone is self.backbone:
+                return self
+            self._adapted[prompt.weights] = PromptModel(backbone, force=self.force, pad_side=self.pad_side)
+        return self._adapted[prompt.weights]
+
+    def _spread(self, prompts: Sequence[Prompt], work: Callable[[PromptModel, list[int]], list[Found]]) -> list[Found]:
+        """Do work on rows with the model that their prompts need, all rows of one model together."""
+        rows: dict[int, tuple[PromptModel, list[int]]] = {}
+        for index, prompt in enumerate(prompts):
+            model = self.for_prompt(prompt)
+            rows.setdefault(id(model), (model, []))[1].append(index)
+        found: dict[int, Found] = {}
+        for model, indices in rows.values():
+            found |= dict(zip(indices, work(model, indices), strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    @torch.no_grad()
+    def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+        """Return the logits that score each record's target.
+
+        Args:
+            records: N records with targets.
+            prompts: One prompt for all rows, or one per row; a prompt without slots is a manual prompt.
+
+        Returns:
+            N tensors of shape (target tokens, V), float32, on the CPU.
+
+        Raises:
+            PromptError: If a prompt belongs to another backbone, or there is not one prompt per record.
+            RecordError: If a record has no target.
+        """
+        each, data = _per_row(prompts, len(records)), as_records(records)
+        return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
+
+    def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
+        table = _Table(self.backbone, prompts, force=self.force)
+        rows: list[Example] = [Example((), (), (), (), 0)] * len(data)
+        for bound, indices in table.groups():
+            found = bound.examples([data[index] for index in indices])
+            for index, example in zip(indices, found, strict=True):
+                rows[index] = example
+        logits: list[Tensor] = [torch.empty(0)] * len(rows)
+        prefix = self._prefix(rows, range(len(rows)), table)
+        for chosen in batches([[row] for row in rows], prefix=prefix):
+            found_logits = self._run([rows[index] for index in chosen], list(chosen), table)
+            parts = found_logits.cpu().split([len(rows[index].logit_positions) for index in chosen])
+            for index, part in zip(chosen, parts, strict=True):
+                logits[index] = part  # (target tokens, V)
+        return logits
+
+    @torch.no_grad()
+    def rank(
+        self,
+        records: Sequence[Record],
+        prompts: Prompt | Sequence[Prompt],
+        candidates: Sequence[str],
+        *,
+        normalise: Normalise = "sum",
+    ) -> list[list[Candidate]]:
+        """Score a closed set of answers for each record.
+
+        Args:
+            records: N records; their targets are not looked at.
+            prompts: One for all rows, or one per row.
+            candidates: C different texts.
+            normalise: Rank by total log-probability (``sum``), or by its mean over a candidate's tokens (``mean``).
+
+        Returns:
+            N lists of C candidates, best first; equal ones in the order given.
+
+        Raises:
+            RecordError: If there are no candidates, or two that are equal.
+            ConfigError: If ``normalise`` is neither.
+        """
+        _check_candidates(candidates)
+        if normalise not in ("sum", "mean"):
+            raise ConfigError(f"normalise is '{normalise}'; it must be sum or mean")
+        each, data = _per_row(prompts, len(records)), as_records(records)
+        return self._spread(
+            each,
+            lambda model, at: model._rank(
+                [data[i] for i in at], [each[i] for i in at], candidates, normalise=normalise
+            ),
+        )
+
+    def _rank(
+        self, data: Sequence[Record], prompts: Sequence[Prompt], candidates: Sequence[str], *, normalise: Normalise
+    ) -> list[list[Candidate]]:
+        table = _Table(self.backbone, prompts, force=self.force)
+        items = self._items(data, table, list(candidates))
+        # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
+        pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
+        scores = [[0.0] * len(candidates) for _ in items]
+        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], [owner for owner, _, _ in pieces], table)
+        for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
+            owners = [pieces[index][0] for index in chosen]
+            group = [pieces[index][1] for index in chosen]
+            scored = score_choices(group, self._run([piece.inputs[0] for piece in group], owners, table))
+            values = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
+            for index, found in zip(chosen, values.cpu().split(scored.per_item), strict=True):
+                owner, _, places = pieces[index]
+                for place, value in zip(places, found.tolist(), strict=True):
+                    scores[owner][place] = value
+        return [
+            sorted(map(Candidate, candidates, values), key=lambda candidate: -candidate.log_prob) for values in scores
+        ]
+
+    @torch.no_grad()
+    def classify(
+        self,
+        records: Sequence[Record] | Questions,
+        prompt: Prompt,
+        *,
+        normalise: Normalise | None = None,
+        calibrate: bool | None = None,
+    ) -> list[list[Candidate]]:
+        """Score the labels of a prompt with label words, or the choices that each question brings; log-probabilities
+        are normalised over them.
+
+        Args:
+            records: N records, or questions.
+            prompt: The prompt.
+            normalise: How texts of several tokens are scored; by default as the prompt says.
+            calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
+
+        Returns:
+            N lists of the labels or choices, best first.
+
+        Raises:
+            PromptError: If the prompt has neither label words nor choices.
+            RecordError: If the prompt's choices are missing.
+        """
+        data = records.records if isinstance(records, Questions) else as_records(records)
+        labels = prompt.label_words
+        if labels is not None:
+            names: list[Sequence[str]] = [labels.labels] * len(data)
+            texts: list[Sequence[str]] = [[word for _, word in labels.flat]] * len(data)
+        elif prompt.has_choices:
+            names = texts = choices_of(records)
+        else:
+            raise PromptError("the prompt has no label words; give candidates instead")
+        if self.for_prompt(prompt) is not self:
+            return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
+        table = _Table(self.backbone, [prompt] * len(data), force=self.force)
+        items = closed_items(
+            prompt.bind(self.backbone, force=self.force),
+            data,
+            texts,
+            classes=tuple(label for label, _ in labels.flat) if labels is not None else None,
+            scoring=prompt.scoring(normalise=normalise, calibrate=calibrate),
+        )
+        found: list[list[Candidate]] = [[]] * len(items)
+        rows = [(index, example) for index, item in enumerate(items) for example in item.inputs]
+        prefix = self._prefix([example for _, example in rows], [index for index, _ in rows], table)
+        for chosen in batches([item.inputs for item in items], prefix=prefix):
+            group = [items[index] for index in chosen]
+            examples = [example for item in group for example in item.inputs]
+            scored = score_choices(group, self._run(examples, [i for i in chosen for _ in items[i].inputs], table))
+            scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
+            for index, values in zip(chosen, scores.tolist(), strict=True):
+                listed = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
+                found[index] = sorted(listed, key=lambda candidate: -candidate.log_prob)
+        return found
+
+    @torch.no_grad()
+    def predict(
+        self,
+        records: Sequence[Record] | Questions,
+        prompt: Prompt | Sequence[Prompt],
+        candidates: Sequence[str] | None = None,
+        *,
+        top_k: int = 1,
+        max_tokens: int | None = None,
+        normalise: Normalise | None = None,
+        calibrate: bool | None = None,
+    ) -> list[Prediction]:
+        """Answer records.
+
+        With candidates, label words or choices of a row's own the likeliest is chosen. Without, a causal model writes
+        until it stops (beam search of width ``top_k``); a masked model fills 1, 2, ... masks and takes the length whose
+        tokens are likeliest on average.
+
+        Args:
+            records: N records, or questions of a task; targets are not needed and not looked at.
+            prompt: One for all rows, or one per row.
+            candidates: A closed set of answers, in the place of a prompt's own labels or choices.
+            top_k: How many candidates to keep.
+            max_tokens: Longest written answer; by default a little more than the longest target seen in training.
+            normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt
+                says, and candidates by their sum.
+            calibrate: Whether what an empty record would score is taken off labels and choices; by default as the
+                prompt says.
+
+        Returns:
+            N predictions.
+        """
+        if not records:
+            return []
+        for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise RecordError(f"{name} is {value}; it must be 1 or more")
+        data = records.records if isinstance(records, Questions) else as_records(records)
+        if candidates is not None:
+            ranked = self.rank(data, prompt, candidates, normalise=normalise or "sum")
+            return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
+        answers: dict[int, Prediction] = {}
+        for one, indices in _by_prompt(_per_row(prompt, len(records))):
+            rows = [data[index] for index in indices]
+            if one.is_closed:
+                asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
+                ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
+                found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
+            else:
+                found = self.for_prompt(one)._write(
+                    rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
+                )
+            answers |= dict(zip(indices, found, strict=True))
+        return [answers[index] for index in range(len(records))]
+
+    def _write(self, records: Sequence[Record], prompt: Prompt, *, top_k: int, max_tokens: int) -> list[Prediction]:
+        written = write_answers(
+            self.backbone,
+            prompt.bind(self.backbone, force=self.force),
+            records,
+            prompt.vectors(self.backbone.width),
+            width=top_k,
+            max_tokens=max_tokens,
+            pad_side=self.pad_side,
+        )
+        return [
+            Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
+            for row in written
+        ]
+
+    def _items(self, records: Sequence[Record], table: _Table, candidates: Sequence[str]) -> list[Item]:
+        items: dict[int, Item] = {}
+        width = len(candidates)
+        for bound, indices in table.groups():
+            repeated = [records[index] for index in indices for _ in candidates]
+            examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
+            items |= {
+                index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)
+            }
+        return [items[index] for index in range(len(records))]
+
+    def _prefix(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> int:
+        """Count the leading tokens that a batch of any of these rows runs once; with pads in front there are none."""
+        if self.pad_side == "left":
+            return 0
+        return prefix_tokens(self.backbone, examples, offsets=[table.offsets[owner] for owner in owners])
+
+    def _run(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> Tensor:
+        """Run rows of any mix of prompts in one forward pass; ``owners`` are the records they belong to."""
+        batch = collate(
+            examples,
+            slots=[table.slots[owner] for owner in owners],
+            offsets=[table.offsets[owner] for owner in owners],
+            pad_side=self.pad_side,
+        )
+        return target_logits(self.backbone, batch, table.vectors)
+
+
+class _Table:
+    """The slot vectors of all prompts of a call, one below the other, and where each row's begin."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[Prompt], *, force: bool) -> None:
+        self.prompts = prompts
+        self.bound: dict[int, BoundTemplate] = {}
+        starts: dict[int, int] = {}
+        parts = []
+        total = 0
+        for prompt in prompts:
+            if id(prompt) not in starts:
+                self.bound[id(prompt)] = prompt.bind(backbone, force=force)
+                starts[id(prompt)] = total
+                parts.append(prompt.vectors(backbone.width))
+                total += prompt.slots
+        self.vectors = torch.cat(parts).to(backbone.device) if parts else torch.zeros(0, backbone.width)  # (P, E)
+        self.offsets = [starts[id(prompt)] for prompt in prompts]
+        self.slots = [prompt.slots for prompt in prompts]
+
+    def groups(self) -> Iterator[tuple[BoundTemplate, list[int]]]:
+        """Yield each different prompt's bound template and the rows that use it."""
+        for prompt, indices in _by_prompt(self.prompts):
+            yield self.bound[id(prompt)], indices
+
+
+def _by_input(item: Item) -> list[tuple[Item, list[int]]]:
+    """Cut an item into one per input, each with the places its choices had."""
+    places: list[list[int]] = [[] for _ in item.inputs]
+    for place, choice in enumerate(item.choices):
+        places[choice.input].append(place)
+    cut = [
+        Item((row,), tuple(Choice(0, item.choices[p].target_ids, item.choices[p].own_tokens) for p in found))
+        for row, found in zip(item.inputs, places, strict=True)
+    ]
+    return list(zip(cut, places, strict=True))
+
+
+def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
+    rows: dict[int, tuple[Prompt, list[int]]] = {}
+    for index, prompt in enumerate(prompts):
+        rows.setdefault(id(prompt), (prompt, []))[1].append(index)
+    return list(rows.values())
+
+
+def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
+    if isinstance(prompts, Prompt):
+        return [prompts] * rows
+    if len(prompts) != rows:
+        raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
+    return list(prompts)
+
+
+def choices_of(records: Sequence[Record] | Questions) -> list[Sequence[str]]:
+    """Return the choices of each question.
+
+    Raises:
+        RecordError: If these are records without choices.
+    """
+    if not isinstance(records, Questions) or not all(question.choices for question in records):
+        raise RecordError(
+            "the prompt chooses among texts that each row brings, and these records have none; read them with their "
+            "task (--task NAME, or load_task(NAME).read(FILE))"
+        )
+    return [question.choices for question in records]
+
+
+def _check_candidates(candidates: Sequence[str]) -> None:
+    if isinstance(candidates, str):
+        raise RecordError(f"candidates are a list of texts, and not the text '{candidates}'")
+    if not candidates:
+        raise RecordError("there are no candidates to choose from")
+    seen: set[str] = set()
+    for text in candidates:
+        if not text.strip():
+            raise RecordError("a candidate is empty")
+        if text in seen:
+            raise RecordError(f"the candidate '{text}' stands twice; candidates must differ")
+        seen.add(text)

@@ -1,0 +1,150 @@
+"""Scoring a prompt on records, once and with an interval: exact match, label accuracy, ranks among candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ptuning.data.questions import Questions, as_questions
+from ptuning.engine.evaluate import Evaluation, evaluate
+from ptuning.engine.objective import choice_items, label_items, target_items
+from ptuning.errors import RecordError
+from ptuning.files import Json
+from ptuning.metrics import Answer, score_values
+from ptuning.progress import OnProgress
+from ptuning.prompt.answer import among_candidates
+from ptuning.prompt.predict import Candidate, Prediction, PromptModel, choices_of
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
+from ptuning.statistics import Score, precision_at, reciprocal_ranks, score, summary
+from ptuning.template.labels import Normalise
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a prompt scored on some records.
+
+    Args:
+        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices, and a task's own metrics;
+            with candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them.
+        loss: Negative log-likelihood in nats per target token, or per record with label words or choices.
+        hits: 1.0 or 0.0 per record, for the first score.
+        missing: How many records have a target that is no candidate; they count as misses.
+    """
+
+    scores: Mapping[str, Score]
+    loss: float
+    hits: tuple[float, ...]
+    missing: int = 0
+
+
+def score_prompt(
+    model: PromptModel,
+    data: Records | Questions,
+    prompt: Prompt,
+    *,
+    candidates: Sequence[str] | None = None,
+    normalise: Normalise | None = None,
+    calibrate: bool | None = None,
+    report: OnProgress | None = None,
+) -> Result:
+    """Score a prompt on records.
+
+    Exact match asks whether greedy decoding would write the target's own tokens; what follows them is not looked at,
+    so a manual prompt is not punished for never stopping. A masked model is given as many masks as the target has.
+
+    Args:
+        model: The backbone in use.
+        data: Records with targets, or questions of a task.
+        prompt: The prompt, learned or manual.
+        candidates: A closed set of answers to rank as well; of equal scores the target's ranks last.
+        normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt says.
+        calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
+        report: Called with progress.
+
+    Raises:
+        RecordError: If there are no records, or one lacks its target.
+        ConfigError: If candidates are given to a prompt with label words or choices.
+    """
+    if candidates is not None:
+        prompt.check_open()
+    if not data:
+        raise RecordError(f"{data.name} holds no records, so there is nothing to score")
+    questions = as_questions(data)
+    records = questions.records
+    require_targets(records)
+    model = model.for_prompt(prompt)
+    bound = prompt.bind(model.backbone, force=model.force)
+    scoring = prompt.scoring(normalise=normalise, calibrate=calibrate)
+    if prompt.label_words is not None:
+        items, name = label_items(bound, records, prompt.label_words, scoring=scoring), "accuracy"
+    elif prompt.has_choices:
+        choices_of(questions)
+        items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
+    else:
+        items, name = target_items(bound, records, with_stop=False), "exact_match"
+    vectors = prompt.vectors(model.backbone.width)
+    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    scores = {name: score(found.hits)}
+    if prompt.task is not None:
+        said = [one.text for one in guessed(prompt, questions, found) or model.predict(records, prompt)]
+        answers = [Answer(text, bool(hit)) for text, hit in zip(said, found.hits, strict=True)]
+        values = score_values(answers, questions, prompt.task.metrics)
+        scores |= {name: summary([values[name]]) for name in prompt.task.metrics}
+    missing = 0
+    if candidates is not None:
+        targets = [record[TARGET_FIELD].strip() for record in records]
+        ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
+        ranks = [
+            cast("int", among_candidates((target,), row).rank) for target, row in zip(targets, ranked, strict=True)
+        ]
+        missing = ranks.count(0)
+        scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(reciprocal_ranks(ranks))}
+        if len(candidates) > 10:
+            scores["p_at_10"] = score(precision_at(10, ranks))
+    return Result(scores, found.loss, found.hits, missing)
+
+
+def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the different targets of records, in order of appearance: a closed set of answers."""
+    return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
+
+
+def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
+    """Return the answers that scoring found among labels or choices, as :meth:`PromptModel.predict` would; none where
+    answers are written.
+
+    Args:
+        prompt: The prompt, with label words or choices.
+        questions: N questions.
+        found: Their scores.
+    """
+    if not found.guesses:
+        return []
+    names = _class_names(prompt, questions)
+    best = [
+        Candidate(listed[guess], log_prob)
+        for listed, guess, log_prob in zip(names, found.guesses, found.log_probs, strict=True)
+    ]
+    return [Prediction(one.text, (one,)) for one in best]
+
+
+def _class_names(prompt: Prompt, questions: Questions) -> list[Sequence[str]]:
+    """Return what each question is answered with one of: the labels, or its choices."""
+    words = prompt.label_words
+    return [words.labels if words is not None else question.choices for question in questions]
+
+
+def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequence[float]) -> list[dict[str, Json]]:
+    """Return one row per record for ``predictions.jsonl``."""
+    return [
+        {
+            "record": dict(record),
+            "target": record.get(TARGET_FIELD),
+            "prediction": found.text,
+            "hit": bool(hit),
+            "log_prob": found.log_prob,
+        }
+        for record, found, hit in zip(data, predictions, hits, strict=True)
+    ]

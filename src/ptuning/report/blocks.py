@@ -1,0 +1,174 @@
+"""What a report's page is made of, before it is HTML or Markdown, and how numbers are written on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ptuning.report.results_file import Estimate
+from ptuning.statistics import Score
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of sentences."""
+
+    kind: ClassVar[str] = "items"
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of a table: a text, smaller lines below it, and whether it is the best of its row or column."""
+
+    text: str
+    small: Sequence[str] = ()
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows begin with their heading; ``numbers`` sets the other columns to the right."""
+
+    kind: ClassVar[str] = "table"
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Entry]]
+    numbers: bool = True
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing as SVG, with words for who cannot see it."""
+
+    kind: ClassVar[str] = "picture"
+    name: str
+    svg: str
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that stay closed until a reader opens them."""
+
+    kind: ClassVar[str] = "fold"
+    title: str
+    blocks: Sequence[Text | Items | Table | Picture]
+
+
+Block = Text | Items | Table | Picture | Fold
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it."""
+
+    heading: str
+    blocks: Sequence[Block]
+
+    @property
+    def anchor(self) -> str:
+        """The name that links within the page lead to."""
+        return re.sub(r"[^a-z0-9]+", "-", self.heading.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report: its title, what is missing from it, the answer in a paragraph, and the sections."""
+
+    title: str
+    warning: Fold | None
+    answer: str
+    sections: Sequence[Section]
+
+
+# A single value has no spread that an interval could be made of.
+NO_INTERVAL = "no interval"
+
+
+def reading(score: Score) -> str:
+    """Say where the interval of a difference lies."""
+    if score.low > 0:
+        return "above zero"
+    return "below zero" if score.high < 0 else "includes zero"
+
+
+def percent(value: float) -> str:
+    """Write a fraction as a percentage with one decimal.
+
+    >>> percent(0.5234) == "52.3\N{NO-BREAK SPACE}%"
+    True
+    """
+    return f"{decimal(value)}\N{NO-BREAK SPACE}%"
+
+
+def points(value: float) -> str:
+    """Write a difference of fractions in percentage points, with its sign.
+
+    >>> points(0.284), points(-0.0001)
+    ('+28.4', '0.0')
+    """
+    shown = decimal(value)
+    return f"+{shown}" if value > 0 and shown != "0.0" else shown
+
+
+def entry(score: Score | None, *, best: bool = False) -> Entry:
+    """Return a score with its interval, n, and the spread over seeds where there is one."""
+    if score is None:
+        return Entry("–")
+    small = [_interval(score), f"n = {score.n:,}"]
+    if isinstance(score, Estimate) and score.std is not None and (score.seeds or 0) > 1:
+        lowest = "" if score.lowest is None else f", lowest {decimal(score.lowest)}"
+        small.append(f"sd {decimal(score.std)}{lowest}, {score.seeds} seeds")
+    return Entry(percent(score.value), small, best)
+
+
+def difference(score: Score | None) -> Entry:
+    """Return a difference in points with its interval and n."""
+    return (
+        Entry("–") if score is None else Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"])
+    )
+
+
+def phrase(score: Score, unit: str, *, signed: bool = False) -> str:
+    r"""Write a score within a sentence.
+
+    >>> phrase(Score(0.5, 0.4, 0.6, n=10), "facts")
+    '50.0\xa0% (95 % interval 40.0 to 60.0, n = 10 facts)'
+    """
+    write = points if signed else decimal
+    shown = f"{points(score.value)} points" if signed else percent(score.value)
+    n = f"n = {score.n:,} {unit}".rstrip()
+    interval = NO_INTERVAL if score.n == 1 else f"95 % interval {write(score.low)} to {write(score.high)}"
+    return f"{shown} ({interval}, {n})"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Write a number with its noun.
+
+    >>> counted(1, "task"), counted(2, "task")
+    ('1 task', '2 tasks')
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _interval(score: Score, *, signed: bool = False) -> str:
+    write = points if signed else decimal
+    return NO_INTERVAL if score.n == 1 else f"[{write(score.low)}, {write(score.high)}]"
+
+
+def decimal(value: float) -> str:
+    """Write a fraction times a hundred, without its unit."""
+    shown = f"{100 * value:.1f}"
+    return "0.0" if shown == "-0.0" else shown.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,200 @@
+"""Pictures of results as SVG text, the same bytes for the same numbers. Knows nothing of files or of pages.
+
+Colours are two of Okabe and Ito's that stay apart in grey print, and every series has a marker of its own, so that
+no picture depends on its colours.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ptuning.statistics import Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Inches. So narrow that its text can still be read on a phone, where the picture shrinks to four fifths.
+WIDTH = 4.6
+# Source: Okabe and Ito (2008), "Color Universal Design": orange (light in grey) and blue (dark in grey), then others.
+COLOURS = ("#d98a00", "#0072b2", "#009e73", "#7a3b69", "#333333")
+MARKERS = ("o", "D", "s", "^", "v")
+# A series with a light colour is drawn hollow.
+HOLLOW = (True, False, True, False, False)
+GREY = "#6b6b6b"
+LABEL_CHARACTERS = 22
+INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
+
+
+def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], unit: str, name: str) -> str:
+    """Draw two scores per row as dots with a line between them and their intervals as whiskers.
+
+    Args:
+        rows: Label, first and second score, from top to bottom.
+        names: What the two scores are called.
+        unit: What the scores are, under the axis.
+        name: Name of the picture; its ids begin with it.
+    """
+    with _canvas(name, height=0.42 * len(rows) + 1.2) as (figure, svg):
+        axes = figure.subplots()
+        for index, (_, first, second) in enumerate(rows):
+            ends = (100 * first.value, 100 * second.value)
+            axes.plot(ends, (index - 0.15, index + 0.15), color=GREY, linewidth=1.0, zorder=1)
+            for series, (score, at) in enumerate(((first, index - 0.15), (second, index + 0.15))):
+                axes.plot((100 * score.low, 100 * score.high), (at, at), color=COLOURS[series], linewidth=1.6, zorder=2)
+                _mark(axes, [score.value], at, series=series)
+        _legend(figure, axes, names)
+        _rows(axes, [label for label, _, _ in rows])
+        axes.set_xlabel(f"{unit}, % (whiskers: 95 % interval)")
+    return svg[0]
+
+
+def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str, name: str) -> str:
+    """Draw one dot per value, in a strip per row and series; a line joins the lowest and the highest of a strip.
+
+    Args:
+        rows: Label and series name -> values, from top to bottom.
+        unit: What the values are, under the axis.
+        name: Name of the picture; its ids begin with it.
+    """
+    names = list(dict.fromkeys(series for _, strip in rows for series in strip))
+    step = 0.7 / max(1, len(names))
+    with _canvas(name, height=(0.25 * len(names) + 0.2) * len(rows) + 1.2) as (figure, svg):
+        axes = figure.subplots()
+        for index, (_, strip) in enumerate(rows):
+            for series, values in ((names.index(series), values) for series, values in strip.items() if values):
+                at = index + step * (series - (len(names) - 1) / 2)
+                ends = (100 * min(values), 100 * max(values))
+                axes.plot(ends, (at, at), color=GREY, linewidth=0.9, zorder=1)
+                _mark(axes, values, at, series=series)
+        _legend(figure, axes, names)
+        _rows(axes, [label for label, _ in rows])
+        axes.set_xlabel(f"{unit}, % (a dot per wording)")
+    return svg[0]
+
+
+def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name: str) -> str:
+    """Draw the development scores of trainings over epochs: a panel per method, a thin line per training, their mean.
+
+    A training that stopped early keeps its last score in the mean, so that the mean is always one of all trainings.
+
+    Args:
+        panels: Method -> trainings -> (epoch, score) pairs.
+        name: Name of the picture; its ids begin with it.
+    """
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    with _canvas(name, height=1.75 * lines + 0.5) as (figure, svg):
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (method, trainings) in zip(grid.flat, panels.items(), strict=False):
+            for points in trainings:
+                axes.plot(*_percent(points), color=RUN, linewidth=0.9, zorder=1)
+            mean = mean_curve(trainings)
+            axes.plot(*_percent(mean), color=COLOURS[1], marker="D", markersize=4, linewidth=1.8, zorder=2)
+            title = f"{method}, n = {len(trainings)}".replace("@", "\n@", 1)  # a name with a control's ending is long
+            axes.set_title(title, fontsize=9)
+            axes.grid(visible=True, axis="y")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("epoch", fontsize=10)
+        figure.supylabel("development score, %", fontsize=10)
+    return svg[0]
+
+
+def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Return the mean over trainings per epoch, from the first epoch that all have.
+
+    A training that stopped keeps its last score.
+    """
+    epochs = sorted({epoch for points in trainings for epoch, _ in points})
+    first = max(min(epoch for epoch, _ in points) for points in trainings)
+    return [
+        (at, sum(max(point for point in points if point[0] <= at)[1] for points in trainings) / len(trainings))
+        for at in epochs
+        if at >= first
+    ]
+
+
+@contextmanager
+def _canvas(name: str, *, height: float) -> Iterator[tuple[Figure, list[str]]]:
+    """Give an empty figure in the style that all pictures share; when the block ends, its SVG stands in the list."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn: list[str] = []
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The reader's browser draws the text, so it does not matter that a font is missing here.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        matplotlib.rcdefaults()  # a user's own settings do not change the picture
+        matplotlib.rc("svg", fonttype="none", hashsalt=name)  # text stays text: found by a search, drawn in any font
+        matplotlib.rc("text", parse_math=False)  # a dollar sign in a label is a dollar sign
+        matplotlib.rc("font", family=["DejaVu Sans"], size=10.0)
+        matplotlib.rc("axes", edgecolor=GREY, labelcolor=INK, titlesize=10.0, titlelocation="left")
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("xtick", color=GREY, labelcolor=INK)
+        matplotlib.rc("ytick", color=GREY, labelcolor=INK)
+        matplotlib.rc("grid", color=RULE, linewidth=0.8)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, drawn
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    drawn.append(_own_ids(buffer.getvalue(), name))
+
+
+def _own_ids(svg: str, name: str) -> str:
+    """Cut what stands before the drawing, and begin its ids with its name: several drawings stand on one page."""
+    body = svg[svg.index("<svg") :]
+    return re.sub(
+        r"<[^>]+>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', lambda at: f"{at[1]}{name}-", tag[0]), body
+    )
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Label rows from top to bottom, with a light line between them."""
+    axes.set_yticks(range(len(labels)), [_short(label, LABEL_CHARACTERS) for label in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(visible=True, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    for between in range(1, len(labels)):
+        axes.axhline(between - 0.5, color=RULE, linewidth=0.8, zorder=0)
+
+
+def _mark(axes: Axes, values: Sequence[float], at: float, *, series: int, label: str | None = None) -> None:
+    """Draw the dots of a series at one height."""
+    colour, marker, hollow = (items[series % len(items)] for items in (COLOURS, MARKERS, HOLLOW))
+    axes.plot(
+        [100 * value for value in values],
+        [at] * len(values),
+        linestyle="none",
+        marker=marker,
+        color=colour,
+        markerfacecolor="white" if hollow else colour,
+        markeredgewidth=1.6,
+        markersize=6.5 if hollow else 5.5,
+        zorder=3,
+        label=label,
+    )
+
+
+def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Name the series above the drawing."""
+    for series, called in enumerate(names):
+        _mark(axes, [], 0.0, series=series, label=called)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
+
+
+def _percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [epoch for epoch, _ in points], [100 * value for _, value in points]
+
+
+def _short(text: str, most: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= most else f"{flat[: most - 1]}…"

@@ -1,0 +1,409 @@
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded. Knows no model, and
+tokenizers only as a protocol.
+
+The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
+follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
+itself writes it, never in a record; only fields without ``!`` are shortened.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Literal as OneOf
+
+from ptuning.errors import RecordError, TemplateError
+from ptuning.records import TARGET_FIELD, Record
+from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
+from ptuning.template.segments import ANCHOR_WORD, LITERAL, TARGET, Encoded, Run, Tokenizer
+from ptuning.template.segments import Ids as Ids
+
+logger = logging.getLogger(__name__)
+
+Kind = OneOf["causal", "masked", "permuted", "encoder-decoder"]
+# The kinds that read masks at the target's place, and fill them all at once.
+FILLS_MASKS: tuple[Kind, ...] = ("masked", "permuted")
+
+# What stands at a slot's place until its vector is written in; any id would do, since its embedding is overwritten.
+SLOT_PLACEHOLDER = 0
+# What a position of a filled template is, beside literal text, "field NAME" and the target.
+SPECIAL, SLOT = "special", "slot"
+# And where the decoder's side begins; that takes no position.
+TURN = "turn"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One filled template as token ids, unpadded.
+
+    Args:
+        token_ids: The row; :data:`SLOT_PLACEHOLDER` at the slots. Of an encoder-decoder model first what the encoder
+            reads, then what the decoder does.
+        slot_positions: Where slot vectors are written, in template order.
+        logit_positions: Where the model's logits score ``target_ids`` (for whoever writes from left to right one before
+            each token).
+        target_ids: The scored ids, followed by the stop token if the example teaches to stop.
+        own_tokens: How many of ``target_ids`` are the target's own, without the stop token.
+        shortened: Whether a field was shortened to fit.
+        encoder_tokens: How many of ``token_ids`` an encoder reads; 0 without one.
+    """
+
+    token_ids: Ids
+    slot_positions: Ids
+    logit_positions: Ids
+    target_ids: Ids
+    own_tokens: int
+    shortened: bool = False
+    encoder_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is to be filled in; without a target, room is kept for ``target_tokens`` tokens of it."""
+
+    record: Record
+    target: str | None
+    where: str = "the record"
+    with_stop: bool = False
+    target_tokens: int = 1
+
+
+@dataclass(frozen=True)
+class _Special:
+    token_id: int
+
+
+@dataclass(frozen=True)
+class _Slots:
+    start_ids: tuple[int | None, ...]
+
+
+_Piece = Literal | Field | Target | Turn | _Special | _Slots
+_Fixed = Turn | _Special | _Slots  # what text is cut at
+_Part = Run | _Fixed
+
+
+class BoundTemplate:
+    """A template together with the tokenizer and kind of one backbone.
+
+    Args:
+        template: The template; what stands behind the target is dropped with a notice where nobody sees it: for a
+            causal model, and behind ``[>]``.
+        tokenizer: The backbone's tokenizer.
+        kind: What kind of language model it is.
+        multiline: Whether targets may hold line breaks. If not, a causal model's answer ends with its line; a break
+            is what models write there anyway, so a prompt learns it in fewer steps than the end of the text.
+
+    Raises:
+        TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
+            stands in the template of a model without a decoder's side.
+    """
+
+    def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
+        if template.turn is not None and kind != "encoder-decoder":
+            raise template.error(
+                f"[>] turns to a decoder's side, and this {kind} model has only one side; leave it out", template.turn
+            )
+        if kind == "causal" or template.turn is not None:
+            template, dropped = template.without_tail()
+            _notice_dropped(str(template), dropped.strip(), "causal model" if kind == "causal" else "decoder")
+        elif kind in FILLS_MASKS and tokenizer.mask_id is None:
+            raise TemplateError(f"this {kind} model's tokenizer has no mask token, so [Y] has no place in its input")
+        self.template = template
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.multiline = multiline
+        self._fills_gap = kind == "encoder-decoder" and template.turn is None
+        self.stop_id = self._stop_id()
+        self._pieces = self._prepare()
+
+    def _stop_id(self) -> int | None:
+        """Return what a target is taught to end with: what the model writes there anyway."""
+        if self._fills_gap and self.tokenizer.gap.end_id is not None:
+            return self.tokenizer.gap.end_id
+        if self.kind != "causal" or self.multiline or self.tokenizer.line_end_id is None:
+            return self.tokenizer.stop_id
+        return self.tokenizer.line_end_id
+
+    @property
+    def slot_start_ids(self) -> tuple[int | None, ...]:
+        """For each slot, in template order, the token whose embedding it starts at; None for a random start."""
+        return tuple(start for piece in self._pieces if isinstance(piece, _Slots) for start in piece.start_ids)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots P."""
+        return len(self.slot_start_ids)
+
+    def check_fields(self, record: Record, *, where: str = "the record") -> None:
+        """Check that the record has every field of the template.
+
+        Raises:
+            TemplateError: At the first field it lacks; names the record's fields.
+        """
+        for index, piece in enumerate(self.template.pieces):
+            if isinstance(piece, Field) and piece.name not in record:
+                have = ", ".join(sorted(record)) or "none"
+                raise self.template.error(f"no field '{piece.name}' in {where}; its fields: {have}", index)
+
+    def examples(
+        self,
+        records: Sequence[Record],
+        *,
+        targets: Sequence[str] | None = None,
+        with_stop: bool = False,
+        source: str = "record",
+    ) -> list[Example]:
+        """Fill the template with records and their targets.
+
+        Args:
+            records: N records.
+            targets: N targets; by default each record's own.
+            with_stop: Whether the stop token of a model that writes follows the target among the scored tokens.
+            source: What the records are called in messages.
+
+        Returns:
+            N examples, in the order of the records.
+
+        Raises:
+            TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
+            RecordError: If a target is missing or has no tokens.
+        """
+        if targets is None:
+            targets = [record.get(TARGET_FIELD, "") for record in records]
+        rows = [
+            _Row(record, target, f"{source} {number}", with_stop=with_stop)
+            for number, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
+        ]
+        for row in rows:
+            if not (row.target or "").strip():
+                raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
+        return self._build(rows)
+
+    def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
+        """Fill the template without targets, with room for ``target_tokens`` tokens at their place: for a causal model
+        up to the target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty.
+
+        Raises:
+            TemplateError: As for :meth:`examples`.
+        """
+        return self._build(
+            [
+                _Row(record, None, f"{source} {number}", target_tokens=target_tokens)
+                for number, record in enumerate(records, start=1)
+            ]
+        )
+
+    def describe(self, record: Record) -> list[tuple[str, int | None]]:
+        """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
+        ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
+        The id of a slot is its start's, None if it starts at random.
+
+        Raises:
+            TemplateError: As for :meth:`examples`.
+        """
+        target = record.get(TARGET_FIELD, "")
+        row = _Row(record, target if target.strip() else None)
+        limit = self._limit(row) if self._build([row])[0].shortened else None
+        parts = self._parts(row, limit=limit, named=True)
+        starts = iter(self.slot_start_ids)
+        shown: list[tuple[str, int | None]] = []
+        for part, ids in self._spans(parts, self._encode(parts)):
+            if part == TARGET and self.kind in FILLS_MASKS:
+                shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
+            else:
+                shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
+        return shown
+
+    def _prepare(self) -> tuple[_Piece, ...]:
+        """Take special tokens out of literals, tokenise the words of slots, and give spaces to what follows them."""
+        prepared: list[_Piece] = []
+        for index, piece in enumerate(self.template.pieces):
+            if isinstance(piece, Literal):
+                behind_turn = bool(prepared) and isinstance(prepared[-1], Turn)
+                prepared += self._split_specials(piece.text.removeprefix(" ") if behind_turn else piece.text)
+            elif isinstance(piece, Turn):
+                _take_space(prepared)  # a space on either side of it belongs to the mark
+                prepared.append(piece)
+            elif isinstance(piece, Slots):
+                _take_space(prepared)
+                prepared.append(_Slots((None,) * piece.count))
+            elif isinstance(piece, TextSlots):
+                words = _take_space(prepared) + piece.text
+                run = Run(((LITERAL, words),))
+                run = run.behind_slots() if prepared and not isinstance(prepared[-1], Turn) else run
+                starts = Encoded(self.tokenizer, [run]).cut(run)[0][1]
+                if not starts:
+                    raise self.template.error("the words of this piece have no tokens", index)
+                prepared.append(_Slots(starts))
+            else:
+                prepared.append(piece)
+        return tuple(prepared)
+
+    def _split_specials(self, text: str) -> list[Literal | _Special]:
+        found: list[Literal | _Special] = []
+        while text:
+            hits = [(text.find(token), -len(token), token) for token in self.tokenizer.special_ids if token in text]
+            if not hits:
+                return [*found, Literal(text)]
+            at, _, token = min(hits)
+            if at:
+                found.append(Literal(text[:at]))
+            found.append(_Special(self.tokenizer.special_ids[token]))
+            text = text[at + len(token) :]
+        return found
+
+    def _build(self, rows: Sequence[_Row]) -> list[Example]:
+        for row in rows:
+            self.check_fields(row.record, where=row.where)
+        filled = [self._parts(row) for row in rows]
+        encoded = self._encode(part for parts in filled for part in parts)
+        examples = []
+        for row, parts in zip(rows, filled, strict=True):
+            example = self._example(row, self._spans(parts, encoded))
+            if not self._fits(row, example):
+                example = replace(self._fill(row, self._limit(row)), shortened=True)
+            examples.append(example)
+        return examples
+
+    def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
+        """Cut a filled record at its slots and special tokens, fields without ``!`` cut to ``limit`` characters.
+
+        Only the target is a segment of its own, unless every piece is to be ``named``.
+        """
+        parts: list[_Part] = []
+        for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
+            if is_fixed:
+                parts += [piece for piece in pieces if isinstance(piece, _Fixed)]
+                continue
+            segments: list[tuple[str, str]] = []
+            for piece in pieces:
+                if isinstance(piece, Literal):
+                    segments.append((LITERAL, piece.text))
+                elif isinstance(piece, Field):
+                    text = row.record[piece.name]
+                    segments.append((f"field {piece.name}" if named else LITERAL, text if piece.keep else text[:limit]))
+                else:
+                    segments.append((TARGET, ANCHOR_WORD if row.target is None else row.target))
+            joined = tuple(
+                (part, "".join(text for _, text in same)) for part, same in itertools.groupby(segments, itemgetter(0))
+            )
+            run = Run(joined, is_open=row.target is None)
+            parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
+        return parts
+
+    def _encode(self, parts: Iterable[_Part]) -> Encoded:
+        return Encoded(self.tokenizer, (part for part in parts if isinstance(part, Run)))
+
+    def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
+        """Return (part, ids) for the whole row, special tokens included."""
+        tokenizer = self.tokenizer
+        spans: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.prefix_ids)]
+        turn: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.suffix_ids), (TURN, ()), (SPECIAL, tokenizer.decoder_ids)]
+        for part in parts:
+            if isinstance(part, Run):
+                spans += encoded.cut(part)
+            elif isinstance(part, Turn):
+                spans += turn
+            elif isinstance(part, _Slots):
+                spans.append((SLOT, (SLOT_PLACEHOLDER,) * len(part.start_ids)))
+            else:
+                spans.append((SPECIAL, (part.token_id,)))
+        if self.kind in FILLS_MASKS:
+            return [*spans, (SPECIAL, tokenizer.suffix_ids)]
+        if not self._fills_gap:
+            return spans
+        at = next(index for index, (part, _) in enumerate(spans) if part == TARGET)
+        target, spans[at] = spans[at], (SPECIAL, tokenizer.gap.encoder_ids)
+        return [*spans, *turn, (SPECIAL, tokenizer.gap.decoder_ids), target]
+
+    def _example(self, row: _Row, spans: Iterable[tuple[str, Ids]]) -> Example:
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: range = range(0)
+        target_ids: Ids = ()
+        own = encoder_tokens = 0
+        for part, span in spans:
+            if part == TURN:
+                if not ids:
+                    raise self.template.error(
+                        "the encoder needs something to read; put text, a field or a slot in front of [>]",
+                        self.template.turn or 0,
+                    )
+                encoder_tokens = len(ids)
+            if part == SLOT:
+                slots += range(len(ids), len(ids) + len(span))
+            if part != TARGET:
+                ids += span
+                continue
+            target_ids, own = span, len(span)
+            if row.target is not None and not own:
+                raise RecordError(f"{row.where}: the target {row.target!r} has no tokens of its own there")
+            if self.kind in FILLS_MASKS:
+                assert self.tokenizer.mask_id is not None
+                positions = range(len(ids), len(ids) + (own or row.target_tokens))
+                ids += [self.tokenizer.mask_id] * len(positions)
+                continue
+            if not ids:
+                raise self.template.error(
+                    "a causal model needs something in front of [Y]; put text, a field or a slot there",
+                    len(self.template.pieces) - 1,
+                )
+            if row.with_stop and self.stop_id is not None:
+                target_ids = (*target_ids, self.stop_id)
+            # Each logit stands one before the token it scores, so the last one is never read.
+            positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
+            ids += target_ids[:-1]
+        return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens)
+
+    def _fill(self, row: _Row, limit: int) -> Example:
+        parts = self._parts(row, limit=limit)
+        return self._example(row, self._spans(parts, self._encode(parts)))
+
+    def _fits(self, row: _Row, example: Example) -> bool:
+        ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
+        own = len(example.token_ids) - example.encoder_tokens
+        return max(own + ahead, example.encoder_tokens) <= self.tokenizer.max_tokens
+
+    def _limit(self, row: _Row) -> int:
+        """Return to how many characters, at most, all fields without ``!`` must be cut for the row to fit."""
+        bare = self._fill(row, 0)
+        fields = [piece for piece in self._pieces if isinstance(piece, Field)]
+        if not self._fits(row, bare):
+            kept = sorted({piece.name for piece in fields if piece.keep})
+            raise TemplateError(
+                f"{row.where} does not fit: slots ({self.slots}), literal text, target "
+                f"({bare.own_tokens or row.target_tokens} tokens)"
+                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and the "
+                f"model reads {self.tokenizer.max_tokens}{' on either side' if bare.encoder_tokens else ''}; "
+                + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
+            )
+        low, high = 0, max(len(row.record[piece.name]) for piece in fields if not piece.keep)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._fits(row, self._fill(row, middle)):
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+@functools.lru_cache(maxsize=1024)
+def _notice_dropped(pattern: str, dropped: str, reader: str) -> None:
+    """Say once per template what its reader does not get to see; a lone full stop is no news to anybody."""
+    if dropped:
+        level = logging.WARNING if any(map(str.isalnum, dropped)) else logging.INFO
+        logger.log(level, "a %s cannot see what stands behind [Y]; dropped '%s' from '%s'", reader, dropped, pattern)
+
+
+def _take_space(pieces: list[_Piece]) -> str:
+    """Take the space off the end of the last literal and return it."""
+    last = pieces[-1] if pieces else None
+    if not isinstance(last, Literal) or not last.text.endswith(" "):
+        return ""
+    pieces[-1:] = [Literal(last.text[:-1])] if last.text != " " else []
+    return " "

@@ -1,0 +1,149 @@
+"""Label words: which words stand for which label (the verbalizer); and how a closed set of answers is scored. Knows no
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ptuning.errors import LabelWordError, RecordError, closest
+from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.fill import BoundTemplate, Example
+
+# A text of several tokens scores its total log-probability, or the mean over its tokens.
+Normalise = Literal["sum", "mean"]
+# What an empty record's fields hold. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
+EMPTY_TEXT = "N/A"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a closed set of answers is scored.
+
+    Args:
+        normalise: By total log-probability (``sum``), or by its mean over a text's tokens (``mean``).
+        calibrate: Whether what an empty record would score is taken off.
+        keep: Fields that an empty record keeps, since they hold one of a few words and no content.
+    """
+
+    normalise: Normalise = "sum"
+    calibrate: bool = False
+    keep: Collection[str] = ()
+
+    def empty_record(self, record: Record) -> Record:
+        """Return a record with nothing in it; fields that hold nothing stay so."""
+        return {name: text if name in self.keep or not text else EMPTY_TEXT for name, text in record.items()}
+
+
+PLAIN = Scoring()
+
+
+@dataclass(frozen=True)
+class LabelWords:
+    """The words of each label, keyed by the label's name.
+
+    Args:
+        words: Label name -> one or more words.
+
+    Raises:
+        LabelWordError: If there are fewer than two labels, a label has no words, or a word stands for two labels.
+    """
+
+    words: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if len(self.words) < 2:
+            raise LabelWordError(f"label words need at least two labels, as in {EXAMPLE}")
+        owner: dict[str, str] = {}
+        for label, words in self.words.items():
+            if not label.strip() or not words or not all(word.strip() for word in words):
+                raise LabelWordError(f"label '{label}' has no name, no word or an empty one; write {EXAMPLE}")
+            for word in words:
+                if word in owner:
+                    raise LabelWordError(
+                        f"the word '{word}' stands twice, for '{owner[word]}' and '{label}'; each label "
+                        "needs words of its own"
+                    )
+                owner[word] = label
+
+    @classmethod
+    def parse(cls, text: str) -> LabelWords:
+        """Parse ``positive=great,good;negative=terrible``.
+
+        Raises:
+            LabelWordError: If it is malformed.
+        """
+        words: dict[str, tuple[str, ...]] = {}
+        for part in filter(str.strip, text.split(";")):
+            label, equals, listed = part.partition("=")
+            if not equals:
+                raise LabelWordError(f"label words '{part.strip()}' have no '='; write them as in {EXAMPLE}")
+            if label.strip() in words:
+                raise LabelWordError(f"label '{label.strip()}' stands twice in the label words")
+            words[label.strip()] = tuple(word.strip() for word in listed.split(","))
+        return cls(words)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order they were given."""
+        return tuple(self.words)
+
+    @property
+    def flat(self) -> tuple[tuple[int, str], ...]:
+        """(index of the label, word) for every word, label by label."""
+        return tuple((index, word) for index, words in enumerate(self.words.values()) for word in words)
+
+    def label_of(self, record: Record, *, where: str) -> int:
+        """Return the index of a record's label.
+
+        Raises:
+            RecordError: If the record's target is no label.
+        """
+        label = record.get(TARGET_FIELD, "")
+        if label not in self.words:
+            raise RecordError(
+                f"{where}: '{label}' is none of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
+            )
+        return self.labels.index(label)
+
+    def check_records(self, records: Records) -> None:
+        """Check that every record has one of the labels.
+
+        Raises:
+            RecordError: At the first that has not.
+        """
+        for number, record in enumerate(records, start=1):
+            self.label_of(record, where=f"{records.name}, record {number}")
+
+    def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
+        """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
+        return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
+
+    def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
+        """Check the words' token ids as they stand in a filled template, and return a line per word.
+
+        Raises:
+            LabelWordError: If two labels' words have equal ids, or a word is unknown to the tokenizer.
+        """
+        lines = []
+        seen: dict[tuple[int, ...], tuple[int, str]] = {}
+        for (label, word), example in zip(self.flat, self.examples(bound, record), strict=True):
+            ids = example.target_ids
+            if unknown_id is not None and unknown_id in ids:
+                raise LabelWordError(
+                    f"the word '{word}' of label '{self.labels[label]}' is unknown to the tokenizer "
+                    f"(ids {list(ids)}); choose another"
+                )
+            other = seen.setdefault(ids, (label, word))
+            if other[0] != label:
+                raise LabelWordError(
+                    f"the words '{other[1]}' and '{word}' of the labels '{self.labels[other[0]]}' and "
+                    f"'{self.labels[label]}' have the same token ids {list(ids)}; choose others"
+                )
+            lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
+        return lines
+
+
+EXAMPLE = '"positive=great,good;negative=terrible"'

@@ -1,0 +1,313 @@
+"""Training many prompts at once on one frozen backbone: who is in training, who is next, and where a killed fleet goes
+on. Knows no runs and no files but its checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine.objective import Item
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import ConfigError, FileError, TrainingError
+from ptuning.files import make_folder, read_json, write_json
+from ptuning.progress import Interrupted, OnProgress, Progress
+from ptuning.template.fill import Example
+from ptuning.training.memory import total_bytes
+from ptuning.training.step import take_step
+from ptuning.training.trainer import SAVING_PAUSE, Trainer
+
+# How many prompts are in training at the same time; each has an encoder and an optimizer in memory.
+AT_ONCE = 16
+# Of the device's memory, what the encoders of prompts in training may take, so that wide ones do not fill it.
+STATE_SHARE = 0.25
+# Of each weight there is its gradient and two moments, float32.
+BYTES_PER_WEIGHT = 16
+# The state of a fleet: which prompts are done, which are in training, and in which folder theirs lie.
+STATE_FILE = "fleet.json"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A prompt to be trained.
+
+    Args:
+        name: Its name, unlike all others.
+        make: Returns its trainer, which is to share the keys and values that are given.
+        train: Items to learn from.
+        dev: Items to choose by.
+        epochs: How many passes over ``train`` it takes at most.
+    """
+
+    name: str
+    make: Callable[[ConstantParts], Trainer]
+    train: Sequence[Item]
+    dev: Sequence[Item]
+    epochs: int
+
+
+@dataclass(eq=False)
+class _Live:
+    """A prompt in training, and the records of its next step."""
+
+    member: Member
+    trainer: Trainer
+    course: Iterator[Sequence[Item]]
+    group: Sequence[Item] = ()
+
+
+@dataclass
+class _State:
+    """What the checkpoint says; folders by name of those that go on from there, in their order."""
+
+    live: dict[str, str] = field(default_factory=dict)
+    finished: list[str] = field(default_factory=list)
+
+
+class Fleet:
+    """Prompts that train together: the rows of all of them run in one pass, and each keeps its own encoder, optimizer,
+    data order and development part. One that ends makes room for the next.
+
+    Who is in training together decides how sums are rounded. So the checkpoint is of all of them at one moment, and
+    a killed fleet goes on from there with the same ones, those included that ended after that moment: they are trained
+    to their end once more, and come out as they did.
+
+    Args:
+        backbone: The frozen backbone.
+        members: The prompts, in the order in which they begin.
+        at_once: How many are in training at the same time.
+        memory_share: As of :class:`~ptuning.engine.prefix_cache.ConstantParts`.
+        checkpoint: Folder of the checkpoint, or None to keep none.
+        checkpoint_seconds: Time between checkpoints; they take a twentieth of the time at most.
+
+    Raises:
+        ConfigError: If two prompts have one name, or none may be in training.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        members: Sequence[Member],
+        *,
+        at_once: int = AT_ONCE,
+        memory_share: float,
+        checkpoint: Path | None = None,
+        checkpoint_seconds: float,
+    ) -> None:
+        if at_once < 1:
+            raise ConfigError(f"{at_once} prompts are to be trained at once; it must be 1 or more")
+        self.members = {member.name: member for member in members}
+        if len(self.members) < len(members):
+            raise ConfigError("two prompts of a fleet have the same name")
+        self.backbone = backbone
+        self.at_once = at_once
+        self.checkpoint = checkpoint
+        self._memory_share = memory_share
+        self._pause = checkpoint_seconds
+        self._saved_at, self._saving_seconds = time.monotonic(), 0.0
+        self._live: list[_Live] = []
+        # Prompts that have ended, and that nobody has written down yet.
+        self._ended: dict[str, Trainer] = {}
+        self._finished: list[str] = []
+
+    def resume(self) -> list[str] | None:
+        """Read the checkpoint, so that :meth:`run` goes on from there.
+
+        Returns:
+            The names of the prompts that were done; None if there is no checkpoint.
+
+        Raises:
+            TrainingError: If it is damaged.
+        """
+        state = self._read()
+        return None if state is None else [name for name in state.finished if name in self.members]
+
+    def release(self, name: str) -> None:
+        """Take a prompt for done: it was written down, and is not trained again."""
+        self._ended.pop(name, None)
+        self._finished.append(name)
+
+    def run(
+        self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[str, Trainer | TrainingError]]:
+        """Train, or go on from the checkpoint, and yield each prompt that has ended: its trainer, or the error that
+        ended it. Those that were released are not among them.
+
+        Args:
+            report: Called with progress.
+            should_stop: Asked after every step, and after every pass over the text in front of the slots.
+
+        Raises:
+            Interrupted: If ``should_stop`` said so; a checkpoint was written.
+            TrainingError: If several processes train, or the checkpoint is of other settings.
+        """
+        state = self._read() or _State()
+        order = [name for name in (*state.live, *self.members) if name in self.members and name not in self._finished]
+        waiting = deque(self.members[name] for name in dict.fromkeys(order))
+        folders = {name: self._folder / folder for name, folder in state.live.items()} if self.checkpoint else {}
+        work = _Work(sum(map(_records, waiting)))
+        if self.checkpoint is not None and not state.live:
+            self._write({})
+        with ConstantParts(self.backbone, memory_share=self._memory_share) as constants:
+            while waiting or self._live:
+                while waiting and self._has_room(goes_on=waiting[0].name in folders):
+                    one = self._begin(waiting.popleft(), constants, folders, report, should_stop)
+                    try:
+                        yield from self._go_on([one], {}, work)
+                    except Interrupted:  # before its first step: it begins anew, with those that wait
+                        self._between({}, lambda: True)
+                if not self._live:
+                    continue
+                failed = take_step([(one.trainer, one.group) for one in self._live])
+                self._between(failed, should_stop)
+                if report is not None:
+                    report(self._progress(work))
+                before = len(self._live)
+                yield from self._go_on(self._live, failed, work)
+                if constants.is_used and len(self._live) < before:
+                    constants.keep_only(row for one in self._live for row in _rows(one.member))
+        if self.checkpoint is not None:
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    def _has_room(self, *, goes_on: bool) -> bool:
+        """Whether one more can be in training. Whatever was when a checkpoint was written is so again; and it is the
+        device's whole memory that is asked for, so that a resumed fleet decides alike.
+        """
+        if not self._live or goes_on:
+            return True
+        largest = max(one.trainer.trainable_parameters for one in self._live)
+        fits = (len(self._live) + 1) * largest * BYTES_PER_WEIGHT <= STATE_SHARE * total_bytes(self.backbone.device)
+        return fits and len(self._live) < self.at_once
+
+    def _begin(
+        self,
+        member: Member,
+        constants: ConstantParts,
+        folders: dict[str, Path],
+        report: OnProgress | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> _Live:
+        """Return a prompt that begins, or goes on."""
+        trainer = member.make(constants)
+        if trainer.accelerator.num_processes > 1:
+            raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
+        if member.name in folders and not trainer.load_from(folders[member.name]):
+            raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")
+
+        def told(progress: Progress) -> None:
+            if report is not None and progress.stage in ("dev", "cache"):
+                report(replace(progress, note=f"{member.name}: {progress.note}"))
+
+        return _Live(member, trainer, trainer.course(member.train, member.dev, report=told, should_stop=should_stop))
+
+    def _go_on(
+        self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
+    ) -> Iterator[tuple[str, Trainer | TrainingError]]:
+        """Let prompts go on to their next step, and yield those that have none."""
+        still: list[_Live] = [one for one in self._live if one not in ones]
+        ended: list[tuple[str, Trainer | TrainingError]] = []
+        for one in ones:
+            outcome = failed.get(one.trainer) or _advance(one)
+            if outcome is None:
+                still.append(one)
+                continue
+            work.ended += _records(one.member)
+            ended.append((one.member.name, outcome))
+            if isinstance(outcome, Trainer):
+                self._ended[one.member.name] = outcome
+        self._live = still
+        yield from ended
+
+    def _between(self, failed: Mapping[Trainer, TrainingError], should_stop: Callable[[], bool] | None) -> None:
+        """Write a checkpoint if it is time, or training is to stop."""
+        stops = should_stop is not None and should_stop()
+        pause = max(self._pause, SAVING_PAUSE * self._saving_seconds)
+        if self.checkpoint is not None and (stops or time.monotonic() - self._saved_at > pause):
+            going = {one.member.name: one.trainer for one in self._live if one.trainer not in failed}
+            self._save({**self._ended, **going})
+        if stops:
+            done, everything = len(self._finished), len(self.members)
+            raise Interrupted(f"stopped with {done} of {everything} prompts done and {len(self._live)} in training")
+
+    def _progress(self, work: _Work) -> Progress:
+        done = work.ended + sum(
+            (one.trainer.state.epoch - 1) * len(one.member.train) + one.trainer.state.position for one in self._live
+        )
+        note = f"{len(self._finished)} of {len(self.members)} prompts done, {len(self._live)} in training"
+        return Progress("train", done, work.total, note)
+
+    @property
+    def _folder(self) -> Path:
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    def _read(self) -> _State | None:
+        if self.checkpoint is None or not (self.checkpoint / STATE_FILE).is_file():
+            return None
+        try:
+            saved = read_json(self.checkpoint / STATE_FILE)
+            return _State(dict(cast("dict[str, str]", saved["live"])), list(cast("list[str]", saved["finished"])))
+        except (FileError, KeyError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"the checkpoint {self.checkpoint / STATE_FILE} is damaged ({error}); start anew with --overwrite"
+            ) from error
+
+    def _save(self, trainers: Mapping[str, Trainer]) -> None:
+        """Write the state of all at this moment: their files first, and then, in one move, that they count."""
+        began = time.monotonic()
+        taken = {entry.name for entry in self._folder.iterdir()} if self._folder.is_dir() else set()
+        place = next(name for name in map("at-{}".format, itertools.count()) if name not in taken)
+        folders = {name: f"{place}/{number}" for number, name in enumerate(trainers)}
+        for name, trainer in trainers.items():
+            trainer.save_to(self._folder / folders[name])
+        self._write(folders)
+        self._saved_at = time.monotonic()
+        self._saving_seconds = self._saved_at - began
+
+    def _write(self, folders: Mapping[str, str]) -> None:
+        make_folder(self._folder)
+        write_json(self._folder / STATE_FILE, {"live": dict(folders), "finished": list(self._finished)})
+        kept = {folder.partition("/")[0] for folder in folders.values()}
+        for entry in self._folder.iterdir():
+            if entry.is_dir() and entry.name not in kept:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+@dataclass
+class _Work:
+    """Records to be read in all, and those of prompts that have ended."""
+
+    total: int
+    ended: int = 0
+
+
+def _rows(member: Member) -> Iterator[Example]:
+    return (example for item in (*member.train, *member.dev) for example in item.inputs)
+
+
+def _records(member: Member) -> int:
+    return member.epochs * len(member.train)
+
+
+def _advance(one: _Live) -> Trainer | TrainingError | None:
+    """Let a prompt go on to its next step; return its trainer or an error if there is none.
+
+    Raises:
+        Interrupted: If training is to stop.
+    """
+    try:
+        one.group = next(one.course)
+    except StopIteration:
+        return one.trainer
+    except Interrupted:
+        raise
+    except TrainingError as error:
+        return error
+    return None

@@ -1,0 +1,284 @@
+"""Runs of a fleet, from data to files: every prompt leaves what it would leave alone, and one table names them all."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.data.questions import Questions
+from ptuning.data.task_files import TaskFile
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import ConfigError, PTuningError
+from ptuning.files import Json, check_free, write_json
+from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
+from ptuning.progress import OnProgress
+from ptuning.provenance import versions
+from ptuning.records import Record
+from ptuning.template.labels import LabelWords
+from ptuning.template.language import Template
+from ptuning.training.fleet import AT_ONCE, Fleet, Member
+from ptuning.training.run import FORMAT_VERSION, Run, TrainResult
+from ptuning.training.trainer import Trainer
+
+FLEET_FILE = "fleet.json"
+# Stands between a prompt's name and the number of its start, where it has several.
+START = "#"
+
+
+@dataclass(frozen=True)
+class FleetPrompt:
+    """One prompt of a fleet: what :func:`ptuning.train` is asked for, and a name.
+
+    Args:
+        name: Its name, which becomes a folder.
+        template, data, dev, config, labels, task, calibrate: As of :func:`ptuning.train`.
+    """
+
+    name: str
+    template: str | Template
+    data: Sequence[Record] | Questions
+    dev: Sequence[Record] | Questions | None = None
+    config: TrainConfig = field(default_factory=TrainConfig)
+    labels: LabelWords | str | None = None
+    task: TaskFile | None = None
+    calibrate: bool | None = None
+
+    def run(
+        self,
+        backbone: Backbone,
+        *,
+        out: Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        command: str | None = None,
+    ) -> Run:
+        """Return its run, checked; arguments as of :func:`ptuning.train`.
+
+        Raises:
+            PTuningError: If anything cannot be used; says which prompt's.
+        """
+        try:
+            return Run(
+                self.template,
+                self.data,
+                backbone=backbone,
+                dev=self.dev,
+                config=self.config,
+                labels=self.labels,
+                task=self.task,
+                calibrate=self.calibrate,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                command=command,
+            )
+        except PTuningError as error:
+            raise type(error)(f"prompt '{self.name}': {error}") from error
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What a fleet leaves.
+
+    Args:
+        results: Name -> what was learned, in the order asked for.
+        failed: Name -> why it came to nothing.
+        record: What stands in ``fleet.json``.
+    """
+
+    results: Mapping[str, TrainResult]
+    failed: Mapping[str, str]
+    record: Mapping[str, Json]
+
+
+def train_fleet(
+    prompts: Sequence[FleetPrompt],
+    *,
+    backbone: Backbone,
+    out: str | Path | None = None,
+    at_once: int = AT_ONCE,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
+    command: str | None = None,
+) -> FleetResult:
+    """Train many prompts at once on one frozen backbone: other data, templates, seeds, settings or encoders.
+
+    Each comes out as if it were trained alone, but for rounding: the rows of all prompts run in one pass, and nothing
+    else is shared.
+
+    Args:
+        prompts: The prompts, in the order in which they begin.
+        backbone: From :func:`ptuning.load_backbone`; it does not change.
+        out: Folder with a folder for each prompt; without it nothing is written.
+        at_once: How many are in training at the same time.
+        resume: Go on from the checkpoint in ``out``; finished prompts are not trained again.
+        overwrite: Replace an earlier fleet in ``out``.
+        report: Called with progress.
+        should_stop: Asked after every step.
+        on_prompt: Called with each prompt that has ended.
+        command: The command line, for the record.
+
+    Raises:
+        PTuningError: Of the stage at fault; before training starts, with nothing written.
+        Interrupted: If ``should_stop`` said so; a checkpoint was written.
+    """
+    began = time.monotonic()
+    if not prompts:
+        raise ConfigError("the fleet has no prompts")
+    folder = Path(out) if out is not None else None
+    if folder is not None and not (resume or overwrite):
+        check_free(folder, overwrite=False)
+    runs: dict[str, Run] = {}
+    for prompt in prompts:
+        _check_name(prompt.name, runs)
+        runs[prompt.name] = prompt.run(
+            backbone,
+            out=folder / prompt.name if folder is not None else None,
+            resume=resume and folder is not None,
+            overwrite=overwrite,
+            command=command,
+        )
+    results: dict[str, TrainResult] = {}
+    failed: dict[str, str] = {}
+    checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
+    for name, outcome in fleet_runs(
+        runs,
+        checkpoint=checkpoint,
+        at_once=at_once,
+        resume=resume,
+        report=report,
+        should_stop=should_stop,
+    ):
+        if isinstance(outcome, TrainResult):
+            results[name] = outcome
+        else:
+            failed[name] = str(outcome)
+        if on_prompt is not None:
+            on_prompt(name, outcome)
+    results = {name: results[name] for name in runs if name in results}
+    record: dict[str, Json] = {
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "versions": dict(versions()),
+        "backbone": backbone.to_json(),
+        "at_once": at_once,
+        "seconds": time.monotonic() - began,
+        "prompts": [_line(name, results.get(name), failed.get(name)) for name in runs],
+    }
+    if folder is not None:
+        write_json(folder / FLEET_FILE, record)
+    return FleetResult(results, failed, record)
+
+
+def can_train_together() -> bool:
+    """Whether prompts can be trained at once here: in one process they can, several share one prompt's rows."""
+    return bool(PartialState().num_processes == 1)
+
+
+def fleet_runs(
+    runs: Mapping[str, Run],
+    *,
+    checkpoint: Path | None = None,
+    at_once: int = AT_ONCE,
+    resume: bool = False,
+    report: OnProgress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[tuple[str, TrainResult | PTuningError]]:
+    """Train runs together, and yield each one that has ended: its result, written down, or the error that ended it.
+    Those that were finished before come first.
+
+    Args:
+        runs: Name -> run; all of one frozen backbone.
+        checkpoint: Folder of the fleet's checkpoint.
+        at_once: How many prompts are in training at the same time.
+        resume: Go on from the checkpoint; otherwise one that is there is dropped.
+        report: Called with progress.
+        should_stop: Asked after every step.
+
+    Raises:
+        ConfigError: If a run trains more than slots.
+        Interrupted: If ``should_stop`` said so.
+    """
+    for name, run in runs.items():
+        if run.config.tune != "frozen":
+            raise ConfigError(
+                f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
+                "it alone"
+            )
+    for run in runs.values():
+        run.clear()
+    if checkpoint is not None and not resume:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
+    fleet = Fleet(
+        next(iter(runs.values())).backbone,
+        [_member(name, run, number) for name, run in runs.items() for number in range(run.config.starts)],
+        at_once=at_once,
+        memory_share=max(run.config.cache_memory for run in runs.values()),
+        checkpoint=checkpoint,
+        checkpoint_seconds=min(run.config.checkpoint_seconds for run in runs.values()),
+    )
+    done = fleet.resume() if resume else None
+    for name, run in runs.items():
+        # With a checkpoint a prompt must have been done when that was written: who trains together decides rounding.
+        if run.finished is not None and (done is None or _member_name(name, 0) in done):
+            for member in (member for member, owner in owners.items() if owner == name):
+                fleet.release(member)
+            yield name, run.finished
+    about: dict[str, Json] = {"fleet": {"prompts": len(runs), "at_once": at_once}}
+    for member, outcome in fleet.run(report=report, should_stop=should_stop):
+        name, run = owners[member], runs[owners[member]]
+        if not isinstance(outcome, Trainer):
+            yield name, outcome
+            continue
+        run.add(int(member.partition(START)[2] or 0), outcome)
+        if run.is_trained:
+            result = run.result(more=about)
+            for each in (each for each, owner in owners.items() if owner == name):
+                fleet.release(each)
+            yield name, result
+
+
+def _member_name(name: str, number: int) -> str:
+    """Return what one of several starts of a prompt is called in the fleet."""
+    return f"{name}{START}{number}" if number else name
+
+
+def _member(name: str, run: Run, number: int) -> Member:
+    def make(constants: ConstantParts) -> Trainer:
+        return run.trainer(number, constants=constants if run.config.cache_memory else None)
+
+    return Member(_member_name(name, number), make, run.items["train"], run.items["dev"], run.config.epochs)
+
+
+def _check_name(name: str, taken: Collection[str]) -> None:
+    """Check that a name can be a folder of its own."""
+    if name in taken:
+        raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
+    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
+        raise ConfigError(f"'{name}' is no name for a prompt: it becomes a folder; use letters, digits and - _ . + =")
+
+
+def _line(name: str, result: TrainResult | None, error: str | None) -> dict[str, Json]:
+    """Return what ``fleet.json`` says of a prompt."""
+    if result is None:
+        return {"name": name, "status": "failed", "error": error}
+    record = result.record
+    return {
+        "name": name,
+        "status": "done",
+        "run": name if result.folder is not None else None,
+        "scores": dict(result.prompt.scores),
+        "chosen_epoch": record["chosen_epoch"],
+        "train_seconds": record["train_seconds"],
+    }

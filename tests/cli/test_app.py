@@ -1,0 +1,1265 @@
+"""The command line: every command and option on tiny models, every bad input, Ctrl-C and going on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import safetensors.torch
+
+import ptuning.backbone.loading
+import ptuning.training.run
+from ptuning import Prompt
+from ptuning.cli import app, terminal
+from ptuning.data.reading import shipped_facts
+from ptuning.progress import Progress
+from tests.conftest import make_model
+
+FACTS = [
+    ("Kenya", "Nairobi"), ("France", "Paris"), ("Peru", "Lima"), ("Chad", "yes"), ("Togo", "no"), ("Cuba", "great"),
+    ("Oman", "film"), ("Fiji", "movie"), ("Mali", "answer"), ("Iran", "number"), ("Laos", "people"), ("Niue", "cities"),
+]  # fmt: skip
+WARM = "[P:The capital of] [X] [P:is] [Y]"
+SENTIMENT = [("a good film", "positive"), ("a bad one", "negative"), ("great", "positive"), ("terrible", "negative")]
+LABELS = "positive=great,good; negative=terrible,bad"
+# What every training command needs besides its data; three steps per epoch keep a test under a second.
+QUICK = ("--epochs", "2", "--batch-size", "4")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*args: object, stdin: bytes = b"") -> Outcome:
+    """Run a command line in this process, as ``ptuning`` does."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["ptuning", *map(str, args)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            app.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def works(*args: object, stdin: bytes = b"") -> str:
+    """Run a command line that must work, and return what it printed."""
+    done = call(*args, stdin=stdin)
+    assert done.code == 0, done.err
+    return done.out
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    """Return every file under a folder, hidden and temporary ones too, with its bytes; folders as empty ones."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def fails(*args: object, says: Sequence[str], stdin: bytes = b"") -> str:
+    """Run a command line that must end with exit code 2, one message that says certain things, and nothing written."""
+    before = everything_in(Path.cwd())
+    done = call(*args, stdin=stdin)
+    assert (done.code, done.out) == (2, ""), done
+    assert "Traceback" not in done.err
+    # The template made by --manual may be said before; the error itself is one message, the last one.
+    notice, _, message = done.err.rpartition("error: ")
+    assert "error" not in notice
+    assert message.strip()
+    for part in says:
+        assert part in message, f"'{part}' is not in: {message}"
+    assert everything_in(Path.cwd()) == before
+    return message
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder, and leave the logger's level as it was."""
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("ptuning").level
+    yield
+    logging.getLogger("ptuning").setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def llama(model_folder: Callable[[str], Path]) -> str:
+    return str(model_folder("llama"))
+
+
+@pytest.fixture(scope="module")
+def bert(model_folder: Callable[[str], Path]) -> str:
+    return str(model_folder("bert"))
+
+
+@pytest.fixture(scope="module")
+def other_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backbone of the same width with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "llama"
+    make_model("llama", folder, seed=7)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data files that no test changes."""
+    folder = tmp_path_factory.mktemp("data")
+    write_lines(folder / "train.jsonl", [{"x": x, "y": y} for x, y in FACTS])
+    write_lines(folder / "dev.jsonl", [{"x": x, "y": y} for x, y in FACTS[:4]])
+    write_lines(folder / "sentiment.jsonl", [{"x": x, "label": y} for x, y in SENTIMENT * 2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(llama: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny LLaMA that no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "facts"
+    works("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", out, *QUICK)
+    return out
+
+
+@pytest.fixture(scope="module")
+def masked_run(bert: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny BERT that no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "masked"
+    works("train", "--data", data / "train.jsonl", "--template", f"{WARM} .", "--backbone", bert, "--out", out, *QUICK)
+    return out
+
+
+@pytest.fixture(scope="module")
+def label_run(llama: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished classification run that no test changes."""
+    out = tmp_path_factory.mktemp("runs") / "labels"
+    args = ("--data", data / "sentiment.jsonl", "--template", "{x} [P:It was] [Y]", "--labels", LABELS)
+    works("train", *args, "--backbone", llama, "--out", out, *QUICK)
+    return out
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return found
+
+
+def vectors_of(folder: Path) -> bytes:
+    return (folder / "prompt" / "prompt.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- the program
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["data"],
+        ["data", "capitals"],
+        ["task", "show", "RTE"],
+        ["backbones"],
+        ["--version"],
+    ],
+)
+def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys\nfrom ptuning.cli.app import main\n"
+        f"sys.argv = ['ptuning', *{args!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = 'torch transformers accelerate safetensors tokenizers numpy scipy pyarrow'.split()\n"
+        "print('loaded:', [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout.endswith("loaded: []\n")
+
+
+def test_help_of_every_command_has_an_example() -> None:
+    commands = ["train", "eval", "predict", "inspect", "template show", "data", "backbones", "demo"]
+    shown = works("--help")
+    for command in commands:
+        assert f"│ {command.split()[0]} " in shown
+        assert f"Example: ptuning {command}" in works(*command.split(), "--help").replace("\n", " ")
+
+
+def test_version_both_ways() -> None:
+    assert works("--version") == f"ptuning {ptuning.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "ptuning", "--version"], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert (done.stdout, done.stderr) == (f"ptuning {ptuning.__version__}\n", "")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"set -o pipefail; {sys.executable} -m ptuning data cities | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_disk_behind_the_output_is_one_message() -> None:
+    command = f"{sys.executable} -m ptuning data cities > /dev/full"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**environment(), "PYTHONUNBUFFERED": ""},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
+    assert done.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_from_training_weights_to_answers_without_them(tune: str, llama: str, data: Path) -> None:
+    """One prompt holds what was trained, every command takes it, and each part can be switched off."""
+    works("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, *QUICK, "--out", "out",
+          "--tune", tune, "--backbone-lr", "0.03", "--lr", "0.1")  # fmt: skip
+    settings = record_of(Path("out"))["settings"]
+    assert settings["tune"] == tune
+    assert settings["lora_lr" if tune == "lora" else "backbone_lr"] == 0.03
+    assert (Path("out") / "prompt" / "backbone").is_dir()
+
+    def loss(*more: str) -> float:
+        found = json.loads(works("eval", "out", "--data", data / "train.jsonl", "--json", *more))
+        return float(found["loss"])
+
+    losses = [loss(), loss("--without", "slots"), loss("--without", "backbone")]
+    assert len(set(losses)) == 3
+    assert losses[0] < losses[2]
+    for more in ([], ["--without", "slots"], ["--without", "backbone"]):
+        assert works("predict", "out", "Kenya", "--max-tokens", "2", *more)
+    assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")
+    fails("eval", "out", "--data", data / "train.jsonl", "--without", "words",
+          says=["no part 'words' to leave out; it has slots and backbone"])  # fmt: skip
+
+
+def test_the_slots_of_a_frozen_backbone_can_be_left_out(run_folder: Path, data: Path) -> None:
+    one = works("eval", run_folder, "--data", data / "train.jsonl", "--json", "--without", "slots")
+    two = works("eval", "manual:The capital of [X] is [Y]", "--data", data / "train.jsonl", "--json", "--backbone",
+                record_of(run_folder)["backbone"]["name"])  # fmt: skip
+    assert json.loads(one)["loss"] == json.loads(two)["loss"]
+    fails(
+        "predict", run_folder, "Kenya", "--without", "backbone", says=["no part 'backbone' to leave out; it has slots"]
+    )
+
+
+@pytest.mark.parametrize("fixture", ["run_folder", "masked_run"])
+def test_train_leaves_prompt_record_and_predictions(fixture: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(fixture)
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "prompt", "run.json"]
+    assert sorted(path.name for path in (folder / "prompt").iterdir()) == [
+        "README.md",
+        "prompt.json",
+        "prompt.safetensors",
+    ]
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == record_of(folder)["data"]["dev"]["rows"]
+    assert set(rows[0]) == {"record", "target", "prediction", "hit", "log_prob"}
+    assert Prompt.load(folder / "prompt").slots == record_of(folder)["slots"] > 0
+
+
+def test_the_record_of_a_run(run_folder: Path, llama: str, data: Path) -> None:
+    record = record_of(run_folder)
+    assert record["format_version"] == 1
+    assert record["command"].startswith("ptuning train --data ")
+    assert f"--template '{WARM}'" in record["command"]
+    settings = record["settings"]
+    assert (settings["template"], settings["epochs"], settings["batch_size"]) == (WARM, 2, 4)
+    assert (settings["dtype"], settings["device"], settings["label_words"]) == ("float32", "cpu", None)
+    assert record["seeds"]["seed"] == 0
+    assert len(set(record["seeds"].values())) == len(record["seeds"]) > 3  # each purpose draws from its own
+    assert set(record["versions"]) >= {"ptuning", "python", "torch", "transformers", "accelerate", "safetensors"}
+    backbone = record["backbone"]
+    assert (backbone["name"], backbone["kind"]) == (llama, "causal")
+    assert len(backbone["fingerprint"]) == 33
+    assert backbone["parameters"] == record["frozen_parameters"] > record["trainable_parameters"] > 0
+    train, dev = record["data"]["train"], record["data"]["dev"]
+    assert record["data"]["test"] is None
+    for part, rows in ((train, 10), (dev, 2)):
+        assert (part["rows"], part["kept"], part["dropped"]) == (rows, rows, 0)
+        assert len(part["sha256"]) == 64
+        assert part["name"].startswith(str(data / "train.jsonl"))
+    assert train["sha256"] != dev["sha256"]
+    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
+    for epoch in record["history"]:
+        assert set(epoch) >= {"epoch", "train_loss", "dev_loss", "dev_score", "seconds"}
+        assert epoch["train_loss"] > 0
+        assert epoch["seconds"] > 0
+        assert 0 <= epoch["dev_score"] <= 1
+    assert record["chosen_epoch"] in (0, 1, 2)
+    assert record["seconds"] >= record["train_seconds"] > 0
+    assert record["tokens_per_second"] > 0
+    assert "ceiling_tokens_per_second" not in record
+
+
+def test_train_prints_results_on_one_stream_and_progress_on_the_other(llama: str, data: Path) -> None:
+    done = call(
+        "train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK
+    )
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    assert "train loss" in done.err
+    assert "epoch   train loss   dev loss   dev score" in done.out
+    assert f"development part: 2 records of {data}/train.jsonl (20% set aside, seed 0)\n" in done.out
+    assert "\nprompt:  out/prompt\n" in done.out
+    assert f"\nnext:    {terminal.program()} eval out --data FILE\n" in done.out
+
+
+def test_train_with_development_data(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--dev", data / "dev.jsonl", "--template", WARM)
+    works("train", *args, "--backbone", llama, "--out", "out", *QUICK)
+    parts = record_of(Path("out"))["data"]
+    assert (parts["train"]["rows"], parts["dev"]["rows"]) == (12, 4)
+    assert parts["dev"]["name"] == str(data / "dev.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("args", "made"),
+    [
+        (("--manual", "[X] is located in [Y]", "--about", "country"), "[P:The country:] [X] [P:is located in] [Y]"),
+        (("--manual", "The capital of [X] is [Y]"), WARM),
+        (("--manual", "[X] is located in [Y]"), "[P*3] [X] [P:is located in] [Y]"),
+    ],
+)
+def test_train_makes_a_template_from_a_manual_one_and_says_which(
+    args: tuple[str, ...], made: str, llama: str, data: Path
+) -> None:
+    done = call("train", "--data", data / "dev.jsonl", *args, "--backbone", llama, "--out", "out", "--epochs", "1")
+    assert done.code == 0, done.err
+    assert done.err.startswith(f"learned template: {made}\n")
+    assert record_of(Path("out"))["settings"]["template"] == made
+
+
+def write_table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    """Write the same records in the format of the path's ending."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"x": [x for x, _ in rows], "y": [y for _, y in rows]}), path)
+        return path
+    if path.suffix == ".json":
+        path.write_text(json.dumps([{"x": x, "y": y} for x, y in rows]), encoding="utf-8")
+        return path
+    if path.suffix == ".jsonl":
+        return write_lines(path, [{"x": x, "y": y} for x, y in rows])
+    between = "\t" if path.suffix == ".tsv" else ","
+    path.write_text("".join(between.join(row) + "\n" for row in [("x", "y"), *rows]), encoding="utf-8")
+    return path
+
+
+def test_every_format_gives_the_same_prompt(llama: str, tmp_path: Path) -> None:
+    found = {}
+    for ending in ("jsonl", "csv", "tsv", "json", "parquet"):
+        train = write_table(tmp_path / f"train.{ending}", FACTS[:6])
+        dev = write_table(tmp_path / f"dev.{ending}", FACTS[6:9])
+        args = ("--data", train, "--dev", dev, "--template", WARM, "--backbone", llama, "--out", ending)
+        works("train", *args, "--epochs", "1", "--encoder", "none")
+        found[ending] = vectors_of(Path(ending))
+    assert len(found) == 5
+    assert len(set(found.values())) == 1
+
+
+def test_shipped_facts_work_where_a_data_file_does(run_folder: Path) -> None:
+    assert json.loads(works("eval", run_folder, "--data", "capitals:dev", "--json"))["data"] == {
+        "name": "capitals:dev",
+        "sha256": record_digest("capitals", "dev"),
+        "rows": 36,
+    }
+
+
+def record_digest(name: str, split: str) -> str:
+    return ptuning.load_records(f"{name}:{split}").sha256
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp", "none"])
+def test_every_encoder_trains(encoder: str, llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    works("train", *args, "--encoder", encoder)
+    record = record_of(Path("out"))
+    assert record["settings"]["encoder"] == encoder
+    losses = [record["start"]["dev_loss"], *(epoch["dev_loss"] for epoch in record["history"])]
+    assert len(set(losses)) == 3  # something moved in every epoch
+    # Free vectors are the slots themselves; the encoders have weights of their own.
+    assert (record["trainable_parameters"] == record["slots"] * 32) == (encoder == "none")
+
+
+def test_options_reach_the_settings(llama: str, data: Path) -> None:
+    args = ("--epochs", "1", "--batch-size", "3", "--lr", "0.01", "--seed", "5", "--encoder", "mlp")
+    sets = ("--set", "dropout=0.25", "--set", "start=vocabulary", "--set", "learn-to-stop=false", "--set", "patience=2")
+    works("train", "--data", data / "train.jsonl", "--template", "[P*2] [X] [P] [Y]", "--backbone", llama,
+          "--out", "out", "--dtype", "bfloat16", "--device", "cpu", *args, *sets)  # fmt: skip
+    settings = record_of(Path("out"))["settings"]
+    wanted = {
+        "epochs": 1, "batch_size": 3, "lr": 0.01, "seed": 5, "encoder": "mlp", "dropout": 0.25, "start": "vocabulary",
+        "learn_to_stop": False, "patience": 2, "dtype": "bfloat16", "device": "cpu",
+    }  # fmt: skip
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_two_runs_leave_the_same_bytes_and_another_seed_does_not(run_folder: Path, llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, *QUICK)
+    works("train", *args, "--out", "again")
+    works("train", *args, "--out", "other", "--seed", "1")
+    assert vectors_of(Path("again")) == vectors_of(run_folder)
+    assert vectors_of(Path("other")) != vectors_of(run_folder)
+
+
+def test_the_ceiling_is_measured_on_request(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    printed = works("train", *args, "--measure-ceiling")
+    record = record_of(Path("out"))
+    assert record["ceiling_tokens_per_second"] > 0
+    assert f"of the bare backbone's {record['ceiling_tokens_per_second']:.0f}" in printed
+
+
+def test_fields_can_be_renamed(llama: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"country": x, "capital": y} for x, y in FACTS[:6]])
+    args = ("--data", "train.jsonl", "--field", "x=country", "--field", "y=capital")
+    works("train", *args, "--template", WARM, "--backbone", llama, "--out", "out", "--epochs", "1")
+    found = json.loads(works("eval", "out", *args, "--candidates", "train", "--json"))
+    assert found["targets_not_among_candidates"] == 0
+    assert found["scores"]["accuracy"]["n"] == 6
+
+
+def test_label_words_from_training_to_answers(label_run: Path, data: Path) -> None:
+    record = record_of(label_run)
+    assert record["settings"]["label_words"] == {"positive": ["great", "good"], "negative": ["terrible", "bad"]}
+    scores = json.loads(works("eval", label_run, "--data", data / "sentiment.jsonl", "--json"))["scores"]
+    assert list(scores) == ["accuracy"]
+    (line,) = works("predict", label_run, "a good film", "--json", "--top-k", "2").splitlines()
+    answer = json.loads(line)
+    assert {one["text"] for one in answer["candidates"]} == {"positive", "negative"}
+    assert answer["prediction"] == answer["candidates"][0]["text"]
+
+
+def test_overwriting_replaces_a_run_and_nothing_else(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    works("train", *args)
+    first = vectors_of(Path("out"))
+    Path("out/notes.txt").write_text("mine", encoding="utf-8")
+    works("train", *args, "--seed", "3", "--overwrite")
+    assert vectors_of(Path("out")) != first
+    assert record_of(Path("out"))["settings"]["seed"] == 3
+    assert Path("out/notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_empty_folder_is_free(llama: str, data: Path) -> None:
+    Path("out").mkdir()
+    works("train", "--data", data / "dev.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+
+
+def test_resuming_a_finished_run_changes_nothing(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    works("train", *args)
+    before = everything_in(Path("out"))
+    assert "chosen:" in works("train", *args, "--resume")
+    assert everything_in(Path("out")) == before
+
+
+# ------------------------------------------------------------------------------------------------ eval and predict
+
+
+def test_eval_prints_a_table_or_json(run_folder: Path, data: Path) -> None:
+    args = ("eval", run_folder, "--data", data / "dev.jsonl")
+    printed = works(*args)
+    assert f"{run_folder} on {data}/dev.jsonl, n = 4\n" in printed
+    assert "exact match" in printed
+    found = json.loads(works(*args, "--json"))
+    assert set(found) == {"prompt", "data", "scores", "loss", "targets_not_among_candidates"}
+    assert found["prompt"] == str(run_folder)
+    assert (found["data"]["name"], found["data"]["rows"]) == (str(data / "dev.jsonl"), 4)
+    (exact,) = found["scores"].values()
+    assert 0 <= exact["low"] <= exact["value"] <= exact["high"] <= 1
+    assert exact["n"] == 4
+    assert found["loss"] > 0
+
+
+def test_eval_among_candidates_of_every_kind(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    answers = [y for _, y in FACTS]
+    (tmp_path / "some.txt").write_text("\ufeffNairobi\n\n Paris \nParis\n", encoding="utf-8")  # as editors leave it
+    write_lines(tmp_path / "all.jsonl", [{"y": y} for y in answers])
+    args = ("eval", run_folder, "--data", data / "train.jsonl", "--json", "--candidates")
+    some, every, train = (json.loads(works(*args, source)) for source in ("some.txt", "all.jsonl", "train"))
+    assert some["targets_not_among_candidates"] == len(answers) - 2
+    assert list(some["scores"]) == ["exact_match", "accuracy", "mrr"]
+    assert every["targets_not_among_candidates"] == 0
+    assert list(every["scores"]) == ["exact_match", "accuracy", "mrr", "p_at_10"]
+    assert train == every  # the training part of the run has all of the answers
+    mean = json.loads(works(*args, "all.jsonl", "--normalise", "mean"))
+    assert mean["scores"]["mrr"] != every["scores"]["mrr"]
+    printed = works("eval", run_folder, "--data", data / "train.jsonl", "--candidates", "some.txt")
+    assert f"{len(answers) - 2} of {len(answers)} targets are no candidates; they count as misses" in printed
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_eval_of_a_manual_template(name: str, request: pytest.FixtureRequest, data: Path) -> None:
+    source = "manual: The capital of [X] is [Y]"
+    backbone = request.getfixturevalue(name)
+    found = json.loads(works("eval", source, "--data", data / "dev.jsonl", "--backbone", backbone, "--json"))
+    assert found["prompt"] == source
+    assert found["scores"]["exact_match"]["n"] == 4
+
+
+def test_candidates_train_of_a_manual_template_are_those_of_the_facts(llama: str) -> None:
+    args = ("--data", "continents:dev", "--candidates", "train", "--backbone", llama, "--json")
+    assert json.loads(works("eval", "manual:[X] is in [Y]", *args))["targets_not_among_candidates"] == 0
+
+
+def test_predict_a_text(run_folder: Path) -> None:
+    (answer,) = works("predict", run_folder, "Kenya").splitlines()
+    (line,) = works("predict", run_folder / "prompt", "Kenya", "--json").splitlines()
+    found = json.loads(line)
+    assert set(found) == {"record", "prediction", "candidates"}
+    assert found["record"] == {"x": "Kenya"}
+    assert found["candidates"] == [{"text": found["prediction"], "log_prob": found["candidates"][0]["log_prob"]}]
+    assert found["candidates"][0]["log_prob"] < 0
+    assert answer == terminal.visible(found["prediction"])
+
+
+def test_predict_records_from_a_file_and_from_the_input(
+    run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "PREDICTED_ROWS", 3)  # so that the four records take two steps
+    from_file = works("predict", run_folder, "--data", data / "dev.jsonl", "--json")
+    from_input = works("predict", run_folder, "--data", "-", "--json", stdin=(data / "dev.jsonl").read_bytes())
+    assert from_file == from_input
+    rows = [json.loads(line) for line in from_file.splitlines()]
+    assert [row["record"] for row in rows] == [{"x": x, "y": y} for x, y in FACTS[:4]]
+    assert len(works("predict", run_folder, "--data", data / "dev.jsonl").splitlines()) == 4
+
+
+def test_predict_among_candidates(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("Nairobi\nParis\nLima\n", encoding="utf-8")
+    args = ("predict", run_folder, "Kenya", "--candidates", "some.txt")
+    (line,) = works(*args, "--json", "--top-k", "2").splitlines()
+    found = json.loads(line)
+    assert len(found["candidates"]) == 2
+    assert found["prediction"] == found["candidates"][0]["text"]
+    assert found["candidates"][0]["log_prob"] >= found["candidates"][1]["log_prob"]
+    assert works(*args) == found["prediction"] + "\n"
+    (shown,) = works(*args, "--top-k", "3").splitlines()
+    assert sorted(part.split(" (")[0] for part in shown.split("\t")) == ["Lima", "Nairobi", "Paris"]
+
+
+def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
+    def answers(*limit: str) -> list[dict[str, Any]]:
+        (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()
+        listed: list[dict[str, Any]] = json.loads(line)["candidates"]
+        assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
+        return listed
+
+    short, free = answers("--max-tokens", "1"), answers()
+    assert len(short) == len(free) == 3
+    assert max(len(one["text"]) for one in short) < max(len(one["text"]) for one in free)
+
+
+def test_a_masked_model_says_how_long_its_answer_is(masked_run: Path) -> None:
+    (line,) = works("predict", masked_run, "Kenya", "--json").splitlines()
+    found = json.loads(line)
+    assert set(found) == {"record", "prediction", "candidates", "tokens"}
+    unit = "token" if found["tokens"] == 1 else "tokens"
+    assert works("predict", masked_run, "Kenya") == f"{found['prediction']}\t({found['tokens']} {unit})\n"
+
+
+def test_a_masked_model_among_candidates(masked_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("Nairobi\nParis\n", encoding="utf-8")
+    (line,) = works("predict", masked_run, "Kenya", "--json", "--candidates", "some.txt").splitlines()
+    assert set(json.loads(line)) == {"record", "prediction", "candidates"}
+
+
+def test_predict_fills_the_one_field_whatever_its_name(llama: str) -> None:
+    (line,) = works("predict", "manual:{country} is [Y]", "Kenya", "--backbone", llama, "--json").splitlines()
+    assert json.loads(line)["record"] == {"country": "Kenya"}
+
+
+def test_a_prompt_finds_its_own_backbone_and_may_use_another_by_force(
+    run_folder: Path, llama: str, other_llama: str
+) -> None:
+    own = works("predict", run_folder, "Kenya", "--json")
+    assert works("predict", run_folder, "Kenya", "--json", "--backbone", llama) == own
+    assert works("predict", run_folder, "Kenya", "--json", "--backbone", other_llama, "--force") != own
+
+
+# --------------------------------------------------------------------------------- inspect, template show, data
+
+
+def test_inspect_shows_the_nearest_tokens(run_folder: Path, data: Path) -> None:
+    found = json.loads(works("inspect", run_folder, "--json"))
+    assert found["template"] == WARM
+    assert set(found) == {"template", "slots", "typical", "scores"}
+    assert [slot["start"] for slot in found["slots"]] == ["The", " capital", " of", " is"]
+    for slot in found["slots"]:
+        # Two epochs move no slot far from the token it started at.
+        assert slot["nearest_by_cosine"][0]["token"] == slot["start"]
+        assert slot["nearest_by_distance"][0]["token"] == slot["start"]
+        assert len(slot["nearest_by_cosine"]) == 5
+    assert found["scores"] == {}
+    scored = json.loads(works("inspect", run_folder, "--data", data / "dev.jsonl", "--json"))
+    assert set(scored["scores"]) == {"as learned", "nearest tokens"}
+    printed = works("inspect", run_folder)
+    assert "--data FILE scores them" in printed
+    assert "' capital'" in printed
+    assert "score of the slots as learned" in works("inspect", run_folder, "--data", data / "dev.jsonl")
+
+
+def test_inspect_keeps_tokens_with_spaces_on_one_line(run_folder: Path) -> None:
+    printed = works("inspect", run_folder)
+    found = json.loads(works("inspect", run_folder, "--json"))
+    for slot in found["slots"]:
+        for near in slot["nearest_by_cosine"][:3]:
+            assert f"{terminal.quoted(near['token'])} {near['similarity']:.2f} " in printed
+
+
+def test_template_show_with_a_record(llama: str) -> None:
+    args = ("template", "show", WARM, "--backbone", llama, "--record", '{"x": "Kenya", "y": "Nairobi"}')
+    rows = json.loads(works(*args, "--json"))
+    assert set(rows[0]) == {"position", "part", "token_id", "token"}
+    assert [row["position"] for row in rows] == list(range(len(rows)))
+    parts = [row["part"] for row in rows]
+    assert parts[:5] == ["special", "slot", "slot", "slot", "field x"]
+    assert "".join(row["token"] for row in rows if row["part"] == "field x") == " Kenya"
+    assert "".join(row["token"] for row in rows if row["part"] == "target") == " Nairobi"
+    printed = works(*args)
+    assert "' capital' (start)" in printed
+    assert "field x" in printed
+
+
+def test_template_show_without_a_record_fills_in_the_names(bert: str) -> None:
+    template = "[P*2] {question} [P] answer: [Y] ."
+    rows = json.loads(works("template", "show", template, "--backbone", bert, "--json"))
+    assert [row["part"] for row in rows].count("slot") == 3
+    assert {row["token_id"] for row in rows if row["part"] == "slot"} == {None}
+    assert "".join(row["token"] for row in rows if row["part"] == "field question") == "question"
+    assert "random start" in works("template", "show", template, "--backbone", bert)
+
+
+def test_template_show_does_not_load_the_weights(llama: str, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "special" in works("template", "show", WARM, "--backbone", "model")
+
+
+def test_data_lists_the_shipped_facts() -> None:
+    printed = works("data")
+    for name, entry in shipped_facts().items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert str(entry["manual"]) in line  # whole, for copying
+        assert str(entry["about"]) in line
+
+
+@pytest.mark.parametrize(
+    ("args", "split"),
+    [(["capitals"], "train"), (["capitals", "--split", "dev"], "dev"), (["capitals:test"], "test")],
+)
+def test_data_prints_facts_as_jsonl(args: list[str], split: str) -> None:
+    printed = [json.loads(line) for line in works("data", *args).splitlines()]
+    assert printed == list(ptuning.load_records(f"capitals:{split}"))
+
+
+def test_demo_prints_what_a_person_wants_to_see(llama: str) -> None:
+    done = call("demo", "--out", "runs/demo", "--backbone", llama, "--set", "epochs=1", "--set", "encoder=none")
+    assert done.code == 0, done.err
+    record = record_of(Path("runs/demo"))
+    for name, prompt in (("majority", "always '"), ("manual", "The capital of [X] is [Y]"), ("p-tuning", WARM)):
+        (line,) = [line for line in done.out.splitlines() if line.split()[:1] == [name]]
+        assert prompt in line
+        score = record["scores"][name]["exact_match"]
+        assert f"{score['value']:.3f}  [{score['low']:.3f}, {score['high']:.3f}]" in line
+    tested = ptuning.load_records("capitals:test")
+    for fact in tested[:5]:
+        assert any(fact["x"] in line and fact["y"] in line for line in done.out.splitlines())
+    size = Path("runs/demo/prompt/prompt.safetensors").stat().st_size
+    assert f"\nprompt:  4 vectors, {size / 1000:.1f} KB\n" in done.out
+    assert f"trained: 128 parameters of the prompt encoder; frozen: {record['frozen_parameters']:,} of" in done.out
+    assert "\ntime:    " in done.out
+    assert "\nfiles:   runs/demo  (prompt/, run.json, predictions.jsonl)\n" in done.out
+    assert f"\nnext:    {terminal.program()} predict runs/demo {tested[0]['x']}\n" in done.out
+    assert record["command"] == f"ptuning demo --out runs/demo --backbone {llama} --set epochs=1 --set encoder=none"
+
+
+def test_results_fit_into_80_columns(run_folder: Path, label_run: Path, data: Path, llama: str) -> None:
+    printed = [
+        works("data"),
+        works("inspect", run_folder, "--data", data / "dev.jsonl"),
+        works("eval", label_run, "--data", data / "sentiment.jsonl"),
+        works("template", "show", WARM, "--backbone", llama),
+        works("demo", "--out", "demo", "--backbone", llama, "--set", "epochs=1", "--set", "encoder=none"),
+    ]
+    for text in printed:
+        wide = [
+            line for line in text.splitlines() if len(line.rstrip()) > 80 and str(run_folder.parents[1]) not in line
+        ]
+        assert [line for line in wide if not line.startswith("next: ")] == []
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_a_first_conversion_is_announced(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    def convert(*_: object, **__: object) -> NoReturn:
+        raise ptuning.PTuningError("as far as this test goes")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", convert)
+    done = call("eval", "manual:[X] is [Y]", "--data", data / "dev.jsonl")
+    assert done.err.splitlines() == [
+        "converting smollm2-135m for the first time, about 20 seconds",
+        "error: as far as this test goes",
+    ]
+
+
+def test_verbose_shows_an_error_in_full() -> None:
+    command = [sys.executable, "-m", "ptuning", "-v", "data", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no data file and no shipped facts named 'nothing:train'.")
+    assert "Traceback" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+LONG = "a good film and a bad one " * 12
+
+TEMPLATES = {
+    "unknown field": ("[P] {city} [Y]", ["no field 'city'", "its fields: x, y", "[P] {city} [Y]\n      ^ column 5"]),
+    "no target": ("[P] [X]", ["needs one [Y]", "^ column 8"]),
+    "two targets": ("[P] [X] [Y] [Y]", ["exactly one [Y]", "^ column 13"]),
+    "unclosed bracket": ("[X] [P*3", ["unclosed bracket", "expected [P], [P*3]", "[X] [P*3\n      ^ column 5"]),
+    "unclosed words": ("[P:The capital [X] [Y]", ["unclosed bracket", "^ column 1"]),
+    "unknown piece": ("[Q] [X] [Y]", ["unknown piece [Q]", "write [[ for a literal bracket"]),
+    "no slots": ("The capital of [X] is [Y]", ["has no slots", "[P:words]", "--manual"]),
+    "empty": ("", ["needs one [Y]"]),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_bad_templates(name: str, llama: str, data: Path) -> None:
+    template, says = TEMPLATES[name]
+    args = ("--data", data / "train.jsonl", "--template", template, "--backbone", llama, "--out", "out")
+    fails("train", *args, says=says)
+
+
+DATA: dict[str, tuple[str, bytes, list[str]]] = {
+    "empty": ("train.jsonl", b"", ["train.jsonl holds no records", "one record per line"]),
+    "only a header": ("train.csv", b"x,y\n", ["train.csv holds no records"]),
+    "no target": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "c"}\n', ["train.jsonl, record 2", "'y'", "--field"]),
+    "empty target": ("train.jsonl", b'{"x": "a", "y": " "}\n', ["train.jsonl, record 1", "no target"]),
+    "no JSON": ("train.jsonl", b'{"x": "a", "y": "b"}\n\n{"x": "a",\n', ["train.jsonl, line 3", "not a JSON object"]),
+    "no object": ("train.jsonl", b'{"x": "a", "y": "b"}\n[1, 2]\n', ["train.jsonl, line 2", "must be an object"]),
+    "open quote": ("train.csv", b'x,y\na,b\n"c,d\n', ["train.csv, line 3"]),
+    "too many cells": ("train.csv", b"x,y\na,b\nc,d,e\n", ["train.csv, line 3: 3 cells", "2 columns"]),
+    "no UTF-8": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "\xff"}\n', ["train.jsonl, line 2", "UTF-8"]),
+    "no Parquet": ("train.parquet", b"PAR1 and no more", ["train.parquet is no readable Parquet file"]),
+    "other ending": ("train.xlsx", b"x", ["cannot tell the format of train.xlsx", ".jsonl"]),
+    "one record": ("train.jsonl", b'{"x": "a", "y": "b"}\n', ["train.jsonl: too few different records", "--dev"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data(name: str, llama: str, tmp_path: Path) -> None:
+    file, content, says = DATA[name]
+    (tmp_path / file).write_bytes(content)
+    fails("train", "--data", file, "--template", WARM, "--backbone", llama, "--out", "out", says=says)
+
+
+def test_bad_development_data(llama: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.jsonl").write_text('{"x": "a"}\n', encoding="utf-8")
+    args = ("--data", data / "train.jsonl", "--dev", "dev.jsonl", "--template", WARM, "--backbone", llama)
+    fails("train", *args, "--out", "out", says=["dev.jsonl, record 1: no target"])
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("trian.jsonl", ["no such data file: trian.jsonl. Did you mean 'train.jsonl'?"]),
+        ("capitals", ["no such data file: capitals.", "capitals:train, capitals:dev, capitals:test"]),
+        ("captials:train", ["no shipped facts named 'captials:train'. Did you mean 'capitals'?"]),
+        ("capitals:tain", ["train, dev, test, not 'tain'"]),
+    ],
+)
+def test_data_that_is_not_there(source: str, says: list[str], llama: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"x": "a", "y": "b"}])
+    fails("train", "--data", source, "--template", WARM, "--backbone", llama, "--out", "out", says=says)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_target_that_does_not_fit_the_context(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"x": "Kenya", "y": "Nairobi"}, {"x": "Peru", "y": LONG}])
+    write_lines(tmp_path / "dev.jsonl", [{"x": "Kenya", "y": "Nairobi"}])
+    args = ("--data", "train.jsonl", "--dev", "dev.jsonl", "--template", WARM)
+    fails(
+        "train", *args, "--backbone", request.getfixturevalue(name), "--out", "out",
+        says=["train.jsonl, record 2 does not fit", "target (", "the model reads 64"],
+    )  # fmt: skip
+
+
+def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"x": LONG, "y": "yes"}] * 2)
+    args = ("--data", "train.jsonl", "--dev", "train.jsonl", "--backbone", llama, "--out", "out")
+    fails("train", *args, "--template", "[P] {x!} [Y]", says=["record 1 does not fit", "kept fields x"])
+    works("train", *args, "--template", "[P] {x} [Y]", "--epochs", "1")
+    assert record_of(Path("out"))["data"]["train"]["shortened"] == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ("positive=great;negative=great", ["the word 'great' stands twice", "'positive' and 'negative'"]),
+        ("positive=great,great;negative=bad", ["the word 'great' stands twice"]),
+        ("positive=great;negative=great\u200b", ["have the same token ids", "'positive'", "'negative'"]),
+        ("positive=great", ["at least two labels", "negative=terrible"]),
+        ("positive;negative=bad", ["'positive' have no '='"]),
+        ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
+        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is none of the labels positive, bad"]),
+        ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),
+    ],
+)
+def test_bad_label_words(labels: str, says: list[str], bert: str, data: Path) -> None:
+    args = ("--data", data / "sentiment.jsonl", "--template", "{x} [P:It was] [Y]", "--backbone", bert)
+    fails("train", *args, "--labels", labels, "--out", "out", says=says)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--epoch", "3"], ["unknown option '--epoch'. Did you mean '--epochs'?"]),
+        (["--patence=3"], ["unknown option '--patence'. Did you mean --set patience=VALUE?"]),
+        (["--weight-decay", "1"], ["Did you mean --set weight_decay=VALUE?"]),
+        (["--set", "epoch=3"], ["unknown setting 'epoch'. Did you mean 'epochs'?"]),
+        (["--set", "epochs"], ["'epochs' is not --set NAME=VALUE"]),
+        (["--set", "patience=soon"], ["setting 'patience' is 'soon'; it must be a whole number"]),
+        (["--set", "epochs=3", "--epochs", "5"], ["'epochs' is given twice: 5 by its option, and 3 by --set"]),
+        (["--epochs", "0"], ["setting 'epochs' is 0; it must be a whole number from 1"]),
+        (["--lr", "-1"], ["setting 'lr' is -1.0; it must be a number above 0"]),
+        (["--set", "lora_lr=1" + "0" * 400], ["setting 'lora_lr' is 1", "it must be a number above 0"]),
+        (["--seed", "-1"], ["setting 'seed' is -1"]),
+        (["--encoder", "gru"], ["setting 'encoder' is 'gru'; it must be one of lstm, mlp, none"]),
+        (["--dtype", "float3"], ["unknown dtype 'float3'; use auto, float32 or bfloat16. Did you mean 'float32'?"]),
+        (["--device", "abacus"], ["device 'abacus' cannot be used", "use auto, cpu or cuda"]),
+        (["--field", "y"], ["'y' is not --field NEW=NAME, such as y=answer"]),
+        (["--field", "y=capital"], ["train.jsonl, line 1: no field 'capital' to use as 'y'", "x, y"]),
+        (["--manual", "[X] is [Y]"], ["give either --template, or --manual"]),
+        (["--about", "country"], ["--about goes with --manual"]),
+        (["--tune", "melted"], ["setting 'tune' is 'melted'; it must be one of frozen, tuned, lora"]),
+        (["--backbone-lr", "0.1"], ["--backbone-lr goes with --tune tuned or lora"]),
+        (["--tune", "lora", "--backbone-lr", "0"], ["setting 'lora_lr' is 0.0; it must be a number above 0"]),
+        (["--tune", "lora", "--keep", "whole"], ["setting 'keep' is 'whole'; it must be difference where tune is not"]),
+        (["--tune", "lora", "--set", "lora_targets=x"], ["LlamaForCausalLM takes no adapters on 'x'", "all-linear"]),
+    ],
+)
+def test_bad_options_of_train(args: list[str], says: list[str], llama: str, data: Path) -> None:
+    fails("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *args,
+          says=says)  # fmt: skip
+
+
+def test_train_without_a_template(data: Path) -> None:
+    fails("train", "--data", data / "train.jsonl", "--out", "out", says=["give either --template, or --manual"])
+
+
+def test_a_manual_template_with_slots(data: Path) -> None:
+    fails("train", "--data", data / "train.jsonl", "--manual", WARM, "--out", "out", says=["slots", "^ column 1"])
+
+
+def test_values_of_a_wrong_type_and_missing_options_end_with_2_too(data: Path) -> None:
+    for args in (["train", "--epochs", "two"], ["train", "--out", "out"], ["trian"], ["predict", "p", "--top-k", "0"]):
+        done = call(*args)
+        assert done.code == 2
+        assert done.out == ""
+        assert "Traceback" not in done.err
+        assert "Error" in done.err
+
+
+BACKBONES = {
+    "smollm2": ["no such backbone: smollm2. Did you mean 'smollm2-135m'?"],
+    "./nowhere": ["no such backbone folder: './nowhere'", "known names: smollm2-135m", "a folder written by"],
+    "someone/nothing": ["no such backbone: 'someone/nothing'", "known names: smollm2-135m", "a folder written by"],
+    ".": [". is no backbone: it has no config.json", "save_pretrained"],
+    "": ["no such backbone", "known names: smollm2-135m"],
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_no_such_backbone(name: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", name, "--out", "out")
+    fails("train", *args, says=BACKBONES[name])
+
+
+def test_a_damaged_backbone(llama: str, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", "model", "--out", "out")
+    fails("train", *args, says=["cannot load the backbone 'model'", "whole safetensors files"])
+
+
+def test_an_output_folder_that_exists(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out")
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine", encoding="utf-8")
+    fails("train", *args, says=["out exists and is not empty", "--overwrite"])
+    shutil.rmtree("out")
+    Path("out").write_text("mine", encoding="utf-8")
+    fails("train", *args, "--overwrite", says=["out exists and is no folder"])
+
+
+def test_resuming_with_other_settings(run_folder: Path, llama: str, data: Path) -> None:
+    shutil.copytree(run_folder, "out")
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", "--resume")
+    fails("train", *args, "--epochs", "3", "--batch-size", "4", says=["epochs was 2 and is 3", "--overwrite"])
+
+
+def test_no_room_on_disk(llama: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "deep/out", *QUICK)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.total, 1000))
+    fails("train", *args, says=["no room on disk for deep/out", "MB are needed", "free some space"])
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3, 4, 5, 6])
+def test_a_disk_that_fills_up_while_writing(
+    written: int, llama: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file that does not fit: one message, no half file, and going on once there is room."""
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    count = 0
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count > written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = call("train", *args)
+    # Two checkpoints, three files of the prompt, predictions and the record: seven files, none of them the last.
+    assert count == written + 1
+    assert done.code == 2
+    message = done.err.rpartition("error: ")[2]
+    assert "No space left on device; free some space or choose another folder" in message
+    assert message.count("\n") == 1
+    left = everything_in(Path.cwd())
+    assert [name for name in left if ".tmp" in name or ".old" in name] == []
+    assert "out/run.json" not in left
+    if written == 0:
+        assert left == {}
+        return
+    safetensors.torch.load(left["out/checkpoint/state.safetensors"])  # whole
+    works("train", *args, "--resume")
+    works("train", *args[:-6], "--out", "plain", *QUICK)
+    assert vectors_of(Path("out")) == vectors_of(Path("plain"))
+
+
+def test_a_folder_without_rights(llama: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    done = call("train", *args)
+    assert done.code == 2
+    assert "Permission denied; check the path and its rights" in done.err.rpartition("error: ")[2]
+    assert everything_in(tmp_path) == {}
+
+
+# Commands that use a prompt, each with what it needs besides.
+USES: dict[str, tuple[str, ...]] = {
+    "eval": ("--data", "capitals:dev"),
+    "predict": ("Kenya",),
+    "inspect": (),
+}
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_prompt_of_another_backbone(command: str, run_folder: Path, llama: str, other_llama: str) -> None:
+    args = (command, run_folder, *USES[command], "--backbone", other_llama)
+    message = fails(*args, says=["was trained on the backbone", "is another model", "--backbone", "--force"])
+    assert llama in message
+    assert other_llama in message
+    works(*args, "--force")
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
+    shutil.copytree(run_folder, "out")
+    vectors = Path("out/prompt/prompt.safetensors")
+    vectors.write_bytes(vectors.read_bytes()[:-10])
+    says = ["prompt.safetensors is no whole safetensors file", "cut off"]
+    fails(command, "out", *USES[command], "--backbone", llama, says=says)
+    fails(command, "out", *USES[command], "--backbone", llama, "--force", says=says)  # forgives another backbone only
+
+
+@pytest.mark.parametrize("command", USES)
+def test_no_such_prompt(command: str, llama: str) -> None:
+    args = (*USES[command], "--backbone", llama)
+    fails(command, "nowhere", *args, says=["nowhere is no prompt", "manual:TEMPLATE"])
+    fails(command, f"manual:{WARM}", *args, says=["has slots, and there are no vectors"])
+    fails(command, "manual:[X] is", *args, says=["needs one [Y]"])
+
+
+def test_bad_input_of_eval(run_folder: Path, label_run: Path, data: Path, tmp_path: Path, llama: str) -> None:
+    write_lines(tmp_path / "untold.jsonl", [{"x": "Kenya"}])
+    fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, record 1: no target"])
+    args = ("--data", data / "dev.jsonl")
+    fails("eval", label_run, *args, "--candidates", "train", says=["label words, which are all its answers"])
+    fails("eval", run_folder, *args, "--normalise", "mean", says=["--normalise goes with a closed set", "--candidates"])
+    fails("eval", run_folder, *args, "--candidates", "train", "--normalise", "max", says=["sum or mean, not 'max'"])
+    fails("eval", "manual:[X] is [Y]", *args, "--candidates", "train", "--backbone", llama,
+          says=["--candidates train needs the prompt's run.json"])  # fmt: skip
+
+
+def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, llama: str) -> None:
+    fails("predict", run_folder, says=["give either a TEXT or --data"])
+    fails("predict", run_folder, "Kenya", "--data", data / "dev.jsonl", says=["give either a TEXT or --data"])
+    fails("predict", run_folder, "--data", "-", says=["standard input holds no records"])
+    fails("predict", run_folder, "--data", "-", stdin=b'{"x": "a"}\n{', says=["standard input, line 2: not a JSON"])
+    fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
+    fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
+    fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
+    fails("predict", label_run, "good", "--max-tokens", "3", says=["--max-tokens is for answers that are written"])
+    fails(
+        "predict",
+        run_folder,
+        "Kenya",
+        "--normalise",
+        "mean",
+        says=["--normalise goes with a closed set", "--candidates"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("some.txt", b"\n \n", ["some.txt holds no candidates", "one per line"]),
+        ("some.jsonl", b'{"x": "a"}\n', ["some.jsonl holds no candidates", "or data with y"]),
+        ("some.txt", b"\xff\xfe", ["some.txt is no UTF-8 text"]),
+        ("none.txt", None, ["cannot read none.txt: No such file"]),
+        ("none.jsonl", None, ["no such data file: none.jsonl"]),
+    ],
+)
+def test_bad_candidates(file: str, content: bytes | None, says: list[str], run_folder: Path, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    fails("predict", run_folder, "Kenya", "--candidates", file, says=says)
+
+
+def test_bad_input_of_inspect(llama: str) -> None:
+    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to look into"])
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([WARM, "--record", '{"x": "Ke'], ["--record, line 1: not a JSON object"]),
+        ([WARM, "--record", "[1]"], ["--record, line 1: a record must be an object"]),
+        ([WARM, "--record", ""], ["--record takes one JSON object"]),
+        ([WARM, "--record", '{"z": "a"}'], ["no field 'x'", "its fields: z"]),
+        (["[P:The] [X", "--record", '{"x": "a"}'], ["unclosed bracket", "^ column 9"]),
+    ],
+)
+def test_bad_input_of_template_show(args: list[str], says: list[str], llama: str) -> None:
+    fails("template", "show", *args, "--backbone", llama, says=says)
+
+
+def test_bad_input_of_data() -> None:
+    fails("data", "captials", says=["no shipped facts named 'captials:train'. Did you mean 'capitals'?"])
+    fails("data", "capitals", "--split", "tests", says=["train, dev, test, not 'tests'"])
+
+
+def test_a_demo_does_not_replace_another_run(run_folder: Path, llama: str) -> None:
+    shutil.copytree(run_folder, "out")
+    fails("demo", "--out", "out", "--backbone", llama, says=["out holds another run", "choose another folder"])
+
+
+# -------------------------------------------------------------------------------------------- Ctrl-C and going on
+
+
+def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str, data: Path) -> None:
+    """In a process of its own: SIGINT, exit code, message, checkpoint, and the same bytes in the end."""
+    args = ["train", "--data", str(data / "train.jsonl"), "--template", WARM, "--backbone", llama, "--epochs", "20",
+            "--batch-size", "4", "--set", "patience=20", "--set", "checkpoint_seconds=0"]  # fmt: skip
+    checkpoint = Path("out/checkpoint/state.safetensors")
+    with running(*args, "--out", "out") as process:
+        wait_for(checkpoint.is_file, process)
+        printed, said = press_ctrl_c(process)
+    assert process.returncode == 130
+    assert printed == ""
+    assert "Traceback" not in said
+    assert "stopping after this step; once more to stop at once\n" in said
+    message = said[said.index("stopped in epoch ") :]
+    assert "of 20, after " in message
+    assert f"; out/checkpoint is kept, go on with:\n  {terminal.program()} train --data " in message
+    assert message.endswith(" --out out --resume\n")
+    assert checkpoint.is_file()
+    assert not Path("out/run.json").exists()
+    works(*args, "--out", "out", "--resume")
+    works(*args, "--out", "plain")
+    assert vectors_of(Path("out")) == vectors_of(Path("plain"))
+    assert not checkpoint.exists()
+    assert len(record_of(Path("out"))["history"]) == 20
+
+
+def test_ctrl_c_before_training_leaves_nothing(llama: str) -> None:
+    os.mkfifo("train.jsonl")  # the process waits here for data until the signal comes
+    handles: list[int] = []
+
+    def waits() -> bool:
+        with contextlib.suppress(OSError):  # nobody reads yet
+            handles.append(os.open("train.jsonl", os.O_WRONLY | os.O_NONBLOCK))
+        return bool(handles)
+
+    args = ["train", "--data", "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out"]
+    with running(*args) as process:
+        wait_for(waits, process)
+        printed, said = press_ctrl_c(process)
+    os.close(handles[0])
+    assert (process.returncode, printed, said) == (130, "", "stopped; nothing was written\n")
+    assert [path.name for path in Path.cwd().iterdir()] == ["train.jsonl"]
+
+
+@contextlib.contextmanager
+def running(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command line in a process of its own, which does not outlive the test."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "ptuning", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(),
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Press it until the process ends, and return what that said: Python may enter a read just after it noted the
+    signal and before it acts on it, and then sits there until the next one.
+    """
+    for _ in range(6):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=20)
+    raise AssertionError("the process did not stop")
+
+
+def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 200
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def interrupting(number: int, *, times: int, at: Callable[[Progress], bool]) -> Callable[..., object]:
+    """Return a stand-in for ``runs.train`` that sends this process signals when a progress report says so."""
+    real = ptuning.training.run.train
+    left = times
+
+    def train(*args: Any, report: Callable[[Progress], None], **named: Any) -> object:
+        def watch(progress: Progress) -> None:
+            nonlocal left
+            report(progress)
+            while left and at(progress):
+                left -= 1
+                signal.raise_signal(number)
+
+        return real(*args, report=watch, **named)
+
+    return train
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_and_keeps_the_run(
+    number: int, code: int, llama: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        ptuning.training.run, "train", interrupting(number, times=1, at=lambda now: now.stage == "train")
+    )
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    done = call("train", *args, "--resume")
+    assert done.code == code
+    assert done.err.splitlines()[-2] == ("stopped in epoch 1 of 2, after 1 steps; out/checkpoint is kept, go on with:")
+    assert done.err.count("--resume") == 1  # what is there already is not said twice
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_second_ctrl_c_stops_at_once(llama: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ptuning.training.run, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "train")
+        )
+        done = call("train", *args)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == "stopped at once; nothing was written"
+    assert not Path("out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ptuning.training.run, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "epoch")
+        )
+        done = call("train", *args)
+    assert done.code == 130
+    assert "stopped at once; out/checkpoint is kept, go on with:\n" in done.err
+    works("train", *args, "--resume")
+    works("train", *args[:-6], "--out", "plain", *QUICK)
+    assert vectors_of(Path("out")) == vectors_of(Path("plain"))
+
+
+def test_ctrl_c_while_a_backbone_loads(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", interrupted)
+    done = call("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", "any", "--out", "out")
+    assert (done.code, done.out, done.err) == (130, "", "stopped; nothing was written\n")
+    assert not Path("out").exists()
+
+
+def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ptuning.experiment.demo
+
+    monkeypatch.setattr(
+        ptuning.experiment.demo, "train", interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
+    )
+    done = call("demo", "--out", "out", "--backbone", llama, "--set", "epochs=1")
+    assert done.code == 130
+    again = f"{terminal.program()} demo --out out --backbone {llama} --set epochs=1"
+    assert done.err.endswith(f"out/checkpoint is kept, go on with:\n  {again}\n")
+
+
+def test_the_table_of_backbones() -> None:
+    """For people the columns that fit, for programs all, with what is tested."""
+    shown = works("backbones")
+    assert all(name in shown for name in ("LLaMA", "XLNet", "permuted", "encoder-decoder", "fills masks"))
+    rows = {row["head"]: row for row in json.loads(works("backbones", "--json"))}
+    assert rows["T5ForConditionalGeneration"]["slots"] == "on either side"
+    assert rows["LlamaForCausalLM"]["shared_prefix"] is True
+    assert "identity" in rows["BertForMaskedLM"]["tested"]

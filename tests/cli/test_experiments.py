@@ -1,0 +1,295 @@
+"""The commands that compare, end to end on tiny models: what they print, leave, refuse, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ptuning.method.tuned
+import ptuning.training.run
+from ptuning.cli import terminal
+from ptuning.method.base import METHODS, Solution
+from ptuning.progress import Progress
+from tests.cli.test_app import call, fails, works
+from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
+from tests.experiment.test_paraphrases import PATTERNS
+from tests.experiment.test_suite import timeless
+
+MANUAL = "[X] is [Y] ."
+QUICK = ("--epochs", "1", "--set", "batch_size=8")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with data of two kinds."""
+    monkeypatch.chdir(tmp_path)
+    for part, rows in (("train", FACTS[:12]), ("dev", FACTS[12:18]), ("test", FACTS[18:])):
+        lines(tmp_path / f"{part}.jsonl", rows)
+    lines(tmp_path / "LAMA" / "relations.jsonl", LIST)
+    lines(tmp_path / "LAMA" / "TREx" / "P36.jsonl", ROWS)
+    lines(tmp_path / "LAMA" / "TREx" / "P17.jsonl", ROWS[:10])
+    lines(tmp_path / "LAMA" / "paraphrases" / "P36.jsonl", [{"pattern": pattern} for pattern in PATTERNS])
+
+
+@pytest.fixture(scope="module")
+def llama(model_folder: Callable[[str], Path]) -> str:
+    return str(model_folder("llama"))
+
+
+@pytest.fixture
+def failing() -> Iterator[None]:
+    """A method that always fails."""
+
+    def fit(*_: object) -> Solution:
+        raise ZeroDivisionError("one by [none]")
+
+    METHODS.register("failing", describe="of a test")(fit)
+    yield
+    del METHODS._methods["failing"]
+
+
+def compare(llama: str, *options: object) -> tuple[object, ...]:
+    data = ("--data", "train.jsonl", "--dev", "dev.jsonl", "--test", "test.jsonl", "--manual", MANUAL)
+    return ("compare", *data, "--backbone", llama, "--out", "out", *QUICK, *options)
+
+
+def lama(llama: str, *options: object) -> tuple[object, ...]:
+    return ("lama", "--data", "LAMA", "--backbone", llama, "--out", "out", *QUICK, *options)
+
+
+def saved(out: str = "out") -> Any:
+    return json.loads(Path(out, "results.json").read_text(encoding="utf-8"))
+
+
+def test_compare(llama: str) -> None:
+    done = call(*compare(llama))
+    assert done.code == 0, done.err
+    for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
+        assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
+        assert method in done.out
+    assert "train (n = records)" in done.out
+    assert "p-tuning - manual: P@1 " in done.out
+    assert "report:  out/report.html" in done.out
+    found = saved()
+    assert (found["suite"], list(found["tasks"])) == ("compare", ["train"])
+    assert found["command"].startswith("ptuning compare --data train.jsonl ")
+    assert found["settings"]["batch_size"] == 8
+    again = call(*compare(llama))
+    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    assert saved() == found
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("deep/my:facts.jsonl", "my"), ("deep/:facts.jsonl", "task"), ("deep/a.b.jsonl", "a.b")]
+)
+def test_a_task_is_named_after_its_file_and_stays_in_the_folder(llama: str, source: str, name: str) -> None:
+    lines(Path(source), FACTS[:12])
+    works(*compare(llama, "--methods", "majority"), "--data", source)
+    assert [path.name for path in Path("out/cells").iterdir()] == [name]
+    assert list(saved()["tasks"]) == [name]
+
+
+def test_lama_with_all_options(llama: str) -> None:
+    Path("words.txt").write_text("yes\ngood\ngreat\n", encoding="utf-8")
+    out = works(
+        *lama(llama, "--methods", "majority,p-tuning", "--control", "random-weights", "--seeds", 2, "--tries", 2),
+        *("--relations", "1-1", "--vocabulary", "words.txt", "--limit", 12, "--train-size", 6, "--split-seed", 3),
+        *("--encoder", "none", "--starts", 2, "--template", "[P*2] [X] [P*2] [Y]", "--targets", "token", "--seed", 5),
+    )
+    assert "P36 (n = records)" in out
+    assert "p-tuning - p-tuning@random-weights: P@1" in out
+    found = saved()
+    assert [(cell["method"], cell["seed"], cell["tried"]) for cell in found["cells"]] == [
+        ("majority", 5, 1), ("p-tuning", 5, 2), ("p-tuning@random-weights", 5, 2),
+        ("p-tuning", 6, 2), ("p-tuning@random-weights", 6, 2),
+    ]  # fmt: skip
+    assert found["task_info"]["P36"]["data"]["train"]["rows"] == 6
+    wanted = {"limit": 12, "train_size": 6, "split_seed": 3, "seeds": 2, "tries": 2, "starts": 2, "encoder": "none"}
+    assert wanted.items() <= found["settings"].items()
+
+
+def test_lama_on_several_relations_prints_means(llama: str) -> None:
+    out = works(*lama(llama, "--methods", "majority,manual"))
+    assert "mean over 2 tasks (n = tasks)" in out
+    assert "N-1 (n = tasks)" in out
+    assert "P17 (n = records)" in out
+
+
+def test_paraphrases(llama: str) -> None:
+    args = ("paraphrases", "--data", "LAMA", "--relations", "P36", "--backbone", llama, "--out", "out", *QUICK)
+    out = works(*args, "--wordings", 2)
+    assert "mean over 2 tasks (n = tasks)" in out
+    found = saved()
+    assert (found["suite"], list(found["tasks"])) == ("paraphrases", ["P36.01", "P36.02"])
+    assert list(found["paraphrases"]["P36"]["spread"]) == ["manual", "p-tuning"]
+
+
+def test_report_is_made_again_of_the_json_alone(llama: str) -> None:
+    works(*compare(llama, "--methods", "majority,manual"))
+    pages = {path.name: path.read_bytes() for path in Path("out").glob("report.*")}
+    for name in pages:
+        Path("out", name).unlink()
+    assert works("report", "out") == "out/report.html\n"
+    assert {path.name: path.read_bytes() for path in Path("out").glob("report.*")} == pages
+
+
+def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
+    works(*compare(llama, "--methods", "manual"))
+    before = saved()
+    out = works(*compare(llama, "--methods", "manual,p-tuning", "--seeds", 2, "--dry-run"))
+    assert "train  manual  seed 0: finished\n" in out
+    assert "train  p-tuning  seed 1: " in out
+    assert "for 3 cells on this machine; nothing was run\n" in out
+    assert "report:" not in out
+    assert saved() == before
+    assert not Path("out/cells/train/p-tuning").exists()
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> None:
+    done = call(*compare(llama, "--methods", "failing,manual"))
+    assert done.code == 1
+    assert "seed 0: failed: one by [none]\n" in done.err
+    assert "failed: cells/train/failing/seed-0: one by [none]\n" in done.out
+    assert "Traceback" not in done.err
+    assert {cell["method"]: cell["status"] for cell in saved()["cells"]} == {"failing": "failed", "manual": "done"}
+    assert call(*compare(llama, "--methods", "failing")).code == 1  # nothing to make a table of
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--methods", "p-tunning"), ["unknown method 'p-tunning'", "Did you mean 'p-tuning'?"]),
+        (("--methods", ","), ["there are no methods to compare"]),
+        (("--control", "shuffled"), ["--control is random-weights, not 'shuffled'"]),
+        (("--tries", "9"), ["tries is 9", "from 1 to 5"]),
+        (("--set", "tune=tuned"), ["tune is 'tuned'", "fine-tuning"]),
+        (("--set", "epoch=3"), ["unknown setting 'epoch'", "epochs"]),
+        (("--vocabulary", "words.txt"), ["cannot read words.txt"]),
+        (("--template", "[X] [Y]"), ["has no slots"]),
+    ],
+)
+def test_what_both_commands_refuse(llama: str, options: tuple[str, ...], says: list[str]) -> None:
+    fails(*compare(llama, *options), says=says)
+    fails(*lama(llama, *options), says=says)
+
+
+def test_what_single_commands_refuse(llama: str) -> None:
+    fails(*lama(llama, "--relations", "P63"), says=["no relation of the name 'P63'", "Did you mean 'P36'?"])
+    fails(*lama(llama, "--targets", "tokens"), says=["--targets is token or any, not 'tokens'"])
+    fails(*compare(llama), "--test", "tset.jsonl", says=["no such data file: tset.jsonl", "test.jsonl"])
+    fails("paraphrases", "--data", "LAMA", "--relations", "P17", "--backbone", llama, "--out", "out",
+          says=["none of the relations has two wordings"])  # fmt: skip
+    fails("report", "missing", says=["missing"])
+
+
+def test_results_of_other_settings_are_an_error_that_names_them(llama: str) -> None:
+    works(*compare(llama, "--methods", "p-tuning"))
+    says = ["out holds results made with other settings", "encoder was lstm and is none", "--overwrite"]
+    fails(*compare(llama, "--methods", "p-tuning", "--encoder", "none"), says=says)
+    works(*compare(llama, "--methods", "p-tuning", "--encoder", "none", "--overwrite"))
+    assert saved()["settings"]["encoder"] == "none"
+
+
+def interrupting(times: int, number: int = signal.SIGINT) -> Callable[..., object]:
+    """Return a stand-in for training that sends this process signals at its first step."""
+    real, left = ptuning.training.run.train, times
+
+    def train(*args: Any, report: Callable[[Progress], None], **named: Any) -> object:
+        def watch(progress: Progress) -> None:
+            nonlocal left
+            report(progress)
+            while left and progress.stage == "train":
+                left -= 1
+                signal.raise_signal(number)
+
+        return real(*args, report=watch, **named)
+
+    return train
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_in_a_cell_says_how_to_go_on_and_the_end_is_the_same(
+    llama: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = compare(llama, "--methods", "manual,p-tuning")
+    with monkeypatch.context() as patch:
+        patch.setattr(ptuning.method.tuned, "train", interrupting(1, number))
+        done = call(*args)
+    assert (done.code, done.out) == (code, "")
+    assert "Traceback" not in done.err
+    message = done.err[done.err.index("stopped in epoch 1 of 1") :]
+    assert f"; out/results.json is kept, go on with:\n  {terminal.program()} compare --data train.jsonl " in message
+    assert "--resume" not in message
+    assert [cell["status"] for cell in saved()["cells"]] == ["done", "waiting"]
+    assert call("report", "out").code == 0
+    assert Path("out/cells/train/p-tuning/seed-0/try-1/checkpoint").is_dir()
+    works(*args)
+    whole = timeless(saved())
+    Path("out").rename("cut")
+    works(*args)
+    assert timeless(saved()) == whole
+    assert {path.name for path in Path("out/cells/train/p-tuning/seed-0").iterdir()} == {
+        path.name for path in Path("cut/cells/train/p-tuning/seed-0").iterdir()
+    }
+
+
+def test_a_second_ctrl_c_stops_at_once(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptuning.method.tuned, "train", interrupting(2))
+    done = call(*compare(llama, "--methods", "p-tuning"))
+    assert done.code == 130
+    assert "stopped at once; out/results.json is kept, go on with:\n" in done.err
+
+
+def test_an_interrupted_cell_is_not_mixed_with_other_settings(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to end as a failed cell that --overwrite did not mend."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ptuning.method.tuned, "train", interrupting(1))
+        assert call(*compare(llama, "--methods", "p-tuning")).code == 130
+    other = compare(llama, "--methods", "p-tuning", "--encoder", "mlp")
+    fails(*other, says=["made with other settings", "encoder was lstm and is mlp"])
+    works(*other, "--overwrite")
+    assert [cell["status"] for cell in saved()["cells"]] == ["done"]
+
+
+def test_superglue(llama: str) -> None:
+    labels = ("entailment", "contradiction", "neutral")
+    for part, count in (("train", 12), ("dev32", 12), ("val", 9)):
+        rows = [
+            {"premise": f"{part} {at}", "hypothesis": "a film", "label": labels[at % 3], "idx": at}
+            for at in range(count)
+        ]
+        lines(Path("GLUE/CB") / f"{part}.jsonl", rows)
+    command = (
+        "superglue",
+        "--data",
+        "GLUE",
+        "--backbone",
+        llama,
+        "--out",
+        "out",
+        *QUICK,
+        "--methods",
+        "majority,p-tuning",
+    )
+    done = call(*command, "--tasks", "CB", "--seeds", 2)
+    assert done.code == 0, done.err
+    assert "1/3  CB  majority  seed 0: score 0." in done.err
+    assert "macro F1  [95 % interval]" in done.out
+    assert "p-tuning - majority: score " in done.out
+    assert Path("out/server/p-tuning/seed-1/CB.jsonl").is_file()
+    found = saved()
+    assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
+    again = call(*command, "--tasks", "CB", "--seeds", 2)
+    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    fails(*command, "--few-shot", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
+    works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)
+    assert saved()["settings"]["few_shot"] == 8
+    assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8
+    fails(*command, "--tune", "melted", says=["must be one of frozen, tuned, lora"])
+    fails(*command, "--tasks", "CBB", says=["no shipped task 'CBB'"])

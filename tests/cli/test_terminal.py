@@ -1,0 +1,88 @@
+"""What is shown on a terminal: progress, messages as they are, and commands that work where they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ptuning.cli import terminal
+from ptuning.progress import Progress
+
+
+class Screen(io.StringIO):
+    """A terminal of 80 columns that remembers everything."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    found = Screen()
+    console = Console(file=found, force_terminal=True, width=80, emoji=False, color_system=None)
+    monkeypatch.setattr(terminal, "_errors", lambda: console)
+    return found
+
+
+def test_a_terminal_shows_bars_and_a_line_per_epoch(screen: Screen) -> None:
+    with terminal.bar() as report:
+        time.sleep(0.15)  # two frames
+        report(Progress("train", 16, 64, "epoch 1/2, loss 3.25"))
+        time.sleep(0.15)
+        report(Progress("epoch", 1, 2, "train loss 3.1, dev loss [3.0], dev score 0.5"))
+        report(Progress("dev", 5, 5, "epoch 2"))
+    shown = screen.getvalue()
+    assert "working" in shown
+    assert "training" in shown
+    assert "16/64" in shown
+    assert "epoch 1/2, loss 3.25" in shown
+    assert "epoch 1/2: train loss 3.1, dev loss [3.0], dev score 0.5\n" in shown.replace("\r", "")
+    assert "scoring" not in shown  # a stage that is over at once has no bar
+
+
+def test_messages_are_printed_as_they_are(screen: Screen) -> None:
+    text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
+    terminal.complain(text)
+    assert screen.getvalue() == f"error: {text}\n"
+
+
+def test_waiting_is_shown_on_a_terminal_only(screen: Screen) -> None:
+    with terminal.waiting("loading something"):
+        time.sleep(0.15)
+    assert "loading something" in screen.getvalue()
+
+
+def test_warnings_come_as_messages() -> None:
+    err = io.StringIO()
+    handler = terminal.LogHandler()
+    with contextlib.redirect_stderr(err):
+        handler.emit(logging.LogRecord("ptuning.x", logging.WARNING, "f", 1, "dropped '%s'", ("[X]",), None))
+    assert err.getvalue() == "warning: dropped '[X]'\n"
+
+
+@pytest.mark.parametrize(("found", "called"), [("own", "ptuning"), ("other", "{own}"), (None, "{own}")])
+def test_the_next_command_is_one_that_works_here(
+    found: str | None, called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "an environment"
+    folder.mkdir()
+    (folder / "ptuning").touch()
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    where = {"own": str(folder / "ptuning"), "other": "/usr/bin/ptuning", None: None}[found]
+    monkeypatch.setattr(shutil, "which", lambda _: where)
+    monkeypatch.chdir(tmp_path)
+    assert terminal.program() == called.format(own="'an environment/ptuning'")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert terminal.program() == called.format(own=f"'{folder}/ptuning'")
+    (folder / "ptuning").unlink()
+    if found != "own":
+        assert terminal.program() == f"'{folder}/python' -m ptuning"

@@ -1,0 +1,181 @@
+"""Rows of a file as questions: labels by name, choices and right answers of every kind, groups and numbers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions, with_few_choices
+from ptuning.data.row_paths import Source
+from ptuning.errors import RecordError
+from ptuning.records import Records
+
+at = Source.parse
+LABELLED = Reader({"x": at("text")}, labels=("true", "false"), values={"y": {"1": "true", "0": "false"}})
+
+
+def read(reader: Reader, *rows: Mapping[str, Any], labelled: bool = True) -> list[Question]:
+    named = [(f"f.jsonl, line {number}", row) for number, row in enumerate(rows, start=1)]
+    return list(reader.read(named, labelled=labelled))
+
+
+def test_labels_go_by_name_whatever_the_file_has() -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "label": 1}, {"text": "a", "label": "0"}, {"text": "a", "label": True}]
+    assert [one.record["y"] for one in read(LABELLED, *rows)] == ["true", "false", "true"]
+
+
+def test_a_label_outside_of_the_task_names_line_and_labels() -> None:
+    with pytest.raises(RecordError, match=r"f.jsonl, line 2: the label is '2', and the task's \[values\] know 1, 0"):
+        read(LABELLED, {"text": "a", "label": 1}, {"text": "a", "label": 2})
+    plain = Reader({}, labels=("yes", "no"))
+    with pytest.raises(RecordError, match=r"'yess' is outside of the task.*Did you mean 'yes'"):
+        read(plain, {"label": "yess"})
+
+
+def test_unlabelled_rows_need_no_label_and_show_none() -> None:
+    assert read(LABELLED, {"text": "a"}, {"text": "b", "label": 1}, labelled=False) == [
+        Question({"x": "a"}),
+        Question({"x": "b"}),
+    ]
+    with pytest.raises(RecordError, match="no 'label'"):
+        read(LABELLED, {"text": "a"})
+
+
+def choices(right: str, **options: object) -> Reader:
+    return Reader({}, choices=ChoiceSource(texts=(at("a"), at("b")), right=at(right)))
+
+
+@pytest.mark.parametrize(("right", "answers"), [(1, (1,)), ("1", (1,)), ("Left", (0,)), (True, (0,)), (False, (1,))])
+def test_the_right_choice_is_a_number_a_text_or_true_for_the_first(right: object, answers: tuple[int, ...]) -> None:
+    (found,) = read(choices("label"), {"a": "Left", "b": "Right", "label": right})
+    assert (found.choices, found.answers) == (("Left", "Right"), answers)
+    assert found.record["y"] == found.choices[answers[0]]
+
+
+@pytest.mark.parametrize(
+    ("listed", "right", "text"),
+    [
+        (["2", "1", "0"], 0, "2"),  # a number is a place, whatever the choices are
+        ([1, 2, 3, 4], 1, "2"),
+        ([1, 2, 3, 4], "1", "1"),  # and a text one's text first
+        (["a", "b"], "1", "b"),
+        (["", "a", "b"], 1, "a"),  # empty and double ones count
+        (["yes", "yes", "no"], 1, "yes"),
+        (["yes", "yes", "no"], 2, "no"),
+        (["yes", "yes", "no"], False, "no"),
+    ],
+)
+def test_numbers_of_choices_are_those_of_the_row(listed: list[object], right: object, text: str) -> None:
+    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
+    (found,) = read(reader, {"options": listed, "label": right})
+    assert found.right == (text,)
+    assert found.record["y"] == text
+
+
+def test_an_empty_choice_is_not_right() -> None:
+    reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
+    for right in (0, True):
+        with pytest.raises(RecordError, match="is right, and is none of the 3 choices"):
+            read(reader, {"options": ["", "a", "b"], "label": right})
+
+
+def test_values_that_are_labels_of_others() -> None:
+    """A file that counts from 1 for labels that count from 0: the file's values go first."""
+    shifted = Reader({}, labels=("0", "1"), values={"y": {"1": "0", "2": "1"}})
+    assert [one.record["y"] for one in read(shifted, {"label": 1}, {"label": 2}, {"label": 0})] == ["0", "1", "0"]
+    swapped = Reader({}, labels=("0", "1"), values={"y": {"1": "0", "0": "1"}})
+    assert [one.record["y"] for one in read(swapped, {"label": 1}, {"label": 0})] == ["0", "1"]
+
+
+def test_groups_of_several_parts_are_kept_apart() -> None:
+    reader = Reader({}, group=(at("a"), at("b")))
+    found = read(reader, {"a": "1/2", "b": "3"}, {"a": "1", "b": "2/3"}, {"a": "1", "b": "2"}, labelled=False)
+    assert len({one.group for one in found}) == 3
+    assert found[2].group == "1/2"
+
+
+def test_what_is_no_json_in_columns_that_nobody_reads() -> None:
+    (found,) = read(LABELLED, {"text": "a", "label": 1, "day": datetime.date(2020, 1, 2), "raw": b"x"})
+    assert found.record == {"x": "a", "y": "true"}
+    with pytest.raises(RecordError, match=r"f.jsonl, line 1: the row holds half a character"):
+        read(LABELLED, {"text": "\ud83d", "label": 1})
+
+
+def test_what_is_right_and_no_choice_is_an_error() -> None:
+    for right in (2, "Middle"):
+        with pytest.raises(RecordError, match="none of the 2 choices Left, Right"):
+            read(choices("label"), {"a": "Left", "b": "Right", "label": right})
+    with pytest.raises(RecordError, match=r"1 choice\(s\)"):
+        read(choices("label"), {"a": "Left", "b": "Left", "label": 0})
+
+
+def test_spans_are_cut_from_the_text_with_their_last_character_and_stand_once() -> None:
+    source = ChoiceSource(spans=at("passage.spans[]"), of=at("passage.text"), right=at("qas[].answers[].text"))
+    reader = Reader({"q": at("qas[].q")}, lists=(at("qas[]"),), choices=source, group=(at("id"), at("qas[].id")))
+    row: dict[str, Any] = {
+        "id": 7,
+        "passage": {
+            "text": "Bob met Eve. Bob left.",
+            "spans": [{"start": 0, "end": 2}, {"start": 8, "end": 10}, {"start": 13, "end": 15}],
+        },
+        "qas": [{"q": "who", "id": 1, "answers": [{"text": "Bob"}, {"text": "Bob"}, {"text": "Eve"}]}],
+    }
+    (found,) = read(reader, row)
+    assert (found.choices, found.answers, found.group) == (("Bob", "Eve"), (0, 1), "7/1")
+    row["passage"]["spans"] = [{"start": 0, "end": 99}]
+    with pytest.raises(RecordError, match="is none of a text of 22 characters"):
+        read(reader, row)
+
+
+def test_phrases_beside_the_first_choice_hold_none_of_its_words() -> None:
+    source = ChoiceSource(texts=(at("span"),), phrases=at("text"))
+    row = {"text": "The old man saw the dog and Bob because he barked.", "span": "Old man", "label": False}
+    (found,) = read(Reader({}, choices=source), row)
+    assert found.choices == ("Old man", "the dog", "Bob")
+    assert found.answers == (1, 2)
+
+
+def test_numbers_are_kept_as_the_file_has_them_and_may_be_missing() -> None:
+    one = Reader({}, idx={"": at("idx")}, labels=("a", "b"))
+    assert [found.idx for found in read(one, {"idx": 3, "label": "a"}, {"label": "b"})] == [3, None]
+    two = Reader({}, idx={"p": at("p"), "q": at("q")}, labels=("a", "b"))
+    assert read(two, {"p": 1, "q": 2, "label": "a"})[0].idx == {"p": 1, "q": 2}
+
+
+def test_questions_know_where_they_came_from_and_their_records() -> None:
+    rows = [Question({"x": "a", "y": "b"}), Question({"x": "c"}, ("d", "e"), (1,))]
+    found = Questions(rows, name="f.jsonl", digest="d" * 64)
+    assert (found.records, found.records.name, found.records.sha256) == (
+        [{"x": "a", "y": "b"}, {"x": "c"}],
+        "f.jsonl",
+        "d" * 64,
+    )
+    assert found.has_choices
+    assert not Questions(rows[:1]).has_choices
+    other = Questions([Question({"x": "c"}, ("d", "e"), (0,))])
+    assert Questions(rows[1:]).sha256 != other.sha256  # the right answers are part of the data
+
+
+def test_records_are_questions_without_choices() -> None:
+    data = Records([{"x": "a"}], name="n", digest="0" * 64)
+    found = as_questions(data)
+    assert (found, found.name, found.sha256) == ([Question({"x": "a"})], "n", "0" * 64)
+    assert as_questions(found) is found
+
+
+def test_a_draw_of_choices_keeps_a_right_one_and_the_order() -> None:
+    """For learning from rows with many choices; small rows stay as they are, and a seed draws the same again."""
+    texts = tuple(f"text {number}" for number in range(20))
+    rows = Questions([Question({}, texts, (3, 17)), Question({}, ("a", "b"), (1,))], name="f")
+    for seed in range(20):
+        few = with_few_choices(rows, 5, seed=seed)
+        assert len(few[0].choices) == 5
+        assert list(few[0].choices) == sorted(few[0].choices, key=texts.index)
+        assert few[0].answers
+        assert {few[0].choices[place] for place in few[0].answers} == {"text 3", "text 17"} & set(few[0].choices)
+        assert few[1] is rows[1]
+        assert few == with_few_choices(rows, 5, seed=seed)
+    assert len({with_few_choices(rows, 5, seed=seed)[0].choices for seed in range(20)}) > 10

@@ -1,0 +1,253 @@
+"""Reading data: every format and what is wrong with it, with file and line; shipped facts; seeded splits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ptuning.data.reading import load_records, read_rows, split_records
+from ptuning.errors import FileError, RecordError
+from ptuning.files import sha256
+from ptuning.records import Records, as_records, require_targets
+
+ROWS = [{"x": "Kenya", "y": "Nairobi"}, {"x": "São Tomé", "y": '"b", a'}]
+
+
+def write(folder: Path, name: str, data: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"x": "Kenya", "y": "Nairobi"}\n\n{"x": "S\\u00e3o Tomé", "y": "\\"b\\", a"}'),
+        ("a.ndjson", '{"x": "Kenya", "y": "Nairobi"}\r\n{"x": "São Tomé", "y": "\\"b\\", a"}\r\n'),
+        ("a.json", ' [{"x": "Kenya", "y": "Nairobi"},\n {"x": "São Tomé", "y": "\\"b\\", a"}]'),
+        ("a.JSON", '{"x": "Kenya", "y": "Nairobi"}\n{"x": "São Tomé", "y": "\\"b\\", a"}'),
+        ("a.csv", 'x,y\nKenya,Nairobi\n\n"São Tomé","""b"", a"\n'),
+        ("a.csv", 'x,y\r\nKenya,Nairobi\r\n"São Tomé","""b"", a"'),
+        ("a.tsv", 'x\ty\nKenya\tNairobi\nSão Tomé\t"b", a\n'),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_every_text_format_gives_the_same_records(tmp_path: Path, name: str, text: str, mark: bytes) -> None:
+    """JSONL, a JSON array, quoted CSV, and tab-separated files, whose quotes are text; with and without a BOM."""
+    data = mark + text.encode()
+    records = load_records(write(tmp_path, name, data))
+    assert list(records) == ROWS
+    assert records.name == str(tmp_path / name)
+    assert records.sha256 == sha256(data)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"x": ["Kenya", "Peru"], "n": [1, None], "ok": [True, False], "many": [[1], [2]]})
+    pyarrow.parquet.write_table(table, path)
+    assert list(load_records(path)) == [{"x": "Kenya", "n": "1", "ok": "true"}, {"x": "Peru", "ok": "false"}]
+
+
+@pytest.mark.parametrize("damage", [b"no parquet at all", None])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: bytes | None) -> None:
+    """Whether the file is something else or only its footer is broken, which pyarrow reports in another way."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"x": ["Kenya"] * 9}), path)
+    whole = path.read_bytes()
+    path.write_bytes(damage or whole[: len(whole) // 2] + b"\xff" * (len(whole) // 2 - 8) + whole[-8:])
+    with pytest.raises(RecordError, match=r"a\.parquet is no readable Parquet file"):
+        load_records(path)
+
+
+def test_values_become_text_and_null_is_absent(tmp_path: Path) -> None:
+    line = '{"a": 1, "b": 2.5, "c": true, "d": null, "e": [1], "f": {"g": 1}, "h": "", "i": 1e3}'
+    assert list(load_records(write(tmp_path, "a.jsonl", line))) == [
+        {"a": "1", "b": "2.5", "c": "true", "h": "", "i": "1000.0"}
+    ]
+
+
+def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
+    """JSON strings may hold U+2028, at which ``str.splitlines`` would cut."""
+    records = load_records(write(tmp_path, "a.jsonl", '{"x": "a\u2028b\x85c"}\n{"x": "d"}\n'))
+    assert [record["x"] for record in records] == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", '{"x": "1"}\n\n{"x": ', r"a\.jsonl, line 3: not a JSON object \(.*\); each line must hold one"),
+        ("a.jsonl", '{"x": "1"}\n[1, 2]', r"a\.jsonl, line 2: a record must be an object with named fields, not list"),
+        ("a.json", '[{"x": "1"}, 7]', r"a\.json, record 2: a record must be an object with named fields, not int"),
+        ("a.json", '[{"x": "1"}', r"a\.json: not valid JSON"),
+        ("a.csv", 'x,y\n1,2\n"3\n4"\n', r"a\.csv, line 4: 1 cells, and the header has 2 columns"),
+        ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: 3 cells, and the header has 2 columns"),
+        ("a.csv", 'x,y\n1,"2', r"a\.csv, line 2: unexpected end of data"),
+        ("a.csv", "x,y,x\n1,2,3\n", r"a\.csv, line 1: the column names x stand there twice"),
+        ("a.tsv", "x\ty\n1\n", r"a\.tsv, line 2: 1 cells"),
+        ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text \(.*\); save the file as UTF-8"),
+        ("a.jsonl", b'{"x": "1"}\n\xff\xfe', r"a\.jsonl, line 2: not UTF-8 text"),
+        ("a.jsonl", '{"x": "\\ud83d"}', r"a\.jsonl, line 1: the field 'x' holds half a character"),
+        ("a.jsonl", "", r"a\.jsonl holds no records; it needs one record per line"),
+        ("a.jsonl", "\n \n", r"holds no records"),
+        ("a.json", "[]", r"holds no records"),
+        ("a.csv", "x,y\n", r"holds no records"),
+        ("a.csv", "", r"holds no records"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_line(
+    tmp_path: Path, name: str, data: str | bytes, message: str
+) -> None:
+    with pytest.raises(RecordError, match=message):
+        load_records(write(tmp_path, name, data))
+
+
+def test_a_missing_file_suggests_its_neighbour_and_the_shipped_facts(tmp_path: Path) -> None:
+    write(tmp_path, "capitals_train.jsonl", "{}")
+    with pytest.raises(
+        FileError, match=r"no such data file: .*capital_train.jsonl\. Did you mean 'capitals_train"
+    ) as caught:
+        load_records(tmp_path / "capital_train.jsonl")
+    assert "capitals:train|dev|test" in str(caught.value)
+    with pytest.raises(FileError, match="no such data file"):
+        load_records(tmp_path / "no folder" / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_what_can_be_no_path_is_a_missing_file_too(name: str) -> None:
+    with pytest.raises(FileError, match="no such data file"):
+        load_records(name)
+
+
+def test_an_unknown_ending_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileError, match=r"cannot tell the format of .*a\.txt; a data file ends in one of \.jsonl, \.nd"
+    ):
+        load_records(write(tmp_path, "a.txt", "x"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(FileError, match=r"cannot read .*folder\.jsonl"):
+        load_records(tmp_path / "folder.jsonl")
+
+
+def test_shipped_facts() -> None:
+    train = load_records("capitals:train")
+    assert train.name == "capitals:train"
+    assert set(train[0]) == {"x", "y"}
+    assert load_records("capitals:dev").sha256 != train.sha256
+    with pytest.raises(
+        FileError, match="'capitals:trian': the parts of shipped facts are train, dev, test, not 'trian'"
+    ):
+        load_records("capitals:trian")
+    with pytest.raises(
+        FileError, match=r"no data file and no shipped facts named 'capitols:train'. Did you mean 'capitals'"
+    ):
+        load_records("capitols:train")
+    with pytest.raises(FileError, match="have three parts: capitals:train, capitals:dev, capitals:test"):
+        load_records("capitals")
+
+
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [
+        ({"sub_label": "Kenya", "obj_label": "Nairobi"}, ("Kenya", "Nairobi")),
+        ({"x": "film", "label": 1}, ("film", "1")),
+        ({"x": "own", "sub_label": "other", "y": "own", "label": "other"}, ("own", "own")),
+        ({"x": "a", "y": None, "label": "b"}, ("a", "b")),
+    ],
+)
+def test_the_names_of_lama_and_of_classification_sets_are_known(
+    row: dict[str, object], record: tuple[str, str]
+) -> None:
+    (read,) = read_rows(json.dumps(row).encode(), name="a.jsonl")
+    assert (read["x"], read["y"]) == record
+
+
+def test_fields_are_renamed_and_no_answer_stays_behind(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"question": "who", "answer": "me", "x": "1", "y": "2"}')
+    assert list(load_records(path, fields={"y": "answer"})) == [{"question": "who", "x": "1", "y": "me"}]
+    assert list(load_records(path, fields={"x": "y", "y": "x"})) == [
+        {"question": "who", "answer": "me", "x": "2", "y": "1"}
+    ]
+    with pytest.raises(RecordError, match=r"line 1: no field 'reply' to use as 'y'; it has answer, question, x, y"):
+        load_records(path, fields={"y": "reply"})
+
+
+def test_records_in_memory_are_cleaned_and_known_by_their_content() -> None:
+    records = as_records([{"x": "Kenya", "y": "Nairobi"}])
+    assert as_records(records) is records
+    assert records.sha256 == as_records([{"y": "Nairobi", "x": "Kenya"}]).sha256
+    assert records.sha256 != as_records([{"x": "Kenya", "y": "Lima"}]).sha256
+    with pytest.raises(RecordError, match="record 2: a record must be an object with named fields, not str"):
+        as_records([{"x": "1"}, "Kenya"])  # type: ignore[list-item]
+    with pytest.raises(RecordError, match="record 1: field names must be text, not 1"):
+        as_records([{1: "Kenya"}])  # type: ignore[dict-item]
+
+
+def facts(count: int) -> Records:
+    """Every input twice, with different answers."""
+    return Records([{"x": f"x{n // 2}", "y": f"y{n}"} for n in range(2 * count)], name="facts")
+
+
+def test_a_split_is_seeded_disjoint_and_whole() -> None:
+    records = facts(50)
+    kept, held = split_records(records, fraction=0.2, seed=3)
+    again = split_records(records, fraction=0.2, seed=3)
+    assert (list(kept), list(held)) == (list(again[0]), list(again[1]))
+    assert list(split_records(records, fraction=0.2, seed=4)[1]) != list(held)
+    assert sorted(row["y"] for row in [*kept, *held]) == sorted(row["y"] for row in records)
+    assert len(held) == 20
+    assert [row["y"] for row in kept] == [row["y"] for row in records if row in kept]
+    assert held.name == "facts (20% set aside, seed 3)"
+    assert (kept.sha256, held.sha256) == (again[0].sha256, again[1].sha256)
+
+
+def test_a_split_does_not_depend_on_the_order_of_the_records() -> None:
+    records = facts(20)
+    turned = Records(list(reversed(records)), name="facts")
+    assert {row["y"] for row in split_records(records, fraction=0.3, seed=0)[1]} == {
+        row["y"] for row in split_records(turned, fraction=0.3, seed=0)[1]
+    }
+
+
+@pytest.mark.parametrize("answer", ["y", "label", "obj_label", "reply"])
+def test_records_with_the_same_input_stay_together(answer: str) -> None:
+    """Also where the answer came under another name: a copy of it left in the record must not tell inputs apart."""
+    lines = "".join(json.dumps({"x": f"x{n // 3}", answer: f"y{n}"}) + "\n" for n in range(60))
+    fields = {"y": "reply"} if answer == "reply" else None
+    records = Records(read_rows(lines.encode(), name="a.jsonl", fields=fields))
+    for seed in range(5):
+        kept, held = split_records(records, fraction=0.5, seed=seed)
+        assert not {row["x"] for row in kept} & {row["x"] for row in held}
+
+
+def test_a_split_keeps_something_on_both_sides() -> None:
+    for fraction in (0.001, 0.999):
+        kept, held = split_records(facts(2), fraction=fraction, seed=0)
+        assert len(kept) == len(held) == 2
+    with pytest.raises(RecordError, match=r"facts: too few different records to set some aside; .*--dev"):
+        split_records(facts(1), fraction=0.5, seed=0)
+
+
+def test_records_without_a_target_are_named() -> None:
+    require_targets(Records([{"y": "1"}]))
+    with pytest.raises(RecordError) as caught:
+        require_targets(Records([{"y": "1"}, {"a": "1", "y": " ", "b": ""}], name="a.jsonl"))
+    assert str(caught.value) == (
+        "a.jsonl, record 2: no target; the field 'y' is missing or empty, the record has a, b, y. "
+        "Name another field with --field y=NAME"
+    )
+    with pytest.raises(RecordError, match="the record has no fields"):
+        require_targets(Records([{}]))
+
+
+def test_records_of_one_group_are_set_aside_together() -> None:
+    """Answers to one question, which differ in their input; a record without a group stands for itself."""
+    records = as_records([{"x": str(at), "y": "z"} for at in range(12)])
+    groups = ["a", "a", "a", "b", "b", "b", None, None, None, None, None, None]
+    for seed in range(20):
+        _, held = split_records(records, fraction=0.4, seed=seed, groups=groups)
+        parts = [[records.index(row) // 3 for row in held].count(group) for group in (0, 1)]
+        assert set(parts) <= {0, 3}

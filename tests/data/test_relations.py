@@ -1,0 +1,682 @@
+"""Relations: every layout gives the same relations, nothing is lost unsaid, and no subject stands in two parts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.relations import Relation, Split, read_relations, split_relation
+from ptuning.errors import FileError, RecordError
+from ptuning.files import sha256
+from ptuning.records import Record, Records
+from ptuning.template.language import Template
+from tests.conftest import bound, spoken
+
+Rows = Sequence[Mapping[str, object]]
+
+CAPITALS: Rows = [{"sub_label": f"Land {number}", "obj_label": f"Town {number}"} for number in range(20)]
+COUNTRIES: Rows = [{"sub_label": f"Lake {number}", "obj_label": "Kenya"} for number in range(5)]
+LIST: Rows = [
+    {"relation": "P103", "template": "The native language of [X] is [Y] .", "label": "native language", "type": "N-1"},
+    {"relation": "P36", "template": "The capital of [X] is [Y] .", "label": "capital", "type": "1-1"},
+    {"relation": "P17", "template": "[X] is located in [Y] .", "label": "country", "type": "N-1"},
+]
+
+
+def write(path: Path, rows: Rows) -> Path:
+    """Write rows in the format that the path's ending names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
+    elif path.suffix == ".csv":
+        lines = [",".join(f'"{row[name]}"' for name in rows[0]) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *lines]), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lama(folder: Path, suffix: str = ".jsonl") -> Path:
+    write(folder / f"relations{suffix}", LIST)
+    write(folder / "TREx" / f"P36{suffix}", CAPITALS)
+    write(folder / "TREx" / f"P17{suffix}", COUNTRIES)
+    write(folder / "TREx" / f"P103{suffix}", [{"sub_label": "Ann", "obj_label": "Czech"}])
+    return folder
+
+
+def relation(*facts: tuple[str, str], **parts: Iterable[tuple[str, str]]) -> Relation:
+    """A relation in memory: facts in one file, or in the parts given."""
+    given = {part: Records([{"x": x, "y": y} for x, y in pairs]) for part, pairs in parts.items()}
+    read = given or {"facts": Records([{"x": x, "y": y} for x, y in facts])}
+    return Relation("P1", "[X] is [Y]", None, None, read, (), "here")
+
+
+def pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
+    return [(record["x"], record["y"]) for record in records]
+
+
+def subjects(records: Sequence[Record]) -> set[str]:
+    return {record["x"].strip().casefold() for record in records}
+
+
+def parts_of(split: Split) -> list[Records]:
+    return [split.train, split.dev, split.test]
+
+
+def check_whole(split: Split) -> None:
+    """Every fact read is in one part or counted as dropped, and no subject is in two."""
+    assert sum(map(len, parts_of(split))) + sum(split.dropped.values()) == split.rows
+    assert sum(len(subjects(part)) for part in parts_of(split)) == len(
+        subjects([*split.train, *split.dev, *split.test])
+    )
+
+
+# The layouts
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_the_original_release(tmp_path: Path, suffix: str, below: str) -> None:
+    lama(tmp_path / below, suffix)
+    first, second, third = read_relations(tmp_path)
+    assert [first.name, second.name, third.name] == ["P17", "P36", "P103"]
+    assert (second.template, second.label, second.type) == ("The capital of [X] is [Y] .", "capital", "1-1")
+    assert second.paraphrases == ()
+    path = tmp_path / below / "TREx" / f"P36{suffix}"
+    assert second.source == second.parts["facts"].name == str(path)
+    assert second.parts["facts"].sha256 == sha256(path.read_bytes())
+    assert second.parts["facts"][3] == {"sub_label": "Land 3", "obj_label": "Town 3", "x": "Land 3", "y": "Town 3"}
+    assert set(second.parts) == {"facts"}
+
+
+def test_a_folder_of_facts_with_its_list_above(tmp_path: Path) -> None:
+    lama(tmp_path)
+    write(tmp_path / "paraphrases" / "P36.jsonl", [{"pattern": "[Y], capital of [X]"}])
+    assert read_relations(tmp_path / "TREx") == read_relations(tmp_path)
+    assert read_relations(tmp_path / "TREx", which=["P36"])[0].paraphrases == ("[Y], capital of [X]",)
+    assert read_relations(tmp_path / "TREx" / "P36.jsonl") == read_relations(tmp_path, which=["P36"])
+
+
+def test_google_re(tmp_path: Path) -> None:
+    """Its templates are in LAMA's code, and LAMA leaves out what more raters found false than true."""
+    yes, no = {"rater": "1", "judgment": "yes"}, {"rater": "2", "judgment": "no"}
+    rows = [
+        {"pred": "/people/person/place_of_birth", "sub": "/m/0", "sub_label": f"Ann {number}", "obj_label": "Lima",
+         "judgments": judgments, "masked_sentences": ["Ann was born in [MASK] ."]}
+        for number, judgments in enumerate([[yes, no], [yes, no, no], [no], [], [yes]] + [[yes]] * 10)
+    ]  # fmt: skip
+    for name in ("place_of_birth", "place_of_death", "date_of_birth"):
+        write(tmp_path / "Google_RE" / f"{name}_test.jsonl", rows)
+    date, birth, death = read_relations(tmp_path)
+    assert [date.template, birth.template, death.template] == [
+        "[X] (born [Y]).",
+        "[X] was born in [Y] .",
+        "[X] died in [Y] .",
+    ]
+    split = split_relation(birth)
+    check_whole(split)
+    assert split.dropped == {"judged false by its raters": 2}
+    # The hub has the same judgments as text, in Python's way of writing.
+    hub = [{**row, "judgments": str(row["judgments"]), "template": "[X] was born in [Y] ."} for row in rows]
+    write(tmp_path / "hub" / "google_re.jsonl", hub)
+    (from_hub,) = read_relations(tmp_path / "hub")
+    assert (from_hub.name, from_hub.template) == ("place_of_birth", birth.template)
+    assert split_relation(from_hub).dropped == split.dropped
+
+
+SENTENCES = [
+    "One of the things you do when you are alive is [MASK].",
+    "[MASK] is a good film",
+    'It was "[MASK]" (in 1999).',
+    "They were  [MASK] , and great.",
+]
+
+
+def sentence_rows() -> Rows:
+    return [
+        {"sub": f"s{index}", "obj": "x", "pred": "IsA", "masked_sentences": [text], "obj_label": "yes", "uuid": "1"}
+        for index, text in enumerate(SENTENCES)
+    ]
+
+
+def test_a_sentence_of_its_own_for_each_fact(tmp_path: Path) -> None:
+    write(tmp_path / "ConceptNet" / "test.jsonl", sentence_rows())
+    (found,) = read_relations(tmp_path)
+    assert (found.name, found.template) == ("ConceptNet", "{before}[Y]{after}")
+    facts = found.parts["facts"]
+    assert [record["before"] + "[MASK]" + record["after"] for record in facts] == SENTENCES
+    assert pairs(facts)[0] == ("s0", "yes")
+    assert facts[0]["before"].endswith("alive is ")
+    assert facts[0]["after"] == "."
+
+
+def test_sentences_are_tokenised_as_if_nobody_had_cut_them(backbone: Backbone, tmp_path: Path) -> None:
+    """The space in front of the mask is the target's, as in a template, and no token of its own."""
+    write(tmp_path / "ConceptNet" / "test.jsonl", sentence_rows())
+    (found,) = read_relations(tmp_path)
+    assert found.template is not None
+    for text, record in zip(SENTENCES, found.parts["facts"], strict=True):
+        if backbone.kind == "causal" and text.startswith("[MASK]"):
+            continue  # GPT-2 has nothing in front of the target there
+        literal = Template.parse(text.replace("[MASK]", "[Y]"))
+        (cut,) = bound(backbone, found.template).examples([record])
+        (whole,) = bound(backbone, str(literal)).examples([record])
+        assert spoken(cut, []) == spoken(whole, [])
+        assert cut.target_ids == whole.target_ids
+
+
+def test_a_subject_that_says_nothing_is_replaced_by_the_sentence(tmp_path: Path) -> None:
+    """All of SQuAD's facts have the subject "Squad": split by it, they would all be in one part."""
+    rows = [
+        {"masked_sentences": [f"Sentence {number} is [MASK]."], "obj_label": "gold", "sub_label": "Squad"}
+        for number in range(20)
+    ]
+    write(tmp_path / "Squad" / "test.jsonl", rows)
+    write(tmp_path / "ConceptNet" / "test.jsonl", [*sentence_rows(), {**rows[0], "sub_label": ""}])
+    conceptnet, squad = read_relations(tmp_path)
+    assert squad.parts["facts"][3]["x"] == "Sentence 3 is [MASK]."
+    assert [len(part) for part in parts_of(split_relation(squad))] == [12, 4, 4]
+    assert conceptnet.parts["facts"][-1]["x"] == "Sentence 0 is [MASK]."
+
+
+def test_a_sentence_needs_one_mask(tmp_path: Path) -> None:
+    rows = [{"masked_sentences": [f"S{number} is", "[MASK]."], "obj_label": "gold"} for number in range(9)]
+    bad = [{"masked_sentences": [text], "obj_label": "gold"} for text in ("no mask", "[MASK] or [MASK]")]
+    write(tmp_path / "Squad" / "test.jsonl", [*rows, *bad])
+    (found,) = read_relations(tmp_path)
+    assert found.parts["facts"][0]["before"] == "S0 is "
+    split = split_relation(found)
+    check_whole(split)
+    assert split.dropped == {"not exactly one [MASK] in the sentence": 2}
+
+
+def divided(folder: Path, name: str, *parts: str) -> None:
+    for part in parts:
+        rows = [{"sub_label": f"{part} {number}", "obj_label": "a"} for number in range(6)]
+        write(folder / name / f"{part}.jsonl", rows)
+
+
+@pytest.mark.parametrize("list_folder", [".", "..", "data"])
+def test_a_folder_of_parts_for_each_relation(tmp_path: Path, list_folder: str) -> None:
+    """AutoPrompt, OptiPrompt and P-tuning's code, with the list of relations beside or above, or in data/."""
+    folder = tmp_path / "all"
+    divided(folder, "P36", "test", "dev", "train")
+    divided(folder, "P17", "train", "dev", "test")
+    write(folder / "P17" / "P17.jsonl", CAPITALS)  # AutoPrompt keeps the undivided facts there, too
+    write(folder / list_folder / "relations.jsonl", LIST)
+    first, second = read_relations(folder)
+    assert (first.name, second.name, second.label) == ("P17", "P36", "capital")
+    assert list(second.parts) == ["train", "dev", "test"]
+    assert list(first.parts) == ["train", "dev", "test"]
+    assert second.source == str(folder / "P36")
+    assert split_relation(second).how == "the parts given"
+    # One of these folders alone, one folder higher, and two.
+    for other in (folder / "P36", tmp_path):
+        assert [each.parts for each in read_relations(other, which=["P36"])] == [second.parts]
+    write(folder / "P17" / "more.jsonl", CAPITALS)
+    assert [each.parts for each in read_relations(folder / "P17")] == [first.parts]
+    assert [each.name for each in read_relations(folder / "P17" / "train.jsonl")] == ["P17"]
+
+
+def test_p_tunings_own_folder(tmp_path: Path) -> None:
+    divided(tmp_path / "fact-retrieval" / "original", "P36", "train", "dev", "test")
+    write(tmp_path / "single_relations" / "P36.jsonl", LIST[1:2])
+    (found,) = read_relations(tmp_path)
+    assert (found.name, found.template) == ("P36", "The capital of [X] is [Y] .")
+
+
+@pytest.mark.parametrize("parts", [["train"], ["train", "dev"]])
+def test_optiprompt_is_tested_on_lamas_facts(tmp_path: Path, parts: list[str]) -> None:
+    divided(tmp_path / "data" / "autoprompt_data", "P36", *parts)
+    write(tmp_path / "data" / "LAMA-TREx" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "relation_metainfo" / "LAMA_relations.jsonl", LIST)
+    (found,) = read_relations(tmp_path)
+    assert list(found.parts) == [*parts, "test"]
+    assert len(found.parts["test"]) == len(CAPITALS)
+    assert found.label == "capital"
+    assert read_relations(tmp_path / "data" / "autoprompt_data")[0].label == "capital"  # its list is two folders up
+    # A test part of its own is not replaced.
+    divided(tmp_path / "data" / "autoprompt_data", "P36", "test")
+    assert len(read_relations(tmp_path)[0].parts["test"]) == 6
+
+
+def test_several_sets_of_the_same_relations_are_an_error(tmp_path: Path) -> None:
+    divided(tmp_path / "autoprompt_data", "P36", "train")
+    divided(tmp_path / "cmp_lms_data", "P36", "train")
+    with pytest.raises(FileError, match=r"several sets of facts .*autoprompt_data, .*cmp_lms_data; name one of these"):
+        read_relations(tmp_path)
+    write(tmp_path / "other" / "TREx" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "other" / "trex_lms_vocab" / "P36.jsonl", CAPITALS)
+    with pytest.raises(FileError, match=r"several sets of facts .*TREx, .*trex_lms_vocab"):
+        read_relations(tmp_path / "other")
+
+
+@pytest.mark.parametrize("patterns", ["graphs_json", "paraphrases", "pattern_data", "pattern_data/graphs_json"])
+def test_pararel(tmp_path: Path, patterns: str) -> None:
+    write(tmp_path / "data" / "trex_lms_vocab" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "data" / "trex_lms_vocab" / "P31.jsonl", COUNTRIES)
+    rows = [{"pattern": text, "lemma": "capital"} for text in ("[Y] of [X] ", "[X] has [Y]", "[Y] of [X]")]
+    write(tmp_path / "data" / patterns / "P36.jsonl", rows)
+    without, found = read_relations(tmp_path)
+    assert (without.template, without.label, without.type, without.paraphrases) == (None, None, None, ())
+    assert found.paraphrases == ("[Y] of [X]", "[X] has [Y]")  # without the double, stripped
+
+
+def hub_rows() -> Rows:
+    row = {"template": "The capital of [X] is [Y] .", "label": "capital", "type": "1-1", "masked_sentence": "[MASK] a"}
+    rows: list[Mapping[str, object]] = [{**row, **fact, "predicate_id": "P36"} for fact in CAPITALS]
+    rows += [{**row, **fact, "template": "", "label": "", "type": "", "predicate_id": "P17"} for fact in COUNTRIES]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["train.jsonl"], ["a.csv"], ["a.parquet"], ["trex/train.parquet"], ["a.jsonl", "b.csv"],
+     ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]],
+)  # fmt: skip
+def test_the_hubs_files(tmp_path: Path, names: list[str]) -> None:
+    """One file or several, whose rows say which relation they are of and what it is."""
+    rows = hub_rows()
+    for index, name in enumerate(names):
+        write(tmp_path / name, rows[index :: len(names)])
+    write(tmp_path / "dataset_infos.json", [{"no": "facts"}])
+    country, capital = read_relations(tmp_path)
+    assert (country.name, country.template, country.label, country.type) == ("P17", None, None, None)
+    assert (capital.template, capital.label, capital.type) == ("The capital of [X] is [Y] .", "capital", "1-1")
+    assert sorted(pairs(capital.parts["facts"])) == sorted((str(f["sub_label"]), str(f["obj_label"])) for f in CAPITALS)
+    assert "template" not in capital.parts["facts"][0]
+    assert [each.name for each in read_relations(tmp_path, which=["1-1"])] == ["P36"]
+    if len(names) == 1:
+        assert len(read_relations(tmp_path / names[0])) == 2
+
+
+def test_a_relations_label_is_no_object(tmp_path: Path) -> None:
+    """A fact without an object would else be one whose object is "capital"."""
+    write(tmp_path / "a.jsonl", [*hub_rows(), {"predicate_id": "P36", "label": "capital", "sub_label": "Chad"}])
+    _, capital = read_relations(tmp_path)
+    assert capital.parts["facts"][-1] == {"sub_label": "Chad", "x": "Chad"}
+    assert split_relation(capital).dropped == {"no subject or object": 1}
+
+
+def test_rows_of_several_relations_are_not_taken_for_one(tmp_path: Path) -> None:
+    write(tmp_path / "download" / "train.jsonl", hub_rows())
+    with pytest.raises(
+        RecordError, match=r"the rows are of several relations \(P17, P36\).* name this file or its fold"
+    ):
+        read_relations(tmp_path)
+    assert len(read_relations(tmp_path / "download")) == 2
+
+
+def test_files_that_name_no_relation_are_relations_themselves(tmp_path: Path) -> None:
+    write(tmp_path / "capitals.jsonl", [{"x": "Kenya", "y": "Nairobi"}])
+    write(tmp_path / "rivers.csv", [{"x": "Kenya", "y": "Tana"}])
+    assert [(each.name, len(each.parts["facts"])) for each in read_relations(tmp_path)] == [
+        ("capitals", 1),
+        ("rivers", 1),
+    ]
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> None:
+    module = ModuleType("datasets")
+    module.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_facts_of_one_relation_in_two_places_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", hub_rows())
+    write(tmp_path / "P36.jsonl", CAPITALS)
+    with pytest.raises(FileError, match="facts of P36 are in a file of their own and in another; keep one"):
+        read_relations(tmp_path)
+
+
+def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str | None) -> object:
+        asked.append((name, config, split))
+        rows = hub_rows() if config != "squad" else [{"masked_sentence": "It is [MASK].", "obj_label": "a"}]
+        return rows if split else {"train": rows, "validation": rows} if config == "both" else {"train": rows}
+
+    fake_datasets(monkeypatch, load)
+    assert [each.name for each in read_relations("hub:facebook/lama:trex")] == ["P17", "P36"]
+    assert [each.source for each in read_relations("hub:lama", which=["P36"])] == ["hub:lama (P36)"]
+    assert list(read_relations("hub:lama:both")[0].parts) == ["train", "dev"]
+    (squad,) = read_relations("hub:lama:squad:train")
+    assert (squad.name, squad.template) == ("squad", "{before}[Y]{after}")
+    assert asked == [
+        ("facebook/lama", "trex", None),
+        ("lama", None, None),
+        ("lama", "both", None),
+        ("lama", "squad", "train"),
+    ]
+    read_relations("hub:lama::train[:9]")
+    assert asked[-1] == ("lama", None, "train[:9]")
+    with pytest.raises(FileError, match="'hub::trex' names no data set; write hub:NAME"):
+        read_relations("hub::trex")
+
+
+def test_the_hub_without_its_package_or_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileError, match=r"reading hub:lama needs the package datasets; .* pip install datasets"):
+        read_relations("hub:lama")
+
+    def load(name: str, config: str | None, *, split: str | None) -> object:
+        raise RuntimeError("scripts are no longer supported")
+
+    fake_datasets(monkeypatch, load)
+    with pytest.raises(FileError, match=r"cannot read hub:lama: scripts are no longer supported\. .* name the folder"):
+        read_relations("hub:lama")
+
+
+# What is chosen, and what is wrong
+
+
+def test_names_types_and_all(tmp_path: Path) -> None:
+    lama(tmp_path)
+
+    def names(*which: str) -> list[str]:
+        return [each.name for each in read_relations(tmp_path, which=which)]
+
+    assert names("all") == ["P17", "P36", "P103"]
+    assert names("P103", "P36", "P36") == ["P36", "P103"]
+    assert names("N-1") == ["P17", "P103"]
+    assert names("P36", "N-1", "all") == ["P17", "P36", "P103"]
+    assert [each.name for each in read_relations(tmp_path, which="P36")] == ["P36"]  # a lone name is no list of letters
+    with pytest.raises(
+        RecordError, match=r"no relation of the name 'P102'\. Did you mean 'P103'\? Found: P17, P36, P1"
+    ):
+        names("P102")
+    with pytest.raises(RecordError, match=r"no relation of the type 'N-M'\..* Found: P17, P36, P103, 1-1, N-1, all"):
+        names("N-M")
+    with pytest.raises(RecordError, match="no relation is chosen; name some, or 'all'"):
+        names()
+
+
+def test_a_relation_without_facts_is_left_out_with_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lama(tmp_path)
+    (tmp_path / "TREx" / "P103.jsonl").unlink()
+    (tmp_path / "TREx" / "P17.jsonl").write_text("\n")
+    with caplog.at_level(logging.WARNING):
+        assert [each.name for each in read_relations(tmp_path)] == ["P36"]
+    assert "listed, but without facts, and left out: P103" in caplog.text
+    assert "P17: no facts in" in caplog.text
+    with pytest.raises(RecordError, match="the relation P103 is listed, but there are no facts of it"):
+        read_relations(tmp_path, which=["P103"])
+    with pytest.raises(RecordError, match="none of the chosen relations has facts"):
+        read_relations(tmp_path, which=["P17"])
+
+
+def test_only_what_is_chosen_is_read(tmp_path: Path) -> None:
+    lama(tmp_path)
+    (tmp_path / "TREx" / "P17.jsonl").write_text('{"sub_label": "a", "obj_label": "b"}\n{"sub')
+    assert [each.name for each in read_relations(tmp_path, which=["P36"])] == ["P36"]
+    with pytest.raises(RecordError, match=r"P17\.jsonl, line 2: not a JSON object"):
+        read_relations(tmp_path)
+
+
+def test_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(FileError, match=r"holds no relations\. Looked for: .*TREx/P36\.jsonl.* Found: a\.txt, notes/"):
+        read_relations(tmp_path)
+    with pytest.raises(FileError, match=r"Found: nothing"):
+        read_relations(tmp_path / "notes")
+    with pytest.raises(FileError, match=r"no such folder of relations: .*note\. Did you mean 'notes'\?"):
+        read_relations(tmp_path / "note")
+    with pytest.raises(FileError, match="no such folder"):
+        read_relations("x" * 300)
+    write(tmp_path / "notes" / "train.jsonl", [{"sentence": "good", "label": "1"}])
+    with pytest.raises(
+        RecordError, match=r"no facts; none of the rows has sub_label and obj_label .* label, sentence, y"
+    ):
+        read_relations(tmp_path / "notes")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("paraphrases/P36.jsonl", {"pattern": "[X] is"}, r"P36\.jsonl, line 2: the pattern '\[X\] is' has no \[Y\]"),
+        ("paraphrases/P36.jsonl", {"pattern": "is"}, r"line 2: the pattern 'is' has no \[X\] and no \[Y\]; it needs"),
+        ("paraphrases/P36.jsonl", {"text": "a"}, r"line 2: a paraphrase needs the field 'pattern' with text"),
+        ("relations.jsonl", {"relation": "P9", "template": "[X]"}, r"ions\.jsonl, line 2: the pattern '\[X\]' has no"),
+        ("relations.jsonl", {"relation": "P9", "template": "[X][Y][Y]"}, r"ions\.jsonl, line 2: a template has ex"),
+        ("relations.jsonl", {"template": "[X] [Y]"}, r"ions\.jsonl, line 2: a relation needs the field 'relation'"),
+        ("relations.jsonl", {"relation": "P36"}, r"relations\.jsonl, line 2: the relation P36 stands there twice"),
+        ("relations.jsonl", [1], r"relations\.jsonl, line 2: a relation needs the field"),
+        ("TREx/P36.jsonl", [1], r"P36\.jsonl, line 2: a record must be an object"),
+        ("a.jsonl", [1], r"a\.jsonl, line 2: a record must be an object"),
+    ],
+)  # fmt: skip
+def test_a_broken_row_is_named_with_its_line(tmp_path: Path, name: str, row: object, message: str) -> None:
+    fine = {"pattern": "[X] [Y]", "relation": "P36", "sub_label": "a", "obj_label": "b"}
+    if name != "a.jsonl":
+        write(tmp_path / "TREx" / "P36.jsonl", CAPITALS)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f"{json.dumps(fine)}\n{json.dumps(row)}\n")
+    with pytest.raises(RecordError, match=message):
+        read_relations(tmp_path)
+
+
+def test_brackets_in_a_pattern_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["[X] [sic] {is} [[Y]]", "[P*3] [X] is [Y]", "[X] {x} [Y]", "[X] or [X] is [Y]", "[X] [Y] [Y]"]
+    write(tmp_path / "TREx" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "paraphrases" / "P36.jsonl", [{"pattern": text} for text in texts])
+    write(tmp_path / "relations.jsonl", [{"relation": "P36", "template": texts[0]}])
+    (found,) = read_relations(tmp_path)
+    assert found.paraphrases == (
+        "[X] [[sic] {{is} [[[Y]]",
+        "[[P*3] [X] is [Y]",
+        "[X] {{x} [Y]",
+        "[X] or [X] is [Y]",
+    )
+    assert found.template == found.paraphrases[0]
+    assert not any(Template.parse(pattern).has_slots for pattern in found.paraphrases)
+    assert {Template.parse(pattern).fields for pattern in found.paraphrases} == {("x",)}
+    assert "P36.jsonl, line 5: left out the pattern '[X] [Y] [Y]'" in caplog.text
+
+
+# Splitting
+
+
+def many(count: int = 50, facts_each: int = 2) -> list[tuple[str, str]]:
+    return [(f"s{number}", f"o{number}-{each}") for number in range(count) for each in range(facts_each)]
+
+
+def test_one_file_is_divided_by_subject() -> None:
+    split = split_relation(relation(*many()), seed=3)
+    check_whole(split)
+    assert [len(part) for part in parts_of(split)] == [60, 20, 20]
+    assert (split.rows, split.dropped, split.how) == (100, {}, "60/20/20 by subject, seed 3")
+    assert split.test.name == "here (test, 60/20/20 by subject, seed 3)"
+    assert pairs(split.test) != pairs(split_relation(relation(*many()), seed=4).test)
+    # Three subjects are enough for three parts.
+    assert [len(part) for part in parts_of(split_relation(relation(*many(3))))] == [2, 2, 2]
+
+
+def test_a_subject_is_the_same_in_other_letters() -> None:
+    facts = [(f" {name} ", obj) for name, obj in many(10, 1)]
+    split = split_relation(relation(*many(10, 1), *[(x.upper(), y + "!") for x, y in facts], ("S1", "o1-0 ")))
+    check_whole(split)
+    assert split.dropped == {"twice the same fact": 1}
+
+
+@pytest.mark.parametrize("limit", [None, 31])
+def test_the_order_of_the_file_changes_nothing(limit: int | None) -> None:
+    facts = [*many(), *many()[:7]]
+    first = split_relation(relation(*facts), limit=limit)
+    random.Random(1).shuffle(facts)
+    assert split_relation(relation(*facts), limit=limit) == first
+
+
+def test_the_objects_do_not_choose_the_parts() -> None:
+    facts = many(60, 1)
+    objects = [y for _, y in facts]
+    random.Random(1).shuffle(objects)
+    permuted = [(x, y) for (x, _), y in zip(facts, objects, strict=True)]
+    one, other = (split_relation(relation(*each), keeps=lambda rows: [True] * len(rows)) for each in (facts, permuted))
+    assert [subjects(part) for part in parts_of(one)] == [subjects(part) for part in parts_of(other)]
+    assert one.test != other.test
+
+
+def test_what_is_kept_does_not_move_the_rest() -> None:
+    """Two backbones with other tokenizers are scored on the same facts, as far as both can be."""
+
+    def even(rows: Sequence[Record]) -> list[bool]:
+        return [row["y"].endswith("0") and "7" not in row["x"] for row in rows]
+
+    whole = split_relation(relation(*many()))
+    kept = split_relation(relation(*many()), keeps=even, reason="too long")
+    check_whole(kept)
+    assert kept.dropped == {"too long": 100 - 45}
+    for part, of_whole in zip(parts_of(kept), parts_of(whole), strict=True):
+        assert list(part) == [row for row in of_whole if even([row])[0]]
+
+
+def test_dropped_facts_are_counted_by_reason() -> None:
+    facts = relation(*many(), ("", "a"), ("a", ""), (" ", "b"), *many()[:3])
+    facts.parts["facts"].append({"x": "only a subject"})
+    asked: list[Record] = []
+
+    def keeps(rows: Sequence[Record]) -> list[bool]:
+        asked.extend(rows)
+        return [row["x"] != "s7" for row in rows]
+
+    split = split_relation(facts, keeps=keeps)
+    check_whole(split)
+    assert split.dropped == {"no subject or object": 4, "twice the same fact": 3, "object is not one token": 2}
+    assert len(asked) == 100  # it is asked about whole facts only
+
+
+@pytest.mark.parametrize("limit", [3, 4, 7, 50, 99, 100, 1000])
+def test_a_limit_keeps_the_proportions(limit: int) -> None:
+    split = split_relation(relation(*many()), limit=limit)
+    check_whole(split)
+    sizes = [len(part) for part in parts_of(split)]
+    assert sum(sizes) == min(limit, 100)
+    for size, share in zip(sizes, (0.6, 0.2, 0.2), strict=True):
+        assert abs(size - share * sum(sizes)) <= 1
+    assert split.dropped.get("over the limit", 0) == max(0, 100 - limit)
+    assert ("at most" in split.how) == (limit < 100)
+    whole = split_relation(relation(*many()))
+    for part, of_whole in zip(parts_of(split), parts_of(whole), strict=True):
+        assert subjects(part) <= subjects(of_whole)
+    other = split_relation(relation(*many()), limit=limit, seed=1)
+    assert limit >= 100 or pairs(other.train) != pairs(split.train)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 9), (97, 1, 1), (3, 1, 1)])
+@pytest.mark.parametrize("limit", [3, 4, 5])
+def test_a_limit_is_exact_for_parts_of_any_size(sizes: tuple[int, int, int], limit: int) -> None:
+    parts = {name: [(f"{name} {i}", "a") for i in range(size)] for name, size in zip(("train", "dev", "test"), sizes)}
+    split = split_relation(relation(**parts), limit=limit)
+    check_whole(split)
+    assert sum(map(len, parts_of(split))) == min(limit, sum(sizes))
+    assert all(parts_of(split))
+
+
+def test_a_limit_draws_from_given_parts_and_keeps_their_order() -> None:
+    parts = {name: [(f"{name} {i}", "a") for i in range(20)] for name in ("train", "dev", "test")}
+    split = split_relation(relation(**parts), limit=30)
+    check_whole(split)
+    for name, part in zip(parts, parts_of(split), strict=True):
+        numbers = [parts[name].index(pair) for pair in pairs(part)]
+        assert len(numbers) == 10
+        assert numbers == sorted(numbers)
+        assert numbers != list(range(10))
+
+
+def test_given_parts_stay_as_they_are() -> None:
+    parts = {name: [(f"{name} {i}", str(i % 3)) for i in (3, 1, 2)] for name in ("train", "dev", "test")}
+    split = split_relation(relation(**parts))
+    assert [pairs(part) for part in parts_of(split)] == [parts["train"], parts["dev"], parts["test"]]
+    assert (split.how, split.dropped) == ("the parts given", {})
+
+
+def test_nobody_trains_on_a_subject_of_the_test_part() -> None:
+    split = split_relation(
+        relation(
+            train=[("a", "1"), ("B ", "1"), ("c", "1"), ("d", "1"), ("d", "1")],
+            dev=[("b", "2"), ("c", "2"), ("e", "2")],
+            test=[("c", "3"), ("f", "3"), ("c", "4")],
+        )
+    )
+    check_whole(split)
+    assert [pairs(part) for part in parts_of(split)] == [
+        [("a", "1"), ("d", "1")],
+        [("b", "2"), ("e", "2")],
+        [("c", "3"), ("f", "3"), ("c", "4")],
+    ]
+    assert split.dropped == {
+        "twice the same fact": 1,
+        "dev fact with a subject of the test part": 1,
+        "train fact with a subject of the test part": 1,
+        "train fact with a subject of the dev part": 1,
+    }
+
+
+@pytest.mark.parametrize(("given", "missing"), [("dev", "test"), ("test", "dev")])
+def test_a_missing_part_is_taken_from_the_training_part(given: str, missing: str) -> None:
+    other = [*((f"s{number}", "z") for number in range(30)), ("t", "z")]
+    split = split_relation(relation(train=many(), **{given: other}), seed=5)
+    check_whole(split)
+    assert pairs(getattr(split, given)) == other
+    taken = getattr(split, missing)
+    assert (len(taken), len(split.train)) == (8, 32)  # of the 20 subjects that are not the other part's
+    names = " and ".join(["train", given])
+    assert split.how == f"{names} given, {missing} taken from 20% of the subjects of train, seed 5"
+    again = split_relation(relation(train=many()[::-1], **{given: other}), seed=5)
+    assert sorted(pairs(getattr(again, missing))) == sorted(pairs(taken))
+
+
+def test_one_part_alone_is_divided_and_a_training_part_is_needed(tmp_path: Path) -> None:
+    divided(tmp_path, "P36", "test")
+    (found,) = read_relations(tmp_path)
+    assert list(found.parts) == ["facts"]
+    with pytest.raises(RecordError, match=r"P1: there is no training part among dev, test in here; add train\.jsonl"):
+        split_relation(relation(dev=many(), test=many()))
+
+
+def test_an_empty_part_says_why() -> None:
+    message = (
+        r"P1: the part train is empty\. 102 facts were read from here and divided \(60/20/20 by subject, seed 0\); "
+        r"dropped: 1 no subject or object, 1 twice the same fact, 100 object is not one token\. Leave this relation out"
+    )
+    with pytest.raises(RecordError, match=message):
+        split_relation(relation(*many(), many()[0], ("", "")), keeps=lambda rows: [False] * len(rows))
+    with pytest.raises(RecordError, match=r"the part train is empty\. 4 facts .* dropped: none"):
+        split_relation(relation(*many(2)))
+    with pytest.raises(RecordError, match="the part dev is empty"):
+        split_relation(relation(train=many(), dev=[], test=[("a", "b")]))
+    with pytest.raises(RecordError, match=r"P1: a limit of 2 facts; the three parts need at least one each"):
+        split_relation(relation(*many()), limit=2)
+
+
+def test_the_callers_records_are_left_alone() -> None:
+    given = relation(*many(), ("", ""))
+    before = [dict(record) for record in given.parts["facts"]]
+    split_relation(given, limit=10)
+    assert list(given.parts["facts"]) == before
+
+
+def test_the_published_data() -> None:
+    """The real files, where somebody has them."""
+    folder = os.environ.get("PTUNING_LAMA")
+    if not folder:
+        pytest.skip("PTUNING_LAMA names no folder of LAMA relations")
+    for found in read_relations(folder):
+        for pattern in (found.template, *found.paraphrases):
+            assert pattern is None or "x" in Template.parse(pattern).fields or "before" in pattern
+        with contextlib.suppress(RecordError):  # a relation may be too small to be divided
+            check_whole(split_relation(found))

@@ -1,0 +1,102 @@
+"""Where a text stands in a row, lists unfolded, and repairs."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptuning.data.row_paths import Source, unfold
+from ptuning.errors import RecordError, TaskError
+from ptuning.files import Json
+
+ROW: Json = {
+    "text": "Tina said it was hers.",
+    "n": 2,
+    "right": True,
+    "nothing": None,
+    "target": {"span": "Tina", "at": 2},
+    "passage": {"text": "p", "questions": [{"q": "a", "answers": [{"t": "1"}, {"t": "2"}]}, {"q": "b", "answers": []}]},
+}
+
+
+def read(source: str, row: Json = ROW) -> list[str]:
+    return Source.parse(source).texts({"": row}, where="here")
+
+
+def test_a_source_names_what_it_goes_through() -> None:
+    assert read("target.span") == ["Tina"]
+    assert read("passage.questions[].q") == ["a", "b"]
+    assert read("passage.questions[].answers[].t") == ["1", "2"]
+    assert read("n") + read("right") == ["2", "true"]
+
+
+def test_lists_unfold_into_one_context_each_and_sources_stay_in_theirs() -> None:
+    lists = [Source.parse("passage.questions[]"), Source.parse("passage.questions[].answers[]")]
+    contexts = list(unfold(ROW, lists, where="here"))
+    assert len(contexts) == 2  # the second question has no answers
+    texts = [Source.parse(place).text(contexts[1], where="here") for place in ("passage.text", "passage.questions[].q")]
+    assert texts == ["p", "a"]
+    assert Source.parse("passage.questions[].answers[].t").text(contexts[1], where="here") == "2"
+
+
+@pytest.mark.parametrize(
+    ("repair", "text", "repaired"),
+    [
+        ("no_full_stop", "It rains.", "It rains"),
+        ("no_full_stop", "e.g. this ?! ", "e.g. this"),
+        ("lower_first", "The man left.", "the man left."),
+        ("lower_first", "Water ran.", "water ran."),
+        ("lower_first", "NASA said so.", "NASA said so."),
+        ("lower_first", "I left.", "I left."),
+        ("before @gap", "in @gap we", "in "),
+        ("after @gap", "in @gap we", " we"),
+        ("without @hl", "a @hl b@hl", "a  b"),
+        ("no_full_stop|lower_first", "We left.", "we left"),
+    ],
+)
+def test_repairs(repair: str, text: str, repaired: str) -> None:
+    assert read(f"t|{repair}", {"t": text}) == [repaired]
+
+
+def test_a_marked_word_keeps_its_punctuation_outside() -> None:
+    assert read("text|mark target.at") == ["Tina said *it* was hers."]
+    assert read("t|mark n", {"t": 'for him,"', "n": 1}) == ['for *him*,"']
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "is no place in a row"),
+        ("a..b", "is no place in a row"),
+        ("a[0].b", "is no place in a row"),
+        ("a|no_ful_stop", "unknown repair 'no_ful_stop'. Did you mean 'no_full_stop'"),
+        ("a|no_full_stop now", "takes nothing"),
+        ("a|before", "needs something"),
+    ],
+)
+def test_malformed_sources_are_errors_of_the_task(source: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        Source.parse(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("txt", "here: no 'txt'.*Did you mean 'text'"),
+        ("text.span", "looks for 'span' in what is no object"),
+        ("target[].span", "'target' is no list"),
+        ("nothing", "is null"),
+        ("target", "is an object"),
+        ("passage.questions", "is a list"),
+        ("text|before @gap", "there is no '@gap'"),
+        ("text|mark n9", "no 'n9'"),
+        ("target.span|mark n", "no word number 2"),
+    ],
+)
+def test_rows_that_lack_something_are_errors_of_the_data(source: str, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        read(source)
+
+
+def test_a_field_takes_one_text() -> None:
+    with pytest.raises(RecordError, match="stands for 2 texts"):
+        Source.parse("passage.questions[].q").text({"": ROW}, where="here")

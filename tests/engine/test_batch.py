@@ -1,0 +1,208 @@
+"""Collating: rows are whole before they are padded, and pads are known to mask and positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from ptuning.backbone.tokenizer import TextTokenizer
+from ptuning.engine.batch import Side, collate, shared_tokens
+from ptuning.errors import PromptError
+from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.language import Template
+
+
+def example(ids: list[int], *, slots: tuple[int, ...] = (), logits: tuple[int, ...] = (0,)) -> Example:
+    return Example(tuple(ids), slots, logits, tuple(range(len(logits))), len(logits))
+
+
+SHORT = example([5, 0, 7], slots=(1,), logits=(2,))
+LONG = example([1, 0, 0, 4, 0], slots=(1, 2, 4), logits=(3, 4))
+SIDES = pytest.mark.parametrize("side", ["left", "right"])
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "mask", "positions", "slot_cols", "logit_cols"),
+    [
+        ("right", [5, 0, 7, 0, 0], [1, 1, 1, 0, 0], [0, 1, 2, 0, 0], [1, 1, 2, 4], [2, 3, 4]),
+        ("left", [0, 0, 5, 0, 7], [0, 0, 1, 1, 1], [0, 0, 0, 1, 2], [3, 1, 2, 4], [4, 3, 4]),
+    ],
+)
+def test_a_batch_padded_on_either_side(
+    side: Side,
+    ids: list[int],
+    mask: list[int],
+    positions: list[int],
+    slot_cols: list[int],
+    logit_cols: list[int],
+) -> None:
+    """Positions count from each row's first token, wherever the pads are."""
+    batch = collate([SHORT, LONG], slots=[1, 3], pad_side=side)
+    assert batch.token_ids.tolist() == [ids, [1, 0, 0, 4, 0]]
+    assert batch.mask.tolist() == [mask, [1, 1, 1, 1, 1]]
+    assert batch.positions.tolist() == [positions, [0, 1, 2, 3, 4]]
+    assert batch.slot_rows.tolist() == [0, 1, 1, 1]
+    assert batch.slot_cols.tolist() == slot_cols
+    assert batch.slot_index.tolist() == [0, 0, 1, 2]
+    assert batch.logit_rows.tolist() == [0, 1, 1]
+    assert batch.logit_cols.tolist() == logit_cols
+    assert batch.counts == (1, 2)
+    assert batch.tokens == 8
+    assert {value.dtype for value in vars(batch).values() if isinstance(value, torch.Tensor)} == {torch.int64}
+
+
+def test_rows_of_several_prompts_take_their_own_part_of_the_table() -> None:
+    """Each row names its prompt: one batch may mix prompts of different lengths, and rows with none."""
+    bare = example([3, 4])
+    batch = collate([LONG, bare, SHORT, LONG], slots=[3, 0, 1, 3], offsets=[1, 0, 0, 4])
+    assert batch.slot_rows.tolist() == [0, 0, 0, 2, 3, 3, 3]
+    assert batch.slot_index.tolist() == [1, 2, 3, 0, 4, 5, 6]
+    empty = collate([bare], slots=[0])
+    assert empty.slot_rows.tolist() == empty.slot_index.tolist() == []
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Example]:
+    made = []
+    for _ in range(draw(st.integers(1, 5))):
+        ids = draw(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+        places = st.sets(st.integers(0, len(ids) - 1))
+        made.append(example(ids, slots=tuple(sorted(draw(places))), logits=tuple(sorted(draw(places) | {0}))))
+    return made
+
+
+@SIDES
+@settings(max_examples=60, deadline=None)
+@given(examples=rows())
+def test_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
+    """No mask has a 1-0-1; what the mask keeps is the row itself, with its slots and scored positions.
+
+    Where slots are put in front of rows that are padded already, pads get between slots and text.
+    """
+    batch = collate(examples, slots=[len(row.slot_positions) for row in examples], pad_side=side)
+    for number, row in enumerate(examples):
+        mask = batch.mask[number]
+        assert "01" not in "".join(map(str, mask.tolist())).strip("0")
+        assert batch.token_ids[number][mask.bool()].tolist() == list(row.token_ids)
+        assert batch.positions[number][mask.bool()].tolist() == list(range(len(row.token_ids)))
+        assert not batch.token_ids[number][~mask.bool()].any()
+        slots = batch.slot_cols[batch.slot_rows == number]
+        assert batch.positions[number][slots].tolist() == list(row.slot_positions)
+        logits = batch.logit_cols[batch.logit_rows == number]
+        assert batch.positions[number][logits].tolist() == list(row.logit_positions)
+        assert bool(mask[slots].all())
+        assert bool(mask[logits].all())
+
+
+@SIDES
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
+def test_a_pad_is_no_token_id(side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
+    """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad.
+
+    A mask made by comparing ids loses such text, since many tokenizers pad with their end or unknown token.
+    """
+    raw = raw_tokenizer(family)
+    tokenizer = TextTokenizer(raw, max_tokens=64)
+    special = (raw.pad_token or raw.eos_token).replace("[", "[[")
+    bound = BoundTemplate(
+        Template.parse(f"{{x}} {special} [P*2] is [Y]"),
+        tokenizer=tokenizer,
+        kind="causal" if family == "gpt2" else "masked",
+    )
+    examples = bound.examples([{"x": "東京", "y": "a"}, {"x": "The capital of Kenya is Nairobi, and so on", "y": "a"}])
+    batch = collate(examples, slots=[2, 2], pad_side=side)
+    pad = raw.convert_tokens_to_ids(raw.pad_token or raw.eos_token)
+    assert all(pad in row.token_ids for row in examples)
+    if family == "bert":
+        assert raw.unk_token_id in examples[0].token_ids
+    assert batch.mask.sum(dim=1).tolist() == [len(row.token_ids) for row in examples]
+    assert bool(batch.mask[batch.slot_rows, batch.slot_cols].all())
+
+
+@pytest.mark.parametrize("vectors", [0, 2, 4])
+def test_a_row_with_another_number_of_slots_than_its_prompt_is_refused(vectors: int) -> None:
+    """A row with more or fewer slots than its prompt has vectors is an error, never cut or filled up."""
+    with pytest.raises(PromptError, match=f"row 1 has 3 slots, and its prompt has {vectors} vectors"):
+        collate([SHORT, LONG], slots=[1, vectors])
+
+
+def test_a_batch_moves_to_a_device_whole() -> None:
+    batch = collate([SHORT, LONG], slots=[1, 3])
+    moved = batch.to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert moved.counts == batch.counts
+    assert batch.token_ids.device.type == "cpu"
+
+
+QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
+
+
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        (example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), 4),
+        (example([1, 0, 0, 4, 6, 8], slots=(1, 2), logits=(5,)), 4),  # the first row's scored position is its own
+        (example([1, 0, 0, 4, 6], slots=(1, 2), logits=(2, 3, 4)), 2),  # nothing scored is shared
+        (example([1, 0, 0, 5, 6], slots=(1, 2), logits=(4,)), 3),
+        (example([1, 0, 0, 4, 6], slots=(1, 3), logits=(4,)), 2),  # token 0 is no slot
+        (example([1, 0, 0, 4], slots=(1, 2), logits=(3,)), 3),
+        (example([2, 0, 0, 4, 6], slots=(1, 2), logits=(4,)), 0),
+        (example([1], logits=(0,)), 0),
+        (QUESTION, 4),
+    ],
+)
+def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
+    """A shared prefix (docs/architecture.md, decision 16) is what all rows begin with, in whatever order the rows are.
+
+    The same tokens and slots, before the first scored position of every row.
+    """
+    for rows in ([QUESTION, other], [other, QUESTION], [QUESTION, other, QUESTION]):
+        slots = [len(row.slot_positions) for row in rows]
+        assert shared_tokens(rows) == shared
+        assert collate(rows, slots=slots).shared_tokens == shared
+
+
+def test_slots_of_other_prompts_are_not_shared() -> None:
+    """Slots of the same place and number hold other vectors if their rows belong to different prompts."""
+    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[3, 3]).shared_tokens == 4
+    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[0, 2]).shared_tokens == 1
+    moved = example([1, 0, 9, 0, 6], slots=(1, 3), logits=(4,))
+    assert collate([QUESTION, moved], slots=[2] * 2, offsets=[1, 1]).shared_tokens == 2
+    # Slot 1 of a prompt at row 0 of the table is slot 0 of one that begins there.
+    behind = example([0, 0, 6], slots=(0, 1), logits=(2,))
+    assert collate([behind] * 2, slots=[2] * 2, offsets=[0, 1]).shared_tokens == 0
+
+
+def test_rows_behind_pads_share_nothing() -> None:
+    """Columns of pads are no prefix; without a pad in front, the side makes no difference."""
+    longer = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,))
+    assert collate([QUESTION, longer], slots=[2, 2], pad_side="left").shared_tokens == 0
+    assert collate([QUESTION, QUESTION], slots=[2, 2], pad_side="left").shared_tokens == 4
+    assert collate([QUESTION], slots=[2]).shared_tokens == 4
+    assert shared_tokens([]) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(examples=rows(), offsets=st.lists(st.integers(0, 1), min_size=5, max_size=5))
+def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example], offsets: list[int]) -> None:
+    """Against a slow look at the batch: every column before the bound is the same in all rows, the bound's is not."""
+    offsets = offsets[: len(examples)]
+    batch = collate(examples, slots=[len(row.slot_positions) for row in examples], offsets=offsets)
+    slots = {
+        (int(row), int(column)): int(index)
+        for row, column, index in zip(batch.slot_rows, batch.slot_cols, batch.slot_index, strict=True)
+    }
+
+    def column(at: int) -> set[object]:
+        every = range(len(examples))
+        return {("slot", slots[row, at]) if (row, at) in slots else int(batch.token_ids[row, at]) for row in every}
+
+    first = min(min(row.logit_positions) for row in examples)
+    assert batch.shared_tokens <= first
+    assert all(len(column(at)) == 1 for at in range(batch.shared_tokens))
+    assert batch.shared_tokens == first or len(column(batch.shared_tokens)) > 1

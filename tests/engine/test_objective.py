@@ -1,0 +1,305 @@
+"""Losses and scores against loops written by hand over plain log-probabilities."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Question, Questions
+from ptuning.engine.evaluate import item_batch
+from ptuning.engine.objective import (
+    Choice,
+    Item,
+    Scored,
+    candidate_item,
+    choice_items,
+    class_scores,
+    hits,
+    label_items,
+    loss,
+    loss_count,
+    score_choices,
+    share_inputs,
+)
+from ptuning.engine.passes import target_logits
+from ptuning.errors import RecordError, TemplateError
+from ptuning.records import as_records
+from ptuning.template.fill import Example
+from ptuning.template.labels import LabelWords, Scoring
+from tests.conftest import RECORDS, bound, items_of, learned
+
+TEMPLATE = "[P*2] [X] [P] [Y] ."
+CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
+WORDS = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",), "none": ("25", "no", "Paris and Lima")})
+
+
+def vectors_of(backbone: Backbone) -> Tensor:
+    """Return the slot vectors that this file's items are scored with."""
+    vectors = learned(backbone, TEMPLATE).slot_vectors
+    assert vectors is not None
+    return vectors
+
+
+@torch.no_grad()
+def scored_by(backbone: Backbone, items: list[Item]) -> Scored:
+    """Score items in one batch."""
+    return score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors_of(backbone)))
+
+
+@torch.no_grad()
+def by_hand(backbone: Backbone, example: Example) -> list[float]:
+    """Return the log-probability of each own token of one example, run alone."""
+    item = Item((example,), ())
+    log_probs = target_logits(backbone, item_batch([item], slots=3), vectors_of(backbone)).log_softmax(-1)
+    return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
+
+
+def weights(item: Item) -> list[float]:
+    """Return what each scored token of a target counts: the stop token a fifth."""
+    choice = item.choices[0]
+    return [1.0 if at < choice.own_tokens else 0.2 for at in range(len(choice.target_ids))]
+
+
+def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:
+    """Total log-probability of each target, with and without the stop token, in a batch of all records."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    scored = scored_by(backbone, items)
+    for index, item in enumerate(items):
+        each, own = by_hand(backbone, item.inputs[0]), item.choices[0].own_tokens
+        assert math.isclose(float(scored.all_log_probs[index]), sum(each), abs_tol=1e-4)
+        assert math.isclose(float(scored.log_probs[index]), sum(each[:own]), abs_tol=1e-4)
+        assert (len(each) == own + 1) == (backbone.kind == "causal")
+        assert int(scored.lengths[index]) == own
+    assert math.isclose(scored.token_count, sum(sum(weights(item)) for item in items))
+
+
+def test_loss_is_sum_and_count(backbone: Backbone) -> None:
+    """Sums are divided once, by tokens: so the loss is the same however the items are cut into batches.
+
+    A mean of the batches' means would give a short last batch too much weight.
+    """
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    whole, count = loss(items, scored_by(backbone, items))
+    assert count == loss_count(items)
+    expected = sum(
+        weight * log_prob
+        for item in items
+        for weight, log_prob in zip(weights(item), by_hand(backbone, item.inputs[0]), strict=True)
+    )
+    assert math.isclose(float(whole), -expected, rel_tol=1e-5)
+    parts = [loss(part, scored_by(backbone, part)) for part in (items[:2], items[2:])]
+    assert math.isclose(float(whole), sum(float(value) for value, _ in parts), rel_tol=1e-5)
+    assert math.isclose(count, sum(number for _, number in parts))
+
+
+def test_hits_are_exact_matches_of_the_own_tokens(backbone: Backbone) -> None:
+    """Each own token must be the likeliest; the stop token has no say."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    sizes = [len(item.inputs[0].logit_positions) for item in items]
+    logits = torch.zeros(sum(sizes), backbone.embedding_rows)
+    start = 0
+    for item, size in zip(items, sizes, strict=True):
+        own = item.choices[0].own_tokens
+        for at, token in enumerate(item.choices[0].target_ids[:own]):
+            logits[start + at, token] = 9.0
+        logits[start + own : start + size, 3] = 9.0  # anything but the stop token
+        start += size
+    assert hits(items, score_choices(items, logits)) == [1.0] * len(items)
+    logits[0, 4] = 10.0  # the first record's first token is now another one
+    assert hits(items, score_choices(items, logits)) == [0.0] + [1.0] * (len(items) - 1)
+
+
+def test_candidates_of_one_length_share_their_input(masked: Backbone, causal: Backbone) -> None:
+    """Single-token candidates cost one forward pass together; longer ones one each for a causal model."""
+    for backbone in (masked, causal):
+        filled = bound(backbone, TEMPLATE)
+        examples = filled.examples([RECORDS[0]] * len(CANDIDATES), targets=CANDIDATES)
+        inputs, choices = share_inputs(examples)
+        single = [choice for choice in choices if len(choice.target_ids) == 1]
+        assert len(single) >= 3
+        assert len({choice.input for choice in single}) == 1
+        assert len(inputs) < len(CANDIDATES)
+        if backbone.kind == "masked":
+            assert len(inputs) == len({len(choice.target_ids) for choice in choices})
+
+
+def test_candidates_that_share_inputs_equal_one_forward_each(backbone: Backbone) -> None:
+    """Invariant *Fast = slow* (docs/invariants.md): candidates that share inputs score as in a forward pass each.
+
+    Candidates of one and of several tokens, for several records in one batch.
+    """
+    filled = bound(backbone, TEMPLATE)
+    per_record = [filled.examples([record] * len(CANDIDATES), targets=CANDIDATES) for record in RECORDS]
+    items = [candidate_item(examples) for examples in per_record]
+    assert any(len(item.inputs) > 1 for item in items)
+    found = scored_by(backbone, items).log_probs.view(len(RECORDS), -1)
+    for row, examples in enumerate(per_record):
+        for column, example in enumerate(examples):
+            assert math.isclose(float(found[row, column]), sum(by_hand(backbone, example)), abs_tol=1e-4)
+
+
+def test_masked_candidates_are_given_as_many_masks_as_they_have_tokens(masked: Backbone) -> None:
+    """A word of three tokens is scored at three masks, none of which shows the others."""
+    filled = bound(masked, TEMPLATE)
+    for example in filled.examples([RECORDS[0]] * len(CANDIDATES), targets=CANDIDATES):
+        assert masked.tokenizer.mask_id is not None
+        assert example.token_ids.count(masked.tokenizer.mask_id) == len(example.target_ids)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
+    """Label words: the log of the mean probability of a label's words, several words and tokens each."""
+    rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
+    scoring = Scoring("mean" if normalise == "mean" else "sum")
+    items = label_items(bound(backbone, TEMPLATE), rows, WORDS, scoring=scoring)
+    assert [item.answers for item in items] == [(1,), (0,), (2,)]
+    scored = scored_by(backbone, items)
+    found = class_scores(items, scored)
+    filled = bound(backbone, TEMPLATE)
+    lengths = set()
+    for row, record in enumerate(rows):
+        for label, words in enumerate(WORDS.words.values()):
+            probabilities = []
+            for word in words:
+                each = by_hand(backbone, filled.examples([record], targets=[word])[0])
+                lengths.add(len(each))
+                probabilities.append(math.exp(sum(each) / (len(each) if normalise == "mean" else 1)))
+            expected = math.log(sum(probabilities) / len(probabilities))
+            assert math.isclose(float(found[row, label]), expected, abs_tol=1e-4)
+    assert len(lengths) > 1
+
+
+def test_label_loss_is_the_cross_entropy_over_classes(backbone: Backbone) -> None:
+    """Counted in items; hits follow the likeliest class."""
+    rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
+    items = label_items(bound(backbone, TEMPLATE), rows, WORDS)
+    scored = scored_by(backbone, items)
+    scores = class_scores(items, scored).double()
+    expected = sum(float(scores[row].logsumexp(0) - scores[row, gold]) for row, gold in enumerate((1, 0, 2)))
+    value, count = loss(items, scored)
+    assert math.isclose(float(value), expected, rel_tol=1e-5)
+    assert count == loss_count(items) == 3
+    assert hits(items, scored) == [float(int(scores[row].argmax()) == gold) for row, gold in enumerate((1, 0, 2))]
+
+
+def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
+    """The error names the record and the labels."""
+    rows = as_records([{"x": "a", "y": "goood"}])
+    with pytest.raises(
+        RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
+    ):
+        label_items(bound(causal, TEMPLATE), rows, WORDS)
+
+
+QUESTIONS = Questions(
+    [
+        Question(RECORDS[0], ("yes", "no", "a good film and a bad one"), (1,)),
+        Question(RECORDS[1], ("Nairobi", "great"), (0,)),
+        Question(RECORDS[2], ("25", "yes", "no", "São Tomé"), (1, 3)),
+    ]
+)
+
+
+def choices_by_hand(backbone: Backbone, question: Question, *, mean: bool, empty: dict[str, str] | None) -> list[float]:
+    """Return the log-probability of each choice of a question, each run alone."""
+    filled, found = bound(backbone, TEMPLATE), []
+    for text in question.choices:
+        each = by_hand(backbone, filled.examples([question.record], targets=[text])[0])
+        value = sum(each) / (len(each) if mean else 1)
+        if empty is not None:
+            without = by_hand(backbone, filled.examples([empty], targets=[text])[0])
+            value -= sum(without) / (len(without) if mean else 1)
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate: bool) -> None:
+    """Rows with different numbers of choices, of one and of several tokens, some with several right ones; calibrated by
+    a record without content."""
+    scoring = Scoring("mean" if mean else "sum", calibrate)
+    items = choice_items(bound(backbone, TEMPLATE), QUESTIONS, scoring=scoring)
+    scored = scored_by(backbone, items)
+    found = class_scores(items, scored)
+    assert found.shape == (3, 4)
+    expected_loss, expected_hits = 0.0, []
+    for row, question in enumerate(QUESTIONS):
+        values = choices_by_hand(backbone, question, mean=mean, empty={"x": "N/A"} if calibrate else None)
+        torch.testing.assert_close(found[row, : len(values)], torch.tensor(values), atol=2e-4, rtol=1e-4)
+        assert torch.isneginf(found[row, len(values) :]).all()
+        whole = torch.tensor(values).softmax(0)
+        expected_loss -= math.log(float(whole[list(question.answers)].sum()))
+        expected_hits.append(float(int(whole.argmax()) in question.answers))
+    value, count = loss(items, scored)
+    assert math.isclose(float(value), expected_loss, rel_tol=1e-3)
+    assert count == loss_count(items) == 3
+    assert hits(items, scored) == expected_hits
+
+
+def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> None:
+    """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
+    items = choice_items(bound(causal, TEMPLATE), QUESTIONS, scoring=Scoring(calibrate=True))
+    vectors = vectors_of(causal).requires_grad_(True)
+    value, _ = loss(items, score_choices(items, target_logits(causal, item_batch(items, slots=3), vectors)))
+    value.backward()
+    assert vectors.grad is not None
+    assert vectors.grad.isfinite().all()
+    assert vectors.grad.abs().sum() > 0
+
+
+def test_equal_numbers_of_words_score_as_before_by_the_bit(causal: Backbone) -> None:
+    """Label words of every item: the log of the mean over one table, without any padding."""
+    rows = as_records([{**record, "y": "bad"} for record in RECORDS])
+    items = label_items(bound(causal, TEMPLATE), rows, WORDS)
+    scored = scored_by(causal, items)
+    classes = torch.tensor(items[0].classes)
+    members = torch.arange(3)[:, None] == classes
+    table = scored.log_probs.view(len(items), 1, -1).masked_fill(~members, -torch.inf)
+    assert torch.equal(class_scores(items, scored), torch.logsumexp(table, dim=-1) - members.sum(dim=-1).log())
+
+
+def test_fields_that_hold_no_content_stay_in_an_empty_record() -> None:
+    record = {"premise": "The vase broke", "question": "because", "after": ""}
+    assert Scoring(keep=("question",)).empty_record(record) == {"premise": "N/A", "question": "because", "after": ""}
+
+
+def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
+    rows = as_records([{**record, "y": "bad"} for record in RECORDS])
+    items = label_items(bound(causal, TEMPLATE), rows, WORDS, scoring=Scoring(calibrate=True))
+    last = [item.inputs[item.empty[0].input] for item in items]
+    assert all(one is last[0] for one in last)
+    assert all(len(item.empty) == len(item.choices) for item in items)
+
+
+def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbone) -> None:
+    asked = Questions([*QUESTIONS, Question({"y": "a"}, ("a", "b"), (0,))], name="f.jsonl")
+    with pytest.raises(TemplateError, match=r"no field 'x' in f.jsonl, record 4, answer 1"):
+        choice_items(bound(causal, TEMPLATE), asked)
+    with pytest.raises(RecordError, match="in memory, row 2 has no choices"):
+        choice_items(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]))
+
+
+def test_gradients_reach_the_logits_of_every_scored_token() -> None:
+    """The loss of two items of different length is differentiable in exactly their own rows."""
+    example = [Example((1, 2, 3)[:n], (), tuple(range(n)), tuple(range(n)), n) for n in (2, 3)]
+    items = [Item((one,), (Choice(0, one.target_ids, one.own_tokens),)) for one in example]
+    logits = torch.randn(5, 7, requires_grad=True)
+    value, count = loss(items, score_choices(items, logits))
+    (value / count).backward()
+    assert logits.grad is not None
+    expected = (logits.detach().softmax(-1) - torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 2]), 7)) / 5
+    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
+
+
+def test_scores_do_not_depend_on_the_order_of_items(backbone: Backbone) -> None:
+    """Invariant *Alone or in company* (docs/invariants.md): shuffling only permutes the scores."""
+    items = items_of(backbone, TEMPLATE, RECORDS)
+    order = random.Random(2).sample(range(len(items)), len(items))
+    found, shuffled = scored_by(backbone, items), scored_by(backbone, [items[index] for index in order])
+    torch.testing.assert_close(shuffled.all_log_probs, found.all_log_probs[order], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,469 @@
+"""The injection site and the invariants that rest on it (docs/invariants.md): *Identity*, *Alone or in company*, and
+*Fast = slow* where rows share their beginning.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ptuning
+import ptuning.engine.passes as model_module
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine.batch import Batch, collate
+from ptuning.engine.evaluate import evaluate, measure_ceiling
+from ptuning.engine.passes import (
+    MAX_BATCH_POSITIONS,
+    MAX_BATCH_TOKENS,
+    MAX_CACHED_TOKENS,
+    batches,
+    inject,
+    prefix_tokens,
+    target_logits,
+)
+from ptuning.errors import PromptError
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from tests.conftest import CAUSAL, RECORDS, bound, items_of, learned, plain_logits, spoken
+
+TEMPLATES = (
+    "[P*3] [X] [P*3] [Y]",
+    "[P:The capital of] [X] [P:is] [Y]",
+    "[X][P][Y]",
+    "[X] is [P] located in [P*2] [Y] .",
+    "question: [P] {x}? answer: [P*2] [Y]",
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_slots_holding_token_embeddings_give_the_logits_of_the_plain_run(backbone: Backbone, template: str) -> None:
+    """Invariant *Identity*: whatever the model does with embeddings, it does with slot vectors.
+
+    The embeddings are what the model's layer gives for the tokens. Some models scale it, so the table's own rows would
+    be wrong.
+    """
+    filled = bound(backbone, template)
+    ids = random.Random(0).choices(range(5, backbone.vocabulary), k=filled.slots)
+    found = PromptModel(backbone).target_logits(RECORDS, Prompt.from_token_ids(template, ids, backbone))
+    for example, logits in zip(filled.examples(RECORDS), found, strict=True):
+        expected = plain_logits(backbone, spoken(example, ids))[list(example.logit_positions)]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
+    """Invariant *Identity* says little if slots are not read at all."""
+    one, two = (
+        PromptModel(backbone).target_logits(RECORDS, learned(backbone, TEMPLATES[0], seed=seed)) for seed in (1, 2)
+    )
+    assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(one, two, strict=True))
+
+
+def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone) -> None:
+    """Invariant *Identity*: slots start at the words' own tokens, with no special ones among them."""
+    template = "[P:The capital of] [X] [P:is] [Y]"
+    filled = bound(backbone, template)
+    assert not set(filled.slot_start_ids) & set(backbone.tokenizer.special_ids.values())
+    warm = Prompt.from_token_ids(template, [i for i in filled.slot_start_ids if i is not None], backbone)
+    manual = Prompt.manual("The capital of [X] is [Y]")
+    model = PromptModel(backbone)
+    for a, b in zip(model.target_logits(RECORDS, warm), model.target_logits(RECORDS, manual), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("segment", [0, 1])
+def test_segments_are_those_of_the_plain_run(masked: Backbone, segment: int) -> None:
+    """BERT is told the segment that its tokenizer gives a single sentence; slots and text have the same."""
+    assert masked.tokenizer.segment_id == 0
+    masked.tokenizer.segment_id = segment
+    template = "[X] [P*2] [Y]"
+    example = bound(masked, template).examples(RECORDS)[0]
+    ids = torch.tensor([spoken(example, [7, 8])])
+    with torch.no_grad():
+        plain = masked.model(input_ids=ids, token_type_ids=torch.full_like(ids, segment)).logits[0]
+    logits = PromptModel(masked).target_logits(RECORDS[:1], Prompt.from_token_ids(template, [7, 8], masked))[0]
+    torch.testing.assert_close(logits, plain[list(example.logit_positions)], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Backbone, side: str) -> None:
+    """Slots may be anywhere in a row, not only in front: position by position, against a slow loop.
+
+    The given embeddings are left alone.
+    """
+    examples = bound(backbone, "[P*2] [X] [P:is] [Y]").examples(RECORDS)
+    slots = len(examples[0].slot_positions)
+    vectors = torch.randn(slots, backbone.width)
+    batch = collate(examples, slots=[slots] * len(examples), pad_side=side)  # type: ignore[arg-type]
+    given = backbone.embed(batch.token_ids)
+    before = given.clone()
+    found = inject(given, vectors, batch)
+    assert torch.equal(given, before)
+    for row, example in enumerate(examples):
+        first = given.shape[1] - len(example.token_ids) if side == "left" else 0
+        for position, token in enumerate(example.token_ids):
+            expected = backbone.embed(torch.tensor([[token]]))[0, 0]
+            if position in example.slot_positions:
+                expected = vectors[example.slot_positions.index(position)]
+            assert torch.equal(found[row, first + position], expected), (row, position)
+
+
+def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
+    """The vectors stay float32, in which small steps are not lost; in the row they have the embeddings' dtype."""
+    examples = bound(causal, "[P*2] [X] [Y]").examples(RECORDS)
+    vectors = torch.randn(2, causal.width, requires_grad=True)
+    batch = collate(examples, slots=[2] * len(examples))
+    found = inject(causal.embed(batch.token_ids).bfloat16(), vectors, batch)
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert vectors.grad is not None
+    assert vectors.grad.dtype == torch.float32
+
+
+def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) -> None:
+    """A wrong count of vectors is never silent."""
+    examples = bound(causal, "[P*3] [X] [Y]").examples(RECORDS)
+    batch = collate(examples, slots=[3] * len(examples))
+    with pytest.raises(PromptError, match="asks for slot 2, and there are 2 vectors"):
+        target_logits(causal, batch, torch.zeros(2, causal.width))
+
+
+def test_vectors_are_written_in_one_place() -> None:
+    """One function of the package writes slot vectors into embeddings, so one place has to be right."""
+    sources = sorted(Path(ptuning.__file__).parent.rglob("*.py"))
+    written = [path.name for path in sources if re.search(r"index_put|masked_scatter|index_copy", path.read_text())]
+    assert written == ["passes.py"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) -> None:
+    """Invariant *Alone or in company*: a row's logits are the same beside longer and shorter rows.
+
+    Padded on either side, in any order.
+    """
+    prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
+    alone = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
+    order = random.Random(1).sample(range(len(RECORDS)), len(RECORDS))
+    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    found = model.target_logits([RECORDS[index] for index in order], prompt)
+    for index, logits in zip(order, found, strict=True):
+        torch.testing.assert_close(logits, alone[index], atol=1e-5, rtol=0)
+
+
+def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Alone or in company*: the test above runs all rows in one batch, with pads on one side only."""
+    seen = []
+
+    def spy(embeddings: torch.Tensor, *, mask: torch.Tensor, **inputs: Any) -> object:
+        seen.append(mask)
+        return run(embeddings, mask=mask, **inputs)
+
+    assert backbone.pads_left  # which is found out by runs of its own, as
+    assert backbone.shares_prefix == (backbone.kind == "causal")
+    run = backbone.run
+    monkeypatch.setattr(backbone, "run", spy)
+    PromptModel(backbone, pad_side="left").target_logits(RECORDS, learned(backbone, "[P*2] [X] [P:is] [Y]"))
+    assert len(seen) == 1
+    assert seen[0].shape[0] == len(RECORDS)
+    assert (seen[0].diff(dim=1) >= 0).all()  # zeros, then ones
+    assert (seen[0][:, 0] == 0).any()
+
+
+def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
+    """Invariants *Alone or in company* and *Fast = slow*: each row has its own prompt's slots, in template order.
+
+    Rows [A, B, none, A, B] with different templates, lengths and targets are in one batch.
+    """
+    a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
+    none = Prompt.manual("The capital of [X] is [Y]")
+    prompts = [a, b, none, a, b]
+    model = PromptModel(backbone)
+    mixed = model.target_logits(RECORDS, prompts)
+    for record, prompt, logits in zip(RECORDS, prompts, mixed, strict=True):
+        torch.testing.assert_close(logits, model.target_logits([record], prompt)[0], atol=1e-5, rtol=0)
+
+
+def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> None:
+    """Vectors are found by prompt. Template and length do not tell: two prompts may have the same."""
+    a, b = learned(backbone, "[P*2] [X] [Y]", seed=1), learned(backbone, "[P*2] [X] [Y]", seed=2)
+    twin = replace(a)
+    model = PromptModel(backbone)
+    record = RECORDS[0]
+    found = model.target_logits([record] * 3, [a, b, twin])
+    torch.testing.assert_close(found[0], found[2], atol=1e-6, rtol=0)
+    assert float((found[0] - found[1]).abs().max()) > 1e-3
+
+
+def test_rows_with_fields_of_different_length_get_the_same_vectors(causal: Backbone) -> None:
+    """Vectors go to slots in template order, wherever in the row the slots come to be."""
+    vectors = torch.randn(4, causal.width)
+    examples = bound(causal, "[P*2] [X] [P*2] [Y]").examples(RECORDS)
+    batch = collate(examples, slots=[4] * len(examples))
+    found = inject(causal.embed(batch.token_ids), vectors, batch)
+    assert len({example.slot_positions for example in examples}) > 1
+    for row, example in enumerate(examples):
+        assert torch.equal(found[row, list(example.slot_positions)], vectors)
+
+
+def test_batches_hold_every_row_once_and_keep_their_bounds(causal: Backbone) -> None:
+    """Model: no forward pass grows without bound, and none is empty."""
+    texts = [{"x": "a " * (index % 40), "y": "yes"} for index in range(700)]
+    examples = bound(causal, "[X] so [Y]").examples(texts)
+    found = list(batches([[example] for example in examples]))
+    assert sorted(index for chosen in found for index in chosen) == list(range(700))
+    for chosen in found:
+        assert max(len(examples[i].token_ids) for i in chosen) * len(chosen) <= MAX_BATCH_TOKENS
+        assert sum(len(examples[i].logit_positions) for i in chosen) <= MAX_BATCH_POSITIONS
+    assert list(batches([])) == []
+
+
+NEVER = 10**9
+# (template, whether anything stands in front of the first field)
+SHARED = (
+    ("[P*3] [X] [P*3] [Y]", True),  # slots only
+    ("The capital of [X] [P:is] [Y]", True),  # text only
+    ("Kenya: Nairobi. [P:The capital] of [P*2] [X] is [Y]", True),  # text, slots, text, slots
+    ("so the capital [P*2] of all is [P] [Y]", True),  # everything in front of the target, the rows' own is the rest
+    ("[X] [P*3] is [Y]", False),
+)
+
+
+def run_both_ways(
+    backbone: Backbone, batch: Batch, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (logits, gradient of a random sum of them) with a shared prefix, and from the plain path."""
+    found = []
+    for least in (1, NEVER):
+        monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
+        leaf = vectors.clone().requires_grad_(True)
+        logits = target_logits(backbone, batch, leaf)
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+        (torch.log_softmax(logits, dim=-1) * weights).sum().backward()
+        assert leaf.grad is not None
+        found.append((logits.detach(), leaf.grad))
+    return found
+
+
+def assert_same(found: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    (logits, gradient), (plain_logits, plain_gradient) = found
+    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=0)
+    assert float((gradient - plain_gradient).norm()) <= 1e-5 * float(plain_gradient.norm())
+    assert bool((plain_gradient.norm(dim=-1) > 0).all())
+
+
+class Passes:
+    """What a backbone's body reads, as (rows, tokens) of each forward pass, and how many positions its head does."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.bodies: list[tuple[int, ...]] = []
+        self.head_positions: list[int] = []
+        head = backbone.model.get_output_embeddings()
+        assert head is not None
+        assert head is not backbone.model.get_input_embeddings()
+        backbone.model.base_model.register_forward_pre_hook(self._body, with_kwargs=True)
+        head.register_forward_pre_hook(self._head)
+
+    def _body(self, _module: object, _inputs: object, named: dict[str, torch.Tensor]) -> None:
+        self.bodies.append(tuple(named["inputs_embeds"].shape[:2]))
+
+    def _head(self, _module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.head_positions.append(inputs[0].shape[:-1].numel())
+
+
+@pytest.mark.parametrize(("template", "is_shared"), SHARED)
+@pytest.mark.parametrize("with_stop", [False, True])
+def test_a_shared_prefix_equals_the_plain_run(
+    backbone: Backbone, template: str, is_shared: bool, with_stop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Fast = slow*: a shared prefix (docs/architecture.md, decision 16) gives the same logits and gradients.
+
+    For rows and targets of different lengths.
+    """
+    examples = bound(backbone, template).examples(RECORDS, with_stop=with_stop)
+    slots = bound(backbone, template).slots
+    batch = collate(examples, slots=[slots] * len(examples))
+    before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len({len(example.token_ids) for example in examples}) > 1
+    assert max(batch.counts) > 1
+    if backbone.kind == "causal" and is_shared:
+        assert batch.shared_tokens >= 3
+        assert prefix_tokens(backbone, examples) == batch.shared_tokens
+    vectors = learned(backbone, template).slot_vectors
+    assert vectors is not None
+    assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
+    assert all(torch.equal(value, vars(batch)[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_prefix_runs_once(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared prefix runs in one row (docs/architecture.md, decision 16), then the rest of all rows behind it.
+
+    Of the prefix the head reads one position.
+    """
+    template = "The capital [P*2] of [X] is [Y]"
+    assert backbone.shares_prefix
+    batch = collate(bound(backbone, template).examples(RECORDS), slots=[2] * len(RECORDS))
+    vectors = learned(backbone, template).slot_vectors
+    assert vectors is not None
+    rows, width = batch.token_ids.shape
+    shared = batch.shared_tokens
+    assert shared > 3
+    passes = Passes(backbone)
+    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", (rows - 1) * shared)
+    target_logits(backbone, batch, vectors)
+    assert passes.bodies == [(1, shared), (rows, width - shared)]
+    assert passes.head_positions == [1, len(batch.logit_rows)]
+    passes.bodies.clear()
+    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", (rows - 1) * shared + 1)
+    target_logits(backbone, batch, vectors)
+    assert passes.bodies == [(rows, width)]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_backbone_in_training_mode_runs_whole_rows(
+    family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own dropout is drawn for every row, in the prefix as well."""
+    batch = collate(bound(backbone, "The capital of [X] is [Y]").examples(RECORDS), slots=[0] * len(RECORDS))
+    assert backbone.shares_prefix
+    passes = Passes(backbone)
+    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
+    backbone.thaw(backbone.model.parameters())
+    target_logits(backbone, batch, torch.zeros(0, backbone.width))
+    assert passes.bodies == [tuple(batch.token_ids.shape)]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_one_row_and_equal_rows(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row has nobody to share with; of equal rows all in front of the first scored position is shared."""
+    template = "[P*3] [X] is [Y]"
+    examples = bound(backbone, template).examples([RECORDS[2]])
+    vectors = learned(backbone, template).slot_vectors
+    assert vectors is not None
+    passes = Passes(backbone)
+    for rows in (1, 4):
+        batch = collate(examples * rows, slots=[3] * rows)
+        assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
+    width, shared = len(examples[0].token_ids), examples[0].logit_positions[0]
+    assert batch.shared_tokens == shared
+    assert passes.bodies[:2] == [(1, width), (1, width)]
+    assert passes.bodies[-3:] == [(1, shared), (4, width - shared), (4, width)]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariants *Alone or in company* and *Fast = slow*: the text in front of all prompts is shared.
+
+    Slots of different prompts never are, even if the prompts have the same template and length.
+    """
+    front = "The capital city of "
+    patterns = [front + "[P*2] [X] is [Y]", front + "[P*2] [X] is [Y]", front + "[X] is [Y]"]
+    prompts = [learned(backbone, pattern, seed=seed) for seed, pattern in enumerate(patterns[:2])]
+    vectors = torch.cat([prompt.slot_vectors for prompt in prompts if prompt.slot_vectors is not None])
+    examples = [
+        bound(backbone, pattern).examples([record])[0]
+        for pattern, record in zip([*patterns, patterns[0]], RECORDS, strict=False)
+    ]
+    batch = collate(examples, slots=[2, 2, 0, 2], offsets=[0, 2, 0, 0])
+    assert 3 <= batch.shared_tokens <= examples[0].slot_positions[0]
+    assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
+    two = collate(examples[:1] * 2, slots=[2, 2], offsets=[0, 2])
+    assert two.shared_tokens == examples[0].slot_positions[0]
+    assert_same(run_both_ways(backbone, two, vectors, monkeypatch))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_examples_in_front_of_every_question(backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manual prompt with examples scores as before where they run once (docs/architecture.md, decision 16).
+
+    On either side of the padding.
+    """
+    prompt = Prompt.manual("Kenya: Nairobi. Peru: Lima. France: Paris. [X]: [Y]")
+    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    found = []
+    for least in (1, NEVER):
+        monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
+        ranked = model.rank(RECORDS, prompt, ["Nairobi", "Lima", "a good film"])
+        values = [[candidate.log_prob for candidate in row] for row in ranked]
+        found.append((torch.cat(model.target_logits(RECORDS, prompt)), torch.tensor(values)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_scores_and_the_ceiling_share_prefixes(
+    family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training is compared with does the same work, and development scores do not change."""
+    template = "[P*6] [X] [P*2] [Y]"
+    items, vectors = items_of(backbone, template, RECORDS * 3), learned(backbone, template).slot_vectors
+    assert vectors is not None
+    passes = Passes(backbone)
+    found = []
+    for least in (1, NEVER):
+        monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
+        found.append(evaluate(backbone, items, vectors=vectors, slots=8))
+    assert found[0].hits == found[1].hits
+    assert found[0].loss == pytest.approx(found[1].loss, abs=1e-5)
+    passes.bodies.clear()
+    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
+    assert measure_ceiling(backbone, items, batch_size=5, slots=8) > 0
+    assert measure_ceiling(backbone, items[:5], batch_size=5, slots=8) > 0  # a single batch, not only warmed up
+    assert [tokens for rows, tokens in passes.bodies if rows == 1] == [
+        collate([row for item in items[:5] for row in item.inputs], slots=[8] * 5).shared_tokens
+    ] * (4 + 2)
+
+
+def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
+    """A prefix counts once in what is read, and once per row in what is kept; both are bounded.
+
+    Source: docs/architecture.md, decision 16.
+    """
+    examples = bound(causal, "[X] so [Y]").examples([{"x": "a " * (index % 30), "y": "yes"} for index in range(900)])
+    for prefix in (0, 20, 200):
+        long = [
+            replace(
+                example,
+                token_ids=(*range(prefix), *example.token_ids),
+                logit_positions=tuple(at + prefix for at in example.logit_positions),
+            )
+            for example in examples
+        ]
+        found = list(batches([[example] for example in long], prefix=prefix))
+        assert sorted(index for chosen in found for index in chosen) == list(range(900))
+        for chosen in found:
+            width = max(len(long[index].token_ids) for index in chosen)
+            assert prefix + (width - prefix) * len(chosen) <= MAX_BATCH_TOKENS
+            assert width * len(chosen) <= (MAX_CACHED_TOKENS if prefix else MAX_BATCH_TOKENS)
+            assert sum(len(long[index].logit_positions) for index in chosen) <= MAX_BATCH_POSITIONS
+        if prefix:
+            assert len(found) < len(list(batches([[example] for example in long])))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_not_shared_does_not_widen_batches(
+    backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A masked model, pads in front and mixed prompts run whole rows, so whole rows are what their batches count."""
+    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 100)
+    monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
+    sizes: list[int] = []
+    real = backbone.run
+
+    def spy(embeddings: torch.Tensor, **inputs: Any) -> object:
+        sizes.append(embeddings.shape[:2].numel())
+        return real(embeddings, **inputs)
+
+    monkeypatch.setattr(backbone, "run", spy)
+    a, b = (learned(backbone, "[P*8] [X] [Y]", seed=seed) for seed in (1, 2))
+    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    rows = RECORDS * 4
+    for prompts in (a, [a, b] * (len(rows) // 2)):
+        model.target_logits(rows, prompts)
+        model.rank(rows, prompts, ["yes", "no", "a good film"])
+    assert max(sizes) <= 100

@@ -1,0 +1,144 @@
+"""Tests of the constant part: rows that run from their first slot onwards equal rows that run whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine import prefix_cache
+from ptuning.engine.batch import collate
+from ptuning.engine.passes import target_logits
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.records import Record, as_records
+from ptuning.template.fill import Example
+from tests.conftest import CAUSAL, bound
+
+TEXTS: list[Record] = [
+    {"text": "All in all, the movie was great.", "y": "yes"},
+    {"text": "It was", "y": "a good film and a bad one"},
+    {"text": "the movie Zürich was great and the capital of Kenya is Nairobi", "y": "São Tomé"},
+    {"text": "It was", "y": "25"},
+]
+LATE = "{text} [P:It was] [Y]"
+TEMPLATES = (
+    LATE,
+    "{text} [P*2] is {text} [P] [Y]",
+    "[P:It was] {text} [Y]",
+    "{text} was [Y]",
+    "question: {text} [P*3] [Y]",
+)
+
+
+def rows_of(backbone: Backbone, template: str, records: Sequence[Record] = TEXTS) -> list[Example]:
+    return bound(backbone, template).examples(as_records(list(records)), with_stop=True)
+
+
+def vectors_of(backbone: Backbone, template: str) -> torch.Tensor:
+    noise = torch.randn(bound(backbone, template).slots, backbone.width, generator=torch.Generator().manual_seed(1))
+    return (noise * float(backbone.table().std())).requires_grad_(True)
+
+
+def plain(backbone: Backbone, rows: Sequence[Example], vectors: torch.Tensor, *, slots: int) -> torch.Tensor:
+    """Each row alone, whole."""
+    return torch.cat([target_logits(backbone, collate([row], slots=[slots]), vectors) for row in rows])
+
+
+def prepared(backbone: Backbone, rows: Sequence[Example], *, memory_share: float = 0.25) -> ConstantParts:
+    parts = ConstantParts(backbone, memory_share=memory_share)
+    parts.prepare(rows)
+    assert parts.is_used
+    return parts
+
+
+@pytest.fixture(autouse=True)
+def _short_parts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 0)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[str], Backbone]) -> None:
+    backbone = make_backbone(family)
+    rows, vectors = rows_of(backbone, template), vectors_of(backbone, template)
+    slots = len(vectors)
+    parts = prepared(backbone, rows)
+
+    wanted = plain(backbone, rows, vectors, slots=slots)
+    found = parts.logits(rows, vectors, slots=[slots] * len(rows))
+
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+    if slots:
+        (expected,) = torch.autograd.grad(torch.logsumexp(wanted, dim=-1).sum(), vectors)
+        (got,) = torch.autograd.grad(torch.logsumexp(found, dim=-1).sum(), vectors)
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_is_kept_once_for_rows_that_begin_alike(causal: Backbone) -> None:
+    rows = rows_of(causal, LATE)
+    parts = prepared(causal, rows)
+    assert parts.tokens == sum(map(len, {row.token_ids[: row.slot_positions[0]] for row in rows}))
+    before = parts.memory_bytes
+    parts.prepare(rows)
+    assert parts.memory_bytes == before > 0
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
+    room: bool, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    wanted = plain(causal, rows, vectors, slots=len(vectors))
+    one = next(iter(prepared(causal, rows[1:2])._memory.values())).nbytes
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 4 * one + 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(1 << 50) if room else 0))
+
+    with prepared(causal, rows) as parts:
+        assert parts.memory_bytes == one
+        assert (parts.disk_bytes > 0) == room
+        found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+    assert not parts.is_used
+    assert not (parts.tokens)
+    assert not (parts.memory_bytes)
+    assert not (parts.disk_bytes)
+
+
+def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    parts = prepared(causal, rows[:1])
+    wanted = plain(causal, rows, vectors, slots=len(vectors))
+    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "share"), [("bert", LATE, 0.25), ("llama", LATE, 0.0), ("llama", "[P] {text} [Y]", 0.25)]
+)
+def test_falls_back_where_it_does_not_apply(
+    family: str, template: str, share: float, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    backbone = make_backbone(family)
+    rows, vectors = rows_of(backbone, template), vectors_of(backbone, template)
+    parts = ConstantParts(backbone, memory_share=share)
+    parts.prepare(rows)
+    assert not parts.is_used
+    assert not parts.tokens
+    wanted = plain(backbone, rows, vectors, slots=len(vectors))
+    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+
+
+def test_no_gradient_reaches_what_is_kept(causal: Backbone) -> None:
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    parts = prepared(causal, rows)
+    kept = [part.clone() for part in parts._memory.values()]
+    parts.logits(rows, vectors, slots=[len(vectors)] * len(rows)).sum().backward()
+    assert all(not part.requires_grad for part in parts._memory.values())
+    assert all(torch.equal(one, other) for one, other in zip(kept, parts._memory.values(), strict=True))

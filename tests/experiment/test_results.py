@@ -1,0 +1,190 @@
+"""From cells to tables: means, intervals, spreads over seeds and paired differences, checked by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning.experiment.cells import Cell, CellResult
+from ptuning.experiment.results import Collector, Results, differences, over_records, over_tasks
+from ptuning.statistics import mean_difference, mean_score, score
+
+
+def done(
+    task: str, method: str, hits: Sequence[float], *, seed: int = 0, ranks: Sequence[int] | None = None
+) -> CellResult:
+    values: dict[str, Sequence[float]] = {"p_at_1": list(hits), "exact_match": list(hits)}
+    if ranks is not None:
+        values |= {"p_at_10": [float(rank <= 10) for rank in ranks], "mrr": [1 / rank for rank in ranks]}
+    return CellResult(Cell(task, method, seed), "done", values, 1.0)
+
+
+def by_method(*cells: CellResult) -> dict[str, dict[str, list[CellResult]]]:
+    found: dict[str, dict[str, list[CellResult]]] = {}
+    for cell in cells:
+        found.setdefault(cell.cell.task, {}).setdefault(cell.cell.method, []).append(cell)
+    return found
+
+
+def collect(*cells: CellResult, methods: Sequence[str], types: Mapping[str, str | None] | None = None) -> Results:
+    kinds = types or {cell.cell.task: None for cell in cells}
+    return Collector("lama", methods, kinds, {"command": "x"}, Path("out")).collect(cells)
+
+
+def test_one_seed_is_scored_over_records() -> None:
+    found = over_records([done("t", "manual", [1, 0, 0, 0], ranks=[1, 2, 4, 20])])
+    assert list(found) == ["p_at_1", "p_at_10", "mrr", "exact_match"]
+    assert found["p_at_1"].value == 0.25
+    assert found["p_at_10"].value == 0.75
+    assert found["mrr"].value == pytest.approx((1 + 0.5 + 0.25 + 0.05) / 4)
+    wilson = score([1.0, 0.0, 0.0, 0.0])
+    assert (found["p_at_1"].low, found["p_at_1"].high, found["p_at_1"].n) == (wilson.low, wilson.high, 4)
+    assert (found["p_at_1"].std, found["p_at_1"].seeds) == (None, 1)
+
+
+def test_several_seeds_are_a_mean_per_record_and_a_spread() -> None:
+    """Records (1, 1), (1, 0), (0, 0): means 1, 0.5, 0; the seeds' own means are 2/3 and 1/3."""
+    found = over_records([done("t", "p", [1, 1, 0]), done("t", "p", [1, 0, 0], seed=1)])["p_at_1"]
+    assert found.value == pytest.approx(0.5)
+    assert found.n == 3  # three records, whatever the number of seeds
+    assert found.seeds == 2
+    assert found.std == pytest.approx((2 * (1 / 6) ** 2) ** 0.5)
+    expected = mean_score([1.0, 0.5, 0.0])
+    assert (found.low, found.high) == (expected.low, expected.high)
+
+
+def test_seeds_that_agree_claim_no_certainty() -> None:
+    """0 of 20 with every seed is still 0 of 20: a bootstrap would give an interval of no width."""
+    one = over_records([done("t", "p", [0] * 20)])["p_at_1"]
+    several = over_records([done("t", "p", [0] * 20, seed=seed) for seed in range(3)])["p_at_1"]
+    assert (several.low, several.high) == (one.low, one.high)
+    assert several.high > 0.1
+    assert (several.std, several.seeds) == (0.0, 3)
+
+
+def test_the_mean_over_tasks_counts_each_task_once() -> None:
+    cells = [done("a", "manual", [1, 1, 1, 1, 1, 1, 1, 1]), done("b", "manual", [0, 1]), done("c", "manual", [0, 0])]
+    found = over_tasks(by_method(*cells), ["manual"])["manual"]["p_at_1"]
+    assert found.value == pytest.approx(0.5)  # not 9 of 12
+    assert (found.n, found.std, found.seeds) == (3, None, 1)
+    expected = mean_score([1.0, 0.5, 0.0])
+    assert (found.low, found.high) == (expected.low, expected.high)
+
+
+def test_the_spread_over_seeds_of_a_mean_over_tasks() -> None:
+    cells = [
+        done("a", "p", [1, 1]), done("a", "p", [1, 0], seed=1),
+        done("b", "p", [0, 0]), done("b", "p", [1, 0], seed=1),
+    ]  # fmt: skip
+    found = over_tasks(by_method(*cells), ["p"])["p"]["p_at_1"]
+    assert found.value == pytest.approx((0.75 + 0.25) / 2)
+    # Seed 0: (1 + 0) / 2, seed 1: (0.5 + 0.5) / 2. The tasks differ, the mean over them does not.
+    assert (found.std, found.seeds) == (0.0, 2)
+
+
+def test_only_seeds_that_all_tasks_have_make_a_spread() -> None:
+    """A cell that failed must not let another task's seed 0 stand beside its seed 1."""
+    cells = [
+        done("a", "p", [1, 1], seed=1), done("a", "p", [0, 0], seed=2),
+        done("b", "p", [0, 0]), done("b", "p", [1, 1], seed=1), done("b", "p", [0, 0], seed=2),
+    ]  # fmt: skip
+    found = over_tasks(by_method(*cells), ["p"])["p"]["p_at_1"]
+    assert found.value == pytest.approx((0.5 + 1 / 3) / 2)
+    assert found.seeds == 2
+    assert found.std == pytest.approx(0.5**0.5)  # seed 1: 1 and 1, seed 2: 0 and 0
+    apart = [done("a", "p", [1]), done("b", "p", [1], seed=1)]
+    alone = over_tasks(by_method(*apart), ["p"])["p"]["p_at_1"]
+    assert (alone.value, alone.std, alone.seeds) == (1.0, None, 1)
+
+
+def test_scores_that_not_all_tasks_have_are_left_out_of_their_mean() -> None:
+    cells = [done("a", "m", [1], ranks=[1]), done("b", "m", [0])]
+    assert list(over_tasks(by_method(*cells), ["m"])["m"]) == ["p_at_1", "exact_match"]
+    assert over_tasks(by_method(*cells), ["m", "never-run"]).keys() == {"m"}
+
+
+def test_differences_are_paired_over_tasks() -> None:
+    cells = [
+        done("a", "p-tuning", [1, 1]), done("a", "manual", [1, 0]),
+        done("b", "p-tuning", [1, 0]), done("b", "manual", [0, 0]),
+        done("c", "p-tuning", [0, 0]), done("c", "manual", [0, 1]),
+        done("d", "p-tuning", [1, 1]),
+    ]  # fmt: skip
+    found = differences(by_method(*cells), ["manual", "p-tuning"])
+    assert list(found) == ["p-tuning - manual"]
+    gap = found["p-tuning - manual"]["p_at_1"]
+    expected = mean_difference([0.5, 0.5, -0.5])  # d has one of the two only
+    assert (gap.value, gap.low, gap.high, gap.n) == (expected.value, expected.low, expected.high, 3)
+
+
+def test_differences_on_one_task_are_paired_over_its_records() -> None:
+    cells = [
+        done("a", "p-tuning", [1, 1, 0, 1]), done("a", "p-tuning", [1, 0, 0, 1], seed=1),
+        done("a", "manual", [0, 1, 0, 1]),
+    ]  # fmt: skip
+    gap = differences(by_method(*cells), ["manual", "p-tuning"])["p-tuning - manual"]["p_at_1"]
+    expected = mean_difference([1.0, -0.5, 0.0, 0.0])
+    assert (gap.value, gap.low, gap.high, gap.n) == (0.125, expected.low, expected.high, 4)
+
+
+def test_which_methods_are_compared() -> None:
+    names = ["majority", "manual", "p-tuning", "fine-tuning"]
+    cells = [done("a", name, [1, 0]) for name in names]
+    assert list(differences(by_method(*cells), names)) == [
+        "p-tuning - majority", "p-tuning - manual", "p-tuning - fine-tuning", "majority - manual",
+        "fine-tuning - manual",
+    ]  # fmt: skip
+    assert list(differences(by_method(*cells), ["majority", "fine-tuning"])) == []
+    assert list(differences(by_method(*cells[:2]), names)) == ["majority - manual"]
+    apart = [done("a", "p-tuning", [1]), done("b", "manual", [1])]
+    assert differences(by_method(*apart), ["manual", "p-tuning"]) == {}
+    # Written answers have no rank, ranked ones do: what both have is compared.
+    mixed = [done("a", "p-tuning", [1, 0]), done("a", "majority", [0, 0], ranks=[2, 3])]
+    assert list(differences(by_method(*mixed), names)["p-tuning - majority"]) == ["p_at_1", "exact_match"]
+
+
+def test_tables_hold_what_is_done() -> None:
+    cells = [
+        done("P1", "p-tuning", [1, 0]), done("P1", "manual", [0, 0]), done("P2", "manual", [1, 1]),
+        CellResult(Cell("P2", "p-tuning", 0), "failed", error="no room"),
+        CellResult(Cell("P3", "manual", 0), "waiting"),
+    ]  # fmt: skip
+    found = collect(*cells, methods=["manual", "p-tuning"], types={"P1": "1-1", "P2": "N-1", "P3": "N-M"})
+    assert {task: list(table) for task, table in found.tasks.items()} == {
+        "P1": ["manual", "p-tuning"], "P2": ["manual"],
+    }  # fmt: skip
+    assert (found.macro["manual"]["p_at_1"].value, found.macro["manual"]["p_at_1"].n) == (0.5, 2)
+    assert (found.macro["p-tuning"]["p_at_1"].value, found.macro["p-tuning"]["p_at_1"].n) == (0.5, 1)
+    assert list(found.by_type) == ["1-1", "N-1"]
+    assert found.by_type["1-1"]["p-tuning"]["p_at_1"].value == 0.5
+    assert list(found.by_type["N-1"]) == ["manual"]
+    assert [result.error for result in found.failed] == ["no room"]
+
+
+def test_tables_follow_further_seeds() -> None:
+    """What is kept of finished pairs is drawn again when a seed joins."""
+    collector = Collector("compare", ["p"], {"t": None}, {}, Path("out"))
+    one, two = done("t", "p", [1, 1, 1, 1]), done("t", "p", [0, 0, 0, 0], seed=1)
+    assert collector.collect([one]).tasks["t"]["p"]["p_at_1"].value == 1.0
+    both = collector.collect([one, two]).tasks["t"]["p"]["p_at_1"]
+    assert (both.value, both.seeds) == (0.5, 2)
+
+
+def test_what_is_written_can_be_read_and_is_the_same_again(tmp_path: Path) -> None:
+    cells = [done("P1", name, [1, 0, 1], ranks=[1, 3, 1]) for name in ("manual", "p-tuning")]
+    collector = Collector("lama", ["manual", "p-tuning"], {"P1": "1-1"}, {"command": "x"}, tmp_path)
+    collector.collect(cells).write()
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    saved: Any = json.loads(text)
+    assert list(saved) == [
+        "format_version", "suite", "command", "cells", "tasks", "macro", "by_type", "differences",
+    ]  # fmt: skip
+    assert saved["tasks"]["P1"]["manual"]["p_at_1"].keys() == {"value", "low", "high", "n", "std", "seeds", "lowest"}
+    assert saved["differences"]["p-tuning - manual"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
+    assert saved["cells"][0]["scores"]["p_at_1"] == pytest.approx(2 / 3)
+    Collector("lama", ["manual", "p-tuning"], {"P1": "1-1"}, {"command": "x"}, tmp_path).collect(cells).write()
+    assert (tmp_path / "results.json").read_text(encoding="utf-8") == text

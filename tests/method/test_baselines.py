@@ -1,0 +1,234 @@
+"""Methods that train nothing: majority, manual prompts, examples in context chosen without the test part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.forward import Memory
+from ptuning.data.questions import Questions, as_questions
+from ptuning.errors import ConfigError, TemplateError
+from ptuning.method import baselines
+from ptuning.method.base import Setup, Solution, Task
+from ptuning.method.baselines import (
+    example_counts,
+    filled,
+    in_context,
+    in_context_tokens,
+    majority,
+    manual,
+    manual_restricted,
+    target_tokens,
+    with_examples,
+)
+from ptuning.metrics import Answer
+from ptuning.prompt.answer import answer_records
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
+from ptuning.template.language import Template
+from tests.conftest import WARM, bound
+
+MANUAL = "[X] is [Y] ."
+WORDS = ("yes", "good", "great", "bad")
+TRAIN: list[Record] = [{"x": f"P {at}", "y": WORDS[at % 4]} for at in range(40)]
+DEV: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(6)]
+
+
+def task(train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, pattern: str = MANUAL, **more: Any) -> Task:
+    objects = tuple(sorted({row["y"] for row in [*train, *dev]}))
+    more = {"single_token": True, **more}
+    return Task(
+        "P1", as_questions(train), as_questions(dev), Template.parse(pattern), Template.parse(WARM), objects, **more
+    )
+
+
+def examples_in(solution: Solution) -> list[str]:
+    """The lines in front of the question."""
+    return str(solution.record["prompt"]).splitlines()[:-1]
+
+
+def test_the_majority_is_counted_in_the_training_part(causal: Backbone) -> None:
+    rows = [{"x": "a", "y": y} for y in ("yes", "no", " yes", "no ", "good")]
+    solution = majority(task(rows, [{"x": "b", "y": "great"}] * 9), Setup(causal))
+    assert solution.record == {"answer": "no"}  # of equally frequent ones the first in the alphabet
+    test = as_questions([{"x": "c", "y": y} for y in ("no", "yes", "good", "great")])
+    assert solution.answer(test) == [Answer("no", at == 1, at) for at in (1, 2, 3, 0)]
+
+
+def test_the_manual_prompt_is_asked_as_it_is(backbone: Backbone) -> None:
+    plain = Prompt.manual(MANUAL)
+    for closed in (None, ("yes", "bad")):
+        solution = manual(task(vocabulary=closed), Setup(backbone))
+        expected = answer_records(PromptModel(backbone), plain, Records(DEV), closed=closed, single_token=True)
+        assert solution.answer(as_questions(DEV)) == expected
+        assert solution.record == {"prompt": MANUAL}
+
+
+def test_the_restricted_prompt_chooses_among_the_tasks_objects(backbone: Backbone) -> None:
+    for single in (True, False):
+        found = manual_restricted(task(single_token=single), Setup(backbone)).answer(as_questions(DEV))
+        assert {answer.text for answer in found} <= set(WORDS)
+        assert all(answer.rank is not None and answer.rank <= 4 for answer in found)
+
+
+def test_written_answers_get_as_long_as_the_longest_training_target(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"x": "a", "y": "yes"}, {"x": "b", "y": "a good film"}]
+    here = task(rows, [{"x": "c", "y": "a good film and a bad one"}], single_token=False)
+    longest = max(example.own_tokens for example in bound(causal, MANUAL).examples(rows))
+    assert target_tokens(here, Setup(causal)) == longest
+    asked: list[int | None] = []
+
+    def answer_records(*_: object, max_tokens: int | None, **__: object) -> list[Answer]:
+        asked.append(max_tokens)
+        return []
+
+    monkeypatch.setattr(baselines, "answer_records", answer_records)
+    manual(here, Setup(causal)).answer(as_questions(DEV))
+    assert asked == [longest]
+
+
+def test_a_filled_example() -> None:
+    pieces = Template.parse("{kind}: {name!}, it is [Y] (or so).").pieces
+    assert filled(pieces, {"kind": "film", "name": "Heat", "y": "great"}) == "film: Heat, it is great (or so)."
+    causal = with_examples(Template.parse(MANUAL), TRAIN[:2], kind="causal")
+    # The examples are whole; behind the question's target such a model would see nothing.
+    assert str(causal) == f"P 0 is yes .\nP 1 is good .\n{MANUAL.removesuffix(' .')}"
+    masked = with_examples(Template.parse("So [X] is [Y] ."), TRAIN[:2], kind="masked")
+    assert str(masked) == "So P 0 is yes . So P 1 is good . So [X] is [Y] ."
+
+
+def test_an_example_is_the_text_that_the_question_would_have_been(causal: Backbone) -> None:
+    """With the target of the example in the question's place, the model reads the same sentence twice."""
+    twice = with_examples(Template.parse(MANUAL), TRAIN[:1], kind="causal")
+    (example,) = bound(causal, str(twice)).examples(TRAIN[:1])
+    read = causal.tokenizer.decode(list(example.token_ids + example.target_ids))
+    assert read.removeprefix("<s>").strip() == "P 0 is yes .\nP 0 is yes"
+
+
+def test_examples_are_those_of_the_training_part_and_drawn_by_seed(causal: Backbone) -> None:
+    known = {filled(Template.parse(MANUAL).pieces, row) for row in TRAIN}
+    found = [in_context(task(), Setup(causal, seed=seed)) for seed in (0, 0, 1, 2, 3)]
+    for solution in found:
+        lines = examples_in(solution)
+        assert lines
+        assert set(lines) <= known
+        assert len(set(lines)) == len(lines)
+        assert not any(row["x"] in str(solution.record["prompt"]) for row in DEV)
+    assert found[0].record == found[1].record
+    assert len({str(solution.record["prompt"]) for solution in found}) > 1
+    assert found[0].answer(as_questions(DEV)) == found[1].answer(as_questions(DEV))
+
+
+def test_only_as_many_examples_as_fit_are_tried(causal: Backbone) -> None:
+    """A tiny model reads 64 tokens, and an example takes about eight."""
+    tried: Any = in_context(task(), Setup(causal)).record["tried"]
+    assert [(one["settings"]["examples"], one["settings"]["draw"]) for one in tried] == [
+        (1, 0), (1, 1), (1, 2), (4, 0), (4, 1), (4, 2),
+    ]  # fmt: skip
+    few: Any = in_context(task(TRAIN[:3]), Setup(causal)).record["tried"]
+    assert {one["settings"]["examples"] for one in few} == {1}
+    long = [{"x": "the movie was great and " * 12, "y": "yes"}] * 2
+    with pytest.raises(ConfigError, match="P1: none of 2 training records fits in front of the question"):
+        in_context(task(long), Setup(causal))
+
+
+def stub(score: Callable[[int, int], float | None]) -> Callable[..., Solution]:
+    """A stand-in whose share of hits is a function of the number of examples and of how often that was tried."""
+    draws: dict[int, int] = {}
+
+    def prompt_solution(_: Task, __: Setup, template: Template, *, closed: object) -> Solution:
+        count = str(template).count("\n")
+        draws[count] = draws.get(count, -1) + 1
+        wanted = score(count, draws[count])
+
+        def answer(records: Questions) -> list[Answer]:
+            if wanted is None:
+                raise TemplateError("does not fit")
+            return [Answer("", at < wanted * len(records)) for at in range(len(records))]
+
+        return Solution(answer)
+
+    return prompt_solution
+
+
+def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {(4, 1): 5 / 6, (16, 0): 4 / 6, (32, 2): 5 / 6}
+    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
+    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    found = in_context(task(), Setup(causal))
+    assert found.record["chosen"] == {"settings": {"examples": 4, "draw": 1}, "dev_score": 5 / 6}
+    assert len(examples_in(found)) == 4  # of equal scores the first, which has fewer examples
+    tried: Any = found.record["tried"]
+    assert len(tried) == 12
+
+
+def test_a_draw_that_does_not_fit_says_nothing_of_the_next(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    scores = {(4, 0): None, (4, 1): 1.0}
+    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
+    assert in_context(task(), Setup(causal)).record["chosen"] == {
+        "settings": {"examples": 4, "draw": 1},
+        "dev_score": 1.0,
+    }
+
+
+def test_examples_in_front_of_a_masked_model(masked: Backbone) -> None:
+    solution = in_context(task(TRAIN[:4]), Setup(masked))
+    prompt = str(solution.record["prompt"])
+    assert "\n" not in prompt
+    assert prompt.endswith(f" . {MANUAL}")
+    shown = Prompt.manual(Template.parse(prompt))
+    assert solution.answer(as_questions(DEV)) == answer_records(
+        PromptModel(masked), shown, Records(DEV), single_token=True
+    )
+
+
+def test_text_that_is_a_special_token_is_not_shown_as_an_example(masked: Backbone) -> None:
+    """In a template "[MASK]" would be a second mask."""
+    special = masked.tokenizer.decode([masked.tokenizer.mask_id or 0]) or "[MASK]"
+    rows = [{"x": f"{next(iter(masked.tokenizer.special_ids))} {special}", "y": "yes"}, {"x": "Kenya", "y": "good"}]
+    solution = in_context(task(rows), Setup(masked))
+    assert str(solution.record["prompt"]) == f"Kenya is good . {MANUAL}"
+
+
+def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) -> None:
+    rows = [{"x": "Kenya", "y": "yes\nno"}]
+    assert baselines.is_multiline(task(rows))
+    assert not baselines.is_multiline(task())
+    seen: list[bool] = []
+    for train in (rows, TRAIN):
+        found = manual(task(train, single_token=False), Setup(causal)).answer(as_questions(DEV))
+        seen.append(any("\n" in answer.text for answer in found))
+    assert seen[1] is False
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_tokens_of_an_estimate_are_those_that_are_run(
+    family: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All examples in front count: once a batch for a causal model, in every row for a masked one."""
+    monkeypatch.setattr(baselines, "IN_CONTEXT_DRAWS", 1)
+    backbone = make_backbone(family)
+    assert backbone.shares_prefix == (family == "llama")  # found by a pass of its own, which is not to be counted
+    dev = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(50)]
+    here, setup = task(dev=dev), Setup(backbone)
+    ran: list[int] = []
+    real = Backbone.run
+
+    def watch(one: Backbone, embeddings: Tensor, **more: Any) -> tuple[Tensor, Memory | None]:
+        ran.append(embeddings.shape[0] * embeddings.shape[1])
+        return real(one, embeddings, **more)
+
+    monkeypatch.setattr(Backbone, "run", watch)
+    in_context(here, setup)
+    fitted = sum(ran)
+    assert in_context_tokens(here, setup, 0) == fitted
+    more = in_context_tokens(here, setup, len(dev)) - fitted
+    assert more == pytest.approx(fitted / len(example_counts(here, setup)))

@@ -1,0 +1,291 @@
+"""Methods that train: the backbone is left as it is, copies of it learn, and the best of the tries answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.data.questions import as_questions
+from ptuning.engine import passes, prefix_cache
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import ConfigError
+from ptuning.method import tuned
+from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.method.tuned import TRIED_FACTORS, bare, tried_factors
+from ptuning.metrics import Answer
+from ptuning.progress import Interrupted, Progress
+from ptuning.prompt.answer import answer_records
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record, Records
+from ptuning.template.fill import Ids
+from ptuning.template.language import Template
+from ptuning.training import step as steps
+from ptuning.training.trainer import Trainer
+
+MANUAL = "The capital of [X] is [Y] ."
+WORDS = ("yes", "good", "great", "bad")
+TRAIN: list[Record] = [{"x": name, "y": WORDS[at % 4]} for at, name in enumerate(("Kenya", "Peru", "a", "movie"))]
+DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good"}, {"x": "Kenya", "y": "great"}]
+TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
+LORA = ("manual+lora", "p-tuning+lora")
+TRAINED = ("p-tuning", *TUNING, *LORA)
+QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
+LEARNS = replace(QUICK, epochs=20, backbone_lr=5e-3, patience=20)
+
+
+def task(
+    train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, template: str = "[P:The capital] [X] [P] [Y]"
+) -> Task:
+    parsed = Template.parse(template)
+    return Task("P1", as_questions(train), as_questions(dev), Template.parse(MANUAL), parsed, WORDS, single_token=True)
+
+
+def fit(method: str, backbone: Backbone, config: TrainConfig = QUICK, **more: Any) -> Solution:
+    return METHODS[method].fit(more.pop("task", task()), Setup(backbone, config=config, **more))
+
+
+def share(answers: Sequence[Answer]) -> float:
+    return sum(answer.hit for answer in answers) / len(answers)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    fingerprint = backbone.fingerprint
+    solution = fit(method, backbone, tries=2)
+    solution.answer(as_questions(DEV))
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+    assert not backbone.model.training
+    assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+    backbone.__dict__.pop("fingerprint")
+    assert backbone.fingerprint == fingerprint
+
+
+def test_tries_share_the_text_in_front_of_the_slots(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same for every learning rate, so it is run once; afterwards nothing of it is left."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    ran: list[ConstantParts] = []
+    ids: list[Ids] = []
+    real = ConstantParts._run
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+        ran.append(parts)
+        ids.extend(group)
+        return real(parts, group)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    solution = fit("p-tuning", causal, replace(QUICK, starts=2), tries=2, task=task(template="{x} and {x} [P] [Y]"))
+    assert len(ids) == len(set(ids)) == len({row["x"] for row in (*TRAIN, *DEV)})
+    assert len(set(ran)) == 1
+    assert not ran[0].tokens
+    tried: Any = solution.record["tried"]
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize(("method", "starts"), [("p-tuning", 2), ("manual+fine-tuning", 1), ("p-tuning+lora", 2)])
+def test_only_slots_have_several_starts(
+    method: str, starts: int, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    real = Trainer.fit
+
+    def watch(trainer: Trainer, *args: Any, **options: Any) -> None:
+        began.append(trainer.config.seed)
+        real(trainer, *args, **options)
+
+    monkeypatch.setattr(Trainer, "fit", watch)
+    fit(method, causal, replace(QUICK, starts=2))
+    assert len(set(began)) == len(began) == starts
+
+
+@pytest.mark.parametrize("method", TUNING)
+def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
+    plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
+    slow = replace(LEARNS, epochs=80, patience=80)  # tiny masked models take their time
+    solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(TRAIN, TRAIN))
+    history: Any = solution.record["history"]
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0 > plain
+    assert solution.record["prompt"] == {
+        "fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL, "p-tuning+fine-tuning": "[P:The capital] [X] [P] [Y]",
+    }[method]  # fmt: skip
+    everything = sum(weight.numel() for weight in backbone.model.parameters())
+    trained: Any = solution.record["trainable_parameters"]
+    assert trained > everything if method.startswith("p-tuning") else trained == everything
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
+    """Steps so large that the last epoch is not the best one."""
+    config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
+    solution = fit(method, causal, config)
+    record: Any = solution.record
+    scores = [epoch["dev_score"] for epoch in record["history"]]
+    assert share(solution.answer(as_questions(DEV))) == record["chosen"]["dev_score"] >= max(scores)
+    if record["chosen_epoch"]:
+        chosen = record["history"][record["chosen_epoch"] - 1]
+        assert (chosen["dev_score"], chosen["dev_loss"]) == (
+            record["chosen"]["dev_score"], record["chosen"]["dev_loss"],
+        )  # fmt: skip
+
+
+def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -> None:
+    """Development targets that training speaks against."""
+    plain = answer_records(PromptModel(causal), Prompt.manual(MANUAL), Records(DEV), single_token=True)
+    dev = [{"x": row["x"], "y": answer.text} for row, answer in zip(DEV, plain, strict=True)]
+    solution = fit("manual+fine-tuning", causal, replace(QUICK, backbone_lr=0.01), task=task(dev=dev))
+    assert (solution.record["chosen_epoch"], share(plain)) == (0, 0.0)
+    assert solution.answer(as_questions(DEV)) == plain
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
+    config = replace(LEARNS, epochs=3)
+    record: Any = (several := fit(method, causal, config, tries=3, task=task(TRAIN, TRAIN))).record
+    setting = "lr" if method == "p-tuning" else "lora_lr" if method in LORA else "backbone_lr"
+    base = getattr(config, setting)
+    assert [one["settings"] for one in record["tried"]] == [{setting: base * factor} for factor in TRIED_FACTORS[:3]]
+    best = max(record["tried"], key=lambda one: (one["dev_score"], -one["dev_loss"]))
+    assert record["chosen"] == best
+    alone = fit(method, causal, replace(config, **best["settings"]), task=task(TRAIN, TRAIN))
+    assert several.answer(as_questions(DEV)) == alone.answer(as_questions(DEV))
+    assert several.record["history"][-1]["dev_loss"] == alone.record["history"][-1]["dev_loss"]  # type: ignore[index,call-overload]
+
+
+def test_the_choice_among_tries() -> None:
+    def tried(*pairs: tuple[float, float]) -> Any:
+        return [{"dev_score": score, "dev_loss": loss} for score, loss in pairs]
+
+    assert tuned._best(tried((0.2, 1.0), (0.5, 3.0), (0.4, 0.1))) == 1
+    assert tuned._best(tried((0.5, 1.0), (0.5, 0.9), (0.5, 0.9))) == 1
+    assert tuned._best(tried((0.0, 1.0))) == 0
+
+
+@pytest.mark.parametrize("tries", [0, 6])
+def test_more_tries_than_there_are_settings(causal: Backbone, tries: int) -> None:
+    assert list(tried_factors(1)) == [1.0]
+    assert len(set(tried_factors(5))) == 5
+    for method in TRAINED:
+        with pytest.raises(ConfigError, match=f"tries is {tries}; it must be a whole number from 1 to 5"):
+            fit(method, causal, tries=tries)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool, torch.dtype]]]:
+    """Per purpose: whether the model was in training mode and took gradients, and of which type it was, at each run."""
+    seen: dict[str, list[tuple[bool, bool, torch.dtype]]] = {}
+    real = passes.target_logits
+
+    def target_logits(backbone: Backbone, *args: Any) -> torch.Tensor:
+        takes = all(weight.requires_grad for weight in backbone.model.parameters())
+        purpose = "training" if torch.is_grad_enabled() else "scoring"
+        seen.setdefault(purpose, []).append((backbone.model.training, takes, backbone.dtype))
+        return real(backbone, *args)
+
+    monkeypatch.setattr(prefix_cache, "target_logits", target_logits)
+    monkeypatch.setattr(steps, "target_logits", target_logits)
+    return seen
+
+
+def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
+    config = replace(LEARNS, epochs=40, patience=40, lora_lr=0.02)
+    for method in LORA:
+        solution = fit(method, backbone, config, task=task(TRAIN, TRAIN))
+        history: Any = solution.record["history"]
+        assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+        everything = sum(weight.numel() for weight in backbone.model.parameters())
+        trained: Any = solution.record["trainable_parameters"]
+        assert (0 < trained < everything) or method == "p-tuning+lora"
+
+
+@pytest.mark.parametrize("method", TUNING)
+def test_the_backbones_own_dropout_is_on_in_training_and_off_in_scoring(
+    method: str, causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
+) -> None:
+    fit(method, causal)
+    assert set(watched["training"]) == {(True, True, torch.float32)}
+    assert set(watched["scoring"]) == {(False, False, torch.float32)}
+    assert len(watched["scoring"]) == 1 + QUICK.epochs + 1  # and once more for the record's predictions
+
+
+def test_a_bfloat16_backbone_is_tuned_in_float32(
+    causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
+) -> None:
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    solution = fit("manual+fine-tuning", causal, LEARNS, task=task(TRAIN, TRAIN))
+    assert {dtype for runs in watched.values() for _, _, dtype in runs} == {torch.float32}
+    assert causal.dtype == torch.bfloat16
+    assert share(solution.answer(as_questions(TRAIN))) == 1.0
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_seed_decides_alone(method: str, causal: Backbone) -> None:
+    def history(solution: Solution) -> list[dict[str, float]]:
+        epochs: Any = solution.record["history"]
+        return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in epochs]
+
+    one = fit(method, causal, seed=3)
+    torch.manual_seed(99)
+    two, other = fit(method, causal, seed=3), fit(method, causal, seed=4)
+    assert history(one) == history(two) != history(other)
+    assert one.answer(as_questions(DEV)) == two.answer(as_questions(DEV))
+
+
+def test_the_methods_of_one_task_see_its_templates(masked: Backbone) -> None:
+    solution = fit("p-tuning+fine-tuning", masked, task=task(template="[X] [P*2] [Y]"))
+    assert solution.record["prompt"] == "[X] [P*2] [Y]"
+    assert len(solution.answer(as_questions(DEV))) == len(DEV)
+
+
+def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
+    closed = replace(task(), vocabulary=("yes", "bad", "one"))
+    for method in TRAINED:
+        found = fit(method, causal, task=closed).answer(as_questions(DEV))
+        assert {answer.text for answer in found} <= {"yes", "bad", "one"}
+        assert 0 in {answer.rank for answer in found}  # a target that is not in it
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_stopped_it_goes_on_where_it_was(method: str, causal: Backbone, tmp_path: Path) -> None:
+    whole = fit(method, causal, tries=2)
+    asked = iter([False] * 3 + [True])
+    with pytest.raises(Interrupted):
+        fit(method, causal, tries=2, folder=tmp_path, should_stop=lambda: next(asked))
+    steps: list[Progress] = []
+    resumed = fit(method, causal, tries=2, folder=tmp_path, report=steps.append)
+    assert resumed.record["tried"] == whole.record["tried"]
+    assert len([step for step in steps if step.stage == "train"]) == 8 - 4
+    assert resumed.answer(as_questions(DEV)) == whole.answer(as_questions(DEV))
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_whole_backbones_do_not_stay_on_disk(method: str, causal: Backbone, tmp_path: Path) -> None:
+    """A comparison of many cells would fill any disk; prompts and adapters are small, and stay."""
+    fit(method, causal, folder=tmp_path, tries=2)
+    left = [] if method in TUNING else ["try-1", "try-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    for name in left:
+        assert Prompt.load(tmp_path / name).method == method
+
+
+def test_only_fields_and_target_are_left_of_a_bare_template() -> None:
+    assert str(bare(Template.parse("[Y] is the capital of [X] , {place!} in [X] ."))) == "[X] {place!} [Y]"
+    assert str(bare(Template.parse("It is [Y]"))) == "[Y]"
+
+
+def test_guesses_that_are_stuck_on_one_class_are_a_warning() -> None:
+    def evaluations(*classes: int, score: float = 0.5) -> list[dict[str, float]]:
+        return [{"guessed_classes": number, "dev_score": score} for number in classes]
+
+    assert tuned.stuck(evaluations(1, 1, 2, 1, 1)) is None
+    assert "3 evaluations in a row guessed one class" in (tuned.stuck(evaluations(2, 1, 1, 1, 2)) or "")
+    assert tuned.stuck(evaluations(1, 1, 1, score=1.0)) is None  # every row is of that class
+    assert tuned.stuck([{"dev_score": 0.0}] * 5) is None  # nothing to guess among

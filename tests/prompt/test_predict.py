@@ -1,0 +1,671 @@
+"""Using prompts: the invariants *Fast = slow* and *Alone or in company* (docs/invariants.md), and what a user may do
+wrong or strangely.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.lora import add_adapters
+from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
+from ptuning.config import Tune
+from ptuning.data.task_files import TaskFile
+from ptuning.engine import passes as model_module
+from ptuning.engine.batch import Batch, collate
+from ptuning.engine.passes import target_logits
+from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
+from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record
+from ptuning.template.fill import Example
+from ptuning.template.labels import LabelWords
+from tests.conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned
+
+TEMPLATE = "[P*2] [X] is [P] [Y]"
+CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "a good film and a bad one", "25", "great"]
+WORDS = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",), "none": ("25", "no", "Paris and Lima")})
+
+
+def with_labels(prompt: Prompt) -> Prompt:
+    """Return a prompt with this file's label words."""
+    return Prompt(prompt.template, prompt.slot_vectors, prompt.backbone, label_words=WORDS, method="test")
+
+
+def table(prompt: Prompt, backbone: Backbone) -> Tensor:
+    """Return a prompt's vectors, an empty table for a manual one."""
+    return prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
+
+
+@torch.no_grad()
+def next_log_probs(backbone: Backbone, prompt: Prompt, context: Example, written: Sequence[int]) -> Tensor:
+    """Return the log-probabilities after a context and some written tokens, without a cache and alone."""
+    ids = (*context.token_ids, *written)
+    row = Example(ids, context.slot_positions, (len(ids) - 1,), (), 0)
+    logits = target_logits(backbone, collate([row], slots=[prompt.slots]), table(prompt, backbone))[0]
+    return logits.log_softmax(-1)[: backbone.vocabulary]
+
+
+def beams_by_hand(
+    backbone: Backbone, prompt: Prompt, record: Record, *, width: int, max_tokens: int
+) -> list[tuple[list[int], float]]:
+    """Beam search as a textbook has it, one forward pass per beam and token."""
+    context, stop = bound(backbone, str(prompt.template)).contexts([record])[0], backbone.tokenizer.stop_id
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(max_tokens):
+        grown = []
+        for ids, score in beams:
+            if ids and ids[-1] == stop:
+                grown.append((ids, score))
+                continue
+            log_probs = next_log_probs(backbone, prompt, context, ids)
+            values, tokens = log_probs.topk(width)
+            grown += [([*ids, int(token)], score + float(value)) for value, token in zip(values, tokens, strict=True)]
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    return beams
+
+
+def text_of(backbone: Backbone, ids: Sequence[int]) -> str:
+    """Return a beam's text."""
+    return backbone.tokenizer.decode([token for token in ids if token != backbone.tokenizer.stop_id]).strip()
+
+
+def first_of_each(backbone: Backbone, beams: Sequence[tuple[Sequence[int], float]]) -> dict[str, float]:
+    """Return the different texts of beams with the score of the first that has each, in order."""
+    found: dict[str, float] = {}
+    for ids, score in beams:
+        found.setdefault(text_of(backbone, ids), score)
+    return found
+
+
+def same(one: Sequence[Prediction], other: Sequence[Prediction]) -> None:
+    """Check that predictions are equal up to rounding."""
+    assert [found.text for found in one] == [found.text for found in other]
+    assert [found.tokens for found in one] == [found.tokens for found in other]
+    for a, b in zip(one, other, strict=True):
+        assert [c.text for c in a.candidates] == [c.text for c in b.candidates]
+        assert [c.log_prob for c in a.candidates] == pytest.approx([c.log_prob for c in b.candidates], abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width: int) -> None:
+    """Invariant *Fast = slow*: answers are those of a search without a cache, greedy and with beams, five rows at once.
+
+    The prompt enters with the first pass, and the cache keeps it. Users of other tools got the text of a model without
+    a prompt as soon as the cache was on.
+    """
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=width, max_tokens=5)
+    scores = set()
+    for record, answer in zip(RECORDS, found, strict=True):
+        expected = beams_by_hand(backbone, prompt, record, width=width, max_tokens=5)
+        texts = first_of_each(backbone, expected)
+        assert [c.text for c in answer.candidates] == list(texts)
+        assert [c.log_prob for c in answer.candidates] == pytest.approx(list(texts.values()), abs=1e-3)
+        scores.add(round(answer.log_prob, 3))
+    assert len(scores) == len(RECORDS)  # the rows do differ
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_beams_are_sorted_and_the_best_is_no_worse_than_greedy(backbone: Backbone) -> None:
+    """Wider search finds an answer at least as likely."""
+    prompt = learned(backbone, TEMPLATE)
+    greedy = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=4)
+    wide = PromptModel(backbone).predict(RECORDS, prompt, top_k=5, max_tokens=4)
+    for one, other in zip(greedy, wide, strict=True):
+        scores = [candidate.log_prob for candidate in other.candidates]
+        assert len(scores) > 1
+        assert scores == sorted(scores, reverse=True)
+        assert other.text == other.candidates[0].text
+        assert other.log_prob >= one.log_prob - 1e-4
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k: int) -> None:
+    """Invariant *Alone or in company*: what is written depends neither on the rows beside it nor on their order."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    together = model.predict(RECORDS, prompt, top_k=top_k)
+    same(together, [model.predict([record], prompt, top_k=top_k)[0] for record in RECORDS])
+    order = random.Random(0).sample(range(len(RECORDS)), len(RECORDS))
+    shuffled = model.predict([RECORDS[index] for index in order], prompt, top_k=top_k)
+    same(shuffled, [together[index] for index in order])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone: Backbone) -> None:
+    """Invariant *Alone or in company*: each row writes until its own context is full."""
+    prompt = learned(backbone, "[P] [X] [Y]")
+    long = "a" * 200
+    rows: list[Record] = [{"x": long[: CONTEXT * 4]}, {"x": "Kenya"}]
+    lengths = [len(example.token_ids) for example in bound(backbone, "[P] [X] [Y]").contexts(rows)]
+    assert lengths[0] > 8 * lengths[1]
+    model = PromptModel(backbone)
+    together = model.predict(rows, prompt, max_tokens=12, top_k=2)
+    same(together, [model.predict([row], prompt, max_tokens=12, top_k=2)[0] for row in rows])
+    expected = beams_by_hand(backbone, prompt, rows[1], width=2, max_tokens=12)[0]
+    assert together[1].text == text_of(backbone, expected[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
+    """No position beyond the table is asked for; the last token needs no position of its own."""
+    prompt = Prompt.manual("{x!} [Y]")
+    backbone.tokenizer.stop_id = None
+    rows: list[Record] = [{"x": "'" * (CONTEXT - spare)} for spare in (0, 1, 3, 60)]
+    lengths = [len(example.token_ids) for example in bound(backbone, "{x!} [Y]").contexts(rows)]
+    assert lengths[0] == CONTEXT
+    found = PromptModel(backbone).predict(rows, prompt, max_tokens=20)
+    assert [answer.tokens for answer in found] == [min(20, CONTEXT - length + 1) for length in lengths]
+    with pytest.raises(TemplateError, match="record 2 does not fit"):
+        PromptModel(backbone).predict([{"x": "a"}, {"x": "'" * (CONTEXT + 1)}], prompt)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_long_text_leaves_room_for_the_answer(backbone: Backbone) -> None:
+    """Invariant *Only marked fields shrink*: a field is cut until the whole answer fits, not its first token alone."""
+    backbone.tokenizer.stop_id = None
+    found = PromptModel(backbone).predict([{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), max_tokens=9)
+    assert found[0].tokens == 9
+
+
+def test_without_a_stop_token_answers_run_to_their_length(causal: Backbone) -> None:
+    """A tokenizer may have no end of text."""
+    prompt = learned(causal, TEMPLATE)
+    causal.tokenizer.stop_id = None
+    found = PromptModel(causal).predict(RECORDS, prompt, max_tokens=4, top_k=2)
+    expected = [beams_by_hand(causal, prompt, record, width=2, max_tokens=4)[0] for record in RECORDS]
+    assert [answer.text for answer in found] == [text_of(causal, ids) for ids, _ in expected]
+    assert {answer.tokens for answer in found} == {4}
+
+
+def test_an_answer_may_end_at_once(causal: Backbone) -> None:
+    """A beam whose first token is the stop token is an empty answer; other beams go on beside it."""
+    prompt = learned(causal, TEMPLATE)
+    first = bound(causal, TEMPLATE).contexts(RECORDS[:1])[0]
+    causal.tokenizer.stop_id = int(next_log_probs(causal, prompt, first, []).argmax())
+    found = PromptModel(causal).predict(RECORDS[:1], prompt)[0]
+    assert (found.text, found.tokens) == ("", 0)
+    wide = PromptModel(causal).predict(RECORDS[:1], prompt, top_k=3, max_tokens=4)[0]
+    expected = beams_by_hand(causal, prompt, RECORDS[0], width=3, max_tokens=4)
+    assert [c.text for c in wide.candidates] == list(first_of_each(causal, expected))
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_an_answer_of_one_line_ends_with_its_line(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line break ends an answer, but not before it has begun; a prompt whose targets have several lines goes on."""
+    prompt = learned(backbone, TEMPLATE)
+    whole = PromptModel(backbone).predict(RECORDS[:1], replace(prompt, multiline=True), max_tokens=6)[0]
+    ids = beams_by_hand(backbone, prompt, RECORDS[0], width=1, max_tokens=6)[0][0]
+    plain = backbone.tokenizer.decode
+
+    def broken(tokens: Sequence[int]) -> str:
+        """Let the third token written be a line break, and the first one, too."""
+        return "".join("\n" if token in (ids[0], ids[2]) else f"<{plain([token])}>" for token in tokens)
+
+    monkeypatch.setattr(backbone.tokenizer, "decode", broken)
+    short = PromptModel(backbone).predict(RECORDS[:1], prompt, max_tokens=6)[0]
+    several = PromptModel(backbone).predict(RECORDS[:1], replace(prompt, multiline=True), max_tokens=6)[0]
+    assert whole.tokens == several.tokens == 6
+    assert "\n" not in short.text
+    if len({*ids[:3]}) == 3:
+        assert short.text == f"<{plain([ids[1]])}>"
+        assert several.text.startswith(short.text + "\n")
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masks_are_filled_as_by_hand(backbone: Backbone) -> None:
+    """A masked model takes the number of masks whose likeliest tokens are likeliest on average."""
+    prompt = learned(backbone, "[P*2] [X] is [P] [Y] .")
+    filled = bound(backbone, str(prompt.template))
+    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=3, max_tokens=4)
+    for record, answer in zip(RECORDS, found, strict=True):
+        tried: list[tuple[float, str, int]] = []
+        for count in (1, 2, 3, 4):
+            context = filled.contexts([record], target_tokens=count)[0]
+            with torch.no_grad():
+                logits = target_logits(backbone, collate([context], slots=[3]), table(prompt, backbone))
+            values, tokens = logits.log_softmax(-1)[:, : backbone.vocabulary].topk(3, dim=-1)
+            for place in range(3) if count == 1 else (0,):
+                text = backbone.tokenizer.decode(tokens[:, place].tolist()).strip()
+                tried.append((float(values[:, place].mean()), text, count))
+        tried.sort(key=lambda entry: -entry[0])
+        assert [c.text for c in answer.candidates] == [text for _, text, _ in tried[:3]]
+        assert (answer.text, answer.tokens) == (tried[0][1], tried[0][2])
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_masks_that_do_not_fit_are_not_tried(backbone: Backbone) -> None:
+    """A nearly full context leaves room for one mask only, which is an answer and no error."""
+    text = "a " * (CONTEXT - 4)
+    filled = bound(backbone, "{x!} [Y]")
+    room = CONTEXT - len(filled.contexts([{"x": text.strip()}])[0].token_ids)
+    assert 0 <= room < 8
+    found = PromptModel(backbone).predict([{"x": text.strip()}], Prompt.manual("{x!} [Y]"), max_tokens=20)[0]
+    assert found.tokens is not None
+    assert found.tokens <= room + 1
+    rows: list[Record] = [{"x": "a"}, {"x": text.strip()}]
+    together = PromptModel(backbone).predict(rows, Prompt.manual("{x!} [Y]"), max_tokens=20)
+    same(together, [PromptModel(backbone).predict([row], Prompt.manual("{x!} [Y]"), max_tokens=20)[0] for row in rows])
+    with pytest.raises(TemplateError, match="record 2 does not fit"):
+        PromptModel(backbone).predict([{"x": "a"}, {"x": "a " * 2 * CONTEXT}], Prompt.manual("{x!} [Y]"))
+
+
+@torch.no_grad()
+def log_probs_of(backbone: Backbone, prompt: Prompt, record: Record, text: str) -> list[float]:
+    """Return a text's log-probability token by token, alone."""
+    example = bound(backbone, str(prompt.template)).examples([record], targets=[text])[0]
+    logits = target_logits(backbone, collate([example], slots=[prompt.slots]), table(prompt, backbone)).log_softmax(-1)
+    return [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: str) -> None:
+    """Invariant *Fast = slow*: all records at once rank as with one forward pass per candidate.
+
+    Candidates of one and several tokens, by total and by mean.
+    """
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).rank(RECORDS, prompt, CANDIDATES, normalise=normalise)  # type: ignore[arg-type]
+    for record, row in zip(RECORDS, found, strict=True):
+        expected = {}
+        for text in CANDIDATES:
+            each = log_probs_of(backbone, prompt, record, text)
+            expected[text] = sum(each) / (len(each) if normalise == "mean" else 1)
+        assert {c.text: c.log_prob for c in row} == pytest.approx(expected, abs=1e-4)
+        assert [c.log_prob for c in row] == sorted(expected.values(), reverse=True) or [c.text for c in row] == sorted(
+            CANDIDATES, key=lambda text: -expected[text]
+        )
+
+
+def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
+    """``top_k`` of the ranked ones; more than there are is all of them."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    ranked = model.rank(RECORDS, prompt, CANDIDATES)
+    for top_k in (1, 3, 100):
+        found = model.predict(RECORDS, prompt, CANDIDATES, top_k=top_k)
+        assert [answer.candidates for answer in found] == [tuple(row[:top_k]) for row in ranked]
+        assert [answer.text for answer in found] == [row[0].text for row in ranked]
+        assert {answer.tokens for answer in found} == {None}
+
+
+def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tie rule of ``rank``."""
+
+    def level(_backbone: object, batch: object, _vectors: object) -> Tensor:
+        return torch.zeros(len(batch.logit_rows), causal.embedding_rows)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("ptuning.prompt.predict.target_logits", level)
+    for order in itertools.permutations(["yes", "no", "25"]):
+        mean = PromptModel(causal).rank(RECORDS, learned(causal, TEMPLATE), order, normalise="mean")
+        assert [c.text for c in mean[0]] == list(order)
+
+
+def test_many_candidates_of_many_lengths_in_bounded_passes(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's 300 candidates: no forward pass outgrows its bounds, however many one record has."""
+    letters = "abcdefgh"
+    candidates = ["".join(letters[(i // 8**k) % 8] for k in range(1 + i % 12)) + str(i) for i in range(300)]
+    sizes = []
+    real = target_logits
+
+    def spy(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+        sizes.append((batch.token_ids.numel(), len(batch.logit_rows)))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr("ptuning.prompt.predict.target_logits", spy)
+    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 400)
+    monkeypatch.setattr(model_module, "MAX_BATCH_POSITIONS", 100)
+    prompt = learned(causal, TEMPLATE)
+    found = PromptModel(causal).rank(RECORDS[:2], prompt, candidates)
+    assert max(tokens for tokens, _ in sizes) <= 400
+    assert max(positions for _, positions in sizes) <= 100
+    for record, row in zip(RECORDS, found, strict=False):
+        assert sorted(c.text for c in row) == sorted(candidates)
+        for candidate in (row[0], row[150], row[-1]):
+            expected = sum(log_probs_of(causal, prompt, record, candidate.text))
+            assert candidate.log_prob == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_classes_equal_a_loop(backbone: Backbone, normalise: str) -> None:
+    """Label words: normalised over the labels, several words and tokens per label."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    found = PromptModel(backbone).classify(RECORDS, prompt, normalise=normalise)  # type: ignore[arg-type]
+    for record, row in zip(RECORDS, found, strict=True):
+        scores = {}
+        for label, words in WORDS.words.items():
+            each = [log_probs_of(backbone, prompt, record, word) for word in words]
+            totals = [sum(one) / (len(one) if normalise == "mean" else 1) for one in each]
+            scores[label] = sum(math.exp(total) for total in totals) / len(totals)
+        total = sum(scores.values())
+        expected = {label: math.log(score / total) for label, score in scores.items()}
+        assert {c.text: c.log_prob for c in row} == pytest.approx(expected, abs=1e-3)
+        assert sum(math.exp(c.log_prob) for c in row) == pytest.approx(1.0, abs=1e-5)
+        assert [c.log_prob for c in row] == sorted((c.log_prob for c in row), reverse=True)
+
+
+def test_predict_chooses_a_label(backbone: Backbone) -> None:
+    """A prompt with label words answers with a label; candidates given by the caller win over them."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    found = model.predict(RECORDS, prompt, top_k=2)
+    assert [answer.candidates for answer in found] == [tuple(row[:2]) for row in model.classify(RECORDS, prompt)]
+    assert {answer.text for answer in model.predict(RECORDS, prompt, ["yes", "no"])} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
+    """Invariants *Alone or in company* and *Fast = slow*: each row is answered with its own prompt, or with none.
+
+    Rows [A, B, none, A, labels] in one call, by every way of using them.
+    """
+    a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
+    prompts = [a, b, Prompt.manual("The capital of [X] is [Y]"), a, with_labels(b)]
+    model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
+    for candidates, top_k in ((None, 1), (CANDIDATES, 3)):
+        together = model.predict(RECORDS, prompts, candidates, top_k=top_k)
+        alone = [
+            model.predict([row], [prompt], candidates, top_k=top_k)[0]
+            for row, prompt in zip(RECORDS, prompts, strict=True)
+        ]
+        same(together, alone)
+    ranked = model.rank(RECORDS, prompts, CANDIDATES)
+    for row, prompt, found in zip(RECORDS, prompts, ranked, strict=True):
+        single = model.rank([row], prompt, CANDIDATES)[0]
+        assert {c.text: c.log_prob for c in found} == pytest.approx({c.text: c.log_prob for c in single}, abs=1e-4)
+
+
+def test_targets_are_not_looked_at(backbone: Backbone) -> None:
+    """Prediction reads the fields of the template only."""
+    prompt = learned(backbone, TEMPLATE)
+    model = PromptModel(backbone)
+    bare: list[Record] = [{"x": record["x"]} for record in RECORDS]
+    same(model.predict(RECORDS, prompt), model.predict(bare, prompt))
+    same(model.predict(RECORDS, prompt, CANDIDATES), model.predict(bare, prompt, CANDIDATES))
+
+
+def test_zero_records(backbone: Backbone) -> None:
+    """Nothing in, nothing out."""
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    assert model.predict([], prompt) == model.predict([], prompt, CANDIDATES) == []
+    assert model.rank([], prompt, CANDIDATES) == model.classify([], prompt) == model.target_logits([], prompt) == []
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
+        (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "it must be sum or mean"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' stands twice"),
+        (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
+        (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),
+        (lambda m, p: m.predict(RECORDS, [p]), PromptError, "1 prompts for 5 records"),
+        (lambda m, p: m.classify(RECORDS, p), PromptError, "has no label words; give candidates instead"),
+        (lambda m, p: m.target_logits([{"x": "a"}], p), RecordError, r"has no target"),
+        (lambda m, p: m.target_logits([{"y": "a"}], p), TemplateError, "no field 'x'"),
+        (lambda m, p: m.predict([{"z": "a"}], p), TemplateError, "no field 'x'"),
+    ],
+)
+def test_what_a_user_may_do_wrong(
+    causal: Backbone, use: Callable[[PromptModel, Prompt], object], error: type[Exception], message: str
+) -> None:
+    """Each mistake has an error of its own, which says what is wrong and what to do."""
+    with pytest.raises(error, match=message):
+        use(PromptModel(causal), learned(causal, TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "[P] [Y]",
+        "[P:Zürich, São Tomé:] [Y]",
+        "{a} [P] {b!} [Y]",
+        "[X][X][P][Y]",
+        "{{[[[P]]] [X] [Y] .",
+        "   [P]   [X]\n\n[Y]",
+        "[P*40] [Y]",
+        "[X] [P] [Y] . And then [X] again, twice.",
+    ],
+)
+def test_strange_templates(backbone: Backbone, template: str) -> None:
+    """Without fields, with many, with [Y] in the middle: everything that parses can be used, alone as in company."""
+    prompt = learned(backbone, template)
+    model = PromptModel(backbone)
+    rows: list[Record] = [
+        {"x": text, "a": "", "b": "ß\t東京", "y": "yes"} for text in ("", "東京", "a  b", "[P*3] [Y]")
+    ]
+    same(model.predict(rows, prompt, top_k=2), [model.predict([row], prompt, top_k=2)[0] for row in rows])
+    same(
+        model.predict(rows, prompt, ["yes", "東京", "no"]),
+        [model.predict([row], prompt, ["yes", "東京", "no"])[0] for row in rows],
+    )
+
+
+def test_a_target_in_front(backbone: Backbone) -> None:
+    """[Y] first: a masked model can, a causal one says why not unless its tokenizer starts with a BOS."""
+    model = PromptModel(backbone)
+    rows: list[Record] = [{"x": "Kenya", "y": "yes"}]
+    if backbone.kind == "causal" and not backbone.tokenizer.prefix_ids:
+        with pytest.raises(TemplateError, match=r"a causal model needs something in front of \[Y\]"):
+            model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))
+        return
+    assert model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))[0].text is not None
+    assert model.target_logits(rows, Prompt.manual("[Y] is the capital of [X]"))[0].isfinite().all()
+
+
+def test_a_target_longer_than_the_context(backbone: Backbone) -> None:
+    """Said before anything is run."""
+    with pytest.raises(TemplateError, match="does not fit"):
+        PromptModel(backbone).rank([{"x": "a"}], learned(backbone, TEMPLATE), ["yes", "1 " * CONTEXT])
+
+
+def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
+    """Invariant *Only marked fields shrink*: slots and literals survive a text of thousands of tokens."""
+    prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
+    model = PromptModel(backbone)
+    rows: list[Record] = [{"x": "Nairobi 25 " * 2000, "y": "yes"}, {"x": "a", "y": "no"}]
+    same(model.predict(rows, prompt), [model.predict([row], prompt)[0] for row in rows])
+    assert model.target_logits(rows, prompt)[0].isfinite().all()
+
+
+def test_more_beams_than_words(causal: Backbone) -> None:
+    """A beam per token of the vocabulary is the most there can be."""
+    found = PromptModel(causal).predict(RECORDS[:1], learned(causal, TEMPLATE), top_k=10_000, max_tokens=1)[0]
+    every = {text_of(causal, [token]) for token in range(causal.vocabulary)}
+    assert {candidate.text for candidate in found.candidates} == every - {"\n"}
+
+
+def test_a_vocabulary_padded_in_the_model(backbone: Backbone) -> None:
+    """Rows of the embedding table that no token has are never written, and take their share of probability."""
+    backbone.vocabulary -= 40
+    prompt = learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=3)
+    allowed = {backbone.tokenizer.decode([token]).strip() for token in range(backbone.vocabulary)}
+    single = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=1)
+    assert all(answer.text in allowed for answer in single)
+    if backbone.kind == "causal":
+        for record, answer in zip(RECORDS, found, strict=True):
+            expected = beams_by_hand(backbone, prompt, record, width=1, max_tokens=3)[0]
+            assert answer.log_prob == pytest.approx(expected[1], abs=1e-3)
+
+
+def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are cleaned once each, not once per record and record."""
+    from ptuning import records
+    from ptuning.prompt import predict
+
+    calls = []
+    real = records.as_records
+
+    def counted(data: Sequence[Record]) -> records.Records:
+        calls.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr(predict, "as_records", counted)
+    rows: list[Record] = [{"x": str(index), "y": "yes"} for index in range(40)]
+    prompt = learned(causal, TEMPLATE)
+    PromptModel(causal).target_logits(rows, prompt)
+    PromptModel(causal).predict(rows, prompt, max_tokens=1)
+    PromptModel(causal).rank(rows, prompt, ["yes", "no"])
+    assert len(calls) <= 4
+
+
+def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", scale: float = 0.1) -> Prompt:
+    """Return a prompt with trained weights of its own."""
+    other = backbone.copy(share=tune == "lora")
+    if tune == "lora":
+        add_adapters(other.model, rank=2, alpha=4.0, targets="all-linear", seed=0)
+    with torch.no_grad():
+        for weight in trained_parameters(other, tune).values():
+            weight.add_(scale)
+    other.freeze()
+    return replace(
+        prompt,
+        backbone=prompt.backbone or BackboneId.of(backbone),
+        weights=TrainedWeights.of(other, backbone, tune=tune, keep="difference"),
+    )
+
+
+def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbone) -> None:
+    """Invariant *Fast = slow*: each row is answered by its own prompt's weights.
+
+    Where the prompt has none, the frozen backbone answers.
+    """
+    plain = learned(backbone, TEMPLATE)
+    prompts = [
+        plain,
+        with_weights(backbone, plain),
+        with_weights(backbone, plain, scale=0.2),
+        with_weights(backbone, plain, tune="tuned"),
+        with_weights(backbone, Prompt.manual("[X] is [Y]")),
+        Prompt.manual("[X] is [Y]"),
+    ]
+    model = PromptModel(backbone)
+    data = [{"x": "Kenya", "y": "Nairobi"}] * len(prompts)
+    before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    together, ranked = model.target_logits(data, prompts), model.rank(data, prompts, CANDIDATES)
+    written = model.predict(data, prompts, max_tokens=2)
+    for index, prompt in enumerate(prompts):
+        alone = PromptModel(backbone)
+        torch.testing.assert_close(together[index], alone.target_logits(data[:1], prompt)[0], atol=1e-5, rtol=0)
+        scores = {one.text: one.log_prob for one in alone.rank(data[:1], prompt, CANDIDATES)[0]}
+        assert {one.text: one.log_prob for one in ranked[index]} == pytest.approx(scores, abs=1e-4)
+        assert alone.predict(data[:1], prompt, max_tokens=2)[0].text == written[index].text
+    for one, other in itertools.combinations(together, 2):
+        assert not torch.allclose(one, other, atol=1e-3)
+    assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())
+
+
+def test_labels_of_a_prompt_with_trained_weights(backbone: Backbone) -> None:
+    plain = with_labels(learned(backbone, TEMPLATE))
+    model = PromptModel(backbone)
+    trained = with_weights(backbone, plain)
+    assert trained.label_words == WORDS
+    one, two = (model.classify(RECORDS, found)[0] for found in (plain, trained))
+    assert {found.text: found.log_prob for found in one} != {found.text: found.log_prob for found in two}
+
+
+def test_a_model_is_adapted_once_for_each_prompt_in_use(causal: Backbone) -> None:
+    prompt = with_weights(causal, learned(causal, TEMPLATE))
+    model = PromptModel(causal)
+    first = model.for_prompt(prompt)
+    assert model.for_prompt(replace(prompt, method="other")) is first
+    assert first.for_prompt(prompt) is first
+    assert model.for_prompt(learned(causal, TEMPLATE)) is model
+    assert len(model._adapted) == 1
+    del prompt
+    assert len(model._adapted) == 0
+
+
+# ------------------------------------------------------------------------------------------- choices, calibration
+
+CHOICE_TASK = TaskFile.parse(
+    """
+name = "choose"
+version = "1"
+normalise = "mean"
+[choices]
+from = ["first", "second", "more[]"]
+[[patterns]]
+manual = "[X] is [Y]"
+"""
+)
+ROWS = [
+    {"x": "Kenya", "first": "Nairobi", "second": "a good film and a bad one", "more": ["yes", "25"], "label": 0},
+    {"x": "the movie", "first": "great", "second": "São Tomé", "more": [], "label": 1},
+]
+
+
+def choosing(backbone: Backbone) -> Prompt:
+    """Return a learned prompt that chooses among what rows bring."""
+    return replace(learned(backbone, TEMPLATE), task=CHOICE_TASK)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_equal_a_loop(backbone: Backbone, normalise: str, calibrate: bool) -> None:
+    """Rows with different numbers of choices in one batch; what a record of "N/A" scores may be taken off."""
+    prompt, asked = choosing(backbone), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    found = PromptModel(backbone).classify(asked, prompt, normalise=normalise, calibrate=calibrate)  # type: ignore[arg-type]
+    for question, row in zip(asked, found, strict=True):
+        scores = []
+        for text in question.choices:
+            each = log_probs_of(backbone, prompt, question.record, text)
+            value = sum(each) / (len(each) if normalise == "mean" else 1)
+            if calibrate:
+                empty = log_probs_of(backbone, prompt, {"x": "N/A"}, text)
+                value -= sum(empty) / (len(empty) if normalise == "mean" else 1)
+            scores.append(value)
+        expected = torch.tensor(scores).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(
+            dict(zip(question.choices, expected, strict=True)), abs=1e-3
+        )
+        assert row == sorted(row, key=lambda candidate: -candidate.log_prob)
+
+
+def test_predict_chooses_among_what_each_row_brings_as_the_prompt_says(causal: Backbone) -> None:
+    model, prompt, asked = PromptModel(causal), choosing(causal), CHOICE_TASK.read_rows(ROWS, labelled=False)
+    by_mean = model.classify(asked, replace(prompt, normalise="mean"))
+    found = model.predict(asked, replace(prompt, normalise="mean", calibrate=False), top_k=2)
+    assert [one.candidates for one in found] == [tuple(row[:2]) for row in by_mean]
+    assert by_mean != model.classify(asked, prompt)  # the sum
+    calibrated = model.predict(asked, replace(prompt, calibrate=True), top_k=9)
+    assert [len(one.candidates) for one in calibrated] == [4, 2]
+    assert [one.candidates for one in calibrated] == [
+        tuple(row) for row in model.classify(asked, prompt, calibrate=True)
+    ]
+
+
+def test_labels_are_calibrated_by_what_an_empty_record_scores(backbone: Backbone) -> None:
+    prompt = with_labels(learned(backbone, TEMPLATE))
+    found = PromptModel(backbone).classify(RECORDS, prompt, calibrate=True)
+    for record, row in zip(RECORDS, found, strict=True):
+        scores = {}
+        for label, words in WORDS.words.items():
+            gains = [
+                sum(log_probs_of(backbone, prompt, record, word))
+                - sum(log_probs_of(backbone, prompt, {"x": "N/A"}, word))
+                for word in words
+            ]
+            scores[label] = math.log(sum(math.exp(gain) for gain in gains) / len(gains))
+        expected = torch.tensor(list(scores.values())).log_softmax(0).tolist()
+        assert {c.text: c.log_prob for c in row} == pytest.approx(dict(zip(scores, expected, strict=True)), abs=1e-3)
+
+
+def test_a_prompt_of_choices_needs_rows_that_bring_them(causal: Backbone) -> None:
+    for rows in (RECORDS, CHOICE_TASK.read_rows(ROWS).records):
+        with pytest.raises(RecordError, match="chooses among texts that each row brings, and these records have none"):
+            PromptModel(causal).predict(rows, choosing(causal))

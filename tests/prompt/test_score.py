@@ -1,0 +1,193 @@
+"""Scores of a prompt: what they count, that they are those of a slow loop, and that nothing is chosen by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.task_files import TaskFile, load_task
+from ptuning.errors import ConfigError, RecordError
+from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.score import candidates_of, prediction_rows, score_prompt
+from ptuning.records import Record, Records, as_records
+from ptuning.template.labels import LabelWords
+from tests.conftest import RECORDS, bound, learned
+
+TEMPLATE = "[P*2] [X] is [P] [Y]"
+CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
+
+
+def test_exact_match_is_what_greedy_decoding_would_write(backbone: Backbone) -> None:
+    """Invariants *Loss position = scored position* and *Fast = slow* (docs/invariants.md): as in a plain loop.
+
+    Hit by hit against the argmax of each target's logits, and the loss per token.
+    """
+    model, template = PromptModel(backbone), "[P*2] [X] is [P][Y]"
+    hits: list[float] = []
+    for seed in range(20):  # until a random prompt's likeliest token is one that a text can have there
+        prompt = learned(backbone, template, seed=seed)
+        likeliest = backbone.tokenizer.decode([int(model.target_logits(RECORDS[:1], prompt)[0][0].argmax())])
+        rows: list[Record] = [*RECORDS, *([{**RECORDS[0], "y": likeliest}] if likeliest.strip() else [])]
+        logits, examples = model.target_logits(rows, prompt), bound(backbone, template).examples(rows)
+        guesses = [tuple(one.argmax(dim=-1).tolist()) for one in logits]
+        hits = [float(guess == example.target_ids) for guess, example in zip(guesses, examples, strict=True)]
+        if any(hits):
+            break
+    assert 0 < sum(hits) < len(hits)
+    loss, count = 0.0, 0
+    for one, example in zip(logits, examples, strict=True):
+        loss -= sum(float(one.log_softmax(-1)[at, token]) for at, token in enumerate(example.target_ids))
+        count += len(example.target_ids)
+    found = score_prompt(model, as_records(rows), prompt)
+    assert list(found.hits) == hits
+    assert math.isclose(found.loss, loss / count, rel_tol=1e-4)
+    assert found.scores["exact_match"].value == sum(hits) / len(hits)
+    assert found.scores["exact_match"].n == len(rows)
+    assert set(found.scores) == {"exact_match"}
+
+
+def test_candidates_are_ranked(backbone: Backbone) -> None:
+    """Accuracy, MRR and P@10 among a closed set; a target outside of it is a miss and is counted.
+
+    Such scores depend on the set, so targets that it lacks are never left out unsaid.
+    """
+    model, prompt = PromptModel(backbone), learned(backbone, TEMPLATE)
+    data = as_records([*RECORDS[:3], {"x": "Kenya", "y": "nowhere"}])
+    found = score_prompt(model, data, prompt, candidates=CANDIDATES)
+    ranked = model.rank(data, prompt, CANDIDATES)
+    places = []
+    for record, row in zip(data, ranked, strict=True):
+        texts = [candidate.text for candidate in row]
+        places.append(texts.index(record["y"]) + 1 if record["y"] in texts else None)
+    assert found.missing == 1
+    assert found.scores["accuracy"].value == sum(place == 1 for place in places) / 4
+    assert found.scores["mrr"].value == pytest.approx(sum(1 / place for place in places if place) / 4)
+    assert "p_at_10" not in found.scores
+    many = [*CANDIDATES, *(f"city {index}" for index in range(20))]
+    wide = score_prompt(model, data, prompt, candidates=many)
+    assert wide.scores["accuracy"].value <= wide.scores["p_at_10"].value <= 0.75
+
+
+def test_a_closed_prompt_takes_no_candidates(causal: Backbone) -> None:
+    """Its targets are labels, or a row's choices; they used to be left out without a word, or to hide its accuracy."""
+    model, words = PromptModel(causal), LabelWords.parse("good=great;bad=poor")
+    task = load_task("COPA")
+    for prompt, says in (
+        (Prompt.manual("[X] is [Y]", label_words=words), "has label words"),
+        (Prompt.manual(task.manual[0], task=task), "brings its own choices"),
+    ):
+        with pytest.raises(ConfigError, match=f"the prompt {says}.*; leave the candidates"):
+            score_prompt(model, Records([{"x": "a", "y": "good"}]), prompt, candidates=["a", "b"])
+
+
+def test_candidates_that_score_the_same_rank_before_the_target(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(*_: object, **__: object) -> list[list[Candidate]]:
+        return [[Candidate("yes", -1.0), Candidate("no", -1.0)]]
+
+    monkeypatch.setattr(PromptModel, "rank", same)
+    found = score_prompt(
+        PromptModel(causal), Records([{"x": "a", "y": "yes"}]), Prompt.manual("[X] is [Y]"), candidates=["yes", "no"]
+    )
+    assert (found.scores["accuracy"].value, found.scores["mrr"].value) == (0.0, 0.5)
+
+
+def test_label_words_are_scored_by_class(backbone: Backbone) -> None:
+    """Accuracy agrees with what prediction answers."""
+    words = LabelWords({"good": ("great", "a good film"), "bad": ("terrible",)})
+    base = learned(backbone, TEMPLATE)
+    prompt = Prompt(base.template, base.slot_vectors, base.backbone, label_words=words)
+    rows: list[Record] = [{**record, "y": ("good", "bad")[index % 2]} for index, record in enumerate(RECORDS)]
+    found = score_prompt(PromptModel(backbone), as_records(rows), prompt)
+    answers = [answer.text for answer in PromptModel(backbone).predict(rows, prompt)]
+    assert list(found.hits) == [float(answer == row["y"]) for answer, row in zip(answers, rows, strict=True)]
+    assert set(found.scores) == {"accuracy"}
+
+
+def test_a_manual_prompt_is_scored_like_a_learned_one(causal: Backbone) -> None:
+    """Invariant *Identity* (docs/invariants.md), in scores: words score the same as slots and as text."""
+    filled = bound(causal, "[P:The capital of] [X] [P:is] [Y]")
+    ids = [token for token in filled.slot_start_ids if token is not None]
+    warm = Prompt.from_token_ids(filled.template, ids, causal)
+    one = score_prompt(PromptModel(causal), as_records(RECORDS), warm)
+    other = score_prompt(PromptModel(causal), as_records(RECORDS), Prompt.manual("The capital of [X] is [Y]"))
+    assert one.hits == other.hits
+    assert math.isclose(one.loss, other.loss, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "in memory holds no records, so there is nothing to score"),
+        ([{"x": "a", "y": "b"}, {"x": "c"}], "in memory, record 2: no target"),
+    ],
+)
+def test_records_that_cannot_be_scored(causal: Backbone, rows: list[Record], message: str) -> None:
+    """The error names the data and the record at fault."""
+    with pytest.raises(RecordError, match=message):
+        score_prompt(PromptModel(causal), Records(rows), learned(causal, TEMPLATE))
+
+
+def test_candidates_of_records() -> None:
+    """Different targets in order of appearance, trimmed, without those that are missing."""
+    rows: list[Record] = [{"x": "a", "y": " no"}, {"x": "b", "y": "yes"}, {"x": "c", "y": "no"}, {"x": "d"}]
+    assert candidates_of(rows) == ["no", "yes"]
+
+
+def test_rows_of_predictions(make_backbone: Callable[[str], Backbone]) -> None:
+    """One row per record for the file beside the run."""
+    backbone = make_backbone("bert")
+    data = as_records(RECORDS)
+    answers = PromptModel(backbone).predict(data, learned(backbone, TEMPLATE))
+    rows = prediction_rows(data, answers, [1.0, 0.0, 0.0, 0.0, 1.0])
+    assert [row["target"] for row in rows] == [record["y"] for record in RECORDS]
+    assert [row["prediction"] for row in rows] == [answer.text for answer in answers]
+    assert [row["hit"] for row in rows] == [True, False, False, False, True]
+    assert rows[0]["record"] == RECORDS[0]
+
+
+CHOICE_TASK = TaskFile.parse('name="c"\nversion="1"\n[choices]\nfrom=["a","b"]\n[[patterns]]\nmanual="[X] is [Y]"')
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_choices_of_rows_are_scored_as_they_are_predicted(backbone: Backbone, calibrate: bool) -> None:
+    """Accuracy is that of the answers, and the loss minus the log of what the right choices have."""
+    rows = [{"x": word, "a": "Nairobi", "b": "a good film", "label": at % 2} for at, word in enumerate(CANDIDATES)]
+    asked, model = CHOICE_TASK.read_rows(rows), PromptModel(backbone)
+    prompt = replace(learned(backbone, TEMPLATE), task=CHOICE_TASK, calibrate=calibrate)
+    found, answers = score_prompt(model, asked, prompt), model.classify(asked, prompt)
+    right = [question.choices[question.answers[0]] for question in asked]
+    assert found.hits == tuple(float(row[0].text == text) for row, text in zip(answers, right, strict=True))
+    assert found.scores["accuracy"].value == pytest.approx(sum(found.hits) / len(rows))
+    losses = [-next(c.log_prob for c in row if c.text == text) for row, text in zip(answers, right, strict=True)]
+    assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    with pytest.raises(RecordError, match="these records have none"):
+        score_prompt(model, asked.records, prompt)
+
+
+def test_a_task_has_scores_of_its_own_metrics(causal: Backbone) -> None:
+    """Macro F1 as a loop over the answers has it; a group counts as right if all of its rows are."""
+    text = (
+        'name="m"\nversion="1"\nmetrics=["macro_f1","exact_match"]\ngroup="g"\n[labels]\ngood=["great"]\nbad=["25"]\n'
+        '[[patterns]]\nmanual="[X] is [Y]"'
+    )
+    task = TaskFile.parse(text)
+    rows = [{"x": f"city {at}", "label": ("good", "bad")[at % 2], "g": at // 2} for at in range(12)]
+    asked, prompt = task.read_rows(rows), replace(learned(causal, TEMPLATE), label_words=task.label_words, task=task)
+    found = score_prompt(PromptModel(causal), asked, prompt)
+    assert list(found.scores) == ["accuracy", "macro_f1", "exact_match"]
+    said = [one.text for one in PromptModel(causal).predict(asked, prompt)]
+    f1 = []
+    for label in ("good", "bad"):
+        both = sum(one == row["label"] == label for one, row in zip(said, rows, strict=True))
+        either = said.count(label) + sum(row["label"] == label for row in rows)
+        f1.append(2 * both / either)
+    assert found.scores["macro_f1"].value == pytest.approx(sum(f1) / 2)
+    pairs = [found.hits[at] * found.hits[at + 1] for at in range(0, 12, 2)]
+    assert found.scores["exact_match"].value == pytest.approx(sum(pairs) / 6)

@@ -1,0 +1,127 @@
+"""Label words: how they are written, what is wrong with them, and their ids as they stand in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ptuning.backbone.tokenizer import TextTokenizer
+from ptuning.errors import LabelWordError, RecordError
+from ptuning.records import Records
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.labels import LabelWords
+from ptuning.template.language import Template
+
+WORDS = LabelWords({"positive": ("great", "good"), "negative": ("terrible",)})
+Bind = Callable[[str], BoundTemplate]
+
+
+@pytest.fixture
+def bind(raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> Bind:
+    def get(family: str) -> BoundTemplate:
+        tokenizer = TextTokenizer(raw_tokenizer(family), max_tokens=64)
+        return BoundTemplate(
+            Template.parse("{text} [P] It was [Y]."),
+            tokenizer=tokenizer,
+            kind="causal" if tokenizer.mask_id is None else "masked",
+        )
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "positive=great,good;negative=terrible",
+        " positive = great , good ; negative = terrible ; ",
+        ";positive=great,good;;negative=terrible",
+    ],
+)
+def test_label_words_are_read(text: str) -> None:
+    words = LabelWords.parse(text)
+    assert words == WORDS
+    assert words.labels == ("positive", "negative")
+    assert words.flat == ((0, "great"), (0, "good"), (1, "terrible"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r'label words need at least two labels, as in "positive=great,good;negative=terrible"'),
+        ("positive=great", "label words need at least two labels"),
+        ("positive;negative=terrible", r"label words 'positive' have no '='; write them as in \"positive="),
+        ("a=great;b=bad;a=good", "label 'a' stands twice in the label words"),
+        ("a=great;b=", "label 'b' has no name, no word or an empty one; write"),
+        ("a=great,;b=bad", "label 'a' has no name, no word or an empty one"),
+        ("=great;b=bad", "label '' has no name, no word or an empty one"),
+        ("a=great,good;b=bad,good", "the word 'good' stands twice, for 'a' and 'b'; each label needs words of its own"),
+    ],
+)
+def test_what_is_wrong_with_label_words_is_said(text: str, message: str) -> None:
+    with pytest.raises(LabelWordError, match=message):
+        LabelWords.parse(text)
+
+
+def test_a_label_without_words_is_refused() -> None:
+    with pytest.raises(LabelWordError, match="label 'b' has no name, no word"):
+        LabelWords({"a": ("great",), "b": ()})
+
+
+def test_a_records_label_is_known_by_its_name() -> None:
+    """Answers are keyed by name, never by position: files of one task may put their labels in another order."""
+    assert WORDS.label_of({"y": "negative"}, where="here") == 1
+    WORDS.check_records(Records([{"y": "negative"}, {"y": "positive"}]))
+    with pytest.raises(RecordError) as caught:
+        WORDS.check_records(Records([{"y": "negative"}, {"y": "postive"}], name="a.jsonl"))
+    assert str(caught.value) == (
+        "a.jsonl, record 2: 'postive' is none of the labels positive, negative. Did you mean 'positive'?"
+    )
+    with pytest.raises(RecordError, match="here: '' is none of the labels"):
+        WORDS.label_of({}, where="here")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta"])
+def test_the_ids_of_words_are_those_in_the_filled_sentence(
+    bind: Bind, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast], family: str
+) -> None:
+    """ " great" and "great" are different tokens; shown and scored is the one that stands in the sentence."""
+    raw, bound = raw_tokenizer(family), bind(family)
+    lines = WORDS.check_ids(bound, {"text": "A film."}, unknown_id=raw.unk_token_id)
+    in_sentence = [
+        raw(f"It was {word}", add_special_tokens=False)["input_ids"] for word in ("great", "good", "terrible")
+    ]
+    before = len(raw("It was", add_special_tokens=False)["input_ids"])
+    assert lines == [
+        f"{label}: '{word}' {ids[before:]}"
+        for label, word, ids in zip(
+            ["positive", "positive", "negative"], ["great", "good", "terrible"], in_sentence, strict=True
+        )
+    ]
+    if family != "bert":
+        assert in_sentence[0][before:] != raw("great", add_special_tokens=False)["input_ids"]
+    examples = WORDS.examples(bound, {"text": "A film."})
+    assert [list(example.target_ids) for example in examples] == [ids[before:] for ids in in_sentence]
+
+
+def test_words_of_two_labels_with_the_same_ids_collide(bind: Bind) -> None:
+    """BERT reads two spaces as one, so that these words cannot be told apart; of one label they may be equal."""
+    words = LabelWords({"a": ("a film",), "b": ("a  film",)})
+    with pytest.raises(
+        LabelWordError, match=r"the words 'a film' and 'a  film' of the labels 'a' and 'b' have the same to"
+    ):
+        words.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)
+    same = LabelWords({"a": ("a film", "a  film"), "b": ("yes",)})
+    assert len(same.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)) == 3
+    assert len(words.check_ids(bind("gpt2"), {"text": "x"}, unknown_id=0)) == 2
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_refused(bind: Bind) -> None:
+    """Any two such words would be the same token."""
+    words = LabelWords({"a": ("great",), "b": ("東京",)})
+    with pytest.raises(
+        LabelWordError, match=r"the word '東京' of label 'b' is unknown to the tokenizer \(ids \[1, 1\]\)"
+    ):
+        words.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)
+    assert len(words.check_ids(bind("gpt2"), {"text": "x"}, unknown_id=0)) == 2

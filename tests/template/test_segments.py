@@ -1,0 +1,110 @@
+"""Cutting the ids of a text into those of its segments, with a tokenizer whose words are plain to see.
+
+That the cuts are right for real tokenizers is in test_fill.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, Run
+
+
+class Words:
+    """Cuts text into words with the space in front, and the line breaks at its end as one; ids are first come, first
+    served. Notes each call.
+    """
+
+    prefix_ids: Ids = ()
+    suffix_ids: Ids = ()
+    mask_id: int | None = None
+    unknown_id: int | None = None
+    stop_id: int | None = None
+    line_end_id: int | None = None
+    gap = Gap()
+    decoder_ids: Ids = ()
+    special_ids: Mapping[str, int] = {}
+    max_tokens = 99
+
+    def __init__(self) -> None:
+        self.known: list[str] = []
+        self.calls: list[list[str]] = []
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        self.calls.append(list(texts))
+        return [[self.id_of(word) for word in re.findall(r"\n+\Z| ?\w+\.?|\n| ?[^\w\s]| ", text)] for text in texts]
+
+    def id_of(self, word: str) -> int:
+        if word not in self.known:
+            self.known.append(word)
+        return self.known.index(word)
+
+
+def cut(run: Run) -> tuple[list[tuple[str, list[str]]], Words]:
+    words = Words()
+    spans = Encoded(words, [run]).cut(run)
+    return [(name, [words.known[token] for token in ids]) for name, ids in spans], words
+
+
+def test_a_token_belongs_to_the_segment_in_which_it_ends() -> None:
+    run = Run(((LITERAL, "The "), ("field x", "Kenya, U.S"), (LITERAL, ". is "), (TARGET, "so")))
+    spans, words = cut(run)
+    assert spans == [
+        (LITERAL, ["The"]),
+        ("field x", [" Kenya", ",", " U."]),
+        (LITERAL, ["S.", " is"]),
+        (TARGET, [" so"]),
+    ]
+    assert len(words.calls) == 1, "all that a cut looks up is encoded in one call"
+
+
+def test_line_breaks_before_a_segment_are_those_in_front_of_a_word() -> None:
+    spans, _ = cut(Run(((LITERAL, "is\n\n"), (TARGET, "so"))))
+    assert spans == [(LITERAL, ["is", "\n", "\n"]), (TARGET, ["so"])]
+
+
+def test_an_unknown_target_has_no_tokens() -> None:
+    spans, _ = cut(Run(((LITERAL, "it is "), (TARGET, "a"), (LITERAL, " !")), is_open=True))
+    assert spans == [(LITERAL, ["it", " is"]), (TARGET, []), (LITERAL, [" !"])]
+
+
+def test_the_text_beside_an_unknown_target_is_not_swallowed_with_it() -> None:
+    """The word that stands in for the target grows together with what is glued to it."""
+    assert cut(Run(((LITERAL, "it un"), (TARGET, "a"), (LITERAL, " !")), is_open=True))[0] == [
+        (LITERAL, ["it", " un"]),
+        (TARGET, []),
+        (LITERAL, [" !"]),
+    ]
+    assert cut(Run(((LITERAL, "it "), (TARGET, "a"), (LITERAL, ".")), is_open=True))[0] == [
+        (LITERAL, ["it"]),
+        (TARGET, []),
+        (LITERAL, ["."]),
+    ]
+
+
+def test_a_target_that_grows_together_with_the_text_behind_it_leaves_none_of_itself_there() -> None:
+    """Whether all of its tokens do, or only the last: a masked model must not read the end of the answer."""
+    for target, tokens in (("Rome", [" Rome."]), ("New York", [" New", " York."])):
+        run = Run(((LITERAL, "it is "), (TARGET, target), (LITERAL, ". Yes!")))
+        assert cut(run)[0] == [(LITERAL, ["it", " is"]), (TARGET, tokens), (LITERAL, [" Yes", "!"])]
+
+
+def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
+    """A word in front is cut off again, or left out where it has grown together with the text."""
+    run = Run(((LITERAL, " is "), (TARGET, "so"))).behind_slots()
+    assert run.prefixes == ["a is ", "a is so"]
+    assert cut(run)[0] == [(LITERAL, [" is"]), (TARGET, [" so"])]
+    assert Run(((LITERAL, "s it"),)).behind_slots().lead == ""
+    merged = Run(((LITERAL, ". It "), (TARGET, "so"))).behind_slots()
+    assert merged.lead == "a"
+    assert cut(merged)[0] == [(LITERAL, [".", " It"]), (TARGET, [" so"])]
+    spaces = Run(((LITERAL, " "), (TARGET, "so"))).behind_slots()
+    assert cut(spaces)[0] == [(LITERAL, []), (TARGET, [" so"])]
+
+
+def test_a_text_that_was_not_foreseen_is_encoded_when_asked_for() -> None:
+    words = Words()
+    encoded = Encoded(words, [])
+    assert encoded["new"] == encoded["new"] == (0,)
+    assert words.calls == [[], ["new"]]

@@ -1,0 +1,286 @@
+"""Files are whole or not there, and nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ptuning import files
+from ptuning.errors import ConfigError, FileError
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_rights(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"é": [1, None, "\u2028"]})
+    assert files.read_json(tmp_path / "a.json") == {"é": [1, None, "\u2028"]}
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").endswith("}\n")
+    files.write_json_lines(tmp_path / "a.jsonl", [{"a": 1}, {"b": "é"}])
+    assert files.read_bytes(tmp_path / "a.jsonl") == '{"a": 1}\n{"b": "é"}\n'.encode()
+    assert files.sha256(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert names(tmp_path) == ["a.json", "a.jsonl"]
+
+
+@pytest.mark.parametrize("step", ["replace", "open"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old", encoding="utf-8")
+    monkeypatch.setattr(Path, step, full_disk)
+    with pytest.raises(FileError, match=r"cannot write .*a\.json: No space left on device; free some space or choose"):
+        files.write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are on the disk before the name is given to them."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(FileError, match="No space left"):
+        files.write_bytes(path, b"new" * 1000)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_other_errors_say_what_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileError, match=r"cannot read .*no\.json: No such file or directory; check the path and its"):
+        files.read_bytes(tmp_path / "no.json")
+    with pytest.raises(FileError, match=r"cannot write .*; check the path and its rights"):
+        files.write_bytes(tmp_path / "no folder" / "a", b"")
+    monkeypatch.setattr(Path, "mkdir", no_rights)
+    with pytest.raises(FileError, match=r"cannot create .*: Permission denied; check the path and its rights"):
+        files.make_folder(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": ', r"a\.json is not valid JSON \(.*\); it is damaged or was cut off"),
+        (b"\xff", r"a\.json is not valid JSON"),
+        (b"[1]", r"a\.json must hold a JSON object, and holds list"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(FileError, match=message):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_check_free(tmp_path: Path) -> None:
+    """A folder may be written if it is not there, is empty, or is to be overwritten; a file in its place never."""
+    full, empty, file = tmp_path / "full", tmp_path / "empty", tmp_path / "file"
+    full.mkdir()
+    empty.mkdir()
+    file.touch()
+    (full / "a").touch()
+    files.check_free(tmp_path / "new", overwrite=False)
+    files.check_free(empty, overwrite=False)
+    files.check_free(full, overwrite=True)
+    with pytest.raises(
+        FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"
+    ):
+        files.check_free(full, overwrite=False)
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match="file exists and is no folder; choose another output folder"):
+            files.check_free(file, overwrite=overwrite)
+    with pytest.raises(FileError, match="File name too long"):
+        files.check_free(tmp_path / ("x" * 300), overwrite=False)
+
+
+def test_check_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is asked through the nearest folder that is there."""
+    asked = []
+
+    def usage(path: Path) -> object:
+        asked.append(path)
+        return shutil._ntuple_diskusage(0, 0, 2_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    folder = tmp_path / "a" / "b"
+    files.check_room(folder, 2_000_000)
+    with pytest.raises(FileError, match=r"no room on disk for .*b: 3 MB are needed and 2 MB are free; free some space"):
+        files.check_room(folder, 3_000_000)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out"
+    with files.publish_folder(folder) as temporary:
+        (temporary / "a").write_text("new", encoding="utf-8")
+        assert not folder.exists()
+    assert (folder / "a").read_text(encoding="utf-8") == "new"
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert names(tmp_path / "deep") == ["out"]
+
+
+def test_an_overwritten_folder_loses_its_old_files(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
+        pytest.fail("the block must not run")
+    with files.publish_folder(folder, overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert names(folder) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_block_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(ZeroDivisionError), files.publish_folder(folder, overwrite=True) as temporary:
+        (temporary / "new").write_text(str(1 / 0), encoding="utf-8")
+    assert names(folder) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            full_disk()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with (
+        pytest.raises(FileError, match=r"cannot write .*out: No space left on device; free some space"),
+        files.publish_folder(folder, overwrite=True) as temporary,
+    ):
+        (temporary / "new").touch()
+    assert names(folder) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_another_process_published_meanwhile_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
+        files.write_text(make(folder) / "theirs", "")
+    assert names(folder) == ["theirs"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", no_rights)
+    with (
+        pytest.raises(FileError, match=r"cannot write beside .*: Permission denied"),
+        files.publish_folder(tmp_path / "a"),
+    ):
+        pytest.fail("the block must not run")
+
+
+def test_a_folder_behind_a_link_takes_what_is_published(tmp_path: Path) -> None:
+    """The link used to become a folder of its own, and to stay behind under another name."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    with files.publish_folder(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big" / "a").read_text(encoding="utf-8") == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "link"]
+
+
+OUTSIDE: dict[str, object] = {
+    "name": "RTE", "seed": 3, "lr": 0.5, "on": False, "words": ["a", "b"], "rows": [{"n": 1}, {"n": "2"}],
+    "none": None, "blank": " ", "far": float("inf"), "when": datetime.date(2024, 1, 1),
+}  # fmt: skip
+
+
+def test_values_from_outside_come_with_their_type() -> None:
+    found = files.Unchecked(OUTSIDE)
+    assert found.at("name").text() == found.at("name").one_of(("CB", "RTE")) == "RTE"
+    assert (found.at("seed").whole(), found.at("seed").number(), found.at("lr").number()) == (3, 3.0, 0.5)
+    assert found.at("on").flag() is False
+    assert found.at("words").texts() == [one.text() for one in found.at("words").items()] == ["a", "b"]
+    assert found.at("rows").items()[0].at("n").whole() == 1
+    assert list(found.table()) == list(OUTSIDE)
+    # What is missing and what is null are the same.
+    for key in ("none", "gone"):
+        assert found.optional(key, files.Unchecked.text) is None
+        assert found.at(key, 7).whole() == 7
+    assert found.optional("seed", files.Unchecked.whole) == 3
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda found: found.at("gone").text(), "'gone' must be text in quotation marks, and is null"),
+        (lambda found: found.at("blank").text(blank=False), "'blank' must be text in quotation marks, and is \" \""),
+        (lambda found: found.at("on").whole(), "'on' must be a whole number, and is false"),
+        (lambda found: found.at("lr").whole(), "'lr' must be a whole number, and is 0.5"),
+        (lambda found: found.at("seed").whole(least=4), "'seed' must be a whole number from 4, and is 3"),
+        (lambda found: found.at("on").number(), "'on' must be a number, and is false"),
+        (lambda found: found.at("far").number(), "'far' must be a number, and is Infinity"),
+        (lambda found: found.at("seed").flag(), "'seed' must be true or false, and is 3"),
+        (lambda found: found.at("name").one_of(("CB", "WiC")), "'name' must be one of CB, WiC, and is \"RTE\""),
+        (lambda found: found.at("name").items(), "'name' must be a list, and is \"RTE\""),
+        (lambda found: found.at("rows").texts(), "'rows' must be a list of texts, [\"...\", \"...\"], and is [{"),
+        (lambda found: found.at("rows").items()[1].at("n").whole(), "'rows #2.n' must be a whole number, and is \"2\""),
+        (lambda found: found.at("words").at("a"), "'words' must be a table of names and values, and is [\"a\", \"b\"]"),
+        (lambda found: found.at("when").text(), "'when' must be text in quotation marks, and is \"2024-01-01\""),
+        (
+            lambda found: found.at("rows").items()[0].table(known=("m", "nn")),
+            "unknown key 'rows #1.n'. Did you mean",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_from_outside_is_an_error_of_its_readers_class(
+    read: Callable[[files.Unchecked], object], message: str
+) -> None:
+    found = files.Unchecked(OUTSIDE, "x.toml, prompt 'a'", ConfigError, "write it again")
+    with pytest.raises(ConfigError) as caught:
+        read(found)
+    assert str(caught.value).startswith(f"x.toml, prompt 'a': {message}")
+    assert str(caught.value).endswith("; write it again")
+
+
+def test_an_unknown_key_names_the_closest_one() -> None:
+    with pytest.raises(FileError, match=r"^unknown key 'sed'\. Did you mean 'seed'\? Known: seed, name$"):
+        files.Unchecked({"sed": 1}).table(known=("seed", "name"))
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    message = str(files.Unchecked(list(range(1000))).wrong("a text"))
+    assert message.startswith("it must be a text, and is [0, 1, ")
+    assert message.endswith("…")
+    assert len(message) < 100
+
+
+def test_toml_and_text_name_their_file(tmp_path: Path) -> None:
+    assert files.parse_toml("a = 1", where="x.toml", error=ConfigError).at("a").whole() == 1
+    with pytest.raises(ConfigError, match=r"x\.toml is not a valid TOML file: .*line 1"):
+        files.parse_toml("a = x", where="x.toml", error=ConfigError)
+    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
+    assert files.read_text(tmp_path / "a.txt") == "é"
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"a\.txt is not UTF-8 text \(.*\); save it as UTF-8"):
+        files.read_text(tmp_path / "a.txt", error=ConfigError)

@@ -1,0 +1,104 @@
+"""What answers are worth: ranks as LAMA counts them, and the metrics of SuperGLUE's tasks, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptuning.data.questions import Question, Questions
+from ptuning.errors import TaskError
+from ptuning.metrics import Answer, score_values
+from ptuning.statistics import rows_of, value_of
+
+
+def labelled(said: str, right: str, groups: str = "") -> tuple[Questions, list[Answer]]:
+    """Rows with labels of one letter, t and f standing for true and false."""
+    names = {"t": "true", "f": "false"}
+    rows = [
+        Question({"x": str(at), "y": names.get(label, label)}, group=groups[at] if groups else None)
+        for at, label in enumerate(right)
+    ]
+    answers = [Answer(names.get(one, one), one == label) for one, label in zip(said, right, strict=True)]
+    return Questions(rows), answers
+
+
+def values(questions: Questions, answers: list[Answer], *metrics: str) -> dict[str, float]:
+    return {name: value_of(one) for name, one in score_values(answers, questions, metrics).items()}
+
+
+def test_scores_of_ranked_and_of_written_answers() -> None:
+    ranked = [Answer("a", True, 1), Answer("b", False, 4), Answer("c", False, 11)]
+    assert score_values(ranked) == {
+        "p_at_1": [1.0, 0.0, 0.0],
+        "p_at_10": [1.0, 1.0, 0.0],
+        "mrr": [1.0, 0.25, 1 / 11],
+        "exact_match": [1.0, 0.0, 0.0],
+    }
+    # Written answers are compared with the target and with nothing else.
+    assert score_values([Answer("a", True), Answer("b", False, 3)]) == {
+        "p_at_1": [1.0, 0.0],
+        "exact_match": [1.0, 0.0],
+    }
+
+
+def test_a_target_that_is_not_among_the_ranked_counts_nowhere() -> None:
+    """However short the list: one of two wrong answers used to give a reciprocal rank of a third."""
+    found = score_values([Answer("no", False, 0), Answer("yes", True, 1), Answer("no", False, 2)])
+    assert {name: list(scores) for name, scores in found.items() if isinstance(scores, list)} == {
+        "p_at_1": [0.0, 1.0, 0.0], "p_at_10": [0.0, 1.0, 1.0], "mrr": [0.0, 1.0, 0.5], "exact_match": [0.0, 1.0, 0.0],
+    }  # fmt: skip
+
+
+def test_one_metric_is_the_tasks_score() -> None:
+    questions, answers = labelled("ttf", "tft")
+    found = score_values(answers, questions, ("accuracy",))
+    assert found == {"score": [1.0, 0.0, 0.0], "accuracy": [1.0, 0.0, 0.0]}
+
+
+def test_accuracy_and_macro_f1_of_commitments() -> None:
+    """F1 of e: 2 x 1 / (2 + 1), of c: 2 x 1 / (1 + 2), of n: 0."""
+    found = values(*labelled("eec", "ecc"), "accuracy", "macro_f1")
+    assert found == pytest.approx({"accuracy": 2 / 3, "macro_f1": 2 / 3, "score": 2 / 3})
+    found = values(*labelled("eecn", "eccc"), "accuracy", "macro_f1")
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)
+    assert found["score"] == pytest.approx((2 / 4 + (2 / 3 + 2 / 4) / 3) / 2)
+
+
+def test_f1_over_answers_and_questions_wholly_right() -> None:
+    """Three questions of two answers: said true 3 times, right 3 times, both twice; the last two are wholly right."""
+    questions, answers = labelled("ttfftf", "tfffft"[:4] + "tf", "aabbcc")
+    found = score_values(answers, questions, ("f1a", "exact_match"))
+    assert value_of(found["f1a"]) == pytest.approx(2 * 2 / (3 + 2))
+    assert found["exact_match"] == [0.0, 1.0, 1.0]
+    assert value_of(found["score"]) == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert {rows_of(one) for one in found.values()} == {3}  # n counts questions
+
+
+def test_accuracy_beside_a_score_over_groups_is_over_groups_too() -> None:
+    questions, answers = labelled("tft", "ttt", "aab")
+    found = score_values(answers, questions, ("accuracy", "exact_match"))
+    assert value_of(found["accuracy"]) == pytest.approx(2 / 3)  # of three rows, not of two groups
+    assert rows_of(found["accuracy"]) == rows_of(found["exact_match"]) == 2
+
+
+def test_words_of_names() -> None:
+    """Several mentions are right; the closest one counts, and articles and points do not."""
+    choices = ("Barack Obama", "Obama", "Bush", "the Senate")
+    rows = Questions(
+        [
+            Question({"p": "", "y": "Barack Obama"}, choices, (0, 1), group="1"),
+            Question({"p": "", "y": "Bush"}, choices, (2,), group="2"),
+            Question({"p": "", "y": "the Senate"}, ("Senate", "the Senate"), (1,), group="3"),
+        ]
+    )
+    answers = [Answer("Obama", True), Answer("Obama", False), Answer("Senate", False)]
+    found = score_values(answers, rows, ("f1", "exact_match"))
+    assert found["f1"] == [1.0, 0.0, 1.0]
+    assert found["exact_match"] == [1.0, 0.0, 1.0]
+    near = score_values([Answer("Barack Bush", False)], Questions([rows[1]]), ("f1", "exact_match"))
+    assert value_of(near["f1"]) == pytest.approx(2 / 3)
+    assert near["exact_match"] == [0.0]
+
+
+def test_an_unknown_metric() -> None:
+    with pytest.raises(TaskError, match="unknown metric 'bleu'; known: accuracy"):
+        score_values([Answer("true", True)], labelled("t", "t")[0], ("bleu",))

@@ -1,0 +1,236 @@
+"""Scores against scipy and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+import tracemalloc
+
+import pytest
+from scipy import stats
+
+from ptuning.statistics import (
+    Score,
+    all_right,
+    blend,
+    correlation,
+    difference,
+    exact_match,
+    f1_of,
+    grouped,
+    macro_f1,
+    majority,
+    mean_difference,
+    mean_score,
+    normalised,
+    precision_at,
+    reciprocal_ranks,
+    rows_of,
+    score,
+    summary,
+    value_of,
+    word_f1,
+)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's interval, written out: Wilson (1927)."""
+    z = 1.959963984540054
+    p = hits / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 20), (20, 20), (1, 3), (7, 20), (311, 1000)])
+def test_a_proportion_has_wilsons_interval(hits: int, n: int) -> None:
+    found = score([1.0] * hits + [0.0] * (n - hits))
+    assert (found.value, found.n) == (hits / n, n)
+    assert (found.low, found.high) == pytest.approx(wilson(hits, n), abs=1e-9)
+    assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+
+
+def test_no_hit_in_twenty_is_no_certainty() -> None:
+    """A bootstrap over twenty zeros would claim the interval [0, 0]."""
+    found = score([0.0] * 20)
+    assert found.low == 0.0
+    assert found.high == pytest.approx(0.1611, abs=1e-4)
+
+
+def test_other_values_have_a_percentile_bootstrap() -> None:
+    draw = random.Random(0)
+    values = [draw.gauss(0.4, 0.1) for _ in range(200)]
+    found = score(values, seed=1)
+    error = 1.96 * stats.tstd(values) / math.sqrt(200)
+    assert found.value == pytest.approx(sum(values) / 200)
+    assert found.low == pytest.approx(found.value - error, abs=0.1 * error)
+    assert found.high == pytest.approx(found.value + error, abs=0.1 * error)
+    assert score(values, seed=1) == found
+    assert score(values, seed=2) != found
+
+
+def test_a_mean_of_few_values_has_students_interval() -> None:
+    """Percentiles of a bootstrap over 3 values hold the mean in 75 of 100 cases."""
+    values = [0.2, 0.5, 0.4, 0.45]
+    low, high = stats.t.interval(0.95, 3, loc=0.3875, scale=stats.sem(values))
+    found = mean_score(values)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((0.3875, low, high, 4))
+    assert low > 0
+    # No score lies beyond 0 and 1, and no difference beyond -1 and 1.
+    assert mean_score([0.0, 0.9]) == Score(0.45, 0.0, 1.0, 2)
+    assert mean_difference([0.1, 0.3]).low < 0
+    assert mean_difference([0.0, 0.9]) == Score(0.45, -1.0, 1.0, 2)
+
+
+def test_students_interval_holds_the_mean_as_often_as_it_says() -> None:
+    draw = random.Random(5)
+    held = 0
+    for _ in range(400):
+        found = mean_score([draw.gauss(0.5, 0.05) for _ in range(5)])
+        held += found.low <= 0.5 <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_one_value_or_equal_values_have_no_interval_to_show() -> None:
+    assert score([0.5]) == Score(0.5, 0.5, 0.5, 1)
+    assert score([0.5, 0.5]) == Score(0.5, 0.5, 0.5, 2)
+    assert score([0.5, 0.5]).to_json() == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
+
+
+def test_a_bootstrap_over_many_rows_fits_into_memory() -> None:
+    """All resamples of 3,000 rows at once would take half a gigabyte, and of 100,000 more than there is."""
+    tracemalloc.start()
+    score([0.5, 0.25, 1.0] * 1000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1e8
+
+
+def test_a_score_needs_a_value() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        score([])
+
+
+def test_precision_and_reciprocal_ranks() -> None:
+    assert precision_at(1, [1, 2, 10, 11]) == [1.0, 0.0, 0.0, 0.0]
+    assert precision_at(10, [1, 2, 10, 11]) == [1.0, 1.0, 1.0, 0.0]
+    assert reciprocal_ranks([1, 2, 4]) == [1.0, 0.5, 0.25]
+    assert score(reciprocal_ranks([1, 2, 4])).value == pytest.approx(7 / 12)
+
+
+def test_the_majority_of_a_tie_is_the_first_in_the_alphabet() -> None:
+    assert majority(["b", "c", "b", "c", "a"]) == "b"
+    assert majority(["c", "b", "c", "b", "a"]) == "b"
+    assert majority(["b", "a", "b"]) == "b"
+    with pytest.raises(ValueError, match="at least one target"):
+        majority([])
+
+
+# Ten rows of three labels, worked out by hand: label a 2 of (3 said, 3 right), b 2 of (4, 3), c 2 of (3, 4).
+SAID = list("aaabbbbccc")
+RIGHT = list("aacbbcabcc")
+
+
+def test_macro_f1_by_hand() -> None:
+    """F1: a = 4/6; b = 4/7; c = 4/7."""
+    assert value_of(macro_f1(SAID, RIGHT)) == pytest.approx((4 / 6 + 4 / 7 + 4 / 7) / 3)
+    # A label that is never right counts with an F1 of 0, one that stands nowhere does not count.
+    assert value_of(macro_f1(["a", "b"], ["a", "a"])) == pytest.approx((2 / 3 + 0) / 2)
+    assert value_of(macro_f1(["a"], ["a"])) == 1.0
+
+
+def test_f1_over_all_answers_is_that_of_one_label() -> None:
+    """Two questions: hits 1 of said 2, right 1; and 0 of said 0, right 1."""
+    said, right = ["true", "true", "false"], ["true", "false", "true"]
+    found = f1_of("true", said, right, ["q1", "q1", "q2"])
+    assert value_of(found) == pytest.approx(2 * 1 / (2 + 2))
+    assert rows_of(found) == 2
+    # The majority answer "false" finds nothing.
+    assert value_of(f1_of("true", ["false"] * 3, right, ["q1", "q1", "q2"])) == 0.0
+
+
+def test_a_question_is_right_if_all_of_its_answers_are() -> None:
+    assert all_right([1, 0, 1, 1], ["q1", "q1", "q2", "q3"]) == [0.0, 1.0, 1.0]
+    assert all_right([1, 1, 0], ["q1", "q2", "q1"]) == [0.0, 1.0]
+
+
+def test_the_interval_of_grouped_rows_is_over_groups() -> None:
+    """Ten rows that agree within each of two groups are two draws, not ten."""
+    hits, groups = [1.0] * 5 + [0.0] * 5, ["a"] * 5 + ["b"] * 5
+    found = summary([grouped(hits, groups)])
+    assert (found.value, found.low, found.high, found.n) == (0.5, 0.0, 1.0, 2)
+    alone = summary([grouped(hits, [str(at) for at in range(10)])])
+    assert 0.1 < alone.low < 0.5 < alone.high < 0.9
+
+
+def test_rows_of_many_groups_take_memory_by_the_row() -> None:
+    """A table of groups by rows took eight gigabytes for these."""
+    rows = 32_000
+    tracemalloc.start()
+    found = grouped([1.0] * rows, [str(number) for number in range(rows)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.over.shape == (rows, 1)
+    assert peak < 1e8
+
+
+@pytest.mark.parametrize("size", [5, 40])
+def test_the_interval_of_ratios_is_the_usual_one(size: int) -> None:
+    """With one row per group and a denominator of one, it is that of a plain mean."""
+    draw = random.Random(3)
+    values = [draw.random() for _ in range(size)]
+    plain = mean_score(values)
+    found = summary([grouped(values, [str(at) for at in range(size)])])
+    assert found.value == pytest.approx(plain.value)
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
+
+
+def test_words_of_answers_by_hand() -> None:
+    assert normalised(" The U.S. Senate,  an ally ") == "us senate ally"
+    assert exact_match("the Senate", ["House", "Senate."]) == 1.0
+    assert exact_match("Senates", ["Senate"]) == 0.0
+    # One of two words is right, and the answer has three: 2 x 1 / (2 + 3); the best answer counts.
+    assert word_f1("Barack Hussein", ["John", "Obama the Barack Two"]) == pytest.approx(2 / 5)
+    assert word_f1("Obama", ["Bush"]) == 0.0
+    assert word_f1("Obama", []) == 0.0
+    assert (word_f1("the", ["a"]), word_f1("the", ["b"])) == (1.0, 0.0)
+
+
+def test_two_scores_that_count_as_one() -> None:
+    assert blend([[1.0, 0.0], [0.5, 0.5]]) == [0.75, 0.25]
+    plain = [1.0, 0.0, 1.0]
+    assert blend([plain]) is plain
+    both = blend([[float(one == other) for one, other in zip(SAID, RIGHT, strict=True)], macro_f1(SAID, RIGHT)])
+    macro = value_of(macro_f1(SAID, RIGHT))
+    assert value_of(both) == pytest.approx((0.6 + macro) / 2)
+    assert rows_of(both) == 10
+
+
+def test_means_over_trainings_and_differences_are_paired() -> None:
+    worse = ["a"] * 10
+    one, other = macro_f1(SAID, RIGHT), macro_f1(worse, RIGHT)
+    mean = summary([one, other])
+    assert mean.value == pytest.approx((value_of(one) + value_of(other)) / 2)
+    assert mean.low <= mean.value <= mean.high
+    gap = difference([one], [other])
+    assert gap.value == pytest.approx(value_of(one) - value_of(other))
+    assert gap.low > 0  # on the same rows
+    same = difference([one], [one])
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    # Plain values are what they were: a mean per row, and the interval of it.
+    assert summary([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]) == mean_score([1.0, 0.5, 0.0])
+    assert difference([[1.0, 1.0]], [[0.0, 1.0]]) == mean_difference([1.0, 0.0])
+
+
+def test_a_score_of_no_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        value_of(macro_f1([], []))
+    with pytest.raises(ValueError, match="at least one"):
+        value_of([])
+
+
+def test_rank_correlation() -> None:
+    assert correlation([(0.1, 1.0), (0.2, 3.0), (0.9, 9.0)]) == pytest.approx(1.0)
+    assert correlation([(1, 2), (2, 1), (3, 3)]) == pytest.approx(0.5)
+    assert correlation([(1, 2), (1, 3)]) is None
+    assert correlation([]) is None

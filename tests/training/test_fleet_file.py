@@ -1,0 +1,143 @@
+"""The file of a fleet: defaults, lists, paths beside it, and messages that name prompt and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptuning.errors import ConfigError, FileError
+from ptuning.training.fleet_file import read_fleet
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "fleet.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+FULL = """
+backbone = "somewhere"
+at_once = 4
+
+[all]
+epochs = 3
+manual = "The capital of [X] is [Y]"
+
+[[prompt]]
+name = "capitals"
+data = "capitals:train"
+seed = [0, 7]
+encoder = ["lstm", "none"]
+
+[[prompt]]
+name = "mood"
+data = "mood.jsonl"
+dev = "folder:val"
+template = "{text} [P:It was] [Y]"
+labels = {good = ["great", "fine"], bad = "poor"}
+fields = {y = "label"}
+epochs = 9
+"""
+
+
+def test_a_list_makes_a_prompt_of_each_value(tmp_path: Path) -> None:
+    found = read_fleet(written(tmp_path, FULL))
+    assert (found.backbone, found.at_once) == ("somewhere", 4)
+    assert [entry.name for entry in found.entries] == [
+        "capitals-seed=0-encoder=lstm",
+        "capitals-seed=0-encoder=none",
+        "capitals-seed=7-encoder=lstm",
+        "capitals-seed=7-encoder=none",
+        "mood",
+    ]
+    assert found.entries[1].settings == {"epochs": 3, "seed": 0, "encoder": "none"}
+    assert found.entries[1].inputs == {"data": "capitals:train", "manual": "The capital of [X] is [Y]"}
+
+
+def test_a_prompts_own_template_takes_the_place_of_the_common_one(tmp_path: Path) -> None:
+    mood = read_fleet(written(tmp_path, FULL)).entries[-1]
+    assert "manual" not in mood.inputs
+    assert mood.settings == {"epochs": 9}
+
+
+@pytest.mark.parametrize(
+    ("common", "own", "given"),
+    [
+        ({"manual", "about"}, {"template"}, {"template"}),
+        ({"manual", "about"}, {"manual"}, {"manual"}),
+        ({"manual", "about"}, {"about"}, {"manual", "about"}),
+        ({"manual", "about"}, {"task"}, {"task"}),
+        ({"manual", "task"}, {"pattern"}, {"task", "pattern"}),
+        ({"template"}, {"manual", "about"}, {"manual", "about"}),
+        ({"template", "task"}, {"task"}, {"task"}),
+        ({"template"}, {"task", "manual"}, {"task", "manual"}),
+        ({"task", "pattern"}, {"manual"}, {"task", "manual"}),
+        ({"task", "pattern"}, {"template"}, {"task", "template"}),
+        ({"task", "pattern"}, {"task"}, {"task"}),
+        ({"task", "pattern"}, {"pattern"}, {"task", "pattern"}),
+        ({"template", "task"}, {"labels"}, {"template", "task", "labels"}),
+    ],
+)
+def test_a_prompts_own_way_to_a_template_leaves_no_other(
+    tmp_path: Path, common: set[str], own: set[str], given: set[str]
+) -> None:
+    """Those of ``[all]`` used to stay in part: a sentence without its template, a template without its task."""
+
+    def lines(keys: set[str], whose: str) -> str:
+        return "".join(f"{key} = {2 if key == 'pattern' else repr(f'{whose} {key}')}\n" for key in sorted(keys))
+
+    text = f"[all]\ndata = 'rows'\n{lines(common, 'common')}[[prompt]]\nname = 'one'\n{lines(own, 'own')}"
+    (found,) = read_fleet(written(tmp_path, text)).entries
+    assert found.inputs.keys() - {"data"} == given
+    assert all(str(found.inputs[key]).startswith("own") for key in own - {"pattern"})
+
+
+def test_files_beside_it_are_found_and_other_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "mood.jsonl").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    found = read_fleet(written(tmp_path, FULL))
+    assert found.entries[-1].inputs["data"] == str(tmp_path / "mood.jsonl")
+    assert found.entries[-1].inputs["dev"] == f"{tmp_path / 'folder'}:val"
+    assert found.entries[0].inputs["data"] == "capitals:train"
+
+
+def test_values_that_can_be_no_folder_are_numbered(tmp_path: Path) -> None:
+    text = '[[prompt]]\nname = "a"\ndata = "d"\ntemplate = ["[P] [X] [Y]", "[P*2] [X] [Y]"]\nlr = [0.001, 0.002]\n'
+    names = [entry.name for entry in read_fleet(written(tmp_path, text)).entries]
+    assert names == ["a-template=1-lr=0.001", "a-template=1-lr=0.002", "a-template=2-lr=0.001", "a-template=2-lr=0.002"]
+
+
+PROMPT = '[[prompt]]\nname = "a"\ndata = "d"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name = x y", ["no TOML", "line 1"]),
+        ("", ["names no prompts", "[[prompt]]"]),
+        ("prompt = 3", ["begins with [[prompt]]"]),
+        ("[al]\n" + PROMPT, ["unknown key 'al'", "Did you mean", "all"]),
+        ("backbone = 3\n" + PROMPT, ["backbone is 3", "text"]),
+        ("at_once = 0\n" + PROMPT, ["at_once is 0", "from 1"]),
+        ("at_once = true\n" + PROMPT, ["at_once is True"]),
+        ('[[prompt]]\ndata = "d"\n', ["prompt 1 has no name"]),
+        ('[[prompt]]\nname = "a"\n', ["prompt 'a'", "no data"]),
+        ('[all]\nname = "b"\n' + PROMPT, ["[all]", "each its own"]),
+        (PROMPT + "epoch = 3\n", ["prompt 'a'", "unknown key 'epoch'", "epochs"]),
+        (PROMPT + "seed = []\n", ["prompt 'a'", "seed is an empty list"]),
+        (PROMPT + "manual = 3\n", ["prompt 'a'", "manual is 3", "text"]),
+        (PROMPT + "pattern = true\n", ["pattern is True", "whole number"]),
+        (PROMPT + "labels = 3\n", ["labels is 3", "text or a table"]),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_fleet(written(tmp_path, text))
+    for part in says:
+        assert part in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"fleet\.toml"):
+        read_fleet(tmp_path / "fleet.toml")

@@ -1,0 +1,907 @@
+"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
+from ptuning.config import TrainConfig, start_seed
+from ptuning.data.questions import Questions
+from ptuning.data.reading import load_records
+from ptuning.data.task_files import TaskFile
+from ptuning.engine import prefix_cache as constants
+from ptuning.engine.batch import Batch
+from ptuning.engine.evaluate import Evaluation
+from ptuning.engine.passes import target_logits
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import (
+    BackboneError,
+    ConfigError,
+    FileError,
+    PTuningError,
+    RecordError,
+    TemplateError,
+    TrainingError,
+)
+from ptuning.files import Json
+from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, Progress
+from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
+from ptuning.prompt.score import score_prompt
+from ptuning.records import Record, as_records
+from ptuning.template.fill import Ids
+from ptuning.template.labels import LabelWords
+from ptuning.training.checkpoint import CHECKPOINT_FILE
+from ptuning.training.run import Run, TrainResult, train
+from ptuning.training.trainer import Trainer
+from tests.conftest import RECORDS, make_model
+
+TEMPLATE = "[P*2] [X] [P:is] [Y]"
+FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
+SLOW = {"epochs": 6, "batch_size": 4, "checkpoint_seconds": 0.0}
+FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99, "dropout": 0.2}
+
+
+def run(
+    backbone: Backbone, out: Path | None = None, data: list[Record] | Questions | None = None, **options: Any
+) -> TrainResult:
+    """Train with fast settings."""
+    config = TrainConfig.from_json({**FAST, **options.pop("settings", {})})
+    return train(options.pop("template", TEMPLATE), data or FACTS, backbone=backbone, config=config, out=out, **options)
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """Ask to stop after some steps."""
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= steps
+
+
+def timeless(value: Json) -> Json:
+    """Take out of a record what depends on the clock."""
+    if isinstance(value, dict):
+        return {key: timeless(one) for key, one in value.items() if "second" not in key}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
+    """A run leaves prompt, record and predictions; no checkpoint, nothing half-written."""
+    result = run(backbone, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE)
+    )
+    record = json.loads((tmp_path / "out" / RUN_FILE).read_text(encoding="utf-8"))
+    assert record == json.loads(json.dumps(result.record))
+    assert [part["rows"] for part in (record["data"]["train"], record["data"]["dev"])] == [9, 2]
+    assert record["data"]["test"] is None
+    assert (record["tune"], record["slots"], record["stopped_early"]) == ("frozen", 3, False)
+    assert len(record["history"]) == 2
+    assert record["backbone"]["fingerprint"] == backbone.fingerprint
+    assert record["trainable_parameters"] > 0
+    assert record["frozen_parameters"] == backbone.parameters
+    assert record["settings"]["template"] == TEMPLATE
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2
+    chosen = [record["start"], *record["history"]][record["chosen_epoch"]]
+    assert sum(row["hit"] for row in rows) / 2 == chosen["dev_score"] == result.prompt.scores["exact_match"]
+    assert result.prompt.scores["loss"] == chosen["dev_loss"]
+
+
+def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path) -> None:
+    """Invariant *Saved is what was trained*: loaded, it has bit-equal vectors and logits."""
+    result = run(backbone, tmp_path / "out")
+    loaded = Prompt.load(tmp_path / "out")
+    assert loaded.slot_vectors is not None
+    assert result.prompt.slot_vectors is not None
+    assert torch.equal(loaded.slot_vectors, result.prompt.slot_vectors)
+    model = PromptModel(backbone)
+    for one, other in zip(
+        model.target_logits(RECORDS, loaded), model.target_logits(RECORDS, result.prompt), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_the_record_s_scores_are_those_of_a_separate_call(
+    causal: Backbone, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Loss position = scored position*: what training reports on the development part is what ``eval`` finds
+    there for the chosen epoch.
+    """
+    real = Trainer._consider
+
+    def consider(self: Trainer, found: Evaluation, *, epoch: int) -> None:
+        if epoch <= chosen:
+            real(self, found, epoch=epoch)
+
+    monkeypatch.setattr(Trainer, "_consider", consider)
+    result = run(causal, dev=FACTS[:4], settings={"learn_to_stop": False})
+    assert result.record["chosen_epoch"] == chosen
+    found = score_prompt(PromptModel(causal), as_records(FACTS[:4]), result.prompt)
+    assert found.scores["exact_match"].value == result.prompt.scores["exact_match"]
+    assert found.loss == pytest.approx(result.prompt.scores["loss"], abs=1e-5)
+
+
+def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> None:
+    """Invariant *Seeds are separate*: two runs with one seed give the same bytes, whatever the global generator did.
+
+    Another seed gives others.
+    """
+    for name in ("one", "two"):
+        torch.manual_seed(hash(name))
+        run(backbone, tmp_path / name)
+    for file in (VECTORS_FILE, MANIFEST_FILE, CARD_FILE):
+        one, two = ((tmp_path / name / PROMPT_FOLDER / file).read_bytes() for name in ("one", "two"))
+        assert one == two
+    assert (tmp_path / "one" / PREDICTIONS_FILE).read_bytes() == (tmp_path / "two" / PREDICTIONS_FILE).read_bytes()
+    one, two = (json.loads((tmp_path / name / RUN_FILE).read_text()) for name in ("one", "two"))
+    assert timeless(one) == timeless(two)
+    other = run(backbone, tmp_path / "other", settings={"seed": 1})
+    assert other.prompt.seed == 1
+    vectors = [(tmp_path / name / PROMPT_FOLDER / VECTORS_FILE).read_bytes() for name in ("one", "other")]
+    assert vectors[0] != vectors[1]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_interrupted_and_resumed(causal: Backbone, tmp_path: Path, steps: int) -> None:
+    """Invariant *Resume is exact*: stopped in the middle of an epoch, at its end and in the next.
+
+    The checkpoint goes when the run is done.
+    """
+    whole = run(causal, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", should_stop=after(steps))
+    assert (tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE).is_file()
+    assert not (tmp_path / "cut" / RUN_FILE).exists()
+    resumed = run(causal, tmp_path / "cut", resume=True)
+    assert timeless(dict(resumed.record)) == timeless(dict(whole.record))
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, two = ((tmp_path / name / PROMPT_FOLDER / file).read_bytes() for name in ("whole", "cut"))
+        assert one == two
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+def command(folder: Path, model: Path, *more: str) -> list[str]:
+    """Return a training command that takes a while and writes a checkpoint after every step."""
+    settings = [f"--set={name}={value}" for name, value in {**FAST, **SLOW}.items()]
+    files = ["--data", str(folder / "train.jsonl"), "--backbone", str(model), "--out", str(folder / "cut")]
+    return [
+        *(sys.executable, "-m", "ptuning", "train", *files, "--template", TEMPLATE),
+        *("--dtype", "float32", "--device", "cpu", *settings, *more),
+    ]
+
+
+def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
+    """Invariant *Resume is exact*: killed at three random moments, resumed each time.
+
+    It ends with the bytes of an undisturbed run.
+    """
+    rows: list[Record] = [
+        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    model = model_folder("llama")
+    checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    moments = random.Random(time.time_ns())
+    for kill in range(3):
+        before = checkpoint.read_bytes() if checkpoint.exists() else b""
+        more = ["--resume"] if kill else []
+        process = subprocess.Popen(
+            command(tmp_path, model, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists() or checkpoint.read_bytes() == before:
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.2))
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
+    run(backbone, tmp_path / "cut", data, settings=SLOW, resume=True)
+    run(backbone, tmp_path / "whole", data, settings=SLOW)
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        assert (tmp_path / "cut" / PROMPT_FOLDER / file).read_bytes() == (
+            tmp_path / "whole" / PROMPT_FOLDER / file
+        ).read_bytes()
+    one, two = (json.loads((tmp_path / name / RUN_FILE).read_text()) for name in ("cut", "whole"))
+    assert timeless(one["history"]) == timeless(two["history"])
+    assert not [path for path in (tmp_path / "cut").rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Resume is exact*: a run is finished when its record is written; until then resuming ends it."""
+    whole = run(causal, tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ptuning.training.run.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(causal, tmp_path / "cut")
+    (tmp_path / "cut" / ".prompt.x.old").mkdir()  # a kill between two renames leaves one
+    steps: list[Progress] = []
+    resumed = run(causal, tmp_path / "cut", resume=True, report=steps.append)
+    assert not [step for step in steps if step.stage == "train"]
+    assert timeless(dict(resumed.record)) == timeless(dict(whole.record))
+
+
+def test_resuming_a_finished_run_returns_it(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant *Resume is exact*: resuming a finished run takes no step and touches no file."""
+    run(causal, tmp_path / "out")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")}
+    steps: list[Progress] = []
+    again = run(causal, tmp_path / "out", resume=True, report=steps.append)
+    assert steps == []
+    assert again.record == json.loads((tmp_path / "out" / RUN_FILE).read_text(encoding="utf-8"))
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_resume_of_nothing_starts(causal: Backbone, tmp_path: Path) -> None:
+    """A command that is repeated with --resume works the first time too."""
+    assert run(causal, tmp_path / "out", resume=True).record["stopped_early"] is False
+
+
+def other_backbone(folder: Path) -> Backbone:
+    """Return a backbone of the same size and another seed."""
+    make_model("llama", folder, seed=5)
+    return load_backbone(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_resume_of_another_run_names_the_difference(causal: Backbone, tmp_path: Path, finished: bool) -> None:
+    """Invariant *Resume is exact*: a run goes on as it began, or not at all.
+
+    Settings, data, template, label words and backbone: each difference is named, with both values.
+    """
+    out = tmp_path / "out"
+    if finished:
+        run(causal, out)
+    else:
+        with pytest.raises(Interrupted):
+            run(causal, out, should_stop=after(2))
+    (tmp_path / "m").mkdir()
+    cases: list[tuple[str, Backbone, dict[str, Any]]] = [
+        (r"lr was 0\.01 and is 0\.5", causal, {"settings": {"lr": 0.5}}),
+        (r"seed was 0 and is 7", causal, {"settings": {"seed": 7}}),
+        (r"epochs was 2 and is 3\. Repeat the command as it was", causal, {"settings": {"epochs": 3}}),
+        (r"template was .* and is \[P\*3\]", causal, {"template": "[P*3] [X] [Y]"}),
+        (r"train data \(sha256\) was \w+ and is \w+", causal, {"data": [*FACTS, {"x": "new", "y": "no"}]}),
+        (r"dev data \(sha256\) was \w+ and is \w+", causal, {"dev": FACTS[:2]}),
+        (r"label_words was None and is \{", causal, {"labels": "yes=great;no=bad;São Tomé=25"}),
+        (r"backbone fingerprint was [\w-]+ and is [\w-]+", other_backbone(tmp_path / "m"), {}),
+    ]
+    for message, backbone, options in cases:
+        data = options.pop("data", None)
+        with pytest.raises(TrainingError, match=rf"cannot resume from .*out.*: .*{message}"):
+            run(backbone, out, data, resume=True, **options)
+
+
+def test_what_may_differ_on_resume(causal: Backbone, tmp_path: Path) -> None:
+    """How often a checkpoint is written changes nothing that is trained."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "out", should_stop=after(2))
+    run(causal, tmp_path / "out", resume=True, settings={"checkpoint_seconds": 5.0})
+
+
+def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant *Resume is exact*: damage is an error with a way out, and the way out works."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(causal, out, should_stop=after(2))
+    path = out / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match=r"is damaged .*start anew with --overwrite"):
+        run(causal, out, resume=True)
+    run(causal, out, overwrite=True)
+    (out / RUN_FILE).write_text('{"settings": {}, "data": ')
+    with pytest.raises(FileError, match="is not valid JSON"):
+        run(causal, out, resume=True)
+    for text in ('{"settings": [], "data": {}, "backbone": {}}', "{}", '{"settings": {}, "data": {}, "backbone": {}}'):
+        (out / RUN_FILE).write_text(text)
+        with pytest.raises(PTuningError, match=r"run.json is damaged|cannot resume"):
+            run(causal, out, resume=True)
+
+
+def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
+    """Nothing is overwritten unasked; and when asked, nothing of the earlier run is left."""
+    out = tmp_path / "out"
+    first = run(causal, out)
+    with pytest.raises(FileError, match=r"exists and is not empty"):
+        run(causal, out, settings={"seed": 1})
+    assert Prompt.load(out).seed == first.prompt.seed == 0
+    with pytest.raises(Interrupted):
+        run(causal, out, overwrite=True, settings={"seed": 1}, should_stop=after(1))
+    assert sorted(path.name for path in out.iterdir()) == [CHECKPOINT_FOLDER]
+    run(causal, out, overwrite=True, settings={"seed": 2})
+    assert Prompt.load(out).seed == 2
+
+
+def test_a_run_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Path) -> None:
+    """The earlier run used to be removed before it was known that the new one can be made."""
+    out = tmp_path / "out"
+    run(causal, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(BackboneError, match="nonsense"):
+        run(causal, out, overwrite=True, settings={"tune": "lora", "lora_targets": "nonsense"})
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(causal, out, should_stop=after(2))
+    (out / ".prompt.abc.tmp").mkdir()
+    (out / ".prompt.abc.tmp" / "weights").write_bytes(b"half")
+    (out / ".run.json.12.tmp").write_bytes(b"half")
+    (out / ".prompt.abd.old").mkdir()
+    run(causal, out, resume=how == "resume", overwrite=how == "overwrite")
+    assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
+
+
+@pytest.mark.parametrize("lr", [1e38, 1e308])
+def test_a_learning_rate_that_overflows_is_an_error_of_training(lr: float, causal: Backbone) -> None:
+    with pytest.raises(TrainingError, match=r"overflows .*; lower the learning rate|the loss became nan"):
+        run(causal, settings={"lr": lr, "warmup_fraction": 0.0})
+
+
+def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
+    """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
+    for tune in ("frozen", "tuned", "lora"):
+        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' stand behind \[Y\]"):
+            run(causal, tmp_path / tune, template="[X] [Y] [P*3]", settings={"tune": tune})
+        assert not (tmp_path / tune).exists()
+
+
+def test_gradients_that_are_off_outside(causal: Backbone) -> None:
+    with torch.no_grad():
+        first = run(causal)
+    with torch.inference_mode():
+        second = run(causal)
+    assert first.prompt.slot_vectors is not None
+    assert second.prompt.slot_vectors is not None
+    assert torch.equal(first.prompt.slot_vectors, second.prompt.slot_vectors)
+
+
+def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
+    """Neither resume nor a plain run writes among a user's files; overwrite leaves them alone."""
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(FileError, match="exists and is not empty"):
+            run(causal, tmp_path, resume=resume)
+    run(causal, tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"template": "[X] is [Y]"}, TemplateError, "has no slots, so there is nothing to learn"),
+        ({"settings": {"tune": "lora", "lora_targets": "nowhere"}}, PTuningError, "takes no adapters on 'nowhere'"),
+        ({"template": "[P] [X]"}, TemplateError, r"needs one \[Y\]"),
+        ({"template": "[P] {z} [Y]"}, TemplateError, "no field 'z'"),
+        ({"data": [{"x": "a", "y": "b"}, {"x": "c"}]}, RecordError, "record 2: no target"),
+        ({"data": [{"x": "a", "y": "b"}]}, RecordError, "too few different records to set some aside"),
+        ({"dev": []}, FileError, r"the dev data \(in memory\) holds no records"),
+        ({"labels": "yes=great;no=bad"}, RecordError, "'São Tomé' is none of the labels"),
+        ({"labels": "yes=great"}, PTuningError, "at least two labels"),
+        ({"data": [{"x": "a", "y": "1 " * 200}, {"x": "b", "y": "c"}]}, TemplateError, "does not fit"),
+        ({"resume": True, "out": None}, ConfigError, "nothing to resume without the folder"),
+    ],
+)
+def test_errors_before_anything_is_written(
+    causal: Backbone, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """The error is that of the stage at fault, and no folder appears."""
+    with pytest.raises(error, match=message):
+        run(causal, **{"out": tmp_path / "out", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_no_test_data(causal: Backbone) -> None:
+    """The test part is asked once, by a call of its own after training.
+
+    There is no way to hand it over before, and other fields of a record change nothing.
+    """
+    assert "test" not in inspect.signature(train).parameters
+    plain = run(causal).prompt
+    marked = run(causal, data=[{**record, "test": record["y"] * 2} for record in FACTS], dev=None).prompt
+    assert plain.slot_vectors is not None
+    assert marked.slot_vectors is not None
+    assert plain.slot_vectors.shape == marked.slot_vectors.shape
+
+
+def test_dev_data_chooses_only(causal: Backbone) -> None:
+    """The development part chooses and does not train: with its answers permuted, the same epochs are trained."""
+    dev = FACTS[:6]
+    turned = [{**record, "y": other["y"]} for record, other in zip(dev, dev[1:] + dev[:1], strict=True)]
+    one, other = run(causal, dev=dev).record, run(causal, dev=turned).record
+    losses = [[epoch["train_loss"] for epoch in found["history"]] for found in (one, other)]  # type: ignore[union-attr, index, call-overload]
+    assert losses[0] == losses[1]
+    assert one["history"] != other["history"]
+
+
+def test_label_words(backbone: Backbone, tmp_path: Path) -> None:
+    """Classification: words as text or object, the same run; saved with the prompt."""
+    text = "yes=great,good;no=bad;São Tomé=25"
+    words = LabelWords({"yes": ("great", "good"), "no": ("bad",), "São Tomé": ("25",)})
+    one = run(backbone, tmp_path / "one", labels=text)
+    two = run(backbone, tmp_path / "two", labels=words)
+    assert one.prompt.label_words == two.prompt.label_words == words
+    assert Prompt.load(tmp_path / "one").label_words == words
+    names = [(tmp_path / name / PROMPT_FOLDER / VECTORS_FILE).read_bytes() for name in ("one", "two")]
+    assert names[0] == names[1]
+    assert set(one.prompt.scores) == {"accuracy", "loss"}
+    answers = PromptModel(backbone).predict(FACTS, one.prompt)
+    assert {answer.text for answer in answers} <= set(words.words)
+
+
+def test_without_a_folder_nothing_is_written(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For notebooks."""
+    monkeypatch.chdir(tmp_path)
+    result = run(causal)
+    assert result.folder is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ceiling_is_measured_when_asked(causal: Backbone) -> None:
+    """The record has the bare backbone's speed, which no training can exceed, beside the run's own."""
+    assert "ceiling_tokens_per_second" not in run(causal).record
+    found = run(causal, ceiling=True).record["ceiling_tokens_per_second"]
+    assert isinstance(found, float)
+    assert found > 0
+
+
+def test_a_moved_run_can_be_resumed(causal: Backbone, tmp_path: Path) -> None:
+    """A checkpoint holds no paths."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "here", should_stop=after(2))
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert run(causal, tmp_path / "there", resume=True).record["chosen_epoch"] is not None
+
+
+def test_of_several_starts_the_best_one_is_kept(causal: Backbone, tmp_path: Path) -> None:
+    """``--starts K``: each from a draw of its own, the first as it would be alone, chosen on the development part."""
+    found = run(causal, tmp_path / "three", settings={"starts": 3})
+    alone = run(causal, tmp_path / "one")
+    listed: Any = json.loads(json.dumps(found.record["starts"]))
+    assert [start["seed"] for start in listed] == [start_seed(0, number) for number in range(3)]
+    assert listed[0]["seed"] == 0
+    keys = [(start["dev_score"], -start["dev_loss"]) for start in listed]
+    assert keys[0] == (alone.prompt.scores["exact_match"], -alone.prompt.scores["loss"])
+    assert len(set(keys)) == 3
+    assert (found.prompt.scores["exact_match"], -found.prompt.scores["loss"]) == max(keys)
+    assert "starts" not in alone.record
+
+
+def test_several_starts_are_resumed_where_they_were(causal: Backbone, tmp_path: Path) -> None:
+    settings = {"starts": 2, "checkpoint_seconds": 0.0}
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
+    assert (tmp_path / "cut" / CHECKPOINT_FOLDER / "start-1" / CHECKPOINT_FILE).is_file()
+    run(causal, tmp_path / "cut", settings=settings, resume=True)
+    run(causal, tmp_path / "whole", settings=settings)
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, other = ((tmp_path / out / PROMPT_FOLDER / file).read_bytes() for out in ("cut", "whole"))
+        assert one == other
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+LATE = "{x} lies in {x} [P:is] [P] [Y]"
+
+
+def test_several_starts_share_the_text_in_front_of_the_slots(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is run once, every start learns what it learns with keys and values of its own, and none are left behind."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    made: list[ConstantParts] = []
+    ids: list[Ids] = []
+    real_run, real_init = ConstantParts._run, ConstantParts.__init__
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+        ids.extend(group)
+        return real_run(parts, group)
+
+    def init(parts: ConstantParts, backbone: Backbone, *, memory_share: float) -> None:
+        real_init(parts, backbone, memory_share=memory_share)
+        made.append(parts)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    monkeypatch.setattr(ConstantParts, "__init__", init)
+    shared = run(causal, tmp_path / "shared", template=LATE, settings={"starts": 3})
+    assert len(ids) == len(set(ids)) == len(FACTS)
+    assert not any(parts.tokens or parts.is_used for parts in made)
+
+    real = Run.trainer
+    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
+    own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
+    assert len(ids) == 4 * len(FACTS)
+    assert timeless(own.record) == timeless(shared.record)
+    assert any(cast("dict[str, int]", own.record["constant_part"]).values())
+    for file in (VECTORS_FILE, MANIFEST_FILE):
+        one, other = ((tmp_path / out / PROMPT_FOLDER / file).read_bytes() for out in ("shared", "own"))
+        assert one == other
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings learn something else in another version; a prompt of two halves would be neither."""
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path, should_stop=after(2))
+    monkeypatch.setattr("ptuning.training.run.RECIPE", 99)
+    with pytest.raises(TrainingError, match="recipe of training was 4 and is 99"):
+        run(causal, tmp_path, resume=True)
+
+
+TUNED = {"tune": "tuned", "backbone_lr": 0.005}
+LORA = {"tune": "lora", "lora_lr": 0.02}
+WHOLE = {**TUNED, "keep": "whole"}
+MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["tuned", "whole", "lora"])
+# Answers in a process of its own, for prompts that it reads from their folders.
+ANSWER = """
+import json, sys, torch
+from ptuning.backbone.backbone import load_backbone
+from ptuning.engine.passes import target_logits
+from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.prompt import Prompt
+model = PromptModel(load_backbone(sys.argv[1], dtype="float32", device="cpu"))
+for folder in sys.argv[3:]:
+    logits = model.target_logits(json.loads(sys.argv[2]), Prompt.load(folder))
+    print([one.view(torch.int32).tolist() for one in logits])
+"""
+
+
+def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+
+
+@MODES
+def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
+    """Invariants *Saved is what was trained* and *Frozen is frozen*: loading gives bit-equal logits, and the caller's
+    backbone is bit-identical.
+    """
+    before = weights(backbone)
+    # Chosen by what it learns from, so that what is kept is not the start.
+    result = run(backbone, tmp_path / "out", dev=FACTS, settings={**mode, "epochs": 10})
+    assert result.record["chosen_epoch"]
+    after = weights(backbone)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    assert (result.record["tune"], result.record["method"]) == (
+        (mode["tune"], "p-tuning+lora") if mode["tune"] == "lora" else ("tuned", "p-tuning+fine-tuning")
+    )
+    trained, frozen = result.record["trainable_parameters"], result.record["frozen_parameters"]
+    assert isinstance(trained, int)
+    assert frozen == (backbone.parameters if mode["tune"] == "lora" else 0)
+    model = PromptModel(backbone)
+    wanted = model.target_logits(RECORDS, result.prompt)
+    found = PromptModel(backbone).target_logits(RECORDS, Prompt.load(tmp_path / "out"))
+    assert all(map(torch.equal, wanted, found))
+    plain = model.target_logits(RECORDS, result.prompt.without("backbone"))
+    assert not torch.allclose(plain[0], wanted[0], atol=1e-3)
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text().splitlines()]
+    assert sum(row["hit"] for row in rows) / len(FACTS) == result.prompt.scores["exact_match"]
+
+
+def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) -> None:
+    wanted = []
+    for name, mode in (("tuned", TUNED), ("whole", WHOLE), ("lora", LORA)):
+        prompt = run(causal, tmp_path / name, settings=mode).prompt
+        found = PromptModel(causal).target_logits(RECORDS, prompt)
+        wanted.append([one.view(torch.int32).tolist() for one in found])
+    arguments = [causal.name, json.dumps(RECORDS), *(str(tmp_path / name) for name in ("tuned", "whole", "lora"))]
+    done = subprocess.run([sys.executable, "-c", ANSWER, *arguments], capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == wanted
+
+
+@MODES
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_with_trained_weights_is_resumed(
+    make_backbone: Callable[[str], Backbone], tmp_path: Path, mode: dict[str, Any], steps: int
+) -> None:
+    """Invariant *Resume is exact*: with trained weights, too, and the backbone's own dropout (BERT's is 0.1)."""
+    masked = make_backbone("bert")
+    settings = {**mode, "checkpoint_seconds": 0.0}
+    whole = run(masked, tmp_path / "whole", settings=settings)
+    with pytest.raises(Interrupted):
+        run(masked, tmp_path / "cut", settings=settings, should_stop=after(steps))
+    again = run(masked, tmp_path / "cut", settings=settings, resume=True)
+    assert timeless(dict(again.record)) == timeless(dict(whole.record))
+    one, two = (
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name / PROMPT_FOLDER).rglob("*.*")
+        }
+        for name in ("whole", "cut")
+    )
+    assert one == two
+    assert (tmp_path / "cut" / PROMPT_FOLDER / "backbone").is_dir()
+    assert not (tmp_path / "cut" / CHECKPOINT_FOLDER).exists()
+
+
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_a_run_with_trained_weights_is_killed_and_resumed(
+    tmp_path: Path, model_folder: Callable[[str], Path], tune: str
+) -> None:
+    """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
+    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(120)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
+    model = model_folder("llama")
+    checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    moments = random.Random(time.time_ns())
+    options = [f"--set={name}={value}" for name, value in mode.items()]
+    for kill in range(2):
+        before = checkpoint.read_bytes() if checkpoint.exists() else b""
+        more = [*options, "--resume"] if kill else options
+        process = subprocess.Popen(command(tmp_path, model, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 90
+        while not checkpoint.exists() or checkpoint.read_bytes() == before:
+            assert process.poll() is None, process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
+    run(backbone, tmp_path / "cut", data, settings={**SLOW, **mode}, resume=True)
+    run(backbone, tmp_path / "whole", data, settings={**SLOW, **mode})
+    one, two = (
+        {
+            file.relative_to(tmp_path / name): file.read_bytes()
+            for file in (tmp_path / name / PROMPT_FOLDER).rglob("*.*")
+        }
+        for name in ("whole", "cut")
+    )
+    assert one == two
+
+
+def test_best_weights_and_a_checkpoint_that_does_not_name_them_yet(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after an epoch's weights were set aside, before the checkpoint: the earlier best ones are still there."""
+    whole = run(causal, tmp_path / "whole", settings=TUNED)
+    real, calls = Trainer.save, list[int]()
+
+    def save(self: Trainer) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(causal, tmp_path / "cut", settings=TUNED)
+    assert run(causal, tmp_path / "cut", settings=TUNED, resume=True).prompt.scores == whole.prompt.scores
+
+
+@pytest.mark.parametrize("mode", [TUNED, LORA], ids=["tuned", "lora"])
+def test_several_starts_with_trained_weights(causal: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
+    settings = {**mode, "starts": 2, "checkpoint_seconds": 0.0}
+    whole = run(causal, tmp_path / "whole", settings=settings)
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path / "cut", settings=settings, should_stop=after(8))
+    again = run(causal, tmp_path / "cut", settings=settings, resume=True)
+    assert timeless(dict(again.record)) == timeless(dict(whole.record))
+    model = PromptModel(causal)
+    one, two = (model.target_logits(RECORDS, Prompt.load(tmp_path / name)) for name in ("whole", "cut"))
+    assert all(map(torch.equal, one, two))
+    starts: Any = whole.record["starts"]
+    assert whole.prompt.scores["exact_match"] == max(start["dev_score"] for start in starts)
+    assert model.target_logits(RECORDS, whole.prompt)[0].equal(one[0])
+
+
+@MODES
+def test_a_manual_template_is_enough_where_the_backbone_learns(
+    backbone: Backbone, tmp_path: Path, mode: dict[str, Any]
+) -> None:
+    result = run(backbone, tmp_path / "out", template="[X] is [Y]", settings=mode, dev=FACTS)
+    assert result.record["chosen_epoch"] != 0
+    prompt = Prompt.load(tmp_path / "out")
+    assert (prompt.slots, prompt.slot_vectors) == (0, None)
+    assert prompt.method == ("manual+lora" if mode["tune"] == "lora" else "manual+fine-tuning")
+    assert prompt.backbone is not None
+    model = PromptModel(backbone)
+    one, two = (model.target_logits(RECORDS, found) for found in (prompt, result.prompt))
+    assert all(map(torch.equal, one, two))
+    assert not torch.equal(one[0], model.target_logits(RECORDS, Prompt.manual("[X] is [Y]"))[0])
+
+
+@MODES
+def test_label_words_with_trained_weights(causal: Backbone, mode: dict[str, Any]) -> None:
+    result = run(causal, labels="yes=great,good;no=bad;São Tomé=25", settings={**mode, "epochs": 15}, dev=FACTS)
+    found = score_prompt(PromptModel(causal), as_records(FACTS), result.prompt)
+    assert found.scores["accuracy"].value == result.prompt.scores["accuracy"] > 0.6
+
+
+def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tmp_path: Path) -> None:
+    """Weights are trained in float32: a bfloat16 one hardly ever moves under small steps."""
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    for name, mode in (("tuned", TUNED), ("lora", LORA)):
+        result = run(causal, tmp_path / name, settings=mode)
+        assert result.prompt.weights is not None
+        assert {one.dtype for one in result.prompt.weights.tensors.values()} == {torch.float32}
+        one, two = (PromptModel(causal).target_logits(RECORDS, found) for found in (
+            result.prompt, Prompt.load(tmp_path / name)
+        ))  # fmt: skip
+        assert all(map(torch.equal, one, two))
+        assert causal.dtype == torch.bfloat16
+
+
+def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(causal, tmp_path, settings=LORA, should_stop=after(2))
+    with pytest.raises(TrainingError, match=r"tune was lora and is frozen"):
+        run(causal, tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=r"lora_rank was None and is 4"):
+        run(causal, tmp_path, resume=True, settings={**LORA, "lora_rank": 4})
+
+
+def test_room_on_disk_is_checked_before(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("ptuning.training.run.check_room", lambda _, needed: asked.append(needed))
+    for name, mode in (("frozen", {}), ("lora", LORA), ("tuned", TUNED)):
+        run(causal, tmp_path / name, settings=mode)
+    assert asked[0] < asked[1] < asked[2]
+    assert asked[2] - asked[0] == 9 * 4 * causal.parameters
+
+
+def test_no_files_are_left_where_none_are_asked_for(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run(causal, settings=TUNED)
+    with pytest.raises(Interrupted):
+        run(causal, settings=TUNED, should_stop=after(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+CHOICE_TASK = TaskFile.parse(
+    """
+name = "choose"
+version = "7"
+group = ["g"]
+[choices]
+from = ["options[]"]
+[[patterns]]
+manual = "[X] is [Y]"
+learned = "[P*2] [X] [P:is] [Y]"
+"""
+)
+CHOICE_ROWS = [
+    {
+        "x": f"city {at}",
+        "options": ["yes", "no", "São Tomé", *(f"{at} {n}" for n in range(at))],
+        "label": at % 3,
+        "g": at // 2,
+    }
+    for at in range(12)
+]
+
+
+def test_a_task_with_choices_from_rows_to_answers(backbone: Backbone, tmp_path: Path) -> None:
+    """The prompt carries the task and answers new rows; the record names it; dev rows of a group stay together."""
+    asked = CHOICE_TASK.read_rows(CHOICE_ROWS)
+    found = run(backbone, tmp_path / "out", data=asked, template=CHOICE_TASK.learned[0], task=CHOICE_TASK)
+    assert found.record["task"] == CHOICE_TASK.to_json()
+    assert found.record["choices"] is True
+    assert set(found.prompt.scores) == {"accuracy", "loss"}
+    loaded = Prompt.load(tmp_path / "out")
+    assert (loaded.task, loaded.has_choices, loaded.label_words) == (CHOICE_TASK, True, None)
+    lines = (tmp_path / "out" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    by_text = {question.record["x"]: question for question in asked}
+    held = [by_text[row["record"]["x"]] for row in rows]
+    assert len(held) == len(lines) >= 2
+    assert all(row["prediction"] in question.choices for row, question in zip(rows, held, strict=True))
+    assert len({question.group for question in held}) == len(held) / 2
+    scored = score_prompt(PromptModel(backbone), Questions(held), loaded)
+    assert scored.hits == tuple(float(row["hit"]) for row in rows)
+
+
+def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record says so; what is learned is what one pass over the whole batch learns."""
+    asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
+    whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
+    monkeypatch.setattr("ptuning.engine.objective.PASS_TOKENS", 1)
+    small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
+    sizes = [one.record["settings"] for one in (whole, small)]
+    assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
+    assert whole.prompt.slot_vectors is not None
+    assert small.prompt.slot_vectors is not None
+    torch.testing.assert_close(whole.prompt.slot_vectors, small.prompt.slot_vectors, atol=1e-4, rtol=1e-3)
+
+
+def test_calibration_is_trained_with_and_goes_into_the_prompt(causal: Backbone, tmp_path: Path) -> None:
+    labels = "yes=great,good;no=bad;São Tomé=25"
+    plain, other = run(causal, labels=labels), run(causal, tmp_path / "out", labels=labels, calibrate=True)
+    assert (plain.prompt.calibrate, other.prompt.calibrate) == (False, True)
+    assert plain.record["start"] != other.record["start"]
+    assert "task" not in plain.record
+    assert other.record["settings"]["calibrate"] is True  # type: ignore[index, call-overload]
+    assert Prompt.load(tmp_path / "out").calibrate
+    with pytest.raises(ConfigError, match="calibration is for label words and choices"):
+        run(causal, calibrate=True)
+
+
+def test_a_tasks_label_words_are_its_own_unless_others_are_given(causal: Backbone) -> None:
+    task = TaskFile.parse(
+        'name="t"\nversion="1"\ncalibrate=true\n[labels]\nyes=["great"]\nno=["bad"]\n"São Tomé"=["25"]\n'
+        '[[patterns]]\nmanual="[X] is [Y]"'
+    )
+    found = run(causal, task=task).prompt
+    assert (found.label_words, found.calibrate) == (task.label_words, True)
+    words = LabelWords({"yes": ("good",), "no": ("bad",), "São Tomé": ("1999",)})
+    found = run(causal, task=task, labels=words, calibrate=False).prompt
+    assert (found.label_words, found.calibrate) == (words, False)
+
+
+@pytest.mark.parametrize("case", ["labels", "calibrated", "choices", "tuned", "written"])
+def test_the_written_predictions_are_those_of_predict(
+    case: str, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The development part is scored once, behind what is kept of it; what is chosen there is what ``predict`` says."""
+    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    labels = None if case in ("choices", "written") else "yes=great,good;no=bad;São Tomé=25"
+    asked = CHOICE_TASK.read_rows(CHOICE_ROWS) if case == "choices" else None
+    task = CHOICE_TASK if case == "choices" else None
+    settings = TUNED if case == "tuned" else {}
+    whole: list[int] = []
+    real = target_logits
+
+    def watch(backbone: Backbone, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
+        whole.append(len(batch.counts))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr(constants, "target_logits", watch)
+    answered: list[int] = []
+    predict = PromptModel.predict
+
+    def answer(model: PromptModel, rows: Questions, prompt: Prompt) -> list[Prediction]:
+        answered.append(len(rows))
+        return predict(model, rows, prompt)
+
+    monkeypatch.setattr(PromptModel, "predict", answer)
+    found = run(
+        causal, tmp_path, data=asked, task=task, template=LATE, labels=labels, settings=settings,
+        calibrate=True if case == "calibrated" else None,
+    )  # fmt: skip
+    assert bool(whole) == (case == "tuned")
+    assert bool(answered) == (case == "written")
+    lines = (tmp_path / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    held: Any = [row["record"] for row in rows]
+    if asked is not None:
+        held = Questions([next(one for one in asked if one.record["x"] == row["x"]) for row in held])
+    for row, wanted in zip(rows, predict(PromptModel(causal), held, found.prompt), strict=True):
+        assert row["prediction"] == wanted.text
+        assert row["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-4)

@@ -1,0 +1,402 @@
+"""Many prompts at once come out as each would alone: other templates, data, settings, lengths; killed and resumed.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.data.reading import load_records
+from ptuning.engine import prefix_cache
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
+from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
+from ptuning.progress import Interrupted, Progress
+from ptuning.records import Record
+from ptuning.training import fleet, step
+from ptuning.training import train_fleet as runs
+from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
+from ptuning.training.run import TrainResult, train
+from ptuning.training.train_fleet import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
+from ptuning.training.trainer import Trainer
+from tests.conftest import bound, items_of, make_model
+
+FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
+TEXTS: list[Record] = [
+    {"x": "All in all, the movie was great and long " * (1 + index % 3), "y": ("good", "bad")[index % 2]}
+    for index in range(9)
+]
+FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99)
+LABELLED: list[Record] = [{**row, "y": "ab"[index % 2]} for index, row in enumerate(FACTS)]
+EVERY: tuple[FleetPrompt, ...] = (
+    FleetPrompt("plain", "[P*2] [X] [P:is] [Y]", FACTS, config=FAST),
+    FleetPrompt("late", "{x} [P:It was] [Y]", TEXTS, config=replace(FAST, seed=1)),
+    FleetPrompt("labels", "[P*2] [X] [P] [Y]", LABELLED, config=replace(FAST, batch_size=4), labels="a=good;b=bad"),
+    FleetPrompt("free", "[X] [P*3] [Y]", FACTS, config=replace(FAST, encoder="none", epochs=1)),
+    FleetPrompt("parts", "[P] [X] [P] [Y]", FACTS, config=replace(FAST, batch_size=2, accumulation_steps=2)),
+    FleetPrompt("starts", "[P*2] [X] [Y]", FACTS[:7], config=replace(FAST, starts=2, encoder="mlp", cache_memory=0.0)),
+    FleetPrompt("dev", "[P:The] [X] [P:is] [Y]", FACTS[:8], dev=FACTS[8:], config=replace(FAST, epochs=3, dropout=0.2)),
+)
+
+
+def alone(prompt: FleetPrompt, backbone: Backbone) -> TrainResult:
+    return train(
+        prompt.template, prompt.data, backbone=backbone, dev=prompt.dev, config=prompt.config, labels=prompt.labels
+    )
+
+
+def vectors(result: TrainResult) -> torch.Tensor:
+    assert result.prompt.slot_vectors is not None
+    return result.prompt.slot_vectors
+
+
+def after(count: int) -> Callable[[], bool]:
+    asked = iter(range(1, 1000))
+    return lambda: next(asked) >= count
+
+
+def history(result: TrainResult, name: str) -> list[float]:
+    rows: Any = result.record["history"]
+    return [row[name] for row in rows]
+
+
+def starts(result: TrainResult) -> list[dict[str, float]]:
+    rows: Any = result.record.get("starts", [])
+    return list(rows)
+
+
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
+
+    Causal and masked, with and without a constant part, fewer at once than there are.
+    Source: docs/architecture.md, decision 28.
+    """
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
+    assert not found.failed
+    assert list(found.results) == [prompt.name for prompt in EVERY]
+    for prompt in EVERY:
+        one, other = alone(prompt, backbone), found.results[prompt.name]
+        torch.testing.assert_close(vectors(other), vectors(one), rtol=0, atol=1e-4)
+        assert history(other, "train_loss") == pytest.approx(history(one, "train_loss"), abs=1e-4)
+        assert history(other, "dev_score") == history(one, "dev_score")
+        assert other.record["chosen_epoch"] == one.record["chosen_epoch"]
+        assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
+        for row, wanted in zip(starts(other), starts(one), strict=True):
+            assert row == pytest.approx(wanted, abs=1e-4)
+    assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+
+
+def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward pass for the fleet's rows, and the gradients of each prompt as of its own."""
+    sizes: list[int] = []
+    real = step._run
+
+    def spy(chunks: Any) -> None:
+        sizes.append(len(chunks))
+        real(chunks)
+
+    monkeypatch.setattr(step, "_run", spy)
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [P:is] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(4)]
+    train_fleet(prompts, backbone=causal)
+    count = 2 * 3  # steps of each prompt; rows of another length may run in a pass of their own
+    assert max(sizes) == 4
+    assert count <= len(sizes) < 2 * count
+
+
+def trainer(backbone: Backbone, template: str, records: list[Record], **settings: Any) -> tuple[Trainer, Any]:
+    config = replace(FAST, **settings)
+    return Trainer(backbone, bound(backbone, template), config=config), items_of(backbone, template, records)
+
+
+def test_gradients_equal_those_alone(backbone: Backbone) -> None:
+    """Invariant *Fast = slow*: gradients of prompts that train together are those of each alone, to 1e-5 in float32.
+
+    With other templates, lengths, encoders, and targets of several tokens.
+    """
+    wanted: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    for together in (False, True):
+        pairs = [
+            trainer(backbone, "[P*2] [X] [P:is] [Y]", FACTS[:3]),
+            trainer(backbone, "[P] [X] [Y] [P]", FACTS[3:6], seed=2),
+            trainer(backbone, "[P] {x} [P*3] [Y]", TEXTS[:3], seed=3, encoder="none"),
+        ]
+        for one, _ in pairs:
+            one.end_step = lambda *_, **__: None  # type: ignore[method-assign]  # gradients stay as they are
+        for groups in [pairs] if together else [[pair] for pair in pairs]:
+            step.take_step(groups)
+        gradients = [weight.grad for one, _ in pairs for weight in one.encoder.parameters() if weight.grad is not None]
+        (found if together else wanted).extend(gradients)
+    assert len(found) == len(wanted) > 3
+    for got, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
+    assert sum(float(got.abs().max()) > 0 for got in found) >= 3
+
+
+def test_encoders_do_not_fill_the_memory(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide ones are trained with fewer others beside them; one always is."""
+    most: list[int] = []
+    real = step.take_step
+
+    def spy(groups: Any) -> Any:
+        most.append(len(groups))
+        return real(groups)
+
+    monkeypatch.setattr(fleet, "take_step", spy)
+    weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].trainable_parameters
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(5)]
+    for room, expected in ((2.5, 2), (0.5, 1), (99, 5)):
+        total = room * weights * fleet.BYTES_PER_WEIGHT / fleet.STATE_SHARE
+        monkeypatch.setattr(fleet, "total_bytes", lambda _, total=total: total)
+        most.clear()
+        assert len(train_fleet(prompts, backbone=causal).results) == 5
+        assert max(most) == expected
+
+
+def test_little_is_padded_and_a_shared_prefix_stays_shared(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows do not wait for long ones, and a prompt whose rows begin alike for long runs alone."""
+    monkeypatch.setattr(step, "JOINT_TOKENS", {"cpu": 500})
+    short = [trainer(causal, "[P] [X] [Y]", FACTS, seed=seed) for seed in range(3)]
+    long = [trainer(causal, "[P] {x} [P] [Y]", TEXTS, seed=seed) for seed in range(2)]
+    prefix = trainer(causal, "[P*50] [X] [Y]", FACTS)
+    groups = [long[0], short[0], prefix, short[1], long[1], short[2]]
+    chunks = [chunk for one, items in groups for chunk in one.begin_step(items[:2])]
+    found = [[chunk.trainer for chunk in together] for together in step.joined(chunks)]
+    assert found == [[prefix[0]], [one for one, _ in short], [one for one, _ in long]]
+
+
+def test_one_prompts_bad_loss_does_not_end_the_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Trainer.note_loss
+
+    def note(self: Trainer, value: torch.Tensor) -> None:
+        real(self, value * float("nan") if self.config.seed == 7 and self.state.step == 2 else value)
+
+    monkeypatch.setattr(Trainer, "note_loss", note)
+    prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in (0, 7, 1)]
+    told: dict[str, object] = {}
+    found = train_fleet(prompts, backbone=causal, on_prompt=told.__setitem__)
+    assert list(found.results) == ["seed-0", "seed-1"]
+    assert "learning rate" in found.failed["seed-7"]
+    assert isinstance(told["seed-7"], TrainingError)
+    listed: Any = found.record["prompts"]
+    assert [row["status"] for row in listed] == ["done", "failed", "done"]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every prompt's vectors and card, byte by byte."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.glob(f"*/{PROMPT_FOLDER}/*.safetensors"))
+    }
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
+def test_a_stopped_fleet_goes_on_exactly(
+    stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Resume is exact*, in the middle of a fleet: equal bytes, and prompts end and begin in between."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY]
+    whole = train_fleet(prompts, backbone=causal, out=tmp_path / "whole", at_once=3)
+    with pytest.raises(Interrupted, match="prompts done"):
+        train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, should_stop=after(stop))
+    parts = train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
+    assert list(parts.results) == list(whole.results)
+    for name in whole.results:
+        assert history(parts.results[name], "train_loss") == history(whole.results[name], "train_loss")
+
+
+def test_a_fleet_stops_between_passes_over_the_constant_part(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt that was about to begin is no failure, and the others go on from where they stood."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
+    seen: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append(progress.note)
+
+    def stops() -> bool:  # the fourth, which begins when one of the first three has ended
+        return seen[-1:] == ["free: text in front of the slots"]
+
+    with pytest.raises(Interrupted, match=r"stopped with 1 of 8 prompts done and 2 in training"):
+        train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, report=watch, should_stop=stops)
+    parts = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
+    assert not parts.failed
+
+
+def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Path) -> None:
+    """Nothing of its checkpoint is gone on from, whatever the settings."""
+    with pytest.raises(Interrupted):
+        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, should_stop=after(2))
+    other = [replace(EVERY[0], config=replace(EVERY[0].config, lr=0.02))]
+    found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
+    torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
+
+
+def test_a_fleet_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: Path) -> None:
+    train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
+    before = bytes_of(tmp_path)
+    for wrong in (replace(EVERY[1], template="no target"), replace(EVERY[1], config=TrainConfig(tune="tuned"))):
+        with pytest.raises(PTuningError, match=f"prompt '{wrong.name}'"):
+            train_fleet([EVERY[0], wrong], backbone=causal, out=tmp_path, overwrite=True)
+    assert bytes_of(tmp_path) == before != {}
+
+
+def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
+    """kill -9 at three moments in a row: prompts that were written after the last checkpoint come out the same."""
+    make_model("llama", tmp_path / "model")
+    script = tmp_path / "fleet.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from pathlib import Path\n"
+        "from dataclasses import replace\n"
+        "from ptuning.backbone.loading import load_backbone\n"
+        "from ptuning.training.train_fleet import train_fleet\n"
+        "from tests.training.test_train_fleet import EVERY\n"
+        "from ptuning.training import fleet\n"
+        "fleet.SAVING_PAUSE = 0.0\n"
+        f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
+        "prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
+        "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
+    )
+    subprocess.run([sys.executable, script, tmp_path / "whole"], check=True, timeout=300)
+    state = tmp_path / "killed" / CHECKPOINT_FOLDER / STATE_FILE
+    for moment in range(3):
+        process = subprocess.Popen([sys.executable, script, tmp_path / "killed"])
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        changes, limit = 0, time.monotonic() + 120
+        while changes < 4 + 3 * moment and process.poll() is None and time.monotonic() < limit:
+            now = state.stat().st_mtime_ns if state.exists() else 0
+            changes, before = changes + (now != before), now
+            time.sleep(0.002)
+        assert process.poll() is None, f"it was to be killed after {changes} checkpoints"
+        process.kill()
+        process.wait()
+    subprocess.run([sys.executable, script, tmp_path / "killed"], check=True, timeout=300)
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole") != {}
+
+
+def test_what_is_left(causal: Backbone, tmp_path: Path) -> None:
+    """A folder for each prompt as `ptuning train` leaves it, a table of all, and no checkpoint's tensors."""
+    found = train_fleet(EVERY[:2], backbone=causal, out=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [FLEET_FILE, "late", "plain"]
+    saved = json.loads((tmp_path / "out" / FLEET_FILE).read_text())
+    assert saved == found.record
+    assert [row["name"] for row in saved["prompts"]] == ["plain", "late"]
+    assert json.loads((tmp_path / "out" / "plain" / RUN_FILE).read_text())["fleet"]["prompts"] == 2
+    again = train_fleet(EVERY[:2], backbone=causal, out=tmp_path / "out", resume=True)
+    assert torch.equal(vectors(again.results["plain"]), vectors(found.results["plain"]))
+    more = train_fleet(EVERY[:4], backbone=causal, out=tmp_path / "out", resume=True)
+    assert len(more.results) == 4
+    with pytest.raises(PTuningError, match="not empty"):
+        train_fleet(EVERY[:2], backbone=causal, out=tmp_path / "out")
+    other = [replace(EVERY[0], config=replace(FAST, lr=0.02)), EVERY[1]]
+    with pytest.raises(TrainingError, match=r"prompt 'plain'.*lr was 0.01"):
+        train_fleet(other, backbone=causal, out=tmp_path / "out", resume=True)
+    anew = train_fleet(other, backbone=causal, out=tmp_path / "out", overwrite=True)
+    assert not torch.equal(vectors(anew.results["plain"]), vectors(found.results["plain"]))
+
+
+def test_errors_name_the_prompt_and_write_nothing(causal: Backbone, tmp_path: Path) -> None:
+    good = EVERY[0]
+    for bad, error, what in (
+        (replace(good, name="bad", data=[{"x": "a", "y": ""}]), RecordError, "prompt 'bad'"),
+        (replace(good, name="bad", template="[P] {z} [Y]"), PTuningError, "prompt 'bad'.*'z'"),
+        (replace(good, name="a/b"), ConfigError, "'a/b' is no name"),
+        (good, ConfigError, "two prompts of the fleet are named 'plain'"),
+        (replace(good, name="bad", config=replace(FAST, tune="tuned")), ConfigError, "'bad': tune is tuned"),
+    ):
+        with pytest.raises(error, match=what):
+            train_fleet([good, bad], backbone=causal, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="no prompts"):
+        train_fleet([], backbone=causal)
+    with pytest.raises(ConfigError, match="1 or more"):
+        train_fleet([good], backbone=causal, at_once=0)
+
+
+def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds of prompts must not fill the memory with texts that nobody reads any more."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    kept: list[int] = []
+    real = ConstantParts.keep_only
+
+    def spy(self: ConstantParts, examples: Any) -> None:
+        real(self, examples)
+        kept.append(self.tokens)
+
+    monkeypatch.setattr(ConstantParts, "keep_only", spy)
+    texts = [[{"x": f"{word} {row['x']}", "y": row["y"]} for row in TEXTS] for word in ("First", "Then", "Last")]
+    prompts = [
+        FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=replace(FAST, epochs=1 + n))
+        for n, rows in enumerate(texts)
+    ]
+    train_fleet(prompts, backbone=causal)
+    assert len(kept) == 3
+    assert kept[0] > kept[1] > kept[2] == 0
+
+
+def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
+    train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
+    (tmp_path / CHECKPOINT_FOLDER).mkdir()
+    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text("{}")
+    with pytest.raises(TrainingError, match="damaged"):
+        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
+
+
+def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:
+    """A prompt that nobody wrote down is trained to its end again, and not lost."""
+    items = items_of(causal, "[P] [X] [Y]", FACTS)
+
+    def make(_: ConstantParts) -> Trainer:
+        return Trainer(causal, bound(causal, "[P] [X] [Y]"), config=FAST)
+
+    def fleet() -> Fleet:
+        member = Member("one", make, items, items[:3], FAST.epochs)
+        return Fleet(causal, [member], memory_share=0.0, checkpoint=tmp_path, checkpoint_seconds=60.0)
+
+    for _ in range(2):
+        assert [name for name, _ in fleet().run()] == ["one"]
+    last = fleet()
+    for name, _ in last.run():
+        last.release(name)
+    assert fleet().resume() is None, "nothing is left to go on from once all is done"
+
+
+def test_default_number_at_once_is_one_default() -> None:
+    for one in (Fleet.__init__, train_fleet, runs.fleet_runs):
+        assert inspect.signature(one).parameters["at_once"].default == AT_ONCE
+
+
+def test_shipped_facts_of_two_kinds(causal: Backbone) -> None:
+    """As a user would: two tasks of the shipped facts over one backbone."""
+    few = replace(FAST, epochs=1)
+    prompts = [
+        FleetPrompt(name, "[P:The] [X] [P:is] [Y]", load_records(f"{name}:train")[:20], config=few)
+        for name in ("capitals", "continents")
+    ]
+    found: FleetResult = train_fleet(prompts, backbone=causal)
+    assert list(found.results) == ["capitals", "continents"]

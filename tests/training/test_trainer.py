@@ -1,0 +1,830 @@
+"""Training keeps the invariants of docs/invariants.md, above all *Frozen is frozen*, *Resume is exact*, *Seeds are
+separate* and *Loss position = scored position*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
+from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
+from ptuning.engine import evaluate, prefix_cache
+from ptuning.engine.batch import Batch
+from ptuning.engine.evaluate import Evaluation, item_batch, measure_ceiling
+from ptuning.engine.objective import Item, label_items, loss, loss_count, score_choices
+from ptuning.engine.passes import target_logits
+from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.errors import BackboneError, TrainingError
+from ptuning.files import Json
+from ptuning.progress import Interrupted, Progress
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record, as_records
+from ptuning.template.fill import Ids
+from ptuning.template.labels import LabelWords
+from ptuning.training import checkpoint, trainer
+from ptuning.training import step as steps
+from ptuning.training.checkpoint import CHECKPOINT_FILE
+from ptuning.training.step import Chunk
+from ptuning.training.trainer import Trainer, rate
+from tests.backbone.test_trained_weights import experts
+from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
+
+TEMPLATE = "[P*2] [X] [P:is] [Y]"
+FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
+FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99}
+
+
+def make_trainer(backbone: Backbone, folder: Path | None = None, **settings: Any) -> Trainer:
+    """Build a trainer with fast settings of its own."""
+    config = TrainConfig.from_json({**FAST, **settings})
+    identity: dict[str, Json] = {"lr": config.lr, "data": "facts"}
+    return Trainer(backbone, bound(backbone, TEMPLATE), config=config, checkpoint=folder, identity=identity)
+
+
+def fit(found: Trainer, *, stop_after: int | None = None, records: list[Record] | None = None) -> Trainer:
+    """Train on a few facts, or stop after some steps."""
+    items = items_of(found.backbone, TEMPLATE, records or FACTS)
+    found.fit(items, items[:4], should_stop=None if stop_after is None else lambda: found.state.step >= stop_after)
+    return found
+
+
+def without_seconds(found: Trainer) -> list[dict[str, float | int]]:
+    """Return the history without what depends on the clock."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in found.state.history]
+
+
+def digest(backbone: Backbone) -> str:
+    """Return a hash of every weight and buffer."""
+    found = hashlib.sha256()
+    for name, tensor in {**dict(backbone.model.named_parameters()), **dict(backbone.model.named_buffers())}.items():
+        found.update(name.encode() + tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("kind", get_args(EncoderKind))
+def test_training_leaves_the_backbone_alone(backbone: Backbone, kind: str) -> None:
+    """Invariant *Frozen is frozen*: bit-identical weights and buffers, no gradient, evaluation mode.
+
+    Nor does the embedding table get rows for slots: they would join the softmax, and be trained with the others.
+    """
+    ids = torch.tensor([[7, 9, 11, 13]])
+    with torch.no_grad():
+        answer = backbone.model(input_ids=ids).logits
+    before, rows = digest(backbone), backbone.embedding_rows
+    found = fit(make_trainer(backbone, encoder=kind, dropout=0.5, epochs=1))
+    assert found.state.step == 3
+    assert digest(backbone) == before
+    assert backbone.embedding_rows == rows
+    assert all(weight.grad is None for weight in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    with torch.no_grad():
+        assert torch.equal(backbone.model(input_ids=ids).logits, answer)
+
+
+def test_a_backbone_that_is_not_frozen_is_an_error(causal: Backbone) -> None:
+    """Invariant *Frozen is frozen*: with dropout on, or gradients on, training would be something else."""
+    causal.model.train()
+    with pytest.raises(TrainingError, match="is not frozen; call its freeze"):
+        make_trainer(causal)
+    causal.freeze()
+    causal.model.requires_grad_(True)
+    with pytest.raises(TrainingError, match="is not frozen"):
+        make_trainer(causal)
+
+
+@pytest.mark.parametrize("kind", get_args(EncoderKind))
+def test_before_the_first_step_a_warm_prompt_is_the_manual_one(backbone: Backbone, kind: str) -> None:
+    """Invariant *Identity*: with every encoder, a prompt started from words is at first the manual one."""
+    template = "[P:The capital of] [X] [P:is] [Y]"
+    config = TrainConfig.from_json({"encoder": kind})
+    filled = bound(backbone, template)
+    vectors = Trainer(backbone, filled, config=config).vectors()
+    prompt = Prompt(filled.template, vectors, BackboneId.of(backbone))
+    model = PromptModel(backbone)
+    manual = model.target_logits(RECORDS, Prompt.manual("The capital of [X] is [Y]"))
+    for one, other in zip(model.target_logits(RECORDS, prompt), manual, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", get_args(EncoderKind))
+@pytest.mark.parametrize("start", get_args(RandomStart))
+def test_one_step_with_every_encoder_and_start(causal: Backbone, kind: str, start: str) -> None:
+    """Every value of these settings trains: after one small step every vector has moved, and is float32."""
+    found = make_trainer(causal, encoder=kind, start=start, lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
+    before = found.vectors()
+    fit(found)
+    moved = (found.vectors() - before).abs().amax(dim=-1)
+    assert found.state.step == 1
+    assert (moved > 0).all()
+    assert found.vectors().dtype == torch.float32
+
+
+def test_one_small_step_under_a_bfloat16_backbone(model_folder: Callable[[str], Path]) -> None:
+    """Vectors are float32 under a bfloat16 backbone: in bfloat16 a step of 1e-4 would be lost."""
+    backbone = load_backbone(str(model_folder("llama")), dtype="bfloat16", device="cpu")
+    found = make_trainer(backbone, encoder="none", lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
+    before = found.vectors()
+    fit(found)
+    assert found.best_vectors.dtype == torch.float32
+    assert ((found.vectors() - before).abs().amax(dim=-1) > 0).all()
+
+
+def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
+    """Return the gradient of the loss in the slot vectors."""
+    vectors = start.clone().requires_grad_(True)
+    items = items_of(backbone, TEMPLATE, FACTS)
+    value, count = loss(items, score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors)))
+    (value / count).backward()
+    assert vectors.grad is not None
+    return vectors.grad
+
+
+def test_gradients_under_bfloat16(model_folder: Callable[[str], Path]) -> None:
+    """Slots' gradients are finite and float32, and have the direction of those under a float32 backbone."""
+    folder = str(model_folder("llama"))
+    whole, half = (load_backbone(folder, dtype=kind, device="cpu") for kind in ("float32", "bfloat16"))
+    start = make_trainer(whole).vectors()
+    one, other = slot_gradient(whole, start), slot_gradient(half, start)
+    assert other.dtype == torch.float32
+    assert other.isfinite().all()
+    assert float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)) > 0.99
+
+
+def test_the_gradient_reaches_every_slot(backbone: Backbone) -> None:
+    """Invariant *Loss position = scored position*: the loss reaches the slot in front of the target, too."""
+    gradient = slot_gradient(backbone, make_trainer(backbone).vectors())
+    assert (gradient.abs().amax(dim=-1) > 1e-6).all()
+
+
+def test_gradients_do_not_depend_on_checkpointing(causal: Backbone) -> None:
+    """Checkpointing in transformers hooks into the embedding layer, and ready-made embeddings pass it by."""
+    start = make_trainer(causal).vectors()
+    one = slot_gradient(causal, start)
+    enable = getattr(causal.model, "activation_checkpointing_enable", causal.model.gradient_checkpointing_enable)
+    for reentrant in (True, False):
+        enable({"use_reentrant": reentrant})
+        torch.testing.assert_close(slot_gradient(causal, start), one, atol=1e-6, rtol=0)
+
+
+def teachable(family: str) -> Backbone:
+    """Return a random backbone in which slots have much to say: large weights, small positions."""
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(0)
+    model = build_model(family, tokenizer).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and not any(part in name for part in ("wpe", "position", "token_type")):
+                weight.mul_(15.0 if "embed" in name or "wte" in name else 10.0)
+    backbone = Backbone(model, tokenizer, name="teachable")
+    backbone.freeze()
+    return backbone
+
+
+def learn(backbone: Backbone, template: str, items: list[Item], *, enough: Callable[[Trainer], bool]) -> Trainer:
+    """Train free vectors on items, and choose by the same ones, until it is enough."""
+    config = TrainConfig.from_json(
+        {"epochs": 150, "patience": 150, "lr": 0.1, "encoder": "none", "warmup_fraction": 0.0, "batch_size": 12}
+    )
+    found = Trainer(backbone, bound(backbone, template), config=config)
+    with pytest.raises(Interrupted):
+        found.fit(items, items, should_stop=lambda: enough(found))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "tokens"),
+    [("gpt2", "São Tomé", 5), ("llama", "São Tomé", 5), ("bert", "São Tomé", 2), ("roberta", "yes", 1)],
+)
+def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens: int) -> None:
+    """Invariant *Loss position = scored position*: what the loss trains is what scores read and what is written.
+
+    Where the loss trains another position, one fact can be trained on and on without ever being answered.
+    """
+    backbone, template = teachable(family), "[P*4] [X] [P*4] [Y]"
+    items = items_of(backbone, template, [{"x": "Kenya", "y": target}])
+    assert items[0].choices[0].own_tokens == tokens
+    found = learn(backbone, template, items, enough=lambda found: found.state.best_score == 1.0)
+    assert found.state.start["dev_score"] == 0.0
+    prompt = Prompt(found.bound.template, found.best_vectors, BackboneId.of(backbone))
+    answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, max_tokens=tokens)[0]
+    if backbone.kind == "causal":
+        assert answer.text == target
+    else:
+        logits = PromptModel(backbone).target_logits([{"x": "Kenya", "y": target}], prompt)[0]
+        assert backbone.tokenizer.decode(logits.argmax(dim=-1).tolist()).strip() == target
+
+
+def test_a_causal_prompt_learns_to_stop() -> None:
+    """Setting learn_to_stop: trained long enough, the answer ends where the target does."""
+    backbone, template = teachable("llama"), "[P*4] [X] [P*4] [Y]"
+    items = items_of(backbone, template, [{"x": "Kenya", "y": "yes"}])
+    answers: list[str] = []
+
+    def enough(found: Trainer) -> bool:
+        prompt = Prompt(found.bound.template, found.vectors(), BackboneId.of(backbone))
+        answers.append(PromptModel(backbone).predict([{"x": "Kenya"}], prompt)[0].text)
+        return answers[-1] == "yes"
+
+    learn(backbone, template, items, enough=enough)
+    assert answers[0] != answers[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rule_is_learned_with_label_words(family: str) -> None:
+    """Label words of one and of several tokens train a rule to more than 95 %.
+
+    A part that training or scoring leaves out shows here, as a score that stays at the majority's.
+    """
+    words = LabelWords({"good": ("great", "good film"), "bad": ("terrible",)})
+    names = ("Kenya", "Paris", "Peru", "Lima", "25", "France")
+    rows: list[Record] = [
+        {"x": f"{word} {name}", "y": label} for word, label in (("great", "good"), ("bad", "bad")) for name in names
+    ]
+    backbone, template = teachable(family), "[P*4] [X] [P*4] [Y]"
+    items = label_items(bound(backbone, template), as_records(rows), words)
+    found = learn(backbone, template, items, enough=lambda found: found.state.best_score > 0.95)
+    assert found.state.start["dev_score"] < 0.95
+    assert found.state.best_loss < found.state.start["dev_loss"]
+
+
+@pytest.mark.parametrize(("kind", "dropout"), [("lstm", 0.3), ("mlp", 0.3), ("none", 0.0)])
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_resume_is_exact(causal: Backbone, tmp_path: Path, kind: str, dropout: float, stop_after: int) -> None:
+    """Invariant *Resume is exact*: stopped in the middle and at the end of an epoch, with dropout.
+
+    Vectors are bit-equal, and histories are equal.
+    """
+    settings: dict[str, Any] = {"encoder": kind, "dropout": dropout}
+    whole = fit(make_trainer(causal, **settings))
+    with pytest.raises(Interrupted, match=rf"after {stop_after} steps"):
+        fit(make_trainer(causal, tmp_path, **settings), stop_after=stop_after)
+    again = make_trainer(causal, tmp_path, **settings)
+    torch.manual_seed(123)  # whatever else the new process drew
+    assert again.load()
+    assert again.state.step == stop_after
+    fit(again)
+    assert torch.equal(again.vectors(), whole.vectors())
+    assert torch.equal(again.best_vectors, whole.best_vectors)
+    assert without_seconds(again) == without_seconds(whole)
+    assert again.state.start == whole.state.start
+    assert again.state.chosen_epoch == whole.state.chosen_epoch
+
+
+def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant *Resume is exact*: after any number of stops."""
+    whole = fit(make_trainer(causal, dropout=0.3))
+    for step in range(1, 7):
+        found = make_trainer(causal, tmp_path, dropout=0.3)
+        assert found.load() == (step > 1)
+        with pytest.raises(Interrupted):
+            fit(found, stop_after=step)
+    last = make_trainer(causal, tmp_path, dropout=0.3)
+    assert last.load()
+    fit(last)
+    assert torch.equal(last.best_vectors, whole.best_vectors)
+    assert without_seconds(last) == without_seconds(whole)
+
+
+def test_dropout_changes_what_is_learned(causal: Backbone) -> None:
+    """Invariant *Resume is exact* would hold for a dropout that is never on."""
+    assert not torch.equal(fit(make_trainer(causal, dropout=0.3)).vectors(), fit(make_trainer(causal)).vectors())
+
+
+def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Resume is exact*: the best vectors so far are part of the checkpoint."""
+    outcomes = [(0.1, 5.0), (0.9, 5.0), (0.2, 5.0), (0.2, 5.0)]
+    vectors = []
+    for name, stops in (("whole", [99]), ("cut", [5, 99])):
+        for stop in stops:
+            found = make_trainer(causal, tmp_path / name, epochs=3)
+            done = len(found.state.history) if found.load() else -1
+            script_evaluations(monkeypatch, found, outcomes[len(found.state.history) + (done >= 0) :])
+            try:
+                fit(found, stop_after=stop)
+            except Interrupted:
+                assert found.state.chosen_epoch == 1
+        vectors.append(found.best_vectors)
+        assert found.state.chosen_epoch == 1
+    assert torch.equal(*vectors)
+
+
+def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Seeds are separate*: dropout is seeded by step and by place in the step."""
+    seeds = []
+    real = derived_seed
+
+    def spy(seed: int, purpose: str, step: int = 0) -> int:
+        if purpose == "dropout":
+            seeds.append(real(seed, purpose, step))
+        return real(seed, purpose, step)
+
+    monkeypatch.setattr(trainer, "derived_seed", spy)
+    fit(make_trainer(causal, batch_size=2, accumulation_steps=2))
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_without_a_checkpoint_there_is_nothing_to_load(causal: Backbone, tmp_path: Path) -> None:
+    """No folder, or an empty one."""
+    assert make_trainer(causal).load() is False
+    assert make_trainer(causal, tmp_path / "none").load() is False
+
+
+def test_resume_with_other_settings_names_the_difference(causal: Backbone, tmp_path: Path) -> None:
+    """Invariant *Resume is exact*: the error gives what was saved and what is asked for."""
+    fit(make_trainer(causal, tmp_path, epochs=1))
+    with pytest.raises(TrainingError, match=r"cannot resume from .*: lr was 0.01 and is 0.02\. Repeat the command"):
+        make_trainer(causal, tmp_path, lr=0.02).load()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "header"])
+def test_a_damaged_checkpoint(causal: Backbone, tmp_path: Path, damage: str) -> None:
+    """Invariant *Resume is exact*: an error names the file, and no run goes on from garbage."""
+    fit(make_trainer(causal, tmp_path, epochs=1))
+    path = tmp_path / CHECKPOINT_FILE
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-5] ^= 1
+    broken = {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "flipped": bytes(flipped),
+        "text": b"hello" * 100,
+        "header": data.replace(b'"sha256"', b'"sha255"'),
+    }[damage]
+    path.write_bytes(broken)
+    with pytest.raises(TrainingError, match=r"state.safetensors is damaged \(.*\); start anew with --overwrite"):
+        make_trainer(causal, tmp_path, epochs=1).load()
+
+
+def test_a_checkpoint_of_another_encoder(causal: Backbone, tmp_path: Path) -> None:
+    """The identity of a caller may say too little; shapes and names are checked as well."""
+    fit(make_trainer(causal, tmp_path, epochs=1, encoder="mlp"))
+    with pytest.raises(TrainingError, match="is damaged"):
+        make_trainer(causal, tmp_path, epochs=1, encoder="lstm").load()
+
+
+def test_a_checkpoint_is_whole_or_not_there(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails half-way leaves the earlier checkpoint."""
+    fit(make_trainer(causal, tmp_path, epochs=1))
+    before = (tmp_path / CHECKPOINT_FILE).read_bytes()
+
+    def fail(path: Path, *_: object, **__: object) -> None:
+        path.with_name(".half.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(causal, tmp_path, epochs=1))
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_checkpoints_inside_an_epoch(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting checkpoint_seconds: after every step at 0, at the ends of epochs otherwise."""
+    written: list[int] = []
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda _folder, state, *_, **__: written.append(state.step))
+    fit(make_trainer(causal, tmp_path, checkpoint_seconds=0.0))
+    assert sorted(set(written)) == [1, 2, 3, 4, 5, 6]
+    written.clear()
+    fit(make_trainer(causal, tmp_path, checkpoint_seconds=1000.0))
+    assert written == [3, 6]
+
+
+def test_same_seed_same_vectors(backbone: Backbone) -> None:
+    """Invariant *Seeds are separate*: bit-equal, whatever the global generator did; another seed differs."""
+    one = fit(make_trainer(backbone, dropout=0.2)).vectors()
+    torch.manual_seed(99)
+    assert torch.equal(fit(make_trainer(backbone, dropout=0.2)).vectors(), one)
+    assert not torch.equal(fit(make_trainer(backbone, dropout=0.2, seed=1)).vectors(), one)
+
+
+def test_training_leaves_the_global_generator_alone(causal: Backbone) -> None:
+    """Invariant *Seeds are separate*: the caller's own draws are not moved."""
+    state = torch.get_rng_state()
+    fit(make_trainer(causal, dropout=0.3))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_length_of_the_template_leaves_the_data_order_unchanged(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Seeds are separate*: the order is the seed's and the epoch's alone.
+
+    Every record comes once per epoch.
+    """
+    orders: list[list[str]] = []
+    real = Trainer.begin_step
+
+    def spy(self: Trainer, group: list[Item]) -> list[Chunk]:
+        orders[-1].extend(names[id(item)] for item in group)
+        return real(self, group)
+
+    monkeypatch.setattr(Trainer, "begin_step", spy)
+    for template, settings in (
+        ("[P] [X] [Y]", {}),
+        ("[P*9] [X] [P:is] [Y]", {}),
+        ("[P] [X] [Y]", {"encoder": "none"}),
+        ("[P] [X] [Y]", {"seed": 1}),
+    ):
+        items = items_of(causal, template, FACTS)
+        names = {id(item): record["x"] for item, record in zip(items, FACTS, strict=True)}
+        orders.append([])
+        config = TrainConfig.from_json({**FAST, **settings})
+        Trainer(causal, bound(causal, template), config=config).fit(items, items[:2])
+    assert orders[0] == orders[1] == orders[2] != orders[3]
+    first, second = orders[0][:7], orders[0][7:]
+    assert sorted(first) == sorted(second) == sorted(record["x"] for record in FACTS)
+    assert first != second
+
+
+def test_seeds_of_purposes_differ() -> None:
+    """Invariant *Seeds are separate*: each purpose and step has a seed of its own."""
+    seeds = {derived_seed(seed, purpose, step) for seed in (0, 1) for purpose in ("a", "b") for step in (0, 1, 2)}
+    assert len(seeds) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 2, "accumulation_steps": 2}, {"batch_size": 1, "accumulation_steps": 4}]
+)
+def test_accumulation_does_not_change_the_loss(backbone: Backbone, settings: dict[str, Any]) -> None:
+    """Invariant *Loss position = scored position*: accumulation does not change the loss, 1x4 = 2x2 = 4x1.
+
+    With a short last group of three and targets of different lengths.
+    """
+    whole = fit(make_trainer(backbone, batch_size=4))
+    parts = fit(make_trainer(backbone, **settings))
+    assert whole.state.step == parts.state.step == 4
+    for one, other in zip(whole.state.history, parts.state.history, strict=True):
+        assert math.isclose(one["train_loss"], other["train_loss"], abs_tol=1e-5)
+        assert math.isclose(one["dev_loss"], other["dev_loss"], abs_tol=1e-5)
+    torch.testing.assert_close(whole.vectors(), parts.vectors(), atol=1e-5, rtol=0)
+
+
+def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
+    """The first epoch's loss in one batch is the loss of the start, in nats per token."""
+    found = make_trainer(backbone, batch_size=7, epochs=1)
+    expected = found.evaluate(items_of(backbone, TEMPLATE, FACTS)).loss
+    fit(found)
+    assert math.isclose(found.state.history[0]["train_loss"], expected, abs_tol=1e-5)
+
+
+def test_two_processes_learn_what_one_learns(
+    causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    """Invariant *Loss position = scored position*: the number of processes does not change what is learned.
+
+    With groups that do not divide among them, and dropout.
+    """
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "import tests.training.test_trainer as t\n"
+        "from ptuning.backbone.loading import load_backbone\n"
+        f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
+        "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
+        "assert found.accelerator.num_processes == 2\n"
+        f"torch.save(found.vectors(), {str(tmp_path)!r} + f'/{{found.accelerator.process_index}}.pt')\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = fit(make_trainer(causal, dropout=0.2)).vectors()
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert torch.equal(*both)
+    torch.testing.assert_close(both[0], alone, atol=1e-5, rtol=0)
+    assert float((alone - make_trainer(causal).vectors()).abs().max()) > 1e-3
+
+
+def script_evaluations(monkeypatch: pytest.MonkeyPatch, found: Trainer, outcomes: list[tuple[float, float]]) -> None:
+    """Let development results be (score, loss) pairs, the start's first."""
+    results = iter([Evaluation(loss_, (score,)) for score, loss_ in outcomes])
+    monkeypatch.setattr(found, "evaluate", lambda *_, **__: next(results))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "chosen"),
+    [
+        ([(0.1, 5.0), (0.2, 6.0), (0.4, 9.0), (0.3, 1.0)], 2),  # the highest score, whatever its loss
+        ([(0.1, 5.0), (0.2, 6.0), (0.2, 4.0), (0.2, 5.0)], 2),  # of equal scores the lowest loss
+        ([(0.1, 5.0), (0.2, 4.0), (0.2, 4.0), (0.2, 4.0)], 1),  # of equal ones the earliest
+        ([(0.5, 5.0), (0.2, 1.0), (0.4, 1.0), (0.3, 1.0)], 0),  # the start may be the best
+        ([(0.0, 5.0), (0.0, 4.0), (0.0, 3.0), (0.0, 2.0)], 3),
+    ],
+)
+def test_the_choice_rule(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[float, float]], chosen: int
+) -> None:
+    """The development part chooses by the rule that the record gives, ties included, and the vectors are that epoch's.
+
+    So everyone can tell which part of the data chose the prompt.
+    """
+    found = make_trainer(causal, epochs=3)
+    script_evaluations(monkeypatch, found, outcomes)
+    vectors = [found.vectors()]
+    items = items_of(causal, TEMPLATE, FACTS)
+    found.fit(items, items, report=lambda p: vectors.append(found.vectors()) if p.stage == "epoch" else None)
+    assert found.state.chosen_epoch == chosen
+    assert (found.state.best_score, found.state.best_loss) == outcomes[chosen]
+    assert torch.equal(found.best_vectors, vectors[chosen])
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (9, 9)])
+def test_early_stopping(causal: Backbone, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int) -> None:
+    """Training ends after ``patience`` epochs without a better result."""
+    found = make_trainer(causal, epochs=9, patience=patience)
+    script_evaluations(monkeypatch, found, [(0.1, 5.0), (0.2, 5.0), (0.3, 5.0)] + [(0.3, 6.0)] * 7)
+    fit(found)
+    assert len(found.state.history) == epochs
+    assert found.state.chosen_epoch == 2
+    assert found.state.done
+
+
+def test_a_falling_loss_keeps_training_going(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few records tie in their score while the loss still falls; what is chosen stays the highest score."""
+    found = make_trainer(causal, epochs=9, patience=2)
+    outcomes = [(0.1, 9.0), (0.3, 8.0), (0.2, 7.0), (0.2, 6.0), (0.2, 5.0), (0.2, 5.5), (0.2, 5.5)] + [(0.2, 1.0)] * 3
+    script_evaluations(monkeypatch, found, outcomes)
+    fit(found)
+    assert len(found.state.history) == 6
+    assert found.state.chosen_epoch == 1
+
+
+def test_a_loss_that_is_no_number(causal: Backbone) -> None:
+    """Training stops at once, and says what may help."""
+    found = make_trainer(causal)
+    with torch.no_grad():
+        found.encoder.start.fill_(torch.nan)
+    items = items_of(causal, TEMPLATE, FACTS)
+    with pytest.raises(TrainingError, match=r"development loss became nan in epoch 0; use a lower learning rate"):
+        found.fit(items, items)
+    found.state.start = {"dev_loss": 1.0}
+    with pytest.raises(TrainingError, match=r"the loss became nan in epoch 1; use a lower learning rate than 0.01"):
+        found.fit(items, items)
+
+
+def test_vectors_that_become_no_numbers_are_not_chosen(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that breaks the vectors at the end of an epoch is seen before they are saved."""
+    found = make_trainer(causal, encoder="none", epochs=1, batch_size=7)
+    before = found.vectors()
+    monkeypatch.setattr(found.optimizer, "step", lambda: found.encoder.free.data.fill_(torch.inf))
+    with pytest.raises(TrainingError, match=r"development loss became nan in epoch 1"):
+        fit(found)
+    assert torch.equal(found.best_vectors, before)
+
+
+def test_fit_takes_train_and_dev_only() -> None:
+    """The test part is asked once, by a call of its own after training: its data cannot come near ``fit``."""
+    assert list(inspect.signature(Trainer.fit).parameters) == ["self", "train", "dev", "report", "should_stop"]
+
+
+def test_dev_data_chooses_and_does_not_train(causal: Backbone) -> None:
+    """The development part chooses and does not train: with other data in it, the last vectors are the same."""
+    items = items_of(causal, TEMPLATE, FACTS)
+    one, other = make_trainer(causal), make_trainer(causal)
+    one.fit(items, items[:2])
+    other.fit(items, items[5:])
+    assert torch.equal(one.vectors(), other.vectors())
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    """Linear warm-up, linear decay, never zero at a step that is taken."""
+    factors = [rate(step, 20, warmup_fraction=0.25) for step in range(20)]
+    assert factors[5] == max(factors) == 1.0
+    assert factors[:6] == sorted(factors[:6])
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert min(factors) > 0
+    assert rate(0, 1, warmup_fraction=0.0) == 1.0
+    assert rate(0, 1, warmup_fraction=0.1) == 0.5
+
+
+def test_gradients_are_clipped(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting max_grad_norm."""
+    norms = []
+    found = make_trainer(causal, max_grad_norm=1e-3, encoder="none")
+
+    def note() -> None:
+        assert found.encoder.free.grad is not None
+        norms.append(float(found.encoder.free.grad.norm()))
+
+    monkeypatch.setattr(found.optimizer, "step", note)
+    fit(found)
+    assert max(norms) <= 1e-3 * 1.001
+
+
+def test_progress_is_reported(causal: Backbone) -> None:
+    """What a bar needs: monotone numbers up to the totals, and a line per epoch."""
+    seen: list[Progress] = []
+    found = make_trainer(causal)
+    items = items_of(causal, TEMPLATE, FACTS)
+    found.fit(items, items, report=seen.append)
+    steps = [p for p in seen if p.stage == "train"]
+    assert [p.done for p in steps] == [3, 6, 7, 10, 13, 14]
+    assert {p.total for p in steps} == {14}
+    assert [p.done for p in seen if p.stage == "epoch"] == [1, 2]
+
+
+def test_one_record_is_enough(backbone: Backbone) -> None:
+    """A user's first try."""
+    fit(make_trainer(backbone), records=[{"x": "Kenya", "y": "Nairobi"}])
+
+
+def test_the_ceiling_is_measured(causal: Backbone) -> None:
+    """Tokens per second of the bare backbone, of a single batch as well."""
+    items = items_of(causal, TEMPLATE, FACTS)
+    assert measure_ceiling(causal, items, batch_size=2, slots=3) > 0
+    assert measure_ceiling(causal, items, batch_size=99, slots=3) > 0
+    assert all(weight.grad is None for weight in causal.model.parameters())
+
+
+def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Fast = slow*: items in batches score as each item alone, with hits in the order of the items."""
+    items = items_of(backbone, TEMPLATE, FACTS)
+    found = make_trainer(backbone)
+    whole, single = found.evaluate(items), [found.evaluate([item]) for item in items]
+    counts = [loss_count([item]) for item in items]
+    mean = sum(one.loss * count for one, count in zip(single, counts, strict=True)) / sum(counts)
+    assert math.isclose(whole.loss, mean, abs_tol=1e-5)
+    assert whole.hits == tuple(one.hits[0] for one in single)
+    assert whole.score == sum(whole.hits) / len(items)
+    mixed = items_of(backbone, TEMPLATE, RECORDS)
+    own = [float(item.choices[0].own_tokens) for item in mixed]
+    monkeypatch.setattr(evaluate, "hits", lambda group, _: [float(item.choices[0].own_tokens) for item in group])
+    assert list(found.evaluate(mixed).hits) == own != sorted(own)
+
+
+LATE = "{x} and {x} [P:is] [P*2] [Y]"
+
+
+def fit_late(
+    backbone: Backbone, folder: Path | None = None, *, stop_after: int | None = None, **settings: Any
+) -> Trainer:
+    """Train slots that stand behind the text."""
+    config = TrainConfig.from_json({**FAST, **settings})
+    found = Trainer(backbone, bound(backbone, LATE), config=config, checkpoint=folder, identity={"data": "facts"})
+    found.load()
+    items = items_of(backbone, LATE, FACTS)
+    with contextlib.suppress(Interrupted):
+        found.fit(items, items[:4], should_stop=lambda: stop_after is not None and found.state.step >= stop_after)
+    return found
+
+
+def test_the_constant_part_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Fast = slow*: training from the first slot onwards learns what training over whole rows learns."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    kept, whole = fit_late(causal), fit_late(causal, cache_memory=0.0)
+    assert kept.constant_part["tokens"] > 0
+    assert not any(whole.constant_part.values())
+    assert not torch.equal(kept.vectors(), kept.encoder.start)
+    torch.testing.assert_close(kept.vectors(), whole.vectors(), rtol=0, atol=1e-4)
+    assert [row["dev_loss"] for row in kept.state.history] == pytest.approx(
+        [row["dev_loss"] for row in whole.state.history], abs=1e-4
+    )
+    assert not kept.constants.is_used  # and nothing is kept beyond the run
+
+
+def test_resume_with_a_constant_part_is_exact(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Resume is exact*: kept keys and values are made anew when a run is resumed, and alike."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    whole = fit_late(causal)
+    fit_late(causal, tmp_path, stop_after=4)
+    resumed = fit_late(causal, tmp_path)
+    assert torch.equal(resumed.best_vectors, whole.best_vectors)
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_stops_between_passes_over_the_constant_part(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    whole = fit_late(causal)
+    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 1)
+    passes: list[int] = []
+    real = ConstantParts._run
+
+    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[Tensor]:
+        passes.append(len(group))
+        return real(parts, group)
+
+    monkeypatch.setattr(ConstantParts, "_run", watch)
+    asked = iter([False, False, True])
+    found = Trainer(
+        causal, bound(causal, LATE), config=TrainConfig.from_json(FAST), checkpoint=tmp_path, identity={"data": "facts"}
+    )
+    items = items_of(causal, LATE, FACTS)
+    with pytest.raises(Interrupted, match="after 0 steps"):
+        found.fit(items, items[:4], should_stop=lambda: next(asked))
+    assert passes == [1, 1, 1]
+    assert (tmp_path / CHECKPOINT_FILE).is_file()
+    assert not found.constants.tokens
+    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
+    resumed = fit_late(causal, tmp_path)
+    assert torch.equal(resumed.best_vectors, whole.best_vectors)
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    assert not any(fit_late(masked).constant_part.values())
+
+
+@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
+def test_dropout_is_the_backbones_own_where_it_learns(
+    masked: Backbone, monkeypatch: pytest.MonkeyPatch, tune: str
+) -> None:
+    """BERT's dropout of 0.1 is on in training where the backbone is trained, and off in frozen mode."""
+    assert masked.model.config.hidden_dropout_prob == 0.1
+    seen: list[tuple[bool, int]] = []
+    real = target_logits
+
+    def watch(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+        dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
+        taking = sum(weight.requires_grad for weight in backbone.model.parameters())
+        if torch.is_grad_enabled():
+            seen.append((dropping == {True}, taking))
+        return real(backbone, batch, vectors)
+
+    monkeypatch.setattr(steps, "target_logits", watch)
+    found = fit(make_trainer(masked, tune=tune, epochs=1))
+    assert set(seen) == {(tune != "frozen", len(found.weights))}
+    assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.weights)
+    assert (found.backbone is masked) == (tune == "frozen")
+    assert not any(one.training for one in found.backbone.model.modules())
+
+
+@pytest.mark.parametrize("tune", ["tuned", "lora"])
+def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -> None:
+    """With decay for its matrices only, and nothing of it for the encoder."""
+    settings: dict[str, Any] = {
+        "backbone_lr": 0.25,
+        "lora_lr": 0.5,
+        "backbone_weight_decay": 0.125,
+        "weight_decay": 0.75,
+    }
+    found = make_trainer(causal, tune=tune, **settings)
+    groups = [(group["lr"], group["weight_decay"]) for group in found.optimizer.param_groups]
+    assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if tune == "tuned" else [(0.5, 0.0)])]
+    assert all(weight.ndim > 1 for weight in found.optimizer.param_groups[1]["params"])
+
+
+def test_large_checkpoints_are_written_less_often(causal: Backbone) -> None:
+    tuned, frozen = (make_trainer(causal, tune=tune, checkpoint_seconds=3.0) for tune in ("tuned", "frozen"))
+    for found, wanted in ((tuned, 40.0), (frozen, 3.0)):
+        found._saving_seconds = 2.0
+        assert found._pause() == wanted
+    tuned._saving_seconds = 0.01
+    assert tuned._pause() == 3.0
+
+
+def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        fit(make_trainer(causal, tmp_path, tune="tuned"), stop_after=4)
+    best = next(tmp_path.glob("best-*.safetensors"))
+    best.write_bytes(best.read_bytes()[:-9])
+    again = make_trainer(causal, tmp_path, tune="tuned", epochs=2)
+    again.load()
+    again.config = TrainConfig.from_json({**FAST, "tune": "tuned", "patience": 1})
+    again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
+    with pytest.raises(TrainingError, match=r"best-.* is no whole safetensors file .*; start anew with --overwrite"):
+        fit(again)
+
+
+def test_adapters_that_do_not_work_are_found_before_training() -> None:
+    """A run of hours must not end with a traceback, nor with a prompt that cannot be loaded."""
+    with pytest.raises(BackboneError, match="cannot run with adapters"):
+        make_trainer(experts("PhimoeForCausalLM"), tune="lora")
