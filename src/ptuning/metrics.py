@@ -242,8 +242,9 @@ METRICS: Mapping[str, Metric] = {
 }
 # The mean of a task's own metrics, which a mean over tasks counts.
 TASK_SCORE = "score"
-# Names of scores in the order of tables.
+# Names of scores in the order of tables, and in that of results.json: the ones by default first.
 SCORES = (TASK_SCORE, *METRICS)
+RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name].by_default))
 # Names that task files may use.
 TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
 
