@@ -17,7 +17,7 @@ MAX_BATCH_TOKENS = 4096
 MAX_BATCH_POSITIONS = 256
 MAX_CACHED_TOKENS = 8192
 # A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
-# Source: docs/architecture.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
+# Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
 MIN_SAVED_TOKENS = 48
 
 
