@@ -19,7 +19,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, Progress
@@ -213,7 +213,7 @@ def test_a_stopped_fleet_goes_on_exactly(
         assert history(parts.results[name], "train_loss") == history(whole.results[name], "train_loss")
 
 
-def test_a_fleet_stops_between_passes_over_the_constant_part(
+def test_a_fleet_stops_between_passes_that_fill_the_prefix_cache(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt that was about to begin is no failure, and the others go on from where they stood."""
@@ -332,13 +332,13 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
     """Hundreds of prompts must not fill the memory with texts that nobody reads any more."""
     monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
     kept: list[int] = []
-    real = ConstantParts.keep_only
+    real = PrefixCache.keep_only
 
-    def spy(self: ConstantParts, examples: Any) -> None:
+    def spy(self: PrefixCache, examples: Any) -> None:
         real(self, examples)
         kept.append(self.tokens)
 
-    monkeypatch.setattr(ConstantParts, "keep_only", spy)
+    monkeypatch.setattr(PrefixCache, "keep_only", spy)
     texts = [[{"x": f"{word} {row['x']}", "y": row["y"]} for row in TEXTS] for word in ("First", "Then", "Last")]
     prompts = [
         FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=replace(FAST, epochs=1 + n))
@@ -361,7 +361,7 @@ def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_p
     """A prompt that nobody wrote down is trained to its end again, and not lost."""
     items = items_of(causal, "[P] [X] [Y]", FACTS)
 
-    def make(_: ConstantParts) -> Trainer:
+    def make(_: PrefixCache) -> Trainer:
         return Trainer(causal, bound(causal, "[P] [X] [Y]"), config=FAST)
 
     def fleet() -> Fleet:

@@ -93,8 +93,8 @@ def test_what_is_kept_is_counted_for_all_rows(causal: Backbone, monkeypatch: pyt
     seen = tried(run)
     trainer = run.trainer(0)
     rows = [row for items in run.items.values() for item in items for row in item.inputs]
-    assert trainer.constants.prepare(rows)
-    assert seen.kept_bytes == pytest.approx(trainer.constants.memory_bytes, rel=0.01)
+    assert trainer.prefix_cache.prepare(rows)
+    assert seen.kept_bytes == pytest.approx(trainer.prefix_cache.memory_bytes, rel=0.01)
     assert 0 < seen.trial_bytes <= seen.kept_bytes
     assert seen.kept_seconds > 0
     assert tried(run_of(causal, LATE, cache_memory=0.0)).kept_bytes == 0
