@@ -88,7 +88,7 @@ def test_the_longest_pass_of_all_epochs_is_taken(causal: Backbone) -> None:
 
 
 def test_what_is_kept_is_counted_for_all_rows(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     run = run_of(causal, LATE)
     seen = tried(run)
     trainer = run.trainer(0)
@@ -106,7 +106,7 @@ def test_checkpointing_holds_less(causal: Backbone) -> None:
 
 
 def test_progress_ends_where_it_was_to(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     found: list[Progress] = []
     run = run_of(causal, LATE)
     try_out(run, run.trainer(0), report=found.append)
