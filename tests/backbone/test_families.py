@@ -87,7 +87,7 @@ def check_identity(backbone: Backbone) -> None:
 def test_identity(name: str) -> None:
     """Invariant *Identity*: slots holding token embeddings equal the plain run, and loading finds nothing to refuse.
 
-    The head reads what is scored and nothing else (docs/architecture.md, decision 6).
+    The head reads what is scored and nothing else (docs/decisions.md, decision 6).
     """
     backbone = built(name)
     check_reading(backbone)
@@ -273,7 +273,7 @@ PREFIX = (
 
 @every_family
 def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant *Fast = slow*: with a shared prefix (docs/architecture.md, decision 16) logits and gradients are equal.
+    """Invariant *Fast = slow*: with a shared prefix (docs/decisions.md, decision 16) logits and gradients are equal.
 
     A cache of windows or states is found, and not shared.
     """

@@ -164,7 +164,7 @@ QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
     ],
 )
 def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
-    """A shared prefix (docs/architecture.md, decision 16) is what all rows begin with, in whatever order the rows are.
+    """A shared prefix (docs/decisions.md, decision 16) is what all rows begin with, in whatever order the rows are.
 
     The same tokens and slots, before the first scored position of every row.
     """

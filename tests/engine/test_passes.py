@@ -279,7 +279,7 @@ class Passes:
 def test_a_shared_prefix_equals_the_plain_run(
     backbone: Backbone, template: str, is_shared: bool, with_stop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant *Fast = slow*: a shared prefix (docs/architecture.md, decision 16) gives the same logits and gradients.
+    """Invariant *Fast = slow*: a shared prefix (docs/decisions.md, decision 16) gives the same logits and gradients.
 
     For rows and targets of different lengths.
     """
@@ -296,7 +296,7 @@ def test_a_shared_prefix_equals_the_plain_run(
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_runs_once(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shared prefix runs in one row (docs/architecture.md, decision 16), then the rest of all rows behind it.
+    """A shared prefix runs in one row (docs/decisions.md, decision 16), then the rest of all rows behind it.
 
     Of the prefix the head reads one position.
     """
@@ -370,7 +370,7 @@ def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_examples_in_front_of_every_question(backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A manual prompt with examples scores as before where they run once (docs/architecture.md, decision 16).
+    """A manual prompt with examples scores as before where they run once (docs/decisions.md, decision 16).
 
     On either side of the padding.
     """
@@ -412,7 +412,7 @@ def test_scores_and_the_ceiling_share_prefixes(
 def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
     """A prefix counts once in what is read, and once per row in what is kept; both are bounded.
 
-    Source: docs/architecture.md, decision 16.
+    Source: docs/decisions.md, decision 16.
     """
     examples = bound(causal, "[X] so [Y]").examples([{"x": "a " * (index % 30), "y": "yes"} for index in range(900)])
     for prefix in (0, 20, 200):

@@ -84,7 +84,7 @@ def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatc
     """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
 
     Causal and masked, with and without a constant part, fewer at once than there are.
-    Source: docs/architecture.md, decision 28.
+    Source: docs/decisions.md, decision 28.
     """
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     found = train_fleet(EVERY, backbone=backbone, at_once=at_once)

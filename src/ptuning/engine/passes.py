@@ -17,7 +17,7 @@ from ptuning.errors import PromptError
 from ptuning.template.fill import Example
 
 # A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
-# Source: docs/architecture.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
+# Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
 MIN_SAVED_TOKENS = 48
 
 

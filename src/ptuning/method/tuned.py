@@ -29,7 +29,7 @@ from ptuning.training.run import train
 from ptuning.training.train_fleet import FleetPrompt
 
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
-# configured rate. Source: docs/architecture.md, decision 14 (what was tried).
+# configured rate. Source: docs/decisions.md, decision 14 (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # So many evaluations with the same guess for every row are worth a warning.
 STUCK_EVALUATIONS = 3
