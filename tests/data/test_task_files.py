@@ -152,11 +152,7 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
         ('"mine"', '"../mine"', "'../mine' cannot be the name of a task, since it becomes a folder"),
         ('"mine"', f'"{"m" * 101}"', "cannot be the name of a task"),
         ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
-        (
-            "[labels]",
-            'metrics = ["f1a"]\n[labels]',
-            "F1 of the label 'true', which this task does not have",
-        ),
+        ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' needs the label 'true', which this task does not have"),
         ("[labels]", '[files]\ndve = ["a"]\n[labels]', "unknown key 'files.dve'. Did you mean 'dev'"),
         ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
         ("{text} It", "{label} It", "the field 'label' of a pattern holds the answer"),

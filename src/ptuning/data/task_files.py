@@ -48,7 +48,7 @@ class TaskFile:
         learned: Templates with slots; pattern i of both belong together.
         reader: Turns rows into questions.
         label_words: The verbalizer of a classification; None if rows bring their choices, or the target is any text.
-        metrics: Names of :data:`ptuning.data.task_parsing.METRICS`; the first one chooses.
+        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`; the first one chooses.
         calibrate: The default of calibration: subtract from each label the score that it gets for an empty record.
         normalise: The default for scores of choices and label words of several tokens: their sum or mean.
         files: Part -> names of files to look for, without their endings.

@@ -13,7 +13,8 @@ from ptuning.data.reading import SUFFIXES
 from ptuning.data.row_paths import RowPath
 from ptuning.errors import TaskError, closest
 from ptuning.files import Unchecked
-from ptuning.names import POSITIVE, is_folder_name
+from ptuning.metrics import METRICS, TASK_METRICS
+from ptuning.names import is_folder_name
 from ptuning.records import TARGET_FIELD
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -25,9 +26,6 @@ KEYS = (
 REQUIRED_KEYS = ("name", "version", "patterns")
 CHOICE_KEYS = ("from", "spans", "of", "phrases", "right")
 PATTERN_KEYS = ("manual", "learned")
-# Accuracy over rows; macro F1 over labels; F1 of the label "true" over rows (MultiRC's F1a); the mean over rows of the
-# F1 of words (ReCoRD's); and the share of groups with every row right.
-METRICS = ("accuracy", "macro_f1", "f1a", "f1", "exact_match")
 # File names of each part: FewGLUE's and SuperGLUE's, and common others. The part "val" never chooses anything.
 SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -148,12 +146,13 @@ def read_metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
     """
     names = _texts(task.at("metrics", ["accuracy"]))
     if not names:
-        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(METRICS)}, or leave the key out")
-    if "f1a" in names and (words is None or POSITIVE not in words.labels):
-        raise TaskError(f"the metric 'f1a' is the F1 of the label '{POSITIVE}', which this task does not have")
+        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(TASK_METRICS)}, or leave the key out")
     for name in names:
-        if name not in METRICS:
-            raise TaskError(f"unknown metric '{name}'.{closest(name, METRICS)} Known: {', '.join(METRICS)}")
+        if name not in TASK_METRICS:
+            raise TaskError(f"unknown metric '{name}'.{closest(name, TASK_METRICS)} Known: {', '.join(TASK_METRICS)}")
+        needed = METRICS[name].needs_label
+        if needed is not None and (words is None or needed not in words.labels):
+            raise TaskError(f"the metric '{name}' needs the label '{needed}', which this task does not have")
     return names
 
 
