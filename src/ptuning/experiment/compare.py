@@ -14,7 +14,7 @@ from ptuning.config import TrainConfig, listed_names
 from ptuning.data.questions import as_questions
 from ptuning.data.relations import Relation, read_relations
 from ptuning.data.splits import draw_records, split_records, split_relation
-from ptuning.data.word_lists import read_vocabulary
+from ptuning.data.word_lists import read_words
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.lama import Listed, OneToken
@@ -104,7 +104,7 @@ def compare(
     one_token = OneToken(backbone, [*pair, bare(pair[0])])
     single = all(all(one_token(rows)) for rows in parts.values())
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
-    words = None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
+    words = None if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
     for part, rows in parts.items() if words is not None else ():
         missing = Listed(words or ())(rows).count(False)
         if missing:
@@ -174,7 +174,7 @@ def lama(
     if targets not in get_args(Targets):
         raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
     learned = as_template(template) if template is not None else None
-    words = None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
+    words = None if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
     jobs = []
     for relation in read_relations(data, which=listed_names(relations)):
         if relation.template is None:
