@@ -18,7 +18,7 @@ from ptuning.experiment.dry_run import Estimate, estimate
 from ptuning.experiment.plan import methods as known
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Setup, Task
-from ptuning.method.baselines import in_context_tokens
+from ptuning.method.in_context import in_context_tokens
 from ptuning.records import Record
 from ptuning.template.language import Template
 from tests.conftest import WARM, bound

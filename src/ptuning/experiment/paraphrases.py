@@ -19,7 +19,7 @@ from ptuning.experiment.compare import relation_job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.experiment.results import Results
 from ptuning.files import Json
-from ptuning.method.baselines import REFERENCE
+from ptuning.method.in_context import REFERENCE
 from ptuning.names import LEARNED
 from ptuning.template.language import Field, Target, Template
 

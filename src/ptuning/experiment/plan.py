@@ -17,7 +17,7 @@ from ptuning.experiment.results import Collector, Results
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, check_free, make_folder
 from ptuning.method.base import METHODS
-from ptuning.method.baselines import FREE_METHODS
+from ptuning.method.in_context import FREE_METHODS
 from ptuning.method.tuned import tried_factors
 from ptuning.names import ALL_METHODS, LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.progress import OnProgress

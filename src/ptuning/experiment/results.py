@@ -12,7 +12,7 @@ import numpy as np
 from ptuning.experiment.cells import CellResult
 from ptuning.experiment.suite import FORMAT_VERSION
 from ptuning.files import Json, write_json
-from ptuning.method.baselines import REFERENCE
+from ptuning.method.in_context import REFERENCE
 from ptuning.metrics import SCORES
 from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of

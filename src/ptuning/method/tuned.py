@@ -17,8 +17,8 @@ from ptuning.engine.prefix_cache import constant_parts
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.method.base import METHODS, Setup, Solution, Task
-from ptuning.method.baselines import target_tokens
 from ptuning.method.classification_head import HeadModel
+from ptuning.method.in_context import target_tokens
 from ptuning.metrics import Answer
 from ptuning.names import LEARNED, LEARNED_BY_TUNE
 from ptuning.prompt.answer import answer_records

@@ -12,9 +12,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.data.questions import Questions, as_questions
 from ptuning.errors import ConfigError, TemplateError
-from ptuning.method import baselines
+from ptuning.method import in_context as in_context_module
 from ptuning.method.base import Setup, Solution, Task
-from ptuning.method.baselines import (
+from ptuning.method.in_context import (
     example_counts,
     filled,
     in_context,
@@ -89,7 +89,7 @@ def test_written_answers_get_as_long_as_the_longest_training_target(
         asked.append(max_tokens)
         return []
 
-    monkeypatch.setattr(baselines, "answer_records", answer_records)
+    monkeypatch.setattr(in_context_module, "answer_records", answer_records)
     manual(here, Setup(causal)).answer(as_questions(DEV))
     assert asked == [longest]
 
@@ -160,8 +160,8 @@ def stub(score: Callable[[int, int], float | None]) -> Callable[..., Solution]:
 
 def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(4, 1): 5 / 6, (16, 0): 4 / 6, (32, 2): 5 / 6}
-    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
-    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    monkeypatch.setattr(in_context_module, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
+    monkeypatch.setattr(in_context_module, "example_counts", lambda *_: in_context_module.IN_CONTEXT_EXAMPLES)
     found = in_context(task(), Setup(causal))
     assert found.record["chosen"] == {"settings": {"examples": 4, "draw": 1}, "dev_score": 5 / 6}
     assert len(examples_in(found)) == 4  # of equal scores the first, which has fewer examples
@@ -170,9 +170,9 @@ def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, m
 
 
 def test_a_draw_that_does_not_fit_says_nothing_of_the_next(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    monkeypatch.setattr(in_context_module, "example_counts", lambda *_: in_context_module.IN_CONTEXT_EXAMPLES)
     scores = {(4, 0): None, (4, 1): 1.0}
-    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
+    monkeypatch.setattr(in_context_module, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
     assert in_context(task(), Setup(causal)).record["chosen"] == {
         "settings": {"examples": 4, "draw": 1},
         "dev_score": 1.0,
@@ -200,8 +200,8 @@ def test_text_that_is_a_special_token_is_not_shown_as_an_example(masked: Backbon
 
 def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) -> None:
     rows = [{"x": "Kenya", "y": "yes\nno"}]
-    assert baselines.is_multiline(task(rows))
-    assert not baselines.is_multiline(task())
+    assert in_context_module.is_multiline(task(rows))
+    assert not in_context_module.is_multiline(task())
     seen: list[bool] = []
     for train in (rows, TRAIN):
         found = manual(task(train, single_token=False), Setup(causal)).answer(as_questions(DEV))
@@ -214,7 +214,7 @@ def test_the_tokens_of_an_estimate_are_those_that_are_run(
     family: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All examples in front count: once a batch for a causal model, in every row for a masked one."""
-    monkeypatch.setattr(baselines, "IN_CONTEXT_DRAWS", 1)
+    monkeypatch.setattr(in_context_module, "IN_CONTEXT_DRAWS", 1)
     backbone = make_backbone(family)
     assert backbone.shares_prefix == (family == "llama")  # found by a pass of its own, which is not to be counted
     dev = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(50)]
