@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ptuning.data.reading import load_records as load_records
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.experiment.compare import compare as compare
-    from ptuning.experiment.compare import lama as lama
-    from ptuning.experiment.plan import methods as methods
+    from ptuning.experiment.lama import lama as lama
+    from ptuning.method.registry import methods as methods
     from ptuning.prompt.predict import PromptModel as PromptModel
     from ptuning.prompt.prompt import Prompt as Prompt
     from ptuning.template.labels import LabelWords as LabelWords
@@ -37,10 +37,10 @@ _HOMES = {
     "TrainConfig": "config",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
-    "lama": "experiment.compare",
+    "lama": "experiment.lama",
     "load_backbone": "backbone.backbone",
     "load_records": "data.reading",
-    "methods": "experiment.plan",
+    "methods": "method.registry",
     "train": "training.run",
     "train_fleet": "training.train_fleet",
 }

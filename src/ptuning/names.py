@@ -16,10 +16,8 @@ CHECKPOINT_FOLDER = "checkpoint"
 # What stands for every method where a list is asked for.
 ALL_METHODS = "all"
 MANUAL, LEARNED = "manual", "p-tuning"
-# What is trained along with a prompt (tune), behind the name of a method.
+# Suffix of a method's name: what of the backbone is trained together with the prompt (the setting "tune").
 ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
-# What the learned prompt is called where weights of the backbone are trained along.
-LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
 # The label whose F1 over all answers is MultiRC's F1a.
 POSITIVE = "true"
 # Behind the name of a method that ran on a backbone with random weights.
