@@ -42,7 +42,8 @@ from benchmarks.material import (
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.reading import draw_records, load_records, split_records
+from ptuning.data.reading import load_records
+from ptuning.data.splits import draw_records, split_records
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.objective import Item, loss, score_choices
 from ptuning.engine.prefix_cache import ConstantParts

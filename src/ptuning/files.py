@@ -1,22 +1,151 @@
-"""Files that are whole or not there: written beside and renamed, hashed, never overwritten unasked."""
+"""Reading and writing files, and checking what is in them.
+
+Writing is atomic: a file is written under a temporary name and then renamed, so that a reader never sees half of it.
+Nothing is overwritten unless the caller says so. :class:`Unchecked` is the one way to take values out of JSON or TOML.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from ptuning.errors import FileError
+from ptuning.errors import FileError, PTuningError, closest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 HASHED_BYTES = 2**22  # how much of a large file is read at a time
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
+T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
+SHOWN_CHARACTERS = 60  # of a wrong value in a message
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """A value from JSON or TOML that nobody has checked yet. Each method checks it and returns it with its type.
+
+    Args:
+        value: The value.
+        where: Starts each message: the file, or the part of it.
+        error: The class of the errors.
+        advice: Ends each message: what to do.
+        path: The keys that lead to the value; ``#2`` is the second one of a list.
+
+    Example:
+        >>> found = Unchecked({"name": "RTE", "files": {"dev": ["dev32"]}}, where="rte.toml")
+        >>> found.at("name").text(), found.at("files").at("dev").texts()
+        ('RTE', ['dev32'])
+        >>> found.at("files").at("dev").whole()
+        Traceback (most recent call last):
+        ptuning.errors.FileError: rte.toml: 'files.dev' must be a whole number, and is ["dev32"]
+    """
+
+    value: object
+    where: str = ""
+    error: type[PTuningError] = FileError
+    advice: str = ""
+    path: str = ""
+
+    def failure(self, message: str) -> PTuningError:
+        """Return an error about this value."""
+        start = f"{self.where}: " if self.where else ""
+        return self.error(f"{start}{message}{f'; {self.advice}' if self.advice else ''}")
+
+    def wrong(self, wanted: str) -> PTuningError:
+        """Return the error that says what the value must be, and what it is."""
+        shown = json.dumps(self.value, ensure_ascii=False, default=str)
+        shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 1]}…"
+        return self.failure(f"{repr(self.path) if self.path else 'it'} must be {wanted}, and is {shown}")
+
+    def at(self, key: str, default: object = None) -> Unchecked:
+        """Return the value at a key; ``default`` if there is none, or null."""
+        found = self._mapping().get(key)
+        return self._part(default if found is None else found, f"{self.path}.{key}" if self.path else key)
+
+    def optional(self, key: str, read: Callable[[Unchecked], T]) -> T | None:
+        """Read the value at a key; None if there is none, or null."""
+        found = self.at(key)
+        return None if found.value is None else read(found)
+
+    def table(self, *, known: Collection[str] | None = None) -> dict[str, Unchecked]:
+        """Return a mapping of names to values.
+
+        Args:
+            known: The names that are allowed; all if None.
+        """
+        for name in self._mapping():
+            if known is not None and name not in known:
+                key = f"{self.path}.{name}" if self.path else name
+                raise self.failure(f"unknown key '{key}'.{closest(name, known)} Known: {', '.join(known)}")
+        return {name: self.at(name) for name in self._mapping()}
+
+    def items(self) -> list[Unchecked]:
+        """Return the values of a list."""
+        if not isinstance(self.value, list):
+            raise self.wrong("a list")
+        return [self._part(one, f"{self.path} #{number}") for number, one in enumerate(self.value, start=1)]
+
+    def text(self, *, blank: bool = True) -> str:
+        """Return a text; one that is empty or all spaces only if ``blank``."""
+        if not isinstance(self.value, str) or not (blank or self.value.strip()):
+            raise self.wrong("text in quotation marks")
+        return self.value
+
+    def texts(self) -> list[str]:
+        """Return a list of texts."""
+        if not isinstance(self.value, list) or not all(isinstance(one, str) for one in self.value):
+            raise self.wrong('a list of texts, ["...", "..."]')
+        return self.value
+
+    def one_of(self, allowed: Sequence[Word]) -> Word:
+        """Return one of the texts that are allowed."""
+        found = next((word for word in allowed if word == self.value), None)
+        if found is None:
+            raise self.wrong(f"one of {', '.join(allowed)}")
+        return found
+
+    def flag(self) -> bool:
+        """Return true or false."""
+        if not isinstance(self.value, bool):
+            raise self.wrong("true or false")
+        return self.value
+
+    def whole(self, *, least: int | None = None) -> int:
+        """Return a whole number, which is not below ``least``."""
+        found = self.value
+        if not isinstance(found, int) or isinstance(found, bool) or (least is not None and found < least):
+            raise self.wrong("a whole number" if least is None else f"a whole number from {least}")
+        return found
+
+    def number(self) -> float:
+        """Return a finite number."""
+        found = self.value
+        if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+            raise self.wrong("a number")
+        return float(found)
+
+    def _mapping(self) -> Mapping[str, object]:
+        if not isinstance(self.value, Mapping):
+            raise self.wrong("a table of names and values")
+        return self.value
+
+    def _part(self, value: object, path: str) -> Unchecked:
+        return Unchecked(value, self.where, self.error, self.advice, path)
 
 
 def file_error(action: str, path: Path, error: OSError) -> FileError:
@@ -84,6 +213,19 @@ def read_bytes(path: Path) -> bytes:
         raise file_error("read", path, error) from error
 
 
+def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
+    """Read a whole UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        FileError: If it cannot be read.
+        PTuningError: Of the class ``error``, if it is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not UTF-8 text ({wrong.reason}); save it as UTF-8") from wrong
+
+
 def read_json(path: Path) -> dict[str, Json]:
     """Read a JSON object.
 
@@ -97,6 +239,20 @@ def read_json(path: Path) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise FileError(f"{path} must hold a JSON object, and holds {type(value).__name__}")
     return value
+
+
+def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked:
+    """Read TOML.
+
+    Args:
+        text: The TOML.
+        where: The file it is from, for messages.
+        error: The class of all errors about it.
+    """
+    try:
+        return Unchecked(tomllib.loads(text), where, error)
+    except tomllib.TOMLDecodeError as wrong:
+        raise error(f"{where} is not a valid TOML file: {wrong}") from wrong
 
 
 def read_json_lines(path: Path) -> list[dict[str, Json]]:

@@ -15,7 +15,7 @@ BOOTSTRAP_RESAMPLES = 10_000
 # Values drawn at a time: all resamples of 10,000 rows together would take gigabytes.
 BOOTSTRAP_BATCH_VALUES = 2_000_000
 # With fewer values than these the percentiles of a bootstrap lie too close: of intervals that should hold the mean in
-# 95 cases of 100, those over 3 values do in 75 and those over 8 in 88. Source: docs/architecture.md, decision 15.
+# 95 cases of 100, those over 3 values do in 75 and those over 8 in 88. Source: docs/decisions.md, decision 15.
 FEW_VALUES = 30
 # What a score, and what a difference of two, cannot lie beyond.
 SCORE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)

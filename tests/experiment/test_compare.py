@@ -12,7 +12,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import split_records
+from ptuning.data.splits import split_records
 from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.results import Results

@@ -21,7 +21,7 @@ from ptuning.template.fill import BoundTemplate, Example, Ids
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
-# half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
+# half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
 # A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
 TRAIN_CHOICES = 10

@@ -17,7 +17,7 @@ MAX_BATCH_TOKENS = 4096
 MAX_BATCH_POSITIONS = 256
 MAX_CACHED_TOKENS = 8192
 # A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
-# Source: docs/architecture.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
+# Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
 MIN_SAVED_TOKENS = 48
 
 
@@ -100,23 +100,6 @@ def prefix_tokens(backbone: Backbone, examples: Sequence[Example], *, offsets: S
     """Count the leading tokens that every example shares and the backbone would run once (for :func:`batches`)."""
     shared = shared_tokens(examples, offsets=offsets)
     return shared if shared and backbone.shares_prefix else 0
-
-
-def run_tokens(backbone: Backbone, inputs: Sequence[Sequence[Example]]) -> int:
-    """Count the tokens of the passes that :func:`batches` makes of inputs: with pads, a shared prefix once a pass.
-
-    Args:
-        backbone: The language model.
-        inputs: For each index the rows that must be run together.
-    """
-    total = 0
-    prefix = prefix_tokens(backbone, [example for row in inputs for example in row])
-    for chosen in batches(inputs, prefix=prefix):
-        rows = [example for index in chosen for example in inputs[index]]
-        shared = shared_tokens(rows)
-        shared = shared if runs_prefix_once(backbone, rows=len(rows), shared=shared) else 0
-        total += shared + len(rows) * (max(len(example.token_ids) for example in rows) - shared)
-    return total
 
 
 def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:

@@ -28,7 +28,7 @@ from ptuning.template.fill import Example, Ids
 logger = logging.getLogger(__name__)
 
 # Rows pay for a cache by having it copied together in every step, so short constant parts are not worth one.
-# Source: docs/architecture.md, decision 27.
+# Source: docs/decisions.md, decision 27.
 MIN_CONSTANT_TOKENS = 8
 # Left free on the disk when keys and values are put there.
 SPARED_DISK_BYTES = 2 << 30
@@ -48,7 +48,7 @@ class ConstantParts:
         memory_share: Which share of the free memory they may take; what is more goes to the disk, and what does not
             fit there is computed anew in each step. 0 turns all of it off.
 
-    Source: docs/architecture.md, decision 27.
+    Source: docs/decisions.md, decision 27.
     """
 
     def __init__(self, backbone: Backbone, *, memory_share: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typing_extensions import Unpack
 
-from ptuning.data.reading import draw_records, split_records
+from ptuning.data.splits import draw_records, split_records
 from ptuning.errors import RecordError
 from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs

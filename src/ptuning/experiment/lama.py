@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
-from ptuning.data.reading import draw_records
-from ptuning.data.relations import Relation, read_relations, split_relation
+from ptuning.data.relations import Relation, read_relations
+from ptuning.data.splits import draw_records, split_relation
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, derived_seed
-from ptuning.data.questions import Question, Questions, with_few_choices
+from ptuning.data.questions import Question, Questions
+from ptuning.data.splits import with_few_choices
 from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item, in_small_passes
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task

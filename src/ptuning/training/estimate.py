@@ -155,7 +155,7 @@ def estimate(
     Raises:
         PTuningError: As :func:`ptuning.train` does before it trains.
 
-    Source: docs/architecture.md, decision 30.
+    Source: docs/decisions.md, decision 30.
     """
     before = peak_so_far(backbone.device)
     began = trial.clock()

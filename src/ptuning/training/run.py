@@ -14,7 +14,8 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed
-from ptuning.data.questions import Questions, as_questions, split_questions, with_few_choices
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import split_questions, with_few_choices
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.evaluate import evaluate, measure_ceiling
 from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items

@@ -29,7 +29,7 @@ from ptuning.training.encoder import PromptEncoder
 T = TypeVar("T", bound="InTraining")
 
 # Tokens of one pass with gradients over the rows of several prompts. More brings nothing on a processor and costs
-# memory; a GPU is not full with them. Source: docs/architecture.md, decision 28.
+# memory; a GPU is not full with them. Source: docs/decisions.md, decision 28.
 JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts run together if that takes at most so many times the tokens, pads included, that each
