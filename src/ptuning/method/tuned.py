@@ -14,7 +14,7 @@ from typing import cast
 
 from ptuning.config import Tune
 from ptuning.data.questions import Questions
-from ptuning.engine.prefix_cache import constant_parts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
@@ -86,7 +86,8 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        constants = temporary.enter_context(constant_parts(setup.backbone, replace(setup.config, tune=tune)))
+        share = replace(setup.config, tune=tune).prefix_cache_share
+        prefix_cache = temporary.enter_context(PrefixCache(setup.backbone, memory_share=share))
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
@@ -101,7 +102,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 resume=True,
                 report=setup.report,
                 should_stop=setup.should_stop,
-                constants=constants,
+                constants=prefix_cache,
             )
             records.append(result.record)
             name = "accuracy" if task.is_closed else "exact_match"

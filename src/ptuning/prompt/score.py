@@ -84,8 +84,7 @@ def score_prompt(
         items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
     else:
         items, name = target_items(bound, records, with_stop=False), "exact_match"
-    vectors = prompt.vectors(model.backbone.width)
-    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=data.name)
     scores = {name: score(found.hits)}
     if prompt.task is not None:
         said = [one.text for one in guessed(prompt, questions, found) or model.predict(records, prompt)]

@@ -165,7 +165,7 @@ def estimate(
     made = trial.clock()
     encoder = tensor_bytes(trainer.encoder.parameters())
     weights = tensor_bytes(trainer.weights.values())
-    budget = trainer.constants.budget()
+    budget = trainer.prefix_cache.budget()
     seen = try_out(run, trainer, report=report or (lambda _: None))
     return Forecast(
         device=str(backbone.device),
