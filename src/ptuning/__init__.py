@@ -38,7 +38,7 @@ _HOMES = {
     "compare": "experiment.compare",
     "estimate": "training.estimate",
     "lama": "experiment.compare",
-    "load_backbone": "backbone.backbone",
+    "load_backbone": "backbone.loading",
     "load_records": "data.reading",
     "methods": "experiment.plan",
     "train": "training.run",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -167,37 +167,6 @@ def listed_names(names: Sequence[str] | str) -> list[str]:
     """Return names given one by one, or in one text with commas between them."""
     given = names.split(",") if isinstance(names, str) else names
     return [name.strip() for name in given if name.strip()]
-
-
-def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
-    """Read texts of the form ``NAME=VALUE``.
-
-    Raises:
-        ConfigError: If one is not of that form; says what was ``expected``.
-    """
-    found = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        if not (name.strip() and text.strip()):
-            raise ConfigError(f"'{pair}' is not {expected}")
-        found[name.strip()] = text.strip()
-    return found
-
-
-def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
-    """Return the error for an option of the command line that does not exist.
-
-    Args:
-        name: The option as written.
-        options: Those that exist; where ``--set`` is among them, settings without an option are suggested, too.
-    """
-    dashed = [option for option in options if option.startswith("-")]
-    settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
-    hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)
-    for option, setting in settings.items():
-        if option not in dashed and f"'{option}'" in hint:
-            hint = f" Did you mean --set {setting}=VALUE?"
-    return ConfigError(f"unknown option '{name}'.{hint} Options: {', '.join(dashed)}")
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0) -> int:

@@ -1,4 +1,6 @@
-"""Every family keeps the rules: identity, alone or in company, frozen, saved is what was trained, fast equals slow."""
+"""Every family keeps the invariants of docs/invariants.md: *Identity*, *Alone or in company*, *Frozen is frozen*,
+*Saved is what was trained* and *Fast = slow*.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,9 @@ def check_identity(backbone: Backbone) -> None:
 
 @every_family
 def test_identity(name: str) -> None:
-    """Invariant 1: slots holding token embeddings equal the plain run, and loading finds nothing to refuse; the head
-    reads what is scored and nothing else (decision 6).
+    """Invariant *Identity*: slots holding token embeddings equal the plain run, and loading finds nothing to refuse.
+
+    The head reads what is scored and nothing else (docs/architecture.md, decision 6).
     """
     backbone = built(name)
     check_reading(backbone)
@@ -116,7 +119,10 @@ def test_identity_with_the_other_head(name: str) -> None:
 
 @every_family
 def test_alone_or_in_company(name: str) -> None:
-    """Invariant 2: neither the rows beside it, nor pads on either side, nor the batch's order change a row's logits."""
+    """Invariant *Alone or in company*: a row's logits are its own.
+
+    Neither the rows beside it, nor pads on either side, nor the batch's order change them.
+    """
     backbone = built(name)
     for template in templates(backbone):
         prompt = learned(backbone, template)
@@ -132,8 +138,8 @@ def test_alone_or_in_company(name: str) -> None:
 
 @every_family
 def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Path) -> None:
-    """Invariants 3 and 4: training leaves the backbone bit-identical and learns; backbone and prompt saved and loaded
-    give bit-equal logits.
+    """Invariants *Frozen is frozen* and *Saved is what was trained*: training leaves the backbone bit-identical and
+    learns; backbone and prompt, saved and loaded, give bit-equal logits.
     """
     backbone = own_copy(name)
     before = digest(backbone)
@@ -168,7 +174,7 @@ def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Pat
 
 @every_family
 def test_gathered_logits_equal_plain_ones(name: str) -> None:
-    """Invariant 8: without the hook the head reads every position, and the asked ones are the same."""
+    """Invariant *Fast = slow*: without the hook the head reads every position, and the asked ones are the same."""
     backbone = own_copy(name)
     prompt = learned(backbone, templates(backbone)[-1])
     gathered = PromptModel(backbone).target_logits(RECORDS, prompt)
@@ -195,8 +201,10 @@ def slow_answer(backbone: Backbone, prompt: Prompt, record: dict[str, str], *, t
 
 @every_family
 def test_written_answers(name: str) -> None:
-    """Trap 9: with the cache and in company a model writes what it writes alone without one, on every template, and
-    nothing from the table's padded rows, however likely they are.
+    """Invariants *Fast = slow* and *Alone or in company*: with the cache and in company a model writes what it writes
+    alone without one, on every template, and nothing from the table's padded rows, however likely they are.
+
+    Users of other tools got the text of a model without a prompt as soon as the cache was on.
     """
     backbone = own_copy(name)
     head = backbone.model.get_output_embeddings()
@@ -261,7 +269,10 @@ PREFIX = (
 
 @every_family
 def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8, decision 16: equal logits and gradients; a cache of windows or states is found, and not shared."""
+    """Invariant *Fast = slow*: with a shared prefix (docs/architecture.md, decision 16) logits and gradients are equal.
+
+    A cache of windows or states is found, and not shared.
+    """
     backbone = own_copy(name)
     assert backbone.shares_prefix == (name in PREFIX)
     template = "The capital of [P*3] [X] is [Y]"

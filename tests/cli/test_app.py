@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.torch
 
-import ptuning.backbone.backbone
+import ptuning.backbone.loading
 import ptuning.training.run
 from ptuning import Prompt
 from ptuning.cli import app, terminal
@@ -539,7 +539,7 @@ def test_predict_a_text(run_folder: Path) -> None:
     assert found["record"] == {"x": "Kenya"}
     assert found["candidates"] == [{"text": found["prediction"], "log_prob": found["candidates"][0]["log_prob"]}]
     assert found["candidates"][0]["log_prob"] < 0
-    assert answer == terminal._visible(found["prediction"])
+    assert answer == terminal.visible(found["prediction"])
 
 
 def test_predict_records_from_a_file_and_from_the_input(
@@ -633,7 +633,7 @@ def test_inspect_keeps_tokens_with_spaces_on_one_line(run_folder: Path) -> None:
     found = json.loads(works("inspect", run_folder, "--json"))
     for slot in found["slots"]:
         for near in slot["nearest_by_cosine"][:3]:
-            assert f"{terminal._token(near['token'])} {near['similarity']:.2f} " in printed
+            assert f"{terminal.quoted(near['token'])} {near['similarity']:.2f} " in printed
 
 
 def test_template_show_with_a_record(llama: str) -> None:
@@ -726,7 +726,7 @@ def test_a_first_conversion_is_announced(monkeypatch: pytest.MonkeyPatch, data: 
         raise ptuning.PTuningError("as far as this test goes")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path.cwd()))
-    monkeypatch.setattr(ptuning.backbone.backbone, "load_backbone", convert)
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", convert)
     done = call("eval", "manual:[X] is [Y]", "--data", data / "dev.jsonl")
     assert done.err.splitlines() == [
         "converting smollm2-135m for the first time, about 20 seconds",
@@ -1237,7 +1237,7 @@ def test_ctrl_c_while_a_backbone_loads(data: Path, monkeypatch: pytest.MonkeyPat
     def interrupted(*_: object, **__: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ptuning.backbone.backbone, "load_backbone", interrupted)
+    monkeypatch.setattr(ptuning.backbone.loading, "load_backbone", interrupted)
     done = call("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", "any", "--out", "out")
     assert (done.code, done.out, done.err) == (130, "", "stopped; nothing was written\n")
     assert not Path("out").exists()

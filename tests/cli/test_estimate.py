@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.cli import app, estimate, show_estimate
+from ptuning.cli import estimate, train
 from ptuning.training.estimate import Bytes, Forecast, Seconds
 from tests.cli.test_app import QUICK, call, everything_in, fails, works
 
@@ -44,11 +44,11 @@ def facts() -> Path:
 
 
 def test_it_takes_the_options_of_train_but_those_of_files() -> None:
-    train, own = (inspect.signature(one).parameters for one in (app.train, estimate.estimate))
+    training, own = (inspect.signature(one).parameters for one in (train.train, estimate.estimate))
     of_files = {"out", "resume", "overwrite", "measure_ceiling"}
-    assert train.keys() - own.keys() == of_files
-    assert own.keys() - train.keys() == {"as_json"}
-    assert all(own[name] == train[name] for name in own.keys() & train.keys())
+    assert training.keys() - own.keys() == of_files
+    assert own.keys() - training.keys() == {"as_json"}
+    assert all(own[name] == training[name] for name in own.keys() & training.keys())
 
 
 def test_numbers_of_a_run_and_nothing_written(llama: str, facts: Path) -> None:
@@ -84,7 +84,7 @@ def test_help_has_an_example() -> None:
 
 
 def printed(found: Forecast, capsys: pytest.CaptureFixture[str]) -> str:
-    show_estimate.forecast(found, as_json=False)
+    estimate.show(found, as_json=False)
     return capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ def test_a_batch_padded_on_either_side(
     slot_cols: list[int],
     logit_cols: list[int],
 ) -> None:
-    """Trap 2: positions count from each row's first token, wherever the pads are."""
+    """Positions count from each row's first token, wherever the pads are."""
     batch = collate([SHORT, LONG], slots=[1, 3], pad_side=side)
     assert batch.token_ids.tolist() == [ids, [1, 0, 0, 4, 0]]
     assert batch.mask.tolist() == [mask, [1, 1, 1, 1, 1]]
@@ -57,7 +57,7 @@ def test_a_batch_padded_on_either_side(
 
 
 def test_rows_of_several_prompts_take_their_own_part_of_the_table() -> None:
-    """Decision 10: one batch may mix prompts of different lengths, and rows with none."""
+    """Each row names its prompt: one batch may mix prompts of different lengths, and rows with none."""
     bare = example([3, 4])
     batch = collate([LONG, bare, SHORT, LONG], slots=[3, 0, 1, 3], offsets=[1, 0, 0, 4])
     assert batch.slot_rows.tolist() == [0, 0, 0, 2, 3, 3, 3]
@@ -79,8 +79,11 @@ def rows(draw: st.DrawFn) -> list[Example]:
 @SIDES
 @settings(max_examples=60, deadline=None)
 @given(examples=rows())
-def test_trap_6_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
-    """No 1-0-1 in any mask; what the mask keeps is the row itself, with its slots and scored positions."""
+def test_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
+    """No mask has a 1-0-1; what the mask keeps is the row itself, with its slots and scored positions.
+
+    Where slots are put in front of rows that are padded already, pads get between slots and text.
+    """
     batch = collate(examples, slots=[len(row.slot_positions) for row in examples], pad_side=side)
     for number, row in enumerate(examples):
         mask = batch.mask[number]
@@ -98,10 +101,11 @@ def test_trap_6_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: 
 
 @SIDES
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
-def test_trap_20_a_pad_is_no_token_id(
-    side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]
-) -> None:
-    """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad."""
+def test_a_pad_is_no_token_id(side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
+    """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad.
+
+    A mask made by comparing ids loses such text, since many tokenizers pad with their end or unknown token.
+    """
     raw = raw_tokenizer(family)
     tokenizer = TextTokenizer(raw, max_tokens=64)
     special = (raw.pad_token or raw.eos_token).replace("[", "[[")
@@ -122,7 +126,7 @@ def test_trap_20_a_pad_is_no_token_id(
 
 @pytest.mark.parametrize("vectors", [0, 2, 4])
 def test_a_row_with_another_number_of_slots_than_its_prompt_is_refused(vectors: int) -> None:
-    """Style 9: slots per row that differ from P raise."""
+    """A row with more or fewer slots than its prompt has vectors is an error, never cut or filled up."""
     with pytest.raises(PromptError, match=f"row 1 has 3 slots, and its prompt has {vectors} vectors"):
         collate([SHORT, LONG], slots=[1, vectors])
 
@@ -153,7 +157,10 @@ QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
     ],
 )
 def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
-    """Decision 16: the same tokens and slots, before the first scored position of every row, in either order."""
+    """A shared prefix (docs/architecture.md, decision 16) is what all rows begin with, in whatever order the rows are.
+
+    The same tokens and slots, before the first scored position of every row.
+    """
     for rows in ([QUESTION, other], [other, QUESTION], [QUESTION, other, QUESTION]):
         slots = [len(row.slot_positions) for row in rows]
         assert shared_tokens(rows) == shared

@@ -1,4 +1,6 @@
-"""The injection site and the invariants that rest on it: identity, and alone or in company."""
+"""The injection site and the invariants that rest on it (docs/invariants.md): *Identity*, *Alone or in company*, and
+*Fast = slow* where rows share their beginning.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ TEMPLATES = (
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_slots_holding_token_embeddings_give_the_logits_of_the_plain_run(backbone: Backbone, template: str) -> None:
-    """Invariant 1, traps 1 and 3."""
+    """Invariant *Identity*: whatever the model does with embeddings, it does with slot vectors.
+
+    The embeddings are what the model's layer gives for the tokens. Some models scale it, so the table's own rows would
+    be wrong.
+    """
     filled = bound(backbone, template)
     ids = random.Random(0).choices(range(5, backbone.vocabulary), k=filled.slots)
     found = PromptModel(backbone).target_logits(RECORDS, Prompt.from_token_ids(template, ids, backbone))
@@ -51,7 +57,7 @@ def test_slots_holding_token_embeddings_give_the_logits_of_the_plain_run(backbon
 
 
 def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
-    """Invariant 1: the slots are read at all."""
+    """Invariant *Identity* says little if slots are not read at all."""
     one, two = (
         PromptModel(backbone).target_logits(RECORDS, learned(backbone, TEMPLATES[0], seed=seed)) for seed in (1, 2)
     )
@@ -59,7 +65,7 @@ def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
 
 
 def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone) -> None:
-    """Invariant 1, traps 1 and 18: the words' own tokens, no special ones among them."""
+    """Invariant *Identity*: slots start at the words' own tokens, with no special ones among them."""
     template = "[P:The capital of] [X] [P:is] [Y]"
     filled = bound(backbone, template)
     assert not set(filled.slot_start_ids) & set(backbone.tokenizer.special_ids.values())
@@ -72,7 +78,7 @@ def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone
 
 @pytest.mark.parametrize("segment", [0, 1])
 def test_segments_are_those_of_the_plain_run(masked: Backbone, segment: int) -> None:
-    """Trap 5: BERT is told the segment that its tokenizer gives a single sentence."""
+    """BERT is told the segment that its tokenizer gives a single sentence; slots and text have the same."""
     assert masked.tokenizer.segment_id == 0
     masked.tokenizer.segment_id = segment
     template = "[X] [P*2] [Y]"
@@ -86,7 +92,10 @@ def test_segments_are_those_of_the_plain_run(masked: Backbone, segment: int) -> 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Backbone, side: str) -> None:
-    """Needs, row 9: position by position, against a slow loop; the given embeddings are left alone."""
+    """Slots may be anywhere in a row, not only in front: position by position, against a slow loop.
+
+    The given embeddings are left alone.
+    """
     examples = bound(backbone, "[P*2] [X] [P:is] [Y]").examples(RECORDS)
     slots = len(examples[0].slot_positions)
     vectors = torch.randn(slots, backbone.width)
@@ -105,7 +114,7 @@ def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Bac
 
 
 def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
-    """Traps 12 and 26: the vectors stay float32, the embeddings' dtype wins at the site."""
+    """The vectors stay float32, in which small steps are not lost; in the row they have the embeddings' dtype."""
     examples = bound(causal, "[P*2] [X] [Y]").examples(RECORDS)
     vectors = torch.randn(2, causal.width, requires_grad=True)
     batch = collate(examples, slots=[2] * len(examples))
@@ -117,7 +126,7 @@ def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
 
 
 def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) -> None:
-    """Style 9: a wrong count is never silent."""
+    """A wrong count of vectors is never silent."""
     examples = bound(causal, "[P*3] [X] [Y]").examples(RECORDS)
     batch = collate(examples, slots=[3] * len(examples))
     with pytest.raises(PromptError, match="asks for slot 2, and there are 2 vectors"):
@@ -125,7 +134,7 @@ def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) ->
 
 
 def test_vectors_are_written_in_one_place() -> None:
-    """Style 9: the write stands once in the package."""
+    """One function of the package writes slot vectors into embeddings, so one place has to be right."""
     sources = sorted(Path(ptuning.__file__).parent.rglob("*.py"))
     written = [path.name for path in sources if re.search(r"index_put|masked_scatter|index_copy", path.read_text())]
     assert written == ["passes.py"]
@@ -133,7 +142,10 @@ def test_vectors_are_written_in_one_place() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) -> None:
-    """Invariant 2, traps 2, 6 and 7: beside longer and shorter rows, on both sides, in any order."""
+    """Invariant *Alone or in company*: a row's logits are the same beside longer and shorter rows.
+
+    Padded on either side, in any order.
+    """
     prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
     alone = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
     order = random.Random(1).sample(range(len(RECORDS)), len(RECORDS))
@@ -144,7 +156,7 @@ def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) ->
 
 
 def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 2: the test above runs all rows in one batch, pads at one side and nowhere else (trap 6)."""
+    """Invariant *Alone or in company*: the test above runs all rows in one batch, with pads on one side only."""
     seen = []
 
     def spy(embeddings: torch.Tensor, *, mask: torch.Tensor, **inputs: Any) -> object:
@@ -163,7 +175,10 @@ def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyP
 
 
 def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
-    """Invariants 2 and 8, trap 29: [A, B, none, A] with different templates, lengths and targets in one batch."""
+    """Invariants *Alone or in company* and *Fast = slow*: each row has its own prompt's slots, in template order.
+
+    Rows [A, B, none, A, B] with different templates, lengths and targets are in one batch.
+    """
     a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
     none = Prompt.manual("The capital of [X] is [Y]")
     prompts = [a, b, none, a, b]
@@ -174,7 +189,7 @@ def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
 
 
 def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> None:
-    """Trap 24 in small: vectors are found by prompt, not by template or length."""
+    """Vectors are found by prompt. Template and length do not tell: two prompts may have the same."""
     a, b = learned(backbone, "[P*2] [X] [Y]", seed=1), learned(backbone, "[P*2] [X] [Y]", seed=2)
     twin = replace(a)
     model = PromptModel(backbone)
@@ -185,7 +200,7 @@ def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> No
 
 
 def test_rows_with_fields_of_different_length_get_the_same_vectors(causal: Backbone) -> None:
-    """Trap 29: slots are in template order, wherever they come to stand."""
+    """Vectors go to slots in template order, wherever in the row the slots come to be."""
     vectors = torch.randn(4, causal.width)
     examples = bound(causal, "[P*2] [X] [P*2] [Y]").examples(RECORDS)
     batch = collate(examples, slots=[4] * len(examples))
@@ -265,7 +280,10 @@ class Passes:
 def test_a_shared_prefix_equals_the_plain_run(
     backbone: Backbone, template: str, is_shared: bool, with_stop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant 8, decision 16: the same logits and gradients, for rows and targets of different lengths."""
+    """Invariant *Fast = slow*: a shared prefix (docs/architecture.md, decision 16) gives the same logits and gradients.
+
+    For rows and targets of different lengths.
+    """
     examples = bound(backbone, template).examples(RECORDS, with_stop=with_stop)
     slots = bound(backbone, template).slots
     batch = collate(examples, slots=[slots] * len(examples))
@@ -283,7 +301,10 @@ def test_a_shared_prefix_equals_the_plain_run(
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_runs_once(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decision 16: the body reads the prefix in one row, then the rest of all rows; the head reads one position."""
+    """A shared prefix runs in one row (docs/architecture.md, decision 16), then the rest of all rows behind it.
+
+    Of the prefix the head reads one position.
+    """
     template = "The capital [P*2] of [X] is [Y]"
     assert backbone.shares_prefix
     batch = collate(bound(backbone, template).examples(RECORDS), slots=[2] * len(RECORDS))
@@ -336,7 +357,10 @@ def test_one_row_and_equal_rows(family: str, backbone: Backbone, monkeypatch: py
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariants 2 and 8, trap 24: the text in front of all prompts is shared, slots of different prompts never are."""
+    """Invariants *Alone or in company* and *Fast = slow*: the text in front of all prompts is shared.
+
+    Slots of different prompts never are, even if the prompts have the same template and length.
+    """
     front = "The capital city of "
     patterns = [front + "[P*2] [X] is [Y]", front + "[P*2] [X] is [Y]", front + "[X] is [Y]"]
     prompts = [learned(backbone, pattern, seed=seed) for seed, pattern in enumerate(patterns[:2])]
@@ -355,7 +379,10 @@ def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_examples_in_front_of_every_question(backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decision 16: a manual prompt with examples in it scores as before, on either side of the padding."""
+    """A manual prompt with examples scores as before where they run once (docs/architecture.md, decision 16).
+
+    On either side of the padding.
+    """
     prompt = Prompt.manual("Kenya: Nairobi. Peru: Lima. France: Paris. [X]: [Y]")
     model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
     found = []
@@ -393,7 +420,10 @@ def test_scores_and_the_ceiling_share_prefixes(
 
 
 def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
-    """Decision 16: a prefix counts once in what is read, and once per row in what is kept; both are bounded."""
+    """A prefix counts once in what is read, and once per row in what is kept; both are bounded.
+
+    Source: docs/architecture.md, decision 16.
+    """
     examples = bound(causal, "[X] so [Y]").examples([{"x": "a " * (index % 30), "y": "yes"} for index in range(900)])
     for prefix in (0, 20, 200):
         long = [

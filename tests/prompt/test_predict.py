@@ -1,4 +1,6 @@
-"""Using prompts: fast equals slow, alone equals in company, and what a user may do wrong or strangely."""
+"""Using prompts: the invariants *Fast = slow* and *Alone or in company* (docs/invariants.md), and what a user may do
+wrong or strangely.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,11 @@ def same(one: Sequence[Prediction], other: Sequence[Prediction]) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("width", [1, 3])
 def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width: int) -> None:
-    """Trap 9: prompts enter at the prefill only; greedy and beams, five rows of different length at once."""
+    """Invariant *Fast = slow*: answers are those of a search without a cache, greedy and with beams, five rows at once.
+
+    The prompt enters with the first pass, and the cache keeps it. Users of other tools got the text of a model without
+    a prompt as soon as the cache was on.
+    """
     prompt = learned(backbone, TEMPLATE)
     found = PromptModel(backbone).predict(RECORDS, prompt, top_k=width, max_tokens=5)
     scores = set()
@@ -125,7 +131,7 @@ def test_beams_are_sorted_and_the_best_is_no_worse_than_greedy(backbone: Backbon
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k: int) -> None:
-    """Invariant 2."""
+    """Invariant *Alone or in company*: what is written depends neither on the rows beside it nor on their order."""
     prompt = learned(backbone, TEMPLATE)
     model = PromptModel(backbone)
     together = model.predict(RECORDS, prompt, top_k=top_k)
@@ -137,7 +143,7 @@ def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone: Backbone) -> None:
-    """Invariant 2: each row writes until its own context is full."""
+    """Invariant *Alone or in company*: each row writes until its own context is full."""
     prompt = learned(backbone, "[P] [X] [Y]")
     long = "a" * 200
     rows: list[Record] = [{"x": long[: CONTEXT * 4]}, {"x": "Kenya"}]
@@ -166,7 +172,7 @@ def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_long_text_leaves_room_for_the_answer(backbone: Backbone) -> None:
-    """Invariant 9: a field that may be cut is cut for the whole answer, not for its first token."""
+    """Invariant *Only marked fields shrink*: a field is cut until the whole answer fits, not its first token alone."""
     backbone.tokenizer.stop_id = None
     found = PromptModel(backbone).predict([{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), max_tokens=9)
     assert found[0].tokens == 9
@@ -264,7 +270,10 @@ def log_probs_of(backbone: Backbone, prompt: Prompt, record: Record, text: str) 
 
 @pytest.mark.parametrize("normalise", ["sum", "mean"])
 def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: str) -> None:
-    """Invariant 8: candidates of one and several tokens, by total and by mean, all records at once."""
+    """Invariant *Fast = slow*: all records at once rank as with one forward pass per candidate.
+
+    Candidates of one and several tokens, by total and by mean.
+    """
     prompt = learned(backbone, TEMPLATE)
     found = PromptModel(backbone).rank(RECORDS, prompt, CANDIDATES, normalise=normalise)  # type: ignore[arg-type]
     for record, row in zip(RECORDS, found, strict=True):
@@ -356,7 +365,10 @@ def test_predict_chooses_a_label(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
-    """Invariants 2 and 8: [A, B, none, A, labels] in one call, by every way of using them."""
+    """Invariants *Alone or in company* and *Fast = slow*: each row is answered with its own prompt, or with none.
+
+    Rows [A, B, none, A, labels] in one call, by every way of using them.
+    """
     a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
     prompts = [a, b, Prompt.manual("The capital of [X] is [Y]"), a, with_labels(b)]
     model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
@@ -410,7 +422,7 @@ def test_zero_records(backbone: Backbone) -> None:
 def test_what_a_user_may_do_wrong(
     causal: Backbone, use: Callable[[PromptModel, Prompt], object], error: type[Exception], message: str
 ) -> None:
-    """Style 14: each with its own text."""
+    """Each mistake has an error of its own, which says what is wrong and what to do."""
     with pytest.raises(error, match=message):
         use(PromptModel(causal), learned(causal, TEMPLATE))
 
@@ -461,7 +473,7 @@ def test_a_target_longer_than_the_context(backbone: Backbone) -> None:
 
 
 def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
-    """Invariant 9: slots and literals survive a text of thousands of tokens."""
+    """Invariant *Only marked fields shrink*: slots and literals survive a text of thousands of tokens."""
     prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
     model = PromptModel(backbone)
     rows: list[Record] = [{"x": "Nairobi 25 " * 2000, "y": "yes"}, {"x": "a", "y": "no"}]
@@ -528,7 +540,10 @@ def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", sca
 
 
 def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbone) -> None:
-    """Invariant 8: each row is answered by its own prompt's weights, and by the frozen backbone where it has none."""
+    """Invariant *Fast = slow*: each row is answered by its own prompt's weights.
+
+    Where the prompt has none, the frozen backbone answers.
+    """
     plain = learned(backbone, TEMPLATE)
     prompts = [
         plain,

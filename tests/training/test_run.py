@@ -1,4 +1,7 @@
-"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part."""
+"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def timeless(value: Json) -> Json:
 
 
 def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
-    """Design, section 6: prompt, record and predictions; no checkpoint, nothing half-written."""
+    """A run leaves prompt, record and predictions; no checkpoint, nothing half-written."""
     result = run(backbone, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE)
@@ -103,7 +106,7 @@ def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
 
 
 def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path) -> None:
-    """Invariant 4, trap 15: bit-equal vectors and logits."""
+    """Invariant *Saved is what was trained*: loaded, it has bit-equal vectors and logits."""
     result = run(backbone, tmp_path / "out")
     loaded = Prompt.load(tmp_path / "out")
     assert loaded.slot_vectors is not None
@@ -120,7 +123,9 @@ def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path)
 def test_the_record_s_scores_are_those_of_a_separate_call(
     causal: Backbone, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 16: what training reports on the development part is what ``eval`` finds there for the chosen epoch."""
+    """Invariant *Loss position = scored position*: what training reports on the development part is what ``eval`` finds
+    there for the chosen epoch.
+    """
     real = Trainer._consider
 
     def consider(self: Trainer, found: Evaluation, *, epoch: int) -> None:
@@ -136,7 +141,10 @@ def test_the_record_s_scores_are_those_of_a_separate_call(
 
 
 def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> None:
-    """Invariant 6, trap 28; and another seed does not."""
+    """Invariant *Seeds are separate*: two runs with one seed give the same bytes, whatever the global generator did.
+
+    Another seed gives others.
+    """
     for name in ("one", "two"):
         torch.manual_seed(hash(name))
         run(backbone, tmp_path / name)
@@ -154,7 +162,10 @@ def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_interrupted_and_resumed(causal: Backbone, tmp_path: Path, steps: int) -> None:
-    """Invariant 5: in the middle of an epoch, at its end and in the next; the checkpoint goes when the run is done."""
+    """Invariant *Resume is exact*: stopped in the middle of an epoch, at its end and in the next.
+
+    The checkpoint goes when the run is done.
+    """
     whole = run(causal, tmp_path / "whole")
     with pytest.raises(Interrupted):
         run(causal, tmp_path / "cut", should_stop=after(steps))
@@ -179,7 +190,10 @@ def command(folder: Path, model: Path, *more: str) -> list[str]:
 
 
 def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
-    """Invariant 5: kill -9 at three random moments, resumed each time, ends with an undisturbed run's bytes."""
+    """Invariant *Resume is exact*: killed at three random moments, resumed each time.
+
+    It ends with the bytes of an undisturbed run.
+    """
     rows: list[Record] = [
         {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
     ]
@@ -216,7 +230,7 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
 
 
 def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 5: a run is finished when its record stands; until then resuming ends it."""
+    """Invariant *Resume is exact*: a run is finished when its record is written; until then resuming ends it."""
     whole = run(causal, tmp_path / "whole")
 
     def killed(*_: object) -> None:
@@ -234,7 +248,7 @@ def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monk
 
 
 def test_resuming_a_finished_run_returns_it(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: no step is taken, no file is touched."""
+    """Invariant *Resume is exact*: resuming a finished run takes no step and touches no file."""
     run(causal, tmp_path / "out")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")}
     steps: list[Progress] = []
@@ -257,7 +271,10 @@ def other_backbone(folder: Path) -> Backbone:
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_resume_of_another_run_names_the_difference(causal: Backbone, tmp_path: Path, finished: bool) -> None:
-    """Invariant 5: settings, data, template, label words and backbone, each by name and with both values."""
+    """Invariant *Resume is exact*: a run goes on as it began, or not at all.
+
+    Settings, data, template, label words and backbone: each difference is named, with both values.
+    """
     out = tmp_path / "out"
     if finished:
         run(causal, out)
@@ -289,7 +306,7 @@ def test_what_may_differ_on_resume(causal: Backbone, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: an error with a way out, and the way out works."""
+    """Invariant *Resume is exact*: damage is an error with a way out, and the way out works."""
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         run(causal, out, should_stop=after(2))
@@ -308,7 +325,7 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
 
 
 def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
-    """Style 15: not unasked; and when asked, nothing of the earlier run is left."""
+    """Nothing is overwritten unasked; and when asked, nothing of the earlier run is left."""
     out = tmp_path / "out"
     first = run(causal, out)
     with pytest.raises(FileError, match=r"exists and is not empty"):
@@ -397,14 +414,17 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
 def test_errors_before_anything_is_written(
     causal: Backbone, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Style 14: the stage at fault says so, and no folder appears."""
+    """The error is that of the stage at fault, and no folder appears."""
     with pytest.raises(error, match=message):
         run(causal, **{"out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
 
 
 def test_training_takes_no_test_data(causal: Backbone) -> None:
-    """Invariant 12, style 21: there is no way to hand it over, and other fields of a record change nothing."""
+    """The test part is asked once, by a call of its own after training.
+
+    There is no way to hand it over before, and other fields of a record change nothing.
+    """
     assert "test" not in inspect.signature(train).parameters
     plain = run(causal).prompt
     marked = run(causal, data=[{**record, "test": record["y"] * 2} for record in FACTS], dev=None).prompt
@@ -414,7 +434,7 @@ def test_training_takes_no_test_data(causal: Backbone) -> None:
 
 
 def test_dev_data_chooses_only(causal: Backbone) -> None:
-    """Invariant 12: with permuted development answers the same epochs are trained, and another may be chosen."""
+    """The development part chooses and does not train: with its answers permuted, the same epochs are trained."""
     dev = FACTS[:6]
     turned = [{**record, "y": other["y"]} for record, other in zip(dev, dev[1:] + dev[:1], strict=True)]
     one, other = run(causal, dev=dev).record, run(causal, dev=turned).record
@@ -447,7 +467,7 @@ def test_without_a_folder_nothing_is_written(causal: Backbone, tmp_path: Path, m
 
 
 def test_the_ceiling_is_measured_when_asked(causal: Backbone) -> None:
-    """Design, section 8: the bare backbone's speed beside the run's own."""
+    """The record has the bare backbone's speed, which no training can exceed, beside the run's own."""
     assert "ceiling_tokens_per_second" not in run(causal).record
     found = run(causal, ceiling=True).record["ceiling_tokens_per_second"]
     assert isinstance(found, float)
@@ -561,7 +581,9 @@ def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 @MODES
 def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
-    """Invariants 3 and 4: a new process gives bit-equal logits; the caller's backbone is bit-identical."""
+    """Invariants *Saved is what was trained* and *Frozen is frozen*: loading gives bit-equal logits, and the caller's
+    backbone is bit-identical.
+    """
     before = weights(backbone)
     # Chosen by what it learns from, so that what is kept is not the start.
     result = run(backbone, tmp_path / "out", dev=FACTS, settings={**mode, "epochs": 10})
@@ -603,7 +625,7 @@ def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) 
 def test_a_run_with_trained_weights_is_resumed(
     make_backbone: Callable[[str], Backbone], tmp_path: Path, mode: dict[str, Any], steps: int
 ) -> None:
-    """Invariant 5, with the backbone's own dropout (BERT's is 0.1)."""
+    """Invariant *Resume is exact*: with trained weights, too, and the backbone's own dropout (BERT's is 0.1)."""
     masked = make_backbone("bert")
     settings = {**mode, "checkpoint_seconds": 0.0}
     whole = run(masked, tmp_path / "whole", settings=settings)
@@ -627,7 +649,7 @@ def test_a_run_with_trained_weights_is_resumed(
 def test_a_run_with_trained_weights_is_killed_and_resumed(
     tmp_path: Path, model_folder: Callable[[str], Path], tune: str
 ) -> None:
-    """Invariant 5: kill -9, also between the best weights and the checkpoint that names them."""
+    """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
     rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(120)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
@@ -720,7 +742,7 @@ def test_label_words_with_trained_weights(causal: Backbone, mode: dict[str, Any]
 
 
 def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tmp_path: Path) -> None:
-    """Trap 12: a bfloat16 weight hardly ever moves under small steps."""
+    """Weights are trained in float32: a bfloat16 one hardly ever moves under small steps."""
     causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
     for name, mode in (("tuned", TUNED), ("lora", LORA)):
         result = run(causal, tmp_path / name, settings=mode)

@@ -1,4 +1,7 @@
-"""Many prompts at once come out as each would alone: other templates, data, settings, lengths; killed and resumed."""
+"""Many prompts at once come out as each would alone: other templates, data, settings, lengths; killed and resumed.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,11 @@ def starts(result: TrainResult) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("at_once", [2, 16])
 def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8, decision 28: causal and masked, with and without a constant part, fewer at once than there are."""
+    """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
+
+    Causal and masked, with and without a constant part, fewer at once than there are.
+    Source: docs/architecture.md, decision 28.
+    """
     monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
     found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
     assert not found.failed
@@ -118,7 +125,10 @@ def trainer(backbone: Backbone, template: str, records: list[Record], **settings
 
 
 def test_gradients_equal_those_alone(backbone: Backbone) -> None:
-    """Invariant 8: 1e-5 in float32, with other templates, lengths, encoders, and targets of several tokens."""
+    """Invariant *Fast = slow*: gradients of prompts that train together are those of each alone, to 1e-5 in float32.
+
+    With other templates, lengths, encoders, and targets of several tokens.
+    """
     wanted: list[torch.Tensor] = []
     found: list[torch.Tensor] = []
     for together in (False, True):
@@ -200,7 +210,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_a_stopped_fleet_goes_on_exactly(
     stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant 5 in the middle of a fleet: the same bytes, with prompts that end and begin in between."""
+    """Invariant *Resume is exact*, in the middle of a fleet: equal bytes, and prompts end and begin in between."""
     monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
     prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY]
     whole = train_fleet(prompts, backbone=causal, out=tmp_path / "whole", at_once=3)

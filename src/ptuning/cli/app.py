@@ -1,6 +1,4 @@
-"""The command line: the commands on prompts and data, and what becomes of errors. The only place that exits; ``show``
-prints for it.
-"""
+"""The command line: the table of all commands, and how it ends on an error or a signal."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,56 +15,29 @@ import typer
 from typer.core import TyperGroup
 
 from ptuning.backbone import sources
-from ptuning.cli import estimate, experiments, fleet, tasks, terminal
+from ptuning.cli import estimate, experiments, fleet, tasks, terminal, train
+from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
 from ptuning.cli.options import (
-    SETTINGS,
-    SIGNAL_EXIT,
-    AboutOption,
-    BackboneLrOption,
     BackboneOption,
-    BatchSizeOption,
-    CacheMemoryOption,
     CalibrateOption,
     CandidatesOption,
     Command,
     DeviceOption,
-    DevOption,
     DtypeOption,
-    EncoderOption,
-    EpochsOption,
     FieldOption,
     ForceOption,
     JsonOption,
-    KeepOption,
-    LabelsOption,
-    LrOption,
-    ManualOption,
     NormaliseOption,
-    PatternOption,
     PromptArgument,
-    SeedOption,
     SetOption,
-    StartsOption,
     TaskOption,
-    TemplateOption,
-    TrainOption,
-    TuneOption,
     WithoutOption,
     check_calibrate,
     command_line,
     config_of,
-    data_of,
-    data_to_answer,
-    load,
     normalise_of,
-    prompt_of,
-    read_candidates,
-    stoppable,
-    task_of,
-    template_of,
-    training_parts,
-    tune_options,
 )
+from ptuning.cli.signals import SIGNAL_EXIT, stoppable
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.provenance import VERSION
 from ptuning.template.fill import FILLS_MASKS
@@ -85,25 +57,10 @@ class _Group(TyperGroup):
             raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
 
 
-app = typer.Typer(
-    cls=_Group,
-    help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-template_app = typer.Typer(help="Look at how a template is filled.", no_args_is_help=True)
-app.add_typer(template_app, name="template")
-task_app = typer.Typer(help="Look at the shipped tasks, and check a task file.", no_args_is_help=True)
-app.add_typer(task_app, name="task")
-
-
 def main() -> None:
     """Run the command line; errors of the user end with exit code 2 and one message."""
     try:
-        app(prog_name="ptuning")
+        _app()(prog_name="ptuning")
     except PTuningError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:
@@ -125,7 +82,6 @@ def _fail(text: str, error: Exception) -> None:
     sys.exit(2)
 
 
-@app.callback(invoke_without_command=True)
 def common(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices, and errors in full.")] = False,
@@ -138,79 +94,6 @@ def common(
         raise typer.Exit
 
 
-@app.command(cls=Command)
-def train(
-    data: TrainOption,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
-    template: TemplateOption = None,
-    manual: ManualOption = None,
-    about: AboutOption = None,
-    task: TaskOption = None,
-    pattern: PatternOption = None,
-    dev: DevOption = None,
-    backbone: BackboneOption = None,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    batch_size: BatchSizeOption = SETTINGS.batch_size,
-    lr: LrOption = SETTINGS.lr,
-    tune: TuneOption = SETTINGS.tune,
-    backbone_lr: BackboneLrOption = None,
-    keep: KeepOption = SETTINGS.keep,
-    starts: StartsOption = SETTINGS.starts,
-    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
-    seed: SeedOption = SETTINGS.seed,
-    labels: LabelsOption = None,
-    calibrate: CalibrateOption = None,
-    set_: SetOption = None,
-    field: FieldOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
-    measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
-    """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
-
-    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
-
-    Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
-    """
-    from ptuning.files import check_free
-
-    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"cache_memory": cache_memory}
-    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    asked = task_of(task)
-    parsed = template_of(asked, template, manual, about, pattern)
-    check_free(out, overwrite=overwrite or resume)
-    rows, dev_rows = training_parts(data, dev, field, asked)
-    if template is None:
-        terminal.say(f"learned template: {parsed}")
-    loaded = load(backbone, dtype=dtype, device=device)
-    with stoppable(out, again="--resume") as (report, should_stop):
-        from ptuning.training.run import train as run
-
-        result = run(
-            parsed,
-            rows,
-            backbone=loaded,
-            dev=dev_rows,
-            config=config,
-            labels=labels,
-            task=asked,
-            calibrate=calibrate,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            report=report,
-            should_stop=should_stop,
-            ceiling=measure_ceiling,
-            command=command_line(),
-        )
-    terminal.training(result)
-
-
-@app.command(name="eval", cls=Command)
 def evaluate(
     prompt: PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
@@ -251,7 +134,6 @@ def evaluate(
     terminal.evaluation(prompt, rows, found, as_json=as_json)
 
 
-@app.command(cls=Command)
 def predict(
     prompt: PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
@@ -299,7 +181,6 @@ def predict(
     terminal.predictions(rows.records, found, as_json=as_json, masked=loaded.kind in FILLS_MASKS)
 
 
-@app.command(cls=Command)
 def inspect(
     prompt: PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
@@ -324,7 +205,6 @@ def inspect(
     terminal.inspection(chosen, found, as_json=as_json)
 
 
-@template_app.command(name="show", cls=Command)
 def show_template(
     template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
     backbone: BackboneOption = None,
@@ -354,7 +234,6 @@ def show_template(
     terminal.template(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
 
 
-@app.command(cls=Command)
 def data(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
     split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
@@ -372,7 +251,6 @@ def data(
         typer.echo(json.dumps(dict(row), ensure_ascii=False))
 
 
-@app.command(cls=Command)
 def backbones(as_json: JsonOption = False) -> None:
     """List the families of language models, what each supports, and what is tested. No model is loaded.
 
@@ -383,7 +261,6 @@ def backbones(as_json: JsonOption = False) -> None:
     terminal.backbones(families(), as_json=as_json)
 
 
-@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
     set_: SetOption = None,
@@ -406,8 +283,50 @@ def demo(
     terminal.demo(result)
 
 
-app.command(name="estimate", cls=Command)(estimate.estimate)
-for _one in (*fleet.COMMANDS, *experiments.COMMANDS):
-    app.command(cls=Command)(_one)
-for _name, _two in tasks.COMMANDS.items():
-    task_app.command(name=_name, cls=Command)(_two)
+# Every command, in the order of --help. Two words are a command of a group.
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "train": train.train,
+    "eval": evaluate,
+    "predict": predict,
+    "inspect": inspect,
+    "data": data,
+    "backbones": backbones,
+    "demo": demo,
+    "estimate": estimate.estimate,
+    "fleet": fleet.fleet,
+    "compare": experiments.compare,
+    "lama": experiments.lama,
+    "paraphrases": experiments.paraphrases,
+    "superglue": experiments.superglue,
+    "report": experiments.report,
+    "template show": show_template,
+    "task list": tasks.list_tasks,
+    "task show": tasks.show_task,
+    "task check": tasks.check_task,
+}
+GROUPS: Mapping[str, str] = {
+    "template": "Look at how a template is filled.",
+    "task": "Look at the shipped tasks, and check a task file.",
+}
+
+
+def _app() -> typer.Typer:
+    """Return the command line with all its commands."""
+    app = typer.Typer(
+        cls=_Group,
+        help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(common)
+    groups = {"": app}
+    for name, about in GROUPS.items():
+        groups[name] = typer.Typer(help=about, no_args_is_help=True)
+        app.add_typer(groups[name], name=name)
+    for words, command in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        groups[group].command(name=name, cls=Command)(command)
+    return app

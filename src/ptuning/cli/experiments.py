@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ptuning.cli import options, show_experiments, terminal
+from ptuning.cli import inputs, options, show_experiments, signals, terminal
 from ptuning.cli.options import (
     SETTINGS,
     BackboneOption,
@@ -76,8 +76,8 @@ def compare(
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
-    train_rows, test_rows = options.records_of(data, field), options.records_of(test, field)
-    dev_rows = options.records_of(dev, field) if dev is not None else None
+    train_rows, test_rows = inputs.records_of(data, field), inputs.records_of(test, field)
+    dev_rows = inputs.records_of(dev, field) if dev is not None else None
     with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
         from ptuning.experiment.compare import compare as run
 
@@ -90,7 +90,7 @@ def compare(
             vocabulary=vocabulary,
             train_size=train_size,
             name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
-            backbone=options.load(backbone, dtype=dtype, device=device),
+            backbone=inputs.load(backbone, dtype=dtype, device=device),
             out=out,
             seeds=seeds,
             tries=tries,
@@ -149,7 +149,7 @@ def lama(
             targets=cast("Targets", targets),
             vocabulary=vocabulary,
             split_seed=split_seed,
-            backbone=options.load(backbone, dtype=dtype, device=device),
+            backbone=inputs.load(backbone, dtype=dtype, device=device),
             out=out,
             seeds=seeds,
             tries=tries,
@@ -195,7 +195,7 @@ def paraphrases(
             wordings=wordings,
             limit=limit,
             split_seed=split_seed,
-            backbone=options.load(backbone, dtype=dtype, device=device),
+            backbone=inputs.load(backbone, dtype=dtype, device=device),
             out=out,
             seeds=seeds,
             tries=tries,
@@ -248,7 +248,7 @@ def superglue(
             limit=limit,
             tune=cast("Tune", tune),
             server=server,
-            backbone=options.load(backbone, dtype=dtype, device=device),
+            backbone=inputs.load(backbone, dtype=dtype, device=device),
             out=out,
             seeds=seeds,
             tries=tries,
@@ -281,7 +281,7 @@ def _watching(out: Path, *, control: str | None, methods: str | None, dry_run: b
     """Show progress and results cell by cell, stop at a signal; yield the arguments that all comparisons take."""
     if control not in (None, "random-weights"):
         raise ConfigError(f"--control is random-weights, not '{control}'")
-    with options.stoppable(out) as (progress, should_stop):
+    with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
 
         common: dict[str, Any] = {
@@ -307,6 +307,3 @@ def _show(found: Results, *, dry_run: bool) -> None:
     show_experiments.results(found)
     if found.failed:
         raise typer.Exit(1)
-
-
-COMMANDS: Sequence[Any] = (compare, lama, paraphrases, superglue, report)

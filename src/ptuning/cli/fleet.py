@@ -1,22 +1,28 @@
-"""The command that trains many prompts at once."""
+"""`ptuning fleet`: learn many prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
-from ptuning.cli import options, terminal
+from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, PTuningError
 
 if TYPE_CHECKING:
+    from ptuning.files import Json
     from ptuning.template.labels import LabelWords
     from ptuning.training.fleet_file import Entry, FleetFile
-    from ptuning.training.train_fleet import FleetPrompt
+    from ptuning.training.run import TrainResult
+    from ptuning.training.train_fleet import FleetPrompt, FleetResult
 
 
 def fleet(
@@ -42,8 +48,8 @@ def fleet(
     asked = read_fleet(config)
     check_free(out, overwrite=overwrite or resume)
     prompts = read_prompts(asked)
-    loaded = options.load(backbone or asked.backbone, dtype=dtype, device=device)
-    with options.stoppable(out, again="--resume") as (report, should_stop):
+    loaded = inputs.load(backbone or asked.backbone, dtype=dtype, device=device)
+    with signals.stoppable(out, again="--resume") as (report, should_stop):
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet
 
@@ -57,10 +63,10 @@ def fleet(
             # A line per epoch of dozens of trainings would bury the line per prompt.
             report=lambda now: report(now) if now.stage != "epoch" else None,
             should_stop=should_stop,
-            on_prompt=terminal.fleet_prompt,
+            on_prompt=show_prompt,
             command=options.command_line(),
         )
-    terminal.fleet(found, out)
+    show(found, out)
     if found.failed:
         raise typer.Exit(1)
 
@@ -86,8 +92,8 @@ def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
 
     given = cast("dict[str, Any]", entry.inputs)
     config = TrainConfig.from_json(entry.settings)
-    task = options.task_of(given.get("task"))
-    template = options.template_of(
+    task = inputs.task_of(given.get("task"))
+    template = inputs.template_of(
         task, *(given.get(name) for name in ("template", "manual", "about", "pattern")), option=""
     )
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
@@ -99,10 +105,10 @@ def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
         return read[key]
 
     def part(source: str, name: str) -> Any:
-        return once(source, name, lambda: options.data_of(source, renamed, task, part=name))
+        return once(source, name, lambda: inputs.data_of(source, renamed, task, part=name))
 
     data = given["data"]
-    dev = part(given["dev"], "dev") if "dev" in given else once(data, "beside", lambda: options.dev_part(data, task))
+    dev = part(given["dev"], "dev") if "dev" in given else once(data, "beside", lambda: inputs.dev_part(data, task))
     return FleetPrompt(
         entry.name,
         template,
@@ -130,4 +136,38 @@ def _labels(given: object) -> LabelWords | str | None:
     return LabelWords(words)
 
 
-COMMANDS: Sequence[Any] = (fleet,)
+def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
+    """Print a prompt of a fleet that has ended."""
+    if isinstance(outcome, Exception):
+        terminal.say(f"{name}: failed: {outcome}")
+        return
+    score, rows, chosen = _line(outcome)
+    terminal.say(f"{name}: dev score {score}, n = {rows}, {chosen}")
+
+
+def show(found: FleetResult, out: Path) -> None:
+    """Print what a fleet left."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("prompt", "start", "dev score", "n", "chosen"):
+        table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
+    for name, result in found.results.items():
+        start = cast("Mapping[str, float]", result.record["start"])
+        table.add_row(escape(name), f"{start['dev_score']:.3f}", *_line(result))
+    for name, error in found.failed.items():
+        table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
+    terminal.results().print(table)
+    terminal.line(
+        f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl; {out}/fleet.json names them all"
+    )
+    if found.results:
+        terminal.line(
+            f"next:    {terminal.program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE"
+        )
+
+
+def _line(result: TrainResult) -> tuple[str, str, str]:
+    """Return a prompt's development score, the number of records behind it, and what was chosen."""
+    score = next(value for name, value in result.prompt.scores.items() if name != "loss")
+    rows = cast("Mapping[str, Mapping[str, Json]]", result.record["data"])["dev"]["rows"]
+    chosen = cast("int", result.record["chosen_epoch"])
+    return f"{score:.3f}", str(rows), f"epoch {chosen}" if chosen else "the start"

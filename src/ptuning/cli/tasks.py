@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +73,3 @@ def check_task(
     if checked.problems:
         raise TaskError(f"{task}: " + "\n  ".join(checked.problems))
     terminal.line(f"fine with the tokenizer of {name}")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"list": list_tasks, "show": show_task, "check": check_task}

@@ -1,6 +1,4 @@
-"""What the command line prints: results on the standard output, progress and messages on the error stream. Computes
-nothing, and loads nothing heavy.
-"""
+"""Printing: results on the standard output, progress and messages on the error stream. Loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from ptuning.prompt.score import Result
     from ptuning.records import Records
     from ptuning.statistics import Score
-    from ptuning.training.run import TrainResult
-    from ptuning.training.train_fleet import FleetResult
 
 # What the stages of a progress report are called on the screen.
 STAGES = {
@@ -145,74 +141,10 @@ def interval(score: Score) -> str:
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 
-def training(result: TrainResult) -> None:
-    """Print what a training run left."""
-    record, console = result.record, results()
-    history = cast("Sequence[Mapping[str, float]]", record["history"])
-    start = cast("Mapping[str, float]", record["start"])
-    dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
-    chosen = cast("int", record["chosen_epoch"])
-    heading(f"development part: {dev['rows']} records of {dev['name']}")
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("epoch", "train loss", "dev loss", "dev score"):
-        table.add_column(name, justify="right")
-    table.add_row("start", "", f"{start['dev_loss']:.3f}", f"{start['dev_score']:.3f}", style=_mark(chosen == 0))
-    for row in history:
-        table.add_row(
-            str(row["epoch"]),
-            f"{row['train_loss']:.3f}",
-            f"{row['dev_loss']:.3f}",
-            f"{row['dev_score']:.3f}",
-            style=_mark(row["epoch"] == chosen),
-        )
-    console.print(table)
-    console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
-    _parameters(record)
-    if record.get("ceiling_tokens_per_second"):
-        speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
-        console.print(f"speed:   {speed:.0f} tokens/s, {speed / ceiling:.0%} of the bare backbone's {ceiling:.0f}")
-    line(f"prompt:  {result.folder}/prompt")
-    line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
-    line(f"next:    {program()} eval {shlex.quote(str(result.folder))} --data FILE")
-
-
-def fleet_prompt(name: str, outcome: TrainResult | Exception) -> None:
-    """Print a prompt of a fleet that has ended."""
-    if isinstance(outcome, Exception):
-        say(f"{name}: failed: {outcome}")
-        return
-    score, rows, chosen = _fleet_line(outcome)
-    say(f"{name}: dev score {score}, n = {rows}, {chosen}")
-
-
-def fleet(found: FleetResult, out: Path) -> None:
-    """Print what a fleet left."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("prompt", "start", "dev score", "n", "chosen"):
-        table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
-    for name, result in found.results.items():
-        start = cast("Mapping[str, float]", result.record["start"])
-        table.add_row(escape(name), f"{start['dev_score']:.3f}", *_fleet_line(result))
-    for name, error in found.failed.items():
-        table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
-    results().print(table)
-    line(f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl; {out}/fleet.json names them all")
-    if found.results:
-        line(f"next:    {program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE")
-
-
-def _fleet_line(result: TrainResult) -> tuple[str, str, str]:
-    """Return a prompt's development score, the number of records behind it, and what was chosen."""
-    score = next(value for name, value in result.prompt.scores.items() if name != "loss")
-    rows = cast("Mapping[str, Mapping[str, Json]]", result.record["data"])["dev"]["rows"]
-    chosen = cast("int", result.record["chosen_epoch"])
-    return f"{score:.3f}", str(rows), f"epoch {chosen}" if chosen else "the start"
-
-
 def evaluation(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
     """Print scores with their intervals."""
     if as_json:
-        _print_json(
+        print_json(
             {
                 "prompt": name,
                 "data": {"name": data.name, "sha256": data.sha256, "rows": len(data)},
@@ -248,24 +180,24 @@ def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, ma
                 row["tokens"] = prediction.tokens
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif len(prediction.candidates) > 1:
-            typer.echo("\t".join(f"{_visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
+            typer.echo("\t".join(f"{visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif masked and prediction.tokens is not None:
-            typer.echo(f"{_visible(prediction.text)}\t({prediction.tokens} token{'s' * (prediction.tokens != 1)})")
+            typer.echo(f"{visible(prediction.text)}\t({prediction.tokens} token{'s' * (prediction.tokens != 1)})")
         else:
-            typer.echo(_visible(prediction.text))
+            typer.echo(visible(prediction.text))
 
 
 def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     """Print the nearest tokens of each slot."""
     if as_json:
-        _print_json({"template": str(prompt.template), **found.to_json()})
+        print_json({"template": str(prompt.template), **found.to_json()})
         return
     heading(str(prompt.template))
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
         table.add_column(name)
     for index, view in enumerate(found.slots):
-        start = "random" if view.start is None else _token(view.start)
+        start = "random" if view.start is None else quoted(view.start)
         table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
     console = results()
     console.print(table)
@@ -290,7 +222,7 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
         for index, (part, token) in enumerate(positions)
     ]
     if as_json:
-        _print_json(
+        print_json(
             [{"position": index, "part": part, "token_id": token, "token": text} for index, part, token, text in rows]
         )
         return
@@ -298,7 +230,7 @@ def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokeniz
     for name in ("position", "part", "id", "token"):
         table.add_column(name)
     for index, part, token, text in rows:
-        shown = "random start" if text is None else _token(text) + (" (start)" if part == "slot" else "")
+        shown = "random start" if text is None else quoted(text) + (" (start)" if part == "slot" else "")
         table.add_row(
             str(index),
             escape(part),
@@ -327,7 +259,7 @@ def backbones(rows: Sequence[Family], *, as_json: bool) -> None:
     """Print the table of backbones."""
     if as_json:
         listed: list[dict[str, Json]] = [{**row.to_json(), "tested": [*TESTED]} for row in rows]
-        _print_json(listed)
+        print_json(listed)
         return
     heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
@@ -346,7 +278,7 @@ def demo(result: DemoResult) -> None:
     for name in ("method", "prompt", "exact match  [95 % interval]"):
         table.add_column(name)
     for name, score in result.scores.items():
-        table.add_row(name, escape(result.described[name]), escape(interval(score)), style=_mark(name == "p-tuning"))
+        table.add_row(name, escape(result.described[name]), escape(interval(score)), style=mark(name == "p-tuning"))
     console.print(table)
     heading("five of them")
     shown = Table(box=box.SIMPLE_HEAD)
@@ -354,10 +286,10 @@ def demo(result: DemoResult) -> None:
         shown.add_column(name)
     for answer in result.answers:
         texts = (answer.subject, answer.target, answer.before, answer.after)
-        shown.add_row(*(escape(_visible(text)) for text in texts))
+        shown.add_row(*(escape(visible(text)) for text in texts))
     console.print(shown)
     line(f"prompt:  {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
-    _parameters(result.record)
+    parameters(result.record)
     line(f"files:   {result.folder}  (prompt/, run.json, predictions.jsonl)")
     line(f"next:    {program()} predict {shlex.quote(str(result.folder))} {shlex.quote(result.answers[0].subject)}")
 
@@ -392,16 +324,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return a text on one line, with line breaks and other characters that do not print escaped."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _token(text: str) -> str:
-    return f"'{_visible(text)}'"
+def quoted(text: str) -> str:
+    """Return a token in quotes, on one line."""
+    return f"'{visible(text)}'"
 
 
-def _parameters(record: Mapping[str, Json]) -> None:
+def parameters(record: Mapping[str, Json]) -> None:
+    """Print how many weights a run trained, and how long it took."""
     trainable, frozen = cast("int", record["trainable_parameters"]), cast("int", record["frozen_parameters"])
     train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
     whose = {
@@ -415,12 +349,14 @@ def _parameters(record: Mapping[str, Json]) -> None:
 
 def _listed(neighbours: Sequence[Neighbour]) -> str:
     """Return one neighbour per line: a table would break lines at the spaces that tokens begin with."""
-    return escape("\n".join(f"{_token(one.token)} {one.value:.2f}" for one in neighbours[:SHOWN_NEIGHBOURS]))
+    return escape("\n".join(f"{quoted(one.token)} {one.value:.2f}" for one in neighbours[:SHOWN_NEIGHBOURS]))
 
 
-def _mark(on: bool) -> str:
+def mark(on: bool) -> str:
+    """Return the style of a row, green for the one that was chosen."""
     return "bold green" if on else ""
 
 
-def _print_json(value: Json | Sequence[Mapping[str, Json]]) -> None:
+def print_json(value: Json | Sequence[Mapping[str, Json]]) -> None:
+    """Print a value as indented JSON."""
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,0 +1,239 @@
+"""Reading what the options of a command name: data, tasks, templates, prompts, candidates and the backbone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from ptuning.backbone import sources
+from ptuning.cli import terminal
+from ptuning.cli.options import fields_of
+from ptuning.errors import ConfigError, FileError, RecordError, closest
+
+if TYPE_CHECKING:
+    from ptuning.backbone.backbone import Backbone
+    from ptuning.backbone.loading import Dtype
+    from ptuning.data.questions import Questions
+    from ptuning.data.task_files import TaskFile
+    from ptuning.prompt.prompt import Prompt
+    from ptuning.records import Records
+    from ptuning.template.language import Template
+
+# Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
+
+
+def records_of(source: str, field: Sequence[str] | None) -> Records:
+    """Read a data file or shipped facts."""
+    from ptuning.data.reading import load_records
+
+    with terminal.waiting(f"reading {source}"):
+        return load_records(source, fields=fields_of(field))
+
+
+def task_of(name: str | None) -> TaskFile | None:
+    """Load the task that is asked for, if any."""
+    if name is None:
+        return None
+    from ptuning.data.task_files import load_task
+
+    return load_task(name)
+
+
+def data_of(
+    source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
+) -> Records | Questions:
+    """Read data: a file or shipped facts; with a task one of its files, a folder (of which ``part`` is taken), or a
+    part of a folder as ``DIR:PART``.
+    """
+    if task is None:
+        return records_of(source, field)
+    if field:
+        raise ConfigError("--field goes without a task; where fields stand in a row is said by the task file")
+    from ptuning.data.task_files import find_split
+
+    path, (folder, colon, named) = Path(source), source.rpartition(":")
+    if path.is_dir():
+        path = find_split(path, task, part)
+    elif colon and not path.exists() and Path(folder).is_dir():
+        path = find_split(Path(folder), task, named)
+    elif not path.exists():
+        there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileError(
+            f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
+            "such as DIR, or a part of one such as DIR:val"
+        )
+    with terminal.waiting(f"reading {path}"):
+        return task.read(path, labelled=labelled)
+
+
+def dev_part(data: str, task: TaskFile | None) -> Questions | None:
+    """Read the development part beside a task's training part, if ``data`` is a folder that has one."""
+    from ptuning.data.task_files import find_split
+
+    if task is None or not Path(data).is_dir():
+        return None
+    try:
+        path = find_split(Path(data), task, "dev")
+    except FileError:
+        terminal.say(f"{data} has no development part; a share of the training part is set aside")
+        return None
+    return task.read(path)
+
+
+def training_parts(
+    data: str, dev: str | None, field: Sequence[str] | None, task: TaskFile | None
+) -> tuple[Records | Questions, Records | Questions | None]:
+    """Read what is learned from, and what is chosen by: what is named, or what stands beside a task's training part."""
+    train = data_of(data, field, task, part="train")
+    return train, data_of(dev, field, task, part="dev") if dev is not None else dev_part(data, task)
+
+
+def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
+    """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
+    Leave out a part of it if asked to.
+
+    A task that is given goes in front of the one that the prompt was made for.
+    """
+    with terminal.waiting("starting"):
+        from ptuning.prompt.prompt import Prompt
+
+    if source.startswith("manual:"):
+        template = source.removeprefix("manual:").strip()
+        numbered = task is not None and (not template or template.isdecimal())
+        if task is not None and numbered:
+            found = Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
+        else:
+            found = Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
+        return found if without is None else found.without(without)
+    found = Prompt.load(source)
+    found = found if without is None else found.without(without)
+    if task is None:
+        return found
+    if found.task is not None and found.task.name != task.name:
+        raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
+    return replace(found, task=task, label_words=found.label_words or task.label_words)
+
+
+def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Template:
+    """Return a task's template by its number, from 1."""
+    if not 1 <= number <= len(templates):
+        raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
+    return templates[number - 1]
+
+
+def template_of(
+    task: TaskFile | None,
+    template: str | None,
+    manual: str | None,
+    about: str | None,
+    pattern: int | None,
+    *,
+    option: str = "--",
+) -> Template:
+    """Return the template to learn: the one that is given, one made of a manual one, or a task's by its number.
+
+    Args:
+        task: The task that is asked for, if any.
+        template: A template with slots.
+        manual: A manual template.
+        about: With ``manual``: what is asked for.
+        pattern: Number of the task's template, from 1.
+        option: What stands in front of the names of what is given, in messages.
+
+    Raises:
+        ConfigError: If these do not go together.
+        TemplateError: If a template is malformed.
+    """
+    from ptuning.template.language import Template
+
+    if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):
+        raise ConfigError(
+            f"give either {option}template, or {option}manual to have one made from a manual template, or {option}task"
+        )
+    if about is not None and manual is None:
+        raise ConfigError(f"{option}about goes with {option}manual")
+    if pattern is not None and (task is None or template is not None or manual is not None):
+        raise ConfigError(f"{option}pattern is the number of a task's template; it goes with {option}task alone")
+    if template is not None:
+        return Template.parse(template)
+    if manual is not None:
+        return Template.from_manual(manual, about=about)
+    assert task is not None
+    return pattern_of(task.learned, task, 1 if pattern is None else pattern)
+
+
+def data_to_answer(
+    prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
+) -> Records | Questions:
+    """Read what is to be answered: a text, data, or the standard input; by the prompt's task where it has one."""
+    from ptuning.data.reading import raw_rows, read_rows
+    from ptuning.records import Records
+
+    if (text is None) == (data is None):
+        raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
+    if data == "-":
+        given = sys.stdin.buffer.read()
+        if not given.strip():
+            raise RecordError("the standard input holds no records; it needs one JSON object per line")
+        if prompt.task is not None:
+            return prompt.task.read_named(raw_rows(given, name="standard input"), name="standard input", labelled=False)
+        return Records(read_rows(given, name="standard input", fields=fields_of(field)), name="standard input")
+    if data is not None:
+        return data_of(data, field, prompt.task, part="test", labelled=False)
+    if prompt.task is not None:
+        return Records([prompt.task.record_of(text or "")], name="the command line")
+    fields = prompt.template.fields
+    if len(fields) != 1:
+        raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
+    return Records([{fields[0]: text or ""}], name="the command line")
+
+
+def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
+    """Read candidates: a text file with one per line, the targets of a data file, or those of the training part."""
+    from ptuning.data.reading import load_records
+    from ptuning.files import read_bytes
+    from ptuning.prompt.score import candidates_of
+    from ptuning.records import TARGET_FIELD
+
+    if source == "train" and not Path(source).exists():
+        source = _training_part(prompt, data)
+    if Path(source).suffix.lower() == ".txt":
+        try:
+            lines = read_bytes(Path(source)).decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise FileError(f"{source} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    else:
+        # Other fields may well be missing beside the answers.
+        fields = {new: old for new, old in fields_of(field).items() if new == TARGET_FIELD}
+        found = candidates_of(load_records(source, fields=fields))
+    if not found:
+        raise FileError(f"{source} holds no candidates; give a .txt with one per line, or data with {TARGET_FIELD}")
+    return found
+
+
+def _training_part(prompt: str, data: str | None) -> str:
+    """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
+    from ptuning.files import read_json
+
+    folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
+    record = next((folder / "run.json" for folder in folders if (folder / "run.json").is_file()), None)
+    if record is not None:
+        parts = cast("dict[str, dict[str, str]]", read_json(record)["data"])
+        return parts["train"]["name"].split(" (without the ")[0]
+    if data is not None and ":" in data and not Path(data).exists():
+        return data.partition(":")[0] + ":train"
+    raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
+
+
+def load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = None) -> Backbone:
+    """Load the backbone that is asked for, the prompt's own, or the default."""
+    own = prompt.backbone.name if prompt is not None and prompt.backbone is not None else sources.BACKBONE
+    chosen = name if name is not None else own
+    with terminal.loading(chosen):
+        from ptuning.backbone.loading import load_backbone
+
+        return load_backbone(chosen, dtype=cast("Dtype", dtype), device=device)

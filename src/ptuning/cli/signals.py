@@ -1,0 +1,53 @@
+"""Stopping at a signal: the first Ctrl-C or termination asks the work to stop, the second one ends it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import typer
+
+from ptuning.cli import terminal
+from ptuning.cli.options import command_line
+from ptuning.names import CHECKPOINT_FOLDER, RESULTS_FILE, RUN_FILE
+
+if TYPE_CHECKING:
+    from ptuning.progress import OnProgress
+
+SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 130 for Ctrl-C
+
+
+@contextlib.contextmanager
+def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
+    """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
+    from ptuning.progress import Interrupted
+
+    asked: list[int] = []
+    # Said by a thread: the signal may come in the middle of drawing the progress bar.
+    word = Thread(target=terminal.say, args=("stopping after this step; once more to stop at once",))
+
+    def note(number: int, _: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        word.start()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with terminal.bar() as report:
+            yield report, lambda: bool(asked)
+    except (Interrupted, KeyboardInterrupt) as error:
+        if word.ident is not None:
+            word.join()
+        command = command_line(terminal.program()) + (f" {again}" if again and again not in sys.argv else "")
+        kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE) if (out / name).exists()), None)
+        terminal.stopped(str(error) or "stopped at once", kept, command)
+        raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""`ptuning train`: learn one prompt."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ptuning.cli import terminal
+from ptuning.cli.inputs import load, task_of, template_of, training_parts
+from ptuning.cli.options import (
+    SETTINGS,
+    AboutOption,
+    BackboneLrOption,
+    BackboneOption,
+    BatchSizeOption,
+    CacheMemoryOption,
+    CalibrateOption,
+    DeviceOption,
+    DevOption,
+    DtypeOption,
+    EncoderOption,
+    EpochsOption,
+    FieldOption,
+    KeepOption,
+    LabelsOption,
+    LrOption,
+    ManualOption,
+    PatternOption,
+    SeedOption,
+    SetOption,
+    StartsOption,
+    TaskOption,
+    TemplateOption,
+    TrainOption,
+    TuneOption,
+    command_line,
+    config_of,
+    tune_options,
+)
+from ptuning.cli.signals import stoppable
+
+if TYPE_CHECKING:
+    from ptuning.files import Json
+    from ptuning.training.run import TrainResult
+
+
+def train(
+    data: TrainOption,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
+    template: TemplateOption = None,
+    manual: ManualOption = None,
+    about: AboutOption = None,
+    task: TaskOption = None,
+    pattern: PatternOption = None,
+    dev: DevOption = None,
+    backbone: BackboneOption = None,
+    encoder: EncoderOption = SETTINGS.encoder,
+    epochs: EpochsOption = SETTINGS.epochs,
+    batch_size: BatchSizeOption = SETTINGS.batch_size,
+    lr: LrOption = SETTINGS.lr,
+    tune: TuneOption = SETTINGS.tune,
+    backbone_lr: BackboneLrOption = None,
+    keep: KeepOption = SETTINGS.keep,
+    starts: StartsOption = SETTINGS.starts,
+    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
+    seed: SeedOption = SETTINGS.seed,
+    labels: LabelsOption = None,
+    calibrate: CalibrateOption = None,
+    set_: SetOption = None,
+    field: FieldOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
+    measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
+
+    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
+
+    Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
+    """
+    from ptuning.files import check_free
+
+    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    chosen |= {"cache_memory": cache_memory}
+    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    asked = task_of(task)
+    parsed = template_of(asked, template, manual, about, pattern)
+    check_free(out, overwrite=overwrite or resume)
+    rows, dev_rows = training_parts(data, dev, field, asked)
+    if template is None:
+        terminal.say(f"learned template: {parsed}")
+    loaded = load(backbone, dtype=dtype, device=device)
+    with stoppable(out, again="--resume") as (report, should_stop):
+        from ptuning.training.run import train as run
+
+        result = run(
+            parsed,
+            rows,
+            backbone=loaded,
+            dev=dev_rows,
+            config=config,
+            labels=labels,
+            task=asked,
+            calibrate=calibrate,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            report=report,
+            should_stop=should_stop,
+            ceiling=measure_ceiling,
+            command=command_line(),
+        )
+    show(result)
+
+
+def show(result: TrainResult) -> None:
+    """Print what a training run left."""
+    record, console = result.record, terminal.results()
+    history = cast("Sequence[Mapping[str, float]]", record["history"])
+    start = cast("Mapping[str, float]", record["start"])
+    dev = cast("Mapping[str, Mapping[str, Json]]", record["data"])["dev"]
+    chosen = cast("int", record["chosen_epoch"])
+    terminal.heading(f"development part: {dev['rows']} records of {dev['name']}")
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("epoch", "train loss", "dev loss", "dev score"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        "start", "", f"{start['dev_loss']:.3f}", f"{start['dev_score']:.3f}", style=terminal.mark(chosen == 0)
+    )
+    for row in history:
+        table.add_row(
+            str(row["epoch"]),
+            f"{row['train_loss']:.3f}",
+            f"{row['dev_loss']:.3f}",
+            f"{row['dev_score']:.3f}",
+            style=terminal.mark(row["epoch"] == chosen),
+        )
+    console.print(table)
+    console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
+    terminal.parameters(record)
+    if record.get("ceiling_tokens_per_second"):
+        speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
+        console.print(f"speed:   {speed:.0f} tokens/s, {speed / ceiling:.0%} of the bare backbone's {ceiling:.0f}")
+    terminal.line(f"prompt:  {result.folder}/prompt")
+    terminal.line(f"record:  {result.folder}/run.json, and predictions.jsonl on the development part")
+    terminal.line(f"next:    {terminal.program()} eval {shlex.quote(str(result.folder))} --data FILE")

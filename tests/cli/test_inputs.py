@@ -1,0 +1,134 @@
+"""Reading what options name: records, tasks, templates, prompts and candidates."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptuning.cli import inputs, options
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import ConfigError, FileError, RecordError
+from ptuning.prompt.prompt import Prompt
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_records_and_their_fields() -> None:
+    Path("facts.csv").write_text("name,answer\nKenya,Nairobi\n", encoding="utf-8")
+    assert inputs.records_of("facts.csv", ["x=name", "y=answer"]) == [{"x": "Kenya", "y": "Nairobi"}]
+    with pytest.raises(ConfigError, match="'x' is not --field NEW=NAME"):
+        inputs.records_of("facts.csv", ["x"])
+
+
+def test_a_manual_prompt_is_made_on_the_spot() -> None:
+    assert str(inputs.prompt_of("manual: [X] is [Y]").template) == "[X] is [Y]"
+    with pytest.raises(FileError, match="missing"):
+        inputs.prompt_of("missing")
+
+
+def test_data_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = Prompt.manual("[X] is [Y]")
+    assert inputs.data_to_answer(prompt, "Kenya", None, None) == [{"x": "Kenya"}]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"name": "Peru"}\n')))
+    assert inputs.data_to_answer(prompt, None, "-", ["x=name"]) == [{"x": "Peru"}]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(RecordError, match="the standard input holds no records"):
+        inputs.data_to_answer(prompt, None, "-", None)
+    for text, data in ((None, None), ("Kenya", "facts.csv")):
+        with pytest.raises(ConfigError, match="give either a TEXT or --data"):
+            inputs.data_to_answer(prompt, text, data, None)
+    with pytest.raises(ConfigError, match="a TEXT fills one field, and the template reads x, z; use --data"):
+        inputs.data_to_answer(Prompt.manual("[X] in {z} is [Y]"), "Kenya", None, None)
+
+
+TASK = """
+name = "moods"
+version = "2"
+[labels]
+good = ["great"]
+bad = ["poor"]
+[[patterns]]
+manual = "{text} It was [Y]."
+[[patterns]]
+manual = "{text} All in all: [Y]."
+"""
+
+
+def write_task() -> TaskFile:
+    """Write a task file, and a folder with a training and a validation part."""
+    Path("moods.toml").write_text(TASK, encoding="utf-8")
+    Path("d").mkdir()
+    Path("d/train.jsonl").write_text(
+        '{"text": "a", "label": "good"}\n{"text": "b", "label": "bad"}\n', encoding="utf-8"
+    )
+    Path("d/val.jsonl").write_text('{"text": "c", "label": "bad"}\n', encoding="utf-8")
+    found = inputs.task_of("moods.toml")
+    assert found is not None
+    return found
+
+
+def test_data_of_a_task_is_a_file_a_folder_or_a_part_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inputs.task_of(None) is None
+    task = write_task()
+    for source in ("d", "d:val", "d/val.jsonl"):
+        (row,) = inputs.data_of(source, None, task, part="val")
+        assert row.record == {"text": "c", "y": "bad"}  # type: ignore[union-attr]
+    assert inputs.dev_part("d", None) is inputs.dev_part("d/val.jsonl", task) is inputs.dev_part("d", task) is None
+    assert "d has no development part; a share of the training part is set aside" in capsys.readouterr().err
+    with pytest.raises(FileError, match=r"no 'test' part of the task moods in d"):
+        inputs.data_of("d:test", None, task, part="val")
+    with pytest.raises(FileError, match=r"no such data: e:val.*With the task moods, data is a file, a folder"):
+        inputs.data_of("e:val", None, task, part="val")
+    with pytest.raises(ConfigError, match="--field goes without a task"):
+        inputs.data_of("d", ["x=text"], task, part="val")
+
+
+def test_prompts_of_a_task() -> None:
+    task = write_task()
+    for source, template in (("manual:", 0), ("manual:2", 1), ("manual:{text} It was [Y].", 0)):
+        found = inputs.prompt_of(source, task)
+        assert (found.template, found.label_words, found.task) == (task.manual[template], task.label_words, task)
+    with pytest.raises(ConfigError, match="the task moods has the patterns 1 to 2, not 3"):
+        inputs.prompt_of("manual:3", task)
+    inputs.prompt_of("manual:2", task).save("p")
+    assert inputs.prompt_of("p", task).task == task
+    other = inputs.task_of("RTE")
+    with pytest.raises(ConfigError, match="the prompt was made for the task moods, not for RTE; leave --task out"):
+        inputs.prompt_of("p", other)
+
+
+def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = inputs.prompt_of("manual:", write_task())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "z", "label": "unheard of"}\n')))
+    for source in ("-", "d/val.jsonl"):
+        (row,) = inputs.data_to_answer(prompt, None, source, None)
+        assert list(row.record) == ["text"]  # type: ignore[union-attr]
+
+
+def test_only_closed_answers_are_calibrated() -> None:
+    prompt = inputs.prompt_of("manual:", write_task())
+    options.check_calibrate(True, prompt, candidates=False)
+    options.check_calibrate(None, Prompt.manual("[X] is [Y]"), candidates=True)
+    for one, candidates in ((prompt, True), (Prompt.manual("[X] is [Y]"), False)):
+        with pytest.raises(ConfigError, match="--calibrate is for label words and a task's choices"):
+            options.check_calibrate(True, one, candidates=candidates)
+
+
+def test_candidates() -> None:
+    Path("words.txt").write_text("\ufeffLima\n\nParis \nLima\n", encoding="utf-8")
+    Path("facts.csv").write_text("x,answer\na,no\nb,yes\nc,no\n", encoding="utf-8")
+    Path("empty.txt").write_text("\n", encoding="utf-8")
+    assert inputs.read_candidates("words.txt", "manual:[X] [Y]", None, None) == ["Lima", "Paris"]
+    assert inputs.read_candidates("facts.csv", "manual:[X] [Y]", None, ["y=answer", "z=missing"]) == ["no", "yes"]
+    known = {row["y"] for row in inputs.records_of("capitals:train", None)}
+    assert set(inputs.read_candidates("train", "manual:[X] [Y]", "capitals:test", None)) == known
+    with pytest.raises(FileError, match=r"empty\.txt holds no candidates"):
+        inputs.read_candidates("empty.txt", "manual:[X] [Y]", None, None)
+    with pytest.raises(ConfigError, match=r"--candidates train needs the prompt's run\.json, or shipped facts"):
+        inputs.read_candidates("train", "manual:[X] [Y]", "facts.csv", None)
