@@ -175,7 +175,7 @@ class Unchecked:
             return {name: one._as(of[1]) for name, one in self.table().items()}
         if origin is Sequence:
             return [one._as(of[0]) for one in self.items()]
-        plain = {str: self.text, bool: self.flag, int: self.whole, float: self.number}
+        plain: dict[type, Callable[[], object]] = {str: self.text, bool: self.flag, int: self.whole, float: self.number}
         return plain[kind]() if kind in plain else self.to(kind)
 
     def _part(self, value: object, path: str) -> Unchecked:

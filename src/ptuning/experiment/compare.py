@@ -19,12 +19,12 @@ from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.lama import Listed, OneToken
 from ptuning.experiment.plan import DEFAULT_METHODS, Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, require_targets
+from ptuning.report.results_file import Results
 from ptuning.template.language import Field, Template
 
 logger = logging.getLogger(__name__)

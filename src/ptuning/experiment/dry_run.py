@@ -9,11 +9,12 @@ import torch
 
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
-from ptuning.experiment.cells import Cell, Job
+from ptuning.experiment.cells import Job
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Setup
 from ptuning.method.items import task_items
 from ptuning.names import LEARNED_BY_TUNE
+from ptuning.report.results_file import Cell
 from ptuning.template.fill import BoundTemplate
 
 # Records scored to measure the machine's speed, after as many to warm it up.

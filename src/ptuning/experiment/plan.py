@@ -5,15 +5,15 @@ Knows no benchmark.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CELLS_FOLDER, CellResult, Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.dry_run import Estimate, estimate
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, check_free, make_folder
 from ptuning.method.base import METHODS
@@ -22,6 +22,7 @@ from ptuning.method.tuned import tried_factors
 from ptuning.names import ALL_METHODS, LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
+from ptuning.report.results_file import CELLS_FOLDER, MethodInfo, Results
 from ptuning.report.write import write_report
 
 # The list of methods with all of them on it: the modules that register them are loaded above.
@@ -112,7 +113,7 @@ def run_jobs(
     *,
     plan: Plan,
     settings: Mapping[str, Json],
-    more: Callable[[Results], Mapping[str, Json]] | None = None,
+    more: Callable[[Results, Sequence[CellResult]], Results] | None = None,
 ) -> Results:
     """Run all cells, writing ``results.json`` after each one, and the report in the end.
 
@@ -121,7 +122,7 @@ def run_jobs(
         jobs: The tasks.
         plan: How to run them.
         settings: What the suite was asked for, for the record.
-        more: Gives what ``results.json`` holds of this suite only.
+        more: Adds what only this suite has to the results of the cells.
 
     Raises:
         FileError: If the folder holds something else, or results made with other settings.
@@ -136,9 +137,8 @@ def run_jobs(
         config=plan.config,
         tries=plan.tries,
     )
-    about = _about(suite, plan, settings)
     types = {job.task.name: job.type for job in jobs}
-    collector = Collector(suite_name, plan.method_names, types, about, plan.out)
+    collector = Collector(_no_results(suite_name, suite, plan, settings), plan.method_names, types)
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(estimate(suite))
@@ -153,9 +153,10 @@ def run_jobs(
     found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
-        results = collector.collect(list(found.values()))
+        cells = list(found.values())
+        results = collector.collect(cells)
         if more is not None:
-            results = replace(results, about={**about, **more(results)})
+            results = more(results, cells)
         results.write()
         return results
 
@@ -170,17 +171,20 @@ def run_jobs(
     return results
 
 
-def _about(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> dict[str, Json]:
+def _no_results(name: str, suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Results:
+    """Return the results before any cell has finished."""
     backbone = plan.backbone
-    return {
-        "command": plan.command,
-        "backbone": {
+    return Results(
+        name,
+        command=plan.command,
+        backbone={
             **backbone.to_json(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": str(backbone.device),
         },
-        "settings": {**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
-        "versions": dict(versions()),
-        "task_info": {name: job.info for name, job in suite.jobs.items()},
-        "methods": {name: {"describe": method.describe} for name, method in suite.methods.items()},
-    }
+        settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
+        versions=dict(versions()),
+        task_info={name: job.info for name, job in suite.jobs.items()},
+        methods={name: MethodInfo(method.describe, method.trained) for name, method in suite.methods.items()},
+        folder=plan.out,
+    )

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,14 +18,14 @@ from ptuning.config import TrainConfig, Tune, listed_names
 from ptuning.data.questions import Question, Questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError, RecordError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_files
 from ptuning.files import Json
 from ptuning.method.base import METHODS, Task
 from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
 from ptuning.records import TARGET_FIELD, canonical_json
+from ptuning.report.results_file import Agreement, Choice, Results, TrainingWarning
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def superglue(
         "limit": limit,
         "tune of p-tuning": tune,
     }
-    results = run_jobs(SUITE, jobs, plan=plan, settings=settings, more=what_else)
+    results = run_jobs(SUITE, jobs, plan=plan, settings=settings, more=with_choices)
     if overwrite and not dry_run:
         shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # of answers that are no longer there
     if server and not dry_run:
@@ -322,40 +323,31 @@ def limited(questions: Questions, limit: int | None, *, seed: int) -> Questions:
     return Questions(rows, name=f"{questions.name} ({len(rows)} drawn)")
 
 
-def what_else(results: Results) -> dict[str, Json]:
-    """Return what ``results.json`` holds of this suite only: how far the development score says what the reported one
-    will be, and what went on in training that a reader should know.
+def with_choices(results: Results, cells: Sequence[CellResult]) -> Results:
+    """Return the results with the warnings of trainings, and with how well development scores predict reported ones.
 
     Both are shares of rows answered rightly, whatever the task's metrics are. The correlation is over all cells in
-    which something was chosen, each task's means taken off: that some tasks are easier than others is no agreement.
+    which something was chosen, after each task's means are subtracted: that some tasks are easier is no agreement.
     """
-    chosen = [one for one in results.cells if one.dev_score is not None and one.hits is not None]
+    chosen = [
+        Choice(**vars(one.cell), dev=one.dev_score, test=one.hits)
+        for one in cells
+        if one.dev_score is not None and one.hits is not None
+    ]
     rows: dict[str, list[tuple[float, float]]] = {}
-    for one in chosen:
-        rows.setdefault(one.cell.task, []).append((cast("float", one.dev_score), cast("float", one.hits)))
+    for choice in chosen:
+        rows.setdefault(choice.task, []).append((choice.dev, choice.test))
     centred = []
     for pairs in rows.values():
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         centred += [(dev - means[0], test - means[1]) for dev, test in pairs]
     gaps = [dev - test for pairs in rows.values() for dev, test in pairs]
-    return {
-        "agreement": {
-            "cells": [
-                {
-                    "task": one.cell.task,
-                    "method": one.cell.method,
-                    "seed": one.cell.seed,
-                    "dev": one.dev_score,
-                    "test": one.hits,
-                }
-                for one in chosen
-            ],
-            "correlation": correlation(centred) if len(centred) > len(rows) else None,
-            "mean_gap": sum(gaps) / len(gaps) if gaps else None,
-        },
-        "warnings": [
-            {"task": one.cell.task, "method": one.cell.method, "seed": one.cell.seed, "text": text}
-            for one in results.cells
-            for text in one.warnings
-        ],
-    }
+    return replace(
+        results,
+        agreement=Agreement(
+            chosen,
+            correlation=correlation(centred) if len(centred) > len(rows) else None,
+            mean_gap=sum(gaps) / len(gaps) if gaps else None,
+        ),
+        warnings=[TrainingWarning(**vars(one.cell), text=text) for one in cells for text in one.warnings],
+    )

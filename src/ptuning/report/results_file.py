@@ -20,6 +20,8 @@ from ptuning.statistics import Score
 FORMAT_VERSION = 1
 # What a reader should do about a damaged file.
 AGAIN = "run the benchmark again"
+CELLS_FOLDER = "cells"
+Status = Literal["done", "failed", "waiting"]
 # The score that stands for all where only one is shown: the first that is there.
 PRIMARY = ("score", "p_at_1", "exact_match")
 # The pair that the paper is about: the first method of each line that a run has.
@@ -42,7 +44,7 @@ class ScoreWithSpread(Score):
 
 
 Scores = Mapping[str, ScoreWithSpread]  # name of a score -> value
-Table = Mapping[str, Scores]  # method -> its scores
+ScoreTable = Mapping[str, Scores]  # method -> its scores
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Its folder, relative to that of the results."""
-        return f"cells/{self.task}/{self.method}/seed-{self.seed}"
+        return f"{CELLS_FOLDER}/{self.task}/{self.method}/seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class CellRecord(Cell):
         error: Why it failed.
     """
 
-    status: Literal["done", "failed", "waiting"]
-    scores: Mapping[str, float] = field(default_factory=dict)
-    n: int = 0
-    seconds: float = 0.0
-    tried: int = 1
-    run: str | None = None
-    error: str | None = None
+    status: Status
+    scores: Mapping[str, float]
+    n: int
+    seconds: float
+    tried: int
+    run: str
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class Choice(Cell):
-    """The setting that a cell chose on the development part: its shares of right rows there and on the reported part."""
+    """The setting that a cell chose: its shares of right rows on the development part and on the reported part."""
 
     dev: float
     test: float
@@ -165,7 +167,7 @@ class Results:
         versions: Package -> version.
         task_info: Task -> templates, data and the like.
         methods: Method -> what it is.
-        paraphrases: Relation -> its wordings; None unless they were compared.
+        paraphrases: Relation -> its wordings, where they were compared.
         agreement: How well development scores predict reported ones; None unless the experiment asks that.
         warnings: Warnings of trainings; None unless the experiment gathers them.
         cells: All cells, those waiting and failed included.
@@ -183,19 +185,19 @@ class Results:
     versions: Mapping[str, Json] = field(default_factory=dict)
     task_info: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     methods: Mapping[str, MethodInfo] = field(default_factory=dict)
-    paraphrases: Mapping[str, RelationWordings] | None = None
+    paraphrases: Mapping[str, RelationWordings] = field(default_factory=dict)
     agreement: Agreement | None = None
     warnings: Sequence[TrainingWarning] | None = None
     cells: Sequence[CellRecord] = ()
-    tasks: Mapping[str, Table] = field(default_factory=dict)
-    macro: Table = field(default_factory=dict)
-    by_type: Mapping[str, Table] = field(default_factory=dict)
+    tasks: Mapping[str, ScoreTable] = field(default_factory=dict)
+    macro: ScoreTable = field(default_factory=dict)
+    by_type: Mapping[str, ScoreTable] = field(default_factory=dict)
     differences: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     folder: Path = Path()
 
     def to_json(self) -> dict[str, Json]:
         """Return the content of ``results.json``; a part that this experiment does not have is left out."""
-        left_out = {name for name in ("paraphrases", "agreement", "warnings") if getattr(self, name) is None}
+        left_out = {name for name in ("paraphrases", "agreement", "warnings") if getattr(self, name) in (None, {})}
         found = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return {name: value for name, value in found.items() if name not in {"folder", *left_out}}
 
@@ -210,7 +212,7 @@ class Results:
         if missing:
             raise value.failure(f"it has no {', '.join(missing)}")
         for one in value.at("cells").items():
-            path = PurePosixPath(one.at("run", "").text())
+            path = PurePosixPath(one.at("run").text())
             if path.is_absolute() or ".." in path.parts:
                 raise one.at("run").wrong("a folder inside that of the results")
         return value.to(cls, folder=folder)
@@ -232,7 +234,7 @@ class Results:
         return next((name for name in PRIMARY if name in present), next(iter(present), PRIMARY[0]))
 
     @property
-    def overall(self) -> Table:
+    def overall(self) -> ScoreTable:
         """Every method's scores over all tasks: the means over several, or those of the only one."""
         return next(iter(self.tasks.values())) if len(self.tasks) == 1 else self.macro
 
@@ -274,6 +276,10 @@ class Results:
         """Return the finished cells of a method, on one task or on all, in order of their seeds."""
         found = [one for one in self.cells if one.method == method and task in (None, one.task)]
         return sorted((one for one in found if one.status == "done"), key=lambda one: one.seed)
+
+    def folder_of(self, cell: CellRecord) -> Path:
+        """Return the folder of a cell's files."""
+        return self.folder / cell.run
 
 
 def read_results(folder: str | Path) -> Results:
