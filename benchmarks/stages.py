@@ -28,7 +28,7 @@ from benchmarks.material import (
     train_seconds,
 )
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine import passes, prefix_cache
+from ptuning.engine import passes
 from ptuning.training import encoder
 from ptuning.training import step as steps
 from ptuning.training.trainer import TrainConfig, Trainer
@@ -134,9 +134,7 @@ def marked(backbone: Backbone) -> Iterator[None]:
     body = backbone.model.base_model
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (prefix_cache, "collate", COLLATE),
-            (prefix_cache, "inject", EMBED),
-            (steps, "collate", COLLATE),
+            (passes, "collate", COLLATE),
             (passes, "inject", EMBED),
             (backbone, "embed", EMBED),
             (encoder.PromptEncoder, "forward", ENCODER),

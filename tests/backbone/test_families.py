@@ -22,8 +22,8 @@ from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import TrainConfig
-from ptuning.engine.batch import collate
 from ptuning.engine.generate import Written, write_answers
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
@@ -87,7 +87,7 @@ def check_identity(backbone: Backbone) -> None:
 def test_identity(name: str) -> None:
     """Invariant *Identity*: slots holding token embeddings equal the plain run, and loading finds nothing to refuse.
 
-    The head reads what is scored and nothing else (docs/architecture.md, decision 6).
+    The head reads what is scored and nothing else (docs/decisions.md, decision 6).
     """
     backbone = built(name)
     check_reading(backbone)
@@ -194,7 +194,7 @@ def slow_answer(backbone: Backbone, prompt: Prompt, record: dict[str, str], *, t
     while len(ids) < tokens and not ends & set(ids):
         row = (*context.token_ids, *ids)
         example = Example(row, context.slot_positions, (len(row) - 1,), (), 0, encoder_tokens=context.encoder_tokens)
-        logits = target_logits(backbone, collate([example], slots=[prompt.slots]), prompt.slot_vectors)
+        logits = target_logits(backbone, [example], prompt.learned(backbone))
         ids.append(int(logits[0].argmax()))
     return [token for token in ids if token not in ends]
 
@@ -223,15 +223,19 @@ def test_written_answers(name: str) -> None:
             continue
         filled = bound(backbone, template)
         assert prompt.slot_vectors is not None
-        found = write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=1, max_tokens=5, pad_side="right")
+        found = write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=1, max_tokens=5, pad_side="right"
+        )
         for record, answers in zip(RECORDS, found, strict=True):
             ids = slow_answer(backbone, prompt, dict(record), tokens=5)
             assert answers[0].text == backbone.tokenizer.decode(ids).split("\n")[0].strip()
         # Beams are those of each record alone.
-        beams = write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=4, pad_side="right")
+        beams = write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
+        )
         for record, answers in zip(RECORDS, beams, strict=True):
             alone = write_answers(
-                backbone, filled, [record], prompt.slot_vectors, width=3, max_tokens=4, pad_side="right"
+                backbone, filled, [record], prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
             )[0]
             assert [one.text for one in answers] == [one.text for one in alone]
 
@@ -269,7 +273,7 @@ PREFIX = (
 
 @every_family
 def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant *Fast = slow*: with a shared prefix (docs/architecture.md, decision 16) logits and gradients are equal.
+    """Invariant *Fast = slow*: with a shared prefix (docs/decisions.md, decision 16) logits and gradients are equal.
 
     A cache of windows or states is found, and not shared.
     """
@@ -286,7 +290,7 @@ def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for least in (1, 10**9):
         monkeypatch.setattr(ptuning.engine.passes, "MIN_SAVED_TOKENS", least)
         leaf = vectors.clone().requires_grad_(True)
-        logits = target_logits(backbone, collate(examples, slots=[3] * len(examples)), leaf)
+        logits = target_logits(backbone, examples, Learned(leaf))
         torch.log_softmax(logits, dim=-1)[:, 7].sum().backward()
         assert leaf.grad is not None
         found.append((logits.detach(), leaf.grad))
@@ -385,7 +389,9 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
     def beams() -> list[list[Written]]:
         assert prompt.slot_vectors is not None
         filled = bound(backbone, TEMPLATE)
-        return write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=6, pad_side="right")
+        return write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=6, pad_side="right"
+        )
 
     kept = beams()
     real = Backbone.run

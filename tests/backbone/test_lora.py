@@ -46,7 +46,7 @@ def test_the_model_that_was_copied_stays_as_it_was(backbone: Backbone) -> None:
 def test_logits_at_scored_positions_are_those_of_a_plain_run(backbone: Backbone) -> None:
     """Invariant *Fast = slow* (docs/invariants.md): the hook on the body sees a model with adapters, too.
 
-    Source: docs/architecture.md, decision 6.
+    Source: docs/decisions.md, decision 6.
     """
     other = adapted(backbone)
     prompt = learned(other, "[P*2] [X] [P:is] [Y]")

@@ -119,7 +119,7 @@ def test_a_space_belongs_to_what_follows_it(name: str) -> None:
 @every_tokenizer
 def test_special_text_in_a_record_is_text(name: str) -> None:
     """Text in a record is never a special token, and the template's own special tokens are special
-    (docs/architecture.md, decision 8). A unigram vocabulary finds them in any text: there they are spelled out.
+    (docs/decisions.md, decision 8). A unigram vocabulary finds them in any text: there they are spelled out.
     """
     raw, tokenizer = trained(name), own(name)
     special = next(token for token in (raw.eos_token, raw.sep_token) if token)

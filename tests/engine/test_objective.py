@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.evaluate import item_batch
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import (
     Choice,
     Item,
@@ -20,6 +20,7 @@ from ptuning.engine.objective import (
     choice_items,
     class_scores,
     hits,
+    inputs_of,
     label_items,
     loss,
     loss_count,
@@ -48,14 +49,13 @@ def vectors_of(backbone: Backbone) -> Tensor:
 @torch.no_grad()
 def scored_by(backbone: Backbone, items: list[Item]) -> Scored:
     """Score items in one batch."""
-    return score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors_of(backbone)))
+    return score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors_of(backbone))))
 
 
 @torch.no_grad()
 def by_hand(backbone: Backbone, example: Example) -> list[float]:
     """Return the log-probability of each own token of one example, run alone."""
-    item = Item((example,), ())
-    log_probs = target_logits(backbone, item_batch([item], slots=3), vectors_of(backbone)).log_softmax(-1)
+    log_probs = target_logits(backbone, [example], Learned(vectors_of(backbone))).log_softmax(-1)
     return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
 
 
@@ -246,7 +246,7 @@ def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> Non
     """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
     items = choice_items(bound(causal, TEMPLATE), QUESTIONS, scoring=Scoring(calibrate=True))
     vectors = vectors_of(causal).requires_grad_(True)
-    value, _ = loss(items, score_choices(items, target_logits(causal, item_batch(items, slots=3), vectors)))
+    value, _ = loss(items, score_choices(items, target_logits(causal, inputs_of(items), Learned(vectors))))
     value.backward()
     assert vectors.grad is not None
     assert vectors.grad.isfinite().all()

@@ -19,8 +19,9 @@ from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
-from ptuning.engine import passes as model_module
-from ptuning.engine.batch import Batch, collate
+from ptuning.engine import batch as batch_module
+from ptuning.engine.batch import Side
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Prediction, PromptModel
@@ -40,17 +41,12 @@ def with_labels(prompt: Prompt) -> Prompt:
     return Prompt(prompt.template, prompt.slot_vectors, prompt.backbone, label_words=WORDS, method="test")
 
 
-def table(prompt: Prompt, backbone: Backbone) -> Tensor:
-    """Return a prompt's vectors, an empty table for a manual one."""
-    return prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
-
-
 @torch.no_grad()
 def next_log_probs(backbone: Backbone, prompt: Prompt, context: Example, written: Sequence[int]) -> Tensor:
     """Return the log-probabilities after a context and some written tokens, without a cache and alone."""
     ids = (*context.token_ids, *written)
     row = Example(ids, context.slot_positions, (len(ids) - 1,), (), 0)
-    logits = target_logits(backbone, collate([row], slots=[prompt.slots]), table(prompt, backbone))[0]
+    logits = target_logits(backbone, [row], prompt.learned(backbone))[0]
     return logits.log_softmax(-1)[: backbone.vocabulary]
 
 
@@ -233,7 +229,7 @@ def test_masks_are_filled_as_by_hand(backbone: Backbone) -> None:
         for count in (1, 2, 3, 4):
             context = filled.contexts([record], target_tokens=count)[0]
             with torch.no_grad():
-                logits = target_logits(backbone, collate([context], slots=[3]), table(prompt, backbone))
+                logits = target_logits(backbone, [context], prompt.learned(backbone))
             values, tokens = logits.log_softmax(-1)[:, : backbone.vocabulary].topk(3, dim=-1)
             for place in range(3) if count == 1 else (0,):
                 text = backbone.tokenizer.decode(tokens[:, place].tolist()).strip()
@@ -264,7 +260,7 @@ def test_masks_that_do_not_fit_are_not_tried(backbone: Backbone) -> None:
 def log_probs_of(backbone: Backbone, prompt: Prompt, record: Record, text: str) -> list[float]:
     """Return a text's log-probability token by token, alone."""
     example = bound(backbone, str(prompt.template)).examples([record], targets=[text])[0]
-    logits = target_logits(backbone, collate([example], slots=[prompt.slots]), table(prompt, backbone)).log_softmax(-1)
+    logits = target_logits(backbone, [example], prompt.learned(backbone)).log_softmax(-1)
     return [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
 
 
@@ -302,8 +298,8 @@ def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
 def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tie rule of ``rank``."""
 
-    def level(_backbone: object, batch: object, _vectors: object) -> Tensor:
-        return torch.zeros(len(batch.logit_rows), causal.embedding_rows)  # type: ignore[attr-defined]
+    def level(_backbone: object, examples: list[Example], _learned: object, **_: object) -> Tensor:
+        return torch.zeros(sum(len(one.logit_positions) for one in examples), causal.embedding_rows)
 
     monkeypatch.setattr("ptuning.prompt.predict.target_logits", level)
     for order in itertools.permutations(["yes", "no", "25"]):
@@ -318,13 +314,14 @@ def test_many_candidates_of_many_lengths_in_bounded_passes(causal: Backbone, mon
     sizes = []
     real = target_logits
 
-    def spy(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
-        sizes.append((batch.token_ids.numel(), len(batch.logit_rows)))
-        return real(backbone, batch, vectors)
+    def spy(backbone: Backbone, examples: list[Example], prompts: Learned, *, pad_side: Side) -> Tensor:
+        positions = sum(len(one.logit_positions) for one in examples)
+        sizes.append((len(examples) * max(len(one.token_ids) for one in examples), positions))
+        return real(backbone, examples, prompts, pad_side=pad_side)
 
     monkeypatch.setattr("ptuning.prompt.predict.target_logits", spy)
-    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 400)
-    monkeypatch.setattr(model_module, "MAX_BATCH_POSITIONS", 100)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 400)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_POSITIONS", 100)
     prompt = learned(causal, TEMPLATE)
     found = PromptModel(causal).rank(RECORDS[:2], prompt, candidates)
     assert max(tokens for tokens, _ in sizes) <= 400

@@ -27,11 +27,12 @@ from ptuning.config import TrainConfig, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.reading import load_records
 from ptuning.data.task_files import TaskFile
-from ptuning.engine import prefix_cache as constants
-from ptuning.engine.batch import Batch
+from ptuning.engine import evaluate as evaluate_module
+from ptuning.engine import prefix_cache
 from ptuning.engine.evaluate import Evaluation
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import (
     BackboneError,
     ConfigError,
@@ -516,27 +517,27 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is run once, every start learns what it learns with keys and values of its own, and none are left behind."""
-    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
-    made: list[ConstantParts] = []
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    made: list[PrefixCache] = []
     ids: list[Ids] = []
-    real_run, real_init = ConstantParts._run, ConstantParts.__init__
+    real_run, real_init = PrefixCache._run, PrefixCache.__init__
 
-    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+    def watch(parts: PrefixCache, group: Sequence[Ids]) -> list[torch.Tensor]:
         ids.extend(group)
         return real_run(parts, group)
 
-    def init(parts: ConstantParts, backbone: Backbone, *, memory_share: float) -> None:
+    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float) -> None:
         real_init(parts, backbone, memory_share=memory_share)
         made.append(parts)
 
-    monkeypatch.setattr(ConstantParts, "_run", watch)
-    monkeypatch.setattr(ConstantParts, "__init__", init)
+    monkeypatch.setattr(PrefixCache, "_run", watch)
+    monkeypatch.setattr(PrefixCache, "__init__", init)
     shared = run(causal, tmp_path / "shared", template=LATE, settings={"starts": 3})
     assert len(ids) == len(set(ids)) == len(FACTS)
     assert not any(parts.tokens or parts.is_used for parts in made)
 
     real = Run.trainer
-    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
+    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, prefix_cache: real(one, number))
     own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
     assert len(ids) == 4 * len(FACTS)
     assert timeless(own.record) == timeless(shared.record)
@@ -832,7 +833,7 @@ def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, m
     """The record says so; what is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.engine.objective.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.training.run.PASS_TOKENS", 1)
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
     sizes = [one.record["settings"] for one in (whole, small)]
     assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
@@ -870,7 +871,7 @@ def test_the_written_predictions_are_those_of_predict(
     case: str, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The development part is scored once, behind what is kept of it; what is chosen there is what ``predict`` says."""
-    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     labels = None if case in ("choices", "written") else "yes=great,good;no=bad;São Tomé=25"
     asked = CHOICE_TASK.read_rows(CHOICE_ROWS) if case == "choices" else None
     task = CHOICE_TASK if case == "choices" else None
@@ -878,11 +879,12 @@ def test_the_written_predictions_are_those_of_predict(
     whole: list[int] = []
     real = target_logits
 
-    def watch(backbone: Backbone, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
-        whole.append(len(batch.counts))
-        return real(backbone, batch, vectors)
+    def watch(backbone: Backbone, examples: Any, learned: Learned, *, cache: PrefixCache | None) -> torch.Tensor:
+        if cache is None or not cache.is_used:
+            whole.append(len(examples))
+        return real(backbone, examples, learned, cache=cache)
 
-    monkeypatch.setattr(constants, "target_logits", watch)
+    monkeypatch.setattr(evaluate_module, "target_logits", watch)
     answered: list[int] = []
     predict = PromptModel.predict
 

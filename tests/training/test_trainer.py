@@ -23,23 +23,23 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.engine import evaluate, prefix_cache
-from ptuning.engine.batch import Batch
-from ptuning.engine.evaluate import Evaluation, item_batch, measure_ceiling
-from ptuning.engine.objective import Item, label_items, loss, loss_count, score_choices
+from ptuning.engine.evaluate import Evaluation
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, label_items, loss, loss_count, score_choices
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Ids
+from ptuning.template.fill import Example, Ids
 from ptuning.template.labels import LabelWords
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import CHECKPOINT_FILE
-from ptuning.training.step import Chunk
+from ptuning.training.step import Chunk, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
@@ -148,7 +148,7 @@ def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
     """Return the gradient of the loss in the slot vectors."""
     vectors = start.clone().requires_grad_(True)
     items = items_of(backbone, TEMPLATE, FACTS)
-    value, count = loss(items, score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors)))
+    value, count = loss(items, score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors))))
     (value / count).backward()
     assert vectors.grad is not None
     return vectors.grad
@@ -701,25 +701,23 @@ def fit_late(
     return found
 
 
-def test_the_constant_part_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prefix_cache_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Fast = slow*: training from the first slot onwards learns what training over whole rows learns."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     kept, whole = fit_late(causal), fit_late(causal, cache_memory=0.0)
-    assert kept.constant_part["tokens"] > 0
-    assert not any(whole.constant_part.values())
+    assert kept.cached["tokens"] > 0
+    assert not any(whole.cached.values())
     assert not torch.equal(kept.vectors(), kept.encoder.start)
     torch.testing.assert_close(kept.vectors(), whole.vectors(), rtol=0, atol=1e-4)
     assert [row["dev_loss"] for row in kept.state.history] == pytest.approx(
         [row["dev_loss"] for row in whole.state.history], abs=1e-4
     )
-    assert not kept.constants.is_used  # and nothing is kept beyond the run
+    assert not kept.prefix_cache.is_used  # and nothing is kept beyond the run
 
 
-def test_resume_with_a_constant_part_is_exact(
-    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_a_prefix_cache_is_exact(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Resume is exact*: kept keys and values are made anew when a run is resumed, and alike."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
     fit_late(causal, tmp_path, stop_after=4)
     resumed = fit_late(causal, tmp_path)
@@ -727,21 +725,21 @@ def test_resume_with_a_constant_part_is_exact(
     assert without_seconds(resumed) == without_seconds(whole)
 
 
-def test_stops_between_passes_over_the_constant_part(
+def test_stops_between_passes_that_fill_the_prefix_cache(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
     monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 1)
     passes: list[int] = []
-    real = ConstantParts._run
+    real = PrefixCache._run
 
-    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[Tensor]:
+    def watch(parts: PrefixCache, group: Sequence[Ids]) -> list[Tensor]:
         passes.append(len(group))
         return real(parts, group)
 
-    monkeypatch.setattr(ConstantParts, "_run", watch)
+    monkeypatch.setattr(PrefixCache, "_run", watch)
     asked = iter([False, False, True])
     found = Trainer(
         causal, bound(causal, LATE), config=TrainConfig.from_json(FAST), checkpoint=tmp_path, identity={"data": "facts"}
@@ -751,7 +749,7 @@ def test_stops_between_passes_over_the_constant_part(
         found.fit(items, items[:4], should_stop=lambda: next(asked))
     assert passes == [1, 1, 1]
     assert (tmp_path / CHECKPOINT_FILE).is_file()
-    assert not found.constants.tokens
+    assert not found.prefix_cache.tokens
     monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
@@ -759,8 +757,8 @@ def test_stops_between_passes_over_the_constant_part(
 
 
 def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
-    assert not any(fit_late(masked).constant_part.values())
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    assert not any(fit_late(masked).cached.values())
 
 
 @pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
@@ -772,12 +770,12 @@ def test_dropout_is_the_backbones_own_where_it_learns(
     seen: list[tuple[bool, int]] = []
     real = target_logits
 
-    def watch(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+    def watch(backbone: Backbone, examples: list[Example], learned: Learned, **more: Any) -> Tensor:
         dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
         taking = sum(weight.requires_grad for weight in backbone.model.parameters())
         if torch.is_grad_enabled():
             seen.append((dropping == {True}, taking))
-        return real(backbone, batch, vectors)
+        return real(backbone, examples, learned, **more)
 
     monkeypatch.setattr(steps, "target_logits", watch)
     found = fit(make_trainer(masked, tune=tune, epochs=1))

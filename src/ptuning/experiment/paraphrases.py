@@ -20,6 +20,7 @@ from ptuning.experiment.compare import relation_job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.files import Json
 from ptuning.method.baselines import REFERENCE
+from ptuning.metrics import primary
 from ptuning.names import LEARNED
 from ptuning.report.results_file import RelationWordings, Results, Wording, WordingSpread
 from ptuning.template.language import Field, Target, Template
@@ -27,7 +28,6 @@ from ptuning.template.language import Field, Target, Template
 logger = logging.getLogger(__name__)
 
 PARAPHRASE_METHODS = (REFERENCE, LEARNED)
-SCORE = "p_at_1"
 
 
 def paraphrases(
@@ -145,7 +145,7 @@ def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]
         values: dict[str, list[float]] = {}
         for task, pattern in wordings.items():
             table = results.tasks.get(task, {})
-            scores = {method: table[method][SCORE] for method in table if SCORE in table[method]}
+            scores = {method: found[primary(found)] for method, found in table.items()}
             for method, score in scores.items():
                 values.setdefault(method, []).append(score.value)
             rows.append(Wording(pattern, scores))

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ptuning.errors import FileError
 from ptuning.files import Json, Unchecked, read_json, write_json
+from ptuning.metrics import primary
 from ptuning.names import LEARNED_BY_TUNE, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.statistics import Score
 
@@ -22,8 +23,6 @@ FORMAT_VERSION = 1
 AGAIN = "run the benchmark again"
 CELLS_FOLDER = "cells"
 Status = Literal["done", "failed", "waiting"]
-# The score that stands for all where only one is shown: the first that is there.
-PRIMARY = ("score", "p_at_1", "exact_match")
 # The pair that the paper is about: the first method of each line that a run has.
 WRITTEN, LEARNED = (MANUAL, "manual-restricted"), tuple(LEARNED_BY_TUNE.values())
 
@@ -228,10 +227,8 @@ class Results:
 
     @property
     def primary(self) -> str:
-        """The score that is shown where there is room for one only."""
-        tables = self.tasks.values()
-        present = dict.fromkeys(name for methods in tables for scores in methods.values() for name in scores)
-        return next((name for name in PRIMARY if name in present), next(iter(present), PRIMARY[0]))
+        """The score to show where there is room for one."""
+        return primary(name for methods in self.tasks.values() for scores in methods.values() for name in scores)
 
     @property
     def overall(self) -> ScoreTable:

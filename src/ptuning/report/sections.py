@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from ptuning.names import called
+from ptuning.metrics import called
 from ptuning.report import pictures, tables
 from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
 from ptuning.report.cell_files import read_curve

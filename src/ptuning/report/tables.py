@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from ptuning.files import Json, sha256
-from ptuning.metrics import Answer
-from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, TASK_SCORE, called, in_order
+from ptuning.metrics import TASK_SCORE, Answer, called, in_order
+from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
 from ptuning.report.blocks import (
     Block,
     Entry,

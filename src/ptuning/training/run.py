@@ -14,11 +14,13 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig, Tune, derived_seed, start_seed
-from ptuning.data.questions import Questions, as_questions, split_questions, with_few_choices
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import split_questions, with_few_choices
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import evaluate, measure_ceiling
-from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items
-from ptuning.engine.prefix_cache import ConstantParts, constant_parts
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, label_items, target_items
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
@@ -32,11 +34,14 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder, identity
+from ptuning.training.step import measure_ceiling
 from ptuning.training.trainer import CHOICE_RULE, Trainer
 
 FORMAT_VERSION = 1
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,
-    constants: ConstantParts | None = None,
+    constants: PrefixCache | None = None,
 ) -> TrainResult:
     """Learn the slot vectors of a template: alone, on a frozen backbone, or along with weights of a copy of it.
 
@@ -93,8 +98,8 @@ def train(
         should_stop: Asked after every step, and after every pass over the text in front of the slots.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
-        constants: What is kept of the text in front of the slots, where several runs share it and their caller clears
-            it; by default it is shared by the starts of this one.
+        constants: KV cache that several runs share, which the caller clears; by default the starts of this run share
+            one.
 
     Returns:
         The chosen prompt and the record of the run.
@@ -108,11 +113,12 @@ def train(
     )  # fmt: skip
     if run.finished is not None:
         return run.finished
-    parts = constant_parts(backbone, run.config) if constants is None else contextlib.nullcontext(constants)
+    shared = contextlib.nullcontext(constants) if constants is not None else None
+    cache = shared or PrefixCache(backbone, memory_share=run.config.prefix_cache_share)
     # Whoever calls may have gradients off.
-    with torch.inference_mode(mode=False), torch.enable_grad(), parts as shared:
+    with torch.inference_mode(mode=False), torch.enable_grad(), cache as prefix_cache:
         for number in range(run.config.starts):
-            trainer = run.trainer(number, checkpoint=run.checkpoint(number), constants=shared)
+            trainer = run.trainer(number, checkpoint=run.checkpoint(number), prefix_cache=prefix_cache)
             if not number:
                 run.clear()
             if resume and trainer.load():
@@ -206,14 +212,14 @@ class Run:
                 self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), found, self.folder)
 
     def trainer(
-        self, number: int, *, checkpoint: Path | None = None, constants: ConstantParts | None = None
+        self, number: int, *, checkpoint: Path | None = None, prefix_cache: PrefixCache | None = None
     ) -> Trainer:
         """Return the trainer of one of several starts, from 0.
 
         Args:
             number: Which start.
             checkpoint: Folder of its checkpoint.
-            constants: What is kept of the text in front of the slots, where prompts are trained together.
+            prefix_cache: KV cache that prompts share which are trained together.
 
         Raises:
             FileError: If there is no room for the run's files.
@@ -224,7 +230,7 @@ class Run:
             config=replace(self.config, seed=start_seed(self.config.seed, number)),
             checkpoint=checkpoint,
             identity=self.identity,
-            constants=constants,
+            prefix_cache=prefix_cache,
         )
         if self.folder is not None and not number:
             check_room(self.folder, _needed_bytes(found))
@@ -391,6 +397,17 @@ def _first_record(
     }
 
 
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation).
+
+    What is learned stays the same.
+    """
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
+
+
 def method_name(template: Template, tune: Tune) -> str:
     """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
     return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
@@ -420,7 +437,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "seconds": seconds,
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
-        "constant_part": dict(trainer.constant_part),
+        "constant_part": dict(trainer.cached),
     }
 
 
@@ -451,8 +468,8 @@ def _write(
 ) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    kept = best.constants if best.skips_constants else None
-    found = evaluate(best.backbone, items, vectors=best.best_vectors, slots=prompt.slots, constants=kept)
+    cache = best.prefix_cache if best.uses_prefix_cache else None
+    found = evaluate(best.backbone, items, Learned(best.best_vectors), cache=cache)
     # Scoring labels and choices has chosen among them; a written answer is still to be written.
     predictions = guessed(prompt, dev, found) or PromptModel(best.backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
