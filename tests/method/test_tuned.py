@@ -18,7 +18,8 @@ from ptuning.engine import passes, prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.method import tuned
-from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.method.base import Setup, Solution, Task
+from ptuning.method.registry import METHODS
 from ptuning.method.tuned import TRIED_FACTORS, bare, tried_factors
 from ptuning.metrics import Answer
 from ptuning.progress import Interrupted, Progress

@@ -36,7 +36,7 @@ ALL = Results(
     settings={"lr": 0.001, "tasks": ["CB"]},
     versions={"torch": "2.4"},
     task_info={"CB": {"type": None, "data": {"train": {"rows": 3}}}},
-    methods={"manual": MethodInfo("words"), "p-tuning": MethodInfo("slots", trained=True)},
+    methods={"manual": MethodInfo("words"), "p-tuning": MethodInfo("slots", trained=True, learns_slots=True)},
     paraphrases={
         "P1": RelationWordings(
             [Wording("[X] is [Y]", {"manual": SCORE})], {"manual": WordingSpread(0.5, 0.5, 0.0, None, 1)}
@@ -87,7 +87,7 @@ def test_the_keys_of_the_file_and_their_order() -> None:
         "mean_gap": 0.25,
     }
     assert value["warnings"] == [{"task": "CB", "method": "p-tuning", "seed": 1, "text": "stopped"}]
-    assert value["methods"]["p-tuning"] == {"describe": "slots", "trained": True}
+    assert value["methods"]["p-tuning"] == {"describe": "slots", "trained": True, "learns_slots": True}
     # Parts that an experiment does not have are not in its file.
     assert not {"paraphrases", "agreement", "warnings", "folder"} & Results("lama").to_json().keys()
 
@@ -98,7 +98,7 @@ def test_a_file_without_later_keys_is_read() -> None:
     value["methods"] = {"manual": {"describe": "words"}}
     del value["tasks"]["CB"]["p-tuning"]["accuracy"]["lowest"]
     found = read(value)
-    assert found.methods == {"manual": MethodInfo("words", trained=False)}
+    assert found.methods == {"manual": MethodInfo("words", trained=False, learns_slots=False)}
     assert found.tasks["CB"]["p-tuning"]["accuracy"].lowest is None
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from ptuning.errors import FileError
 from ptuning.files import Json, Unchecked, read_json, write_json
 from ptuning.metrics import primary
-from ptuning.names import LEARNED_BY_TUNE, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE
+from ptuning.names import LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
@@ -23,8 +23,8 @@ FORMAT_VERSION = 1
 AGAIN = "run the benchmark again"
 CELLS_FOLDER = "cells"
 Status = Literal["done", "failed", "waiting"]
-# The pair that the paper is about: the first method of each line that a run has.
-WRITTEN, LEARNED = (MANUAL, "manual-restricted"), tuple(LEARNED_BY_TUNE.values())
+# The methods of the written prompt. A run that lacks the first is compared with the second.
+WRITTEN = (MANUAL, "manual-restricted")
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ class CellRecord(Cell):
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method in a few words, and whether it trains weights."""
+    """A method in a few words, whether it trains weights, and whether it learns a prompt."""
 
     describe: str = ""
     trained: bool = False
+    learns_slots: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,9 @@ class Results:
     @property
     def pair(self) -> tuple[str, str]:
         """The methods of the written and of the learned prompt, as far as this run has them."""
-        written, learned = (
-            next((name for name in names if name in self.overall), names[0]) for names in (WRITTEN, LEARNED)
-        )
-        return written, learned
+        learned = [name for name, one in self.methods.items() if one.learns_slots and name not in self.controls]
+        written = next((name for name in WRITTEN if name in self.overall), MANUAL)
+        return written, next((name for name in learned if name in self.overall), LEARNED)
 
     @property
     def controls(self) -> list[str]:
