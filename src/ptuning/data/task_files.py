@@ -99,14 +99,10 @@ class TaskFile:
             raise TaskError(f"{where}: {error}") from error
 
     @property
-    def is_closed(self) -> bool:
-        """Whether rows are answered with a label or a choice of theirs, and not with any text."""
-        return self.label_words is not None or self.has_choices
-
-    @property
-    def has_choices(self) -> bool:
-        """Whether rows bring the texts to choose among."""
-        return self.reader.choices is not None
+    def answer_space(self) -> AnswerSpace:
+        """What its rows are answered with."""
+        scoring = Scoring(self.normalise, self.calibrate, self.closed_fields)
+        return answer_space(self.label_words, has_choices=self.reader.choices is not None, scoring=scoring)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -124,8 +120,9 @@ class TaskFile:
         Raises:
             RecordError: If rows have more fields, or choices; or as for :meth:`read`.
         """
-        if self.has_choices or len(self.fields) != 1:
-            what = "choices of their own" if self.has_choices else f"the fields {', '.join(self.fields)}"
+        has_choices = self.answer_space.has_choices
+        if has_choices or len(self.fields) != 1:
+            what = "choices of their own" if has_choices else f"the fields {', '.join(self.fields)}"
             raise RecordError(f"a TEXT is not enough for the task {self.name}, whose rows have {what}; use --data")
         return {self.fields[0]: self.reader.filled(self.fields[0], text, where="the command line")}
 
