@@ -102,7 +102,10 @@ def a_results(tasks: list[str], suite: str = "lama") -> dict[str, Any]:
             }
             for task in tasks
         },
-        "methods": {method: {"describe": text} for method, text in METHODS.items()},
+        "methods": {
+            method: {"describe": text, "trained": method in TRAINED, "learns_slots": method in TRAINED}
+            for method, text in METHODS.items()
+        },
         "cells": cells,
         "tasks": {task: {method: scores_of(draw, method, ROWS) for method in METHODS} for task in tasks},
         "macro": {method: scores_of(draw, method, len(tasks)) for method in METHODS},

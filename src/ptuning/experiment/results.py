@@ -12,9 +12,9 @@ import numpy as np
 from ptuning.experiment.cells import CellResult
 from ptuning.experiment.suite import FORMAT_VERSION
 from ptuning.files import Json, write_json
-from ptuning.method.baselines import REFERENCE
+from ptuning.method.registry import METHODS
 from ptuning.metrics import RESULT_SCORES
-from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
+from ptuning.names import LEARNED, MANUAL, RESULTS_FILE
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of
 
 
@@ -179,9 +179,9 @@ def differences(
 
     Everything is compared with the learned prompt, and everything learned with the manual prompt.
     """
-    learned = next((name for name in LEARNED_BY_TUNE.values() if name in names), LEARNED)
+    learned = next((name for name, method in METHODS.items() if method.learns_slots and name in names), LEARNED)
     pairs = [(learned, name) for name in names if name != learned and learned in names]
-    pairs += [(name, REFERENCE) for name in names if name not in (learned, REFERENCE) and REFERENCE in names]
+    pairs += [(name, MANUAL) for name in names if name not in (learned, MANUAL) and MANUAL in names]
     found = {}
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]

@@ -23,7 +23,8 @@ from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import Cell, CellResult, Job, answer_rows, digest
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json, write_json_lines
-from ptuning.method.base import METHODS, Method, Setup
+from ptuning.method.base import Method, Setup
+from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -40,6 +41,8 @@ FORMAT_VERSION = 1
 STARTED_FILE = "started.json"
 # Answers to rows whose labels nobody here knows.
 UNLABELLED_FILE = "unlabelled.jsonl"
+# What methods train of the backbone, the cheapest first.
+CHEAP_FIRST = (None, "frozen", "lora", "tuned")
 # Checkpoints of prompts that are in training at once.
 FLEETS_FOLDER = "fleets"
 
@@ -98,8 +101,8 @@ class Suite:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells in the order they run in: whatever is cheap first, so that a useful table stands there early."""
-        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes or ())))
+        """All cells in the order in which they run: cheap methods first, so that a useful table exists early."""
+        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, CHEAP_FIRST.index(method.tune)))
         return [
             Cell(name, method.name, self.config.seed + number)
             for number in range(self.seeds)

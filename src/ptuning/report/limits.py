@@ -8,8 +8,6 @@ from ptuning.names import RANDOM_WEIGHTS
 from ptuning.report.blocks import counted
 from ptuning.report.results_file import WRITTEN, Findings
 
-# Methods that learn from the training facts, by the names they have in the paper.
-TRAINED = ("fine-tuning", "manual+fine-tuning", "p-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora")
 # With so few rows an interval is some ten points wide on either side. With so few tasks a mean says little of others.
 SMALL_ROWS, SMALL_TASKS = 100, 10
 
@@ -149,7 +147,7 @@ def _knowledge(findings: Findings) -> Iterator[str]:
         )
     else:
         yield "Test records may stand in the text that the backbone was pretrained on."
-    trained = [name for name in findings.overall if name in TRAINED]
+    trained = [name for name in findings.overall if name in findings.trained and not name.endswith(RANDOM_WEIGHTS)]
     without = [name for name in trained if f"{name}{RANDOM_WEIGHTS}" not in findings.overall]
     if without:
         yield (

@@ -13,13 +13,13 @@ from pathlib import Path, PurePosixPath
 from ptuning.errors import FileError
 from ptuning.files import Json, read_json, read_json_lines
 from ptuning.metrics import primary
-from ptuning.names import LEARNED_BY_TUNE, MANUAL, PREDICTIONS_FILE, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE
+from ptuning.names import LEARNED, MANUAL, PREDICTIONS_FILE, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
 STATUSES = ("done", "failed", "waiting")
-# The pair that the paper is about; where a run lacks the first of a line, the next stands in.
-WRITTEN, LEARNED = (MANUAL, "manual-restricted"), tuple(LEARNED_BY_TUNE.values())
+# The methods of the written prompt. A run that lacks the first is compared with the second.
+WRITTEN = (MANUAL, "manual-restricted")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Answer:
 class Findings:
     """Everything in ``results.json``; its parts are named as they are there.
 
-    ``tasks``, ``macro`` and ``by_type`` lead from names to method to score name to estimate.
+    ``tasks``, ``macro`` and ``by_type`` lead from names to method to score name to estimate. ``trained`` names the
+    methods that train weights, ``learned`` those that learn a prompt.
     """
 
     folder: Path
@@ -136,6 +137,8 @@ class Findings:
     versions: Mapping[str, Json]
     task_info: Mapping[str, Mapping[str, Json]]
     methods: Mapping[str, str]
+    trained: Sequence[str]
+    learned: Sequence[str]
     cells: Sequence[CellRecord]
     tasks: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
     macro: Mapping[str, Mapping[str, Estimate]]
@@ -168,10 +171,8 @@ class Findings:
     @property
     def pair(self) -> tuple[str, str]:
         """The methods of the written and of the learned prompt, as far as this run has them."""
-        written, learned = (
-            next((name for name in names if name in self.overall), names[0]) for names in (WRITTEN, LEARNED)
-        )
-        return written, learned
+        written = next((name for name in WRITTEN if name in self.overall), MANUAL)
+        return written, next((name for name in self.learned if name in self.overall), LEARNED)
 
     @property
     def controls(self) -> list[str]:
@@ -267,6 +268,10 @@ def load_findings(folder: str | Path) -> Findings:
         versions=source.part(value, "versions"),
         task_info={name: source.mapping(one, f"task_info {name}") for name, one in parts["task_info"].items()},
         methods={name: source.optional_text(one, "describe") or "" for name, one in about.items()},
+        trained=[name for name, one in about.items() if one.get("trained") is True],
+        learned=[
+            name for name, one in about.items() if one.get("learns_slots") is True and not name.endswith(RANDOM_WEIGHTS)
+        ],
         cells=[_cell(source, row) for row in source.sequence(value["cells"], "cells")],
         tasks={name: source.table(one, f"tasks {name}") for name, one in parts["tasks"].items()},
         macro=source.table(source.part(value, "macro"), "macro"),
