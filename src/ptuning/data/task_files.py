@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, Reader
 from ptuning.data.reading import SUFFIXES, raw_rows
 from ptuning.data.task_parsing import (
@@ -26,7 +27,7 @@ from ptuning.data.task_parsing import (
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, parse_toml, read_bytes, read_text, sha256
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.template.labels import LabelWords, Normalise
+from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class TaskFile:
     def answer_space(self) -> AnswerSpace:
         """What its rows are answered with."""
         scoring = Scoring(self.normalise, self.calibrate, self.closed_fields)
-        return answer_space(self.label_words, has_choices=self.reader.choices is not None, scoring=scoring)
+        return AnswerSpace(self.label_words, self.reader.choices is not None, scoring)
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
-from ptuning.data.answer_space import AnswerSpace, answer_space
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.learned import Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
@@ -162,9 +162,7 @@ class Prompt:
         """What it answers with, and how these answers are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
         has_choices = self.task is not None and self.task.answer_space.has_choices
-        return answer_space(
-            self.label_words, has_choices=has_choices, scoring=Scoring(self.normalise, self.calibrate, kept)
-        )
+        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
 
     def check_open(self) -> None:
         """Check that candidates can be its answers.
@@ -173,7 +171,8 @@ class Prompt:
             ConfigError: If it has a closed set of answers.
         """
         if self.answer_space.is_closed:
-            raise ConfigError(f"the prompt {self.answer_space.closed_by}; leave the candidates (--candidates) out")
+            what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
+            raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
 
     def learned(self, backbone: Backbone) -> Learned:
         """Return what it brings to a pass of a backbone: its slot vectors, (P, E); (0, E) of a manual prompt."""
