@@ -15,7 +15,7 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
+from ptuning.records import TARGET_FIELD, Records, require_targets
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -109,11 +109,6 @@ def _rank(
     """Return the likeliest candidate for each record, with the rank of its target among them."""
     ranked = model.rank(records, prompt, candidates, normalise=normalise)
     return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
-
-
-def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the different targets of records, in order of appearance: a closed set of answers."""
-    return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
