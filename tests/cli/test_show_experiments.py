@@ -11,11 +11,12 @@ from rich.console import Console
 
 from ptuning.cli import show_experiments, terminal
 from ptuning.cli.terminal import duration
-from ptuning.experiment.cells import Cell, CellResult
+from ptuning.experiment.cells import CellResult
 from ptuning.experiment.dry_run import CellEstimate
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.progress import Progress
+from ptuning.report.results_file import Cell, Results
 from tests.cli.test_terminal import Screen
 
 
@@ -42,7 +43,7 @@ def done(task: str, method: str, hits: Sequence[float], **more: object) -> CellR
 def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None) -> Results:
     kinds = types or {cell.cell.task: None for cell in cells}
     names = ["majority", "manual", "p-tuning"]
-    return Collector("lama", names, kinds, {}, Path("runs/x")).collect(cells)
+    return Collector(Results("lama", folder=Path("runs/x")), names, kinds).collect(cells)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:

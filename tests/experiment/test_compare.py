@@ -15,8 +15,8 @@ from ptuning.config import TrainConfig
 from ptuning.data.splits import split_records
 from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.compare import compare
-from ptuning.experiment.results import Results
 from ptuning.records import Record, Records
+from ptuning.report.results_file import Results
 from ptuning.template.language import Template
 
 WORDS = ("yes", "good", "great", "bad")

@@ -14,8 +14,8 @@ from ptuning.data.relations import read_relations
 from ptuning.errors import FileError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.lama import lama, relation_job
-from ptuning.experiment.results import Results
 from ptuning.records import Record
+from ptuning.report.results_file import Results
 from ptuning.template.language import Template
 from tests.conftest import bound
 from tests.experiment.test_compare import FACTS, LIST, MANUAL, ROWS, WORDS, info, lines
@@ -131,7 +131,7 @@ def test_all_relations_of_a_folder(data: Path, causal: Backbone) -> None:
     assert told["template"] == str(Template.from_manual("In [X] it was [Y] ."))
     assert info(found, "P36")["template"] == str(Template.from_manual(MANUAL, about="capital"))
     assert told["split"] == "60/20/20 by subject, seed 0"
-    settings: Any = found.about["settings"]
+    settings: Any = found.settings
     assert (settings["data"], settings["targets"], settings["split_seed"]) == (str(data), "token", 0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
 from ptuning.progress import Interrupted
 from ptuning.records import Record
+from ptuning.report.results_file import Results, TrainingWarning
 from ptuning.template.language import Template
 
 WORDS = ("yes", "good", "great")
@@ -99,7 +101,10 @@ def test_results_are_written_after_each_cell_and_the_report_in_the_end(causal: B
 
 
 def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
-    found = run(causal, tmp_path, command="ptuning lama", seeds=2, tries=3, more=lambda one: {"extra": len(one.tasks)})
+    def with_warning(results: Results, cells: Sequence[CellResult]) -> Results:
+        return replace(results, warnings=[TrainingWarning(**vars(one.cell), text=one.status) for one in cells[:1]])
+
+    found = run(causal, tmp_path, command="ptuning lama", seeds=2, tries=3, more=with_warning)
     about = saved(tmp_path)
     assert about["command"] == "ptuning lama"
     assert {"name": causal.name, "fingerprint": causal.fingerprint, "dtype": "float32"}.items() <= about[
@@ -110,7 +115,8 @@ def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
     assert about["methods"]["manual"] == {
         "describe": "the manual prompt (MP)", "trained": False, "learns_slots": False,
     }  # fmt: skip
-    assert about["extra"] == 1 == found.about["extra"]
+    assert about["warnings"] == [{"task": "P1", "method": "majority", "seed": 0, "text": "done"}]
+    assert found.to_json() == about
     assert about["by_type"].keys() == {"1-1"}
 
 

@@ -21,16 +21,16 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError, TrainingError
-from ptuning.experiment.cells import Cell, Job
+from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
-from ptuning.experiment.results import Results
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
 from ptuning.progress import Interrupted
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
+from ptuning.report.results_file import Cell, Results
 from ptuning.template.language import Template
 from ptuning.training import fleet, step, train_fleet
 from ptuning.training.trainer import Trainer
@@ -171,7 +171,7 @@ def test_a_failing_cell_does_not_stop_the_others(
 
     own_method("broken", fit)
     found = run(causal, tmp_path, methods=["broken", "manual"])
-    assert {result.cell.method: result.status for result in found.cells} == {"broken": "failed", "manual": "done"}
+    assert {result.method: result.status for result in found.cells} == {"broken": "failed", "manual": "done"}
     assert [result.error for result in found.failed] == ["one by none"]
     assert list(found.tasks["task"]) == ["manual"]
     assert "task broken seed 0 failed: one by none" in caplog.text

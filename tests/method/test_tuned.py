@@ -27,8 +27,8 @@ from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
-from ptuning.template.fill import Ids
 from ptuning.template.language import Template
+from ptuning.template.segments import Ids
 from ptuning.training import step as steps
 from ptuning.training.trainer import Trainer
 

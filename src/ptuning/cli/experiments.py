@@ -25,7 +25,7 @@ from ptuning.errors import ConfigError
 if TYPE_CHECKING:
     from ptuning.config import Tune
     from ptuning.experiment.lama import Targets
-    from ptuning.experiment.results import Results
+    from ptuning.report.results_file import Results
 
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts in any of the layouts they come in.")]

@@ -15,7 +15,7 @@ from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
     from ptuning.experiment.dry_run import CellEstimate
-    from ptuning.experiment.results import Results, Scores
+    from ptuning.report.results_file import Results, Scores
 
 
 def cell(result: CellResult, number: int, total: int) -> None:
@@ -80,7 +80,7 @@ def results(found: Results) -> None:
             where = f"[{score.low:+.3f}, {score.high:+.3f}]"
             terminal.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
     for result in found.failed:
-        terminal.line(f"failed: {result.cell.folder}: {result.error}")
+        terminal.line(f"failed: {result.folder}: {result.error}")
     terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
 
 

@@ -23,7 +23,7 @@ from ptuning.backbone import sources
 from ptuning.backbone.families import COLUMNS, TESTED, Family
 
 if TYPE_CHECKING:
-    from ptuning.backbone.backbone import TextTokenizer
+    from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.questions import Questions
     from ptuning.files import Json
     from ptuning.progress import Progress

@@ -12,11 +12,11 @@ from ptuning.data.splits import draw_records, split_records
 from ptuning.errors import RecordError
 from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
 from ptuning.records import Record, as_records, require_targets
+from ptuning.report.results_file import Results
 from ptuning.template.language import Template
 
 logger = logging.getLogger(__name__)

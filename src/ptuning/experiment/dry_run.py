@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptuning.experiment.cells import Cell
 from ptuning.experiment.suite import Suite
+from ptuning.report.results_file import Cell
 
 
 @dataclass(frozen=True)

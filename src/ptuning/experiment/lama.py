@@ -16,10 +16,10 @@ from ptuning.errors import ConfigError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
+from ptuning.report.results_file import Results
 from ptuning.template.language import Field, Template
 
 Targets = Literal["token", "any"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from ptuning.errors import RecordError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.lama import relation_job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.metrics import primary
+from ptuning.report.results_file import RelationWordings, Results, Wording, WordingSpread
 from ptuning.template.language import Field, Target, Template
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def paraphrases(
         **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
     Returns:
-        All scores. ``about["paraphrases"]`` holds the spread of each relation. The files are in ``out``.
+        All scores. ``paraphrases`` holds the spread of each relation. The files are in ``out``.
 
     Raises:
         PTuningError: If the data or the settings cannot be used; nothing has been run then.
@@ -80,7 +81,12 @@ def paraphrases(
         "split_seed": split_seed,
         "template": "made of each wording",
     }
-    return run_jobs(jobs, plan=plan, settings=settings, more=lambda found: {"paraphrases": spread(found, patterns)})
+    return run_jobs(
+        jobs,
+        plan=plan,
+        settings=settings,
+        more=lambda results, _: replace(results, paraphrases=compare_wordings(results, patterns)),
+    )
 
 
 def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
@@ -101,27 +107,27 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
     return list(found.values())
 
 
-def spread(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, Json]:
-    """Return for each relation the scores of its wordings and, per method, the spread between the wordings."""
-    found: dict[str, Json] = {}
+def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
+    """Return for each relation the scores of its wordings and, per method, the spread between the wordings.
+
+    Args:
+        results: With a task for each wording.
+        patterns: Relation -> task -> its wording.
+    """
+    found = {}
     for relation, wordings in patterns.items():
-        rows: list[Json] = []
+        rows: list[Wording] = []
         values: dict[str, list[float]] = {}
         for task, pattern in wordings.items():
-            table = results.tasks.get(task, {})
-            scores = {method: found[primary(found)] for method, found in table.items()}
+            scores = {method: all_[primary(all_)] for method, all_ in results.tasks.get(task, {}).items()}
             for method, score in scores.items():
                 values.setdefault(method, []).append(score.value)
-            rows.append({"pattern": pattern, "scores": {name: dict(score.to_json()) for name, score in scores.items()}})
-        between: dict[str, Json] = {
-            method: {
-                "min": min(listed),
-                "max": max(listed),
-                "range": max(listed) - min(listed),
-                "std": float(np.std(listed, ddof=1)) if len(listed) > 1 else None,
-                "patterns": len(listed),
-            }
-            for method, listed in values.items()
-        }
-        found[relation] = {"patterns": rows, "spread": between}
+            rows.append(Wording(pattern, scores))
+        found[relation] = RelationWordings(rows, {method: _spread(listed) for method, listed in values.items()})
     return found
+
+
+def _spread(values: Sequence[float]) -> WordingSpread:
+    low, high = min(values), max(values)
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return WordingSpread(low, high, high - low, std, len(values))

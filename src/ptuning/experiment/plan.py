@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from typing_extensions import Required, TypedDict, Unpack
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CELLS_FOLDER, CellResult, Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.dry_run import CellEstimate, estimate_cells
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, check_free, make_folder
 from ptuning.method.registry import METHODS
@@ -22,6 +22,7 @@ from ptuning.method.tuned import tried_factors
 from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
+from ptuning.report.results_file import CELLS_FOLDER, MethodInfo, Results
 from ptuning.report.write import write_report
 
 
@@ -136,7 +137,7 @@ def run_jobs(
     *,
     plan: Plan,
     settings: Mapping[str, Json],
-    more: Callable[[Results], Mapping[str, Json]] | None = None,
+    more: Callable[[Results, Sequence[CellResult]], Results] | None = None,
 ) -> Results:
     """Run all cells. ``results.json`` is written after each of them, the report at the end.
 
@@ -144,7 +145,7 @@ def run_jobs(
         jobs: The tasks.
         plan: How to run them.
         settings: The settings of this suite only, for the record.
-        more: Returns the entries of ``results.json`` of this suite only.
+        more: Adds the entries of ``results.json`` of this suite only to the results of the cells.
 
     Raises:
         FileError: If the folder holds other files, or results that were made with other settings.
@@ -159,8 +160,8 @@ def run_jobs(
         config=plan.config,
         tries=plan.tries,
     )
-    about = _about(suite, plan, settings)
-    collector = Collector(plan.suite, plan.method_names, {job.task.name: job.type for job in jobs}, about, plan.out)
+    empty = _empty_results(suite, plan, settings)
+    collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(estimate_cells(suite))
@@ -172,9 +173,10 @@ def run_jobs(
     found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
-        results = collector.collect(list(found.values()))
+        cells = list(found.values())
+        results = collector.collect(cells)
         if more is not None:
-            results = replace(results, about={**about, **more(results)})
+            results = more(results, cells)
         results.write()
         return results
 
@@ -202,20 +204,23 @@ def _check_folder(out: Path) -> None:
         raise FileError(f"{out} holds files, but no results of a comparison; choose another folder (--out)")
 
 
-def _about(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> dict[str, Json]:
+def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Results:
+    """Return the results before any cell has finished."""
     backbone = plan.backbone
-    return {
-        "command": plan.command,
-        "backbone": {
+    return Results(
+        plan.suite,
+        command=plan.command,
+        backbone={
             **backbone.to_json(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": str(backbone.device),
         },
-        "settings": {**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
-        "versions": dict(versions()),
-        "task_info": {name: job.info for name, job in suite.jobs.items()},
-        "methods": {
-            name: {"describe": method.describe, "trained": method.trained, "learns_slots": method.learns_slots}
+        settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
+        versions=dict(versions()),
+        task_info={name: job.info for name, job in suite.jobs.items()},
+        methods={
+            name: MethodInfo(method.describe, method.trained, method.learns_slots)
             for name, method in suite.methods.items()
         },
-    }
+        folder=plan.out,
+    )

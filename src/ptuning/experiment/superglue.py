@@ -6,8 +6,9 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from typing_extensions import Unpack
 
@@ -16,14 +17,14 @@ from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
-from ptuning.experiment.results import Results
 from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_files
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
 from ptuning.names import ALL_METHODS, LEARNED
+from ptuning.report.results_file import Agreement, Choice, Results, TrainingWarning
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def superglue(
         "limit": limit,
         "tune of p-tuning": tune,
     }
-    results = run_jobs(jobs, plan=plan, settings=settings, more=agreement_and_warnings)
+    results = run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
     if plan.overwrite and not plan.dry_run:
         shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # its answers may be gone
     if server and not plan.dry_run:
@@ -247,41 +248,33 @@ def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True
     return file.read(path, labelled=labelled)
 
 
-def agreement_and_warnings(results: Results) -> dict[str, Json]:
-    """Return the entries of ``results.json`` of this suite only: how well the development score predicts the reported
-    one, and the warnings of trainings.
+def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -> Results:
+    """Return the results with the entries of this suite only: how well the development score predicts the reported one,
+    and the warnings of trainings.
 
     Both scores are shares of rows answered correctly, whatever the metrics of the task are. The correlation is over all
     cells that chose a setting. Each task's means are subtracted first, because it is no agreement that some tasks are
     easier than others.
     """
-    chosen = [one for one in results.cells if one.dev_score is not None and one.hits is not None]
+    chosen = [
+        Choice(**vars(one.cell), dev=one.dev_score, test=one.hits)
+        for one in cells
+        if one.dev_score is not None and one.hits is not None
+    ]
     rows: dict[str, list[tuple[float, float]]] = {}
-    for one in chosen:
-        rows.setdefault(one.cell.task, []).append((cast("float", one.dev_score), cast("float", one.hits)))
+    for choice in chosen:
+        rows.setdefault(choice.task, []).append((choice.dev, choice.test))
     centred = []
     for pairs in rows.values():
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         centred += [(dev - means[0], test - means[1]) for dev, test in pairs]
     gaps = [dev - test for pairs in rows.values() for dev, test in pairs]
-    return {
-        "agreement": {
-            "cells": [
-                {
-                    "task": one.cell.task,
-                    "method": one.cell.method,
-                    "seed": one.cell.seed,
-                    "dev": one.dev_score,
-                    "test": one.hits,
-                }
-                for one in chosen
-            ],
-            "correlation": correlation(centred) if len(centred) > len(rows) else None,
-            "mean_gap": sum(gaps) / len(gaps) if gaps else None,
-        },
-        "warnings": [
-            {"task": one.cell.task, "method": one.cell.method, "seed": one.cell.seed, "text": text}
-            for one in results.cells
-            for text in one.warnings
-        ],
-    }
+    return replace(
+        results,
+        agreement=Agreement(
+            chosen,
+            correlation=correlation(centred) if len(centred) > len(rows) else None,
+            mean_gap=sum(gaps) / len(gaps) if gaps else None,
+        ),
+        warnings=[TrainingWarning(**vars(one.cell), text=text) for one in cells for text in one.warnings],
+    )

@@ -8,10 +8,10 @@ from typing import cast
 
 from ptuning.data.task_files import TaskFile
 from ptuning.experiment.cells import Job
-from ptuning.experiment.results import Results
 from ptuning.experiment.suite import UNLABELLED_FILE
 from ptuning.files import Json, make_folder, read_json_lines, write_json_lines, write_text
 from ptuning.names import PREDICTIONS_FILE
+from ptuning.report.results_file import Results
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) 
         return
     found = {job.task.name: job for job in jobs}
     for result in results.cells:
-        job = found.get(result.cell.task)
+        job = found.get(result.task)
         if job is None or job.task.file is None or result.status != "done":
             continue
         name = PREDICTIONS_FILE if job.unlabelled is None else UNLABELLED_FILE
-        rows = read_json_lines(results.folder / result.cell.folder / name)
-        folder = results.folder / SERVER_FOLDER / result.cell.method / f"seed-{result.cell.seed}"
+        rows = read_json_lines(results.folder / result.folder / name)
+        folder = results.folder / SERVER_FOLDER / result.method / f"seed-{result.seed}"
         make_folder(folder)
         write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
     if not (results.folder / SERVER_FOLDER).is_dir():

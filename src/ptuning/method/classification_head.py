@@ -21,8 +21,9 @@ from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_items
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example, Kind
+from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
+from ptuning.template.segments import Kind
 from ptuning.training.run import in_small_passes
 from ptuning.training.trainer import Trainer
 
