@@ -171,7 +171,7 @@ def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> Non
         (("--tries", "9"), ["tries is 9", "from 1 to 5"]),
         (("--set", "tune=tuned"), ["tune is 'tuned'", "fine-tuning"]),
         (("--set", "epoch=3"), ["unknown setting 'epoch'", "epochs"]),
-        (("--vocabulary", "words.txt"), ["cannot read words.txt"]),
+        (("--vocabulary", "words.txt"), ["no such data file: words.txt"]),
         (("--template", "[X] [Y]"), ["has no slots"]),
     ],
 )
