@@ -1096,7 +1096,8 @@ def test_bad_input_of_data() -> None:
 
 def test_a_demo_does_not_replace_another_run(run_folder: Path, llama: str) -> None:
     shutil.copytree(run_folder, "out")
-    fails("demo", "--out", "out", "--backbone", llama, says=["out holds another run", "choose another folder"])
+    says = ["cannot resume from out", "--overwrite or in another folder"]
+    fails("demo", "--out", "out", "--backbone", llama, says=says)
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
@@ -1249,8 +1250,9 @@ def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         ptuning.experiment.demo, "train", interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
     )
-    done = call("demo", "--out", "out", "--backbone", llama, "--set", "epochs=1")
+    done = call("demo", "--out", "out", "--overwrite", "--backbone", llama, "--set", "epochs=1")
     assert done.code == 130
+    # Without --overwrite, with which it would begin anew.
     again = f"{terminal.program()} demo --out out --backbone {llama} --set epochs=1"
     assert done.err.endswith(f"out/checkpoint is kept, go on with:\n  {again}\n")
 
