@@ -76,7 +76,7 @@ def convert(source: str | Path, out: Path) -> list[str]:
         places = [base, base / "data", base.absolute().parent, base.absolute().parent.parent]
         about = next((listed for place in places if (listed := relation_list(place))), {})
         found, told = facts_in(base, [path], known=about) if path.is_file() else find_facts(path, known=about)
-        patterns = next((listed for place in places if (listed := pattern_rows(place))), {})
+        patterns = next((read for place in places if (read := pattern_rows(place))), {})
     if not found:
         raise FileError(f"{source} holds no relations in any layout that this script reads; see its first lines")
     for name, parts in found.items():
@@ -88,11 +88,10 @@ def convert(source: str | Path, out: Path) -> list[str]:
             )
     about = told | about
     with publish_folder(out) as folder:
-        listed = [{"relation": name, **about[name]} for name in about]
-        save(folder / f"{RELATION_LIST}.jsonl", listed)
+        save(folder / f"{RELATION_LIST}.jsonl", [{"relation": name, **about[name]} for name in about])
         for name, parts in found.items():
-            for part, rows in parts.items():
-                save(folder / "TREx" / f"{name}.jsonl" if part == FACTS else folder / name / f"{part}.jsonl", rows)
+            for part, facts in parts.items():
+                save(folder / "TREx" / f"{name}.jsonl" if part == FACTS else folder / name / f"{part}.jsonl", facts)
         for name, rows in patterns.items():
             save(folder / PATTERN_FOLDER / f"{name}.jsonl", rows)
     return sorted(found)
