@@ -991,7 +991,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
     shutil.copytree(run_folder, "out")
     vectors = Path("out/prompt/prompt.safetensors")
     vectors.write_bytes(vectors.read_bytes()[:-10])
-    says = ["prompt.safetensors is no whole safetensors file", "cut off"]
+    says = ["prompt.safetensors is not a whole safetensors file", "cut off"]
     fails(command, "out", *USES[command], "--backbone", llama, says=says)
     fails(command, "out", *USES[command], "--backbone", llama, "--force", says=says)  # forgives another backbone only
 
@@ -999,7 +999,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
 @pytest.mark.parametrize("command", USES)
 def test_no_such_prompt(command: str, llama: str) -> None:
     args = (*USES[command], "--backbone", llama)
-    fails(command, "nowhere", *args, says=["nowhere is no prompt", "manual:TEMPLATE"])
+    fails(command, "nowhere", *args, says=["nowhere is not a prompt folder", "manual:TEMPLATE"])
     fails(command, f"manual:{WARM}", *args, says=["has slots, and there are no vectors"])
     fails(command, "manual:[X] is", *args, says=["needs one [Y]"])
 

@@ -20,7 +20,8 @@ from ptuning.errors import FileError, TrainingError
 from ptuning.experiment.demo import MANUAL, DemoResult, run_demo
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import VECTORS_FILE, Prompt
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.statistics import majority, score
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template

@@ -116,7 +116,7 @@ def evaluate(
     if candidates is not None:
         chosen.check_open()
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = normalise_of(normalise, closed=chosen.is_closed or candidates is not None)
+    how = normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -155,7 +155,7 @@ def predict(
     from ptuning.data.questions import Questions, as_questions
 
     chosen = prompt_of(prompt, task_of(task), without=without)
-    closed = candidates is not None or chosen.is_closed
+    closed = candidates is not None or chosen.answer_space.is_closed
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")

@@ -123,7 +123,7 @@ def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
 
 def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
     """Check that there is something to calibrate: label words or choices, and no candidates in their place."""
-    if calibrate and (candidates or not prompt.is_closed):
+    if calibrate and (candidates or not prompt.answer_space.is_closed):
         raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
 
 

@@ -17,8 +17,9 @@ from ptuning.metrics import EXACT_MATCH
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import VECTORS_FILE, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
