@@ -754,7 +754,7 @@ DATA: dict[str, tuple[str, bytes, list[str]]] = {
     "open quote": ("train.csv", b'x,y\na,b\n"c,d\n', ["train.csv, line 3"]),
     "too many cells": ("train.csv", b"x,y\na,b\nc,d,e\n", ["train.csv, line 3: 3 cells", "2 columns"]),
     "no UTF-8": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "\xff"}\n', ["train.jsonl, line 2", "UTF-8"]),
-    "no Parquet": ("train.parquet", b"PAR1 and no more", ["train.parquet is no readable Parquet file"]),
+    "no Parquet": ("train.parquet", b"PAR1 and no more", ["train.parquet is not a readable Parquet file"]),
     "other ending": ("train.xlsx", b"x", ["cannot tell the format of train.xlsx", ".jsonl"]),
     "one record": ("train.jsonl", b'{"x": "a", "y": "b"}\n', ["train.jsonl: too few different records", "--dev"]),
 }
