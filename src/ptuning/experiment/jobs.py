@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import as_questions
-from ptuning.data.word_lists import read_vocabulary
+from ptuning.data.word_lists import read_words
 from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.files import Json
@@ -77,7 +77,7 @@ def listed_words(vocabulary: str | Path | None) -> tuple[str, ...] | None:
     Raises:
         FileError: If the file cannot be read.
     """
-    return None if vocabulary in (None, OBJECTS) else read_vocabulary(Path(str(vocabulary)))
+    return None if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
 
 
 def template_pair(
