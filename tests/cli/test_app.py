@@ -1012,7 +1012,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
     shutil.copytree(run_folder, "out")
     vectors = Path("out/prompt/prompt.safetensors")
     vectors.write_bytes(vectors.read_bytes()[:-10])
-    says = ["prompt.safetensors is no whole safetensors file", "cut off"]
+    says = ["prompt.safetensors is not a whole safetensors file", "cut off"]
     fails(command, "out", *USES[command], "--backbone", llama, says=says)
     fails(command, "out", *USES[command], "--backbone", llama, "--force", says=says)  # forgives another backbone only
 
@@ -1020,7 +1020,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
 @pytest.mark.parametrize("command", USES)
 def test_no_such_prompt(command: str, llama: str) -> None:
     args = (*USES[command], "--backbone", llama)
-    fails(command, "nowhere", *args, says=["nowhere is no prompt", "manual:TEMPLATE"])
+    fails(command, "nowhere", *args, says=["nowhere is not a prompt folder", "manual:TEMPLATE"])
     fails(command, f"manual:{WARM}", *args, says=["has slots, and there are no vectors"])
     fails(command, "manual:[X] is", *args, says=["needs one [Y]"])
 
@@ -1096,7 +1096,8 @@ def test_bad_input_of_data() -> None:
 
 def test_a_demo_does_not_replace_another_run(run_folder: Path, llama: str) -> None:
     shutil.copytree(run_folder, "out")
-    fails("demo", "--out", "out", "--backbone", llama, says=["out holds another run", "choose another folder"])
+    says = ["cannot resume from out", "--overwrite or in another folder"]
+    fails("demo", "--out", "out", "--backbone", llama, says=says)
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
@@ -1249,8 +1250,9 @@ def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         ptuning.experiment.demo, "train", interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
     )
-    done = call("demo", "--out", "out", "--backbone", llama, "--set", "epochs=1")
+    done = call("demo", "--out", "out", "--overwrite", "--backbone", llama, "--set", "epochs=1")
     assert done.code == 130
+    # Without --overwrite, with which it would begin anew.
     again = f"{terminal.program()} demo --out out --backbone {llama} --set epochs=1"
     assert done.err.endswith(f"out/checkpoint is kept, go on with:\n  {again}\n")
 

@@ -171,7 +171,7 @@ def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> Non
         (("--tries", "9"), ["tries is 9", "from 1 to 5"]),
         (("--set", "tune=tuned"), ["tune is 'tuned'", "fine-tuning"]),
         (("--set", "epoch=3"), ["unknown setting 'epoch'", "epochs"]),
-        (("--vocabulary", "words.txt"), ["cannot read words.txt"]),
+        (("--vocabulary", "words.txt"), ["no such data file: words.txt"]),
         (("--template", "[X] [Y]"), ["has no slots"]),
     ],
 )
@@ -288,7 +288,8 @@ def test_superglue(llama: str) -> None:
     assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
     again = call(*command, "--tasks", "CB", "--seeds", 2)
     assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
-    fails(*command, "--few-shot", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
+    fails(*command, "--few-shot", "32", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
+    assert call(*command, "--few-shot").code == 2  # it takes a number
     works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)
     assert saved()["settings"]["few_shot"] == 8
     assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8

@@ -212,7 +212,7 @@ def superglue(
     tasks: Annotated[str, typer.Option(metavar="LIST|all", help="As BoolQ,CB,COPA; or task files.")] = "all",
     methods: MethodsOption = None,
     few_shot: Annotated[
-        int | None, typer.Option(metavar="[K]", help="Learn from K examples and choose by K (32), drawn by seed.")
+        int | None, typer.Option(metavar="K", help="Learn from K examples and choose by K others, drawn by seed.")
     ] = None,
     seeds: SeedsOption = 3,
     tries: TriesOption = 1,

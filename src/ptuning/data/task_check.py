@@ -44,7 +44,7 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
     for name, questions in parts.items():
         labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
         line = f"{name}: {len(questions)} rows of {questions.name}"
-        if questions.has_choices:
+        if task.answer_space.has_choices and questions:
             counts = sorted(len(row.choices) for row in questions)
             line += f"; {counts[0]} to {counts[-1]} choices, {counts[len(counts) // 2]} in the middle"
         elif task.label_words is not None and labels:
@@ -92,13 +92,14 @@ def _check_template(
     facts, doubts = [], []
     try:
         bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
-        if task.label_words is not None:
-            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
+        answers = task.answer_space
+        lines = answers.check_words(bound, sample.record, unknown_id=tokenizer.unknown_id)
+        if lines:
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
         filled: list[Example] = []
         for questions in parts:
             chosen = questions[:FILLED_ROWS]
-            texts = [max(_answers(task, row), key=len) for row in chosen]
+            texts = [max(answers.texts(row) or ("a",), key=len) for row in chosen]
             source = f"{questions.name}, row"
             filled += bound.examples([row.record for row in chosen], targets=texts, source=source)
         short = sum(example.shortened for example in filled)
@@ -114,9 +115,3 @@ def _check_template(
 
 def _shrinking(template: Template) -> list[str]:
     return list(dict.fromkeys(piece.name for piece in template.pieces if isinstance(piece, Field) and not piece.keep))
-
-
-def _answers(task: TaskFile, row: Question) -> tuple[str, ...]:
-    if task.label_words is not None:
-        return tuple(word for _, word in task.label_words.flat)
-    return row.choices or (row.record.get(TARGET_FIELD) or "a",)
