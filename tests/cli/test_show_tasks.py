@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ptuning.cli import show_tasks
 from ptuning.data.task_check import Findings
 from ptuning.data.task_files import load_task, shipped_tasks
-from tests.cli.test_show_experiments import printed as printed
+from tests.cli.test_experiments import printed as printed
 
 Printed = Callable[[], tuple[str, str]]
 

@@ -1,6 +1,4 @@
-"""What is wrong with a task file, and what is worth knowing of it, before a model is loaded. Knows tokenizers and no
-weights.
-"""
+"""Check a task file with its data and a tokenizer, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,18 +14,18 @@ from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Template
 from ptuning.template.segments import Kind, Tokenizer
 
-# Rows of a part that are filled in to see whether they fit: tokenising every row of a large one takes long.
+# Rows of each part that are filled in to see whether they fit. Tokenising every row of a large part takes long.
 FILLED_ROWS = 500
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check found.
+    """The findings of a check, a line each.
 
     Args:
-        facts: What is so, a line each.
-        doubts: What may be meant, and may be a mistake.
-        problems: What must be mended.
+        facts: Counts of rows and labels, tokens of the label words.
+        doubts: Possible mistakes.
+        problems: Mistakes that make the task unusable.
     """
 
     facts: tuple[str, ...] = ()
@@ -39,7 +37,7 @@ class Findings:
 
 
 def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
-    """Say what stands in the parts of a task's data, and which labels do not."""
+    """Count rows, choices, labels and groups of a task's data. Missing labels and empty fields are doubts."""
     facts, doubts = [], []
     for name, questions in parts.items():
         labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
@@ -62,13 +60,13 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
 def check_words(
     task: TaskFile, tokenizer: Tokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
 ) -> Findings:
-    """Fill every pattern of a task, and say which tokens its label words are and what gets shortened.
+    """Fill every pattern of a task; report the tokens of its label words and the rows that get truncated.
 
     Args:
         task: The task.
-        tokenizer: Of the backbone.
-        kind: Of the backbone.
-        parts: Data, if there is some; else a record whose fields hold their own names.
+        tokenizer: Tokenizer of the backbone.
+        kind: Kind of the backbone.
+        parts: Data; without it a record whose fields hold their own names is filled in.
     """
     given = [questions for questions in (parts or {}).values() if questions]
     sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
