@@ -191,8 +191,7 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file beside ``path`` to be written; it takes its place when the block ends well, so that a
-    reader or a kill never sees half of it.
+    """Yield a temporary path beside ``path``. The file that the block writes there is then renamed to ``path``.
 
     Raises:
         FileError: If it cannot be written; nothing is left behind.
@@ -211,7 +210,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole, as :func:`replacing` does.
+    """Write a file atomically, as :func:`replacing` does.
 
     Raises:
         FileError: If it cannot be written; nothing is left behind.
@@ -296,7 +295,7 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
         FileError: If the file cannot be read, or a line holds no JSON object.
     """
     try:
-        # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
+        # JSON strings may hold other line separators than "\n", at which str.splitlines would split.
         rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
     except ValueError as error:
         raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
@@ -306,12 +305,12 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
 
 
 def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
-    """Remove what killed writers of this module left in a folder.
+    """Remove temporary files of killed writers from a folder.
 
     Args:
-        folder: The folder, if there is one.
-        names: What they wrote: the beginnings of its names.
-        older_seconds: How old something must be to be nobody's.
+        folder: The folder, which need not exist.
+        names: Beginnings of the names of the files that were written.
+        older_seconds: Keep what is newer, since another process may be writing it.
     """
     beginnings = tuple(f".{name}" for name in names)
     for path in folder.glob(".*") if folder.is_dir() else ():
@@ -347,7 +346,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """Check that ``folder`` may be written: it does not exist, is empty, or ``overwrite`` is set.
 
     Raises:
-        FileError: If something stands there and ``overwrite`` is not set, or if it is no folder.
+        FileError: If the folder is not empty and ``overwrite`` is not set, or if it is not a folder.
     """
     try:
         is_folder = folder.is_dir()
@@ -356,16 +355,16 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise file_error("write", folder, error) from error
     if in_the_way:
-        raise FileError(f"{folder} exists and is no folder; choose another output folder")
+        raise FileError(f"{folder} exists and is not a folder; choose another output folder")
     if not overwrite and not is_empty:
         raise FileError(
-            f"{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or "
-            "replace what a run left in it (--overwrite)"
+            f"{folder} exists and is not empty; choose another folder, continue a stopped run in it (--resume), or "
+            "replace the run in it (--overwrite)"
         )
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk that will hold ``folder`` has room, before any work is done.
+    """Check that the disk of ``folder`` has room.
 
     Raises:
         FileError: If fewer than ``needed_bytes`` are free.
@@ -395,9 +394,9 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends well.
+    """Yield a temporary folder beside ``folder``, which replaces ``folder`` after the block.
 
-    If the block raises, the temporary folder is removed and whatever stood at ``folder`` is untouched.
+    If the block raises, the temporary folder is removed and ``folder`` stays as it was.
 
     Raises:
         FileError: If ``folder`` is taken and ``overwrite`` is not set, or if it cannot be written.

@@ -1,8 +1,4 @@
-"""A record, the row of data that everything starts from: a mapping from field name to text.
-
-Here are the type, a list of records that knows where it came from, and the checks that records must pass. Reading
-files is the job of :mod:`ptuning.data`.
-"""
+"""Records: rows of data as mappings from field names to text, and the checks that they must pass."""
 
 from __future__ import annotations
 
@@ -14,21 +10,18 @@ from ptuning.files import sha256
 
 Record = Mapping[str, str]
 
-
 TARGET_FIELD = "y"
-
-
-# What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
+# Other names of the fields, in LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 
 
 class Records(list[Record]):
-    """A list of records that knows where it came from.
+    """A list of records with its source.
 
     Args:
         rows: The records.
         name: The file's path as given, or ``NAME:split``, for ``run.json`` and messages.
-        digest: SHA-256 of the file's bytes; of the records' canonical JSON where there is no file.
+        digest: SHA-256 of the file's bytes; by default that of the records' canonical JSON.
     """
 
     def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:
@@ -50,10 +43,10 @@ def as_records(data: Sequence[Record]) -> Records:
 
 
 def check_text(text: str, *, where: str, what: str = "the row") -> None:
-    """Check that a text can be written and read by a tokenizer.
+    """Check that a text can be encoded as UTF-8.
 
     Raises:
-        RecordError: If it holds half a character, as broken JSON may.
+        RecordError: If it has a lone surrogate, as broken JSON may.
     """
     try:
         text.encode()
@@ -65,7 +58,7 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
     """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
 
     Raises:
-        RecordError: If the row is no mapping or a field name is not text.
+        RecordError: If the row is not a mapping, or a field name is not text.
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
