@@ -3,8 +3,8 @@
 Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
 
 Several results must have the same settings; they may cover different relations, or different methods on the same
-relations. Entries of docs/lama.json are kept; delete the file to start anew. Without results, the tables and the picture
-are made again from docs/lama.json.
+relations. Entries of docs/lama.json are kept; delete the file to start anew. Without results, tables and picture are
+made again from docs/lama.json.
 """
 
 from __future__ import annotations
