@@ -133,6 +133,6 @@ def fact_job(
         single_token=single_token,
     )
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
-    described: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
+    about: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
     kind = info.get("type")
-    return Job(task, as_questions(parts["test"]), {**described, **info}, kind if isinstance(kind, str) else None)
+    return Job(task, as_questions(parts["test"]), {**about, **info}, kind if isinstance(kind, str) else None)

@@ -48,9 +48,9 @@ def superglue(
 ) -> Results:
     """Run the paper's SuperGLUE experiment. Finished cells of an earlier run are not run again.
 
-    Settings are chosen on the development part (FewGLUE's ``dev32``), or on a seeded share of the training part if there
-    is none. Scores are reported on the validation part. A task without that is reported on its development part, and
-    its settings are chosen on a share of the training part.
+    Settings are chosen on the development part (FewGLUE's ``dev32``), or on a seeded share of the training part if
+    there is none. Scores are reported on the validation part. A task without that is reported on its development part,
+    and its settings are chosen on a share of the training part.
 
     Args:
         data: The folder with one folder per task, the layout of SuperGLUE and FewGLUE.
