@@ -148,15 +148,13 @@ class Forward:
 
         Source: docs/decisions.md, decision 6 (a hook on the body gathers before the head runs).
         """
-        inputs: dict[str, object]
+        encoded = encoded_mask = None
         if self.kind == "encoder-decoder":
-            encoded: BaseModelOutput | None
-            encoded_mask: Tensor | None
             if memory is None:
                 encoded, encoded_mask = _encode(model, embeddings[:, :encoder_tokens], mask[:, :encoder_tokens])
             else:
                 encoded, encoded_mask = memory.encoded, memory.encoded_mask
-            inputs = {
+            inputs: dict[str, object] = {
                 "encoder_outputs": encoded,
                 "attention_mask": encoded_mask,
                 "decoder_inputs_embeds": embeddings[:, encoder_tokens:],
@@ -174,18 +172,29 @@ class Forward:
                 "use_cache": keep or memory is not None,
                 "past_key_values": None if memory is None else memory.cache,
             }
+        logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
+        if cache is None or not keep:
+            return logits, None
+        if memory is None:
+            return logits, Memory(cache, encoded, encoded_mask)
+        memory.cache = cache
+        return logits, memory
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, object], embeddings: Tensor, asked: _Asked
+    ) -> tuple[Tensor, Cache | None]:
+        """Return the logits at the asked positions, (N, V) or (N, K) float32, and the KV cache if the model has one."""
         head = getattr(model, HEAD, None)
         if self.kind == "permuted" and head is None:
-            hidden, mapping, cols = _asked_targets(embeddings, rows, cols)
+            hidden, mapping, asked.cols = _asked_targets(embeddings, asked.rows, asked.cols)
             inputs |= {"perm_mask": hidden, "target_mapping": mapping}
-        asked = _Asked(rows, cols)
         token = _gather.set(asked)
         try:
             output = model(**inputs, return_dict=True)
         finally:
             _gather.reset(token)
         if head is None:
-            logits = output.logits[rows, cols] if asked.hidden is None else output.logits[0]  # (N, V)
+            logits = output.logits[asked.rows, asked.cols] if asked.hidden is None else output.logits[0]  # (N, V)
         elif asked.hidden is not None:
             logits = head(asked.hidden)  # (N, K)
         else:
@@ -193,16 +202,7 @@ class Forward:
                 f"{self._name}: {type(model).__name__} does not show the hidden states that its head reads, so no "
                 "classification head can take its place; leave fine-tuning out of the methods"
             )
-        cache = output.get("past_key_values") if keep else None
-        if cache is None:
-            return logits.float(), None
-        if memory is not None:
-            memory.cache = cache
-        elif self.kind == "encoder-decoder":
-            memory = Memory(cache, encoded, encoded_mask)
-        else:
-            memory = Memory(cache)
-        return logits.float(), memory
+        return logits.float(), output.get("past_key_values")
 
 
 def _encode(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> tuple[BaseModelOutput, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -13,8 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ptuning.backbone import sources
-from ptuning.cli import demo, estimate, experiments, fleet, tasks, terminal, train
+from ptuning.cli import data, demo, estimate, experiments, fleet, tasks, terminal, train
 from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
 from ptuning.cli.options import (
     BackboneOption,
@@ -34,7 +32,7 @@ from ptuning.cli.options import (
     normalise_of,
 )
 from ptuning.cli.signals import SIGNAL_EXIT
-from ptuning.errors import ConfigError, PTuningError, RecordError
+from ptuning.errors import ConfigError, PTuningError
 from ptuning.provenance import VERSION
 from ptuning.template.segments import FILLS_MASKS
 
@@ -201,70 +199,14 @@ def inspect(
     terminal.inspection(chosen, found, as_json=as_json)
 
 
-def show_template(
-    template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
-    backbone: BackboneOption = None,
-    record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show each position of a filled template: slot, literal, field or target, with its token.
-
-    Example: ptuning template show "[P:The capital of] [X] [P:is] [Y]" --record '{"x": "Kenya", "y": "Nairobi"}'
-    """
-    from ptuning.data.reading import read_rows
-    from ptuning.template.language import Template
-
-    parsed = Template.parse(template)
-    row = {name: name for name in parsed.fields}
-    if record is not None:
-        rows = read_rows(record.replace("\n", " ").encode(), name="--record")
-        if len(rows) != 1:
-            raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
-        row = dict(rows[0])
-    name = backbone if backbone is not None else sources.BACKBONE
-    with terminal.loading(name):
-        from ptuning.backbone.loading import load_tokenizer
-        from ptuning.template.fill import BoundTemplate
-
-        tokenizer, kind = load_tokenizer(name)
-    terminal.template(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
-
-
-def data(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
-    split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
-) -> None:
-    """List the shipped facts, or print a part of them as JSONL. NAME:split works wherever a data file does.
-
-    Example: ptuning data capitals --split test
-    """
-    from ptuning.data.reading import load_records, shipped_facts
-
-    if name is None:
-        terminal.facts(shipped_facts())
-        return
-    for row in load_records(name if ":" in name else f"{name}:{split}"):
-        typer.echo(json.dumps(dict(row), ensure_ascii=False))
-
-
-def backbones(as_json: JsonOption = False) -> None:
-    """List the families of language models, what each supports, and what is tested. No model is loaded.
-
-    Example: ptuning backbones --json
-    """
-    from ptuning.backbone.families import families
-
-    terminal.backbones(families(), as_json=as_json)
-
-
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": evaluate,
     "predict": predict,
     "inspect": inspect,
-    "data": data,
-    "backbones": backbones,
+    "data": data.data,
+    "backbones": data.backbones,
     "demo": demo.demo,
     "estimate": estimate.estimate,
     "fleet": fleet.fleet,
@@ -273,7 +215,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "paraphrases": experiments.paraphrases,
     "superglue": experiments.superglue,
     "report": experiments.report,
-    "template show": show_template,
+    "template show": data.show_template,
     "task list": tasks.list_tasks,
     "task show": tasks.show_task,
     "task check": tasks.check_task,

@@ -20,10 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.backbone import sources
-from ptuning.backbone.families import COLUMNS, TESTED, Family
 
 if TYPE_CHECKING:
-    from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.questions import Questions
     from ptuning.files import Json
     from ptuning.progress import Progress
@@ -41,8 +39,6 @@ STAGES = {
 }  # fmt: skip
 # A person sees this many neighbours of a slot; JSON holds all.
 SHOWN_NEIGHBOURS = 3
-# And these columns of the table of backbones; docs/backbones.md has all.
-SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 
 def say(text: str) -> None:
@@ -212,61 +208,6 @@ def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     console.print(f"score with the nearest token in each     {escape(interval(nearest))}")
     if nearest.high < learned.value:
         console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
-
-
-def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
-    """Print each position of a filled template."""
-    rows = [
-        (index, part, token, None if token is None else tokenizer.token(token))
-        for index, (part, token) in enumerate(positions)
-    ]
-    if as_json:
-        print_json(
-            [{"position": index, "part": part, "token_id": token, "token": text} for index, part, token, text in rows]
-        )
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("position", "part", "id", "token"):
-        table.add_column(name)
-    for index, part, token, text in rows:
-        shown = "random start" if text is None else quoted(text) + (" (start)" if part == "slot" else "")
-        table.add_row(
-            str(index),
-            escape(part),
-            "" if token is None else str(token),
-            escape(shown),
-            style={"slot": "green", "target": "bold"}.get(part, ""),
-        )
-    results().print(table)
-
-
-def facts(known: Mapping[str, Mapping[str, object]]) -> None:
-    """Print the shipped facts."""
-    heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
-    # As narrow as it can be: the manual templates are for copying and should not be wrapped at 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("name", "records", "manual template (--manual)", "--about"):
-        table.add_column(name)
-    for name, entry in known.items():
-        rows = cast("Mapping[str, int]", entry["rows"])
-        counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
-        table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
-    results().print(table)
-
-
-def backbones(rows: Sequence[Family], *, as_json: bool) -> None:
-    """Print the table of backbones."""
-    if as_json:
-        listed: list[dict[str, Json]] = [{**row.to_json(), "tested": [*TESTED]} for row in rows]
-        print_json(listed)
-        return
-    heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in SHOWN_COLUMNS:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
-    results().print(table)
 
 
 @functools.cache
