@@ -1,6 +1,9 @@
-"""From `results.json` to HTML, Markdown and pictures.
+"""The files of an experiment, and the report that is made from them: an HTML page, the same in Markdown, and pictures.
 
-It reads files only, and must not import the rooms that wrote them.
+``results_file`` and ``cell_files`` are the schemas of ``results.json`` and of a cell's files. The experiments write
+them, and the report reads them. The report computes no scores.
 
-Read first: ``results_file``, ``tables``, ``write``.
+Read in this order: ``results_file``, ``cell_files``, ``blocks``, ``tables``, ``pictures``, ``limits``, ``sections``,
+``write``. A new section is a function listed in ``sections.SECTIONS``, a new column of the main table one listed in
+``tables.COLUMNS``.
 """
