@@ -26,7 +26,7 @@ import safetensors.torch
 import ptuning.backbone.loading
 import ptuning.training.run
 from ptuning import Prompt
-from ptuning.cli import app, terminal
+from ptuning.cli import app, prompts, terminal
 from ptuning.progress import Progress
 from tests.conftest import make_model
 
@@ -544,7 +544,7 @@ def test_predict_a_text(run_folder: Path) -> None:
 def test_predict_records_from_a_file_and_from_the_input(
     run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "PREDICTED_ROWS", 3)  # so that the four records take two steps
+    monkeypatch.setattr(prompts, "PREDICTED_ROWS", 3)  # so that the four records take two steps
     from_file = works("predict", run_folder, "--data", data / "dev.jsonl", "--json")
     from_input = works("predict", run_folder, "--data", "-", "--json", stdin=(data / "dev.jsonl").read_bytes())
     assert from_file == from_input
