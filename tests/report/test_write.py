@@ -21,7 +21,7 @@ from tests.report.conftest import Page, change, page_of
 
 
 def test_the_same_files_give_the_same_bytes(lama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Another folder, the user's matplotlib settings, or a second run do not change a byte, and leave nothing behind."""
+    """Another folder, the user's matplotlib settings, or a second run change no byte and leave nothing behind."""
     import matplotlib
 
     other = tmp_path_factory.mktemp("other") / "copy"
