@@ -32,6 +32,7 @@ from ptuning.cli.options import (
 )
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
+from ptuning.provenance import described
 from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
         terminal.print_json(
             {
                 "prompt": name,
-                "data": {"name": data.name, "sha256": data.sha256, "rows": len(data)},
+                "data": described(data),
                 **found.to_json(),
             }
         )
