@@ -857,7 +857,7 @@ def test_an_output_folder_that_exists(llama: str, data: Path) -> None:
     fails("train", *args, says=["out exists and is not empty", "--overwrite"])
     shutil.rmtree("out")
     Path("out").write_text("mine", encoding="utf-8")
-    fails("train", *args, "--overwrite", says=["out exists and is no folder"])
+    fails("train", *args, "--overwrite", says=["out exists and is not a folder"])
 
 
 def test_resuming_with_other_settings(run_folder: Path, llama: str, data: Path) -> None:
