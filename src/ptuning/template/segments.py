@@ -22,12 +22,9 @@ ANCHOR_WORD = "a"
 
 @dataclass(frozen=True)
 class Gap:
-    """What stands for the target where an encoder-decoder model learned to fill gaps.
-
-    Args:
-        encoder_ids: At the target's place in what the encoder reads.
-        decoder_ids: In front of the target on the decoder's side.
-        end_id: What ends the target there, if not the end of the text.
+    """What is in the target's place where an encoder-decoder model learned to fill gaps: ``encoder_ids`` in the text
+    that the encoder reads, ``decoder_ids`` in front of the target on the decoder's side. ``end_id`` ends the target
+    there, if it is not the end of the text that does.
     """
 
     encoder_ids: Ids = ()
@@ -56,12 +53,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextRun:
-    """Text that is tokenised as one string.
+    """Text that is tokenised as one string: (name, text) segments in order, of which at most one is the :data:`TARGET`.
 
-    Args:
-        segments: (name, text) in order; at most one is the :data:`TARGET`.
-        is_open: Whether the target is not known; then :data:`ANCHOR_WORD` is its text.
-        lead: A word that is put in front and cut off again; see :meth:`behind_slots`.
+    If ``is_open``, the target is not known and :data:`ANCHOR_WORD` is its text. ``lead`` is a word that is put in front
+    and cut off again; see :meth:`behind_slots`.
     """
 
     segments: tuple[tuple[str, str], ...]
