@@ -857,7 +857,7 @@ def test_an_output_folder_that_exists(llama: str, data: Path) -> None:
     fails("train", *args, says=["out exists and is not empty", "--overwrite"])
     shutil.rmtree("out")
     Path("out").write_text("mine", encoding="utf-8")
-    fails("train", *args, "--overwrite", says=["out exists and is no folder"])
+    fails("train", *args, "--overwrite", says=["out exists and is not a folder"])
 
 
 def test_resuming_with_other_settings(run_folder: Path, llama: str, data: Path) -> None:
@@ -1004,7 +1004,7 @@ def test_bad_candidates(file: str, content: bytes | None, says: list[str], run_f
 
 
 def test_bad_input_of_inspect(llama: str) -> None:
-    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to look into"])
+    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to inspect"])
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on

@@ -96,3 +96,14 @@ def test_every_room_says_what_it_is_for_and_nothing_else() -> None:
             assert (room / f"{name}.py").is_file(), f"{room.name} has no module {name}"
         # A room may look up public names on first use.
         assert room.name == "method" or len(tree.body) == 1, f"{room.name} holds code in its __init__"
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    """Two classes with one name are taken for each other in messages, in searches and by readers."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert len(found) > 50
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

@@ -25,7 +25,7 @@ from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
 from ptuning.names import ALL_METHODS, LEARNED
 from ptuning.provenance import described
-from ptuning.report.results_file import Agreement, Choice, Results, TrainingWarning
+from ptuning.report.results_file import Agreement, ChosenSetting, Results, TrainingWarning
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -
     easier than others.
     """
     chosen = [
-        Choice(**vars(one.cell), dev=one.dev_score, test=one.hits)
+        ChosenSetting(**vars(one.cell), dev=one.dev_score, test=one.hits)
         for one in cells
         if one.dev_score is not None and one.hits is not None
     ]

@@ -1,9 +1,8 @@
-"""Filling a template: record -> token ids, slot positions and scored positions, unpadded. Knows no model, and
-tokenizers only as a protocol.
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded.
 
 The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
 follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
-itself writes it, never in a record; only fields without ``!`` are shortened.
+itself writes it, never in a record; only fields without ``!`` are truncated to the context length.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ class Example:
         token_ids: The row; :data:`SLOT_PLACEHOLDER` at the slots. Of an encoder-decoder model first what the encoder
             reads, then what the decoder does.
         slot_positions: Where slot vectors are written, in template order.
-        logit_positions: Where the model's logits score ``target_ids`` (for whoever writes from left to right one before
-            each token).
+        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
         target_ids: The scored ids, followed by the stop token if the example teaches to stop.
         own_tokens: How many of ``target_ids`` are the target's own, without the stop token.
-        shortened: Whether a field was shortened to fit.
+        shortened: Whether a field was truncated to fit.
         encoder_tokens: How many of ``token_ids`` an encoder reads; 0 without one.
     """
 
@@ -85,8 +83,7 @@ class BoundTemplate:
     """A template together with the tokenizer and kind of one backbone.
 
     Args:
-        template: The template; what stands behind the target is dropped with a notice where nobody sees it: for a
-            causal model, and behind ``[>]``.
+        template: The template. Text behind the target is dropped with a notice for a causal model, and behind ``[>]``.
         tokenizer: The backbone's tokenizer.
         kind: What kind of language model it is.
         multiline: Whether targets may hold line breaks. If not, a causal model's answer ends with its line; a break
@@ -94,7 +91,7 @@ class BoundTemplate:
 
     Raises:
         TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
-            stands in the template of a model without a decoder's side.
+            is in the template of a model without a decoder's side.
     """
 
     def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
@@ -112,11 +109,10 @@ class BoundTemplate:
         self.kind = kind
         self.multiline = multiline
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
-        self.stop_id = self._stop_id()
+        self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
 
     def _stop_id(self) -> int | None:
-        """Return what a target is taught to end with: what the model writes there anyway."""
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
             return self.tokenizer.gap.end_id
         if self.kind != "causal" or self.multiline or self.tokenizer.line_end_id is None:
@@ -134,11 +130,7 @@ class BoundTemplate:
         return len(self.slot_start_ids)
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
-        """Check that the record has every field of the template.
-
-        Raises:
-            TemplateError: At the first field it lacks; names the record's fields.
-        """
+        """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
@@ -152,16 +144,10 @@ class BoundTemplate:
         with_stop: bool = False,
         source: str = "record",
     ) -> list[Example]:
-        """Fill the template with records and their targets.
+        """Fill the template with N records and their targets; by default each record's own.
 
-        Args:
-            records: N records.
-            targets: N targets; by default each record's own.
-            with_stop: Whether the stop token of a model that writes follows the target among the scored tokens.
-            source: What the records are called in messages.
-
-        Returns:
-            N examples, in the order of the records.
+        With ``with_stop`` the stop token of a model that writes follows the target among the scored tokens; ``source``
+        is what the records are called in messages.
 
         Raises:
             TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
@@ -179,26 +165,17 @@ class BoundTemplate:
         return self._build(rows)
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
-        """Fill the template without targets, with room for ``target_tokens`` tokens at their place: for a causal model
-        up to the target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        """Fill the template without targets, with room for ``target_tokens`` tokens: for a causal model up to the
+        target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty; errors as for
+        :meth:`examples`.
         """
-        return self._build(
-            [
-                _Row(record, None, f"{source} {number}", target_tokens=target_tokens)
-                for number, record in enumerate(records, start=1)
-            ]
-        )
+        named = [(f"{source} {number}", record) for number, record in enumerate(records, start=1)]
+        return self._build([_Row(record, None, where, target_tokens=target_tokens) for where, record in named])
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
         ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
-        The id of a slot is its start's, None if it starts at random.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        The id of a slot is its start's, None if it starts at random. Errors as for :meth:`examples`.
         """
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None)
@@ -265,9 +242,8 @@ class BoundTemplate:
         return examples
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
-        """Cut a filled record at its slots and special tokens, fields without ``!`` cut to ``limit`` characters.
-
-        Only the target is a segment of its own, unless every piece is to be ``named``.
+        """Cut a filled record at its slots and special tokens, fields without ``!`` cut to ``limit`` characters. Only
+        the target is a segment of its own, unless every piece is to be ``named``.
         """
         parts: list[_Part] = []
         for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
@@ -324,10 +300,8 @@ class BoundTemplate:
         for part, span in spans:
             if part == TURN:
                 if not ids:
-                    raise self.template.error(
-                        "the encoder needs something to read; put text, a field or a slot in front of [>]",
-                        self.template.turn or 0,
-                    )
+                    message = "the encoder needs something to read; put text, a field or a slot in front of [>]"
+                    raise self.template.error(message, self.template.turn or 0)
                 encoder_tokens = len(ids)
             if part == SLOT:
                 slots += range(len(ids), len(ids) + len(span))
@@ -343,10 +317,8 @@ class BoundTemplate:
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
             if not ids:
-                raise self.template.error(
-                    "a causal model needs something in front of [Y]; put text, a field or a slot there",
-                    len(self.template.pieces) - 1,
-                )
+                message = "a causal model needs something in front of [Y]; put text, a field or a slot there"
+                raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and self.stop_id is not None:
                 target_ids = (*target_ids, self.stop_id)
             # Each logit stands one before the token it scores, so the last one is never read.

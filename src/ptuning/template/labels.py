@@ -1,6 +1,4 @@
-"""Label words: which words stand for which label (the verbalizer); and how a closed set of answers is scored. Knows no
-model.
-"""
+"""Label words: which words mean which label (the verbalizer), and how a closed set of answers is scored."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from ptuning.template.fill import BoundTemplate, Example
 Normalise = Literal["sum", "mean"]
 # What an empty record's fields hold. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
 EMPTY_TEXT = "N/A"
+EXAMPLE = '"positive=great,good;negative=terrible"'
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,7 @@ PLAIN = Scoring()
 class LabelWords:
     """The words of each label, keyed by the label's name.
 
-    Args:
-        words: Label name -> one or more words.
-
-    Raises:
-        LabelWordError: If there are fewer than two labels, a label has no words, or a word stands for two labels.
+    Raises a LabelWordError if there are fewer than two labels, a label has no words, or a word is given for two labels.
     """
 
     words: Mapping[str, tuple[str, ...]]
@@ -70,11 +65,7 @@ class LabelWords:
 
     @classmethod
     def parse(cls, text: str) -> LabelWords:
-        """Parse ``positive=great,good;negative=terrible``.
-
-        Raises:
-            LabelWordError: If it is malformed.
-        """
+        """Parse ``positive=great,good;negative=terrible``; raise a LabelWordError if it is malformed."""
         words: dict[str, tuple[str, ...]] = {}
         for part in filter(str.strip, text.split(";")):
             label, equals, listed = part.partition("=")
@@ -96,11 +87,7 @@ class LabelWords:
         return tuple((index, word) for index, words in enumerate(self.words.values()) for word in words)
 
     def label_of(self, record: Record, *, where: str) -> int:
-        """Return the index of a record's label.
-
-        Raises:
-            RecordError: If the record's target is no label.
-        """
+        """Return the index of a record's label; raise a RecordError if its target is not a label."""
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
             raise RecordError(
@@ -109,11 +96,7 @@ class LabelWords:
         return self.labels.index(label)
 
     def check_records(self, records: Records) -> None:
-        """Check that every record has one of the labels.
-
-        Raises:
-            RecordError: At the first that has not.
-        """
+        """Raise a RecordError at the first record without one of the labels."""
         for number, record in enumerate(records, start=1):
             self.label_of(record, where=f"{records.name}, record {number}")
 
@@ -122,10 +105,8 @@ class LabelWords:
         return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Check the words' token ids as they stand in a filled template, and return a line per word.
-
-        Raises:
-            LabelWordError: If two labels' words have equal ids, or a word is unknown to the tokenizer.
+        """Check the words' token ids in a filled template, and return a line per word. Equal ids of two labels' words,
+        and a word that is unknown to the tokenizer, are a LabelWordError.
         """
         lines = []
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
@@ -144,6 +125,3 @@ class LabelWords:
                 )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
-
-
-EXAMPLE = '"positive=great,good;negative=terrible"'

@@ -1,4 +1,4 @@
-"""Text -> token ids, cut into the segments that the text was put together from. Knows no templates and no model."""
+"""Text -> token ids, cut into the segments that the text was put together from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ ANCHOR_WORD = "a"
 
 @dataclass(frozen=True)
 class Gap:
-    """What stands for the target where an encoder-decoder model learned to fill gaps.
-
-    Args:
-        encoder_ids: At the target's place in what the encoder reads.
-        decoder_ids: In front of the target on the decoder's side.
-        end_id: What ends the target there, if not the end of the text.
+    """What is in the target's place where an encoder-decoder model learned to fill gaps: ``encoder_ids`` in the text
+    that the encoder reads, ``decoder_ids`` in front of the target on the decoder's side. ``end_id`` ends the target
+    there, if it is not the end of the text that does.
     """
 
     encoder_ids: Ids = ()
@@ -56,12 +53,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextRun:
-    """Text that is tokenised as one string.
+    """Text that is tokenised as one string: (name, text) segments in order, of which at most one is the :data:`TARGET`.
 
-    Args:
-        segments: (name, text) in order; at most one is the :data:`TARGET`.
-        is_open: Whether the target is not known; then :data:`ANCHOR_WORD` is its text.
-        lead: A word that is put in front and cut off again; see :meth:`behind_slots`.
+    If ``is_open``, the target is not known and :data:`ANCHOR_WORD` is its text. ``lead`` is a word that is put in front
+    and cut off again; see :meth:`behind_slots`.
     """
 
     segments: tuple[tuple[str, str], ...]
@@ -74,19 +69,14 @@ class TextRun:
         return list(itertools.accumulate((text for _, text in self.segments), initial=self.lead))[1:]
 
     def behind_slots(self) -> TextRun:
-        """Return the run as it goes on behind slots: there it is not the beginning of a text, which some tokenizers
-        mark. Only a word that is glued to the slots begins anew.
+        """Return the run as it goes on behind slots: not at the beginning of a text, which some tokenizers mark. Only a
+        word that is glued to the slots begins anew.
         """
         return self if self.prefixes[-1][:1].isalnum() else replace(self, lead=ANCHOR_WORD)
 
 
 class Encoded(dict[str, Ids]):
-    """The ids of texts: all that cutting ``runs`` looks up is encoded in one call, any other text when it is asked for.
-
-    Args:
-        tokenizer: Encodes the texts.
-        runs: The runs to cut.
-    """
+    """The ids of texts: all that cutting ``runs`` looks up is encoded in one call, other texts when asked for."""
 
     def __init__(self, tokenizer: Tokenizer, runs: Iterable[TextRun]) -> None:
         texts: dict[str, None] = {}
@@ -101,11 +91,11 @@ class Encoded(dict[str, Ids]):
         return ids
 
     def cut(self, run: TextRun) -> list[tuple[str, Ids]]:
-        """Return (name, ids) of a run's segments; a token belongs to the segment in which it ends, but one
-        that begins in the target belongs to the target.
+        """Return (name, ids) of a run's segments. A token belongs to the segment in which it ends, but one that begins
+        in the target belongs to the target. A target that is not known has no ids.
 
         The cuts are found by tokenising ever longer prefixes of the text rather than by character offsets, which
-        tokenizers trim and normalise in different ways. A target that is not known has no ids.
+        tokenizers trim and normalise in different ways.
         """
         *inner, whole = run.prefixes
         ids = self[whole]
@@ -140,10 +130,7 @@ class Encoded(dict[str, Ids]):
         return both[len(word) :] if both[: len(word)] == word else ()
 
     def _within(self, prefix: str) -> Ids:
-        """Return the ids of the beginning of a text as they are when more follows.
-
-        Two line breaks may be one token at the end of a text, and two tokens in front of a word.
-        """
+        """Return the ids of the beginning of a text as they are when more follows: two line breaks may be one token."""
         alone, followed, word = (self[text] for text in _probes(prefix))
         apart = followed[: len(alone)] != alone and followed[-len(word) :] == word
         return followed[: -len(word)] if apart else alone
