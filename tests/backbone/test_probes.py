@@ -117,7 +117,7 @@ def test_a_permuted_model_without_a_mask_token(tmp_path: Any) -> None:
     config = type(model.config)(**{**model.config.to_dict(), "vocab_size": len(tokenizer)})
     type(model)(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="lets a position see what stands behind it"):
+    with pytest.raises(BackboneError, match="lets a position see later tokens"):
         load_backbone(str(tmp_path), device="cpu")
 
 
@@ -171,12 +171,12 @@ def test_a_model_that_looks_for_the_tokens_of_embeddings() -> None:
         pad_token_id=0,
         **{**SMALL, **POSITIONS, **GROUPED, "layer_types": ["sliding_attention", "full_attention"]},
     )
-    with pytest.raises(BackboneError, match=r"cannot read embeddings that are no token's: .* use another"):
+    with pytest.raises(BackboneError, match=r"cannot read embeddings that are not a token's: .* use another"):
         check_reading(made(transformers.Gemma4ForCausalLM, config, "llama"))
 
 
 def test_a_model_whose_embeddings_are_no_tensor() -> None:
     """I-BERT's come with a scale."""
     config = transformers.IBertConfig(vocab_size=len(tokenizer_of("roberta")), **ROBERTA)
-    with pytest.raises(BackboneError, match=r"embeddings of IBertForMaskedLM are no tensor \(tuple\).*use another"):
+    with pytest.raises(BackboneError, match=r"embeddings of IBertForMaskedLM are not a tensor \(tuple\).*use another"):
         made(transformers.IBertForMaskedLM, config, "roberta")

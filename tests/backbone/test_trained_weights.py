@@ -296,9 +296,9 @@ def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-10], "is no whole safetensors file .* cut off or damaged"),
+        (lambda data: data[:-10], "is not a whole safetensors file .* cut off or damaged"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was changed since it was saved"),
-        (lambda _: b"", "is no whole safetensors file"),
+        (lambda _: b"", "is not a whole safetensors file"),
     ],
 )
 def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:

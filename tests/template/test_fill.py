@@ -333,7 +333,7 @@ def test_a_causal_model_does_not_and_says_so_once(
         bound = gpt2.bind("{dropped notice} [Y] and on")
         gpt2.bind("{dropped notice} [Y] and on")
     assert [record.message for record in caplog.records] == [
-        "a causal model cannot see what stands behind [Y]; dropped 'and on' from '{dropped notice} [Y]'"
+        "a causal model cannot see what comes after [Y]; dropped 'and on' from '{dropped notice} [Y]'"
     ]
     assert caplog.records[0].levelno == logging.WARNING
     assert str(bound.template) == "{dropped notice} [Y]"
@@ -348,7 +348,7 @@ def test_a_decoder_does_not_either(families: dict[str, Family], caplog: pytest.L
         template = Template.parse("{dropped word} [>] [Y] and on")
         BoundTemplate(template, tokenizer=families["gpt2"].tokenizer, kind="encoder-decoder")
     assert [record.message for record in caplog.records] == [
-        "a decoder cannot see what stands behind [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
+        "a decoder cannot see what comes after [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
     ]
 
 

@@ -117,8 +117,7 @@ class _BeamSearch:
         batch = first.batch
         if first.memory is None and batch.encoder_tokens:
             raise BackboneError(
-                "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose "
-                "from"
+                "this model has no KV cache, so it cannot write answers; give candidates to choose from"
             )
         self._backbone, self._rows, self._width = backbone, len(examples), width
         self._ending = _Ending(backbone, bound)

@@ -1,13 +1,13 @@
-"""The template language: parse a pattern into pieces, write pieces as a pattern. Knows no tokenizer and no model.
+"""The template language: parse a pattern into pieces, and write pieces as a pattern.
 
-Grammar (every token of it):
-    ``[P]`` ``[P*3]``   one / three slots, started at random
+Grammar:
+    ``[P]`` ``[P*3]``   one / three slots (virtual tokens), started at random
     ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
                         literal brackets
-    ``{name}``          the record's field, may be shortened; ``{name!}`` never is
+    ``{name}``          the record's field; truncation may shorten it, but never ``{name!}``
     ``[X]``             short for ``{x}``
     ``[Y]``             the target, exactly one
-    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, in front of ``[Y]``
+    ``[>]``             start of the decoder's side (encoder-decoder models only); at most one, before ``[Y]``
     ``[[`` ``{{``       literal opening brackets
     anything else       literal text
 """
@@ -28,14 +28,14 @@ DEFAULT_FRONT_SLOTS = 3
 
 @dataclass(frozen=True)
 class Literal:
-    """Text that stands in every filled template (the paper's anchors)."""
+    """Text that is the same in every filled template (the paper's anchors)."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the record; ``keep`` means that it is never shortened."""
+    """A field of the record; with ``keep`` it is never truncated."""
 
     name: str
     keep: bool = False
@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where an encoder-decoder model's template turns to the decoder's side: what follows is read by the decoder."""
+    """Start of the decoder's side in a template for an encoder-decoder model."""
 
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
@@ -77,7 +77,7 @@ class Template:
 
     Raises:
         TemplateError: If there is not exactly one target, if the target's own field is also an input, or if ``[>]``
-            stands twice or behind the target.
+            is there twice or after the target.
 
     Example:
         >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
@@ -96,7 +96,7 @@ class Template:
         if len(turns) > 1:
             raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
         if turns and turns[0] > targets[0]:
-            raise self.error("[>] stands behind [Y], but the target is always on the decoder's side", turns[0])
+            raise self.error("[>] comes after [Y], but the target is always on the decoder's side", turns[0])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -112,13 +112,13 @@ class Template:
 
     @classmethod
     def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
-        """Make the learned template of a manual one: its words become slots that start at them.
+        """Make a learned template from a manual one: its words become slots that start from them.
 
-        ``about``, a noun such as "country", stands in front as ``[P:The country:]``. Without it, a manual template
-        that begins with a field gets three random slots in front, since slots on both sides learn better.
+        ``about``, a noun such as "country", goes first as ``[P:The country:]``. Without it, a manual template that
+        begins with a field gets three random slots before it, since slots on both sides learn better.
 
         Raises:
-            TemplateError: If the manual template is malformed or has slots already.
+            TemplateError: If the manual template is malformed or already has slots.
 
         Example:
             >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
@@ -139,7 +139,7 @@ class Template:
 
     @property
     def has_slots(self) -> bool:
-        """Whether anything in the template is learned; a template without slots is a manual prompt."""
+        """Whether the template has slots; without, it is a manual prompt."""
         return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
 
     @property
@@ -158,8 +158,8 @@ class Template:
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
     def without_slots(self) -> Template:
-        """Return the template with the words that slots start at in their place; slots that start at random are left
-        out, and a space beside them.
+        """Return the template with slots replaced by the words they start from. Slots that start at random are removed,
+        with a space beside them.
 
         Example:
             >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
@@ -188,7 +188,7 @@ class Template:
 
 
 def render(pieces: Iterable[Piece]) -> str:
-    """Write pieces as a pattern; ``Template.parse`` reads the same pieces back."""
+    """Write pieces as a pattern, from which ``Template.parse`` reads the same pieces."""
     written = []
     for piece in pieces:
         match piece:
@@ -289,7 +289,7 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
     name = inside[:-1] if keep else inside
     if not name.strip() or name != name.strip() or "{" in name or "[" in name:
         raise TemplateError(
-            "a field's name stands in braces; expected {field} or {field!}", pattern=pattern, column=start
+            "a field's name goes in braces; expected {field} or {field!}", pattern=pattern, column=start
         )
     return Field(name, keep), end + 1
 
@@ -308,7 +308,7 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
 def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
     turned: list[Piece] = []
     for piece in pieces:
-        # Punctuation alone stays an anchor: it holds the sentence together and has no wording to learn.
+        # Punctuation alone stays an anchor: it holds the sentence together, and there is no wording to learn.
         if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
             turned.append(piece)
             continue
