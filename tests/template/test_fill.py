@@ -571,7 +571,7 @@ def test_a_target_without_tokens_is_refused(families: dict[str, Family]) -> None
 
 def test_a_causal_model_needs_something_in_front_of_the_target(families: dict[str, Family]) -> None:
     """GPT-2 has no BOS: there is no position whose logits could score the first token."""
-    with pytest.raises(TemplateError, match="needs something in front of ") as caught:
+    with pytest.raises(TemplateError, match="needs something before ") as caught:
         families["gpt2"].bind("{x}[Y]").examples([{"x": "", "y": "is"}])
     assert caught.value.column == len("[X]")
     assert families["llama"].bind("[Y]").examples([{"y": "a"}])[0].logit_positions == (0,)
