@@ -67,7 +67,7 @@ def test_a_model_that_takes_embeddings_for_something_else() -> None:
         check_reading(made(Louder, config, "gpt2"))
 
 
-def test_a_model_that_answers_otherwise_at_some_positions() -> None:
+def test_a_model_that_answers_differently_at_some_positions() -> None:
     """ProphetNet predicts several tokens ahead: its head wants every position of several streams."""
     sizes: dict[str, Any] = {
         f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("ffn_dim", 48),)
@@ -76,7 +76,9 @@ def test_a_model_that_answers_otherwise_at_some_positions() -> None:
     config = transformers.ProphetNetConfig(
         vocab_size=len(tokenizer_of("bert")), hidden_size=32, decoder_start_token_id=2, **sizes
     )
-    with pytest.raises(BackboneError, match=r"ProphetNetForConditionalGeneration (answers otherwise|cannot be asked)"):
+    with pytest.raises(
+        BackboneError, match=r"ProphetNetForConditionalGeneration (answers differently|cannot be asked)"
+    ):
         check_reading(made(transformers.ProphetNetForConditionalGeneration, config, "bert"))
 
 
