@@ -1,9 +1,10 @@
-"""Where a result comes from: the versions of all packages that it depends on."""
+"""Where a result comes from: the versions of all packages that it depends on, and the data."""
 
 from __future__ import annotations
 
 import platform
 from importlib import metadata
+from typing import Protocol
 
 # The one place of the version; pyproject.toml reads it from here.
 VERSION = "0.1.0"
@@ -14,3 +15,18 @@ def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
     found = {name: metadata.version(name) for name in packages}
     return {"ptuning": VERSION, "python": platform.python_version(), **found}
+
+
+class Data(Protocol):
+    """Records or questions: rows with a name and a hash."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def sha256(self) -> str: ...  # noqa: D102
+    def __len__(self) -> int: ...
+
+
+def described(data: Data, **counts: int) -> dict[str, str | int]:
+    """Return the description of a part of the data for records: its name, hash and rows, then further counts."""
+    return {"name": data.name, "sha256": data.sha256, "rows": len(data), **counts}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Json
+from ptuning.files import Unchecked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -79,7 +79,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     try:
         with torch.random.fork_rng(devices=[]):  # their start values are overwritten
             _inject(model, _read_config(config))
-    except (TypeError, ValueError) as error:
+    except (PromptError, TypeError, ValueError) as error:
         raise PromptError(
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
             "they were trained on"
@@ -147,52 +147,48 @@ def _inject(model: nn.Module, config: object) -> None:
 
 
 def _read_config(config: bytes) -> object:
-    """Return the peft config of saved adapters.
+    """Return peft's description of saved adapters.
 
-    Only known keys with values of the right type are read: other keys of a file could name code to load.
+    Only the keys of :data:`READ` are read, each with its type: other keys of a file could name code to be loaded.
     """
-    saved = json.loads(config)
-    if not isinstance(saved, dict):
-        raise TypeError("their config is not a JSON object")
-    found = {name: saved.get(name) for name in READ}
-    for name, (wanted, fits) in READ.items():
-        if not fits(found[name]):
-            raise TypeError(f"'{name}' must be {wanted}, and is {json.dumps(found[name])}")
-    given = {name: value for name, value in found.items() if value is not None}
+    saved = Unchecked(json.loads(config), error=PromptError)
+    values = {name: saved.at(name) for name in READ}
+    given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
     return _peft().LoraConfig(**given, inference_mode=True)
 
 
-def _is_rank(value: Json) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _scale(value: Unchecked) -> object:
+    value.number()
+    return value.value  # a whole number stays one
 
 
-def _is_number(value: Json) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], dict[str, object]]:
+    """Return the reader of a mapping from patterns of names to values."""
+
+    def read_all(value: Unchecked) -> dict[str, object]:
+        if not all(PATTERN.fullmatch(name) for name in value.mapping()):
+            raise value.wrong("numbers by names of modules")
+        return {name: read(one) for name, one in value.table().items()}
+
+    return read_all
 
 
-def _are_names(value: Json) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _rank(value: Unchecked) -> int:
+    return value.whole(least=1)
 
 
-def _by_pattern(fits: Callable[[Json], bool]) -> Callable[[Json], bool]:
-    """Return a check for a dict of such values by name patterns, or None."""
-    return lambda value: (
-        value is None
-        or (isinstance(value, dict) and all(PATTERN.fullmatch(name) and fits(one) for name, one in value.items()))
-    )
-
-
-# The keys of an adapter config that are read: what each must be, and a check for it. Besides linear modules, peft
-# adapts parameters, which hold all experts of a layer, and gives a parameter stacked from two modules its own rank.
-READ: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
-    "target_modules": ("a list of names", _are_names),
-    "target_parameters": ("a list of names, or null", lambda value: value is None or _are_names(value)),
-    "r": ("a whole number above 0", _is_rank),
-    "lora_alpha": ("a number", _is_number),
-    "rank_pattern": ("whole numbers above 0 by names", _by_pattern(_is_rank)),
-    "alpha_pattern": ("numbers by names", _by_pattern(_is_number)),
-    "fan_in_fan_out": ("true or false", lambda value: value is None or isinstance(value, bool)),
+# The keys of peft's config that are read, and how. peft adapts linear modules and also parameters that hold all experts
+# of a layer; a module that stacks two others has a rank of its own.
+READ: Mapping[str, Callable[[Unchecked], object]] = {
+    "target_modules": Unchecked.texts,
+    "target_parameters": Unchecked.texts,
+    "r": _rank,
+    "lora_alpha": _scale,
+    "rank_pattern": _by_pattern(_rank),
+    "alpha_pattern": _by_pattern(_scale),
+    "fan_in_fan_out": Unchecked.flag,
 }
+REQUIRED = ("target_modules", "r", "lora_alpha")
 
 
 def _peft() -> ModuleType:

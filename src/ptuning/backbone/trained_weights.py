@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import safetensors
 import safetensors.torch
@@ -17,13 +18,15 @@ from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone, beside_pads, running
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
-from ptuning.files import Json, file_error, file_sha256, read_bytes, replacing, write_bytes
+from ptuning.files import Json, Unchecked, file_error, file_sha256, read_bytes, replacing, write_bytes
 
 PREFIX = ".weights-"
 DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
+# What TrainedWeights may hold.
+TRAINED: tuple[Tune, ...] = ("tuned", "lora")
 
 
 def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter]:
@@ -169,37 +172,34 @@ class TrainedWeights:
         }
 
     @classmethod
-    def load(cls, folder: Path, about: Mapping[str, Json]) -> TrainedWeights:
-        """Read saved weights; their values are read from disk when they are used.
+    def load(cls, folder: Path, about: Unchecked) -> TrainedWeights:
+        """Read the weights back. Their values are read from disk when they are used.
 
         Args:
             folder: The folder they were written to.
-            about: What :meth:`save` returned.
+            about: The entry that :meth:`save` returned.
 
         Raises:
             FileError: If a file cannot be read.
-            PromptError: If one is truncated or was changed.
-            TypeError: If ``about`` was not made by :meth:`save`.
+            PromptError: If one is cut off or was changed; of the class of ``about``, if that is not what it must be.
         """
-        tune, keep, hashes = about.get("tune"), about.get("keep"), about.get("sha256")
-        if tune not in ("tuned", "lora") or keep not in ("difference", "whole") or not isinstance(hashes, Mapping):
-            raise TypeError(f"'weights' must say tune, keep and sha256, and says {tune}, {keep} and {hashes}")
-        empty = cls(tune, keep, str(about.get("fingerprint")), {})  # type: ignore[arg-type]  # checked above
-        if empty.file not in hashes:
-            raise TypeError(f"the sha256 of {empty.file} is missing")
+        hashes = {name: one.text() for name, one in about.at("sha256").table().items()}
+        tune, keep = about.at("tune").one_of(TRAINED), about.at("keep").one_of(get_args(Keep))
+        empty = cls(tune, keep, about.at("fingerprint").text(), {})
+        for name in (empty.file, *((lora.CONFIG_FILE,) if tune == "lora" else ())):
+            if name not in hashes:
+                raise about.failure(f"the sha256 of {name} is missing")
         for name in hashes:
             if Path(name).name != name:
-                raise TypeError(f"'{name}' is not a file name")
-        tensors = read_tensors(folder / empty.file)  # first, since "truncated" says more than "changed"
+                raise about.failure(f"'{name}' is not the name of a file")
+        tensors = read_tensors(folder / empty.file)  # first: "cut off" says more than "changed"
         for name, wanted in hashes.items():
             if file_sha256(folder / name) != wanted:
                 raise PromptError(
                     f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
                 )
         files = {name: read_bytes(folder / name) for name in hashes if name != empty.file}
-        if tune == "lora" and lora.CONFIG_FILE not in files:
-            raise TypeError(f"the sha256 of {lora.CONFIG_FILE} is missing")
-        return cls(empty.tune, empty.keep, empty.fingerprint, tensors, files)
+        return cls(tune, keep, empty.fingerprint, tensors, files)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:

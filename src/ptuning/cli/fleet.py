@@ -20,7 +20,7 @@ from ptuning.errors import ConfigError, PTuningError
 if TYPE_CHECKING:
     from ptuning.files import Json
     from ptuning.template.labels import LabelWords
-    from ptuning.training.fleet_file import Entry, FleetFile
+    from ptuning.training.fleet_file import FleetEntry, FleetFile
     from ptuning.training.run import TrainResult
     from ptuning.training.train_fleet import FleetPrompt, FleetResult
 
@@ -87,7 +87,7 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
     return found
 
 
-def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
     from ptuning.training.train_fleet import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)

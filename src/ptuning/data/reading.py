@@ -28,16 +28,12 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
     """Read records from a data file or from the shipped facts.
 
-    Values are text: numbers and booleans are written as JSON writes them, ``null`` counts as absent, lists and
-    objects are left out. A record without ``x`` takes LAMA's ``sub_label`` for it, one without ``y`` takes
-    ``obj_label`` or ``label``.
+    Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
+    is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``.
 
     Args:
         source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, or shipped facts as ``NAME:split``.
         fields: New field name -> name in the file, such as ``{"y": "answer"}``.
-
-    Returns:
-        The records, in the order of the file.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.
@@ -63,19 +59,14 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
 
 
 def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> list[Record]:
-    """Parse the bytes of a data file; the format is read from the ending of ``name`` (JSONL for any other).
-
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
-    """
+    """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
     return [_renamed(clean(row, where=where), fields, where=where) for where, row in raw_rows(data, name=name)]
 
 
 def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as the file has it).
+    """Parse the bytes of a data file; its format follows from the ending of ``name`` (JSONL for any other).
 
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
+    Returns (file and line, row as the file has it) pairs; raises a RecordError with both if a row cannot be read.
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
@@ -188,7 +179,7 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
 
 
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names, without the old ones, so that no copy of an answer is left."""
+    """Return a record with fields under their new names only, so that no copy of an answer is left."""
     renamed = {}
     for new, old in (fields or {}).items():
         if old not in record:

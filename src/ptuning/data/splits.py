@@ -9,17 +9,13 @@ from dataclasses import dataclass, replace
 
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import SPLITS
-from ptuning.data.relation_layouts import FACTS
-from ptuning.data.relations import FLAW, SENTENCE_FIELDS, Relation, subject_of
+from ptuning.data.relations import FACTS, FLAW, SENTENCE_FIELDS, Relation, subject_of
 from ptuning.errors import RecordError
 from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_json
 
 # Fields that may hold a copy of the answer. The same input with another answer must not be in two parts.
 ANSWERS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
 
-NOT_WHOLE = "no subject or object"
-TWICE = "twice the same fact"
-OVER_LIMIT = "over the limit"
 HELD_OUT = 0.2  # of a relation's subjects, for the development and for the test part
 
 
@@ -30,18 +26,10 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
 
 
 def split_questions(questions: Questions, *, fraction: float, seed: int) -> tuple[Questions, Questions]:
-    """Hold out a share of the rows. The rows of a group, and rows with the same input, stay together.
+    """Hold out a ``fraction`` in (0, 1) of the rows. The rows of a group, and rows with the same input, stay together.
 
-    Args:
-        questions: At least two different groups or inputs.
-        fraction: Share of the part that is held out, in (0, 1).
-        seed: Seed of the draw.
-
-    Returns:
-        The rest, and the part that is held out, each in the original order.
-
-    Raises:
-        RecordError: If there are too few different inputs to split.
+    Returns the rest, and the part that is held out, each in the original order. Fewer than two different inputs are a
+    RecordError.
     """
     units = _units(questions, lambda row: _input(row, hidden=ANSWERS))
     if len(units) < 2:
@@ -80,19 +68,10 @@ def draw_questions(questions: Questions, limit: int | None, *, seed: int) -> Que
 
 
 def draw_few(pool: Questions, count: int, labels: Sequence[str] = (), *, seed: int) -> tuple[Questions, Questions]:
-    """Draw a few-shot training part and a development part of the same size.
+    """Draw a few-shot training part and a development part of ``count`` examples each; too few are a RecordError.
 
-    A group is one example with all of its rows, as FewGLUE counts. Without groups the labels take turns, so that each
-    has the same number of examples as long as there are enough.
-
-    Args:
-        pool: What to draw from.
-        count: Examples of each part.
-        labels: Names of the labels; empty if the rows have none.
-        seed: Seed of the draw.
-
-    Raises:
-        RecordError: If there are too few.
+    A group is one example with all of its rows, as FewGLUE counts. Without groups the ``labels``, if there are any,
+    take turns, so that each has the same number of examples as long as there are enough.
     """
     units = list(_units(pool, _asked).values())
     if len(units) < 2 * count:
@@ -111,9 +90,7 @@ def draw_few(pool: Questions, count: int, labels: Sequence[str] = (), *, seed: i
 
 
 def with_few_choices(questions: Questions, count: int, *, seed: int) -> Questions:
-    """Leave at most ``count`` choices to each row: a right one, and a draw of the others. In training, every choice
-    costs a row of the batch.
-    """
+    """Leave at most ``count`` choices to each row: a right one, and a draw of the others."""
     few = []
     for number, question in enumerate(questions):
         if len(question.choices) > count:
@@ -129,12 +106,12 @@ def with_few_choices(questions: Questions, count: int, *, seed: int) -> Question
 
 @dataclass(frozen=True)
 class Split:
-    """A relation's facts, filtered and divided.
+    """A relation's facts, filtered and divided; subjects of the test part are in no other part.
 
     Args:
         train: The facts to train on.
         dev: The facts to choose with.
-        test: The facts to score; their subjects are in no other part.
+        test: The facts to score.
         rows: Number of facts that were read.
         dropped: Reason -> number of facts that were dropped for it.
         how: How the parts were made, in words.
@@ -158,10 +135,10 @@ def split_relation(
 ) -> Split:
     """Filter a relation's facts and divide them.
 
-    Facts in one file are divided 60/20/20 by subject. The subjects of the whole file are drawn before any fact is
-    dropped: the part of a fact depends on the subjects and the seed alone, and is the same for every tokenizer and
-    every order of the file. Given parts stay as they are, but a fact is dropped if its subject is in a later part too.
-    A missing part is drawn from the training part's subjects.
+    Facts in one file are divided 60/20/20 by subject, drawn before any fact is dropped: the part of a fact depends on
+    the subjects and the seed alone, and is the same for every tokenizer and every order of the file. Given parts stay
+    as they are, but a fact is dropped if its subject is in a later part too. A missing part is drawn from the training
+    part's subjects.
 
     Args:
         relation: The relation.
@@ -171,8 +148,7 @@ def split_relation(
         limit: Keep at most this many facts in all, of drawn subjects and in the proportions of the parts.
 
     Raises:
-        RecordError: If a part is empty (it says why), if there is no training part, or if the limit leaves less than
-            one fact for each part.
+        RecordError: If there is no training part, or a part is empty (it says why).
     """
     if limit is not None and limit < len(SPLITS):
         raise RecordError(f"{relation.name}: a limit of {limit} facts; the three parts need at least one each")
@@ -288,11 +264,11 @@ def _usable(
             target = record.get(TARGET_FIELD, "").strip()
             fact = (subject_of(record), target, *(record.get(name) for name in SENTENCE_FIELDS))
             if not (subject_of(record) and target):
-                dropped[NOT_WHOLE] += 1
+                dropped["no subject or object"] += 1
             elif FLAW in record:
                 dropped[record[FLAW]] += 1
             elif fact in seen:
-                dropped[TWICE] += 1
+                dropped["twice the same fact"] += 1
             else:
                 seen.add(fact)
                 whole.append((part, record))
@@ -321,7 +297,7 @@ def _limited(
 ) -> dict[str, list[Record]]:
     """Return at most ``limit`` facts of drawn subjects; each part keeps its share, and at least one fact."""
     total = sum(map(len, parts.values()))
-    dropped[OVER_LIMIT] += total - limit
+    dropped["over the limit"] += total - limit
     room = {part: min(len(parts[part]), max(1, limit * len(parts[part]) // total)) for part in SPLITS}
     while sum(room.values()) < limit:  # shares were rounded down
         room[max(SPLITS, key=lambda part: len(parts[part]) - room[part])] += 1

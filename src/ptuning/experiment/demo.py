@@ -20,6 +20,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.prompt.storage import VECTORS_FILE
+from ptuning.provenance import described
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
@@ -147,7 +148,7 @@ def _score_test(
     ]
     record = dict(result.record)
     data = record["data"]
-    tested: Json = {"name": test.name, "sha256": test.sha256, "rows": len(test), "kept": len(test), "dropped": 0}
+    tested = described(test, kept=len(test), dropped=0)
     record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
     record["scores"] = {name: {EXACT_MATCH: found.to_json()} for name, found in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)

@@ -325,8 +325,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         multiline=manifest.at("multiline", default=False).flag(),
         method=manifest.at("method").text(),
         seed=manifest.optional("seed", Unchecked.whole),
-        # Not number(): a loss may be infinite.
-        scores={name: float(str(one.value)) for name, one in manifest.at("scores", {}).table().items()},
+        scores={name: one.number(finite=False) for name, one in manifest.at("scores", {}).table().items()},
         task=manifest.optional("task", lambda one: TaskFile.parse(one.at("file").text(), where="its task")),
         calibrate=manifest.at("calibrate", default=False).flag(),
         normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),

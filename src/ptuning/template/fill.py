@@ -1,8 +1,8 @@
-"""Fill a template: record -> token ids, slot positions and scored positions, unpadded; with truncation of long records.
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded.
 
-The rules (docs/templates.md): text between two slots is tokenised as one string. A space belongs to the piece after it.
-The target has the ids that it has in the filled sentence. Special tokens count as such only in the template itself,
-never in a record. Truncation shortens only fields without ``!``.
+The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
+follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
+itself writes it, never in a record; only fields without ``!`` are truncated to the context length.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ class Example:
         token_ids: The row, with :data:`SLOT_PLACEHOLDER` at the slots. For an encoder-decoder model, the encoder's part
             and then the decoder's.
         slot_positions: The positions of the slots, in template order.
-        logit_positions: The positions whose logits score ``target_ids``; in a model that writes from left to right, one
-            before each token.
+        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
         target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
         own_tokens: Number of ``target_ids`` without the stop token.
-        shortened: Whether truncation shortened a field.
+        shortened: Whether a field was truncated to fit.
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
     """
 
@@ -84,16 +83,15 @@ class BoundTemplate:
     """A template together with the tokenizer and kind of one backbone.
 
     Args:
-        template: The template. Text after the target is dropped, with a notice, if the model cannot see it: for a
-            causal model, and on a decoder's side.
+        template: The template. Text behind the target is dropped with a notice for a causal model, and behind ``[>]``.
         tokenizer: The tokenizer of the backbone.
         kind: The kind of language model.
         multiline: Whether targets may contain line breaks. If not, a causal model's answer ends with its line: models
             tend to write a line break there anyway, so a prompt learns it in fewer steps than the end of the text.
 
     Raises:
-        TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or the template
-            has ``[>]`` and the model has no decoder's side.
+        TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
+            is in the template of a model without a decoder's side.
     """
 
     def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
@@ -133,11 +131,7 @@ class BoundTemplate:
         return len(self.slot_start_ids)
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
-        """Check that the record has every field of the template.
-
-        Raises:
-            TemplateError: At the first missing field; names the record's fields.
-        """
+        """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
@@ -151,16 +145,13 @@ class BoundTemplate:
         with_stop: bool = False,
         source: str = "record",
     ) -> list[Example]:
-        """Fill the template with records and their targets.
+        """Fill the template with N records and their targets.
 
         Args:
             records: N records.
             targets: N targets; by default each record's own.
             with_stop: Whether the stop token is scored after the target, for a model that writes.
             source: Name of the records in messages.
-
-        Returns:
-            N examples, in the order of the records.
 
         Raises:
             TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
@@ -178,13 +169,9 @@ class BoundTemplate:
         return self._build(rows)
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
-        """Fill the template without targets, with room for targets of ``target_tokens`` tokens.
-
-        For a causal model (or a decoder) the row ends before the target; for a masked model it has that many masks.
-        ``target_ids`` is empty.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        """Fill the template without targets, with room for ``target_tokens`` tokens: for a causal model up to the
+        target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty; errors as for
+        :meth:`examples`.
         """
         return self._build(
             [
@@ -194,13 +181,9 @@ class BoundTemplate:
         )
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
-        """Return (part, token id) for each position of the filled record.
-
-        Parts are ``special``, ``slot``, ``literal``, ``field NAME`` and ``target``. A token that a field shares with
-        the text before it belongs to the field. The id of a slot is that of its start; None for a random start.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
+        ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
+        The id of a slot is its start's, None if it starts at random. Errors as for :meth:`examples`.
         """
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None)

@@ -1,4 +1,4 @@
-"""Label words (the verbalizer): the words of each label; and how a closed set of answers is scored."""
+"""Label words: which words mean which label (the verbalizer), and how a closed set of answers is scored."""
 
 from __future__ import annotations
 
@@ -42,11 +42,7 @@ PLAIN = Scoring()
 class LabelWords:
     """The words of each label, by the label's name.
 
-    Args:
-        words: Label name -> one or more words.
-
-    Raises:
-        LabelWordError: If there are fewer than two labels, a label has no words, or two labels share a word.
+    Raises a LabelWordError if there are fewer than two labels, a label has no words, or a word is given for two labels.
     """
 
     words: Mapping[str, tuple[str, ...]]
@@ -68,11 +64,7 @@ class LabelWords:
 
     @classmethod
     def parse(cls, text: str) -> LabelWords:
-        """Parse ``positive=great,good;negative=terrible``.
-
-        Raises:
-            LabelWordError: If it is malformed.
-        """
+        """Parse ``positive=great,good;negative=terrible``; raise a LabelWordError if it is malformed."""
         words: dict[str, tuple[str, ...]] = {}
         for part in filter(str.strip, text.split(";")):
             label, equals, listed = part.partition("=")
@@ -94,11 +86,7 @@ class LabelWords:
         return tuple((index, word) for index, words in enumerate(self.words.values()) for word in words)
 
     def label_of(self, record: Record, *, where: str) -> int:
-        """Return the index of a record's label.
-
-        Raises:
-            RecordError: If the record's target is not a label.
-        """
+        """Return the index of a record's label; raise a RecordError if its target is not a label."""
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
             raise RecordError(
@@ -107,11 +95,7 @@ class LabelWords:
         return self.labels.index(label)
 
     def check_records(self, records: Records) -> None:
-        """Check that every record has one of the labels.
-
-        Raises:
-            RecordError: At the first that has none.
-        """
+        """Raise a RecordError at the first record without one of the labels."""
         for number, record in enumerate(records, start=1):
             self.label_of(record, where=f"{records.name}, record {number}")
 

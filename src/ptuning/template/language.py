@@ -1,13 +1,13 @@
-"""The template language: parse a pattern into pieces, and write pieces as a pattern.
+"""The template language: parse a pattern into pieces, write pieces as a pattern.
 
 Grammar:
     ``[P]`` ``[P*3]``   one / three slots (virtual tokens), started at random
     ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
                         literal brackets
-    ``{name}``          the record's field; truncation may shorten it, but never ``{name!}``
+    ``{name}``          the record's field, may be truncated; ``{name!}`` never is
     ``[X]``             short for ``{x}``
     ``[Y]``             the target, exactly one
-    ``[>]``             start of the decoder's side (encoder-decoder models only); at most one, before ``[Y]``
+    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, before ``[Y]``
     ``[[`` ``{{``       literal opening brackets
     anything else       literal text
 """
@@ -15,7 +15,7 @@ Grammar:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ptuning.errors import TemplateError
@@ -66,18 +66,15 @@ class Turn:
 
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
+BRACKETS: Mapping[str, Piece] = {"X": Field("x"), "Y": Target(), ">": Turn(), "P": Slots(1)}
 
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed pattern.
+    """A parsed pattern: pieces in order, exactly one of them the target; neighbouring literals are joined.
 
-    Args:
-        pieces: The pieces in order, exactly one of them the target; neighbouring literals are joined.
-
-    Raises:
-        TemplateError: If there is not exactly one target, if the target's own field is also an input, or if ``[>]``
-            is there twice or after the target.
+    Raises a TemplateError if there is not exactly one target, if the target's own field is also an input, or if ``[>]``
+    is there twice or behind the target.
 
     Example:
         >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
@@ -103,22 +100,16 @@ class Template:
 
     @classmethod
     def parse(cls, pattern: str) -> Template:
-        """Parse a pattern.
-
-        Raises:
-            TemplateError: With the pattern, a caret at the column, and what was expected.
-        """
+        """Parse a pattern; a TemplateError shows it with a caret at the column, and what was expected."""
         return cls(tuple(_joined(_scan(pattern))))
 
     @classmethod
     def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
         """Make a learned template from a manual one: its words become slots that start from them.
 
-        ``about``, a noun such as "country", goes first as ``[P:The country:]``. Without it, a manual template that
-        begins with a field gets three random slots before it, since slots on both sides learn better.
-
-        Raises:
-            TemplateError: If the manual template is malformed or already has slots.
+        ``about``, a noun such as "country", goes in front as ``[P:The country:]``. Without it, a manual template that
+        begins with a field gets three random slots in front, since slots on both sides learn better. Raises a
+        TemplateError if the manual template is malformed or has slots already.
 
         Example:
             >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
@@ -158,8 +149,7 @@ class Template:
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
     def without_slots(self) -> Template:
-        """Return the template with slots replaced by the words they start from. Slots that start at random are removed,
-        with a space beside them.
+        """Return the template with words in place of the slots that start at them, and without random slots.
 
         Example:
             >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
@@ -234,14 +224,8 @@ def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
     if end < 0:
         raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
     inside = pattern[start + 1 : end]
-    if inside == "X":
-        return Field("x"), end + 1
-    if inside == "Y":
-        return Target(), end + 1
-    if inside == ">":
-        return Turn(), end + 1
-    if inside == "P":
-        return Slots(1), end + 1
+    if inside in BRACKETS:
+        return BRACKETS[inside], end + 1
     counted = re.fullmatch(r"P\*([0-9]+)", inside)
     if counted is None:
         raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
@@ -259,18 +243,12 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
             text.append(pattern[at])
             at += 2
         elif pattern[at] == "[":
-            raise TemplateError(
-                "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them",
-                pattern=pattern,
-                column=start,
-            )
+            message = "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them"
+            raise TemplateError(message, pattern=pattern, column=start)
         elif pattern[at] == "]":
             if not "".join(text).strip():
-                raise TemplateError(
-                    "[P:words] without words; write [P] for one slot that starts at random",
-                    pattern=pattern,
-                    column=start,
-                )
+                message = "[P:words] without words; write [P] for one slot that starts at random"
+                raise TemplateError(message, pattern=pattern, column=start)
             return TextSlots("".join(text)), at + 1
         else:
             text.append(pattern[at])
@@ -314,7 +292,5 @@ def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
             continue
         words = piece.text.strip()
         before, after = piece.text.split(words, 1)
-        turned += [Literal(before)] if before else []
-        turned.append(TextSlots(words))
-        turned += [Literal(after)] if after else []
+        turned += [piece for piece in (Literal(before), TextSlots(words), Literal(after)) if piece.text]
     return turned

@@ -1,4 +1,4 @@
-"""Tokenise a text made of segments as one string, and cut its token ids at the segments."""
+"""Text -> token ids, cut into the segments that the text was put together from."""
 
 from __future__ import annotations
 
@@ -74,20 +74,14 @@ class TextRun:
         return list(itertools.accumulate((text for _, text in self.segments), initial=self.lead))[1:]
 
     def behind_slots(self) -> TextRun:
-        """Return the run for a place after slots, where it is not the beginning of a text (some tokenizers mark that).
-
-        Only a word without a space between it and the slots counts as a beginning.
+        """Return the run as it goes on behind slots: not at the beginning of a text, which some tokenizers mark. Only a
+        word that is glued to the slots begins anew.
         """
         return self if self.prefixes[-1][:1].isalnum() else replace(self, lead=ANCHOR_WORD)
 
 
 class Encoded(dict[str, Ids]):
-    """The ids of texts. All texts needed to cut ``runs`` are encoded in one call, others when they are looked up.
-
-    Args:
-        tokenizer: Encodes the texts.
-        runs: The runs to cut.
-    """
+    """The ids of texts: all that cutting ``runs`` looks up is encoded in one call, other texts when asked for."""
 
     def __init__(self, tokenizer: Tokenizer, runs: Iterable[TextRun]) -> None:
         texts: dict[str, None] = {}
@@ -102,11 +96,11 @@ class Encoded(dict[str, Ids]):
         return ids
 
     def cut(self, run: TextRun) -> list[tuple[str, Ids]]:
-        """Return (name, ids) of a run's segments.
+        """Return (name, ids) of a run's segments. A token belongs to the segment in which it ends, but one that begins
+        in the target belongs to the target. A target that is not known has no ids.
 
-        A token belongs to the segment in which it ends, but one that begins in the target belongs to the target. The
-        cuts are found by tokenising longer and longer prefixes of the text: character offsets would not do, since
-        tokenizers trim and normalise them in different ways. An unknown target has no ids.
+        The cuts are found by tokenising ever longer prefixes of the text rather than by character offsets, which
+        tokenizers trim and normalise in different ways.
         """
         *inner, whole = run.prefixes
         ids = self[whole]
@@ -141,10 +135,7 @@ class Encoded(dict[str, Ids]):
         return both[len(word) :] if both[: len(word)] == word else ()
 
     def _within(self, prefix: str) -> Ids:
-        """Return the ids that a prefix has when more text follows.
-
-        Two line breaks may be one token at the end of a text, and two tokens before a word.
-        """
+        """Return the ids of the beginning of a text as they are when more follows: two line breaks may be one token."""
         alone, followed, word = (self[text] for text in _probes(prefix))
         apart = followed[: len(alone)] != alone and followed[-len(word) :] == word
         return followed[: -len(word)] if apart else alone
