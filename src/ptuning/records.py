@@ -15,12 +15,8 @@ ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 
 
 class Records(list[Record]):
-    """A list of records that knows where it came from.
-
-    Args:
-        rows: The records.
-        name: The file's path as given, or ``NAME:split``, for ``run.json`` and messages.
-        digest: SHA-256 of the file's bytes; of the records' canonical JSON where there is no file.
+    """A list of records and where it came from: ``name`` is the path as given, ``NAME:split`` or ``in memory``,
+    ``sha256`` the hash of the file's bytes, or of the records' canonical JSON where there is no file.
     """
 
     def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:

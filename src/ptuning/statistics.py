@@ -158,9 +158,7 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
     """Return the mean of per-row values with a 95 % interval; raise a ValueError if there are none.
 
     Zeros and ones are a proportion and get Wilson's interval, which is not empty even at 0 of 20, where a bootstrap
-    would be certain. Other values get the interval of :func:`mean_score`, whose bootstrap takes the seed.
-
-    Source: Wilson (1927), through ``scipy.stats``.
+    would be certain. Other values get that of :func:`mean_score`. Source: Wilson (1927), through ``scipy.stats``.
     """
     import numpy as np
     from scipy import stats  # takes half a second to load
@@ -174,9 +172,8 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
 
 def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_BOUNDS, seed: int = 0) -> Score:
     """Return the mean of scores other than zeros and ones, such as a mean over relations, with a 95 % interval:
-    percentiles of a seeded bootstrap, or Student's interval for fewer than :data:`FEW_VALUES` values.
-
-    Raises a ValueError if there are no values. The interval of a single value, or of equal ones, is that value.
+    percentiles of a seeded bootstrap, or Student's interval for fewer than :data:`FEW_VALUES` values. The interval of a
+    single value, or of equal ones, is that value; no values are a ValueError.
 
     Sources: Efron and Tibshirani (1993) and Student (1908), through ``scipy.stats``.
     """
@@ -236,10 +233,7 @@ def grouped(values: Sequence[float] | Ratios, groups: Sequence[str]) -> Ratios:
 
 
 def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return Spearman's rank correlation; None where all values of one side are equal.
-
-    Source: Spearman (1904), through ``scipy.stats``.
-    """
+    """Return Spearman's (1904) rank correlation; None where all values of one side are equal."""
     from scipy import stats
 
     if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:

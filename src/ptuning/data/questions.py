@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ptuning.data.noun_phrases import other_phrases
+from ptuning.data.reading import Row
 from ptuning.data.row_paths import Context, RowPath, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
@@ -138,7 +139,7 @@ class Reader:
     group: tuple[RowPath, ...] = ()
     idx: Mapping[str, RowPath] = field(default_factory=dict)
 
-    def read(self, rows: Iterable[tuple[str, Mapping[str, object]]], *, labelled: bool = True) -> Iterator[Question]:
+    def read(self, rows: Iterable[Row], *, labelled: bool = True) -> Iterator[Question]:
         """Yield the questions of rows, each given as (file and line, row); raise a RecordError at one that does not
         fit.
         """

@@ -15,15 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning.data.reading import SPLITS, SUFFIXES, raw_rows
+from ptuning.data.reading import SPLITS, SUFFIXES, Row, raw_rows
 from ptuning.errors import FileError, RecordError, TemplateError, closest
 from ptuning.files import file_error, read_bytes, sha256
 from ptuning.records import TARGET_FIELD, Record, Records, clean
 from ptuning.template.language import Template
 
 logger = logging.getLogger(__name__)
-
-Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
 
 FACTS = "facts"  # the part of a relation whose facts are not divided yet
 # A .json file beside facts describes them, as the hub's dataset_infos.json does.
@@ -64,9 +62,7 @@ FLAW = "flaw"
 
 @dataclass(frozen=True)
 class About:
-    """What the list of relations says about one: its template, name and type (``1-1``, ``N-1`` or ``N-M``), if
-    anything.
-    """
+    """What the list of relations says about one, if anything; its type is ``1-1``, ``N-1`` or ``N-M``."""
 
     template: str | None = None
     label: str | None = None
@@ -106,23 +102,18 @@ class Relation:
 
 
 def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) -> list[Relation]:
-    """Read relations in one of the two layouts above.
+    """Read relations in one of the two layouts above, in natural order (P17 before P103).
 
-    Args:
-        folder: The folder, or one file with the facts of one relation.
-        which: Names (``P36``), types (``1-1``, ``N-1``, ``N-M``) or ``all``.
-
-    Returns:
-        The relations in natural order (P17 before P103). A relation without facts is left out with a notice.
+    ``folder`` is a folder, or one file with the facts of one relation; ``which`` has names (``P36``), types (``1-1``,
+    ``N-1``, ``N-M``) or ``all``. A relation without facts is left out with a notice.
 
     Raises:
         FileError: If the folder holds no relations.
         RecordError: If a row cannot be read (it names file and line), or if a relation of ``which`` is not there.
     """
     layout = find_layout(folder)
-    chosen = _chosen(layout, which, folder=str(folder))
     relations = []
-    for name in sorted(chosen, key=_natural):
+    for name in sorted(_chosen(layout, which, folder=str(folder)), key=_natural):
         relation = _relation(name, layout)
         if any(relation.parts.values()):
             relations.append(relation)
@@ -134,7 +125,6 @@ def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) 
 
 
 def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
-    """Return the names of the relations that are asked for by name or type."""
     chosen: set[str] = set()
     for name in [which] if isinstance(which, str) else which:
         of_type = {each for each in layout.facts if layout.about.get(each, About()).type == name}
@@ -171,7 +161,8 @@ def _relation(name: str, layout: Layout) -> Relation:
     files = layout.facts[name]
     read = {part: read_facts(path) for part, path in files.items()}
     rows = [row for part_rows, _ in read.values() for _, row in part_rows]
-    source = str(next(iter(files.values())) if len(files) == 1 else next(iter(files.values())).parent)
+    file = next(iter(files.values()))
+    source = str(file if len(files) == 1 else file.parent)
     named = sorted({named for row in rows if (named := relation_of(row)) is not None}, key=_natural)
     if len(named) > 1 or (template is None and named and named != [name]):
         raise RecordError(
@@ -255,12 +246,8 @@ def subject_of(record: Record) -> str:
 
 
 def find_layout(folder: str | Path) -> Layout:
-    """Find the files of a folder of relations, or of one file with the facts of a relation; facts are not read yet.
-
-    Raises:
-        FileError: If there are no relations (it lists what was looked for and what was found), or if a relation's
-            facts are in two places.
-        RecordError: If the list of relations cannot be read.
+    """Find the files of a folder of relations, or of one file with a relation's facts; facts are not read yet. A
+    FileError lists what was looked for and what was found.
     """
     path = Path(folder)
     is_file = os.path.isfile(path)  # unlike Path.is_file, False for a name that cannot be a path
@@ -315,11 +302,8 @@ def read_patterns(path: Path) -> tuple[str, ...]:
 
 
 def as_pattern(text: str, *, where: str) -> str:
-    """Return a data set's pattern as a template; brackets other than ``[X]`` and ``[Y]`` become literal text.
-
-    Raises:
-        RecordError: If ``[X]`` or ``[Y]`` is missing.
-        TemplateError: If it is still not a template (two ``[Y]``).
+    """Return a data set's pattern as a template; brackets other than ``[X]`` and ``[Y]`` become literal text. Without
+    one of these it is a RecordError, with two ``[Y]`` a TemplateError.
     """
     text = text.strip()
     missing = [mark for mark in ("[X]", "[Y]") if mark not in text]
@@ -382,7 +366,6 @@ def _parts(folder: Path) -> dict[str, Path]:
 
 
 def _relation_list(folder: Path) -> dict[str, About]:
-    """Read a folder's list of relations; empty if there is none."""
     path = next((one for suffix in SUFFIXES if (one := folder / f"{RELATION_LIST}{suffix}").is_file()), None)
     about: dict[str, About] = {}
     for where, row in raw_rows(read_bytes(path), name=str(path)) if path is not None else ():

@@ -16,6 +16,8 @@ from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_js
 # Fields that may hold a copy of the answer. The same input with another answer must not be in two parts.
 ANSWERS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
 
+Parts = dict[str, list[Record]]
+Keeps = Callable[[Sequence[Record]], Sequence[bool]]  # for each of N facts, whether to keep it
 HELD_OUT = 0.2  # of a relation's subjects, for the development and for the test part
 
 
@@ -108,13 +110,8 @@ def with_few_choices(questions: Questions, count: int, *, seed: int) -> Question
 class Split:
     """A relation's facts, filtered and divided; subjects of the test part are in no other part.
 
-    Args:
-        train: The facts to train on.
-        dev: The facts to choose with.
-        test: The facts to score.
-        rows: Number of facts that were read.
-        dropped: Reason -> number of facts that were dropped for it.
-        how: How the parts were made, in words.
+    ``rows`` is the number of facts that were read, ``dropped`` maps a reason to the number that was dropped for it, and
+    ``how`` says in words how the parts were made.
     """
 
     train: Records
@@ -128,7 +125,7 @@ class Split:
 def split_relation(
     relation: Relation,
     *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None = None,
+    keeps: Keeps | None = None,
     reason: str = "object is not one token",
     seed: int = 0,
     limit: int | None = None,
@@ -155,7 +152,7 @@ def split_relation(
     rows = sum(map(len, relation.parts.values()))
     placed, how = _placed(relation, seed=seed)
     dropped: Counter[str] = Counter()
-    parts = _usable(placed, keeps=keeps, reason=reason, dropped=dropped)
+    parts = _usable(placed, keeps, reason, dropped)
     _keep_apart(parts, dropped)
     if limit is not None and sum(map(len, parts.values())) > limit:
         parts = _limited(parts, limit, seed=seed, dropped=dropped)
@@ -219,7 +216,7 @@ def _subjects(records: Iterable[Record], *, seed: int) -> list[str]:
     return _shuffled({subject_of(record) for record in records} - {""}, f"relation {seed}")
 
 
-def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], str]:
+def _placed(relation: Relation, *, seed: int) -> tuple[Parts, str]:
     """Return the facts of each part before any is dropped, and how the parts were made."""
     if set(relation.parts) == {FACTS}:
         facts = relation.parts[FACTS]
@@ -227,7 +224,7 @@ def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], 
         aside = _share(len(subjects), HELD_OUT)
         place = dict.fromkeys(subjects[:aside], "test") | dict.fromkeys(subjects[aside : 2 * aside], "dev")
         order = {subject: number for number, subject in enumerate(subjects)}
-        parts: dict[str, list[Record]] = {part: [] for part in SPLITS}
+        parts: Parts = {part: [] for part in SPLITS}
         for record in sorted(facts, key=lambda row: (order.get(subject_of(row), -1), canonical_json(row))):
             parts[place.get(subject_of(record), "train")].append(record)
         return parts, f"60/20/20 by subject, seed {seed}"
@@ -249,13 +246,7 @@ def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], 
     return parts, how
 
 
-def _usable(
-    parts: Mapping[str, Sequence[Record]],
-    *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None,
-    reason: str,
-    dropped: Counter[str],
-) -> dict[str, list[Record]]:
+def _usable(parts: Parts, keeps: Keeps | None, reason: str, dropped: Counter[str]) -> Parts:
     """Return each part without facts that lack something, are there twice, or that ``keeps`` does not keep."""
     whole: list[tuple[str, Record]] = []
     for part in SPLITS:
@@ -273,7 +264,7 @@ def _usable(
                 seen.add(fact)
                 whole.append((part, record))
     kept = [True] * len(whole) if keeps is None else keeps([record for _, record in whole])
-    usable: dict[str, list[Record]] = {part: [] for part in SPLITS}
+    usable: Parts = {part: [] for part in SPLITS}
     for (part, record), is_kept in zip(whole, kept, strict=True):
         if is_kept:
             usable[part].append(record)
@@ -282,7 +273,7 @@ def _usable(
     return usable
 
 
-def _keep_apart(parts: dict[str, list[Record]], dropped: Counter[str]) -> None:
+def _keep_apart(parts: Parts, dropped: Counter[str]) -> None:
     """Drop facts of an earlier part whose subject is in a later one; the test part is never touched."""
     for part, later in (("dev", "test"), ("train", "test"), ("train", "dev")):
         subjects = {subject_of(record) for record in parts[later]}
@@ -292,9 +283,7 @@ def _keep_apart(parts: dict[str, list[Record]], dropped: Counter[str]) -> None:
         parts[part] = kept
 
 
-def _limited(
-    parts: Mapping[str, Sequence[Record]], limit: int, *, seed: int, dropped: Counter[str]
-) -> dict[str, list[Record]]:
+def _limited(parts: Parts, limit: int, *, seed: int, dropped: Counter[str]) -> Parts:
     """Return at most ``limit`` facts of drawn subjects; each part keeps its share, and at least one fact."""
     total = sum(map(len, parts.values()))
     dropped["over the limit"] += total - limit
@@ -303,7 +292,7 @@ def _limited(
         room[max(SPLITS, key=lambda part: len(parts[part]) - room[part])] += 1
     while sum(room.values()) > limit:  # small parts were given a whole fact
         room[max(SPLITS, key=lambda part: room[part])] -= 1
-    kept: dict[str, list[Record]] = {}
+    kept: Parts = {}
     for part, records in parts.items():
         order = {subject: number for number, subject in enumerate(_subjects(records, seed=seed))}
         first = sorted(range(len(records)), key=lambda index: order[subject_of(records[index])])[: room[part]]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import ChoiceSource, Questions, Reader
-from ptuning.data.reading import SUFFIXES, raw_rows
+from ptuning.data.reading import SUFFIXES, Row, raw_rows
 from ptuning.data.row_paths import RowPath
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
@@ -83,9 +83,11 @@ class TaskFile:
         """Read a task from the text of its file; a TaskError names a malformed key and the remedy."""
         task = replace(parse_toml(text, where=where, error=TaskError), where="")
         try:
-            _check_keys(task)
+            missing = [key for key in REQUIRED_KEYS if key not in task.table(known=KEYS)]
+            if missing:
+                raise TaskError(f"the key '{missing[0]}' is missing; a task needs {', '.join(REQUIRED_KEYS)}")
             manual, learned = _patterns(task)
-            words = _label_words(task)
+            words = task.optional("labels", lambda one: LabelWords(_named_texts(one)))
             return cls(
                 name=_name(task),
                 version=task.at("version").text(blank=False),
@@ -149,12 +151,7 @@ class TaskFile:
         return self.read_named(rows, name=str(path), digest=sha256(data), labelled=labelled)
 
     def read_named(
-        self,
-        rows: Iterable[tuple[str, Mapping[str, object]]],
-        *,
-        name: str,
-        digest: str | None = None,
-        labelled: bool = True,
+        self, rows: Iterable[Row], *, name: str, digest: str | None = None, labelled: bool = True
     ) -> Questions:
         """Read rows, each given as (file and line, row); errors as for :meth:`read`."""
         found = Questions(self.reader.read(rows, labelled=labelled), name=name, digest=digest)
@@ -212,12 +209,9 @@ def load_task(name_or_path: str | Path) -> TaskFile:
 
 
 def find_split(folder: Path, task: TaskFile, split: str) -> Path:
-    """Find the file of one part of a task's data; a FileError lists the names that were looked for.
-
-    Args:
-        folder: The folder of the files, or the one above it.
-        task: The task.
-        split: ``train``, ``dev``, ``val``, ``test``, or the name of a file without its ending.
+    """Find the file of one part of a task's data, in a folder or in the task's folder inside; a FileError lists the
+    names that were looked for. ``split`` is ``train``, ``dev``, ``val``, ``test``, or the name of a file without its
+    ending.
     """
     stems = task.files.get(split, (split,))
     if not folder.is_dir():
@@ -237,14 +231,6 @@ def find_split(folder: Path, task: TaskFile, split: str) -> Path:
 
 def _folder() -> Traversable:
     return resources.files("ptuning.data") / "tasks"
-
-
-def _check_keys(task: Unchecked) -> None:
-    """Check that every key is known and none is missing; else raise a TaskError."""
-    known = task.table(known=KEYS)
-    missing = [key for key in REQUIRED_KEYS if key not in known]
-    if missing:
-        raise TaskError(f"the key '{missing[0]}' is missing; a task needs {', '.join(REQUIRED_KEYS)}")
 
 
 def _name(task: Unchecked) -> str:
@@ -276,17 +262,8 @@ def _patterns(task: Unchecked) -> tuple[tuple[Template, ...], tuple[Template, ..
     return tuple(manual), tuple(learned)
 
 
-def _label_words(task: Unchecked) -> LabelWords | None:
-    """Return the label words (the verbalizer); None if there is no table ``[labels]``."""
-    return task.optional("labels", lambda one: LabelWords({name: _texts(words) for name, words in one.table().items()}))
-
-
 def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> Reader:
-    """Return the reader of the task's rows, from its label words and the fields that its patterns use.
-
-    Raises:
-        TaskError: If the keys do not go together, or a field is not used or is the answer.
-    """
+    """Return the reader of the task's rows, from its label words and the fields that its patterns use."""
     used = tuple(dict.fromkeys(used))
     values = _values(task, words)
     own = _paths(task.at("fields", {}))
@@ -335,7 +312,7 @@ def _metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
 
 def _files(task: Unchecked) -> dict[str, tuple[str, ...]]:
     """Return part -> names of its files without their endings."""
-    files = {part: _texts(names) for part, names in task.at("files", {}).table(known=tuple(SPLIT_FILES)).items()}
+    files = _named_texts(task.at("files", {}), known=tuple(SPLIT_FILES))
     for part, names in files.items():
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES:
@@ -389,6 +366,10 @@ def _paths(table: Unchecked) -> dict[str, RowPath]:
 
 def _path(found: Unchecked) -> RowPath:
     return RowPath.parse(found.text(blank=False))
+
+
+def _named_texts(table: Unchecked, *, known: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
+    return {name: _texts(one) for name, one in table.table(known=known).items()}
 
 
 def _texts(found: Unchecked) -> tuple[str, ...]:

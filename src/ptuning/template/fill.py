@@ -109,11 +109,10 @@ class BoundTemplate:
         self.kind = kind
         self.multiline = multiline
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
-        self.stop_id = self._stop_id()
+        self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
 
     def _stop_id(self) -> int | None:
-        """Return the token that teaches a target to end: the one that the model tends to write there anyway."""
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
             return self.tokenizer.gap.end_id
         if self.kind != "causal" or self.multiline or self.tokenizer.line_end_id is None:
@@ -145,13 +144,10 @@ class BoundTemplate:
         with_stop: bool = False,
         source: str = "record",
     ) -> list[Example]:
-        """Fill the template with N records and their targets.
+        """Fill the template with N records and their targets; by default each record's own.
 
-        Args:
-            records: N records.
-            targets: N targets; by default each record's own.
-            with_stop: Whether the stop token is scored after the target, for a model that writes.
-            source: Name of the records in messages.
+        With ``with_stop`` the stop token is scored after the target, for a model that writes; ``source`` is the name of
+        the records in messages.
 
         Raises:
             TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
@@ -173,12 +169,8 @@ class BoundTemplate:
         target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty; errors as for
         :meth:`examples`.
         """
-        return self._build(
-            [
-                _Row(record, None, f"{source} {number}", target_tokens=target_tokens)
-                for number, record in enumerate(records, start=1)
-            ]
-        )
+        named = [(f"{source} {number}", record) for number, record in enumerate(records, start=1)]
+        return self._build([_Row(record, None, where, target_tokens=target_tokens) for where, record in named])
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
@@ -250,8 +242,7 @@ class BoundTemplate:
         return examples
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
-        """Cut a filled record at slots and special tokens; truncate fields without ``!`` to ``limit`` characters.
-
+        """Cut a filled record at its slots and special tokens; truncate fields without ``!`` to ``limit`` characters.
         Only the target is its own segment, unless ``named``: then every piece is.
         """
         parts: list[_Part] = []
@@ -309,10 +300,8 @@ class BoundTemplate:
         for part, span in spans:
             if part == TURN:
                 if not ids:
-                    raise self.template.error(
-                        "the encoder needs something to read; put text, a field or a slot before [>]",
-                        self.template.turn or 0,
-                    )
+                    message = "the encoder needs something to read; put text, a field or a slot before [>]"
+                    raise self.template.error(message, self.template.turn or 0)
                 encoder_tokens = len(ids)
             if part == SLOT:
                 slots += range(len(ids), len(ids) + len(span))
@@ -328,10 +317,8 @@ class BoundTemplate:
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
             if not ids:
-                raise self.template.error(
-                    "a causal model needs something before [Y]; put text, a field or a slot there",
-                    len(self.template.pieces) - 1,
-                )
+                message = "a causal model needs something before [Y]; put text, a field or a slot there"
+                raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and self.stop_id is not None:
                 target_ids = (*target_ids, self.stop_id)
             # The logits one position before a token score it, so the last token is never read.

@@ -14,6 +14,7 @@ from ptuning.template.fill import BoundTemplate, Example
 Normalise = Literal["sum", "mean"]
 # The fields of an empty record. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
 EMPTY_TEXT = "N/A"
+EXAMPLE = '"positive=great,good;negative=terrible"'
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,8 @@ class LabelWords:
         return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Check the words' token ids in a filled template, and return a line per word.
-
-        Raises:
-            LabelWordError: If two labels' words have equal ids, or a word is unknown to the tokenizer.
+        """Check the words' token ids in a filled template, and return a line per word. Equal ids of two labels' words,
+        and a word that is unknown to the tokenizer, are a LabelWordError.
         """
         lines = []
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
@@ -126,6 +125,3 @@ class LabelWords:
                 )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
-
-
-EXAMPLE = '"positive=great,good;negative=terrible"'

@@ -259,16 +259,14 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
 def _field(pattern: str, start: int) -> tuple[Field, int]:
     end = pattern.find("}", start)
     if end < 0:
-        raise TemplateError(
-            "unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern, column=start
-        )
+        message = "unclosed brace; expected {field} or {field!}, and {{ for a literal brace"
+        raise TemplateError(message, pattern=pattern, column=start)
     inside = pattern[start + 1 : end]
     keep = inside.endswith("!")
     name = inside[:-1] if keep else inside
     if not name.strip() or name != name.strip() or "{" in name or "[" in name:
-        raise TemplateError(
-            "a field's name goes in braces; expected {field} or {field!}", pattern=pattern, column=start
-        )
+        message = "a field's name goes in braces; expected {field} or {field!}"
+        raise TemplateError(message, pattern=pattern, column=start)
     return Field(name, keep), end + 1
 
 

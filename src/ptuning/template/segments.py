@@ -22,12 +22,8 @@ ANCHOR_WORD = "a"
 
 @dataclass(frozen=True)
 class Gap:
-    """The ids around a target in an encoder-decoder model that learned to fill gaps.
-
-    Args:
-        encoder_ids: In place of the target on the encoder's side.
-        decoder_ids: Before the target on the decoder's side.
-        end_id: The token that ends the target there, if not the stop token.
+    """The ids around a target in an encoder-decoder model that learned to fill gaps: ``encoder_ids`` in its place on the
+    encoder's side, ``decoder_ids`` before it on the decoder's side. ``end_id`` ends it there, if not the stop token.
     """
 
     encoder_ids: Ids = ()
@@ -56,12 +52,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextRun:
-    """Text that is tokenised as one string.
+    """Text that is tokenised as one string: (name, text) segments in order, of which at most one is the :data:`TARGET`.
 
-    Args:
-        segments: (name, text) in order; at most one is the :data:`TARGET`.
-        is_open: Whether the target is unknown; its text is then :data:`ANCHOR_WORD`.
-        lead: A word that is added at the front and cut off again; see :meth:`behind_slots`.
+    If ``is_open``, the target is unknown and its text is :data:`ANCHOR_WORD`. ``lead`` is a word that is added at the
+    front and cut off again; see :meth:`behind_slots`.
     """
 
     segments: tuple[tuple[str, str], ...]
