@@ -1004,7 +1004,7 @@ def test_bad_candidates(file: str, content: bytes | None, says: list[str], run_f
 
 
 def test_bad_input_of_inspect(llama: str) -> None:
-    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to look into"])
+    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to inspect"])
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
