@@ -22,7 +22,7 @@ ANCHOR_WORD = "a"
 
 @dataclass(frozen=True)
 class Gap:
-    """The ids around a target in an encoder-decoder model that learned to fill gaps: ``encoder_ids`` in its place on the
+    """The ids around a target in an encoder-decoder model that fills gaps: ``encoder_ids`` in its place on the
     encoder's side, ``decoder_ids`` before it on the decoder's side. ``end_id`` ends it there, if not the stop token.
     """
 
