@@ -192,7 +192,7 @@ def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
     """The error names the record and the labels."""
     rows = as_records([{"x": "a", "y": "goood"}])
     with pytest.raises(
-        RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
+        RecordError, match=r"record 1: 'goood' is not one of the labels good, bad, none. Did you mean 'good'"
     ):
         question_items(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
 

@@ -821,7 +821,7 @@ def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) ->
     again.load()
     again.config = TrainConfig.from_json({**FAST, "tune": "tuned", "patience": 1})
     again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
-    with pytest.raises(TrainingError, match=r"best-.* is no whole safetensors file .*; start anew with --overwrite"):
+    with pytest.raises(TrainingError, match=r"best-.* is not a whole safetensors file .*; start anew with --overwrite"):
         fit(again)
 
 
