@@ -762,13 +762,13 @@ def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ("positive=great;negative=great", ["the word 'great' stands twice", "'positive' and 'negative'"]),
-        ("positive=great,great;negative=bad", ["the word 'great' stands twice"]),
+        ("positive=great;negative=great", ["the word 'great' is given twice", "'positive' and 'negative'"]),
+        ("positive=great,great;negative=bad", ["the word 'great' is given twice"]),
         ("positive=great;negative=great\u200b", ["have the same token ids", "'positive'", "'negative'"]),
         ("positive=great", ["at least two labels", "negative=terrible"]),
         ("positive;negative=bad", ["'positive' have no '='"]),
         ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
-        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is none of the labels positive, bad"]),
+        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is not one of the labels positive, bad"]),
         ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),
     ],
 )
@@ -831,7 +831,7 @@ BACKBONES = {
     "smollm2": ["no such backbone: smollm2. Did you mean 'smollm2-135m'?"],
     "./nowhere": ["no such backbone folder: './nowhere'", "known names: smollm2-135m", "a folder written by"],
     "someone/nothing": ["no such backbone: 'someone/nothing'", "known names: smollm2-135m", "a folder written by"],
-    ".": [". is no backbone: it has no config.json", "save_pretrained"],
+    ".": [". is not a backbone: it has no config.json", "save_pretrained"],
     "": ["no such backbone", "known names: smollm2-135m"],
 }
 

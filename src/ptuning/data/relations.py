@@ -102,7 +102,7 @@ class Relation:
 
 
 def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) -> list[Relation]:
-    """Read relations in one of the two layouts above, in natural order (P17 before P103).
+    """Read relations in one of the two layouts of this module's docstring, in natural order (P17 before P103).
 
     ``folder`` is a folder, or one file with the facts of one relation; ``which`` has names (``P36``), types (``1-1``,
     ``N-1``, ``N-M``) or ``all``. A relation without facts is left out with a notice.
@@ -302,8 +302,8 @@ def read_patterns(path: Path) -> tuple[str, ...]:
 
 
 def as_pattern(text: str, *, where: str) -> str:
-    """Return a data set's pattern as a template; brackets other than ``[X]`` and ``[Y]`` become literal text. Without
-    one of these it is a RecordError, with two ``[Y]`` a TemplateError.
+    """Return a data set's pattern as a template; brackets other than ``[X]`` and ``[Y]`` become literal text. Raise a
+    RecordError if one of the two is missing, and a TemplateError if there are two ``[Y]``.
     """
     text = text.strip()
     missing = [mark for mark in ("[X]", "[Y]") if mark not in text]
