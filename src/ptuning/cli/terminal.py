@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ptuning.backbone import sources
 from ptuning.backbone.families import COLUMNS, TESTED, Family
+from ptuning.provenance import about_data
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import TextTokenizer
@@ -147,7 +148,7 @@ def evaluation(name: str, data: Records | Questions, found: Result, *, as_json: 
         print_json(
             {
                 "prompt": name,
-                "data": {"name": data.name, "sha256": data.sha256, "rows": len(data)},
+                "data": about_data(data),
                 "scores": {metric: score.to_json() for metric, score in found.scores.items()},
                 "loss": found.loss,
                 "targets_not_among_candidates": found.missing,

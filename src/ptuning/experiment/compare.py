@@ -24,6 +24,7 @@ from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
+from ptuning.provenance import about_data
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, require_targets
 from ptuning.template.language import Field, Template
 
@@ -284,10 +285,7 @@ def _job(
         tuple(closed) if closed is not None else None,
         single_token=single,
     )
-    data: dict[str, Json] = {
-        part: {"name": rows.name, "sha256": rows.sha256, "rows": len(rows), "kept": len(rows)}
-        for part, rows in parts.items()
-    }
+    data: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
     written: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
     kind = info.get("type")
     return Job(task, as_questions(parts["test"]), {**written, **info}, kind if isinstance(kind, str) else None)

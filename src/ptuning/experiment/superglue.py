@@ -24,6 +24,7 @@ from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_file
 from ptuning.files import Json
 from ptuning.method.base import METHODS, Task
 from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
+from ptuning.provenance import about_data
 from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.statistics import correlation
 
@@ -229,10 +230,7 @@ def task_job(
         parts["unlabelled"] = unlabelled
     made = {seed: _task(file, *drawn, pattern=pattern) for seed, drawn in by_seed.items()}
     task = made[seeds[0]] if made else _task(file, train, to_choose, pattern=pattern)
-    about: dict[str, Json] = {
-        part: {"name": rows.name, "sha256": rows.sha256, "rows": len(rows), "kept": len(rows)}
-        for part, rows in parts.items()
-    }
+    about: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
     info: dict[str, Json] = {
         "manual": str(task.manual),
         "template": str(task.template),
