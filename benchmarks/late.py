@@ -42,13 +42,14 @@ from benchmarks.material import (
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
 from ptuning.data.reading import draw_records, load_records, split_records
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.objective import Item, loss, score_choices
 from ptuning.engine.prefix_cache import ConstantParts
 from ptuning.records import Records
 from ptuning.template.labels import LabelWords
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 ENDING = "In short, this country lies in"
 LATE = f"{{text}} [P:{ENDING}] [Y]"

@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import Settings
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import Dtype, load_backbone
+from ptuning.config import TrainConfig
 from ptuning.data.reading import SPLITS, load_records, shipped_facts
 from ptuning.engine.evaluate import item_batch
 from ptuning.engine.objective import Item, label_items, target_items
@@ -24,7 +25,7 @@ from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 # Three slots in front and three behind, as in the paper; the peer has all six in front.
 FACTS_TEMPLATE = "[P*3] [X] [P*3] [Y]"

@@ -17,12 +17,14 @@ from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import VECTORS_FILE, Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.provenance import about_data
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import read_identity
+from ptuning.training.identity import data_key, identity_of_run
 from ptuning.training.run import TrainResult, train
-from ptuning.training.run_folder import OURS, data_key, identity
+from ptuning.training.run_folder import OURS
 
 FACTS = "capitals"
 MANUAL = "The capital of [X] is [Y]"
@@ -107,8 +109,6 @@ def run_demo(
 
     try:
         result = learn(resume=unfinished)
-    except Interrupted:
-        raise
     except TrainingError:
         if not unfinished:
             raise
@@ -127,7 +127,7 @@ def _is_unfinished(out: Path, facts: Records) -> bool:
         TrainingError: If a checkpoint in it is damaged.
     """
     finished = read_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else None
-    found = read_identity(out / CHECKPOINT_FOLDER) if finished is None else identity(finished)
+    found = read_identity(out / CHECKPOINT_FOLDER) if finished is None else identity_of_run(finished)
     if found is None:
         if any((out / name).exists() for name in OURS):
             raise FileError(f"{out} holds part of another run; choose another folder (--out)")
@@ -166,8 +166,10 @@ def _score_test(
     ]
     record = dict(result.record)
     data = record["data"]
-    tested: Json = {"name": test.name, "sha256": test.sha256, "rows": len(test), "kept": len(test), "dropped": 0}
-    record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
+    record["data"] = {
+        **(data if isinstance(data, Mapping) else {}),
+        "test": about_data(test, kept=len(test), dropped=0),
+    }
     record["scores"] = {name: {"exact_match": found.to_json()} for name, found in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)
     write_json(out / RUN_FILE, record)

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import RECIPE, TrainConfig, without_later_defaults
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import Cell, CellResult, Job, answer_rows, digest
@@ -27,10 +27,9 @@ from ptuning.method.base import METHODS, Method, Setup
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.provenance import versions
-from ptuning.training.checkpoint import check_identity
+from ptuning.provenance import about_data, versions
+from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import Run
-from ptuning.training.run_folder import IRRELEVANT_SETTINGS
 from ptuning.training.train_fleet import can_train_together, fleet_runs
 
 logger = logging.getLogger(__name__)
@@ -284,27 +283,29 @@ class Suite:
 
     def identity(self, cell: Cell) -> dict[str, Json]:
         """Return what the result of a cell depends on."""
-        job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
-        task, method = job.task_of(cell.seed), self.methods[cell.method]
-        found: dict[str, Json] = {
-            **{f"{part} data (sha256)": digest(data) for part, data in self._parts(job, cell.seed).items()},
+        job, method = self.jobs[cell.task], self.methods[cell.method]
+        task, parts = job.task_of(cell.seed), self._parts(job, cell.seed)
+        if job.unlabelled is not None:
+            parts["unlabelled"] = job.unlabelled
+        settings: dict[str, Json] = dict(self.config.to_json()) if method.trained else {}
+        found = identity(
+            {**settings, "seed": cell.seed},
+            {part: digest(data) for part, data in parts.items()},
+            fingerprint=self.backbone.fingerprint,
+            recipe=RECIPE if method.trained else None,
+            task_file=task.file.text if task.file is not None else None,
+        )
+        found |= {
             "manual template": str(task.manual),
             "template": str(task.template),
             "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
             "restricted": task.vocabulary is not None,
             "single token": task.single_token,
-            "seed": cell.seed,
-            "backbone fingerprint": self.backbone.fingerprint,
         }
-        if task.file is not None:
-            found["task file (sha256)"] = sha256(task.file.text.encode())
-        if job.unlabelled is not None:
-            found["unlabelled data (sha256)"] = digest(job.unlabelled)
         if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
             found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
-            kept = {name: value for name, value in settings.items() if name not in (*IRRELEVANT_SETTINGS, "seed")}
-            found |= {**kept, "tries": self.tries, "recipe of training": RECIPE}
+            found["tries"] = self.tries
         return found
 
     def _parts(self, job: Job, seed: int) -> dict[str, Questions]:
@@ -372,10 +373,7 @@ class Suite:
             **dataclasses.asdict(cell),
             "describe": method.describe,
             "identity": self.identity(cell),
-            "data": {
-                part: {"name": data.name, "sha256": data.sha256, "rows": len(data)}
-                for part, data in self._parts(job, cell.seed).items()
-            },
+            "data": {part: about_data(data) for part, data in self._parts(job, cell.seed).items()},
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "settings": dict(self.config.to_json()),
             "versions": dict(versions()),

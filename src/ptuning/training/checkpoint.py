@@ -18,6 +18,7 @@ from torch import Tensor
 from ptuning.backbone.trained_weights import read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
 from ptuning.files import Json, make_folder
+from ptuning.training.identity import check_identity
 
 CHECKPOINT_FILE = "state.safetensors"
 
@@ -113,21 +114,6 @@ def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunS
 def damaged(folder: Path, error: Exception) -> TrainingError:
     """Return the error of a checkpoint that cannot be used."""
     return TrainingError(f"the checkpoint {folder / CHECKPOINT_FILE} is damaged ({error}); start anew with --overwrite")
-
-
-def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:
-    """Check that a run may go on from what was saved.
-
-    Raises:
-        TrainingError: If anything differs; shows what was saved and what is asked for now.
-    """
-    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if names:
-        shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
-        raise TrainingError(
-            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
-            "--overwrite or in another folder"
-        )
 
 
 def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:

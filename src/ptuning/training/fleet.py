@@ -297,17 +297,11 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Let a prompt go on to its next step; return its trainer or an error if there is none.
-
-    Raises:
-        Interrupted: If training is to stop.
-    """
+    """Let a prompt go on to its next step; return its trainer or an error if there is none."""
     try:
         one.group = next(one.course)
     except StopIteration:
         return one.trainer
-    except Interrupted:
-        raise
     except TrainingError as error:
         return error
     return None

@@ -26,12 +26,13 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt, as_template
 from ptuning.prompt.score import guessed, prediction_rows
-from ptuning.provenance import versions
+from ptuning.provenance import about_data, versions
 from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
-from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder, identity
+from ptuning.training.identity import identity_of_run
+from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.trainer import CHOICE_RULE, Trainer
 
 FORMAT_VERSION = 1
@@ -191,7 +192,7 @@ class Run:
         record |= _of_task(task, record, scoring, has_choices=asked["train"].has_choices)
         self.template, self.bound, self.backbone, self.config = parsed, bound, backbone, config
         self.items, self.record = items, record
-        self.identity = identity(record)
+        self.identity = identity_of_run(record)
         self.folder = Path(out) if out is not None else None
         self.finished: TrainResult | None = None
         # Seconds of training in earlier starts of this run.
@@ -360,14 +361,12 @@ def _first_record(
     """Return what is known of a run before it starts."""
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {
-        name: {
-            "name": records.name,
-            "sha256": records.sha256,
-            "rows": len(records),
-            "kept": len(items[name]),
-            "dropped": len(records) - len(items[name]),
-            "shortened": sum(any(example.shortened for example in item.inputs) for item in items[name]),
-        }
+        name: about_data(
+            records,
+            kept=len(items[name]),
+            dropped=len(records) - len(items[name]),
+            shortened=sum(any(example.shortened for example in item.inputs) for item in items[name]),
+        )
         for name, records in parts.items()
     }
     return {

@@ -17,18 +17,14 @@ from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import KeptWeights, TrainedWeights, trained_parameters, with_adapters
-from ptuning.config import TrainConfig as TrainConfig
-from ptuning.config import derived_seed
+from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.objective import Item, loss_count
 from ptuning.engine.prefix_cache import ConstantParts, constant_parts
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
-from ptuning.progress import Interrupted
-from ptuning.progress import OnProgress as OnProgress
-from ptuning.progress import Progress as Progress
+from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import BoundTemplate
-from ptuning.training.checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from ptuning.training.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.training.encoder import PromptEncoder, start_vectors
 from ptuning.training.step import Chunk, take_step
