@@ -14,4 +14,4 @@ def test_a_part_of_the_data_is_described_in_one_way() -> None:
 
 
 def test_versions_begin_with_our_own() -> None:
-    assert list(versions().items())[0] == ("ptuning", VERSION)
+    assert next(iter(versions().items())) == ("ptuning", VERSION)

@@ -544,7 +544,7 @@ MODES = pytest.mark.parametrize("mode", [TUNED, WHOLE, LORA], ids=["tuned", "who
 # Answers in a process of its own, for prompts that it reads from their folders.
 ANSWER = """
 import json, sys, torch
-from ptuning.backbone.backbone import load_backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.engine.passes import target_logits
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
