@@ -48,7 +48,7 @@ from ptuning.records import Record, as_records
 from ptuning.template.fill import Ids
 from ptuning.template.labels import LabelWords
 from ptuning.training.checkpoint import CHECKPOINT_FILE
-from ptuning.training.run import Run, TrainResult, train
+from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
 
@@ -353,7 +353,7 @@ def test_a_learning_rate_that_overflows_is_an_error_of_training(lr: float, causa
 def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
     """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
     for tune in ("frozen", "tuned", "lora"):
-        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' stand behind \[Y\]"):
+        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' come after \[Y\]"):
             run(causal, tmp_path / tune, template="[X] [Y] [P*3]", settings={"tune": tune})
         assert not (tmp_path / tune).exists()
 
@@ -515,8 +515,8 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
     assert len(ids) == len(set(ids)) == len(FACTS)
     assert not any(parts.tokens or parts.is_used for parts in made)
 
-    real = Run.trainer
-    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
+    real = TrainingRun.trainer
+    monkeypatch.setattr(TrainingRun, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
     own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
     assert len(ids) == 4 * len(FACTS)
     assert timeless(own.record) == timeless(shared.record)

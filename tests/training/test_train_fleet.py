@@ -28,7 +28,8 @@ from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
 from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
 from ptuning.training.run import TrainResult, train
-from ptuning.training.train_fleet import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
+from ptuning.training.spec import FleetPrompt
+from ptuning.training.train_fleet import FLEET_FILE, FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model
 
@@ -202,7 +203,9 @@ def test_a_stopped_fleet_goes_on_exactly(
 ) -> None:
     """Invariant 5 in the middle of a fleet: the same bytes, with prompts that end and begin in between."""
     monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
-    prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY]
+    prompts = [
+        replace(one, config=replace(one.settings, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY
+    ]
     whole = train_fleet(prompts, backbone=causal, out=tmp_path / "whole", at_once=3)
     with pytest.raises(Interrupted, match="prompts done"):
         train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, should_stop=after(stop))
@@ -238,7 +241,7 @@ def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Pat
     """Nothing of its checkpoint is gone on from, whatever the settings."""
     with pytest.raises(Interrupted):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, should_stop=after(2))
-    other = [replace(EVERY[0], config=replace(EVERY[0].config, lr=0.02))]
+    other = [replace(EVERY[0], config=replace(EVERY[0].settings, lr=0.02))]
     found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
     torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
 
@@ -267,7 +270,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
+        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
     subprocess.run([sys.executable, script, tmp_path / "whole"], check=True, timeout=300)

@@ -14,7 +14,9 @@ from ptuning.engine import prefix_cache
 from ptuning.progress import Progress
 from ptuning.records import Record
 from ptuning.training import trial
-from ptuning.training.run import Run
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import TrainSpec
 from ptuning.training.trial import Seen, along, padded, spread, timed, try_out
 from tests.conftest import WARM
 
@@ -24,12 +26,13 @@ FACTS: list[Record] = [
 ]
 
 
-def run_of(backbone: Backbone, template: str = WARM, **settings: Any) -> Run:
+def run_of(backbone: Backbone, template: str = WARM, **settings: Any) -> TrainingRun:
     config = TrainConfig.from_json({"epochs": 2, "batch_size": 4, **settings})
-    return Run(template, FACTS[:15], backbone=backbone, dev=FACTS[15:], config=config)
+    spec = TrainSpec(template, FACTS[:15], dev=FACTS[15:], config=config)
+    return TrainingRun(prepare(spec, backbone))
 
 
-def tried(run: Run) -> Seen:
+def tried(run: TrainingRun) -> Seen:
     return try_out(run, run.trainer(0), report=lambda _: None)
 
 

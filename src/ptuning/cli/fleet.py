@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ptuning.template.labels import LabelWords
     from ptuning.training.fleet_file import Entry, FleetFile
     from ptuning.training.run import TrainResult
-    from ptuning.training.train_fleet import FleetPrompt, FleetResult
+    from ptuning.training.spec import FleetPrompt
+    from ptuning.training.train_fleet import FleetResult
 
 
 def fleet(
@@ -88,7 +89,7 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
 
 
 def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
-    from ptuning.training.train_fleet import FleetPrompt
+    from ptuning.training.spec import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)
     config = TrainConfig.from_json(entry.settings)

@@ -29,8 +29,8 @@ from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import about_data, versions
 from ptuning.training.identity import check_identity, identity
-from ptuning.training.run import Run
-from ptuning.training.train_fleet import can_train_together, fleet_runs
+from ptuning.training.run import TrainingRun
+from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Suite:
             return
         going.tell(next(cell for cell in cells if cell not in done))
         place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
-        runs: dict[str, Run] = {}
+        runs: dict[str, TrainingRun] = {}
         owners: dict[str, Cell] = {}
         for cell in cells:
             if cell not in done:
@@ -213,7 +213,7 @@ class Suite:
             place.parent.rmdir()
 
     def _ended(
-        self, runs: Mapping[str, Run], owners: Mapping[str, Cell], place: Path, going: _Going
+        self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
     ) -> Iterator[CellResult]:
         """Train runs at once, and yield the cells whose runs have all ended."""
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
@@ -239,13 +239,13 @@ class Suite:
             else:
                 yield done or self._run(cell, going, seconds=seconds[cell])
 
-    def _prompts(self, cell: Cell, going: _Going) -> dict[str, Run]:
+    def _prompts(self, cell: Cell, going: _Going) -> dict[str, TrainingRun]:
         """Return the trainings of a cell, each under a name of its own."""
         make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
         assert make is not None, f"{cell.method} does not train together with others"
         setup, folder = self._setup(cell, going), self.out / cell.folder
         return {
-            f"{cell.task} {prompt.name}": prompt.run(setup.backbone, out=folder / prompt.name, resume=True)
+            f"{cell.task} {prompt.name}": run_of(prompt, setup.backbone, out=folder / prompt.name, resume=True)
             for prompt in make(task, setup)
         }
 

@@ -25,8 +25,9 @@ from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Field, Literal, Piece, Target, Template
-from ptuning.training.run import train
-from ptuning.training.train_fleet import FleetPrompt
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import FleetPrompt
 
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
 # configured rate. Source: docs/architecture.md, decision 14 (what was tried).
@@ -138,23 +139,13 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         # Not in memory: there it would bound the size of a backbone that can be tuned.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
-            result = train(
-                one.template,
-                one.data,
-                dev=one.dev,
-                task=one.task,
-                backbone=setup.backbone,
-                config=one.config,
-                out=folder / one.name,
-                resume=True,
-                report=setup.report,
-                should_stop=setup.should_stop,
-                constants=constants,
+            result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
+                report=setup.report, should_stop=setup.should_stop, constants=constants
             )
             records.append(result.record)
             name = "accuracy" if task.is_closed else "exact_match"
             score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
-            rate = getattr(one.config, setting)
+            rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # and with it the weights, before the next copy is made
         best = _best(tried)

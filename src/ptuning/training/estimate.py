@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
-from ptuning.data.task_files import TaskFile
 from ptuning.files import Json
 from ptuning.progress import OnProgress
 from ptuning.records import Record
-from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.training import trial
 from ptuning.training.memory import peak_so_far, tensor_bytes
-from ptuning.training.run import Run
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import SpecOptions, TrainSpec
 from ptuning.training.trainer import SAVING_PAUSE
 from ptuning.training.trial import Seen, try_out
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,8 @@ def estimate(
     data: Sequence[Record] | Questions,
     *,
     backbone: Backbone,
-    dev: Sequence[Record] | Questions | None = None,
-    config: TrainConfig | None = None,
-    labels: LabelWords | str | None = None,
-    task: TaskFile | None = None,
-    calibrate: bool | None = None,
     report: OnProgress | None = None,
+    **options: Unpack[SpecOptions],
 ) -> Forecast:
     """Say what :func:`ptuning.train` with the same arguments, and a folder for its files, will take.
 
@@ -142,14 +142,10 @@ def estimate(
     bytes.
 
     Args:
-        template: A pattern, or a template.
-        data: Records to learn from.
-        backbone: The frozen backbone.
-        dev: Records to choose by.
-        config: Settings.
-        labels: Label words.
-        task: The task that ``data`` belongs to.
-        calibrate: Whether labels and choices are calibrated.
+        template: As of :func:`ptuning.train`.
+        data: As of :func:`ptuning.train`.
+        backbone: As of :func:`ptuning.train`.
+        **options: As of :func:`ptuning.train`.
         report: Called with progress.
 
     Raises:
@@ -159,7 +155,7 @@ def estimate(
     """
     before = peak_so_far(backbone.device)
     began = trial.clock()
-    run = Run(template, data, backbone=backbone, dev=dev, config=config, labels=labels, task=task, calibrate=calibrate)
+    run = TrainingRun(prepare(TrainSpec(template, data, **options), backbone))
     filled = trial.clock()
     trainer = run.trainer(0)
     made = trial.clock()

@@ -26,7 +26,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.template.fill import Ids
 from ptuning.training.checkpoint import RunState, write_checkpoint
 from ptuning.training.memory import LiveTensors, PeakMemory, tensor_bytes
-from ptuning.training.run import Run
+from ptuning.training.run import TrainingRun
 from ptuning.training.step import run_passes, take_step
 from ptuning.training.trainer import Trainer
 
@@ -78,7 +78,7 @@ class Seen:
     longest_pass: tuple[int, int]
 
 
-def try_out(run: Run, trainer: Trainer, *, report: OnProgress) -> Seen:
+def try_out(run: TrainingRun, trainer: Trainer, *, report: OnProgress) -> Seen:
     """Take some steps and passes of a run.
 
     Args:
@@ -114,7 +114,7 @@ class _Part:
 
 
 class _Trial:
-    def __init__(self, run: Run, trainer: Trainer, report: OnProgress) -> None:
+    def __init__(self, run: TrainingRun, trainer: Trainer, report: OnProgress) -> None:
         self.run, self.trainer, self.report = run, trainer, report
         self.done = self.planned = 0
         constants, config = trainer.constants, run.config
@@ -126,7 +126,7 @@ class _Trial:
         orders = [trainer.order(records, epoch=epoch) for epoch in range(1, config.epochs + 1)]
         self.steps = [order[at : at + size] for order in orders for at in range(0, records, size)]
         inputs = [item.inputs for item in self.dev.items]
-        prefix = prefix_tokens(run.backbone, [row for rows in inputs for row in rows])
+        prefix = prefix_tokens(run.prepared.backbone, [row for rows in inputs for row in rows])
         self.scored = list(batches(inputs, prefix=prefix))
         self.step_weights = [sum(map(self.train.weight, self._passes(step))) for step in self.steps]
         self.scored_weights = list(map(self.dev.weight, self.scored))
@@ -138,7 +138,7 @@ class _Trial:
         self.planned = len(steps) + len(scored) + 3 + trainer.skips_constants
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0  # each step does its work, and nothing moves
-        with torch.random.fork_rng(), PeakMemory(self.run.backbone.device) as watched:
+        with torch.random.fork_rng(), PeakMemory(self.run.prepared.backbone.device) as watched:
             kept_seconds, kept_bytes = self._keep(steps, scored)
             with self._learning():
                 activations, gradients = self._largest_pass(steps[-1])
@@ -265,7 +265,7 @@ class _Trial:
         some = order[at : at + ANSWERED]
         prompt = self.run.prompt(self.trainer)
         model = PromptModel(self.trainer.backbone)
-        asked = Questions([self.run.dev[index] for index in some])
+        asked = Questions([self.run.prepared.parts["dev"][index] for index in some])
         return timed(lambda: model.predict(asked, prompt)) * len(order) / len(some)
 
     def _time_writing(self) -> float:
