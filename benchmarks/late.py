@@ -43,10 +43,13 @@ from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import draw_records, load_records, split_records
+from ptuning.data.reading import load_records
+from ptuning.data.splits import draw_records, split_records
 from ptuning.engine.evaluate import evaluate
-from ptuning.engine.objective import Item, loss, score_choices
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, loss, score_choices
+from ptuning.engine.passes import target_logits
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.records import Records
 from ptuning.template.labels import LabelWords
 from ptuning.training.trainer import Trainer
@@ -137,7 +140,7 @@ def sentences(backbone: Backbone, settings: Settings) -> tuple[list[dict[str, Js
     ]
     scores = {name: sum(score for _, score in values) / len(values) for name, values in found.items()}
     bound = bind(backbone, plain)
-    untrained = evaluate(backbone, items_of(bound, dev, labels=words), vectors=torch.zeros(0, backbone.width), slots=0)
+    untrained = evaluate(backbone, items_of(bound, dev, labels=words), Learned.none(backbone.width))
     scores["manual prompt"] = untrained.score
     note = f"accuracy on {len(dev)} others: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
     say(f"  {note}")
@@ -211,16 +214,16 @@ def constant_part(backbone: Backbone, settings: Settings) -> list[dict[str, Json
     cells: list[dict[str, Json]] = []
     for length in settings.pick((4, 8, 16, 32, 64, 128), (8, 16)):
         items = items_of(bound, passages(backbone, [length] * STEP_ROWS, seed=settings.seed))
-        kept, none = ConstantParts(backbone, memory_share=0.25), ConstantParts(backbone, memory_share=0)
+        kept = PrefixCache(backbone, memory_share=0.25)
         with kept:
-            prepare = partial(kept.prepare, [row for item in items for row in item.inputs])
+            prepare = partial(kept.prepare, inputs_of(items))
             pass_seconds = seconds_of(prepare, backbone.device)
             if not kept.is_used:
                 say(f"  constant part of {length} tokens: rows run whole")
                 continue
-            paths = {"whole rows": none, "kept": kept}
+            paths = {"whole rows": None, "kept": kept}
             found = interleave(
-                {name: partial(step_seconds, items, constants, vectors) for name, constants in paths.items()},
+                {name: partial(step_seconds, backbone, items, cache, vectors) for name, cache in paths.items()},
                 repeats=settings.pick(5, 2),
                 seconds=15,
                 seed=settings.seed,
@@ -241,14 +244,15 @@ def constant_part(backbone: Backbone, settings: Settings) -> list[dict[str, Json
     return cells
 
 
-def step_seconds(items: Sequence[Item], constants: ConstantParts, vectors: torch.Tensor, _: int) -> float:
+def step_seconds(
+    backbone: Backbone, items: Sequence[Item], cache: PrefixCache | None, vectors: torch.Tensor, _: int
+) -> float:
     """Return the seconds of one forward and backward pass from the slot vectors."""
     leaf = vectors.clone().requires_grad_(True)
-    began = synchronised(constants.backbone.device)
-    rows = [row for item in items for row in item.inputs]
-    logits = constants.logits(rows, leaf, slots=[len(vectors)] * len(rows))
+    began = synchronised(backbone.device)
+    logits = target_logits(backbone, inputs_of(items), Learned(leaf), cache=cache)
     loss(items, score_choices(items, logits))[0].backward()
-    return synchronised(constants.backbone.device) - began
+    return synchronised(backbone.device) - began
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import Dtype, load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import SPLITS, load_records, shipped_facts
-from ptuning.engine.evaluate import item_batch
-from ptuning.engine.objective import Item, label_items, target_items
+from ptuning.engine.batch import collate
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, label_items, target_items
 from ptuning.progress import Progress
 from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
@@ -231,7 +232,7 @@ def bare_logits(backbone: Backbone, items: Sequence[Item], *, slots: int) -> tor
     """Run whole rows in one pass and return the logits at their scored positions, (N, V); where gradients are on, they
     end at the embeddings.
     """
-    batch = item_batch(items, slots=slots).to(backbone.device)
+    batch = collate(inputs_of(items), Learned(torch.zeros(slots, backbone.width))).to(backbone.device)
     embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(torch.is_grad_enabled())  # (B, T, E)
     logits, _ = backbone.run(
         embeddings, mask=batch.mask, positions=batch.positions, rows=batch.logit_rows, cols=batch.logit_cols

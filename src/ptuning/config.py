@@ -117,6 +117,11 @@ class TrainConfig:
         if not holds:
             raise ConfigError(f"setting '{name}' is {getattr(self, name)!r}; it must be {allowed}")
 
+    @property
+    def prefix_cache_share(self) -> float:
+        """Share of the free memory for the prefix cache; 0 where the backbone is trained, since its keys change."""
+        return self.cache_memory if self.tune == "frozen" else 0.0
+
     def to_json(self) -> dict[str, int | float | str | bool]:
         """Return the settings as they stand in ``run.json``."""
         return dataclasses.asdict(self)

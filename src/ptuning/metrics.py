@@ -1,29 +1,21 @@
-"""From answers to the values that a task's scores are computed from: ranks as LAMA counts them, or a task's own
-metrics. Knows no method and no table.
+"""The table of metrics: what each is called, what it needs, and how it is computed from answers.
+
+To add a metric, add one entry to :data:`METRICS`. Task files may then name it, and ``eval``, the tables and the report
+show it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ptuning.errors import TaskError
-from ptuning.names import POSITIVE, TASK_SCORE
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.statistics import (
-    Ratios,
-    Values,
-    all_right,
-    blend,
-    exact_match,
-    f1_of,
-    grouped,
-    macro_f1,
-    precision_at,
-    reciprocal_ranks,
-    word_f1,
-)
+from ptuning.statistics import Ratios, Values, blend, grouped
 
 
 @dataclass(frozen=True)
@@ -31,9 +23,9 @@ class Answer:
     """The answer to one record.
 
     Args:
-        text: What is answered.
-        hit: Whether that is the record's target.
-        rank: One-based rank of the target among the possible answers, 0 if it is none of them; None if they were not
+        text: The answer.
+        hit: Whether it is the record's target.
+        rank: One-based rank of the target among the possible answers, 0 if it is not among them; None if they were not
             ranked.
         log_prob: Natural log-probability of the answer, where there is one.
     """
@@ -51,7 +43,7 @@ class Answer:
 
 
 class Asked(Protocol):
-    """What scoring needs of a question: its record with the target, its right answers, what it is grouped by."""
+    """The part of a question that scoring reads: its record with the target, its right answers, and its group."""
 
     @property
     def record(self) -> Record: ...  # noqa: D102
@@ -61,9 +53,200 @@ class Asked(Protocol):
     def group(self) -> str | None: ...  # noqa: D102
 
 
-# In the order of tables. RANK_SCORES are what a task has that names no metrics of its own.
-RANK_SCORES = ("p_at_1", "p_at_10", "mrr", "exact_match")
-SCORES = (TASK_SCORE, *RANK_SCORES, "accuracy", "macro_f1", "f1a", "f1")
+@dataclass(frozen=True)
+class Metric:
+    """A way to score answers. Values lie in [0, 1], and higher is better.
+
+    Args:
+        name: Its name in task files and ``results.json``.
+        shown_as: Its name in tables.
+        compute: N answers and their N questions -> a value per row or group, or sums over them. A task that names no
+            metrics has no questions: there the right answers are known from hits and ranks only.
+        in_task_files: Whether ``metrics`` of a task file may name it.
+        by_default: Whether tasks that name no metrics have it, as LAMA's relations do.
+        needs_ranks: Whether the target's rank of every answer must be known.
+        needs_label: A label that the task must have.
+        primary: Whether it is the one to show where there is room for one. The first such in the table counts.
+        only_in_report: Whether the terminal's tables leave it out.
+    """
+
+    name: str
+    shown_as: str
+    compute: Callable[[Sequence[Answer], Sequence[Asked]], Sequence[float] | Ratios]
+    in_task_files: bool = True
+    by_default: bool = False
+    needs_ranks: bool = False
+    needs_label: str | None = None
+    primary: bool = False
+    only_in_report: bool = False
+
+
+def precision_at(k: int, ranks: Sequence[int]) -> list[float]:
+    """Return 1.0 for each rank within the first ``k`` (P@k per row); rank 0 means that the target was not ranked.
+
+    Source: Petroni et al. (2019), LAMA, section 4.
+    """
+    return [float(0 < rank <= k) for rank in ranks]
+
+
+def reciprocal_ranks(ranks: Sequence[int]) -> list[float]:
+    """Return 1 / rank per row, 0 for rank 0; their mean is the MRR."""
+    return [1.0 / rank if rank else 0.0 for rank in ranks]
+
+
+def macro_f1(predictions: Sequence[str], targets: Sequence[str]) -> Ratios:
+    """Return the F1 of every label that is predicted or right somewhere; their mean is the macro F1.
+
+    Source: Wang et al. (2019), SuperGLUE, section 3 (CB).
+    """
+    labels = sorted({*predictions, *targets})
+    return _f1_counts(predictions, targets, labels)
+
+
+def f1_of(label: str, predictions: Sequence[str], targets: Sequence[str], groups: Sequence[str]) -> Ratios:
+    """Return the F1 of one label over all rows, with the rows of a group added up: the answers to one question are not
+    independent draws.
+
+    Source: Khashabi et al. (2018), MultiRC, section 4.1 (F1a).
+    """
+    return grouped(_f1_counts(predictions, targets, [label]), groups)
+
+
+def all_right(hits: Sequence[float], groups: Sequence[str]) -> list[float]:
+    """Return 1.0 for each group, in order of appearance, that holds no miss (MultiRC's exact match)."""
+    found: dict[str, float] = {}
+    for hit, group in zip(hits, groups, strict=True):
+        found[group] = min(hit, found.get(group, 1.0))
+    return list(found.values())
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case without punctuation, articles and extra spaces.
+
+    Source: Rajpurkar et al. (2016), SQuAD, section 6.1.
+
+    Example:
+        >>> normalised("The  U.S. Senate,")
+        'us senate'
+    """
+    bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def word_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Return the F1 of a prediction's words against those of the closest right answer.
+
+    Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    """
+    return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1.0 if a prediction is one of the right answers, both :func:`normalised`.
+
+    Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    """
+    return float(normalised(prediction) in map(normalised, answers))
+
+
+def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
+    return [float(answer.hit) for answer in answers]
+
+
+def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[float]:
+    if not asked:
+        return _hits(answers, asked)
+    hits = [
+        max(float(answer.hit), exact_match(answer.text, row.right)) for answer, row in zip(answers, asked, strict=True)
+    ]
+    return all_right(hits, _groups(asked))
+
+
+def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
+    """Return 2 x true positives over predicted plus right, per row and label."""
+    import numpy as np
+
+    said, right = ([[float(text == label) for label in labels] for text in texts] for texts in (predictions, targets))
+    one, other = (np.array(rows, dtype=np.float64).reshape(len(predictions), len(labels)) for rows in (said, right))
+    return Ratios(2 * one * other, one + other)
+
+
+def _word_f1(words: Sequence[str], right: Sequence[str]) -> float:
+    common = sum((Counter(words) & Counter(right)).values())
+    return 2 * common / (len(words) + len(right)) if common else float(not words and not right)
+
+
+def _ranks(answers: Sequence[Answer]) -> list[int]:
+    return [answer.rank or 0 for answer in answers]
+
+
+def _texts(answers: Sequence[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+def _targets(asked: Sequence[Asked]) -> list[str]:
+    return [row.record[TARGET_FIELD].strip() for row in asked]
+
+
+def _groups(asked: Sequence[Asked]) -> list[str]:
+    """Return the group of each row; a row without one is a group of its own."""
+    return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(asked)]
+
+
+# Share of answers that are right, chosen from a closed set, and written.
+ACCURACY, EXACT_MATCH = "accuracy", "exact_match"
+# The label whose F1 over all answers is MultiRC's F1a.
+POSITIVE = "true"
+
+# All metrics by name, in the order of tables.
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("p_at_1", "P@1", _hits, in_task_files=False, by_default=True, primary=True),
+        Metric(
+            "p_at_10",
+            "P@10",
+            lambda answers, _: precision_at(10, _ranks(answers)),
+            in_task_files=False,
+            by_default=True,
+            needs_ranks=True,
+            only_in_report=True,
+        ),
+        Metric(
+            "mrr",
+            "MRR",
+            lambda answers, _: reciprocal_ranks(_ranks(answers)),
+            in_task_files=False,
+            by_default=True,
+            needs_ranks=True,
+        ),
+        Metric(ACCURACY, "accuracy", _hits),
+        Metric(
+            "macro_f1",
+            "macro F1",
+            lambda answers, asked: grouped(macro_f1(_texts(answers), _targets(asked)), _groups(asked)),
+        ),
+        Metric(
+            "f1a",
+            "F1a",
+            lambda answers, asked: f1_of(POSITIVE, _texts(answers), _targets(asked), _groups(asked)),
+            needs_label=POSITIVE,
+        ),
+        Metric(
+            "f1",
+            "F1",
+            lambda answers, asked: [word_f1(one.text, row.right) for one, row in zip(answers, asked, strict=True)],
+        ),
+        Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
+    )
+}
+# The mean of a task's own metrics, which a mean over tasks counts.
+TASK_SCORE = "score"
+# Names of scores in the order of tables, and in that of results.json: the ones by default first.
+SCORES = (TASK_SCORE, *METRICS)
+RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name].by_default))
+# Names that task files may use.
+TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
 
 
 def score_values(
@@ -73,16 +256,25 @@ def score_values(
 
     Args:
         answers: N answers.
-        questions: What was asked; needed for metrics of a task's own.
-        metrics: Their names; none for ranks. Without ranks P@1 is exact match.
+        questions: Their N questions; needed for ``metrics``.
+        metrics: Names of the task's own metrics. Without any, those that tasks have by default, as far as the answers
+            are ranked.
+
+    Raises:
+        TaskError: If there is no such metric.
     """
     if not metrics or questions is None:
-        return dict(_rank_values(answers))
-    found = {name: _metric(name, questions, answers) for name in metrics}
+        is_ranked = all(answer.rank is not None for answer in answers)
+        default = [one for one in METRICS.values() if one.by_default and (is_ranked or not one.needs_ranks)]
+        return {one.name: one.compute(answers, ()) for one in default}
+    for name in metrics:
+        if name not in TASK_METRICS:
+            raise TaskError(f"unknown metric '{name}'; known: {', '.join(TASK_METRICS)}")
+    found = {name: METRICS[name].compute(answers, questions) for name in metrics}
     groups = _groups(questions)
-    if len(set(groups)) < len(groups):
-        # Scores over groups stand beside each other, so that a resample of groups is one of all of them.
-        size = len(set(groups))
+    size = len(set(groups))
+    if size < len(groups):
+        # All of a task's scores are over groups if one is, so that a resample of groups is one of all of them.
         found = {
             name: values if isinstance(values, Ratios) or len(values) == size else grouped(values, groups)
             for name, values in found.items()
@@ -90,42 +282,21 @@ def score_values(
     return {TASK_SCORE: blend(list(found.values())), **found}
 
 
-def _rank_values(answers: Sequence[Answer]) -> Mapping[str, list[float]]:
-    hits = [float(answer.hit) for answer in answers]
-    ranks = [answer.rank for answer in answers if answer.rank is not None]
-    if len(ranks) < len(answers):
-        return {"p_at_1": hits, "exact_match": hits}
-    return {
-        "p_at_1": precision_at(1, ranks),
-        "p_at_10": precision_at(10, ranks),
-        "mrr": reciprocal_ranks(ranks),
-        "exact_match": hits,
-    }
+def called(score: str) -> str:
+    """Return the name of a score in tables."""
+    return METRICS[score].shown_as if score in METRICS else score.replace("_", " ")
 
 
-def _metric(name: str, questions: Sequence[Asked], answers: Sequence[Answer]) -> list[float] | Ratios:
-    said = [answer.text for answer in answers]
-    if name == "accuracy":
-        return [float(answer.hit) for answer in answers]
-    if name == "macro_f1":
-        return grouped(macro_f1(said, _targets(questions)), _groups(questions))
-    if name == "f1a":
-        return f1_of(POSITIVE, said, _targets(questions), _groups(questions))
-    if name == "f1":
-        return [word_f1(text, question.right) for text, question in zip(said, questions, strict=True)]
-    if name == "exact_match":
-        hits = [
-            max(float(answer.hit), exact_match(answer.text, question.right))
-            for answer, question in zip(answers, questions, strict=True)
-        ]
-        return all_right(hits, _groups(questions))
-    raise TaskError(f"unknown metric '{name}'; known: accuracy, macro_f1, f1a, f1, exact_match")
+def in_order(scores: Iterable[str]) -> list[str]:
+    """Return names of scores, each once, in the order of tables; unknown ones last, in alphabetical order."""
+    present = set(scores)
+    return [name for name in SCORES if name in present] + sorted(present - set(SCORES))
 
 
-def _targets(questions: Sequence[Asked]) -> list[str]:
-    return [question.record[TARGET_FIELD].strip() for question in questions]
-
-
-def _groups(questions: Sequence[Asked]) -> list[str]:
-    """Return the group of each row; one that has none is one of its own."""
-    return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(questions)]
+def primary(scores: Iterable[str]) -> str:
+    """Return the score to show where there is room for one: a task's own, else the first primary metric, else the first
+    of those given.
+    """
+    present = list(scores)
+    chosen = (name for name in SCORES if name in present and (name == TASK_SCORE or METRICS[name].primary))
+    return next(chosen, present[0] if present else TASK_SCORE)

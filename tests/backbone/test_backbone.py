@@ -1,4 +1,7 @@
-"""Backbones: every architecture answers as transformers does, frozen is frozen, and what cannot be used says why."""
+"""Backbones: every architecture answers as transformers does, frozen is frozen, and what cannot be used says why.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def digest(model: nn.Module) -> str:
 
 
 def test_left_padding_with_explicit_positions(backbone: Backbone) -> None:
-    """Trap 2: four pads in front, every position of the row compared with the plain run."""
+    """Positions are given, not counted by the model: behind four pads each token answers as in the plain run.
+
+    Many models count from the first column when they get embeddings, so that pads in front change every answer.
+    """
     ids = [7, 9, 11, 13, 15]
     pads = 4
     mask = torch.tensor([[0] * pads + [1] * len(ids)])
@@ -79,7 +85,7 @@ def test_left_padding_with_explicit_positions(backbone: Backbone) -> None:
 
 
 def test_gathered_logits_equal_the_full_ones(backbone: Backbone) -> None:
-    """Invariant 8: a hook that gathers before the head, or none, gives the same logits in the asked order."""
+    """Invariant *Fast = slow*: with a hook that gathers before the head, or none, the asked logits are the same."""
     ids = torch.tensor([[7, 9, 11, 13], [8, 6, 12, 5]])
     mask, positions = torch.ones_like(ids), torch.arange(4).expand(2, 4)
     rows, cols = torch.tensor([1, 0, 1, 1]), torch.tensor([3, 2, 0, 3])
@@ -111,7 +117,10 @@ def test_two_backbones_may_share_a_model(causal: Backbone) -> None:
 
 
 def test_frozen_backbone_is_in_evaluation_mode_without_gradients(backbone: Backbone) -> None:
-    """Invariant 3, trap 11: although the config has dropout."""
+    """Invariant *Frozen is frozen*: no gradients, and no dropout although the config has some.
+
+    With dropout on, two passes over the same rows would give different logits.
+    """
     rates = [module.p for module in backbone.model.modules() if isinstance(module, nn.Dropout)]
     assert getattr(backbone.model.config, "attention_dropout", 0.0) or max(rates) > 0
     assert not any(module.training for module in backbone.model.modules())
@@ -122,7 +131,7 @@ def test_frozen_backbone_is_in_evaluation_mode_without_gradients(backbone: Backb
 
 
 def test_without_a_prompt_the_model_answers_as_before(model_folder: Callable[[str], Path], family: str) -> None:
-    """Invariant 3, trap 27: bit-equal to the untouched model, before, between and after uses."""
+    """Invariant *Frozen is frozen*: bit-equal to the untouched model, before, between and after uses of a prompt."""
     ids = torch.tensor([[7, 9, 11, 13, 15]])
     with torch.no_grad():
         auto = transformers.AutoModelForCausalLM if family in CAUSAL else transformers.AutoModelForMaskedLM
@@ -135,7 +144,7 @@ def test_without_a_prompt_the_model_answers_as_before(model_folder: Callable[[st
 
 
 def test_without_a_prompt_after_an_exception(backbone: Backbone) -> None:
-    """Trap 27: an error inside a forward pass leaves nothing behind."""
+    """Invariant *Frozen is frozen*: an error inside a forward pass leaves nothing behind."""
     ids = [7, 9, 11]
     before = plain_logits(backbone, ids)
     with pytest.raises((IndexError, RuntimeError)):
@@ -150,7 +159,10 @@ def test_without_a_prompt_after_an_exception(backbone: Backbone) -> None:
 
 
 def test_without_a_prompt_in_another_thread(backbone: Backbone) -> None:
-    """Trap 27: while one thread stands in the middle of a gathered pass, another gets the plain model's full logits."""
+    """Invariant *Frozen is frozen*: a prompt in use in one thread is not seen from another.
+
+    While one thread is in the middle of a gathered pass, another gets the plain model's full logits.
+    """
     ids = [7, 9, 11]
     before = plain_logits(backbone, ids)
     inside, go_on = threading.Event(), threading.Event()
@@ -186,7 +198,7 @@ def test_whether_prefixes_are_shared_is_asked_once(causal: Backbone, monkeypatch
 
 
 def test_a_model_with_as_many_positions_as_tokens() -> None:
-    """Trap 8: the embedding table is asked for, not guessed from its size."""
+    """The model is asked for its embedding table. Size does not tell: here the table of positions is as large."""
     tokenizer = make_tokenizer("gpt2")
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer),
@@ -220,7 +232,7 @@ def test_a_model_without_segments_is_given_none() -> None:
 
 
 def test_an_integer_embedding_table() -> None:
-    """Trap 26: dtype and width come from the embedding's output, not from its weight."""
+    """Dtype and width come from the embedding's output. Its weight does not tell: a quantised one is int8."""
 
     class Quantised(nn.Module):
         def __init__(self, whole: torch.Tensor) -> None:
@@ -256,7 +268,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
 
 
 def test_the_callers_tokenizer_is_left_alone(family: str) -> None:
-    """Style 7: special text is plain text for templates, and stays special for the caller."""
+    """The caller's objects stay as they are: special text is plain text for templates, and special for the caller."""
     tokenizer = make_tokenizer(family)
     special = tokenizer.all_special_tokens[-1]
     before = tokenizer(f"a {special} b")["input_ids"]
@@ -293,7 +305,10 @@ def test_load_tokenizer_reads_no_weights(model_folder: Callable[[str], Path], fa
 
 
 def test_fingerprint_knows_weights_and_not_dtypes(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Invariant 4: the same weights in another dtype are the same backbone, other weights are another one."""
+    """Invariant *Saved is what was trained*: a prompt knows its backbone again.
+
+    The same weights in another dtype are the same backbone, other weights are another one.
+    """
     make_model("llama", tmp_path / "other", seed=1)
     one, half = (
         load_backbone(str(model_folder("llama")), dtype=kind, device="cpu") for kind in ("float32", "bfloat16")
@@ -362,7 +377,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_pickle_only(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Design, section 6: no pickle anywhere."""
+    """No pickle is ever read: reading one can run any code."""
     folder = shutil.copytree(model_folder("llama"), tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -441,7 +456,7 @@ def test_unknown_dtypes_and_devices(model_folder: Callable[[str], Path]) -> None
 
 
 def test_kinds_come_from_the_config(backbone: Backbone, family: str) -> None:
-    """Style 10: not from a name."""
+    """What kind a model is comes from its config, and never from part of its name."""
     assert backbone.kind == ("causal" if family in CAUSAL else "masked")
     for module in ("backbone.py", "tokenizer.py", "hub.py"):
         source = (Path(inspect.getfile(ptuning.backbone.backbone)).parent / module).read_text()

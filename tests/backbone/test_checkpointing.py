@@ -17,10 +17,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import layers_of, recomputing
 from ptuning.config import TrainConfig
 from ptuning.engine import passes, prefix_cache
-from ptuning.engine.evaluate import item_batch
-from ptuning.engine.objective import Item
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import TrainingError
 from ptuning.progress import Interrupted
 from ptuning.records import Record
@@ -35,18 +35,14 @@ LATE = "{x} and {x} [P:is] [P*2] [Y]"
 
 
 def gradient(
-    backbone: Backbone, items: list[Item], *, slots: int, saves: bool, parts: ConstantParts | None = None
+    backbone: Backbone, items: list[Item], *, slots: int, saves: bool, cache: PrefixCache | None = None
 ) -> tuple[Tensor, Tensor, int]:
     """Return the logits, the gradient in the slot vectors, and the bytes held between forward and backward pass."""
     noise = torch.randn(slots, backbone.width, generator=torch.Generator().manual_seed(1))
     vectors = (noise * float(backbone.table().std())).requires_grad_(True)
-    examples = [example for item in items for example in item.inputs]
     how = recomputing(backbone.model, name="tiny") if saves else contextlib.nullcontext()
     with LiveTensors() as live, how:
-        if parts is None:
-            logits = target_logits(backbone, item_batch(items, slots=slots), vectors)
-        else:
-            logits = parts.logits(examples, vectors, slots=[slots] * len(examples))
+        logits = target_logits(backbone, inputs_of(items), Learned(vectors), cache=cache)
     held = live.now  # what layers were given and will run on again is no tensor that autograd knows of
     (found,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), vectors)
     return logits.detach(), found, held
@@ -83,12 +79,12 @@ def test_a_shared_prefix_runs_again_in_front_of_its_rows(name: str, monkeypatch:
 
 
 def test_rows_behind_kept_keys_and_values_run_again(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 0)
-    parts = ConstantParts(causal, memory_share=0.25)
-    assert parts.prepare(example for item in items_of(causal, LATE, RECORDS) for example in item.inputs)
-    before = parts.tokens
-    check_equal(causal, LATE, RECORDS, parts=parts)
-    assert parts.tokens == before
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 0)
+    cache = PrefixCache(causal, memory_share=0.25)
+    assert cache.prepare(inputs_of(items_of(causal, LATE, RECORDS)))
+    before = cache.tokens
+    check_equal(causal, LATE, RECORDS, cache=cache)
+    assert cache.tokens == before
 
 
 def trained(

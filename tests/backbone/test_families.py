@@ -1,4 +1,6 @@
-"""Every family keeps the rules: identity, alone or in company, frozen, saved is what was trained, fast equals slow."""
+"""Every family keeps the invariants of docs/invariants.md: *Identity*, *Alone or in company*, *Frozen is frozen*,
+*Saved is what was trained* and *Fast = slow*.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import TrainConfig
-from ptuning.engine.batch import collate
 from ptuning.engine.generate import Written, write_answers
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
@@ -83,8 +85,9 @@ def check_identity(backbone: Backbone) -> None:
 
 @every_family
 def test_identity(name: str) -> None:
-    """Invariant 1: slots holding token embeddings equal the plain run, and loading finds nothing to refuse; the head
-    reads what is scored and nothing else (decision 6).
+    """Invariant *Identity*: slots holding token embeddings equal the plain run, and loading finds nothing to refuse.
+
+    The head reads what is scored and nothing else (docs/decisions.md, decision 6).
     """
     backbone = built(name)
     check_reading(backbone)
@@ -116,7 +119,10 @@ def test_identity_with_the_other_head(name: str) -> None:
 
 @every_family
 def test_alone_or_in_company(name: str) -> None:
-    """Invariant 2: neither the rows beside it, nor pads on either side, nor the batch's order change a row's logits."""
+    """Invariant *Alone or in company*: a row's logits are its own.
+
+    Neither the rows beside it, nor pads on either side, nor the batch's order change them.
+    """
     backbone = built(name)
     for template in templates(backbone):
         prompt = learned(backbone, template)
@@ -132,8 +138,8 @@ def test_alone_or_in_company(name: str) -> None:
 
 @every_family
 def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Path) -> None:
-    """Invariants 3 and 4: training leaves the backbone bit-identical and learns; backbone and prompt saved and loaded
-    give bit-equal logits.
+    """Invariants *Frozen is frozen* and *Saved is what was trained*: training leaves the backbone bit-identical and
+    learns; backbone and prompt, saved and loaded, give bit-equal logits.
     """
     backbone = own_copy(name)
     before = digest(backbone)
@@ -168,7 +174,7 @@ def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Pat
 
 @every_family
 def test_gathered_logits_equal_plain_ones(name: str) -> None:
-    """Invariant 8: without the hook the head reads every position, and the asked ones are the same."""
+    """Invariant *Fast = slow*: without the hook the head reads every position, and the asked ones are the same."""
     backbone = own_copy(name)
     prompt = learned(backbone, templates(backbone)[-1])
     gathered = PromptModel(backbone).target_logits(RECORDS, prompt)
@@ -188,15 +194,17 @@ def slow_answer(backbone: Backbone, prompt: Prompt, record: dict[str, str], *, t
     while len(ids) < tokens and not ends & set(ids):
         row = (*context.token_ids, *ids)
         example = Example(row, context.slot_positions, (len(row) - 1,), (), 0, encoder_tokens=context.encoder_tokens)
-        logits = target_logits(backbone, collate([example], slots=[prompt.slots]), prompt.slot_vectors)
+        logits = target_logits(backbone, [example], prompt.learned(backbone))
         ids.append(int(logits[0].argmax()))
     return [token for token in ids if token not in ends]
 
 
 @every_family
 def test_written_answers(name: str) -> None:
-    """Trap 9: with the cache and in company a model writes what it writes alone without one, on every template, and
-    nothing from the table's padded rows, however likely they are.
+    """Invariants *Fast = slow* and *Alone or in company*: with the cache and in company a model writes what it writes
+    alone without one, on every template, and nothing from the table's padded rows, however likely they are.
+
+    Users of other tools got the text of a model without a prompt as soon as the cache was on.
     """
     backbone = own_copy(name)
     head = backbone.model.get_output_embeddings()
@@ -215,15 +223,19 @@ def test_written_answers(name: str) -> None:
             continue
         filled = bound(backbone, template)
         assert prompt.slot_vectors is not None
-        found = write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=1, max_tokens=5, pad_side="right")
+        found = write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=1, max_tokens=5, pad_side="right"
+        )
         for record, answers in zip(RECORDS, found, strict=True):
             ids = slow_answer(backbone, prompt, dict(record), tokens=5)
             assert answers[0].text == backbone.tokenizer.decode(ids).split("\n")[0].strip()
         # Beams are those of each record alone.
-        beams = write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=4, pad_side="right")
+        beams = write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
+        )
         for record, answers in zip(RECORDS, beams, strict=True):
             alone = write_answers(
-                backbone, filled, [record], prompt.slot_vectors, width=3, max_tokens=4, pad_side="right"
+                backbone, filled, [record], prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
             )[0]
             assert [one.text for one in answers] == [one.text for one in alone]
 
@@ -261,7 +273,10 @@ PREFIX = (
 
 @every_family
 def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8, decision 16: equal logits and gradients; a cache of windows or states is found, and not shared."""
+    """Invariant *Fast = slow*: with a shared prefix (docs/decisions.md, decision 16) logits and gradients are equal.
+
+    A cache of windows or states is found, and not shared.
+    """
     backbone = own_copy(name)
     assert backbone.shares_prefix == (name in PREFIX)
     template = "The capital of [P*3] [X] is [Y]"
@@ -275,7 +290,7 @@ def test_a_shared_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for least in (1, 10**9):
         monkeypatch.setattr(ptuning.engine.passes, "MIN_SAVED_TOKENS", least)
         leaf = vectors.clone().requires_grad_(True)
-        logits = target_logits(backbone, collate(examples, slots=[3] * len(examples)), leaf)
+        logits = target_logits(backbone, examples, Learned(leaf))
         torch.log_softmax(logits, dim=-1)[:, 7].sum().backward()
         assert leaf.grad is not None
         found.append((logits.detach(), leaf.grad))
@@ -374,7 +389,9 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
     def beams() -> list[list[Written]]:
         assert prompt.slot_vectors is not None
         filled = bound(backbone, TEMPLATE)
-        return write_answers(backbone, filled, RECORDS, prompt.slot_vectors, width=3, max_tokens=6, pad_side="right")
+        return write_answers(
+            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=6, pad_side="right"
+        )
 
     kept = beams()
     real = Backbone.run

@@ -21,7 +21,9 @@ from tests.conftest import RECORDS, learned
 
 
 def test_new_adapters_change_nothing(backbone: Backbone) -> None:
-    """Invariant 1: a prompt that starts at words is the manual prompt before the first step, also with adapters."""
+    """Invariant *Identity* (docs/invariants.md), also with adapters: a prompt that starts at words is the manual prompt
+    before the first step.
+    """
     other = backbone.copy(share=True)
     lora.add_adapters(other.model, rank=4, alpha=8.0, targets="all-linear", seed=0)
     assert torch.equal(logits(other), logits(backbone))
@@ -42,7 +44,10 @@ def test_the_model_that_was_copied_stays_as_it_was(backbone: Backbone) -> None:
 
 
 def test_logits_at_scored_positions_are_those_of_a_plain_run(backbone: Backbone) -> None:
-    """Invariant 8, decision 6: the hook on the body sees a model with adapters, too."""
+    """Invariant *Fast = slow* (docs/invariants.md): the hook on the body sees a model with adapters, too.
+
+    Source: docs/decisions.md, decision 6.
+    """
     other = adapted(backbone)
     prompt = learned(other, "[P*2] [X] [P:is] [Y]")
     found = PromptModel(other).target_logits(RECORDS, prompt)

@@ -56,7 +56,7 @@ def test_converted_once(cache: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "empty"])
 def test_a_cut_off_copy_is_made_anew(cache: Path, damage: str) -> None:
-    """Invariant: whole or not there."""
+    """A copy in the cache is whole or counts as not there."""
     folder = cached_folder(BACKBONE, convert)
     path = folder / "model.safetensors"
     if damage == "cut":

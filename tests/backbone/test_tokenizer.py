@@ -86,7 +86,7 @@ def test_a_tokenizer_is_the_kind_it_is_called(name: str) -> None:
 @every_tokenizer
 @pytest.mark.parametrize("pattern", ["The capital of [X] is [Y]", "[X] is [Y]", "question: {x!}? answer: [Y]"])
 def test_without_slots_the_ids_are_those_of_the_filled_sentence(name: str, pattern: str) -> None:
-    """Trap 17: special tokens once, where the tokenizer puts them."""
+    """The ids are the tokenizer's own: special tokens come once, where the tokenizer puts them."""
     for record in FACTS:
         sentence = pattern.replace("[X]", record["x"]).replace("{x!}", record["x"]).replace("[Y]", record["y"])
         assert row_with_target(name, pattern, record)[0] == list(trained(name)(sentence)["input_ids"])
@@ -94,7 +94,7 @@ def test_without_slots_the_ids_are_those_of_the_filled_sentence(name: str, patte
 
 @every_tokenizer
 def test_the_targets_ids_are_those_it_has_in_the_sentence(name: str) -> None:
-    """Trap 19: behind a space, and at a text's beginning where the model reads on from nothing else."""
+    """Scored are the ids that the target has in the sentence, with the space in front of it."""
     raw = trained(name)
     for record in FACTS:
         whole = list(raw("the answer is " + record["y"], add_special_tokens=False)["input_ids"])
@@ -118,8 +118,8 @@ def test_a_space_belongs_to_what_follows_it(name: str) -> None:
 
 @every_tokenizer
 def test_special_text_in_a_record_is_text(name: str) -> None:
-    """Decision 8; the template's own special tokens are special. A unigram vocabulary finds them in any text: there
-    they are spelled out.
+    """Text in a record is never a special token, and the template's own special tokens are special
+    (docs/decisions.md, decision 8). A unigram vocabulary finds them in any text: there they are spelled out.
     """
     raw, tokenizer = trained(name), own(name)
     special = next(token for token in (raw.eos_token, raw.sep_token) if token)

@@ -97,7 +97,7 @@ def test_which_weights_are_trained(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("keep", ["difference", "whole"])
 def test_tuned_weights_come_back_bit_by_bit(backbone: Backbone, keep: Keep, tmp_path: Path) -> None:
-    """Invariant 4, also where a zero changed its sign only."""
+    """Invariant *Saved is what was trained* (docs/invariants.md): bit by bit, a zero's changed sign included."""
     before, trained = weights(backbone), moved(backbone)
     with torch.no_grad():
         last = list(trained.model.parameters())[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions, with_few_choices
+from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions
 from ptuning.data.row_paths import Source
 from ptuning.errors import RecordError
 from ptuning.records import Records
@@ -164,18 +164,3 @@ def test_records_are_questions_without_choices() -> None:
     found = as_questions(data)
     assert (found, found.name, found.sha256) == ([Question({"x": "a"})], "n", "0" * 64)
     assert as_questions(found) is found
-
-
-def test_a_draw_of_choices_keeps_a_right_one_and_the_order() -> None:
-    """For learning from rows with many choices; small rows stay as they are, and a seed draws the same again."""
-    texts = tuple(f"text {number}" for number in range(20))
-    rows = Questions([Question({}, texts, (3, 17)), Question({}, ("a", "b"), (1,))], name="f")
-    for seed in range(20):
-        few = with_few_choices(rows, 5, seed=seed)
-        assert len(few[0].choices) == 5
-        assert list(few[0].choices) == sorted(few[0].choices, key=texts.index)
-        assert few[0].answers
-        assert {few[0].choices[place] for place in few[0].answers} == {"text 3", "text 17"} & set(few[0].choices)
-        assert few[1] is rows[1]
-        assert few == with_few_choices(rows, 5, seed=seed)
-    assert len({with_few_choices(rows, 5, seed=seed)[0].choices for seed in range(20)}) > 10

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptuning.data.reading import load_records, read_rows, split_records
+from ptuning.data.reading import load_records, read_rows
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
 from ptuning.records import Records, as_records, require_targets
@@ -186,51 +186,6 @@ def test_records_in_memory_are_cleaned_and_known_by_their_content() -> None:
         as_records([{1: "Kenya"}])  # type: ignore[dict-item]
 
 
-def facts(count: int) -> Records:
-    """Every input twice, with different answers."""
-    return Records([{"x": f"x{n // 2}", "y": f"y{n}"} for n in range(2 * count)], name="facts")
-
-
-def test_a_split_is_seeded_disjoint_and_whole() -> None:
-    records = facts(50)
-    kept, held = split_records(records, fraction=0.2, seed=3)
-    again = split_records(records, fraction=0.2, seed=3)
-    assert (list(kept), list(held)) == (list(again[0]), list(again[1]))
-    assert list(split_records(records, fraction=0.2, seed=4)[1]) != list(held)
-    assert sorted(row["y"] for row in [*kept, *held]) == sorted(row["y"] for row in records)
-    assert len(held) == 20
-    assert [row["y"] for row in kept] == [row["y"] for row in records if row in kept]
-    assert held.name == "facts (20% set aside, seed 3)"
-    assert (kept.sha256, held.sha256) == (again[0].sha256, again[1].sha256)
-
-
-def test_a_split_does_not_depend_on_the_order_of_the_records() -> None:
-    records = facts(20)
-    turned = Records(list(reversed(records)), name="facts")
-    assert {row["y"] for row in split_records(records, fraction=0.3, seed=0)[1]} == {
-        row["y"] for row in split_records(turned, fraction=0.3, seed=0)[1]
-    }
-
-
-@pytest.mark.parametrize("answer", ["y", "label", "obj_label", "reply"])
-def test_records_with_the_same_input_stay_together(answer: str) -> None:
-    """Also where the answer came under another name: a copy of it left in the record must not tell inputs apart."""
-    lines = "".join(json.dumps({"x": f"x{n // 3}", answer: f"y{n}"}) + "\n" for n in range(60))
-    fields = {"y": "reply"} if answer == "reply" else None
-    records = Records(read_rows(lines.encode(), name="a.jsonl", fields=fields))
-    for seed in range(5):
-        kept, held = split_records(records, fraction=0.5, seed=seed)
-        assert not {row["x"] for row in kept} & {row["x"] for row in held}
-
-
-def test_a_split_keeps_something_on_both_sides() -> None:
-    for fraction in (0.001, 0.999):
-        kept, held = split_records(facts(2), fraction=fraction, seed=0)
-        assert len(kept) == len(held) == 2
-    with pytest.raises(RecordError, match=r"facts: too few different records to set some aside; .*--dev"):
-        split_records(facts(1), fraction=0.5, seed=0)
-
-
 def test_records_without_a_target_are_named() -> None:
     require_targets(Records([{"y": "1"}]))
     with pytest.raises(RecordError) as caught:
@@ -241,13 +196,3 @@ def test_records_without_a_target_are_named() -> None:
     )
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))
-
-
-def test_records_of_one_group_are_set_aside_together() -> None:
-    """Answers to one question, which differ in their input; a record without a group stands for itself."""
-    records = as_records([{"x": str(at), "y": "z"} for at in range(12)])
-    groups = ["a", "a", "a", "b", "b", "b", None, None, None, None, None, None]
-    for seed in range(20):
-        _, held = split_records(records, fraction=0.4, seed=seed, groups=groups)
-        parts = [[records.index(row) // 3 for row in held].count(group) for group in (0, 1)]
-        assert set(parts) <= {0, 3}

@@ -152,7 +152,7 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
         ('"mine"', '"../mine"', "'../mine' is no name for a task, since it becomes a folder"),
         ('"mine"', f'"{"m" * 101}"', "is no name for a task"),
         ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
-        ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' is the F1 of the label 'true', which this task has not"),
+        ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' needs the label 'true', which this task does not have"),
         ("[labels]", '[files]\ndve = ["a"]\n[labels]', r"unknown part under \[files\] 'dve'. Did you mean 'dev'"),
         ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
         ("{text} It", "{label} It", "the field 'label' of a pattern is what is to be answered"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.engine.batch import Side, collate, shared_tokens
+from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Template
@@ -19,6 +20,11 @@ from ptuning.template.language import Template
 
 def example(ids: list[int], *, slots: tuple[int, ...] = (), logits: tuple[int, ...] = (0,)) -> Example:
     return Example(tuple(ids), slots, logits, tuple(range(len(logits))), len(logits))
+
+
+def each(*slots: int) -> Learned:
+    """Return what rows bring that each have a prompt of their own, of so many slots."""
+    return Learned(torch.zeros(sum(slots), 1), slots, tuple(range(len(slots))))
 
 
 SHORT = example([5, 0, 7], slots=(1,), logits=(2,))
@@ -41,14 +47,14 @@ def test_a_batch_padded_on_either_side(
     slot_cols: list[int],
     logit_cols: list[int],
 ) -> None:
-    """Trap 2: positions count from each row's first token, wherever the pads are."""
-    batch = collate([SHORT, LONG], slots=[1, 3], pad_side=side)
+    """Positions count from each row's first token, wherever the pads are."""
+    batch = collate([SHORT, LONG], each(1, 3), pad_side=side)
     assert batch.token_ids.tolist() == [ids, [1, 0, 0, 4, 0]]
     assert batch.mask.tolist() == [mask, [1, 1, 1, 1, 1]]
     assert batch.positions.tolist() == [positions, [0, 1, 2, 3, 4]]
     assert batch.slot_rows.tolist() == [0, 1, 1, 1]
     assert batch.slot_cols.tolist() == slot_cols
-    assert batch.slot_index.tolist() == [0, 0, 1, 2]
+    assert batch.slot_index.tolist() == [0, 1, 2, 3]
     assert batch.logit_rows.tolist() == [0, 1, 1]
     assert batch.logit_cols.tolist() == logit_cols
     assert batch.counts == (1, 2)
@@ -57,12 +63,13 @@ def test_a_batch_padded_on_either_side(
 
 
 def test_rows_of_several_prompts_take_their_own_part_of_the_table() -> None:
-    """Decision 10: one batch may mix prompts of different lengths, and rows with none."""
+    """Each row names its prompt: one batch may mix prompts of different lengths, and rows with none."""
     bare = example([3, 4])
-    batch = collate([LONG, bare, SHORT, LONG], slots=[3, 0, 1, 3], offsets=[1, 0, 0, 4])
+    prompts = Learned(torch.zeros(7, 1), slots=(1, 3, 3, 0), rows=(1, 3, 0, 2))
+    batch = collate([LONG, bare, SHORT, LONG], prompts)
     assert batch.slot_rows.tolist() == [0, 0, 0, 2, 3, 3, 3]
     assert batch.slot_index.tolist() == [1, 2, 3, 0, 4, 5, 6]
-    empty = collate([bare], slots=[0])
+    empty = collate([bare], Learned.none(1))
     assert empty.slot_rows.tolist() == empty.slot_index.tolist() == []
 
 
@@ -79,9 +86,12 @@ def rows(draw: st.DrawFn) -> list[Example]:
 @SIDES
 @settings(max_examples=60, deadline=None)
 @given(examples=rows())
-def test_trap_6_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
-    """No 1-0-1 in any mask; what the mask keeps is the row itself, with its slots and scored positions."""
-    batch = collate(examples, slots=[len(row.slot_positions) for row in examples], pad_side=side)
+def test_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: list[Example]) -> None:
+    """No mask has a 1-0-1; what the mask keeps is the row itself, with its slots and scored positions.
+
+    Where slots are put in front of rows that are padded already, pads get between slots and text.
+    """
+    batch = collate(examples, each(*(len(row.slot_positions) for row in examples)), pad_side=side)
     for number, row in enumerate(examples):
         mask = batch.mask[number]
         assert "01" not in "".join(map(str, mask.tolist())).strip("0")
@@ -98,10 +108,11 @@ def test_trap_6_no_pad_stands_between_the_tokens_of_a_row(side: Side, examples: 
 
 @SIDES
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
-def test_trap_20_a_pad_is_no_token_id(
-    side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]
-) -> None:
-    """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad."""
+def test_a_pad_is_no_token_id(side: Side, family: str, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
+    """Text with the pad, unknown or end token in it keeps mask 1 there, as do slots, whose id is that of a pad.
+
+    A mask made by comparing ids loses such text, since many tokenizers pad with their end or unknown token.
+    """
     raw = raw_tokenizer(family)
     tokenizer = TextTokenizer(raw, max_tokens=64)
     special = (raw.pad_token or raw.eos_token).replace("[", "[[")
@@ -111,7 +122,7 @@ def test_trap_20_a_pad_is_no_token_id(
         kind="causal" if family == "gpt2" else "masked",
     )
     examples = bound.examples([{"x": "東京", "y": "a"}, {"x": "The capital of Kenya is Nairobi, and so on", "y": "a"}])
-    batch = collate(examples, slots=[2, 2], pad_side=side)
+    batch = collate(examples, each(2, 2), pad_side=side)
     pad = raw.convert_tokens_to_ids(raw.pad_token or raw.eos_token)
     assert all(pad in row.token_ids for row in examples)
     if family == "bert":
@@ -122,13 +133,13 @@ def test_trap_20_a_pad_is_no_token_id(
 
 @pytest.mark.parametrize("vectors", [0, 2, 4])
 def test_a_row_with_another_number_of_slots_than_its_prompt_is_refused(vectors: int) -> None:
-    """Style 9: slots per row that differ from P raise."""
+    """A row with more or fewer slots than its prompt has vectors is an error, never cut or filled up."""
     with pytest.raises(PromptError, match=f"row 1 has 3 slots, and its prompt has {vectors} vectors"):
-        collate([SHORT, LONG], slots=[1, vectors])
+        collate([SHORT, LONG], each(1, vectors))
 
 
 def test_a_batch_moves_to_a_device_whole() -> None:
-    batch = collate([SHORT, LONG], slots=[1, 3])
+    batch = collate([SHORT, LONG], each(1, 3))
     moved = batch.to(torch.device("meta"))
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.counts == batch.counts
@@ -153,39 +164,44 @@ QUESTION = example([1, 0, 0, 4, 6], slots=(1, 2), logits=(4,))
     ],
 )
 def test_what_rows_share_at_their_front(other: Example, shared: int) -> None:
-    """Decision 16: the same tokens and slots, before the first scored position of every row, in either order."""
+    """A shared prefix (docs/decisions.md, decision 16) is what all rows begin with, in whatever order the rows are.
+
+    The same tokens and slots, before the first scored position of every row.
+    """
     for rows in ([QUESTION, other], [other, QUESTION], [QUESTION, other, QUESTION]):
-        slots = [len(row.slot_positions) for row in rows]
+        one_or_none = Learned(torch.zeros(2, 1), slots=(2, 0), rows=tuple(int(not row.slot_positions) for row in rows))
         assert shared_tokens(rows) == shared
-        assert collate(rows, slots=slots).shared_tokens == shared
+        assert collate(rows, one_or_none).shared_tokens == shared
 
 
 def test_slots_of_other_prompts_are_not_shared() -> None:
     """Slots of the same place and number hold other vectors if their rows belong to different prompts."""
-    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[3, 3]).shared_tokens == 4
-    assert collate([QUESTION] * 2, slots=[2] * 2, offsets=[0, 2]).shared_tokens == 1
+    same = Learned(torch.zeros(4, 1), slots=(2, 2), rows=(1, 1))
+    assert collate([QUESTION] * 2, same).shared_tokens == 4
+    assert collate([QUESTION] * 2, each(2, 2)).shared_tokens == 1
     moved = example([1, 0, 9, 0, 6], slots=(1, 3), logits=(4,))
-    assert collate([QUESTION, moved], slots=[2] * 2, offsets=[1, 1]).shared_tokens == 2
-    # Slot 1 of a prompt at row 0 of the table is slot 0 of one that begins there.
+    assert collate([QUESTION, moved], same).shared_tokens == 2
     behind = example([0, 0, 6], slots=(0, 1), logits=(2,))
-    assert collate([behind] * 2, slots=[2] * 2, offsets=[0, 1]).shared_tokens == 0
+    assert collate([behind] * 2, each(2, 2)).shared_tokens == 0
 
 
 def test_rows_behind_pads_share_nothing() -> None:
     """Columns of pads are no prefix; without a pad in front, the side makes no difference."""
-    longer = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,))
-    assert collate([QUESTION, longer], slots=[2, 2], pad_side="left").shared_tokens == 0
-    assert collate([QUESTION, QUESTION], slots=[2, 2], pad_side="left").shared_tokens == 4
-    assert collate([QUESTION], slots=[2]).shared_tokens == 4
+    longer, one = example([1, 0, 0, 4, 7, 8], slots=(1, 2), logits=(5,)), Learned(torch.zeros(2, 1))
+    assert collate([QUESTION, longer], one, pad_side="left").shared_tokens == 0
+    assert collate([QUESTION, QUESTION], one, pad_side="left").shared_tokens == 4
+    assert collate([QUESTION], one).shared_tokens == 4
     assert shared_tokens([]) == 0
 
 
 @settings(max_examples=100, deadline=None)
-@given(examples=rows(), offsets=st.lists(st.integers(0, 1), min_size=5, max_size=5))
-def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example], offsets: list[int]) -> None:
+@given(examples=rows(), owners=st.lists(st.integers(0, 1), min_size=5, max_size=5))
+def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example], owners: list[int]) -> None:
     """Against a slow look at the batch: every column before the bound is the same in all rows, the bound's is not."""
-    offsets = offsets[: len(examples)]
-    batch = collate(examples, slots=[len(row.slot_positions) for row in examples], offsets=offsets)
+    wanted = [(len(row.slot_positions), owner) for row, owner in zip(examples, owners, strict=False)]
+    prompts = sorted(set(wanted))  # of each number of slots one or two
+    counts = tuple(count for count, _ in prompts)
+    batch = collate(examples, Learned(torch.zeros(sum(counts), 1), counts, tuple(map(prompts.index, wanted))))
     slots = {
         (int(row), int(column)): int(index)
         for row, column, index in zip(batch.slot_rows, batch.slot_cols, batch.slot_index, strict=True)
@@ -199,3 +215,16 @@ def test_shared_columns_are_equal_and_the_next_one_is_not(examples: list[Example
     assert batch.shared_tokens <= first
     assert all(len(column(at)) == 1 for at in range(batch.shared_tokens))
     assert batch.shared_tokens == first or len(column(batch.shared_tokens)) > 1
+
+
+def test_prompts_are_joined_one_below_the_other() -> None:
+    """Each row keeps its own prompt's vectors, in any choice of rows; one prompt alone needs no rows."""
+    one, two = Learned(torch.full((2, 4), 1.0)), Learned(torch.full((3, 4), 2.0))
+    both = Learned.join([one, two], rows=[1, 0, 1])
+    assert both.vectors[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert both.layout(3) == ([3, 2, 3], [2, 0, 2])
+    assert both.take([1, 1]).layout(2) == ([2, 2], [0, 0])
+    assert Learned.join([two], rows=[0, 0]) is two
+    assert two.take([5]) is two
+    assert two.layout(2) == ([3, 3], [0, 0])
+    assert Learned.none(4).layout(1) == ([0], [0])

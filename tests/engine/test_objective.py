@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.evaluate import item_batch
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import (
     Choice,
     Item,
@@ -20,6 +20,7 @@ from ptuning.engine.objective import (
     choice_items,
     class_scores,
     hits,
+    inputs_of,
     label_items,
     loss,
     loss_count,
@@ -48,14 +49,13 @@ def vectors_of(backbone: Backbone) -> Tensor:
 @torch.no_grad()
 def scored_by(backbone: Backbone, items: list[Item]) -> Scored:
     """Score items in one batch."""
-    return score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors_of(backbone)))
+    return score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors_of(backbone))))
 
 
 @torch.no_grad()
 def by_hand(backbone: Backbone, example: Example) -> list[float]:
     """Return the log-probability of each own token of one example, run alone."""
-    item = Item((example,), ())
-    log_probs = target_logits(backbone, item_batch([item], slots=3), vectors_of(backbone)).log_softmax(-1)
+    log_probs = target_logits(backbone, [example], Learned(vectors_of(backbone))).log_softmax(-1)
     return [float(log_probs[at, token]) for at, token in enumerate(example.target_ids)]
 
 
@@ -79,7 +79,10 @@ def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:
 
 
 def test_loss_is_sum_and_count(backbone: Backbone) -> None:
-    """Style 12: divided once, by tokens; the same however the items are cut into batches (trap 23)."""
+    """Sums are divided once, by tokens: so the loss is the same however the items are cut into batches.
+
+    A mean of the batches' means would give a short last batch too much weight.
+    """
     items = items_of(backbone, TEMPLATE, RECORDS)
     whole, count = loss(items, scored_by(backbone, items))
     assert count == loss_count(items)
@@ -126,7 +129,10 @@ def test_candidates_of_one_length_share_their_input(masked: Backbone, causal: Ba
 
 
 def test_candidates_that_share_inputs_equal_one_forward_each(backbone: Backbone) -> None:
-    """Invariant 8, with candidates of one and of several tokens, for several records in one batch."""
+    """Invariant *Fast = slow* (docs/invariants.md): candidates that share inputs score as in a forward pass each.
+
+    Candidates of one and of several tokens, for several records in one batch.
+    """
     filled = bound(backbone, TEMPLATE)
     per_record = [filled.examples([record] * len(CANDIDATES), targets=CANDIDATES) for record in RECORDS]
     items = [candidate_item(examples) for examples in per_record]
@@ -182,7 +188,7 @@ def test_label_loss_is_the_cross_entropy_over_classes(backbone: Backbone) -> Non
 
 
 def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
-    """Style 14: names the record and the labels."""
+    """The error names the record and the labels."""
     rows = as_records([{"x": "a", "y": "goood"}])
     with pytest.raises(
         RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
@@ -240,7 +246,7 @@ def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> Non
     """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
     items = choice_items(bound(causal, TEMPLATE), QUESTIONS, scoring=Scoring(calibrate=True))
     vectors = vectors_of(causal).requires_grad_(True)
-    value, _ = loss(items, score_choices(items, target_logits(causal, item_batch(items, slots=3), vectors)))
+    value, _ = loss(items, score_choices(items, target_logits(causal, inputs_of(items), Learned(vectors))))
     value.backward()
     assert vectors.grad is not None
     assert vectors.grad.isfinite().all()
@@ -292,7 +298,7 @@ def test_gradients_reach_the_logits_of_every_scored_token() -> None:
 
 
 def test_scores_do_not_depend_on_the_order_of_items(backbone: Backbone) -> None:
-    """Invariant 2, trap 29: shuffling only permutes."""
+    """Invariant *Alone or in company* (docs/invariants.md): shuffling only permutes the scores."""
     items = items_of(backbone, TEMPLATE, RECORDS)
     order = random.Random(2).sample(range(len(items)), len(items))
     found, shuffled = scored_by(backbone, items), scored_by(backbone, [items[index] for index in order])

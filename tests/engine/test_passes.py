@@ -1,4 +1,6 @@
-"""The injection site and the invariants that rest on it: identity, and alone or in company."""
+"""The injection site and the invariants that rest on it (docs/invariants.md): *Identity*, *Alone or in company*, and
+*Fast = slow* where rows share their beginning.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,19 @@ import pytest
 import torch
 
 import ptuning
+import ptuning.engine.batch as batch_module
 import ptuning.engine.passes as model_module
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import Batch, collate
-from ptuning.engine.evaluate import evaluate, measure_ceiling
-from ptuning.engine.passes import (
-    MAX_BATCH_POSITIONS,
-    MAX_BATCH_TOKENS,
-    MAX_CACHED_TOKENS,
-    batches,
-    inject,
-    prefix_tokens,
-    target_logits,
-)
+from ptuning.engine.batch import MAX_BATCH_POSITIONS, MAX_BATCH_TOKENS, MAX_CACHED_TOKENS, batches, collate
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import inputs_of
+from ptuning.engine.passes import inject, prefix_tokens, target_logits
 from ptuning.errors import PromptError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.template.fill import Example
+from ptuning.training.step import measure_ceiling
 from tests.conftest import CAUSAL, RECORDS, bound, items_of, learned, plain_logits, spoken
 
 TEMPLATES = (
@@ -41,7 +40,11 @@ TEMPLATES = (
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_slots_holding_token_embeddings_give_the_logits_of_the_plain_run(backbone: Backbone, template: str) -> None:
-    """Invariant 1, traps 1 and 3."""
+    """Invariant *Identity*: whatever the model does with embeddings, it does with slot vectors.
+
+    The embeddings are what the model's layer gives for the tokens. Some models scale it, so the table's own rows would
+    be wrong.
+    """
     filled = bound(backbone, template)
     ids = random.Random(0).choices(range(5, backbone.vocabulary), k=filled.slots)
     found = PromptModel(backbone).target_logits(RECORDS, Prompt.from_token_ids(template, ids, backbone))
@@ -51,7 +54,7 @@ def test_slots_holding_token_embeddings_give_the_logits_of_the_plain_run(backbon
 
 
 def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
-    """Invariant 1: the slots are read at all."""
+    """Invariant *Identity* says little if slots are not read at all."""
     one, two = (
         PromptModel(backbone).target_logits(RECORDS, learned(backbone, TEMPLATES[0], seed=seed)) for seed in (1, 2)
     )
@@ -59,7 +62,7 @@ def test_other_vectors_give_other_logits(backbone: Backbone) -> None:
 
 
 def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone) -> None:
-    """Invariant 1, traps 1 and 18: the words' own tokens, no special ones among them."""
+    """Invariant *Identity*: slots start at the words' own tokens, with no special ones among them."""
     template = "[P:The capital of] [X] [P:is] [Y]"
     filled = bound(backbone, template)
     assert not set(filled.slot_start_ids) & set(backbone.tokenizer.special_ids.values())
@@ -72,7 +75,7 @@ def test_a_prompt_started_from_words_equals_the_manual_prompt(backbone: Backbone
 
 @pytest.mark.parametrize("segment", [0, 1])
 def test_segments_are_those_of_the_plain_run(masked: Backbone, segment: int) -> None:
-    """Trap 5: BERT is told the segment that its tokenizer gives a single sentence."""
+    """BERT is told the segment that its tokenizer gives a single sentence; slots and text have the same."""
     assert masked.tokenizer.segment_id == 0
     masked.tokenizer.segment_id = segment
     template = "[X] [P*2] [Y]"
@@ -86,11 +89,14 @@ def test_segments_are_those_of_the_plain_run(masked: Backbone, segment: int) -> 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Backbone, side: str) -> None:
-    """Needs, row 9: position by position, against a slow loop; the given embeddings are left alone."""
+    """Slots may be anywhere in a row, not only in front: position by position, against a slow loop.
+
+    The given embeddings are left alone.
+    """
     examples = bound(backbone, "[P*2] [X] [P:is] [Y]").examples(RECORDS)
     slots = len(examples[0].slot_positions)
     vectors = torch.randn(slots, backbone.width)
-    batch = collate(examples, slots=[slots] * len(examples), pad_side=side)  # type: ignore[arg-type]
+    batch = collate(examples, Learned(vectors), pad_side=side)  # type: ignore[arg-type]
     given = backbone.embed(batch.token_ids)
     before = given.clone()
     found = inject(given, vectors, batch)
@@ -105,10 +111,10 @@ def test_every_slot_holds_its_vector_and_everything_else_its_token(backbone: Bac
 
 
 def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
-    """Traps 12 and 26: the vectors stay float32, the embeddings' dtype wins at the site."""
+    """The vectors stay float32, in which small steps are not lost; in the row they have the embeddings' dtype."""
     examples = bound(causal, "[P*2] [X] [Y]").examples(RECORDS)
     vectors = torch.randn(2, causal.width, requires_grad=True)
-    batch = collate(examples, slots=[2] * len(examples))
+    batch = collate(examples, Learned(vectors))
     found = inject(causal.embed(batch.token_ids).bfloat16(), vectors, batch)
     assert found.dtype == torch.bfloat16
     found.float().sum().backward()
@@ -117,15 +123,17 @@ def test_vectors_are_cast_where_they_are_written(causal: Backbone) -> None:
 
 
 def test_a_batch_that_asks_for_a_missing_vector_is_an_error(causal: Backbone) -> None:
-    """Style 9: a wrong count is never silent."""
+    """A wrong count of vectors is never silent."""
     examples = bound(causal, "[P*3] [X] [Y]").examples(RECORDS)
-    batch = collate(examples, slots=[3] * len(examples))
+    batch = collate(examples, Learned(torch.zeros(3, causal.width)))
     with pytest.raises(PromptError, match="asks for slot 2, and there are 2 vectors"):
-        target_logits(causal, batch, torch.zeros(2, causal.width))
+        inject(causal.embed(batch.token_ids), torch.zeros(2, causal.width), batch)
+    with pytest.raises(PromptError, match="row 0 has 3 slots, and its prompt has 2 vectors"):
+        target_logits(causal, examples, Learned(torch.zeros(2, causal.width)))
 
 
 def test_vectors_are_written_in_one_place() -> None:
-    """Style 9: the write stands once in the package."""
+    """One function of the package writes slot vectors into embeddings, so one place has to be right."""
     sources = sorted(Path(ptuning.__file__).parent.rglob("*.py"))
     written = [path.name for path in sources if re.search(r"index_put|masked_scatter|index_copy", path.read_text())]
     assert written == ["passes.py"]
@@ -133,7 +141,10 @@ def test_vectors_are_written_in_one_place() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) -> None:
-    """Invariant 2, traps 2, 6 and 7: beside longer and shorter rows, on both sides, in any order."""
+    """Invariant *Alone or in company*: a row's logits are the same beside longer and shorter rows.
+
+    Padded on either side, in any order.
+    """
     prompt = learned(backbone, "[P*2] [X] [P:is] [Y]")
     alone = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
     order = random.Random(1).sample(range(len(RECORDS)), len(RECORDS))
@@ -144,7 +155,7 @@ def test_a_row_alone_equals_the_row_in_company(backbone: Backbone, side: str) ->
 
 
 def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 2: the test above runs all rows in one batch, pads at one side and nowhere else (trap 6)."""
+    """Invariant *Alone or in company*: the test above runs all rows in one batch, with pads on one side only."""
     seen = []
 
     def spy(embeddings: torch.Tensor, *, mask: torch.Tensor, **inputs: Any) -> object:
@@ -163,7 +174,10 @@ def test_rows_were_really_padded(backbone: Backbone, monkeypatch: pytest.MonkeyP
 
 
 def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
-    """Invariants 2 and 8, trap 29: [A, B, none, A] with different templates, lengths and targets in one batch."""
+    """Invariants *Alone or in company* and *Fast = slow*: each row has its own prompt's slots, in template order.
+
+    Rows [A, B, none, A, B] with different templates, lengths and targets are in one batch.
+    """
     a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
     none = Prompt.manual("The capital of [X] is [Y]")
     prompts = [a, b, none, a, b]
@@ -174,7 +188,7 @@ def test_a_mixed_batch_equals_single_runs(backbone: Backbone) -> None:
 
 
 def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> None:
-    """Trap 24 in small: vectors are found by prompt, not by template or length."""
+    """Vectors are found by prompt. Template and length do not tell: two prompts may have the same."""
     a, b = learned(backbone, "[P*2] [X] [Y]", seed=1), learned(backbone, "[P*2] [X] [Y]", seed=2)
     twin = replace(a)
     model = PromptModel(backbone)
@@ -185,10 +199,10 @@ def test_equal_prompts_of_different_objects_do_not_mix(backbone: Backbone) -> No
 
 
 def test_rows_with_fields_of_different_length_get_the_same_vectors(causal: Backbone) -> None:
-    """Trap 29: slots are in template order, wherever they come to stand."""
+    """Vectors go to slots in template order, wherever in the row the slots come to be."""
     vectors = torch.randn(4, causal.width)
     examples = bound(causal, "[P*2] [X] [P*2] [Y]").examples(RECORDS)
-    batch = collate(examples, slots=[4] * len(examples))
+    batch = collate(examples, Learned(vectors))
     found = inject(causal.embed(batch.token_ids), vectors, batch)
     assert len({example.slot_positions for example in examples}) > 1
     for row, example in enumerate(examples):
@@ -219,14 +233,14 @@ SHARED = (
 
 
 def run_both_ways(
-    backbone: Backbone, batch: Batch, vectors: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, examples: list[Example], prompts: Learned, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return (logits, gradient of a random sum of them) with a shared prefix, and from the plain path."""
     found = []
     for least in (1, NEVER):
         monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
-        leaf = vectors.clone().requires_grad_(True)
-        logits = target_logits(backbone, batch, leaf)
+        leaf = prompts.vectors.clone().requires_grad_(True)
+        logits = target_logits(backbone, examples, replace(prompts, vectors=leaf))
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
         (torch.log_softmax(logits, dim=-1) * weights).sum().backward()
         assert leaf.grad is not None
@@ -265,41 +279,42 @@ class Passes:
 def test_a_shared_prefix_equals_the_plain_run(
     backbone: Backbone, template: str, is_shared: bool, with_stop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant 8, decision 16: the same logits and gradients, for rows and targets of different lengths."""
+    """Invariant *Fast = slow*: a shared prefix (docs/decisions.md, decision 16) gives the same logits and gradients.
+
+    For rows and targets of different lengths.
+    """
     examples = bound(backbone, template).examples(RECORDS, with_stop=with_stop)
-    slots = bound(backbone, template).slots
-    batch = collate(examples, slots=[slots] * len(examples))
-    before = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    prompts = learned(backbone, template).learned(backbone)
+    batch = collate(examples, prompts)
     assert len({len(example.token_ids) for example in examples}) > 1
     assert max(batch.counts) > 1
     if backbone.kind == "causal" and is_shared:
         assert batch.shared_tokens >= 3
         assert prefix_tokens(backbone, examples) == batch.shared_tokens
-    vectors = learned(backbone, template).slot_vectors
-    assert vectors is not None
-    assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
-    assert all(torch.equal(value, vars(batch)[name]) for name, value in before.items())
+    assert_same(run_both_ways(backbone, examples, prompts, monkeypatch))
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_runs_once(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decision 16: the body reads the prefix in one row, then the rest of all rows; the head reads one position."""
+    """A shared prefix runs in one row (docs/decisions.md, decision 16), then the rest of all rows behind it.
+
+    Of the prefix the head reads one position.
+    """
     template = "The capital [P*2] of [X] is [Y]"
     assert backbone.shares_prefix
-    batch = collate(bound(backbone, template).examples(RECORDS), slots=[2] * len(RECORDS))
-    vectors = learned(backbone, template).slot_vectors
-    assert vectors is not None
+    examples, prompts = bound(backbone, template).examples(RECORDS), learned(backbone, template).learned(backbone)
+    batch = collate(examples, prompts)
     rows, width = batch.token_ids.shape
     shared = batch.shared_tokens
     assert shared > 3
     passes = Passes(backbone)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", (rows - 1) * shared)
-    target_logits(backbone, batch, vectors)
+    target_logits(backbone, examples, prompts)
     assert passes.bodies == [(1, shared), (rows, width - shared)]
     assert passes.head_positions == [1, len(batch.logit_rows)]
     passes.bodies.clear()
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", (rows - 1) * shared + 1)
-    target_logits(backbone, batch, vectors)
+    target_logits(backbone, examples, prompts)
     assert passes.bodies == [(rows, width)]
 
 
@@ -308,13 +323,13 @@ def test_a_backbone_in_training_mode_runs_whole_rows(
     family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own dropout is drawn for every row, in the prefix as well."""
-    batch = collate(bound(backbone, "The capital of [X] is [Y]").examples(RECORDS), slots=[0] * len(RECORDS))
+    examples = bound(backbone, "The capital of [X] is [Y]").examples(RECORDS)
     assert backbone.shares_prefix
     passes = Passes(backbone)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
     backbone.thaw(backbone.model.parameters())
-    target_logits(backbone, batch, torch.zeros(0, backbone.width))
-    assert passes.bodies == [tuple(batch.token_ids.shape)]
+    target_logits(backbone, examples, Learned.none(backbone.width))
+    assert passes.bodies == [(len(examples), max(len(example.token_ids) for example in examples))]
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -322,40 +337,43 @@ def test_one_row_and_equal_rows(family: str, backbone: Backbone, monkeypatch: py
     """One row has nobody to share with; of equal rows all in front of the first scored position is shared."""
     template = "[P*3] [X] is [Y]"
     examples = bound(backbone, template).examples([RECORDS[2]])
-    vectors = learned(backbone, template).slot_vectors
-    assert vectors is not None
+    prompts = learned(backbone, template).learned(backbone)
     passes = Passes(backbone)
     for rows in (1, 4):
-        batch = collate(examples * rows, slots=[3] * rows)
-        assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
+        assert_same(run_both_ways(backbone, examples * rows, prompts, monkeypatch))
     width, shared = len(examples[0].token_ids), examples[0].logit_positions[0]
-    assert batch.shared_tokens == shared
+    assert collate(examples * 4, prompts).shared_tokens == shared
     assert passes.bodies[:2] == [(1, width), (1, width)]
     assert passes.bodies[-3:] == [(1, shared), (4, width - shared), (4, width)]
 
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_prefix_of_mixed_prompts(family: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariants 2 and 8, trap 24: the text in front of all prompts is shared, slots of different prompts never are."""
+    """Invariants *Alone or in company* and *Fast = slow*: the text in front of all prompts is shared.
+
+    Slots of different prompts never are, even if the prompts have the same template and length.
+    """
     front = "The capital city of "
     patterns = [front + "[P*2] [X] is [Y]", front + "[P*2] [X] is [Y]", front + "[X] is [Y]"]
-    prompts = [learned(backbone, pattern, seed=seed) for seed, pattern in enumerate(patterns[:2])]
-    vectors = torch.cat([prompt.slot_vectors for prompt in prompts if prompt.slot_vectors is not None])
+    prompts = [learned(backbone, pattern, seed=seed).learned(backbone) for seed, pattern in enumerate(patterns[:2])]
     examples = [
         bound(backbone, pattern).examples([record])[0]
         for pattern, record in zip([*patterns, patterns[0]], RECORDS, strict=False)
     ]
-    batch = collate(examples, slots=[2, 2, 0, 2], offsets=[0, 2, 0, 0])
-    assert 3 <= batch.shared_tokens <= examples[0].slot_positions[0]
-    assert_same(run_both_ways(backbone, batch, vectors, monkeypatch))
-    two = collate(examples[:1] * 2, slots=[2, 2], offsets=[0, 2])
-    assert two.shared_tokens == examples[0].slot_positions[0]
-    assert_same(run_both_ways(backbone, two, vectors, monkeypatch))
+    mixed = Learned.join([*prompts, Learned.none(backbone.width)], rows=[0, 1, 2, 0])
+    assert 3 <= collate(examples, mixed).shared_tokens <= examples[0].slot_positions[0]
+    assert_same(run_both_ways(backbone, examples, mixed, monkeypatch))
+    two = Learned.join(prompts, rows=[0, 1])
+    assert collate(examples[:1] * 2, two).shared_tokens == examples[0].slot_positions[0]
+    assert_same(run_both_ways(backbone, examples[:1] * 2, two, monkeypatch))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_examples_in_front_of_every_question(backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decision 16: a manual prompt with examples in it scores as before, on either side of the padding."""
+    """A manual prompt with examples scores as before where they run once (docs/decisions.md, decision 16).
+
+    On either side of the padding.
+    """
     prompt = Prompt.manual("Kenya: Nairobi. Peru: Lima. France: Paris. [X]: [Y]")
     model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
     found = []
@@ -374,13 +392,12 @@ def test_scores_and_the_ceiling_share_prefixes(
 ) -> None:
     """What training is compared with does the same work, and development scores do not change."""
     template = "[P*6] [X] [P*2] [Y]"
-    items, vectors = items_of(backbone, template, RECORDS * 3), learned(backbone, template).slot_vectors
-    assert vectors is not None
+    items, prompts = items_of(backbone, template, RECORDS * 3), learned(backbone, template).learned(backbone)
     passes = Passes(backbone)
     found = []
     for least in (1, NEVER):
         monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", least)
-        found.append(evaluate(backbone, items, vectors=vectors, slots=8))
+        found.append(evaluate(backbone, items, prompts))
     assert found[0].hits == found[1].hits
     assert found[0].loss == pytest.approx(found[1].loss, abs=1e-5)
     passes.bodies.clear()
@@ -388,12 +405,15 @@ def test_scores_and_the_ceiling_share_prefixes(
     assert measure_ceiling(backbone, items, batch_size=5, slots=8) > 0
     assert measure_ceiling(backbone, items[:5], batch_size=5, slots=8) > 0  # a single batch, not only warmed up
     assert [tokens for rows, tokens in passes.bodies if rows == 1] == [
-        collate([row for item in items[:5] for row in item.inputs], slots=[8] * 5).shared_tokens
+        collate(inputs_of(items[:5]), prompts).shared_tokens
     ] * (4 + 2)
 
 
 def test_a_shared_prefix_makes_batches_no_smaller(causal: Backbone) -> None:
-    """Decision 16: a prefix counts once in what is read, and once per row in what is kept; both are bounded."""
+    """A prefix counts once in what is read, and once per row in what is kept; both are bounded.
+
+    Source: docs/decisions.md, decision 16.
+    """
     examples = bound(causal, "[X] so [Y]").examples([{"x": "a " * (index % 30), "y": "yes"} for index in range(900)])
     for prefix in (0, 20, 200):
         long = [
@@ -420,7 +440,7 @@ def test_what_is_not_shared_does_not_widen_batches(
     backbone: Backbone, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A masked model, pads in front and mixed prompts run whole rows, so whole rows are what their batches count."""
-    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 100)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 100)
     monkeypatch.setattr(model_module, "MIN_SAVED_TOKENS", 1)
     sizes: list[int] = []
     real = backbone.run

@@ -1,4 +1,4 @@
-"""Tests of the constant part: rows that run from their first slot onwards equal rows that run whole."""
+"""The prefix cache: rows that run from their first slot onwards equal rows that run whole."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine import prefix_cache
-from ptuning.engine.batch import collate
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
 from tests.conftest import CAUSAL, bound
@@ -43,21 +43,21 @@ def vectors_of(backbone: Backbone, template: str) -> torch.Tensor:
     return (noise * float(backbone.table().std())).requires_grad_(True)
 
 
-def plain(backbone: Backbone, rows: Sequence[Example], vectors: torch.Tensor, *, slots: int) -> torch.Tensor:
+def plain(backbone: Backbone, rows: Sequence[Example], vectors: torch.Tensor) -> torch.Tensor:
     """Each row alone, whole."""
-    return torch.cat([target_logits(backbone, collate([row], slots=[slots]), vectors) for row in rows])
+    return torch.cat([target_logits(backbone, [row], Learned(vectors)) for row in rows])
 
 
-def prepared(backbone: Backbone, rows: Sequence[Example], *, memory_share: float = 0.25) -> ConstantParts:
-    parts = ConstantParts(backbone, memory_share=memory_share)
-    parts.prepare(rows)
-    assert parts.is_used
-    return parts
+def prepared(backbone: Backbone, rows: Sequence[Example], *, memory_share: float = 0.25) -> PrefixCache:
+    cache = PrefixCache(backbone, memory_share=memory_share)
+    cache.prepare(rows)
+    assert cache.is_used
+    return cache
 
 
 @pytest.fixture(autouse=True)
-def _short_parts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 0)
+def _short_texts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 0)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -65,14 +65,13 @@ def _short_parts_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[str], Backbone]) -> None:
     backbone = make_backbone(family)
     rows, vectors = rows_of(backbone, template), vectors_of(backbone, template)
-    slots = len(vectors)
-    parts = prepared(backbone, rows)
+    cache = prepared(backbone, rows)
 
-    wanted = plain(backbone, rows, vectors, slots=slots)
-    found = parts.logits(rows, vectors, slots=[slots] * len(rows))
+    wanted = plain(backbone, rows, vectors)
+    found = target_logits(backbone, rows, Learned(vectors), cache=cache)
 
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
-    if slots:
+    if len(vectors):
         (expected,) = torch.autograd.grad(torch.logsumexp(wanted, dim=-1).sum(), vectors)
         (got,) = torch.autograd.grad(torch.logsumexp(found, dim=-1).sum(), vectors)
         assert float(expected.abs().max()) > 0
@@ -81,11 +80,11 @@ def test_equals_whole_rows(family: str, template: str, make_backbone: Callable[[
 
 def test_is_kept_once_for_rows_that_begin_alike(causal: Backbone) -> None:
     rows = rows_of(causal, LATE)
-    parts = prepared(causal, rows)
-    assert parts.tokens == sum(map(len, {row.token_ids[: row.slot_positions[0]] for row in rows}))
-    before = parts.memory_bytes
-    parts.prepare(rows)
-    assert parts.memory_bytes == before > 0
+    cache = prepared(causal, rows)
+    assert cache.tokens == sum(map(len, {row.token_ids[: row.slot_positions[0]] for row in rows}))
+    before = cache.memory_bytes
+    cache.prepare(rows)
+    assert cache.memory_bytes == before > 0
 
 
 @pytest.mark.parametrize("room", [True, False])
@@ -93,27 +92,27 @@ def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
     room: bool, causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
-    wanted = plain(causal, rows, vectors, slots=len(vectors))
+    wanted = plain(causal, rows, vectors)
     one = next(iter(prepared(causal, rows[1:2])._memory.values())).nbytes
     monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 4 * one + 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(1 << 50) if room else 0))
 
-    with prepared(causal, rows) as parts:
-        assert parts.memory_bytes == one
-        assert (parts.disk_bytes > 0) == room
-        found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    with prepared(causal, rows) as cache:
+        assert cache.memory_bytes == one
+        assert (cache.disk_bytes > 0) == room
+        found = target_logits(causal, rows, Learned(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
-    assert not parts.is_used
-    assert not (parts.tokens)
-    assert not (parts.memory_bytes)
-    assert not (parts.disk_bytes)
+    assert not cache.is_used
+    assert not (cache.tokens)
+    assert not (cache.memory_bytes)
+    assert not (cache.disk_bytes)
 
 
 def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
-    parts = prepared(causal, rows[:1])
-    wanted = plain(causal, rows, vectors, slots=len(vectors))
-    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    cache = prepared(causal, rows[:1])
+    wanted = plain(causal, rows, vectors)
+    found = target_logits(causal, rows, Learned(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
@@ -123,22 +122,22 @@ def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
 def test_falls_back_where_it_does_not_apply(
     family: str, template: str, share: float, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     backbone = make_backbone(family)
     rows, vectors = rows_of(backbone, template), vectors_of(backbone, template)
-    parts = ConstantParts(backbone, memory_share=share)
-    parts.prepare(rows)
-    assert not parts.is_used
-    assert not parts.tokens
-    wanted = plain(backbone, rows, vectors, slots=len(vectors))
-    found = parts.logits(rows, vectors, slots=[len(vectors)] * len(rows))
+    cache = PrefixCache(backbone, memory_share=share)
+    cache.prepare(rows)
+    assert not cache.is_used
+    assert not cache.tokens
+    wanted = plain(backbone, rows, vectors)
+    found = target_logits(backbone, rows, Learned(vectors), cache=cache)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 def test_no_gradient_reaches_what_is_kept(causal: Backbone) -> None:
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
-    parts = prepared(causal, rows)
-    kept = [part.clone() for part in parts._memory.values()]
-    parts.logits(rows, vectors, slots=[len(vectors)] * len(rows)).sum().backward()
-    assert all(not part.requires_grad for part in parts._memory.values())
-    assert all(torch.equal(one, other) for one, other in zip(kept, parts._memory.values(), strict=True))
+    cache = prepared(causal, rows)
+    kept = [part.clone() for part in cache._memory.values()]
+    target_logits(causal, rows, Learned(vectors), cache=cache).sum().backward()
+    assert all(not part.requires_grad for part in cache._memory.values())
+    assert all(torch.equal(one, other) for one, other in zip(kept, cache._memory.values(), strict=True))

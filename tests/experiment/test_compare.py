@@ -12,8 +12,8 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.reading import split_records
 from ptuning.data.relations import read_relations
+from ptuning.data.splits import split_records
 from ptuning.errors import FileError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare, lama, relation_job

@@ -16,20 +16,13 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.questions import Questions, split_questions
+from ptuning.data.questions import Questions
+from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.experiment.plan import Watch
 from ptuning.experiment.results import Results
-from ptuning.experiment.superglue import (
-    LEFT_OUT,
-    asked_tasks,
-    chosen_methods,
-    draw_few,
-    limited,
-    superglue,
-    task_job,
-)
+from ptuning.experiment.superglue import LEFT_OUT, asked_tasks, chosen_methods, superglue, task_job
 from ptuning.method.base import METHODS, Setup, Solution
 from tests.experiment.test_suite import results_of
 
@@ -211,10 +204,10 @@ def test_groups_are_never_cut(whole: Path) -> None:
     groups = [{row.group for row in part} for part in (job.task.train, job.task.dev, job.test)]
     assert not groups[0] & groups[1]
     assert [len(part) for part in (job.task.train, job.task.dev)] == [2 * len(one) for one in groups[:2]]
-    drawn = limited(job.test, 5, seed=0)
+    drawn = draw_questions(job.test, 5, seed=0)
     assert len(drawn) == 6  # three questions of two answers
     assert [row for row in job.test if row in drawn] == list(drawn)
-    one, other = draw_few(Questions([*job.task.train, *job.task.dev]), 4, load_task("MultiRC"), seed=1)
+    one, other = draw_few(Questions([*job.task.train, *job.task.dev]), 4, seed=1)
     assert len({row.group for row in one}) == len({row.group for row in other}) == 4  # a question is one example
     assert len(one) == 8
 
@@ -222,16 +215,18 @@ def test_groups_are_never_cut(whole: Path) -> None:
 def test_few_examples_are_balanced_and_drawn_by_seed(few: Path) -> None:
     file = load_task("CB")
     pool = file.read(few / "CB/train.jsonl")
-    draws = [draw_few(pool, 6, file, seed=seed) for seed in (0, 0, 1)]
+    assert file.label_words is not None
+    labels = file.label_words.labels
+    draws = [draw_few(pool, 6, labels, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     for train, dev in draws:
         for part in (train, dev):
-            assert sorted(row.record["y"] for row in part) == sorted([*file.label_words.labels] * 2)  # type: ignore[union-attr]
+            assert sorted(row.record["y"] for row in part) == sorted([*labels] * 2)
         assert not [row for row in train if row in dev]
     with pytest.raises(
         RecordError, match="7 examples to learn from and 7 to choose by are asked for, and there are 12"
     ):
-        draw_few(pool, 7, file, seed=0)
+        draw_few(pool, 7, labels, seed=0)
 
 
 def test_rows_that_read_the_same_stay_together() -> None:

@@ -14,8 +14,8 @@ from ptuning.backbone.forward import HEAD
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import item_batch
-from ptuning.engine.objective import class_scores, score_choices
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import class_scores, inputs_of, score_choices
 from ptuning.engine.passes import target_logits
 from ptuning.errors import BackboneError
 from ptuning.experiment.plan import methods
@@ -92,8 +92,7 @@ def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbo
     other = with_head(backbone, 2, seed=0)
     one = task(LABELS)
     items = head_items(bound(other, one), one.train, ("good", "bad"))
-    batch = item_batch(items, slots=0)
-    found = target_logits(other, batch, torch.zeros(0, other.width))  # (N, 2)
+    found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
     assert found.shape == (len(items), 2)
     for row, item in zip(found, items, strict=True):
         (example,) = item.inputs
@@ -117,7 +116,7 @@ def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
     one = task(CHOICES)
     items = head_items(bound(other, one), one.train, ())
     scores = class_scores(
-        items, score_choices(items, target_logits(other, item_batch(items, slots=0), torch.zeros(0, other.width)))
+        items, score_choices(items, target_logits(other, inputs_of(items), Learned.none(other.width)))
     )
     for item, row in zip(items, scores, strict=True):
         own = [float(under_head(other, example)[1]) for example in item.inputs]
@@ -164,7 +163,7 @@ def test_it_reads_where_the_librarys_own_class_does(family: str) -> None:
 
     one = task(LABELS)
     items = head_items(bound(other, one), one.train, ("good", "bad"))
-    found = target_logits(other, item_batch(items, slots=0), torch.zeros(0, other.width))  # (N, 2)
+    found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
 
     tokenizer = tokenizer_of(FAMILIES[family].tokenizer)
     for row, item in zip(found, items, strict=True):

@@ -13,8 +13,9 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
+from ptuning.engine import evaluate as evaluate_module
 from ptuning.engine import passes, prefix_cache
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.method import tuned
 from ptuning.method.base import METHODS, Setup, Solution, Task
@@ -71,17 +72,17 @@ def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
 
 def test_tries_share_the_text_in_front_of_the_slots(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the same for every learning rate, so it is run once; afterwards nothing of it is left."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
-    ran: list[ConstantParts] = []
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    ran: list[PrefixCache] = []
     ids: list[Ids] = []
-    real = ConstantParts._run
+    real = PrefixCache._run
 
-    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+    def watch(parts: PrefixCache, group: Sequence[Ids]) -> list[torch.Tensor]:
         ran.append(parts)
         ids.extend(group)
         return real(parts, group)
 
-    monkeypatch.setattr(ConstantParts, "_run", watch)
+    monkeypatch.setattr(PrefixCache, "_run", watch)
     solution = fit("p-tuning", causal, replace(QUICK, starts=2), tries=2, task=task(template="{x} and {x} [P] [Y]"))
     assert len(ids) == len(set(ids)) == len({row["x"] for row in (*TRAIN, *DEV)})
     assert len(set(ran)) == 1
@@ -184,13 +185,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
     seen: dict[str, list[tuple[bool, bool, torch.dtype]]] = {}
     real = passes.target_logits
 
-    def target_logits(backbone: Backbone, *args: Any) -> torch.Tensor:
+    def target_logits(backbone: Backbone, *args: Any, **more: Any) -> torch.Tensor:
         takes = all(weight.requires_grad for weight in backbone.model.parameters())
         purpose = "training" if torch.is_grad_enabled() else "scoring"
         seen.setdefault(purpose, []).append((backbone.model.training, takes, backbone.dtype))
-        return real(backbone, *args)
+        return real(backbone, *args, **more)
 
-    monkeypatch.setattr(prefix_cache, "target_logits", target_logits)
+    monkeypatch.setattr(evaluate_module, "target_logits", target_logits)
     monkeypatch.setattr(steps, "target_logits", target_logits)
     return seen
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks import common, goals, material, peer, picture, report, run, scaling, scores
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import collate
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import label_items
 from ptuning.engine.passes import target_logits
 from ptuning.records import as_records
@@ -350,7 +350,7 @@ def test_the_peer_scores_what_we_score_and_leaves_the_backbone_as_it_was(causal:
     shifted = [reordered(example) for example in examples]
     ours = []
     for example, item in zip(shifted, items, strict=True):
-        logits = target_logits(causal, collate([example], slots=[3]), prompt.slot_vectors)
+        logits = target_logits(causal, [example], Learned(prompt.slot_vectors))
         ids = torch.tensor(item.choices[0].target_ids)
         ours.append(float(logits.log_softmax(-1).gather(1, ids[:, None]).sum()))
     assert theirs == pytest.approx(ours, abs=1e-3)

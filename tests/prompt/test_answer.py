@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import Batch
+from ptuning.engine.learned import Learned
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
 from ptuning.progress import Progress
@@ -79,8 +79,8 @@ def test_ranks_among_a_closed_set_of_tokens(backbone: Backbone) -> None:
 def fixed_logits(rows: torch.Tensor) -> object:
     """A stand-in for the model that gives every record the same logits."""
 
-    def target_logits(_: Backbone, batch: Batch, __: torch.Tensor) -> torch.Tensor:
-        return rows.expand(len(batch.token_ids), -1)
+    def target_logits(_: Backbone, examples: list[Example], __: Learned) -> torch.Tensor:
+        return rows.expand(len(examples), -1)
 
     return target_logits
 

@@ -25,7 +25,7 @@ TEMPLATE = "[P*2] [X] [P:is] [Y]"
 
 
 def test_slots_on_tokens_are_nearest_to_them(backbone: Backbone) -> None:
-    """Needs, row 28: exactly those tokens, similarity 1 and distance 0, at every slot."""
+    """Slots that hold tokens' embeddings are nearest to exactly those tokens, with similarity 1 and distance 0."""
     ids = list(range(5, backbone.vocabulary, 7))
     prompt = Prompt.from_token_ids(f"[P*{len(ids)}] [X] [Y]", ids, backbone)
     found = inspect_prompt(backbone, prompt)
@@ -71,7 +71,10 @@ def test_starts_are_shown(causal: Backbone) -> None:
 
 
 def test_scores_with_data(backbone: Backbone) -> None:
-    """Needs, row 28: the score as learned, and with the nearest tokens in the slots' place."""
+    """The score as learned, and with the nearest tokens in the slots' place.
+
+    Nearest tokens alone may be noise; the second score says how much of the prompt is in them.
+    """
     data = as_records(RECORDS)
     prompt = Prompt.from_token_ids(TEMPLATE, [7, 8, 9], backbone)
     found = inspect_prompt(backbone, prompt, data=data).scores
@@ -98,7 +101,7 @@ def test_without_data_there_are_no_scores(causal: Backbone) -> None:
 
 
 def test_a_manual_prompt_has_nothing_inside(causal: Backbone) -> None:
-    """Style 14."""
+    """An error says so, instead of an empty table."""
     with pytest.raises(PromptError, match="a manual prompt has no slots to look into"):
         inspect_prompt(causal, Prompt.manual("[X] [Y]"))
 

@@ -1,4 +1,6 @@
-"""Using prompts: fast equals slow, alone equals in company, and what a user may do wrong or strangely."""
+"""Using prompts: the invariants *Fast = slow* and *Alone or in company* (docs/invariants.md), and what a user may do
+wrong or strangely.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
-from ptuning.engine import passes as model_module
-from ptuning.engine.batch import Batch, collate
+from ptuning.engine import batch as batch_module
+from ptuning.engine.batch import Side
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Prediction, PromptModel
@@ -38,17 +41,12 @@ def with_labels(prompt: Prompt) -> Prompt:
     return Prompt(prompt.template, prompt.slot_vectors, prompt.backbone, label_words=WORDS, method="test")
 
 
-def table(prompt: Prompt, backbone: Backbone) -> Tensor:
-    """Return a prompt's vectors, an empty table for a manual one."""
-    return prompt.slot_vectors if prompt.slot_vectors is not None else torch.zeros(0, backbone.width)
-
-
 @torch.no_grad()
 def next_log_probs(backbone: Backbone, prompt: Prompt, context: Example, written: Sequence[int]) -> Tensor:
     """Return the log-probabilities after a context and some written tokens, without a cache and alone."""
     ids = (*context.token_ids, *written)
     row = Example(ids, context.slot_positions, (len(ids) - 1,), (), 0)
-    logits = target_logits(backbone, collate([row], slots=[prompt.slots]), table(prompt, backbone))[0]
+    logits = target_logits(backbone, [row], prompt.learned(backbone))[0]
     return logits.log_softmax(-1)[: backbone.vocabulary]
 
 
@@ -96,7 +94,11 @@ def same(one: Sequence[Prediction], other: Sequence[Prediction]) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("width", [1, 3])
 def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width: int) -> None:
-    """Trap 9: prompts enter at the prefill only; greedy and beams, five rows of different length at once."""
+    """Invariant *Fast = slow*: answers are those of a search without a cache, greedy and with beams, five rows at once.
+
+    The prompt enters with the first pass, and the cache keeps it. Users of other tools got the text of a model without
+    a prompt as soon as the cache was on.
+    """
     prompt = learned(backbone, TEMPLATE)
     found = PromptModel(backbone).predict(RECORDS, prompt, top_k=width, max_tokens=5)
     scores = set()
@@ -125,7 +127,7 @@ def test_beams_are_sorted_and_the_best_is_no_worse_than_greedy(backbone: Backbon
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k: int) -> None:
-    """Invariant 2."""
+    """Invariant *Alone or in company*: what is written depends neither on the rows beside it nor on their order."""
     prompt = learned(backbone, TEMPLATE)
     model = PromptModel(backbone)
     together = model.predict(RECORDS, prompt, top_k=top_k)
@@ -137,7 +139,7 @@ def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone: Backbone) -> None:
-    """Invariant 2: each row writes until its own context is full."""
+    """Invariant *Alone or in company*: each row writes until its own context is full."""
     prompt = learned(backbone, "[P] [X] [Y]")
     long = "a" * 200
     rows: list[Record] = [{"x": long[: CONTEXT * 4]}, {"x": "Kenya"}]
@@ -166,7 +168,7 @@ def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_long_text_leaves_room_for_the_answer(backbone: Backbone) -> None:
-    """Invariant 9: a field that may be cut is cut for the whole answer, not for its first token."""
+    """Invariant *Only marked fields shrink*: a field is cut until the whole answer fits, not its first token alone."""
     backbone.tokenizer.stop_id = None
     found = PromptModel(backbone).predict([{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), max_tokens=9)
     assert found[0].tokens == 9
@@ -227,7 +229,7 @@ def test_masks_are_filled_as_by_hand(backbone: Backbone) -> None:
         for count in (1, 2, 3, 4):
             context = filled.contexts([record], target_tokens=count)[0]
             with torch.no_grad():
-                logits = target_logits(backbone, collate([context], slots=[3]), table(prompt, backbone))
+                logits = target_logits(backbone, [context], prompt.learned(backbone))
             values, tokens = logits.log_softmax(-1)[:, : backbone.vocabulary].topk(3, dim=-1)
             for place in range(3) if count == 1 else (0,):
                 text = backbone.tokenizer.decode(tokens[:, place].tolist()).strip()
@@ -258,13 +260,16 @@ def test_masks_that_do_not_fit_are_not_tried(backbone: Backbone) -> None:
 def log_probs_of(backbone: Backbone, prompt: Prompt, record: Record, text: str) -> list[float]:
     """Return a text's log-probability token by token, alone."""
     example = bound(backbone, str(prompt.template)).examples([record], targets=[text])[0]
-    logits = target_logits(backbone, collate([example], slots=[prompt.slots]), table(prompt, backbone)).log_softmax(-1)
+    logits = target_logits(backbone, [example], prompt.learned(backbone)).log_softmax(-1)
     return [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
 
 
 @pytest.mark.parametrize("normalise", ["sum", "mean"])
 def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: str) -> None:
-    """Invariant 8: candidates of one and several tokens, by total and by mean, all records at once."""
+    """Invariant *Fast = slow*: all records at once rank as with one forward pass per candidate.
+
+    Candidates of one and several tokens, by total and by mean.
+    """
     prompt = learned(backbone, TEMPLATE)
     found = PromptModel(backbone).rank(RECORDS, prompt, CANDIDATES, normalise=normalise)  # type: ignore[arg-type]
     for record, row in zip(RECORDS, found, strict=True):
@@ -293,8 +298,8 @@ def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
 def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tie rule of ``rank``."""
 
-    def level(_backbone: object, batch: object, _vectors: object) -> Tensor:
-        return torch.zeros(len(batch.logit_rows), causal.embedding_rows)  # type: ignore[attr-defined]
+    def level(_backbone: object, examples: list[Example], _learned: object, **_: object) -> Tensor:
+        return torch.zeros(sum(len(one.logit_positions) for one in examples), causal.embedding_rows)
 
     monkeypatch.setattr("ptuning.prompt.predict.target_logits", level)
     for order in itertools.permutations(["yes", "no", "25"]):
@@ -309,13 +314,14 @@ def test_many_candidates_of_many_lengths_in_bounded_passes(causal: Backbone, mon
     sizes = []
     real = target_logits
 
-    def spy(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
-        sizes.append((batch.token_ids.numel(), len(batch.logit_rows)))
-        return real(backbone, batch, vectors)
+    def spy(backbone: Backbone, examples: list[Example], prompts: Learned, *, pad_side: Side) -> Tensor:
+        positions = sum(len(one.logit_positions) for one in examples)
+        sizes.append((len(examples) * max(len(one.token_ids) for one in examples), positions))
+        return real(backbone, examples, prompts, pad_side=pad_side)
 
     monkeypatch.setattr("ptuning.prompt.predict.target_logits", spy)
-    monkeypatch.setattr(model_module, "MAX_BATCH_TOKENS", 400)
-    monkeypatch.setattr(model_module, "MAX_BATCH_POSITIONS", 100)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 400)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_POSITIONS", 100)
     prompt = learned(causal, TEMPLATE)
     found = PromptModel(causal).rank(RECORDS[:2], prompt, candidates)
     assert max(tokens for tokens, _ in sizes) <= 400
@@ -356,7 +362,10 @@ def test_predict_chooses_a_label(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
-    """Invariants 2 and 8: [A, B, none, A, labels] in one call, by every way of using them."""
+    """Invariants *Alone or in company* and *Fast = slow*: each row is answered with its own prompt, or with none.
+
+    Rows [A, B, none, A, labels] in one call, by every way of using them.
+    """
     a, b = learned(backbone, "[P*3] [X] [P*3] [Y]", seed=1), learned(backbone, "[P:about] {x} [P] so [Y]", seed=2)
     prompts = [a, b, Prompt.manual("The capital of [X] is [Y]"), a, with_labels(b)]
     model = PromptModel(backbone, pad_side=side)  # type: ignore[arg-type]
@@ -410,7 +419,7 @@ def test_zero_records(backbone: Backbone) -> None:
 def test_what_a_user_may_do_wrong(
     causal: Backbone, use: Callable[[PromptModel, Prompt], object], error: type[Exception], message: str
 ) -> None:
-    """Style 14: each with its own text."""
+    """Each mistake has an error of its own, which says what is wrong and what to do."""
     with pytest.raises(error, match=message):
         use(PromptModel(causal), learned(causal, TEMPLATE))
 
@@ -461,7 +470,7 @@ def test_a_target_longer_than_the_context(backbone: Backbone) -> None:
 
 
 def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
-    """Invariant 9: slots and literals survive a text of thousands of tokens."""
+    """Invariant *Only marked fields shrink*: slots and literals survive a text of thousands of tokens."""
     prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
     model = PromptModel(backbone)
     rows: list[Record] = [{"x": "Nairobi 25 " * 2000, "y": "yes"}, {"x": "a", "y": "no"}]
@@ -528,7 +537,10 @@ def with_weights(backbone: Backbone, prompt: Prompt, *, tune: Tune = "lora", sca
 
 
 def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbone) -> None:
-    """Invariant 8: each row is answered by its own prompt's weights, and by the frozen backbone where it has none."""
+    """Invariant *Fast = slow*: each row is answered by its own prompt's weights.
+
+    Where the prompt has none, the frozen backbone answers.
+    """
     plain = learned(backbone, TEMPLATE)
     prompts = [
         plain,

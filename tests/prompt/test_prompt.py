@@ -1,4 +1,7 @@
-"""The artifact: saved is what was trained, and a file that is not is an error with a text of its own."""
+"""The artifact: saved is what was trained, and a file that is not is an error with a text of its own.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def test_saved_and_loaded_in_a_new_process(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
-    """Invariant 4, trap 15: bit-equal logits in every family, in a process that has seen no training."""
+    """Invariant *Saved is what was trained*: bit-equal logits in every family, in a process that never trained."""
     expected = {}
     for family in FAMILIES:
         backbone = load_backbone(str(model_folder(family)), dtype="float32", device="cpu")
@@ -84,7 +87,7 @@ def test_saved_and_loaded_in_a_new_process(tmp_path: Path, model_folder: Callabl
 
 
 def test_everything_comes_back(saved: Path, causal: Backbone) -> None:
-    """Invariant 4: every part of the artifact, letters beyond ASCII and the order of labels included."""
+    """Invariant *Saved is what was trained*: every part, letters beyond ASCII and the labels' order included."""
     found = Prompt.load(saved)
     original = learned(causal, TEMPLATE)
     assert original.slot_vectors is not None
@@ -159,7 +162,7 @@ def test_a_run_folder_stands_for_its_prompt(saved: Path) -> None:
 
 
 def test_equal_prompts_give_equal_bytes(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 6."""
+    """Invariant *Seeds are separate*: equal prompts give equal files, and another seed gives others."""
     for name in ("one", "two"):
         learned(causal, TEMPLATE).save(tmp_path / name)
     for file in (VECTORS_FILE, MANIFEST_FILE, CARD_FILE):
@@ -169,7 +172,7 @@ def test_equal_prompts_give_equal_bytes(causal: Backbone, tmp_path: Path) -> Non
 
 
 def test_a_prompt_is_three_small_files(saved: Path) -> None:
-    """Design, section 6: no pickle, nothing of the encoder, nothing left beside it; the card says how to use it."""
+    """A prompt has no pickle and nothing of the encoder, leaves nothing beside it, and its card says how to use it."""
     assert sorted(path.name for path in saved.iterdir()) == sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE))
     assert [path.name for path in saved.parent.iterdir()] == ["prompt"]
     tensors = safetensors.torch.load_file(saved / VECTORS_FILE)
@@ -183,7 +186,7 @@ def test_a_prompt_is_three_small_files(saved: Path) -> None:
 
 
 def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> None:
-    """Style 15: an error, and the old prompt stands; with overwrite the new one does, and nothing of the old."""
+    """Saving over a prompt is an error, and the old one stays; with ``overwrite`` nothing of the old one is left."""
     (saved / "notes.txt").write_text("mine")
     before = (saved / VECTORS_FILE).read_bytes()
     other = learned(causal, TEMPLATE, seed=9)
@@ -197,7 +200,7 @@ def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> Non
 
 @pytest.mark.parametrize("key", REQUIRED_KEYS)
 def test_a_missing_manifest_key(saved: Path, key: str) -> None:
-    """Invariant 4."""
+    """Invariant *Saved is what was trained*: a key that is missing is named, and no default takes its place."""
     change(saved, **{key: ...})
     with pytest.raises(PromptError, match=rf"prompt.json: missing key '{key}'"):
         Prompt.load(saved)
@@ -225,14 +228,14 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
     ],
 )
 def test_a_changed_manifest(saved: Path, changes: dict[str, object], message: str) -> None:
-    """Invariant 4: each change has its own text."""
+    """Invariant *Saved is what was trained*: each change is an error with a text of its own."""
     change(saved, **changes)
     with pytest.raises(PromptError, match=message):
         Prompt.load(saved)
 
 
 def test_wrong_tensors(saved: Path) -> None:
-    """Invariant 4: a missing key, an extra one, a wrong shape, a wrong type."""
+    """Invariant *Saved is what was trained*: a missing key, an extra one, a wrong shape, a wrong type are errors."""
     vectors = torch.zeros(3, 32)
     cases = {
         rf"missing key '{VECTORS_KEY}'; it holds other": {"other": vectors},
@@ -256,7 +259,7 @@ def test_wrong_tensors(saved: Path) -> None:
     ],
 )
 def test_damaged_vectors(saved: Path, damage: Callable[[bytes], bytes], message: str) -> None:
-    """Invariant 4: a cut-off file and one changed byte."""
+    """Invariant *Saved is what was trained*: a cut-off file and one changed byte are errors."""
     path = saved / VECTORS_FILE
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(PromptError, match=message):
@@ -278,7 +281,10 @@ def test_missing_files_and_broken_json(saved: Path, tmp_path: Path) -> None:
 
 
 def test_another_backbone(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 4, needs row 32: another seed is another model; force uses it anyway."""
+    """Invariant *Saved is what was trained*: the backbone must be the one that the prompt was learned on.
+
+    Another seed makes another model, although its width fits; ``force`` uses it anyway.
+    """
     make_model("llama", tmp_path / "other", seed=1)
     other = load_backbone(str(tmp_path / "other"), dtype="float32", device="cpu")
     prompt = learned(causal, TEMPLATE)
@@ -288,7 +294,7 @@ def test_another_backbone(causal: Backbone, tmp_path: Path) -> None:
 
 
 def test_a_tuned_copy_of_the_backbone(causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
-    """Invariant 4: the same embeddings over another body are another backbone too, and the text says which."""
+    """Invariant *Saved is what was trained*: the same embeddings over another body are another backbone, too."""
     folder = shutil.copytree(model_folder("llama"), tmp_path / "tuned")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.5
@@ -323,7 +329,7 @@ def test_from_token_ids_checks_its_ids(causal: Backbone) -> None:
 
 
 def test_a_template_with_slots_needs_vectors() -> None:
-    """Style 14, and a malformed pattern is a template error."""
+    """Slots without vectors are an error of the prompt, and a malformed pattern is one of the template."""
     with pytest.raises(PromptError, match="has slots, and there are no vectors for them"):
         Prompt.manual(TEMPLATE)
     with pytest.raises(TemplateError):
@@ -331,7 +337,7 @@ def test_a_template_with_slots_needs_vectors() -> None:
 
 
 def test_vectors_are_float32_matrices(causal: Backbone) -> None:
-    """Trap 12."""
+    """Vectors are float32: in bfloat16 they would lose small steps, as a 0.5 never moves under steps of 0.0009."""
     prompt = learned(causal, TEMPLATE)
     for vectors in (torch.zeros(3, 32).bfloat16(), torch.zeros(96)):
         with pytest.raises(PromptError, match=r"slot vectors must be float32 of shape \(slots, width\)"):
@@ -339,7 +345,7 @@ def test_vectors_are_float32_matrices(causal: Backbone) -> None:
 
 
 def test_vectors_are_float32_under_a_bfloat16_backbone(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Trap 12: also on disk; and a prompt learned in bfloat16 fits the same backbone in float32."""
+    """Vectors are float32 on disk, too; and a prompt learned in bfloat16 fits the same backbone in float32."""
     folder = str(model_folder("llama"))
     half, whole = (load_backbone(folder, dtype=kind, device="cpu") for kind in ("bfloat16", "float32"))
     Prompt.from_token_ids(TEMPLATE, [7, 8, 9], half).save(tmp_path / "p")

@@ -23,7 +23,10 @@ CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
 
 
 def test_exact_match_is_what_greedy_decoding_would_write(backbone: Backbone) -> None:
-    """Trap 16 and invariant 8: hit by hit against the argmax of each target's logits, and the loss per token."""
+    """Invariants *Loss position = scored position* and *Fast = slow* (docs/invariants.md): as in a plain loop.
+
+    Hit by hit against the argmax of each target's logits, and the loss per token.
+    """
     model, template = PromptModel(backbone), "[P*2] [X] is [P][Y]"
     hits: list[float] = []
     for seed in range(20):  # until a random prompt's likeliest token is one that a text can have there
@@ -49,7 +52,10 @@ def test_exact_match_is_what_greedy_decoding_would_write(backbone: Backbone) -> 
 
 
 def test_candidates_are_ranked(backbone: Backbone) -> None:
-    """Trap 22: accuracy, MRR and P@10 among a closed set; a target outside of it is a miss and is counted."""
+    """Accuracy, MRR and P@10 among a closed set; a target outside of it is a miss and is counted.
+
+    Such scores depend on the set, so targets that it lacks are never left out unsaid.
+    """
     model, prompt = PromptModel(backbone), learned(backbone, TEMPLATE)
     data = as_records([*RECORDS[:3], {"x": "Kenya", "y": "nowhere"}])
     found = score_prompt(model, data, prompt, candidates=CANDIDATES)
@@ -105,7 +111,7 @@ def test_label_words_are_scored_by_class(backbone: Backbone) -> None:
 
 
 def test_a_manual_prompt_is_scored_like_a_learned_one(causal: Backbone) -> None:
-    """Invariant 1 in scores: the words as slots, or as text."""
+    """Invariant *Identity* (docs/invariants.md), in scores: words score the same as slots and as text."""
     filled = bound(causal, "[P:The capital of] [X] [P:is] [Y]")
     ids = [token for token in filled.slot_start_ids if token is not None]
     warm = Prompt.from_token_ids(filled.template, ids, causal)
@@ -123,7 +129,7 @@ def test_a_manual_prompt_is_scored_like_a_learned_one(causal: Backbone) -> None:
     ],
 )
 def test_records_that_cannot_be_scored(causal: Backbone, rows: list[Record], message: str) -> None:
-    """Style 14."""
+    """The error names the data and the record at fault."""
     with pytest.raises(RecordError, match=message):
         score_prompt(PromptModel(causal), Records(rows), learned(causal, TEMPLATE))
 

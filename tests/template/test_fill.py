@@ -1,4 +1,7 @@
-"""Filling: the ids are the tokenizer's own on the filled sentence, and nothing but unmarked fields ever shrinks."""
+"""Filling: the ids are the tokenizer's own on the filled sentence, and only fields without an exclamation mark shrink.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -137,15 +140,19 @@ def pattern_of(*pieces: Piece) -> Template:
     return Template(tuple(piece for piece in pieces if piece != Literal("")))
 
 
-# --- Identity of tokenisation (design.md, section 2; traps 17 and 19) ---
+# --- Tokenisation: every id is the one that the tokenizer gives it in the filled sentence ---
 
 
 @settings(max_examples=40, deadline=None)
 @given(before=TEXTS, target=PLAIN, after=TEXTS, as_fields=st.booleans())
-def test_trap_17_a_template_without_slots_has_the_ids_of_the_filled_sentence(
+def test_a_template_without_slots_has_the_ids_of_the_filled_sentence(
     family: Family, before: str, target: str, after: str, as_fields: bool
 ) -> None:
-    """Whatever the text is made of, as literals or as fields, with special tokens exactly once."""
+    """The ids are the tokenizer's own, whatever the text is made of, as literals or as fields.
+
+    Special tokens come exactly once. Tokenised piece by piece, the sentence would lose spaces between its pieces, or
+    have a special token in front of each.
+    """
     before, after = family.around(before, target, after)
     if as_fields:
         template = pattern_of(Field("a"), Target(), Field("b"))
@@ -162,10 +169,12 @@ def test_trap_17_a_template_without_slots_has_the_ids_of_the_filled_sentence(
     target=st.sampled_from(["Nairobi", "the capital", "Zürich in 1999", "1999", "Kenya is a", "abé"]),
     behind=st.sampled_from(["", ".", " and on", "\n\nnext", '"']),
 )
-def test_trap_19_the_scored_ids_are_those_of_the_target_in_the_filled_sentence(
+def test_the_scored_ids_are_those_of_the_target_in_the_filled_sentence(
     family: Family, before: str, gap: str, target: str, behind: str
 ) -> None:
-    """The tokenizer's own character offsets are the judge: a token is scored if it covers any of the target, or the
+    """A target may have other ids behind a space (" great") than alone ("great"); scored are those in the sentence.
+
+    The tokenizer's own character offsets are the judge: a token is scored if it covers any of the target, or the
     space in front, which belongs to it.
     """
     before, behind = family.around(before + gap, target, behind)
@@ -193,13 +202,13 @@ def test_trap_19_the_scored_ids_are_those_of_the_target_in_the_filled_sentence(
         ("is it[Y]", "'s", ["'s"]),
     ],
 )
-def test_trap_19_by_hand(families: dict[str, Family], pattern: str, target: str, scored: list[str]) -> None:
+def test_the_scored_ids_by_hand(families: dict[str, Family], pattern: str, target: str, scored: list[str]) -> None:
     """A space before the target is part of its first token; quotes, brackets and line breaks are not."""
     example = families["gpt2"].bind(pattern).examples([{"y": target}])[0]
     assert families["gpt2"].tokens(example.target_ids) == scored
 
 
-def test_trap_19_two_line_breaks_are_not_scored_with_the_target(families: dict[str, Family]) -> None:
+def test_two_line_breaks_are_not_scored_with_the_target(families: dict[str, Family]) -> None:
     """They are one token at the end of a text and two in front of a word; the context must be the same in training
     and prediction, and the scored ids the target's alone.
     """
@@ -225,11 +234,13 @@ def test_a_target_grown_together_with_the_text_behind_it_takes_the_whole_token(f
 @given(
     first=PLAIN, field=PLAIN, second=PLAIN, target=PLAIN, mark=st.sampled_from(["", ".", ",", "?"]), kept=st.booleans()
 )
-def test_trap_1_a_warm_template_starts_as_its_manual_template(
+def test_a_warm_template_starts_as_its_manual_template(
     family: Family, first: str, field: str, second: str, target: str, mark: str, kept: bool
 ) -> None:
-    """With each slot at its start's id, ids and scored positions are those of the sentence in words: so is, before the
-    first step, what the model sees. Also for tokenizers that mark the beginning of a text.
+    """Invariant *Identity*: before the first step a prompt started from words is the sentence in words.
+
+    With each slot at its start's id, ids and scored positions are those of that sentence. Also for tokenizers that
+    mark the beginning of a text.
     """
     space = Literal(" ")
     words: list[Piece] = [TextSlots(first), space, Field("x", kept), space, TextSlots(second), Literal(mark + " ")]
@@ -286,8 +297,12 @@ def test_contexts_are_the_context_part_of_examples(
         assert context.logit_positions == example.logit_positions[:1]
 
 
-def test_trap_16_each_logit_stands_one_before_the_token_it_scores(family: Family) -> None:
-    """For a causal model; a masked one scores at the masks."""
+def test_each_logit_stands_one_before_the_token_it_scores(family: Family) -> None:
+    """Invariant *Loss position = scored position*: a causal model's logit stands one before the token it scores.
+
+    A masked one's stands at the mask. Where targets are shifted twice, or not at all, training and scores look at
+    different positions.
+    """
     example = family.bind("[P*3] [X] is [Y]").examples([{"x": "Kenya", "y": "Nairobi in Kenya"}])[0]
     ids = family.sentence(example)
     shift = 1 if family.kind == "causal" else 0
@@ -336,12 +351,12 @@ def test_a_decoder_does_not_either(families: dict[str, Family], caplog: pytest.L
     ]
 
 
-# --- Special tokens (traps 18 and 21) ---
+# --- Special tokens: the template alone can write them, and the words of slots have none ---
 
 HOSTILE = "[P*3] {mask} [MASK] </s> <|endoftext|> <s> <mask> [SEP] [X] [Y]"
 
 
-def test_trap_21_a_record_is_always_text(family: Family) -> None:
+def test_a_record_is_always_text(family: Family) -> None:
     """Whatever a record says, it makes no slot, no mask and no special token."""
     bound = family.bind("[P*2] {a!} is [Y]")
     harmless, hostile = bound.examples([{"a": "Kenya", "y": "Nairobi"}, {"a": HOSTILE, "y": "Nairobi"}])
@@ -362,7 +377,8 @@ def test_trap_21_a_record_is_always_text(family: Family) -> None:
         assert HOSTILE in text
 
 
-def test_trap_21_a_target_is_always_text(family: Family) -> None:
+def test_a_target_is_always_text(family: Family) -> None:
+    """Text that reads like a special token is spelled out in a target, too."""
     token = str(family.raw.eos_token or family.raw.sep_token)
     example = family.bind("[P] is [Y]").examples([{"y": f"{token} Nairobi"}])[0]
     assert family.raw.convert_tokens_to_ids(token) not in example.target_ids
@@ -381,15 +397,18 @@ def test_a_special_token_that_the_template_writes_is_one(family: Family) -> None
     assert [part for part, token_id in parts if token_id == special][:2] == ["special", "special"]
 
 
-def test_trap_18_no_special_token_is_a_start(family: Family) -> None:
-    """The words of slots are tokenised without BOS or CLS, and special text among them is plain text."""
+def test_no_special_token_is_a_start(family: Family) -> None:
+    """The words of slots are tokenised without BOS or CLS, and special text among them is plain text.
+
+    Otherwise special tokens would take slots from the words.
+    """
     bound = family.bind("[P:The capital </s> [[SEP]] <|endoftext|> of] [X] [P:<s> is] [Y]")
     starts = set(bound.slot_start_ids)
     assert not starts & (set(family.raw.all_special_ids) - {family.raw.unk_token_id})
     assert family.tokens([start for start in bound.slot_start_ids if start is not None])[0].lstrip("▁") == "The"
 
 
-# --- Slots (needs.md, row 26) ---
+# --- Slots: none is dropped or counted twice ---
 
 
 def random_pieces(draw: random.Random, most: int) -> list[Piece]:
@@ -409,7 +428,7 @@ def random_pieces(draw: random.Random, most: int) -> list[Piece]:
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32), a=TEXTS, b=TEXTS)
-def test_row_26_a_row_has_exactly_the_slots_of_its_template(family: Family, seed: int, a: str, b: str) -> None:
+def test_a_row_has_exactly_the_slots_of_its_template(family: Family, seed: int, a: str, b: str) -> None:
     """Over a thousand random templates in all: as many slot positions as vectors, whatever the record holds."""
     draw = random.Random(seed)
     record = {"a": a, "b": b, "gap": " ", "y": "Nairobi"}
@@ -433,11 +452,14 @@ def test_the_words_of_slots_must_have_tokens(families: dict[str, Family]) -> Non
     assert caught.value.column == len("[P] [X] ")
 
 
-# --- Truncation (design.md, section 5, rule 9) ---
+# --- Truncation: invariant *Only marked fields shrink*, that is fields without an exclamation mark ---
 
 
-def test_only_unmarked_fields_shrink(family: Family) -> None:
-    """A field of ten thousand tokens fits; slots, target, literals and the marked field stay whole."""
+def test_only_fields_without_an_exclamation_mark_shrink(family: Family) -> None:
+    """Invariant *Only marked fields shrink*: slots, target, literals and fields like ``{kept!}`` stay whole.
+
+    A field of ten thousand tokens fits, and loses nothing of the question beside it.
+    """
     pattern = "[P*3] {long} of {kept!} [P:is it] that: [Y]"
     bound = family.bind(pattern, max_tokens=40)
     record = {"long": "a " * 10_000, "kept": "Kenya, Peru", "y": "Nairobi"}
@@ -735,7 +757,10 @@ def test_slots_are_counted_over_both_sides() -> None:
 
 
 def test_each_side_has_room_of_its_own() -> None:
-    """Invariant 9: fields are shortened for the side that is too long, and what cannot be says so."""
+    """Invariant *Only marked fields shrink*, on two sides: fields are shortened for the side that is too long.
+
+    What cannot be shortened says so.
+    """
     sides = Sides("t5", max_tokens=12)
     long = {"x": "the movie was great and good " * 5, "z": "a film", "y": "yes"}
     example = sides.bind("[X] [>] {z} [Y]").examples([long])[0]

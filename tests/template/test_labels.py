@@ -70,7 +70,7 @@ def test_a_label_without_words_is_refused() -> None:
 
 
 def test_a_records_label_is_known_by_its_name() -> None:
-    """Style 20: answers are keyed by name, never by position."""
+    """Answers are keyed by name, never by position: files of one task may put their labels in another order."""
     assert WORDS.label_of({"y": "negative"}, where="here") == 1
     WORDS.check_records(Records([{"y": "negative"}, {"y": "positive"}]))
     with pytest.raises(RecordError) as caught:
@@ -83,7 +83,7 @@ def test_a_records_label_is_known_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta"])
-def test_trap_19_the_ids_of_words_are_those_in_the_filled_sentence(
+def test_the_ids_of_words_are_those_in_the_filled_sentence(
     bind: Bind, raw_tokenizer: Callable[[str], PreTrainedTokenizerFast], family: str
 ) -> None:
     """ " great" and "great" are different tokens; shown and scored is the one that stands in the sentence."""

@@ -5,9 +5,27 @@ from __future__ import annotations
 import pytest
 
 from ptuning.data.questions import Question, Questions
+from ptuning.data.task_files import TaskFile
 from ptuning.errors import TaskError
-from ptuning.metrics import Answer, score_values
-from ptuning.statistics import rows_of, value_of
+from ptuning.metrics import (
+    METRICS,
+    SCORES,
+    TASK_METRICS,
+    Answer,
+    all_right,
+    called,
+    exact_match,
+    f1_of,
+    in_order,
+    macro_f1,
+    normalised,
+    precision_at,
+    primary,
+    reciprocal_ranks,
+    score_values,
+    word_f1,
+)
+from ptuning.statistics import rows_of, score, value_of
 
 
 def labelled(said: str, right: str, groups: str = "") -> tuple[Questions, list[Answer]]:
@@ -102,3 +120,80 @@ def test_words_of_names() -> None:
 def test_an_unknown_metric() -> None:
     with pytest.raises(TaskError, match="unknown metric 'bleu'; known: accuracy"):
         score_values([Answer("true", True)], labelled("t", "t")[0], ("bleu",))
+
+
+# Ten rows of three labels, worked out by hand: label a 2 of (3 said, 3 right), b 2 of (4, 3), c 2 of (3, 4).
+SAID = list("aaabbbbccc")
+RIGHT = list("aacbbcabcc")
+
+
+def test_precision_and_reciprocal_ranks() -> None:
+    assert precision_at(1, [1, 2, 10, 11]) == [1.0, 0.0, 0.0, 0.0]
+    assert precision_at(10, [1, 2, 10, 11]) == [1.0, 1.0, 1.0, 0.0]
+    assert reciprocal_ranks([1, 2, 4]) == [1.0, 0.5, 0.25]
+    assert score(reciprocal_ranks([1, 2, 4])).value == pytest.approx(7 / 12)
+
+
+def test_macro_f1_by_hand() -> None:
+    """F1: a = 4/6; b = 4/7; c = 4/7."""
+    assert value_of(macro_f1(SAID, RIGHT)) == pytest.approx((4 / 6 + 4 / 7 + 4 / 7) / 3)
+    # A label that is never right counts with an F1 of 0, one that stands nowhere does not count.
+    assert value_of(macro_f1(["a", "b"], ["a", "a"])) == pytest.approx((2 / 3 + 0) / 2)
+    assert value_of(macro_f1(["a"], ["a"])) == 1.0
+
+
+def test_f1_over_all_answers_is_that_of_one_label() -> None:
+    """Two questions: hits 1 of said 2, right 1; and 0 of said 0, right 1."""
+    said, right = ["true", "true", "false"], ["true", "false", "true"]
+    found = f1_of("true", said, right, ["q1", "q1", "q2"])
+    assert value_of(found) == pytest.approx(2 * 1 / (2 + 2))
+    assert rows_of(found) == 2
+    # The majority answer "false" finds nothing.
+    assert value_of(f1_of("true", ["false"] * 3, right, ["q1", "q1", "q2"])) == 0.0
+
+
+def test_a_question_is_right_if_all_of_its_answers_are() -> None:
+    assert all_right([1, 0, 1, 1], ["q1", "q1", "q2", "q3"]) == [0.0, 1.0, 1.0]
+    assert all_right([1, 1, 0], ["q1", "q2", "q1"]) == [0.0, 1.0]
+
+
+def test_words_of_answers_by_hand() -> None:
+    assert normalised(" The U.S. Senate,  an ally ") == "us senate ally"
+    assert exact_match("the Senate", ["House", "Senate."]) == 1.0
+    assert exact_match("Senates", ["Senate"]) == 0.0
+    # One of two words is right, and the answer has three: 2 x 1 / (2 + 3); the best answer counts.
+    assert word_f1("Barack Hussein", ["John", "Obama the Barack Two"]) == pytest.approx(2 / 5)
+    assert word_f1("Obama", ["Bush"]) == 0.0
+    assert word_f1("Obama", []) == 0.0
+    assert (word_f1("the", ["a"]), word_f1("the", ["b"])) == (1.0, 0.0)
+
+
+def test_every_metric_can_be_used_everywhere() -> None:
+    """One entry in the table is all that a metric takes: task files may name it, it is computed, named and ordered."""
+    rows, answers = labelled("tf", "tt")
+    for name in TASK_METRICS:
+        text = f"""name = "two"
+version = "1"
+metrics = ["{name}"]
+[labels]
+true = ["yes"]
+false = ["no"]
+[[patterns]]
+manual = "[X] [Y]"
+learned = "[P:one] [X] [Y]"
+"""
+        assert TaskFile.parse(text, where="two.toml").metrics == (name,)
+        found = score_values(answers, rows, (name,))
+        assert 0 < value_of(found[name]) <= 1
+        assert called(name) == METRICS[name].shown_as
+    assert in_order(["zeta", *reversed(SCORES), "alpha"]) == [*SCORES, "alpha", "zeta"]
+    assert called("some_score") == "some score"
+
+
+def test_one_score_stands_for_all() -> None:
+    """A task's own score, then P@1, then exact match; else the first one there."""
+    assert primary(["accuracy", "p_at_1", "score"]) == "score"
+    assert primary(["exact_match", "mrr", "p_at_1"]) == "p_at_1"
+    assert primary(["mrr", "exact_match"]) == "exact_match"
+    assert primary(["mrr", "accuracy"]) == "mrr"
+    assert primary([]) == "score"

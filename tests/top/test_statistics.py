@@ -9,27 +9,20 @@ import tracemalloc
 import pytest
 from scipy import stats
 
+from ptuning.metrics import macro_f1
 from ptuning.statistics import (
     Score,
-    all_right,
     blend,
     correlation,
     difference,
-    exact_match,
-    f1_of,
     grouped,
-    macro_f1,
     majority,
     mean_difference,
     mean_score,
-    normalised,
-    precision_at,
-    reciprocal_ranks,
     rows_of,
     score,
     summary,
     value_of,
-    word_f1,
 )
 
 
@@ -111,13 +104,6 @@ def test_a_score_needs_a_value() -> None:
         score([])
 
 
-def test_precision_and_reciprocal_ranks() -> None:
-    assert precision_at(1, [1, 2, 10, 11]) == [1.0, 0.0, 0.0, 0.0]
-    assert precision_at(10, [1, 2, 10, 11]) == [1.0, 1.0, 1.0, 0.0]
-    assert reciprocal_ranks([1, 2, 4]) == [1.0, 0.5, 0.25]
-    assert score(reciprocal_ranks([1, 2, 4])).value == pytest.approx(7 / 12)
-
-
 def test_the_majority_of_a_tie_is_the_first_in_the_alphabet() -> None:
     assert majority(["b", "c", "b", "c", "a"]) == "b"
     assert majority(["c", "b", "c", "b", "a"]) == "b"
@@ -129,29 +115,6 @@ def test_the_majority_of_a_tie_is_the_first_in_the_alphabet() -> None:
 # Ten rows of three labels, worked out by hand: label a 2 of (3 said, 3 right), b 2 of (4, 3), c 2 of (3, 4).
 SAID = list("aaabbbbccc")
 RIGHT = list("aacbbcabcc")
-
-
-def test_macro_f1_by_hand() -> None:
-    """F1: a = 4/6; b = 4/7; c = 4/7."""
-    assert value_of(macro_f1(SAID, RIGHT)) == pytest.approx((4 / 6 + 4 / 7 + 4 / 7) / 3)
-    # A label that is never right counts with an F1 of 0, one that stands nowhere does not count.
-    assert value_of(macro_f1(["a", "b"], ["a", "a"])) == pytest.approx((2 / 3 + 0) / 2)
-    assert value_of(macro_f1(["a"], ["a"])) == 1.0
-
-
-def test_f1_over_all_answers_is_that_of_one_label() -> None:
-    """Two questions: hits 1 of said 2, right 1; and 0 of said 0, right 1."""
-    said, right = ["true", "true", "false"], ["true", "false", "true"]
-    found = f1_of("true", said, right, ["q1", "q1", "q2"])
-    assert value_of(found) == pytest.approx(2 * 1 / (2 + 2))
-    assert rows_of(found) == 2
-    # The majority answer "false" finds nothing.
-    assert value_of(f1_of("true", ["false"] * 3, right, ["q1", "q1", "q2"])) == 0.0
-
-
-def test_a_question_is_right_if_all_of_its_answers_are() -> None:
-    assert all_right([1, 0, 1, 1], ["q1", "q1", "q2", "q3"]) == [0.0, 1.0, 1.0]
-    assert all_right([1, 1, 0], ["q1", "q2", "q1"]) == [0.0, 1.0]
 
 
 def test_the_interval_of_grouped_rows_is_over_groups() -> None:
@@ -183,17 +146,6 @@ def test_the_interval_of_ratios_is_the_usual_one(size: int) -> None:
     found = summary([grouped(values, [str(at) for at in range(size)])])
     assert found.value == pytest.approx(plain.value)
     assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
-
-
-def test_words_of_answers_by_hand() -> None:
-    assert normalised(" The U.S. Senate,  an ally ") == "us senate ally"
-    assert exact_match("the Senate", ["House", "Senate."]) == 1.0
-    assert exact_match("Senates", ["Senate"]) == 0.0
-    # One of two words is right, and the answer has three: 2 x 1 / (2 + 3); the best answer counts.
-    assert word_f1("Barack Hussein", ["John", "Obama the Barack Two"]) == pytest.approx(2 / 5)
-    assert word_f1("Obama", ["Bush"]) == 0.0
-    assert word_f1("Obama", []) == 0.0
-    assert (word_f1("the", ["a"]), word_f1("the", ["b"])) == (1.0, 0.0)
 
 
 def test_two_scores_that_count_as_one() -> None:

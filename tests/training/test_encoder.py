@@ -1,4 +1,7 @@
-"""The prompt encoder: it starts at its starts, follows the paper's equation, and stays small."""
+"""The prompt encoder: it starts at its starts, follows the paper's equation, and stays small.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def shaken(encoder: PromptEncoder) -> PromptEncoder:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_before_the_first_step_the_vectors_are_their_starts(kind: EncoderKind, scale: float) -> None:
-    """Invariant 1: exactly, on whatever scale the embeddings are."""
+    """Invariant *Identity*: before the first step vectors are exactly their starts, on whatever scale."""
     start = torch.randn(5, 16) * scale
     encoder = make(start, kind, dropout=0.5)
     for training in (True, False):
@@ -49,7 +52,10 @@ def test_shapes(kind: EncoderKind, slots: int, width: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_callers_start_is_copied(kind: EncoderKind) -> None:
-    """Style 7, and a start in half precision becomes float32 (trap 12)."""
+    """What the caller does to its tensor later changes nothing, and a start in half precision becomes float32.
+
+    Slot vectors in bfloat16 would lose small steps: a 0.5 never moves under steps of 0.0009.
+    """
     start = torch.randn(3, 8).bfloat16()
     encoder = make(start, kind)
     before = encoder().detach().clone()
@@ -60,7 +66,11 @@ def test_the_callers_start_is_copied(kind: EncoderKind) -> None:
 
 @pytest.mark.parametrize("kind", ["lstm", "mlp"])
 def test_width_is_bounded(kind: EncoderKind) -> None:
-    """Design, decision 11: beyond a bound the count grows with the width, not with its square."""
+    """Beyond a bound the number of weights grows with the backbone's width, not with its square.
+
+    Without a bound, the encoder of a large backbone has hundreds of millions of weights, to make a few thousand numbers
+    per slot.
+    """
     widths = (MAX_ENCODER_WIDTH, 2 * MAX_ENCODER_WIDTH, 3 * MAX_ENCODER_WIDTH)
     counts = [sum(weight.numel() for weight in make(torch.zeros(2, width), kind).parameters()) for width in widths]
     assert counts[2] - counts[1] == counts[1] - counts[0]
@@ -138,7 +148,7 @@ def test_only_the_lstm_lets_slots_know_of_each_other(kind: EncoderKind) -> None:
 
 
 def test_order_matters_to_the_lstm_only() -> None:
-    """Trap 29: slots are read in template order."""
+    """The LSTM reads slots as a sequence, in template order, so it is the one encoder to which their order matters."""
     for kind in KINDS:
         encoder = shaken(make(torch.randn(4, 6), kind))
         before = encoder().detach()
@@ -151,7 +161,7 @@ def test_order_matters_to_the_lstm_only() -> None:
 
 @pytest.mark.parametrize("kind", ["lstm", "mlp"])
 def test_dropout_is_off_in_evaluation(kind: EncoderKind) -> None:
-    """Trap 15: saved vectors are those of evaluation mode."""
+    """Saved vectors are those of evaluation mode, in which the encoder gives the same ones each time."""
     encoder = shaken(make(torch.randn(4, 16), kind, dropout=0.5))
     assert torch.equal(encoder(), encoder())
     encoder.train()
@@ -160,7 +170,7 @@ def test_dropout_is_off_in_evaluation(kind: EncoderKind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_come_from_the_generator_alone(kind: EncoderKind) -> None:
-    """Invariant 6: the global generator has no say, the seed has."""
+    """Invariant *Seeds are separate*: the global generator has no say, the seed has."""
     start = torch.randn(3, 8)
 
     def weights(seed: int, disturb: int) -> Tensor:
@@ -186,7 +196,7 @@ def starts(ids: list[int | None], how: RandomStart = "random", seed: int = 0) ->
 
 
 def test_text_starts_are_the_tokens_embeddings() -> None:
-    """Traps 1 and 18: exactly, token 0 included, whatever is random beside them."""
+    """A slot with a word starts at exactly its token's embedding, token 0 included, whatever is random beside it."""
     found = starts([0, 7, None, 7, None])
     assert torch.equal(found[[0, 1, 3]], table()[[0, 7, 7]])
     assert not any(torch.equal(found[2], row) for row in table())
@@ -209,7 +219,7 @@ def test_vocabulary_starts_are_embeddings_of_tokens() -> None:
 
 @pytest.mark.parametrize("how", get_args(RandomStart))
 def test_starts_come_from_the_generator(how: RandomStart) -> None:
-    """Invariant 6."""
+    """Invariant *Seeds are separate*: equal seeds give equal starts, other seeds give others."""
     assert torch.equal(starts([None] * 3, how, seed=1), starts([None] * 3, how, seed=1))
     assert not torch.equal(starts([None] * 3, how, seed=1), starts([None] * 3, how, seed=2))
 

@@ -1,4 +1,7 @@
-"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part."""
+"""A run from data to files: seeded, whole, resumable after a real kill, and never touched by the test part.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,12 @@ from ptuning.config import TrainConfig, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.reading import load_records
 from ptuning.data.task_files import TaskFile
-from ptuning.engine import prefix_cache as constants
-from ptuning.engine.batch import Batch
+from ptuning.engine import evaluate as evaluate_module
+from ptuning.engine import prefix_cache
 from ptuning.engine.evaluate import Evaluation
+from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import (
     BackboneError,
     ConfigError,
@@ -80,7 +84,7 @@ def timeless(value: Json) -> Json:
 
 
 def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
-    """Design, section 6: prompt, record and predictions; no checkpoint, nothing half-written."""
+    """A run leaves prompt, record and predictions; no checkpoint, nothing half-written."""
     result = run(backbone, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE)
@@ -103,7 +107,7 @@ def test_what_a_run_leaves(backbone: Backbone, tmp_path: Path) -> None:
 
 
 def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path) -> None:
-    """Invariant 4, trap 15: bit-equal vectors and logits."""
+    """Invariant *Saved is what was trained*: loaded, it has bit-equal vectors and logits."""
     result = run(backbone, tmp_path / "out")
     loaded = Prompt.load(tmp_path / "out")
     assert loaded.slot_vectors is not None
@@ -120,7 +124,9 @@ def test_the_saved_prompt_is_the_trained_one(backbone: Backbone, tmp_path: Path)
 def test_the_record_s_scores_are_those_of_a_separate_call(
     causal: Backbone, chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 16: what training reports on the development part is what ``eval`` finds there for the chosen epoch."""
+    """Invariant *Loss position = scored position*: what training reports on the development part is what ``eval`` finds
+    there for the chosen epoch.
+    """
     real = Trainer._consider
 
     def consider(self: Trainer, found: Evaluation, *, epoch: int) -> None:
@@ -136,7 +142,10 @@ def test_the_record_s_scores_are_those_of_a_separate_call(
 
 
 def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> None:
-    """Invariant 6, trap 28; and another seed does not."""
+    """Invariant *Seeds are separate*: two runs with one seed give the same bytes, whatever the global generator did.
+
+    Another seed gives others.
+    """
     for name in ("one", "two"):
         torch.manual_seed(hash(name))
         run(backbone, tmp_path / name)
@@ -154,7 +163,10 @@ def test_two_runs_give_the_same_bytes(backbone: Backbone, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_interrupted_and_resumed(causal: Backbone, tmp_path: Path, steps: int) -> None:
-    """Invariant 5: in the middle of an epoch, at its end and in the next; the checkpoint goes when the run is done."""
+    """Invariant *Resume is exact*: stopped in the middle of an epoch, at its end and in the next.
+
+    The checkpoint goes when the run is done.
+    """
     whole = run(causal, tmp_path / "whole")
     with pytest.raises(Interrupted):
         run(causal, tmp_path / "cut", should_stop=after(steps))
@@ -179,7 +191,10 @@ def command(folder: Path, model: Path, *more: str) -> list[str]:
 
 
 def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path]) -> None:
-    """Invariant 5: kill -9 at three random moments, resumed each time, ends with an undisturbed run's bytes."""
+    """Invariant *Resume is exact*: killed at three random moments, resumed each time.
+
+    It ends with the bytes of an undisturbed run.
+    """
     rows: list[Record] = [
         {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
     ]
@@ -216,7 +231,7 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
 
 
 def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 5: a run is finished when its record stands; until then resuming ends it."""
+    """Invariant *Resume is exact*: a run is finished when its record is written; until then resuming ends it."""
     whole = run(causal, tmp_path / "whole")
 
     def killed(*_: object) -> None:
@@ -234,7 +249,7 @@ def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monk
 
 
 def test_resuming_a_finished_run_returns_it(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: no step is taken, no file is touched."""
+    """Invariant *Resume is exact*: resuming a finished run takes no step and touches no file."""
     run(causal, tmp_path / "out")
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*.*")}
     steps: list[Progress] = []
@@ -257,7 +272,10 @@ def other_backbone(folder: Path) -> Backbone:
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_resume_of_another_run_names_the_difference(causal: Backbone, tmp_path: Path, finished: bool) -> None:
-    """Invariant 5: settings, data, template, label words and backbone, each by name and with both values."""
+    """Invariant *Resume is exact*: a run goes on as it began, or not at all.
+
+    Settings, data, template, label words and backbone: each difference is named, with both values.
+    """
     out = tmp_path / "out"
     if finished:
         run(causal, out)
@@ -289,7 +307,7 @@ def test_what_may_differ_on_resume(causal: Backbone, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: an error with a way out, and the way out works."""
+    """Invariant *Resume is exact*: damage is an error with a way out, and the way out works."""
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         run(causal, out, should_stop=after(2))
@@ -308,7 +326,7 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
 
 
 def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
-    """Style 15: not unasked; and when asked, nothing of the earlier run is left."""
+    """Nothing is overwritten unasked; and when asked, nothing of the earlier run is left."""
     out = tmp_path / "out"
     first = run(causal, out)
     with pytest.raises(FileError, match=r"exists and is not empty"):
@@ -397,14 +415,17 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
 def test_errors_before_anything_is_written(
     causal: Backbone, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Style 14: the stage at fault says so, and no folder appears."""
+    """The error is that of the stage at fault, and no folder appears."""
     with pytest.raises(error, match=message):
         run(causal, **{"out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
 
 
 def test_training_takes_no_test_data(causal: Backbone) -> None:
-    """Invariant 12, style 21: there is no way to hand it over, and other fields of a record change nothing."""
+    """The test part is asked once, by a call of its own after training.
+
+    There is no way to hand it over before, and other fields of a record change nothing.
+    """
     assert "test" not in inspect.signature(train).parameters
     plain = run(causal).prompt
     marked = run(causal, data=[{**record, "test": record["y"] * 2} for record in FACTS], dev=None).prompt
@@ -414,7 +435,7 @@ def test_training_takes_no_test_data(causal: Backbone) -> None:
 
 
 def test_dev_data_chooses_only(causal: Backbone) -> None:
-    """Invariant 12: with permuted development answers the same epochs are trained, and another may be chosen."""
+    """The development part chooses and does not train: with its answers permuted, the same epochs are trained."""
     dev = FACTS[:6]
     turned = [{**record, "y": other["y"]} for record, other in zip(dev, dev[1:] + dev[:1], strict=True)]
     one, other = run(causal, dev=dev).record, run(causal, dev=turned).record
@@ -447,7 +468,7 @@ def test_without_a_folder_nothing_is_written(causal: Backbone, tmp_path: Path, m
 
 
 def test_the_ceiling_is_measured_when_asked(causal: Backbone) -> None:
-    """Design, section 8: the bare backbone's speed beside the run's own."""
+    """The record has the bare backbone's speed, which no training can exceed, beside the run's own."""
     assert "ceiling_tokens_per_second" not in run(causal).record
     found = run(causal, ceiling=True).record["ceiling_tokens_per_second"]
     assert isinstance(found, float)
@@ -496,27 +517,27 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is run once, every start learns what it learns with keys and values of its own, and none are left behind."""
-    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
-    made: list[ConstantParts] = []
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    made: list[PrefixCache] = []
     ids: list[Ids] = []
-    real_run, real_init = ConstantParts._run, ConstantParts.__init__
+    real_run, real_init = PrefixCache._run, PrefixCache.__init__
 
-    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[torch.Tensor]:
+    def watch(parts: PrefixCache, group: Sequence[Ids]) -> list[torch.Tensor]:
         ids.extend(group)
         return real_run(parts, group)
 
-    def init(parts: ConstantParts, backbone: Backbone, *, memory_share: float) -> None:
+    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float) -> None:
         real_init(parts, backbone, memory_share=memory_share)
         made.append(parts)
 
-    monkeypatch.setattr(ConstantParts, "_run", watch)
-    monkeypatch.setattr(ConstantParts, "__init__", init)
+    monkeypatch.setattr(PrefixCache, "_run", watch)
+    monkeypatch.setattr(PrefixCache, "__init__", init)
     shared = run(causal, tmp_path / "shared", template=LATE, settings={"starts": 3})
     assert len(ids) == len(set(ids)) == len(FACTS)
     assert not any(parts.tokens or parts.is_used for parts in made)
 
     real = TrainingRun.trainer
-    monkeypatch.setattr(TrainingRun, "trainer", lambda one, number, *, checkpoint, constants: real(one, number))
+    monkeypatch.setattr(TrainingRun, "trainer", lambda one, number, *, checkpoint, prefix_cache: real(one, number))
     own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
     assert len(ids) == 4 * len(FACTS)
     assert timeless(own.record) == timeless(shared.record)
@@ -561,7 +582,9 @@ def weights(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 @MODES
 def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path: Path, mode: dict[str, Any]) -> None:
-    """Invariants 3 and 4: a new process gives bit-equal logits; the caller's backbone is bit-identical."""
+    """Invariants *Saved is what was trained* and *Frozen is frozen*: loading gives bit-equal logits, and the caller's
+    backbone is bit-identical.
+    """
     before = weights(backbone)
     # Chosen by what it learns from, so that what is kept is not the start.
     result = run(backbone, tmp_path / "out", dev=FACTS, settings={**mode, "epochs": 10})
@@ -603,7 +626,7 @@ def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) 
 def test_a_run_with_trained_weights_is_resumed(
     make_backbone: Callable[[str], Backbone], tmp_path: Path, mode: dict[str, Any], steps: int
 ) -> None:
-    """Invariant 5, with the backbone's own dropout (BERT's is 0.1)."""
+    """Invariant *Resume is exact*: with trained weights, too, and the backbone's own dropout (BERT's is 0.1)."""
     masked = make_backbone("bert")
     settings = {**mode, "checkpoint_seconds": 0.0}
     whole = run(masked, tmp_path / "whole", settings=settings)
@@ -627,7 +650,7 @@ def test_a_run_with_trained_weights_is_resumed(
 def test_a_run_with_trained_weights_is_killed_and_resumed(
     tmp_path: Path, model_folder: Callable[[str], Path], tune: str
 ) -> None:
-    """Invariant 5: kill -9, also between the best weights and the checkpoint that names them."""
+    """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
     rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(120)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
@@ -720,7 +743,7 @@ def test_label_words_with_trained_weights(causal: Backbone, mode: dict[str, Any]
 
 
 def test_tuned_weights_are_float32_whatever_the_backbone_is(causal: Backbone, tmp_path: Path) -> None:
-    """Trap 12: a bfloat16 weight hardly ever moves under small steps."""
+    """Weights are trained in float32: a bfloat16 one hardly ever moves under small steps."""
     causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
     for name, mode in (("tuned", TUNED), ("lora", LORA)):
         result = run(causal, tmp_path / name, settings=mode)
@@ -810,7 +833,7 @@ def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, m
     """The record says so; what is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.engine.objective.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.training.run.PASS_TOKENS", 1)
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
     sizes = [one.record["settings"] for one in (whole, small)]
     assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
@@ -848,7 +871,7 @@ def test_the_written_predictions_are_those_of_predict(
     case: str, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The development part is scored once, behind what is kept of it; what is chosen there is what ``predict`` says."""
-    monkeypatch.setattr(constants, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     labels = None if case in ("choices", "written") else "yes=great,good;no=bad;São Tomé=25"
     asked = CHOICE_TASK.read_rows(CHOICE_ROWS) if case == "choices" else None
     task = CHOICE_TASK if case == "choices" else None
@@ -856,11 +879,12 @@ def test_the_written_predictions_are_those_of_predict(
     whole: list[int] = []
     real = target_logits
 
-    def watch(backbone: Backbone, batch: Batch, vectors: torch.Tensor) -> torch.Tensor:
-        whole.append(len(batch.counts))
-        return real(backbone, batch, vectors)
+    def watch(backbone: Backbone, examples: Any, learned: Learned, *, cache: PrefixCache | None) -> torch.Tensor:
+        if cache is None or not cache.is_used:
+            whole.append(len(examples))
+        return real(backbone, examples, learned, cache=cache)
 
-    monkeypatch.setattr(constants, "target_logits", watch)
+    monkeypatch.setattr(evaluate_module, "target_logits", watch)
     answered: list[int] = []
     predict = PromptModel.predict
 

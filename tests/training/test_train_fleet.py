@@ -1,4 +1,7 @@
-"""Many prompts at once come out as each would alone: other templates, data, settings, lengths; killed and resumed."""
+"""Many prompts at once come out as each would alone: other templates, data, settings, lengths; killed and resumed.
+
+The invariants that tests name are those of docs/invariants.md.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, Progress
@@ -79,8 +82,12 @@ def starts(result: TrainResult) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("at_once", [2, 16])
 def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8, decision 28: causal and masked, with and without a constant part, fewer at once than there are."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
+
+    Causal and masked, with and without a constant part, fewer at once than there are.
+    Source: docs/decisions.md, decision 28.
+    """
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
     assert not found.failed
     assert list(found.results) == [prompt.name for prompt in EVERY]
@@ -119,7 +126,10 @@ def trainer(backbone: Backbone, template: str, records: list[Record], **settings
 
 
 def test_gradients_equal_those_alone(backbone: Backbone) -> None:
-    """Invariant 8: 1e-5 in float32, with other templates, lengths, encoders, and targets of several tokens."""
+    """Invariant *Fast = slow*: gradients of prompts that train together are those of each alone, to 1e-5 in float32.
+
+    With other templates, lengths, encoders, and targets of several tokens.
+    """
     wanted: list[torch.Tensor] = []
     found: list[torch.Tensor] = []
     for together in (False, True):
@@ -201,8 +211,8 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_a_stopped_fleet_goes_on_exactly(
     stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant 5 in the middle of a fleet: the same bytes, with prompts that end and begin in between."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    """Invariant *Resume is exact*, in the middle of a fleet: equal bytes, and prompts end and begin in between."""
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     prompts = [
         replace(one, config=replace(one.settings, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY
     ]
@@ -216,11 +226,11 @@ def test_a_stopped_fleet_goes_on_exactly(
         assert history(parts.results[name], "train_loss") == history(whole.results[name], "train_loss")
 
 
-def test_a_fleet_stops_between_passes_over_the_constant_part(
+def test_a_fleet_stops_between_passes_that_fill_the_prefix_cache(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt that was about to begin is no failure, and the others go on from where they stood."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
     seen: list[str] = []
 
@@ -333,15 +343,15 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hundreds of prompts must not fill the memory with texts that nobody reads any more."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     kept: list[int] = []
-    real = ConstantParts.keep_only
+    real = PrefixCache.keep_only
 
-    def spy(self: ConstantParts, examples: Any) -> None:
+    def spy(self: PrefixCache, examples: Any) -> None:
         real(self, examples)
         kept.append(self.tokens)
 
-    monkeypatch.setattr(ConstantParts, "keep_only", spy)
+    monkeypatch.setattr(PrefixCache, "keep_only", spy)
     texts = [[{"x": f"{word} {row['x']}", "y": row["y"]} for row in TEXTS] for word in ("First", "Then", "Last")]
     prompts = [
         FleetPrompt(f"late-{n}", "{x} [P:It was] [Y]", rows, config=replace(FAST, epochs=1 + n))
@@ -364,7 +374,7 @@ def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_p
     """A prompt that nobody wrote down is trained to its end again, and not lost."""
     items = items_of(causal, "[P] [X] [Y]", FACTS)
 
-    def make(_: ConstantParts) -> Trainer:
+    def make(_: PrefixCache) -> Trainer:
         return Trainer(causal, bound(causal, "[P] [X] [Y]"), config=FAST)
 
     def fleet() -> Fleet:

@@ -1,4 +1,6 @@
-"""Training: frozen is frozen, resume is exact, seeds are separate, and the loss stands where the score does."""
+"""Training keeps the invariants of docs/invariants.md, above all *Frozen is frozen*, *Resume is exact*, *Seeds are
+separate* and *Loss position = scored position*.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +23,23 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.engine import evaluate, prefix_cache
-from ptuning.engine.batch import Batch
-from ptuning.engine.evaluate import Evaluation, item_batch, measure_ceiling
-from ptuning.engine.objective import Item, label_items, loss, loss_count, score_choices
+from ptuning.engine.evaluate import Evaluation
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, label_items, loss, loss_count, score_choices
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Ids
+from ptuning.template.fill import Example, Ids
 from ptuning.template.labels import LabelWords
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import CHECKPOINT_FILE
-from ptuning.training.step import Chunk
+from ptuning.training.step import Chunk, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
@@ -76,7 +78,10 @@ def digest(backbone: Backbone) -> str:
 
 @pytest.mark.parametrize("kind", get_args(EncoderKind))
 def test_training_leaves_the_backbone_alone(backbone: Backbone, kind: str) -> None:
-    """Invariant 3, traps 11 and 14: bit-identical weights, buffers and tables, no gradient, evaluation mode."""
+    """Invariant *Frozen is frozen*: bit-identical weights and buffers, no gradient, evaluation mode.
+
+    Nor does the embedding table get rows for slots: they would join the softmax, and be trained with the others.
+    """
     ids = torch.tensor([[7, 9, 11, 13]])
     with torch.no_grad():
         answer = backbone.model(input_ids=ids).logits
@@ -92,7 +97,7 @@ def test_training_leaves_the_backbone_alone(backbone: Backbone, kind: str) -> No
 
 
 def test_a_backbone_that_is_not_frozen_is_an_error(causal: Backbone) -> None:
-    """Invariant 3, trap 11: with dropout on, or gradients on, training would be something else."""
+    """Invariant *Frozen is frozen*: with dropout on, or gradients on, training would be something else."""
     causal.model.train()
     with pytest.raises(TrainingError, match="is not frozen; call its freeze"):
         make_trainer(causal)
@@ -104,7 +109,7 @@ def test_a_backbone_that_is_not_frozen_is_an_error(causal: Backbone) -> None:
 
 @pytest.mark.parametrize("kind", get_args(EncoderKind))
 def test_before_the_first_step_a_warm_prompt_is_the_manual_one(backbone: Backbone, kind: str) -> None:
-    """Invariant 1: with every encoder."""
+    """Invariant *Identity*: with every encoder, a prompt started from words is at first the manual one."""
     template = "[P:The capital of] [X] [P:is] [Y]"
     config = TrainConfig.from_json({"encoder": kind})
     filled = bound(backbone, template)
@@ -119,7 +124,7 @@ def test_before_the_first_step_a_warm_prompt_is_the_manual_one(backbone: Backbon
 @pytest.mark.parametrize("kind", get_args(EncoderKind))
 @pytest.mark.parametrize("start", get_args(RandomStart))
 def test_one_step_with_every_encoder_and_start(causal: Backbone, kind: str, start: str) -> None:
-    """Traps 12 and 30: every option trains; after one small step every vector has moved, and is float32."""
+    """Every value of these settings trains: after one small step every vector has moved, and is float32."""
     found = make_trainer(causal, encoder=kind, start=start, lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
     before = found.vectors()
     fit(found)
@@ -130,7 +135,7 @@ def test_one_step_with_every_encoder_and_start(causal: Backbone, kind: str, star
 
 
 def test_one_small_step_under_a_bfloat16_backbone(model_folder: Callable[[str], Path]) -> None:
-    """Trap 12: a step of 1e-4 would be lost in bfloat16 vectors."""
+    """Vectors are float32 under a bfloat16 backbone: in bfloat16 a step of 1e-4 would be lost."""
     backbone = load_backbone(str(model_folder("llama")), dtype="bfloat16", device="cpu")
     found = make_trainer(backbone, encoder="none", lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
     before = found.vectors()
@@ -143,14 +148,14 @@ def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
     """Return the gradient of the loss in the slot vectors."""
     vectors = start.clone().requires_grad_(True)
     items = items_of(backbone, TEMPLATE, FACTS)
-    value, count = loss(items, score_choices(items, target_logits(backbone, item_batch(items, slots=3), vectors)))
+    value, count = loss(items, score_choices(items, target_logits(backbone, inputs_of(items), Learned(vectors))))
     (value / count).backward()
     assert vectors.grad is not None
     return vectors.grad
 
 
 def test_gradients_under_bfloat16(model_folder: Callable[[str], Path]) -> None:
-    """Trap 13: finite, float32, and in the direction of the float32 ones."""
+    """Slots' gradients are finite and float32, and have the direction of those under a float32 backbone."""
     folder = str(model_folder("llama"))
     whole, half = (load_backbone(folder, dtype=kind, device="cpu") for kind in ("float32", "bfloat16"))
     start = make_trainer(whole).vectors()
@@ -161,13 +166,13 @@ def test_gradients_under_bfloat16(model_folder: Callable[[str], Path]) -> None:
 
 
 def test_the_gradient_reaches_every_slot(backbone: Backbone) -> None:
-    """Trap 16: the last slot, right in front of the target, too."""
+    """Invariant *Loss position = scored position*: the loss reaches the slot in front of the target, too."""
     gradient = slot_gradient(backbone, make_trainer(backbone).vectors())
     assert (gradient.abs().amax(dim=-1) > 1e-6).all()
 
 
 def test_gradients_do_not_depend_on_checkpointing(causal: Backbone) -> None:
-    """Trap 25: embeddings as inputs pass by the hooks that gradient checkpointing needs."""
+    """Checkpointing in transformers hooks into the embedding layer, and ready-made embeddings pass it by."""
     start = make_trainer(causal).vectors()
     one = slot_gradient(causal, start)
     enable = getattr(causal.model, "activation_checkpointing_enable", causal.model.gradient_checkpointing_enable)
@@ -206,7 +211,10 @@ def learn(backbone: Backbone, template: str, items: list[Item], *, enough: Calla
     [("gpt2", "São Tomé", 5), ("llama", "São Tomé", 5), ("bert", "São Tomé", 2), ("roberta", "yes", 1)],
 )
 def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens: int) -> None:
-    """Trap 16: what the loss trains is what the score reads and what prediction writes."""
+    """Invariant *Loss position = scored position*: what the loss trains is what scores read and what is written.
+
+    Where the loss trains another position, one fact can be trained on and on without ever being answered.
+    """
     backbone, template = teachable(family), "[P*4] [X] [P*4] [Y]"
     items = items_of(backbone, template, [{"x": "Kenya", "y": target}])
     assert items[0].choices[0].own_tokens == tokens
@@ -238,7 +246,10 @@ def test_a_causal_prompt_learns_to_stop() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rule_is_learned_with_label_words(family: str) -> None:
-    """Needs, row 30: label words of one and of several tokens train a rule to more than 95 %."""
+    """Label words of one and of several tokens train a rule to more than 95 %.
+
+    A part that training or scoring leaves out shows here, as a score that stays at the majority's.
+    """
     words = LabelWords({"good": ("great", "good film"), "bad": ("terrible",)})
     names = ("Kenya", "Paris", "Peru", "Lima", "25", "France")
     rows: list[Record] = [
@@ -254,7 +265,10 @@ def test_a_rule_is_learned_with_label_words(family: str) -> None:
 @pytest.mark.parametrize(("kind", "dropout"), [("lstm", 0.3), ("mlp", 0.3), ("none", 0.0)])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
 def test_resume_is_exact(causal: Backbone, tmp_path: Path, kind: str, dropout: float, stop_after: int) -> None:
-    """Invariant 5: stopped in the middle and at the end of an epoch, with dropout, bit-equal and with equal history."""
+    """Invariant *Resume is exact*: stopped in the middle and at the end of an epoch, with dropout.
+
+    Vectors are bit-equal, and histories are equal.
+    """
     settings: dict[str, Any] = {"encoder": kind, "dropout": dropout}
     whole = fit(make_trainer(causal, **settings))
     with pytest.raises(Interrupted, match=rf"after {stop_after} steps"):
@@ -272,7 +286,7 @@ def test_resume_is_exact(causal: Backbone, tmp_path: Path, kind: str, dropout: f
 
 
 def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: any number of stops."""
+    """Invariant *Resume is exact*: after any number of stops."""
     whole = fit(make_trainer(causal, dropout=0.3))
     for step in range(1, 7):
         found = make_trainer(causal, tmp_path, dropout=0.3)
@@ -287,12 +301,12 @@ def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -
 
 
 def test_dropout_changes_what_is_learned(causal: Backbone) -> None:
-    """Invariant 5 would hold for a dropout that is never on."""
+    """Invariant *Resume is exact* would hold for a dropout that is never on."""
     assert not torch.equal(fit(make_trainer(causal, dropout=0.3)).vectors(), fit(make_trainer(causal)).vectors())
 
 
 def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 5: the best vectors so far are part of the checkpoint."""
+    """Invariant *Resume is exact*: the best vectors so far are part of the checkpoint."""
     outcomes = [(0.1, 5.0), (0.9, 5.0), (0.2, 5.0), (0.2, 5.0)]
     vectors = []
     for name, stops in (("whole", [99]), ("cut", [5, 99])):
@@ -310,7 +324,7 @@ def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypa
 
 
 def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 6: seeded by step and by place in the step."""
+    """Invariant *Seeds are separate*: dropout is seeded by step and by place in the step."""
     seeds = []
     real = derived_seed
 
@@ -331,7 +345,7 @@ def test_without_a_checkpoint_there_is_nothing_to_load(causal: Backbone, tmp_pat
 
 
 def test_resume_with_other_settings_names_the_difference(causal: Backbone, tmp_path: Path) -> None:
-    """Invariant 5: what was saved and what is asked for."""
+    """Invariant *Resume is exact*: the error gives what was saved and what is asked for."""
     fit(make_trainer(causal, tmp_path, epochs=1))
     with pytest.raises(TrainingError, match=r"cannot resume from .*: lr was 0.01 and is 0.02\. Repeat the command"):
         make_trainer(causal, tmp_path, lr=0.02).load()
@@ -339,7 +353,7 @@ def test_resume_with_other_settings_names_the_difference(causal: Backbone, tmp_p
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "header"])
 def test_a_damaged_checkpoint(causal: Backbone, tmp_path: Path, damage: str) -> None:
-    """Invariant 5: an error that names the file, never a run that goes on from garbage."""
+    """Invariant *Resume is exact*: an error names the file, and no run goes on from garbage."""
     fit(make_trainer(causal, tmp_path, epochs=1))
     path = tmp_path / CHECKPOINT_FILE
     data = path.read_bytes()
@@ -391,7 +405,7 @@ def test_checkpoints_inside_an_epoch(causal: Backbone, tmp_path: Path, monkeypat
 
 
 def test_same_seed_same_vectors(backbone: Backbone) -> None:
-    """Invariant 6, trap 28: bit-equal, whatever the global generator did; another seed differs."""
+    """Invariant *Seeds are separate*: bit-equal, whatever the global generator did; another seed differs."""
     one = fit(make_trainer(backbone, dropout=0.2)).vectors()
     torch.manual_seed(99)
     assert torch.equal(fit(make_trainer(backbone, dropout=0.2)).vectors(), one)
@@ -399,7 +413,7 @@ def test_same_seed_same_vectors(backbone: Backbone) -> None:
 
 
 def test_training_leaves_the_global_generator_alone(causal: Backbone) -> None:
-    """Invariant 6: the caller's own draws are not moved."""
+    """Invariant *Seeds are separate*: the caller's own draws are not moved."""
     state = torch.get_rng_state()
     fit(make_trainer(causal, dropout=0.3))
     assert torch.equal(torch.get_rng_state(), state)
@@ -408,7 +422,10 @@ def test_training_leaves_the_global_generator_alone(causal: Backbone) -> None:
 def test_the_length_of_the_template_leaves_the_data_order_unchanged(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 28: the order is the seed's and the epoch's alone, and every record comes once per epoch."""
+    """Invariant *Seeds are separate*: the order is the seed's and the epoch's alone.
+
+    Every record comes once per epoch.
+    """
     orders: list[list[str]] = []
     real = Trainer.begin_step
 
@@ -435,7 +452,7 @@ def test_the_length_of_the_template_leaves_the_data_order_unchanged(
 
 
 def test_seeds_of_purposes_differ() -> None:
-    """Invariant 6: each purpose and step has a seed of its own."""
+    """Invariant *Seeds are separate*: each purpose and step has a seed of its own."""
     seeds = {derived_seed(seed, purpose, step) for seed in (0, 1) for purpose in ("a", "b") for step in (0, 1, 2)}
     assert len(seeds) == 12
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -445,7 +462,10 @@ def test_seeds_of_purposes_differ() -> None:
     "settings", [{"batch_size": 2, "accumulation_steps": 2}, {"batch_size": 1, "accumulation_steps": 4}]
 )
 def test_accumulation_does_not_change_the_loss(backbone: Backbone, settings: dict[str, Any]) -> None:
-    """Invariant 7, trap 23: 1x4 = 2x2 = 4x1, with a short last group of three and targets of different lengths."""
+    """Invariant *Loss position = scored position*: accumulation does not change the loss, 1x4 = 2x2 = 4x1.
+
+    With a short last group of three and targets of different lengths.
+    """
     whole = fit(make_trainer(backbone, batch_size=4))
     parts = fit(make_trainer(backbone, **settings))
     assert whole.state.step == parts.state.step == 4
@@ -456,7 +476,7 @@ def test_accumulation_does_not_change_the_loss(backbone: Backbone, settings: dic
 
 
 def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
-    """Style 12: the first epoch's loss in one batch is the loss of the start, in nats per token."""
+    """The first epoch's loss in one batch is the loss of the start, in nats per token."""
     found = make_trainer(backbone, batch_size=7, epochs=1)
     expected = found.evaluate(items_of(backbone, TEMPLATE, FACTS)).loss
     fit(found)
@@ -466,7 +486,10 @@ def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
 def test_two_processes_learn_what_one_learns(
     causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
-    """Invariant 7, trap 23: with groups that do not divide, and dropout."""
+    """Invariant *Loss position = scored position*: the number of processes does not change what is learned.
+
+    With groups that do not divide among them, and dropout.
+    """
     script = tmp_path / "two.py"
     script.write_text(
         "import sys, torch\n"
@@ -524,7 +547,10 @@ def script_evaluations(monkeypatch: pytest.MonkeyPatch, found: Trainer, outcomes
 def test_the_choice_rule(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[float, float]], chosen: int
 ) -> None:
-    """Needs, row 27: the rule as it is written in the record, ties included, and the vectors are that epoch's."""
+    """The development part chooses by the rule that the record gives, ties included, and the vectors are that epoch's.
+
+    So everyone can tell which part of the data chose the prompt.
+    """
     found = make_trainer(causal, epochs=3)
     script_evaluations(monkeypatch, found, outcomes)
     vectors = [found.vectors()]
@@ -557,7 +583,7 @@ def test_a_falling_loss_keeps_training_going(causal: Backbone, monkeypatch: pyte
 
 
 def test_a_loss_that_is_no_number(causal: Backbone) -> None:
-    """Style 14: stops at once, and says what may help."""
+    """Training stops at once, and says what may help."""
     found = make_trainer(causal)
     with torch.no_grad():
         found.encoder.start.fill_(torch.nan)
@@ -580,12 +606,12 @@ def test_vectors_that_become_no_numbers_are_not_chosen(causal: Backbone, monkeyp
 
 
 def test_fit_takes_train_and_dev_only() -> None:
-    """Style 21, design 12: no test data can come near training."""
+    """The test part is asked once, by a call of its own after training: its data cannot come near ``fit``."""
     assert list(inspect.signature(Trainer.fit).parameters) == ["self", "train", "dev", "report", "should_stop"]
 
 
 def test_dev_data_chooses_and_does_not_train(causal: Backbone) -> None:
-    """Invariant 12: other development data, the same vectors at the end."""
+    """The development part chooses and does not train: with other data in it, the last vectors are the same."""
     items = items_of(causal, TEMPLATE, FACTS)
     one, other = make_trainer(causal), make_trainer(causal)
     one.fit(items, items[:2])
@@ -644,7 +670,7 @@ def test_the_ceiling_is_measured(causal: Backbone) -> None:
 
 
 def test_evaluation_does_not_depend_on_batches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8: every item alone, and hits in the order of the items."""
+    """Invariant *Fast = slow*: items in batches score as each item alone, with hits in the order of the items."""
     items = items_of(backbone, TEMPLATE, FACTS)
     found = make_trainer(backbone)
     whole, single = found.evaluate(items), [found.evaluate([item]) for item in items]
@@ -675,25 +701,23 @@ def fit_late(
     return found
 
 
-def test_the_constant_part_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 8: training from the first slot onwards learns what training over whole rows learns."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+def test_the_prefix_cache_changes_nothing_but_rounding(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Fast = slow*: training from the first slot onwards learns what training over whole rows learns."""
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     kept, whole = fit_late(causal), fit_late(causal, cache_memory=0.0)
-    assert kept.constant_part["tokens"] > 0
-    assert not any(whole.constant_part.values())
+    assert kept.cached["tokens"] > 0
+    assert not any(whole.cached.values())
     assert not torch.equal(kept.vectors(), kept.encoder.start)
     torch.testing.assert_close(kept.vectors(), whole.vectors(), rtol=0, atol=1e-4)
     assert [row["dev_loss"] for row in kept.state.history] == pytest.approx(
         [row["dev_loss"] for row in whole.state.history], abs=1e-4
     )
-    assert not kept.constants.is_used  # and nothing is kept beyond the run
+    assert not kept.prefix_cache.is_used  # and nothing is kept beyond the run
 
 
-def test_resume_with_a_constant_part_is_exact(
-    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Invariant 5: the keys and values are made anew, and alike."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+def test_resume_with_a_prefix_cache_is_exact(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Resume is exact*: kept keys and values are made anew when a run is resumed, and alike."""
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
     fit_late(causal, tmp_path, stop_after=4)
     resumed = fit_late(causal, tmp_path)
@@ -701,21 +725,21 @@ def test_resume_with_a_constant_part_is_exact(
     assert without_seconds(resumed) == without_seconds(whole)
 
 
-def test_stops_between_passes_over_the_constant_part(
+def test_stops_between_passes_that_fill_the_prefix_cache(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
     monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 1)
     passes: list[int] = []
-    real = ConstantParts._run
+    real = PrefixCache._run
 
-    def watch(parts: ConstantParts, group: Sequence[Ids]) -> list[Tensor]:
+    def watch(parts: PrefixCache, group: Sequence[Ids]) -> list[Tensor]:
         passes.append(len(group))
         return real(parts, group)
 
-    monkeypatch.setattr(ConstantParts, "_run", watch)
+    monkeypatch.setattr(PrefixCache, "_run", watch)
     asked = iter([False, False, True])
     found = Trainer(
         causal, bound(causal, LATE), config=TrainConfig.from_json(FAST), checkpoint=tmp_path, identity={"data": "facts"}
@@ -725,7 +749,7 @@ def test_stops_between_passes_over_the_constant_part(
         found.fit(items, items[:4], should_stop=lambda: next(asked))
     assert passes == [1, 1, 1]
     assert (tmp_path / CHECKPOINT_FILE).is_file()
-    assert not found.constants.tokens
+    assert not found.prefix_cache.tokens
     monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
@@ -733,8 +757,8 @@ def test_stops_between_passes_over_the_constant_part(
 
 
 def test_a_masked_backbone_keeps_nothing(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
-    assert not any(fit_late(masked).constant_part.values())
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    assert not any(fit_late(masked).cached.values())
 
 
 @pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
@@ -746,12 +770,12 @@ def test_dropout_is_the_backbones_own_where_it_learns(
     seen: list[tuple[bool, int]] = []
     real = target_logits
 
-    def watch(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
+    def watch(backbone: Backbone, examples: list[Example], learned: Learned, **more: Any) -> Tensor:
         dropping = {one.training for one in backbone.model.modules() if isinstance(one, torch.nn.Dropout) and one.p}
         taking = sum(weight.requires_grad for weight in backbone.model.parameters())
         if torch.is_grad_enabled():
             seen.append((dropping == {True}, taking))
-        return real(backbone, batch, vectors)
+        return real(backbone, examples, learned, **more)
 
     monkeypatch.setattr(steps, "target_logits", watch)
     found = fit(make_trainer(masked, tune=tune, epochs=1))

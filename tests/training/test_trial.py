@@ -91,13 +91,13 @@ def test_the_longest_pass_of_all_epochs_is_taken(causal: Backbone) -> None:
 
 
 def test_what_is_kept_is_counted_for_all_rows(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     run = run_of(causal, LATE)
     seen = tried(run)
     trainer = run.trainer(0)
     rows = [row for items in run.items.values() for item in items for row in item.inputs]
-    assert trainer.constants.prepare(rows)
-    assert seen.kept_bytes == pytest.approx(trainer.constants.memory_bytes, rel=0.01)
+    assert trainer.prefix_cache.prepare(rows)
+    assert seen.kept_bytes == pytest.approx(trainer.prefix_cache.memory_bytes, rel=0.01)
     assert 0 < seen.trial_bytes <= seen.kept_bytes
     assert seen.kept_seconds > 0
     assert tried(run_of(causal, LATE, cache_memory=0.0)).kept_bytes == 0
@@ -109,7 +109,7 @@ def test_checkpointing_holds_less(causal: Backbone) -> None:
 
 
 def test_progress_ends_where_it_was_to(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_cache, "MIN_CONSTANT_TOKENS", 2)
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     found: list[Progress] = []
     run = run_of(causal, LATE)
     try_out(run, run.trainer(0), report=found.append)

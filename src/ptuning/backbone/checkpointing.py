@@ -59,7 +59,7 @@ def recomputing(model: nn.Module, *, name: str) -> Iterator[None]:
     Raises:
         TrainingError: If no layer of the model can be run again.
 
-    Source: Chen et al. (2016), section 4; docs/architecture.md, decision 29.
+    Source: Chen et al. (2016), section 4; docs/decisions.md, decision 29.
     """
     layers = list(dict.fromkeys(layers_of(model)))
     seen: list[nn.Module] = []

@@ -146,7 +146,7 @@ class Forward:
         Raises:
             BackboneError: If there is such a head, and the body does not show its hidden states.
 
-        Source: docs/architecture.md, decision 6 (a hook on the body gathers before the head runs).
+        Source: docs/decisions.md, decision 6 (a hook on the body gathers before the head runs).
         """
         inputs: dict[str, object]
         if self.kind == "encoder-decoder":

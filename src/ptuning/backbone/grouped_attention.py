@@ -27,7 +27,7 @@ def pack_heads(model: PreTrainedModel) -> None:
     queries of one head, which copies nothing that is long: keys and values of kept text are, queries are few.
     The same numbers to rounding. Nothing else about the model changes, its config and its weights included.
 
-    Source: Ainslie et al. (2023), arXiv:2305.13245 (grouped-query attention); docs/architecture.md, decision 31.
+    Source: Ainslie et al. (2023), arXiv:2305.13245 (grouped-query attention); docs/decisions.md, decision 31.
     """
     grouped = [module for module in model.modules() if _groups(module) > 1]
     if grouped:

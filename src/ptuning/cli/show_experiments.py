@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.names import LEARNED_BY_TUNE, called, in_order
+from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
+from ptuning.names import LEARNED_BY_TUNE
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
@@ -61,8 +62,8 @@ def results(found: Results) -> None:
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{name} (n = {unit})")
     for name, differences in found.differences.items():
-        first = next((one for one in ("score", "p_at_1") if one in differences), None)
-        if name.partition(" - ")[0] in LEARNED_BY_TUNE.values() and first is not None:
+        if name.partition(" - ")[0] in LEARNED_BY_TUNE.values():
+            first = primary(differences)
             score = differences[first]
             where = f"[{score.low:+.3f}, {score.high:+.3f}]"
             terminal.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
@@ -101,7 +102,7 @@ def _table(rows: Mapping[str, Scores], title: str) -> None:
 def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
     """Return means over tasks without a metric that all of them happen to have, which the mean score counts already."""
     return {
-        method: {name: value for name, value in scores.items() if name == "score" or "score" not in scores}
+        method: {name: value for name, value in scores.items() if name == TASK_SCORE or TASK_SCORE not in scores}
         for method, scores in rows.items()
     }
 
@@ -110,7 +111,8 @@ def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
     """Return the scores that a table shows, so that a row fits into 80 columns: P@10 is for the report, and one column
     is enough where P@1 is exact match. Of a task's own metrics and their mean the metrics are shown, if they fit.
     """
-    if present[0] == "score":
-        return list(present[1:]) if len(present) <= 3 and present[1:] else ["score"]
-    same = all(scores[present[0]].value == scores["exact_match"].value for scores in rows.values())
-    return [name for name in present if name != "p_at_10" and not (same and name == "exact_match")]
+    if present[0] == TASK_SCORE:
+        return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
+    same = all(scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values())
+    left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
+    return [name for name in present if name not in left_out]

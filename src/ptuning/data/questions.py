@@ -5,12 +5,10 @@ rows, and neither tasks by name nor models.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ptuning.data.noun_phrases import other_phrases
-from ptuning.data.reading import split_records
 from ptuning.data.row_paths import Context, Source, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
@@ -220,38 +218,6 @@ def as_questions(data: Sequence[Record] | Questions) -> Questions:
         return data
     records = as_records(data)
     return Questions([Question(record) for record in records], name=records.name, digest=records.sha256)
-
-
-def split_questions(questions: Questions, *, fraction: float, seed: int) -> tuple[Questions, Questions]:
-    """Set a seeded share of questions aside; groups stay whole, and rows that read the same together.
-
-    Raises:
-        RecordError: As :func:`ptuning.data.reading.split_records`.
-    """
-    asked = {id(question.record): question for question in questions}
-    groups = [question.group for question in questions]
-    kept, aside = (
-        Questions((asked[id(record)] for record in part), name=part.name, digest=part.sha256)
-        for part in split_records(questions.records, fraction=fraction, seed=seed, groups=groups)
-    )
-    return kept, aside
-
-
-def with_few_choices(questions: Questions, count: int, *, seed: int) -> Questions:
-    """Return questions with at most ``count`` choices each, for learning, where every choice costs a row: a right one,
-    and a seeded draw of the others.
-    """
-    few = []
-    for number, question in enumerate(questions):
-        if len(question.choices) > count:
-            draw = random.Random(f"choices {seed} {number}")
-            right = draw.choice(question.answers)
-            others = [place for place in range(len(question.choices)) if place != right]
-            kept = sorted([right, *draw.sample(others, count - 1)])
-            answers = tuple(at for at, place in enumerate(kept) if place in question.answers)
-            question = replace(question, choices=tuple(question.choices[place] for place in kept), answers=answers)
-        few.append(question)
-    return Questions(few, name=questions.name, digest=questions.sha256)
 
 
 def _span(text: str, span: Json, *, where: str) -> str:

@@ -6,15 +6,14 @@ import csv
 import io
 import json
 import os
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import read_bytes, sha256
-from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_json, clean
+from ptuning.records import Record, Records, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
@@ -86,52 +85,6 @@ def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]
     if suffix == ".json" and _text(data, name).lstrip().startswith("["):
         return _array_rows(_text(data, name), name)
     return _json_line_rows(_text(data, name), name)
-
-
-def split_records(
-    records: Records, *, fraction: float, seed: int, groups: Sequence[str | None] | None = None
-) -> tuple[Records, Records]:
-    """Set a seeded share of the records aside; records with the same input stay together.
-
-    Args:
-        records: At least two different inputs.
-        fraction: Share of the second part, in (0, 1).
-        seed: Seed of the draw.
-        groups: For each record the name of what stays together with it, if there is more than its input.
-
-    Returns:
-        The larger part and the part set aside, each in the original order.
-
-    Raises:
-        RecordError: If there are too few different inputs to split.
-    """
-    answers = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
-    inputs = [canonical_json({name: text for name, text in row.items() if name not in answers}) for row in records]
-    if groups is not None:
-        inputs = [own if group is None else f"group {group}" for own, group in zip(inputs, groups, strict=True)]
-    drawn = sorted(set(inputs))
-    if len(drawn) < 2:
-        raise RecordError(
-            f"{records.name}: too few different records to set some aside; give more, or others to choose by (a "
-            "development file, --dev, or a dev part in the folder)"
-        )
-    random.Random(f"split {seed}").shuffle(drawn)
-    aside = set(drawn[: min(len(drawn) - 1, max(1, round(len(drawn) * fraction)))])
-    kept = [row for row, key in zip(records, inputs, strict=True) if key not in aside]
-    held = [row for row, key in zip(records, inputs, strict=True) if key in aside]
-    percent = f"{fraction:.0%}"
-    return (
-        Records(kept, name=f"{records.name} (without the {percent} set aside, seed {seed})"),
-        Records(held, name=f"{records.name} ({percent} set aside, seed {seed})"),
-    )
-
-
-def draw_records(records: Records, count: int | None, *, seed: int) -> Records:
-    """Return a seeded draw of records, in their order: all of them if ``count`` is None or not below their number."""
-    if count is None or count >= len(records):
-        return records
-    chosen = sorted(random.Random(f"draw {seed}").sample(range(len(records)), count))
-    return Records([records[index] for index in chosen], name=f"{records.name} ({count} drawn, seed {seed})")
 
 
 def shipped_facts() -> dict[str, dict[str, object]]:

@@ -5,16 +5,12 @@ tokenizer: whoever calls says which facts to keep.
 from __future__ import annotations
 
 import logging
-import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning.data.reading import SPLITS
 from ptuning.data.relation_layouts import (
-    FACTS,
     GOOGLE_RE_TEMPLATES,
     About,
     Facts,
@@ -25,7 +21,7 @@ from ptuning.data.relation_layouts import (
     relation_of,
 )
 from ptuning.errors import RecordError, closest
-from ptuning.records import TARGET_FIELD, Record, Records, canonical_json, clean
+from ptuning.records import TARGET_FIELD, Record, Records, clean
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +41,6 @@ DESCRIBING = (
 FLAW = "flaw"
 NO_MASK = f"not exactly one {MASK} in the sentence"
 JUDGED_FALSE = "judged false by its raters"
-
-NOT_WHOLE = "no subject or object"
-TWICE = "twice the same fact"
-OVER_LIMIT = "over the limit"
-ASIDE = 0.2  # share of the subjects that development and test part get each
 
 
 @dataclass(frozen=True)
@@ -73,27 +64,6 @@ class Relation:
     parts: Mapping[str, Records]
     paraphrases: tuple[str, ...]
     source: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """A relation's facts, filtered and divided.
-
-    Args:
-        train: The facts to train on.
-        dev: The facts to choose with.
-        test: The facts to score; no subject of theirs stands in another part.
-        rows: How many facts were read.
-        dropped: Reason -> how many facts were dropped for it.
-        how: In words, how the parts came about.
-    """
-
-    train: Records
-    dev: Records
-    test: Records
-    rows: int
-    dropped: Mapping[str, int]
-    how: str
 
 
 def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) -> list[Relation]:
@@ -123,53 +93,6 @@ def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) 
     if not relations:
         raise RecordError(f"{folder}: none of the chosen relations has facts")
     return relations
-
-
-def split_relation(
-    relation: Relation,
-    *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None = None,
-    reason: str = "object is not one token",
-    seed: int = 0,
-    limit: int | None = None,
-) -> Split:
-    """Filter a relation's facts and divide them.
-
-    Facts in one file are divided 60/20/20 by subject: all subjects of the file are drawn before anything is dropped, so
-    that which part a fact is in depends on the subjects and the seed alone, and is the same for every tokenizer and for
-    every order of the file. Given parts stay as they are, except that nothing is trained on or chosen with whose
-    subject stands in a later part; a part that is missing is drawn from the training part's subjects.
-
-    Args:
-        relation: The relation.
-        keeps: Says of N facts which to keep; by default all.
-        reason: Why it drops the others.
-        seed: Seed of the draws.
-        limit: Keep at most so many facts in all, of drawn subjects and in the proportions of the parts.
-
-    Raises:
-        RecordError: If a part has no facts left (it says why), if there is no training part, or if the limit leaves
-            less than one fact for each part.
-    """
-    if limit is not None and limit < len(SPLITS):
-        raise RecordError(f"{relation.name}: a limit of {limit} facts; the three parts need at least one each")
-    rows = sum(map(len, relation.parts.values()))
-    placed, how = _placed(relation, seed=seed)
-    dropped: Counter[str] = Counter()
-    parts = _usable(placed, keeps=keeps, reason=reason, dropped=dropped)
-    _keep_apart(parts, dropped)
-    if limit is not None and sum(map(len, parts.values())) > limit:
-        parts = _limited(parts, limit, seed=seed, dropped=dropped)
-        how += f", at most {limit} facts"
-    for part in SPLITS:
-        if not parts[part]:
-            why = ", ".join(f"{count} {text}" for text, count in dropped.items()) or "none"
-            raise RecordError(
-                f"{relation.name}: the part {part} is empty. {rows} facts were read from {relation.source} and divided "
-                f"({how}); dropped: {why}. Leave this relation out, or give it more facts"
-            )
-    train, dev, test = (Records(parts[part], name=f"{relation.source} ({part}, {how})") for part in SPLITS)
-    return Split(train, dev, test, rows, dict(dropped), how)
 
 
 def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
@@ -297,108 +220,6 @@ def _is_judged_false(row: Mapping[str, object]) -> bool:
     return 2 * judgments.count("yes") < len(judgments)
 
 
-def _subject(record: Record) -> str:
+def subject_of(record: Record) -> str:
+    """Return a fact's subject as it is compared: without spaces around it, in small letters."""
     return record.get(SUBJECT_FIELD, "").strip().casefold()
-
-
-def _drawn(records: Iterable[Record], *, seed: int) -> list[str]:
-    """Return the subjects of facts in a seeded order that depends on nothing else about the facts."""
-    subjects = sorted({_subject(record) for record in records} - {""})
-    random.Random(f"relation {seed}").shuffle(subjects)
-    return subjects
-
-
-def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], str]:
-    """Return the facts of each part before any is dropped, and how they got there."""
-    if set(relation.parts) == {FACTS}:
-        facts = relation.parts[FACTS]
-        subjects = _drawn(facts, seed=seed)
-        aside = _aside(subjects)
-        place = dict.fromkeys(subjects[:aside], "test") | dict.fromkeys(subjects[aside : 2 * aside], "dev")
-        order = {subject: number for number, subject in enumerate(subjects)}
-        parts: dict[str, list[Record]] = {part: [] for part in SPLITS}
-        for record in sorted(facts, key=lambda row: (order.get(_subject(row), -1), canonical_json(row))):
-            parts[place.get(_subject(record), "train")].append(record)
-        return parts, f"60/20/20 by subject, seed {seed}"
-    parts = {part: list(records) for part, records in relation.parts.items()}
-    missing = [part for part in SPLITS if part not in parts]
-    if "train" in missing:
-        raise RecordError(
-            f"{relation.name}: there is no training part among {', '.join(parts)} in {relation.source}; add train.jsonl"
-        )
-    if not missing:
-        return parts, "the parts given"
-    given = [part for part in SPLITS if part in parts]
-    others = {_subject(record) for part in given[1:] for record in parts[part]}
-    subjects = _drawn((record for record in parts["train"] if _subject(record) not in others), seed=seed)
-    drawn = set(subjects[: _aside(subjects)])
-    parts[missing[0]] = [record for record in parts["train"] if _subject(record) in drawn]
-    parts["train"] = [record for record in parts["train"] if _subject(record) not in drawn]
-    how = f"{' and '.join(given)} given, {missing[0]} taken from {ASIDE:.0%} of the subjects of train, seed {seed}"
-    return parts, how
-
-
-def _aside(subjects: Sequence[str]) -> int:
-    return max(1, round(ASIDE * len(subjects)))
-
-
-def _usable(
-    parts: Mapping[str, Sequence[Record]],
-    *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None,
-    reason: str,
-    dropped: Counter[str],
-) -> dict[str, list[Record]]:
-    """Return each part without facts that lack something, stand there twice, or that ``keeps`` does not keep."""
-    whole: list[tuple[str, Record]] = []
-    for part in SPLITS:
-        seen = set()
-        for record in parts[part]:
-            target = record.get(TARGET_FIELD, "").strip()
-            fact = (_subject(record), target, *(record.get(name) for name in SENTENCE_FIELDS))
-            if not (_subject(record) and target):
-                dropped[NOT_WHOLE] += 1
-            elif FLAW in record:
-                dropped[record[FLAW]] += 1
-            elif fact in seen:
-                dropped[TWICE] += 1
-            else:
-                seen.add(fact)
-                whole.append((part, record))
-    kept = [True] * len(whole) if keeps is None else keeps([record for _, record in whole])
-    usable: dict[str, list[Record]] = {part: [] for part in SPLITS}
-    for (part, record), is_kept in zip(whole, kept, strict=True):
-        if is_kept:
-            usable[part].append(record)
-        else:
-            dropped[reason] += 1
-    return usable
-
-
-def _keep_apart(parts: dict[str, list[Record]], dropped: Counter[str]) -> None:
-    """Take facts out of an earlier part whose subject stands in a later one; the test part is never touched."""
-    for part, later in (("dev", "test"), ("train", "test"), ("train", "dev")):
-        subjects = {_subject(record) for record in parts[later]}
-        kept = [record for record in parts[part] if _subject(record) not in subjects]
-        if len(kept) < len(parts[part]):
-            dropped[f"{part} fact with a subject of the {later} part"] += len(parts[part]) - len(kept)
-        parts[part] = kept
-
-
-def _limited(
-    parts: Mapping[str, Sequence[Record]], limit: int, *, seed: int, dropped: Counter[str]
-) -> dict[str, list[Record]]:
-    """Return at most ``limit`` facts of drawn subjects; each part keeps its share, and at least one fact."""
-    total = sum(map(len, parts.values()))
-    dropped[OVER_LIMIT] += total - limit
-    room = {part: min(len(parts[part]), max(1, limit * len(parts[part]) // total)) for part in SPLITS}
-    while sum(room.values()) < limit:  # shares were rounded down
-        room[max(SPLITS, key=lambda part: len(parts[part]) - room[part])] += 1
-    while sum(room.values()) > limit:  # small parts were given a whole fact
-        room[max(SPLITS, key=lambda part: room[part])] -= 1
-    kept: dict[str, list[Record]] = {}
-    for part, records in parts.items():
-        order = {subject: number for number, subject in enumerate(_drawn(records, seed=seed))}
-        first = sorted(range(len(records)), key=lambda index: order[_subject(records[index])])[: room[part]]
-        kept[part] = [records[index] for index in sorted(first)]
-    return kept

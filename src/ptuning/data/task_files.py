@@ -17,7 +17,8 @@ from ptuning.data.reading import SUFFIXES, raw_rows
 from ptuning.data.row_paths import Source
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, read_bytes, sha256
-from ptuning.names import POSITIVE, is_folder_name
+from ptuning.metrics import METRICS, TASK_METRICS
+from ptuning.names import is_folder_name
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise
 from ptuning.template.language import Template
@@ -38,9 +39,6 @@ KEYS = (
 REQUIRED_KEYS = ("name", "version", "patterns")
 CHOICE_KEYS = ("from", "spans", "of", "phrases", "right")
 PATTERN_KEYS = ("manual", "learned")
-# Accuracy over rows; macro F1 over labels; F1 of the label "true" over rows (MultiRC's F1a); the mean over rows of the
-# F1 of words (ReCoRD's); and the share of groups with every row right.
-METRICS = ("accuracy", "macro_f1", "f1a", "f1", "exact_match")
 # What the files of a part are called: FewGLUE's and SuperGLUE's names, and common others. "val" never chooses anything.
 SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -63,7 +61,7 @@ class TaskFile:
         learned: Templates with slots; pattern i of both belong together.
         reader: How rows become questions.
         label_words: For classification; None if rows bring their choices, or the target is any text.
-        metrics: Names of :data:`METRICS`, the first the one that chooses.
+        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`, the first the one that chooses.
         calibrate: Whether scores are corrected by those of an empty record unless asked otherwise.
         normalise: How choices and label words of several tokens are scored unless asked otherwise.
         files: Part -> names of files to look for, without their endings.
@@ -397,12 +395,13 @@ def _files(value: object) -> dict[str, tuple[str, ...]]:
 def _metrics(listed: object, words: LabelWords | None) -> tuple[str, ...]:
     names = _listed(listed, "metrics")
     if not names:
-        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(METRICS)}, or leave the key out")
-    if "f1a" in names and (words is None or POSITIVE not in words.labels):
-        raise TaskError(f"the metric 'f1a' is the F1 of the label '{POSITIVE}', which this task has not")
+        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(TASK_METRICS)}, or leave the key out")
     for name in names:
-        if name not in METRICS:
-            raise TaskError(f"unknown metric '{name}'.{closest(name, METRICS)} Known: {', '.join(METRICS)}")
+        if name not in TASK_METRICS:
+            raise TaskError(f"unknown metric '{name}'.{closest(name, TASK_METRICS)} Known: {', '.join(TASK_METRICS)}")
+        needed = METRICS[name].needs_label
+        if needed is not None and (words is None or needed not in words.labels):
+            raise TaskError(f"the metric '{name}' needs the label '{needed}', which this task does not have")
     return tuple(names)
 
 

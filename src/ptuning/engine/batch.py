@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,10 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
 
 Side = Literal["left", "right"]
+
+# Bounds of one forward pass without gradients: tokens read (a shared prefix once), (rows x vocabulary) of float32
+# logits kept, and (rows x longest row) of keys and values kept behind a shared prefix, which each row has a copy of.
+MAX_BATCH_TOKENS = 4096
+MAX_BATCH_POSITIONS = 256
+MAX_CACHED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -56,16 +62,13 @@ class Batch:
         return replace(self, **moved)  # type: ignore[arg-type]  # only tensors are replaced
 
 
-def collate(
-    examples: Sequence[Example], *, slots: Sequence[int], offsets: Sequence[int] | None = None, pad_side: Side = "right"
-) -> Batch:
-    """Pad examples to one batch. Rows are whole before they are padded, so no pad stands between slots and text.
+def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "right") -> Batch:
+    """Pad examples to one batch. Pads go at the ends of whole rows, never between slots and text.
 
     Args:
         examples: B examples, in order.
-        slots: Number of slots of each row's prompt.
-        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
-        pad_side: Where pads stand; an encoder's and a decoder's part are each padded on the right.
+        learned: What the rows' prompts bring; says how many slots each row has, and where its vectors are.
+        pad_side: The side of the pads; an encoder's and a decoder's part are each padded on the right.
 
     Raises:
         PromptError: If a row has another number of slot positions than its prompt has slots.
@@ -82,6 +85,7 @@ def collate(
     mask = (columns >= 0) & (columns < own)  # (B, T)
     token_ids = np.zeros((len(examples), width), dtype=np.int64)
     token_ids[mask] = np.fromiter((i for example in examples for i in example.token_ids), dtype=np.int64)
+    slots, offsets = learned.layout(len(examples))
     for row, (example, expected) in enumerate(zip(examples, slots, strict=True)):
         if len(example.slot_positions) != expected:
             raise PromptError(
@@ -89,7 +93,7 @@ def collate(
             )
     slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts, encoder)
     logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts, encoder)
-    table = np.array(offsets if offsets is not None else [0] * len(examples), dtype=np.int64)
+    table = np.array(offsets, dtype=np.int64)
     begins_with_pads = bool(starts.any())
     return Batch(
         token_ids=torch.from_numpy(token_ids),
@@ -101,27 +105,30 @@ def collate(
         logit_rows=torch.from_numpy(logit_rows),
         logit_cols=torch.from_numpy(logit_cols),
         counts=tuple(len(example.logit_positions) for example in examples),
-        shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, offsets=offsets),
+        shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, learned),
         encoder_tokens=split,
     )
 
 
-def shared_tokens(examples: Iterable[Example], *, offsets: Iterable[int] | None = None) -> int:
-    """Count the leading tokens and slots that are the same in all examples and stand before any scored position, so
-    that each row has at least one position of its own behind them.
+def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -> int:
+    """Count the leading tokens and slots that are the same in all rows.
+
+    They end before the first scored position, so that each row has at least one position of its own behind them.
 
     Args:
         examples: Rows, unpadded.
-        offsets: Where each row's prompt begins in the table of slot vectors; 0 for all by default (one prompt).
+        learned: What the rows' prompts bring; without it all rows have the same prompt.
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
-        >>> shared_tokens(rows), shared_tokens(rows, offsets=[0, 1])
+        >>> two_prompts = Learned(torch.zeros(2, 4), slots=(1, 1), rows=(0, 1))
+        >>> shared_tokens(rows), shared_tokens(rows, two_prompts)
         (2, 1)
     """
     first: list[int] = []
     shared: int | None = None
-    for example, offset in zip(examples, itertools.repeat(0) if offsets is None else offsets, strict=False):
+    offsets = [0] * len(examples) if learned is None else learned.layout(len(examples))[1]
+    for example, offset in zip(examples, offsets, strict=True):
         row = list(example.token_ids[: min(example.logit_positions, default=0)])
         for index, position in enumerate(example.slot_positions, start=offset):
             if position < len(row):
@@ -134,6 +141,35 @@ def shared_tokens(examples: Iterable[Example], *, offsets: Iterable[int] | None 
         if not shared:
             break
     return shared or 0
+
+
+def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
+    """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
+
+    Args:
+        inputs: For each index the rows that must be run together.
+        prefix: How many leading tokens of all rows are run once for a batch, by
+            :func:`ptuning.engine.passes.prefix_tokens`.
+    """
+    longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
+    chosen: list[int] = []
+    rows = positions = width = 0
+    for index in sorted(range(len(inputs)), key=lambda i: longest[i]):
+        add = sum(len(example.logit_positions) for example in inputs[index])
+        wide = max(width, longest[index])
+        size = rows + len(inputs[index])
+        full = (
+            prefix + size * (wide - prefix) > MAX_BATCH_TOKENS
+            or positions + add > MAX_BATCH_POSITIONS
+            or (prefix and size * wide > MAX_CACHED_TOKENS)
+        )
+        if chosen and full:
+            yield chosen
+            chosen, rows, positions, wide = [], 0, 0, longest[index]
+        chosen.append(index)
+        rows, positions, width = rows + len(inputs[index]), positions + add, wide
+    if chosen:
+        yield chosen
 
 
 def _flat(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import Side, collate
-from ptuning.engine.passes import batches, inject, target_logits
+from ptuning.engine.batch import Side, batches
+from ptuning.engine.learned import Learned
+from ptuning.engine.passes import run_pass, target_logits
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.records import Record
 from ptuning.template.fill import FILLS_MASKS, BoundTemplate, Example
@@ -29,7 +30,7 @@ def write_answers(
     backbone: Backbone,
     bound: BoundTemplate,
     records: Sequence[Record],
-    vectors: Tensor,
+    learned: Learned,
     *,
     width: int,
     max_tokens: int,
@@ -41,7 +42,7 @@ def write_answers(
         backbone: The language model.
         bound: The template, bound to it.
         records: N records; targets are not looked at.
-        vectors: (P, E) float32 slot vectors of the template.
+        learned: What the one prompt of all records brings.
         width: How many answers to keep, and the width of the beam search.
         max_tokens: Longest answer.
         pad_side: Where pads stand in a batch of a masked model.
@@ -50,7 +51,7 @@ def write_answers(
         For each record up to ``width`` answers, best first.
     """
     if backbone.kind in FILLS_MASKS:
-        return _fill_masks(backbone, bound, records, vectors, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
+        return _fill_masks(backbone, bound, records, learned, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
     examples = _contexts(bound, records, room=max_tokens)
     found: list[list[Written]] = [[]] * len(records)
     width = min(width, backbone.vocabulary)
@@ -58,7 +59,7 @@ def write_answers(
         for part in batches([[examples[index]] * width for index in same]):
             chosen = [same[place] for place in part]
             group = [examples[index] for index in chosen]
-            written = _beams(backbone, bound, group, vectors, width=width, max_tokens=max_tokens)
+            written = _beams(backbone, bound, group, learned, width=width, max_tokens=max_tokens)
             for index, beams in zip(chosen, written, strict=True):
                 found[index] = beams
     return found
@@ -90,7 +91,7 @@ def _beams(
     backbone: Backbone,
     bound: BoundTemplate,
     examples: Sequence[Example],
-    vectors: Tensor,
+    learned: Learned,
     *,
     width: int,
     max_tokens: int,
@@ -106,33 +107,24 @@ def _beams(
     """
     rows, limit = len(examples), backbone.tokenizer.max_tokens
     ending = _Ending(backbone, bound)
-    batch = collate(examples, slots=[bound.slots] * rows, pad_side="left").to(backbone.device)
-    embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
+    first = run_pass(backbone, examples, learned, pad_side="left", keep=True)
+    batch, embeddings, memory = first.batch, first.embeddings, first.memory
     # What is gone on with: the row, or the decoder's part of it.
     mask = batch.mask[:, batch.encoder_tokens :]  # (B, T)
     positions = mask.sum(dim=1)  # (B,)
-    logits, memory = backbone.run(
-        embeddings,
-        mask=batch.mask,
-        positions=batch.positions,
-        rows=batch.logit_rows,
-        cols=batch.logit_cols,
-        encoder_tokens=batch.encoder_tokens,
-        keep=True,
-    )
     if memory is None and batch.encoder_tokens:
         raise BackboneError(
             "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
         )
-    scores = torch.log_softmax(logits, dim=-1)  # (B, V)
+    scores = torch.log_softmax(first.logits, dim=-1)  # (B, V)
     best, tokens = scores.topk(width, dim=-1)  # (B, W)
     texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-    first = torch.arange(rows, device=backbone.device).repeat_interleave(width)
-    mask, positions = (value[first] for value in (mask, positions))
+    row_of_beam = torch.arange(rows, device=backbone.device).repeat_interleave(width)  # (B * W,)
+    mask, positions = (value[row_of_beam] for value in (mask, positions))
     if memory is not None:
-        memory.reorder(first)
+        memory.reorder(row_of_beam)
     else:
-        embeddings, read = embeddings[first], batch.positions[first]  # (B * W, T, E), (B * W, T)
+        embeddings, read = embeddings[row_of_beam], batch.positions[row_of_beam]  # (B * W, T, E), (B * W, T)
     ended = ending.reached(texts, tokens)  # (B, W)
     for _ in range(max_tokens - 1):
         # A row whose context is full ends where it stands; its neighbours may go on.
@@ -227,7 +219,7 @@ def _fill_masks(
     backbone: Backbone,
     bound: BoundTemplate,
     records: Sequence[Record],
-    vectors: Tensor,
+    learned: Learned,
     *,
     top_k: int,
     max_tokens: int,
@@ -243,8 +235,7 @@ def _fill_masks(
         for part in batches([[examples[index]] for index in rows]):
             chosen = [rows[place] for place in part]
             group = [examples[index] for index in chosen]
-            batch = collate(group, slots=[bound.slots] * len(group), pad_side=pad_side)
-            logits = target_logits(backbone, batch, vectors)  # (B * count, V)
+            logits = target_logits(backbone, group, learned, pad_side=pad_side)  # (B * count, V)
             log_probs = torch.log_softmax(logits, dim=-1).view(len(chosen), count, -1)
             values, tokens = log_probs.topk(min(top_k, log_probs.shape[-1]), dim=-1)  # (B, count, K)
             for row, index in enumerate(chosen):

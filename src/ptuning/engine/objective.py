@@ -5,15 +5,14 @@ files.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import Records
@@ -21,12 +20,10 @@ from ptuning.template.fill import BoundTemplate, Example, Ids
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
-# half of the loss from one-token targets and costs hits (docs/architecture.md, decision 13).
+# half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
 # A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
 TRAIN_CHOICES = 10
-# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
-PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,11 @@ class Item:
     def tokens(self) -> int:
         """Number of tokens the model reads for it."""
         return sum(len(example.token_ids) for example in self.inputs)
+
+
+def inputs_of(items: Iterable[Item]) -> list[Example]:
+    """Return the rows of items, one item after the other, as a pass takes them."""
+    return [example for item in items for example in item.inputs]
 
 
 def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
@@ -317,11 +319,3 @@ def hits(items: Sequence[Item], scored: Scored) -> list[float]:
         return [float(value) for value in scored.correct.tolist()]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()
     return [float(guess in item.answers) for guess, item in zip(guesses, items, strict=True)]
-
-
-def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut the batches of rows with choices into passes that fit into memory; what is learned stays the same."""
-    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
-    while config.batch_size % rows:
-        rows -= 1
-    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))

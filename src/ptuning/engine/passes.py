@@ -1,23 +1,23 @@
-"""Batch -> logits at the scored positions, with the slot vectors written in. Holds the one injection site."""
+"""One forward pass: rows, and what their prompts learned -> logits at the scored positions. The one injection site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import Batch, shared_tokens
+from ptuning.backbone.forward import Memory
+from ptuning.engine.batch import Batch, Side, batches, collate, shared_tokens
+from ptuning.engine.learned import Learned
+from ptuning.engine.prefix_cache import Past, PrefixCache, cacheable_ids, row_behind
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
 
-# Bounds of one forward pass without gradients: tokens read (a shared prefix once), (rows x vocabulary) of float32
-# logits kept, and (rows x longest row) of keys and values kept behind a shared prefix, which each row has a copy of.
-MAX_BATCH_TOKENS = 4096
-MAX_BATCH_POSITIONS = 256
-MAX_CACHED_TOKENS = 8192
 # A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
-# Source: docs/architecture.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
+# Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
 MIN_SAVED_TOKENS = 48
 
 
@@ -45,49 +45,112 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     return embeddings.index_put((batch.slot_rows, batch.slot_cols), chosen)
 
 
-def target_logits(backbone: Backbone, batch: Batch, vectors: Tensor) -> Tensor:
-    """Run a batch and return the logits that score its targets.
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over B rows with N scored positions.
+
+    Args:
+        batch: The rows as they were run, on the backbone's device.
+        embeddings: (B, T, E), slot vectors written in.
+        logits: (N, V) float32 at the scored positions, row by row.
+        memory: Keys and values for the next call of :meth:`~ptuning.backbone.backbone.Backbone.run`, if asked for and
+            if the model has a KV cache.
+    """
+
+    batch: Batch
+    embeddings: Tensor
+    logits: Tensor
+    memory: Memory | None
+
+
+def target_logits(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    learned: Learned,
+    *,
+    cache: PrefixCache | None = None,
+    pad_side: Side = "right",
+) -> Tensor:
+    """Run rows and return the logits that score their targets, (N, V) float32, row by row.
 
     Args:
         backbone: The language model.
-        batch: B rows with N scored positions.
-        vectors: (P, E) float32 slot vectors.
-
-    Returns:
-        (N, V) float32, row by row.
+        examples: B rows with N scored positions.
+        learned: What the rows' prompts bring.
+        cache: KV cache of the text before the first slots, where there is one.
+        pad_side: The side of the pads.
     """
-    batch = batch.to(backbone.device)
-    return scored_logits(backbone, inject(backbone.embed(batch.token_ids), vectors, batch), batch)
+    return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
 
 
-def scored_logits(backbone: Backbone, embeddings: Tensor, batch: Batch) -> Tensor:
-    """Run embeddings and return the logits at the batch's scored positions.
+def run_pass(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    learned: Learned,
+    *,
+    cache: PrefixCache | None = None,
+    pad_side: Side = "right",
+    keep: bool = False,
+) -> Pass:
+    """Run rows through the backbone with what their prompts bring: every pass of this package is made here.
 
-    What all rows begin with runs once, and the rest of every row behind its keys and values, if the backbone can and
-    it pays: the same logits and gradients, since in a causal model nothing in a row changes what stands before it.
+    It also decides what need not be computed for each row: text before the first slot comes from the prefix cache if
+    there is one in use; otherwise a prefix that all rows share is computed once. The logits and gradients are the same
+    (but for rounding), since in a causal model no token changes those before it.
+
+    Args:
+        backbone: The language model.
+        examples: B rows with N scored positions.
+        learned: What the rows' prompts bring.
+        cache: KV cache of the text before the first slots, where there is one.
+        pad_side: The side of the pads.
+        keep: Whether to keep all keys and values to go on from; then no prefix is shared.
+    """
+    past = None
+    if cache is not None and cache.is_used and not backbone.model.training:
+        texts = [cacheable_ids(example) for example in examples]
+        if any(texts):
+            past = cache.past(texts)
+            examples = [row_behind(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
+    batch = collate(examples, learned, pad_side=pad_side).to(backbone.device)
+    embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
+    logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep)
+    return Pass(batch, embeddings, logits, memory)
+
+
+def run_embeddings(
+    backbone: Backbone, embeddings: Tensor, batch: Batch, *, past: Past | None = None, keep: bool = False
+) -> tuple[Tensor, Memory | None]:
+    """Run the embeddings of a batch, behind what is cached of its rows, or a shared prefix once where that pays.
 
     Args:
         backbone: The language model.
         embeddings: (B, T, E), slots written in.
         batch: On the backbone's device; N scored positions.
+        past: Keys and values of the tokens before each row.
+        keep: Whether to keep all keys and values to go on from; then no prefix is shared.
 
     Returns:
-        (N, V) float32, row by row.
+        (N, V) float32 logits, row by row; and the keys and values, if they are kept.
     """
-    rows, memory = len(batch.counts), None
-    shared = batch.shared_tokens if runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens) else 0
-    if shared:
-        memory = backbone.run_prefix(embeddings[:1, :shared], positions=batch.positions[:1, :shared], rows=rows)
-    logits, _ = backbone.run(
+    rows, shared, memory, mask, positions = len(batch.counts), 0, None, batch.mask, batch.positions
+    if past is not None:
+        memory = Memory.of(past.layers)
+        mask = torch.cat([past.mask, mask], dim=1)  # (B, C + T)
+        positions = positions + past.mask.sum(dim=1, keepdim=True)
+    elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens):
+        shared = batch.shared_tokens
+        memory = backbone.run_prefix(embeddings[:1, :shared], positions=positions[:1, :shared], rows=rows)
+    return backbone.run(
         embeddings[:, shared:],  # (B, T - shared, E)
-        mask=batch.mask,
-        positions=batch.positions[:, shared:],
+        mask=mask,
+        positions=positions[:, shared:],
         rows=batch.logit_rows,
         cols=batch.logit_cols - shared,
         encoder_tokens=batch.encoder_tokens,
         memory=memory,
+        keep=keep,
     )
-    return logits
 
 
 def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
@@ -96,9 +159,15 @@ def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
     return saves and not backbone.model.training and backbone.shares_prefix  # a tuned one draws dropout for every row
 
 
-def prefix_tokens(backbone: Backbone, examples: Sequence[Example], *, offsets: Sequence[int] | None = None) -> int:
-    """Count the leading tokens that every example shares and the backbone would run once (for :func:`batches`)."""
-    shared = shared_tokens(examples, offsets=offsets)
+def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
+    """Count the leading tokens that all rows share and the backbone would run once (for :func:`batches`).
+
+    Args:
+        backbone: The language model.
+        examples: Rows.
+        learned: What the rows' prompts bring; without it all rows have the same prompt.
+    """
+    shared = shared_tokens(examples, learned)
     return shared if shared and backbone.shares_prefix else 0
 
 
@@ -117,31 +186,3 @@ def run_tokens(backbone: Backbone, inputs: Sequence[Sequence[Example]]) -> int:
         shared = shared if runs_prefix_once(backbone, rows=len(rows), shared=shared) else 0
         total += shared + len(rows) * (max(len(example.token_ids) for example in rows) - shared)
     return total
-
-
-def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
-    """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
-
-    Args:
-        inputs: For each index the rows that must be run together.
-        prefix: How many leading tokens of all rows are run once for a batch (:func:`prefix_tokens`).
-    """
-    longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
-    chosen: list[int] = []
-    rows = positions = width = 0
-    for index in sorted(range(len(inputs)), key=lambda i: longest[i]):
-        add = sum(len(example.logit_positions) for example in inputs[index])
-        wide = max(width, longest[index])
-        size = rows + len(inputs[index])
-        full = (
-            prefix + size * (wide - prefix) > MAX_BATCH_TOKENS
-            or positions + add > MAX_BATCH_POSITIONS
-            or (prefix and size * wide > MAX_CACHED_TOKENS)
-        )
-        if chosen and full:
-            yield chosen
-            chosen, rows, positions, wide = [], 0, 0, longest[index]
-        chosen.append(index)
-        rows, positions, width = rows + len(inputs[index]), positions + add, wide
-    if chosen:
-        yield chosen

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import psutil
 import safetensors
@@ -19,24 +20,29 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.forward import Memory
-from ptuning.config import TrainConfig
-from ptuning.engine.batch import collate
-from ptuning.engine.passes import MAX_BATCH_TOKENS, inject, target_logits
+from ptuning.engine.batch import MAX_BATCH_TOKENS, collate
+from ptuning.engine.learned import Learned
 from ptuning.template.fill import Example, Ids
 
 logger = logging.getLogger(__name__)
 
 # Rows pay for a cache by having it copied together in every step, so short constant parts are not worth one.
-# Source: docs/architecture.md, decision 27.
-MIN_CONSTANT_TOKENS = 8
+# Source: docs/decisions.md, decision 27.
+MIN_PREFIX_TOKENS = 8
 # Left free on the disk when keys and values are put there.
 SPARED_DISK_BYTES = 2 << 30
 
 Told = Callable[[int, int], None]
 
 
-class ConstantParts:
+class Past(NamedTuple):
+    """Keys and values before B rows, (B, H, C, D) each for every layer, and the mask over them, (B, C) int64."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+
+
+class PrefixCache:
     """Keys and values of the tokens in front of each row's first slot, of a frozen causal backbone.
 
     No slot changes them and no gradient flows through them, so they are computed once, in a pass of their own, and rows
@@ -48,7 +54,7 @@ class ConstantParts:
         memory_share: Which share of the free memory they may take; what is more goes to the disk, and what does not
             fit there is computed anew in each step. 0 turns all of it off.
 
-    Source: docs/architecture.md, decision 27.
+    Source: docs/decisions.md, decision 27.
     """
 
     def __init__(self, backbone: Backbone, *, memory_share: float) -> None:
@@ -64,7 +70,7 @@ class ConstantParts:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._spilled = 0
 
-    def __enter__(self) -> ConstantParts:
+    def __enter__(self) -> PrefixCache:
         return self
 
     def __exit__(
@@ -84,7 +90,7 @@ class ConstantParts:
 
     def keep_only(self, examples: Iterable[Example]) -> None:
         """Drop what other rows than these begin with; what is on the disk goes once no row needs its file."""
-        wanted = {constant_ids(example) for example in examples}
+        wanted = {cacheable_ids(example) for example in examples}
         for ids in [ids for ids in self._memory if ids not in wanted]:
             self.memory_bytes -= self._memory.pop(ids).nbytes
         for file, (listed, size) in list(self._files.items()):
@@ -106,7 +112,7 @@ class ConstantParts:
         Returns:
             Whether it pays, so that these rows are to run from their first slot onwards.
         """
-        constant = [constant_ids(example) for example in examples]
+        constant = [cacheable_ids(example) for example in examples]
         if not self.pays(constant):
             return False
         self.keep(constant, report=report)
@@ -116,9 +122,9 @@ class ConstantParts:
         """Whether the backbone can stand behind what rows begin with, and it is long enough to be worth keeping.
 
         Args:
-            constant: What each row begins with (:func:`constant_ids`).
+            constant: What each row begins with (:func:`cacheable_ids`).
         """
-        enough = sum(map(len, constant)) >= MIN_CONSTANT_TOKENS * len(constant)
+        enough = sum(map(len, constant)) >= MIN_PREFIX_TOKENS * len(constant)
         return bool(self._memory_share) and enough and self.backbone.shares_prefix
 
     def keep(self, constant: Iterable[Ids], *, report: Told | None = None) -> None:
@@ -153,47 +159,11 @@ class ConstantParts:
         """Number of tokens whose keys and values are kept."""
         return sum(map(len, self._memory)) + sum(map(len, self._disk))
 
-    def logits(
-        self,
-        examples: Sequence[Example],
-        vectors: Tensor,
-        *,
-        slots: Sequence[int],
-        offsets: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return the logits at the scored positions of rows, as :func:`target_logits` does.
-
-        Args:
-            examples: B rows.
-            vectors: (P, E) float32; the slot vectors of all prompts, one below the other.
-            slots: Number of slots of each row's prompt.
-            offsets: Where each row's prompt begins in ``vectors``; 0 for all by default (one prompt).
-
-        Returns:
-            (N, V) float32, row by row.
-        """
-        constant = [constant_ids(example) for example in examples]
-        if not self.is_used or self.backbone.model.training or not any(constant):
-            return target_logits(self.backbone, collate(examples, slots=slots, offsets=offsets), vectors)
-        own = [_behind(example, len(ids)) for example, ids in zip(examples, constant, strict=True)]
-        batch = collate(own, slots=slots, offsets=offsets).to(self.backbone.device)
-        past, mask = self._past(constant)
-        lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
-        logits, _ = self.backbone.run(
-            inject(self.backbone.embed(batch.token_ids), vectors, batch),
-            mask=torch.cat([mask, batch.mask], dim=1),  # (B, C + T)
-            positions=batch.positions + lengths,
-            rows=batch.logit_rows,
-            cols=batch.logit_cols,
-            memory=Memory.of(past),
-        )
-        return logits
-
     @torch.no_grad()
     def _run(self, group: Sequence[Ids]) -> list[Tensor]:
         """Return the keys and values of some beginnings, (L, 2, H, C, D) each, of L layers and H heads of width D."""
         rows = [Example(ids, (), (), (), 0) for ids in group]
-        batch = collate(rows, slots=[0] * len(rows)).to(self.backbone.device)
+        batch = collate(rows, Learned.none(self.backbone.width)).to(self.backbone.device)
         memory = self.backbone.remember(
             self.backbone.embed(batch.token_ids), mask=batch.mask, positions=batch.positions
         )
@@ -242,32 +212,29 @@ class ConstantParts:
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
-    def _past(self, constant: Sequence[Ids]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Put the beginnings of B rows together, so that all end where the rows go on.
+    def past(self, texts: Sequence[Ids]) -> Past:
+        """Return the keys and values of the texts before B rows' first slots, put together for one pass.
 
-        Returns:
-            For each layer keys and values, (B, H, C, D) each, and the mask over them, (B, C) int64.
+        All end at the same place, where the rows go on.
+
+        Args:
+            texts: Of each row (:func:`cacheable_ids`); at least one is not empty.
         """
-        parts = self._find(dict.fromkeys(ids for ids in constant if ids))
-        width = max(map(len, constant))
+        parts = self._find(dict.fromkeys(ids for ids in texts if ids))
+        width = max(map(len, texts))
         some = next(iter(parts.values()))
         layers, two, heads, _, size = some.shape
-        mask = torch.zeros(len(constant), width, dtype=torch.int64, device=some.device)
-        if len(set(constant)) == 1:
-            whole = some[:, :, None].expand(layers, two, len(constant), heads, width, size)  # nothing is copied
+        mask = torch.zeros(len(texts), width, dtype=torch.int64, device=some.device)
+        if len(set(texts)) == 1:
+            whole = some[:, :, None].expand(layers, two, len(texts), heads, width, size)  # nothing is copied
             mask[:] = 1
         else:
-            whole = some.new_zeros(layers, two, len(constant), heads, width, size)
-            for row, ids in enumerate(constant):
+            whole = some.new_zeros(layers, two, len(texts), heads, width, size)
+            for row, ids in enumerate(texts):
                 if ids:
                     whole[:, :, row, :, width - len(ids) :] = parts[ids]
                     mask[row, width - len(ids) :] = 1
-        return [(keys, values) for keys, values in whole], mask
-
-
-def constant_parts(backbone: Backbone, config: TrainConfig) -> ConstantParts:
-    """Return what keeps the text in front of the slots, with nothing in it, for runs with these settings."""
-    return ConstantParts(backbone, memory_share=config.cache_memory if config.tune == "frozen" else 0)
+        return Past([(keys, values) for keys, values in whole], mask)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -277,12 +244,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def constant_ids(example: Example) -> Ids:
+def cacheable_ids(example: Example) -> Ids:
     """Return the ids in front of the first slot, and of the first scored position where there is no slot."""
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 
 
-def _behind(example: Example, start: int) -> Example:
+def row_behind(example: Example, start: int) -> Example:
     """Return what is left of a row from a position onwards."""
     return replace(
         example,

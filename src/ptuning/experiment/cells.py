@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from ptuning.data.questions import Questions
 from ptuning.files import Json, sha256
 from ptuning.method.base import Task
-from ptuning.metrics import Answer
-from ptuning.names import TASK_SCORE
+from ptuning.metrics import Answer, primary
 from ptuning.records import Records
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
 
@@ -96,8 +95,8 @@ class CellResult:
 
     @property
     def primary(self) -> str:
-        """The score that stands for all where only one is shown."""
-        return TASK_SCORE if TASK_SCORE in self.values else "p_at_1"
+        """The score to show where there is room for one."""
+        return primary(self.values)
 
     def score(self, name: str) -> Score:
         """Return one score with its interval over the test records."""

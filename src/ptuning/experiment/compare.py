@@ -12,8 +12,8 @@ from typing import Literal, get_args
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import draw_records, split_records
-from ptuning.data.relations import Relation, read_relations, split_relation
+from ptuning.data.relations import Relation, read_relations
+from ptuning.data.splits import draw_records, split_records, split_relation
 from ptuning.data.word_lists import read_vocabulary
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.cells import Job

@@ -12,6 +12,7 @@ from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
+from ptuning.metrics import EXACT_MATCH
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
@@ -147,8 +148,8 @@ def _score_test(
     after = score_prompt(model, test, prompt, report=report)
     scores = {
         "majority": score([float(row["y"] == common) for row in test]),
-        "manual": before.scores["exact_match"],
-        "p-tuning": after.scores["exact_match"],
+        "manual": before.scores[EXACT_MATCH],
+        "p-tuning": after.scores[EXACT_MATCH],
     }
     # Left to itself the manual prompt goes on writing; it is stopped at the length of the longest training target.
     written = model.predict(test, manual, max_tokens=prompt.target_tokens)
@@ -170,7 +171,7 @@ def _score_test(
         **(data if isinstance(data, Mapping) else {}),
         "test": about_data(test, kept=len(test), dropped=0),
     }
-    record["scores"] = {name: {"exact_match": found.to_json()} for name, found in scores.items()}
+    record["scores"] = {name: {EXACT_MATCH: found.to_json()} for name, found in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)
     write_json(out / RUN_FILE, record)
     return load_demo(out)
@@ -189,7 +190,7 @@ def load_demo(out: Path) -> DemoResult:
     found = cast("Mapping[str, Mapping[str, Mapping[str, float]]]", listed)
     scores = {
         name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
-        for name, entry in ((name, of["exact_match"]) for name, of in found.items())
+        for name, entry in ((name, of[EXACT_MATCH]) for name, of in found.items())
     }
     rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
     prompt = Prompt.load(out / PROMPT_FOLDER)

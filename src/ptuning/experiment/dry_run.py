@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
 from ptuning.experiment.cells import Cell, Job
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Setup
@@ -71,12 +70,12 @@ def _tokens_per_second(suite: Suite, job: Job) -> float:
     backbone = suite.backbone
     bound = BoundTemplate(job.task.manual, tokenizer=backbone.tokenizer, kind=backbone.kind)
     items = task_items(bound, Questions(job.task.train[:MEASURED_RECORDS]), job.task)
-    none = torch.zeros(0, backbone.width)
-    evaluate(backbone, items, vectors=none, slots=0)
+    none = Learned.none(backbone.width)
+    evaluate(backbone, items, none)
     spent = []
     for _ in range(REPEATS):
         began = time.monotonic()
-        evaluate(backbone, items, vectors=none, slots=0)
+        evaluate(backbone, items, none)
         spent.append(time.monotonic() - began)
     # The shortest: whatever else runs on the machine only ever makes it slower.
     return sum(item.tokens for item in items) / max(min(spent), 1e-9)

@@ -20,13 +20,13 @@ from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.experiment.results import Results
 from ptuning.files import Json
 from ptuning.method.baselines import REFERENCE
+from ptuning.metrics import primary
 from ptuning.names import LEARNED
 from ptuning.template.language import Field, Target, Template
 
 logger = logging.getLogger(__name__)
 
 PARAPHRASE_METHODS = (REFERENCE, LEARNED)
-SCORE = "p_at_1"
 
 
 def paraphrases(
@@ -135,7 +135,7 @@ def spread(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[
         values: dict[str, list[float]] = {}
         for task, pattern in wordings.items():
             table = results.tasks.get(task, {})
-            scores = {method: table[method][SCORE] for method in table if SCORE in table[method]}
+            scores = {method: found[primary(found)] for method, found in table.items()}
             for method, score in scores.items():
                 values.setdefault(method, []).append(score.value)
             rows.append({"pattern": pattern, "scores": {name: dict(score.to_json()) for name, score in scores.items()}})

@@ -13,7 +13,7 @@ from ptuning.experiment.cells import CellResult
 from ptuning.experiment.suite import FORMAT_VERSION
 from ptuning.files import Json, write_json
 from ptuning.method.baselines import REFERENCE
-from ptuning.metrics import SCORES
+from ptuning.metrics import RESULT_SCORES
 from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of
 
@@ -160,7 +160,7 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
     table: dict[str, Scores] = {}
     for method in names:
         found = [methods[method] for methods in done.values() if method in methods]
-        common = [name for name in SCORES if found and all(name in _common(results) for results in found)]
+        common = [name for name in RESULT_SCORES if found and all(name in _common(results) for results in found)]
         scores = {}
         for name in common:
             means = [{one.cell.seed: value_of(one.values[name]) for one in results} for results in found]
@@ -186,7 +186,7 @@ def differences(
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]
         scores = {}
-        for name in SCORES:
+        for name in RESULT_SCORES:
             if not both or not all(name in _common(results) for pair in both for results in pair):
                 continue
             values = [([row.values[name] for row in left], [row.values[name] for row in right]) for left, right in both]
@@ -205,7 +205,7 @@ def _mean(seeds: Sequence[Values]) -> float:
 
 
 def _common(results: Sequence[CellResult]) -> list[str]:
-    return [name for name in SCORES if all(name in result.values for result in results)]
+    return [name for name in RESULT_SCORES if all(name in result.values for result in results)]
 
 
 def _summary(over: Score, by_seed: Sequence[float]) -> Summary:

@@ -5,18 +5,18 @@ with nothing of the validation part in what a method sees.
 from __future__ import annotations
 
 import logging
-import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, Tune, listed_names
-from ptuning.data.questions import Question, Questions, split_questions
+from ptuning.data.questions import Questions
+from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
-from ptuning.errors import ConfigError, FileError, RecordError
+from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.experiment.results import Results
@@ -25,7 +25,6 @@ from ptuning.files import Json
 from ptuning.method.base import METHODS, Task
 from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
 from ptuning.provenance import about_data
-from ptuning.records import TARGET_FIELD, canonical_json
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
@@ -212,7 +211,8 @@ def task_job(
     by_seed: dict[int, tuple[Questions, Questions]] = {}
     if few_shot is not None:
         pool = Questions([*train, *(to_choose or [])], name=train.name)
-        by_seed = {seed: draw_few(pool, few_shot, file, seed=seed) for seed in seeds}
+        labels = file.label_words.labels if file.label_words is not None else ()
+        by_seed = {seed: draw_few(pool, few_shot, labels, seed=seed) for seed in seeds}
         how = f"{few_shot} examples to learn from and {few_shot} to choose by, drawn anew by each seed"
         train, to_choose = by_seed[seeds[0]]
     elif to_choose is not None:
@@ -220,7 +220,7 @@ def task_job(
     else:
         train, to_choose = split_questions(train, fraction=dev_fraction, seed=seeds[0])
         how = f"{dev_fraction:.0%} of the training part set aside to choose by, seed {seeds[0]}"
-    test = limited(reported, limit, seed=0)
+    test = draw_questions(reported, limit, seed=0)
     how += f"; reported on the {where}" + (f", {len(test)} of {len(reported)} rows" if limit is not None else "")
     if val is None:
         logger.warning("%s has no validation part: reported on the development part", file.name)
@@ -258,66 +258,6 @@ def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True
     except FileError:
         return None
     return file.read(path, labelled=labelled)
-
-
-def _units(questions: Questions) -> dict[str, list[Question]]:
-    """Return what stays together: the rows of a group, and rows that read the same."""
-    units: dict[str, list[Question]] = {}
-    for row in questions:
-        asked = canonical_json({name: text for name, text in row.record.items() if name != TARGET_FIELD})
-        key = f"group {row.group}" if row.group is not None else f"{asked}{list(row.choices)}"
-        units.setdefault(key, []).append(row)
-    return units
-
-
-def draw_few(pool: Questions, count: int, file: TaskFile, *, seed: int) -> tuple[Questions, Questions]:
-    """Draw examples to learn from, and as many others to choose by.
-
-    A group is one example with all of its rows, as FewGLUE counts. Elsewhere labels take turns, so that each has the
-    same number of examples as long as there are enough of it.
-
-    Raises:
-        RecordError: If there are too few.
-    """
-    units = list(_units(pool).values())
-    if len(units) < 2 * count:
-        raise RecordError(
-            f"{pool.name}: {count} examples to learn from and {count} to choose by are asked for, and there are "
-            f"{len(units)}; ask for {len(units) // 2} or fewer"
-        )
-    random.Random(f"few-shot {seed}").shuffle(units)
-    if file.label_words is not None and all(unit[0].group is None for unit in units):
-        units = list(_in_turns(units, file.label_words.labels))
-    drawn = units[:count], units[count : 2 * count]
-    one, other = (
-        Questions([row for unit in part for row in unit], name=f"{pool.name} ({count} drawn for {what}, seed {seed})")
-        for part, what in zip(drawn, ("training", "development"), strict=True)
-    )
-    return one, other
-
-
-def _in_turns(units: Sequence[list[Question]], labels: Sequence[str]) -> Iterator[list[Question]]:
-    """Yield units so that labels take turns, in the order that they have within a label."""
-    waiting = {label: [unit for unit in units if unit[0].right == (label,)] for label in labels}
-    while any(waiting.values()):
-        for label in labels:
-            if waiting[label]:
-                yield waiting[label].pop(0)
-
-
-def limited(questions: Questions, limit: int | None, *, seed: int) -> Questions:
-    """Return a seeded draw of whole groups that holds at least so many rows, in their order; all without a limit."""
-    if limit is None or limit >= len(questions):
-        return questions
-    units = _units(questions)
-    keys = sorted(units)
-    random.Random(f"limit {seed}").shuffle(keys)
-    kept: set[int] = set()
-    for key in keys:
-        if len(kept) < limit:
-            kept |= {id(row) for row in units[key]}
-    rows = [row for row in questions if id(row) in kept]
-    return Questions(rows, name=f"{questions.name} ({len(rows)} drawn)")
 
 
 def what_else(results: Results) -> dict[str, Json]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, derived_seed
-from ptuning.data.questions import Question, Questions, with_few_choices
-from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item, in_small_passes
+from ptuning.data.questions import Question, Questions
+from ptuning.data.splits import with_few_choices
+from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
@@ -22,6 +23,7 @@ from ptuning.prompt.answer import answer_items
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example, Kind
 from ptuning.template.language import Field, Literal, Target, Template, Turn
+from ptuning.training.prepare import in_small_passes
 from ptuning.training.trainer import Trainer
 
 # The standard deviation that heads start from in most of the models that are tuned with them.

@@ -13,7 +13,7 @@ from typing import cast
 
 from ptuning.config import Tune
 from ptuning.data.questions import Questions
-from ptuning.engine.prefix_cache import constant_parts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.method.base import METHODS, Setup, Solution, Task
@@ -30,7 +30,7 @@ from ptuning.training.run import TrainingRun
 from ptuning.training.spec import FleetPrompt
 
 # Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
-# configured rate. Source: docs/architecture.md, decision 14 (what was tried).
+# configured rate. Source: docs/decisions.md, decision 14 (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # So many evaluations with the same guess for every row are worth a warning.
 STUCK_EVALUATIONS = 3
@@ -135,12 +135,13 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        constants = temporary.enter_context(constant_parts(setup.backbone, replace(setup.config, tune=tune)))
+        share = replace(setup.config, tune=tune).prefix_cache_share
+        prefix_cache = temporary.enter_context(PrefixCache(setup.backbone, memory_share=share))
         # Not in memory: there it would bound the size of a backbone that can be tuned.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
             result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
-                report=setup.report, should_stop=setup.should_stop, constants=constants
+                report=setup.report, should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
             records.append(result.record)
             name = "accuracy" if task.is_closed else "exact_match"

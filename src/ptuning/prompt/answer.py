@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions, as_questions
-from ptuning.engine.evaluate import evaluate, item_batch
-from ptuning.engine.objective import Item, class_scores, score_choices, target_items
-from ptuning.engine.passes import batches, prefix_tokens, target_logits
+from ptuning.engine.batch import batches
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, class_scores, inputs_of, score_choices, target_items
+from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
 from ptuning.progress import OnProgress, Progress
@@ -54,9 +56,9 @@ def answer_records(
         ranked = model.classify(questions, prompt)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     bound = prompt.bind(model.backbone, force=model.force)
-    vectors = prompt.vectors(model.backbone.width)
+    learned = prompt.learned(model.backbone)
     if single_token:
-        return _among_tokens(model, bound, vectors, data, closed=closed, report=report)
+        return _among_tokens(model.backbone, bound, learned, data, closed=closed, report=report)
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
@@ -64,7 +66,7 @@ def answer_records(
     if not all(row.right for row in questions):  # read without targets: there is nothing to compare with
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
-    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    found = evaluate(model.backbone, items, learned, report=report, note=data.name)
     return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
 
 
@@ -87,9 +89,10 @@ def answer_items(
         report: Called with progress.
     """
     answers: dict[int, Answer] = {}
+    nothing = Learned.none(backbone.width)
     for chosen in batches([item.inputs for item in items]):
         group = [items[index] for index in chosen]
-        logits = target_logits(backbone, item_batch(group, slots=0), torch.zeros(0, backbone.width))  # (N, V)
+        logits = target_logits(backbone, inputs_of(group), nothing)  # (N, V)
         scores = torch.log_softmax(class_scores(group, score_choices(group, logits)), dim=-1).tolist()  # I rows of K
         for index, values in zip(chosen, scores, strict=True):
             # A shorter row of choices than others of the batch has no name for the classes it lacks.
@@ -115,16 +118,15 @@ def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answ
 
 @torch.no_grad()
 def _among_tokens(
-    model: PromptModel,
+    backbone: Backbone,
     bound: BoundTemplate,
-    vectors: Tensor,
+    learned: Learned,
     records: Records,
     *,
     closed: Sequence[str] | None,
     report: OnProgress | None,
 ) -> list[Answer]:
     """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
-    backbone = model.backbone
     items = target_items(bound, records, with_stop=False)
     if closed is None:
         allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
@@ -132,10 +134,10 @@ def _among_tokens(
         found = token_ids_of(bound, records, closed, unknown_id=backbone.tokenizer.unknown_id)
         allowed = found.to(backbone.device)  # (C,)
     answers: dict[int, Answer] = {}
-    prefix = prefix_tokens(backbone, [example for item in items for example in item.inputs])
+    prefix = prefix_tokens(backbone, inputs_of(items))
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
-        logits = target_logits(backbone, item_batch(group, slots=bound.slots), vectors)  # (N, V)
+        logits = target_logits(backbone, inputs_of(group), learned)  # (N, V)
         log_probs = torch.log_softmax(logits, dim=-1)[:, allowed]  # (N, C)
         gold = torch.tensor([_only_token(item) for item in group], device=allowed.device)  # (N,)
         is_gold = allowed[None] == gold[:, None]  # (N, C)

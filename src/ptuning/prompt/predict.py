@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -13,10 +13,11 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.questions import Questions
-from ptuning.engine.batch import Side, collate
+from ptuning.engine.batch import Side, batches
 from ptuning.engine.generate import write_answers
-from ptuning.engine.objective import Choice, Item, candidate_item, class_scores, closed_items, score_choices
-from ptuning.engine.passes import batches, prefix_tokens, target_logits
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Choice, Item, candidate_item, class_scores, closed_items, inputs_of, score_choices
+from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
@@ -116,16 +117,15 @@ class PromptModel:
         return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
 
     def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
-        table = _Table(self.backbone, prompts, force=self.force)
+        groups, learned = self._bind(prompts)
         rows: list[Example] = [Example((), (), (), (), 0)] * len(data)
-        for bound, indices in table.groups():
+        for bound, indices in groups:
             found = bound.examples([data[index] for index in indices])
             for index, example in zip(indices, found, strict=True):
                 rows[index] = example
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
-        prefix = self._prefix(rows, range(len(rows)), table)
-        for chosen in batches([[row] for row in rows], prefix=prefix):
-            found_logits = self._run([rows[index] for index in chosen], list(chosen), table)
+        for chosen in batches([[row] for row in rows], prefix=self._prefix(rows, learned)):
+            found_logits = self._run([rows[index] for index in chosen], learned.take(chosen))
             parts = found_logits.cpu().split([len(rows[index].logit_positions) for index in chosen])
             for index, part in zip(chosen, parts, strict=True):
                 logits[index] = part  # (target tokens, V)
@@ -169,16 +169,16 @@ class PromptModel:
     def _rank(
         self, data: Sequence[Record], prompts: Sequence[Prompt], candidates: Sequence[str], *, normalise: Normalise
     ) -> list[list[Candidate]]:
-        table = _Table(self.backbone, prompts, force=self.force)
-        items = self._items(data, table, list(candidates))
+        groups, learned = self._bind(prompts)
+        items = _candidate_items(data, groups, list(candidates))
         # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
         pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
         scores = [[0.0] * len(candidates) for _ in items]
-        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], [owner for owner, _, _ in pieces], table)
+        learned = learned.take([owner for owner, _, _ in pieces])
+        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], learned)
         for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
-            owners = [pieces[index][0] for index in chosen]
             group = [pieces[index][1] for index in chosen]
-            scored = score_choices(group, self._run([piece.inputs[0] for piece in group], owners, table))
+            scored = score_choices(group, self._run(inputs_of(group), learned.take(chosen)))
             values = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
             for index, found in zip(chosen, values.cpu().split(scored.per_item), strict=True):
                 owner, _, places = pieces[index]
@@ -224,7 +224,7 @@ class PromptModel:
             raise PromptError("the prompt has no label words; give candidates instead")
         if self.for_prompt(prompt) is not self:
             return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
-        table = _Table(self.backbone, [prompt] * len(data), force=self.force)
+        learned = prompt.learned(self.backbone).to(self.backbone.device)
         items = closed_items(
             prompt.bind(self.backbone, force=self.force),
             data,
@@ -233,12 +233,9 @@ class PromptModel:
             scoring=prompt.scoring(normalise=normalise, calibrate=calibrate),
         )
         found: list[list[Candidate]] = [[]] * len(items)
-        rows = [(index, example) for index, item in enumerate(items) for example in item.inputs]
-        prefix = self._prefix([example for _, example in rows], [index for index, _ in rows], table)
-        for chosen in batches([item.inputs for item in items], prefix=prefix):
+        for chosen in batches([item.inputs for item in items], prefix=self._prefix(inputs_of(items), learned)):
             group = [items[index] for index in chosen]
-            examples = [example for item in group for example in item.inputs]
-            scored = score_choices(group, self._run(examples, [i for i in chosen for _ in items[i].inputs], table))
+            scored = score_choices(group, self._run(inputs_of(group), learned))
             scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
             for index, values in zip(chosen, scores.tolist(), strict=True):
                 listed = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
@@ -305,7 +302,7 @@ class PromptModel:
             self.backbone,
             prompt.bind(self.backbone, force=self.force),
             records,
-            prompt.vectors(self.backbone.width),
+            prompt.learned(self.backbone),
             width=top_k,
             max_tokens=max_tokens,
             pad_side=self.pad_side,
@@ -315,57 +312,34 @@ class PromptModel:
             for row in written
         ]
 
-    def _items(self, records: Sequence[Record], table: _Table, candidates: Sequence[str]) -> list[Item]:
-        items: dict[int, Item] = {}
-        width = len(candidates)
-        for bound, indices in table.groups():
-            repeated = [records[index] for index in indices for _ in candidates]
-            examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
-            items |= {
-                index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)
-            }
-        return [items[index] for index in range(len(records))]
+    def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[BoundTemplate, list[int]]], Learned]:
+        """Return each different prompt's bound template with the rows that use it, and what all bring to a batch."""
+        groups = _by_prompt(prompts)
+        number = {id(prompt): place for place, (prompt, _) in enumerate(groups)}
+        bound = [(prompt.bind(self.backbone, force=self.force), indices) for prompt, indices in groups]
+        brought = [prompt.learned(self.backbone) for prompt, _ in groups]
+        learned = Learned.join(brought, rows=[number[id(prompt)] for prompt in prompts])
+        return bound, learned.to(self.backbone.device)
 
-    def _prefix(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> int:
+    def _prefix(self, examples: Sequence[Example], learned: Learned) -> int:
         """Count the leading tokens that a batch of any of these rows runs once; with pads in front there are none."""
-        if self.pad_side == "left":
-            return 0
-        return prefix_tokens(self.backbone, examples, offsets=[table.offsets[owner] for owner in owners])
+        return 0 if self.pad_side == "left" else prefix_tokens(self.backbone, examples, learned)
 
-    def _run(self, examples: Sequence[Example], owners: Sequence[int], table: _Table) -> Tensor:
-        """Run rows of any mix of prompts in one forward pass; ``owners`` are the records they belong to."""
-        batch = collate(
-            examples,
-            slots=[table.slots[owner] for owner in owners],
-            offsets=[table.offsets[owner] for owner in owners],
-            pad_side=self.pad_side,
-        )
-        return target_logits(self.backbone, batch, table.vectors)
+    def _run(self, examples: Sequence[Example], learned: Learned) -> Tensor:
+        return target_logits(self.backbone, examples, learned, pad_side=self.pad_side)
 
 
-class _Table:
-    """The slot vectors of all prompts of a call, one below the other, and where each row's begin."""
-
-    def __init__(self, backbone: Backbone, prompts: Sequence[Prompt], *, force: bool) -> None:
-        self.prompts = prompts
-        self.bound: dict[int, BoundTemplate] = {}
-        starts: dict[int, int] = {}
-        parts = []
-        total = 0
-        for prompt in prompts:
-            if id(prompt) not in starts:
-                self.bound[id(prompt)] = prompt.bind(backbone, force=force)
-                starts[id(prompt)] = total
-                parts.append(prompt.vectors(backbone.width))
-                total += prompt.slots
-        self.vectors = torch.cat(parts).to(backbone.device) if parts else torch.zeros(0, backbone.width)  # (P, E)
-        self.offsets = [starts[id(prompt)] for prompt in prompts]
-        self.slots = [prompt.slots for prompt in prompts]
-
-    def groups(self) -> Iterator[tuple[BoundTemplate, list[int]]]:
-        """Yield each different prompt's bound template and the rows that use it."""
-        for prompt, indices in _by_prompt(self.prompts):
-            yield self.bound[id(prompt)], indices
+def _candidate_items(
+    records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
+) -> list[Item]:
+    """Return an item per record that scores every candidate."""
+    items: dict[int, Item] = {}
+    width = len(candidates)
+    for bound, indices in groups:
+        repeated = [records[index] for index in indices for _ in candidates]
+        examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
+        items |= {index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)}
+    return [items[index] for index in range(len(records))]
 
 
 def _by_input(item: Item) -> list[tuple[Item, list[int]]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.task_files import TaskFile
+from ptuning.engine.learned import Learned
 from ptuning.errors import ConfigError, FileError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import (
     Json,
@@ -195,9 +196,9 @@ class Prompt:
         kept = self.task.closed_fields if self.task is not None else ()
         return Scoring(normalise or self.normalise, self.calibrate if calibrate is None else calibrate, kept)
 
-    def vectors(self, width: int) -> Tensor:
-        """Return its slot vectors, (P, width); (0, width) of a manual prompt."""
-        return self.slot_vectors if self.slot_vectors is not None else torch.zeros(0, width)
+    def learned(self, backbone: Backbone) -> Learned:
+        """Return what it brings to a pass of a backbone: its slot vectors, (P, E); (0, E) of a manual prompt."""
+        return Learned(self.slot_vectors) if self.slot_vectors is not None else Learned.none(backbone.width)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import Evaluation, evaluate
@@ -17,7 +16,7 @@ from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel, choices_of
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
-from ptuning.statistics import Score, precision_at, reciprocal_ranks, score, summary
+from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
 
@@ -84,8 +83,7 @@ def score_prompt(
         items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
     else:
         items, name = target_items(bound, records, with_stop=False), "exact_match"
-    vectors = prompt.vectors(model.backbone.width)
-    found = evaluate(model.backbone, items, vectors=vectors, slots=bound.slots, report=report, note=data.name)
+    found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=data.name)
     scores = {name: score(found.hits)}
     if prompt.task is not None:
         said = [one.text for one in guessed(prompt, questions, found) or model.predict(records, prompt)]
@@ -94,15 +92,14 @@ def score_prompt(
         scores |= {name: summary([values[name]]) for name in prompt.task.metrics}
     missing = 0
     if candidates is not None:
-        targets = [record[TARGET_FIELD].strip() for record in records]
         ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
-        ranks = [
-            cast("int", among_candidates((target,), row).rank) for target, row in zip(targets, ranked, strict=True)
+        answers = [
+            among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)
         ]
-        missing = ranks.count(0)
-        scores |= {"accuracy": score(precision_at(1, ranks)), "mrr": score(reciprocal_ranks(ranks))}
-        if len(candidates) > 10:
-            scores["p_at_10"] = score(precision_at(10, ranks))
+        missing = sum(answer.rank == 0 for answer in answers)
+        among = score_values(answers)
+        names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
+        scores |= {"accuracy": summary([among["p_at_1"]]), **{name: summary([among[name]]) for name in names}}
     return Result(scores, found.loss, found.hits, missing)
 
 

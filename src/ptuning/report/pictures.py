@@ -123,7 +123,7 @@ def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[i
 
 @contextmanager
 def _canvas(name: str, *, height: float) -> Iterator[tuple[Figure, list[str]]]:
-    """Give an empty figure in the house's style; when the block ends, its SVG stands in the list."""
+    """Give an empty figure in the style that all pictures share; when the block ends, its SVG stands in the list."""
     import matplotlib
     from matplotlib.figure import Figure
 

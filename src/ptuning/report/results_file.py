@@ -12,13 +12,12 @@ from pathlib import Path, PurePosixPath
 
 from ptuning.errors import FileError
 from ptuning.files import Json, read_json, read_json_lines
+from ptuning.metrics import primary
 from ptuning.names import LEARNED_BY_TUNE, MANUAL, PREDICTIONS_FILE, RANDOM_WEIGHTS, RESULTS_FILE, RUN_FILE
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
 STATUSES = ("done", "failed", "waiting")
-# The score that stands for all where only one is shown: the first that is there.
-PRIMARY = ("score", "p_at_1", "exact_match")
 # The pair that the paper is about; where a run lacks the first of a line, the next stands in.
 WRITTEN, LEARNED = (MANUAL, "manual-restricted"), tuple(LEARNED_BY_TUNE.values())
 
@@ -148,10 +147,8 @@ class Findings:
 
     @property
     def primary(self) -> str:
-        """The score that stands for all where only one is shown."""
-        tables = self.tasks.values()
-        present = dict.fromkeys(name for methods in tables for scores in methods.values() for name in scores)
-        return next((name for name in PRIMARY if name in present), next(iter(present), PRIMARY[0]))
+        """The score to show where there is room for one."""
+        return primary(name for methods in self.tasks.values() for scores in methods.values() for name in scores)
 
     @property
     def overall(self) -> Mapping[str, Mapping[str, Estimate]]:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 
 from ptuning.files import Json
-from ptuning.names import RANDOM_WEIGHTS, TASK_SCORE, called, in_order
+from ptuning.metrics import TASK_SCORE, called, in_order
+from ptuning.names import RANDOM_WEIGHTS
 from ptuning.report.blocks import (
     Block,
     Entry,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.files import make_folder, write_text
-from ptuning.names import called
+from ptuning.metrics import called
 from ptuning.report import pictures, tables
 from ptuning.report.blocks import (
     Block,

@@ -124,7 +124,7 @@ class Template:
             >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
             '[P:The country:] [X] [P:is located in] [Y]'
 
-        Source: docs/architecture.md, decision 4 (six LAMA relations).
+        Source: docs/decisions.md, decision 34 (six LAMA relations).
         """
         parsed = cls.parse(manual)
         for index, piece in enumerate(parsed.pieces):

@@ -15,10 +15,10 @@ from ptuning.config import EncoderKind, RandomStart
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
 # How much of the embedding table's spread is in a random start around its mean. Noise as large as real embeddings
-# drowns the text around it (docs/architecture.md, decision 3).
+# drowns the text around it (docs/decisions.md, decision 3).
 RANDOM_START_NOISE = 0.1
 # How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
-# weights of the last layer pull the same way. Source: docs/architecture.md, decision 3.
+# weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.
 OUTPUT_SCALE = 250.0
 
 
@@ -56,7 +56,7 @@ class PromptEncoder(nn.Module):
         inner = min(width, MAX_ENCODER_WIDTH)
         half = max(1, inner // 2)
         # One learned input per slot, drawn alike for every backbone: embedding tables differ in scale by a factor of a
-        # hundred, and inputs made of the starts got stuck on some data (docs/architecture.md, decision 3).
+        # hundred, and inputs made of the starts got stuck on some data (docs/decisions.md, decision 3).
         self.inputs = nn.Parameter(torch.randn(slots, width, generator=generator))
         self.dropout = nn.Dropout(dropout)
         if kind == "lstm":

@@ -151,7 +151,7 @@ def estimate(
     Raises:
         PTuningError: As :func:`ptuning.train` does before it trains.
 
-    Source: docs/architecture.md, decision 30.
+    Source: docs/decisions.md, decision 30.
     """
     before = peak_so_far(backbone.device)
     began = trial.clock()
@@ -161,7 +161,7 @@ def estimate(
     made = trial.clock()
     encoder = tensor_bytes(trainer.encoder.parameters())
     weights = tensor_bytes(trainer.weights.values())
-    budget = trainer.constants.budget()
+    budget = trainer.prefix_cache.budget()
     seen = try_out(run, trainer, report=report or (lambda _: None))
     return Forecast(
         device=str(backbone.device),

@@ -15,7 +15,7 @@ from typing import cast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.objective import Item
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -47,7 +47,7 @@ class Member:
     """
 
     name: str
-    make: Callable[[ConstantParts], Trainer]
+    make: Callable[[PrefixCache], Trainer]
     train: Sequence[Item]
     dev: Sequence[Item]
     epochs: int
@@ -83,7 +83,7 @@ class Fleet:
         backbone: The frozen backbone.
         members: The prompts, in the order in which they begin.
         at_once: How many are in training at the same time.
-        memory_share: As of :class:`~ptuning.engine.prefix_cache.ConstantParts`.
+        memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
         checkpoint: Folder of the checkpoint, or None to keep none.
         checkpoint_seconds: Time between checkpoints; they take a twentieth of the time at most.
 
@@ -155,10 +155,10 @@ class Fleet:
         work = _Work(sum(map(_records, waiting)))
         if self.checkpoint is not None and not state.live:
             self._write({})
-        with ConstantParts(self.backbone, memory_share=self._memory_share) as constants:
+        with PrefixCache(self.backbone, memory_share=self._memory_share) as prefix_cache:
             while waiting or self._live:
                 while waiting and self._has_room(goes_on=waiting[0].name in folders):
-                    one = self._begin(waiting.popleft(), constants, folders, report, should_stop)
+                    one = self._begin(waiting.popleft(), prefix_cache, folders, report, should_stop)
                     try:
                         yield from self._go_on([one], {}, work)
                     except Interrupted:  # before its first step: it begins anew, with those that wait
@@ -171,8 +171,8 @@ class Fleet:
                     report(self._progress(work))
                 before = len(self._live)
                 yield from self._go_on(self._live, failed, work)
-                if constants.is_used and len(self._live) < before:
-                    constants.keep_only(row for one in self._live for row in _rows(one.member))
+                if prefix_cache.is_used and len(self._live) < before:
+                    prefix_cache.keep_only(row for one in self._live for row in _rows(one.member))
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
 
@@ -189,13 +189,13 @@ class Fleet:
     def _begin(
         self,
         member: Member,
-        constants: ConstantParts,
+        prefix_cache: PrefixCache,
         folders: dict[str, Path],
         report: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
         """Return a prompt that begins, or goes on."""
-        trainer = member.make(constants)
+        trainer = member.make(prefix_cache)
         if trainer.accelerator.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
         if member.name in folders and not trainer.load_from(folders[member.name]):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.questions import Questions, as_questions, split_questions, with_few_choices
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import split_questions, with_few_choices
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, in_small_passes, label_items, target_items
+from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, label_items, target_items
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
@@ -18,6 +19,9 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
+
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,14 @@ def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> 
     if task is None:
         return Scoring(calibrate=bool(calibrate))
     return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation).
+
+    What is learned stays the same.
+    """
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))

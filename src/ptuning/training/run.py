@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,9 @@ import torch
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, Tune, derived_seed, start_seed
 from ptuning.data.questions import Questions
-from ptuning.engine.evaluate import evaluate, measure_ceiling
-from ptuning.engine.prefix_cache import ConstantParts, constant_parts
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
@@ -32,6 +32,7 @@ from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import SpecOptions, TrainSpec
+from ptuning.training.step import measure_ceiling
 from ptuning.training.trainer import CHOICE_RULE, Trainer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     ceiling: bool = False,
     command: str | None = None,
-    constants: ConstantParts | None = None,
+    constants: PrefixCache | None = None,
     **options: Unpack[SpecOptions],
 ) -> TrainResult:
     """Learn the slot vectors (soft prompt) of a template, on a frozen backbone or together with a copy's weights.
@@ -86,8 +87,8 @@ def train(
         should_stop: Asked after every step, and after every pass over the text before the slots.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
-        constants: KV cache of the text before the slots, where several runs share one and their caller clears it; by
-            default the starts of this run share one.
+        constants: KV cache that several runs share, which the caller clears; by default the starts of this run share
+            one.
         **options: ``dev``, ``config``, ``labels``, ``task`` and ``calibrate``, as of
             :class:`~ptuning.training.spec.TrainSpec`.
 
@@ -100,7 +101,7 @@ def train(
     """
     prepared = prepare(TrainSpec(template, data, **options), backbone)
     run = TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command)
-    return run.train(report=report, should_stop=should_stop, constants=constants)
+    return run.train(report=report, should_stop=should_stop, prefix_cache=constants)
 
 
 class TrainingRun:
@@ -151,19 +152,17 @@ class TrainingRun:
         *,
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
-        constants: ConstantParts | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> TrainResult:
-        """Train every start, or what is left to train; arguments as of :func:`train`."""
+        """Train every start, or what is left to train; arguments as of :func:`train` (``constants`` is the cache)."""
         if self.finished is not None:
             return self.finished
-        if constants is None:
-            parts: AbstractContextManager[ConstantParts] = constant_parts(self.prepared.backbone, self.config)
-        else:
-            parts = contextlib.nullcontext(constants)
+        shared = contextlib.nullcontext(prefix_cache) if prefix_cache is not None else None
+        cache = shared or PrefixCache(self.prepared.backbone, memory_share=self.config.prefix_cache_share)
         # The caller may have disabled gradients.
-        with torch.inference_mode(mode=False), torch.enable_grad(), parts as shared:
+        with torch.inference_mode(mode=False), torch.enable_grad(), cache as kept:
             for number in range(self.config.starts):
-                trainer = self.trainer(number, checkpoint=self._checkpoint(number), constants=shared)
+                trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)
                 if not number:
                     self.clear()
                 if self._resume and trainer.load():
@@ -173,14 +172,14 @@ class TrainingRun:
             return self.result()
 
     def trainer(
-        self, number: int, *, checkpoint: Path | None = None, constants: ConstantParts | None = None
+        self, number: int, *, checkpoint: Path | None = None, prefix_cache: PrefixCache | None = None
     ) -> Trainer:
         """Return the trainer of one of several starts, from 0.
 
         Args:
             number: Which start.
             checkpoint: Folder of its checkpoint.
-            constants: What is kept of the text in front of the slots, where prompts are trained together.
+            prefix_cache: KV cache that prompts share which are trained together.
 
         Raises:
             FileError: If there is no room for the run's files.
@@ -191,7 +190,7 @@ class TrainingRun:
             config=replace(self.config, seed=start_seed(self.config.seed, number)),
             checkpoint=checkpoint,
             identity=self.identity,
-            constants=constants,
+            prefix_cache=prefix_cache,
         )
         if self.folder is not None and not number:
             check_room(self.folder, _needed_bytes(found))
@@ -344,15 +343,16 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "seconds": seconds,
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.train_tokens / state.train_seconds if state.train_seconds else None,
-        "constant_part": dict(trainer.constant_part),
+        "constant_part": dict(trainer.cached),
     }
 
 
 def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: Prepared, best: Trainer) -> None:
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
-    dev, items, kept = prepared.parts["dev"], prepared.items["dev"], best.constants if best.skips_constants else None
-    found = evaluate(best.backbone, items, vectors=best.best_vectors, slots=prompt.slots, constants=kept)
+    dev, items = prepared.parts["dev"], prepared.items["dev"]
+    cache = best.prefix_cache if best.uses_prefix_cache else None
+    found = evaluate(best.backbone, items, Learned(best.best_vectors), cache=cache)
     # Scoring labels and choices has chosen among them; a written answer is still to be written.
     predictions = guessed(prompt, dev, found) or PromptModel(best.backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))

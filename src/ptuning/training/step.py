@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,9 +17,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import recomputing
 from ptuning.config import TrainConfig
 from ptuning.engine.batch import collate, shared_tokens
-from ptuning.engine.objective import Item, loss, score_choices
-from ptuning.engine.passes import runs_prefix_once, target_logits
-from ptuning.engine.prefix_cache import ConstantParts, constant_ids
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of, loss, score_choices
+from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
+from ptuning.engine.prefix_cache import PrefixCache, cacheable_ids
 from ptuning.errors import TrainingError
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.training.checkpoint import RunState
@@ -29,7 +29,7 @@ from ptuning.training.encoder import PromptEncoder
 T = TypeVar("T", bound="InTraining")
 
 # Tokens of one pass with gradients over the rows of several prompts. More brings nothing on a processor and costs
-# memory; a GPU is not full with them. Source: docs/architecture.md, decision 28.
+# memory; a GPU is not full with them. Source: docs/decisions.md, decision 28.
 JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts run together if that takes at most so many times the tokens, pads included, that each
@@ -44,8 +44,8 @@ class InTraining(Protocol):
     bound: BoundTemplate
     config: TrainConfig
     encoder: PromptEncoder
-    constants: ConstantParts
-    skips_constants: bool
+    prefix_cache: PrefixCache
+    uses_prefix_cache: bool
     state: RunState
 
     def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
@@ -84,19 +84,19 @@ class Chunk:
     @property
     def examples(self) -> list[Example]:
         """The rows."""
-        return [example for item in self.items for example in item.inputs]
+        return inputs_of(self.items)
 
     @property
     def width(self) -> int:
         """Tokens of the longest row, as far as it is run."""
-        kept = self.trainer.skips_constants
-        return max(len(row.token_ids) - (len(constant_ids(row)) if kept else 0) for row in self.examples)
+        cached = self.trainer.uses_prefix_cache
+        return max(len(row.token_ids) - (len(cacheable_ids(row)) if cached else 0) for row in self.examples)
 
     @property
     def runs_prefix_once(self) -> bool:
         """Whether what its rows begin with is run in one row, which rows of another prompt do not begin with."""
         rows = self.examples
-        if self.trainer.skips_constants:
+        if self.trainer.uses_prefix_cache:
             return False
         return runs_prefix_once(self.trainer.backbone, rows=len(rows), shared=shared_tokens(rows))
 
@@ -106,7 +106,7 @@ def take_step(groups: Sequence[tuple[T, Sequence[Item]]]) -> dict[T, TrainingErr
 
     The loss of each is the sum over all of its tokens divided once by their number, however its records are cut into
     passes, spread over processes, or put together with those of others. Prompts that are trained together have one
-    frozen backbone, and one :class:`~ptuning.engine.prefix_cache.ConstantParts`.
+    frozen backbone, and one :class:`~ptuning.engine.prefix_cache.PrefixCache`.
 
     Returns:
         InTrainings whose loss is no number any more, each with what is to be said of it.
@@ -148,7 +148,7 @@ def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         if chunk.runs_prefix_once:
             yield [chunk]
         else:
-            waiting[chunk.trainer.skips_constants].append(chunk)
+            waiting[chunk.trainer.uses_prefix_cache].append(chunk)
     for found in waiting.values():
         yield from _bounded(sorted(found, key=lambda chunk: chunk.width))
 
@@ -174,23 +174,16 @@ def _run(chunks: Sequence[Chunk]) -> None:
     """Run chunks in one pass, forward and backward."""
     first = chunks[0].trainer
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
-    examples = [example for part in rows for example in part]
-    counts = [chunk.trainer.bound.slots for chunk in chunks]
-    starts = [0, *accumulate(counts)]
-    slots = [count for count, part in zip(counts, rows, strict=True) for _ in part]
-    offsets = [start for start, part in zip(starts, rows, strict=False) for _ in part] if len(chunks) > 1 else None
     with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
-        tables = []
+        prompts = []
         for chunk in chunks:
             torch.manual_seed(chunk.trainer.dropout_seed(chunk.at))
-            tables.append(chunk.trainer.encoder())
-        vectors = torch.cat(tables) if len(tables) > 1 else tables[0]  # (P, E)
+            prompts.append(Learned(chunk.trainer.encoder()))
+        learned = Learned.join(prompts, rows=[number for number, part in enumerate(rows) for _ in part])
         saves = any(chunk.trainer.config.checkpointing for chunk in chunks)
         with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
-            if first.skips_constants:
-                logits = first.constants.logits(examples, vectors, slots=slots, offsets=offsets)
-            else:
-                logits = target_logits(backbone, collate(examples, slots=slots, offsets=offsets), vectors)
+            cache = first.prefix_cache if first.uses_prefix_cache else None
+            logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=cache)
     sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
     losses = []
     for chunk, own in zip(chunks, logits.split(sizes), strict=True):
@@ -198,3 +191,29 @@ def _run(chunks: Sequence[Chunk]) -> None:
         chunk.trainer.note_loss(value.detach())
         losses.append(value / chunk.total)
     torch.stack(losses).sum().backward()
+
+
+def measure_ceiling(
+    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
+) -> float:
+    """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
+
+    The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
+    computes them, and a shared prefix runs once, so the ceiling is not lowered by work that training skips. Rows run
+    whole, so training from the first slot onwards may be faster than this.
+    """
+    learned = Learned(torch.zeros(slots, backbone.width))  # says where slots are; its values are not used
+    tokens, spent, began = 0, 0.0, time.monotonic()
+    for number, at in enumerate((0, *range(0, len(items), batch_size))):
+        batch = collate(inputs_of(items[at : at + batch_size]), learned).to(backbone.device)
+        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
+        start = time.monotonic()
+        logits, _ = run_embeddings(backbone, embeddings, batch)
+        torch.logsumexp(logits, dim=-1).sum().backward()
+        if backbone.device.type == "cuda":
+            torch.cuda.synchronize(backbone.device)
+        if number:  # the first time, the first batch warms the machine up
+            tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
+        if number and time.monotonic() - began > seconds:
+            break
+    return tokens / spent

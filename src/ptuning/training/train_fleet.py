@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.prefix_cache import ConstantParts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, check_free, write_json
 from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
@@ -222,8 +222,8 @@ def _member_name(name: str, number: int) -> str:
 
 
 def _member(name: str, run: TrainingRun, number: int) -> Member:
-    def make(constants: ConstantParts) -> Trainer:
-        return run.trainer(number, constants=constants if run.config.cache_memory else None)
+    def make(prefix_cache: PrefixCache) -> Trainer:
+        return run.trainer(number, prefix_cache=prefix_cache if run.config.cache_memory else None)
 
     return Member(_member_name(name, number), make, run.items["train"], run.items["dev"], run.config.epochs)
 

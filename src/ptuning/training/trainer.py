@@ -19,8 +19,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import KeptWeights, TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.evaluate import Evaluation, evaluate
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, loss_count
-from ptuning.engine.prefix_cache import ConstantParts, constant_parts
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -45,8 +46,8 @@ class Trainer:
         config: The settings.
         checkpoint: Folder of the checkpoint, or None to keep none.
         identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
-        constants: What is kept of the text in front of the slots, where prompts share it and whoever made it clears
-            it; by default its own, cleared after :meth:`fit`.
+        prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
+            :meth:`fit`.
 
     Raises:
         TrainingError: If the backbone is not frozen.
@@ -60,7 +61,7 @@ class Trainer:
         config: TrainConfig,
         checkpoint: Path | None = None,
         identity: Mapping[str, Json] | None = None,
-        constants: ConstantParts | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         if backbone.model.training or any(weight.requires_grad for weight in backbone.model.parameters()):
             raise TrainingError(f"the backbone '{backbone.name}' is not frozen; call its freeze() first")
@@ -94,11 +95,11 @@ class Trainer:
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = RunState()
         self.best_vectors = self.vectors()
-        self._shares_constants = constants is not None
-        self.constants = constants or constant_parts(self.backbone, config)
-        self.constant_part = self.constants.to_json()
+        self._shares_prefix_cache = prefix_cache is not None
+        self.prefix_cache = prefix_cache or PrefixCache(self.backbone, memory_share=config.prefix_cache_share)
+        self.cached = self.prefix_cache.to_json()
         # Whether rows run from their first slot onwards.
-        self.skips_constants = False
+        self.uses_prefix_cache = False
         self._losses: list[Tensor] = []
         self.kept: KeptWeights | None = None
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
@@ -186,7 +187,7 @@ class Trainer:
         """
         self.kept = KeptWeights(self.checkpoint) if self.weights else None
         try:
-            with contextlib.nullcontext() if self._shares_constants else self.constants:
+            with contextlib.nullcontext() if self._shares_prefix_cache else self.prefix_cache:
                 for group in self.course(train, dev, report=report, should_stop=should_stop):
                     if failed := take_step([(self, group)]):
                         raise failed[self]
@@ -247,8 +248,8 @@ class Trainer:
                 self._interrupt()
 
         inputs = (example for item in (*train, *dev) for example in item.inputs)
-        self.skips_constants = self.constants.prepare(inputs, report=passed)
-        self.constant_part = self.constants.to_json()
+        self.uses_prefix_cache = self.prefix_cache.prepare(inputs, report=passed)
+        self.cached = self.prefix_cache.to_json()
         state = self.state
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
@@ -359,9 +360,8 @@ class Trainer:
         return evaluate(
             self.backbone,
             items,
-            vectors=self.vectors(),
-            slots=self.bound.slots,
-            constants=self.constants if self.skips_constants else None,
+            Learned(self.vectors()),
+            cache=self.prefix_cache if self.uses_prefix_cache else None,
             report=report,
             note=note,
         )

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ptuning.data.questions import Questions
+from ptuning.engine.batch import batches
 from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item
-from ptuning.engine.passes import batches, prefix_tokens
-from ptuning.engine.prefix_cache import constant_ids, text_groups
+from ptuning.engine.passes import prefix_tokens
+from ptuning.engine.prefix_cache import cacheable_ids, text_groups
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.template.fill import Ids
@@ -94,7 +96,7 @@ class _Part:
 
     def __init__(self, items: Sequence[Item], *, skips: bool) -> None:
         self.items = items
-        self.constant = [[constant_ids(row) if skips else () for row in item.inputs] for item in items]
+        self.constant = [[cacheable_ids(row) if skips else () for row in item.inputs] for item in items]
 
     def texts(self, indices: Sequence[int]) -> list[Ids]:
         """Return what stands in front of the slots of some records, where that is kept."""
@@ -117,10 +119,10 @@ class _Trial:
     def __init__(self, run: TrainingRun, trainer: Trainer, report: OnProgress) -> None:
         self.run, self.trainer, self.report = run, trainer, report
         self.done = self.planned = 0
-        constants, config = trainer.constants, run.config
+        cache, config = trainer.prefix_cache, run.config
         every = [row for items in run.items.values() for item in items for row in item.inputs]
-        trainer.skips_constants = constants.pays([constant_ids(row) for row in every])
-        self.train, self.dev = (_Part(run.items[part], skips=trainer.skips_constants) for part in ("train", "dev"))
+        trainer.uses_prefix_cache = cache.pays([cacheable_ids(row) for row in every])
+        self.train, self.dev = (_Part(run.items[part], skips=trainer.uses_prefix_cache) for part in ("train", "dev"))
         # The records of each step of a start, and of each pass over the development part.
         size, records = config.batch_size * config.accumulation_steps, len(self.train.items)
         orders = [trainer.order(records, epoch=epoch) for epoch in range(1, config.epochs + 1)]
@@ -135,7 +137,7 @@ class _Trial:
         """Run all there is to see, the largest first."""
         trainer = self.trainer
         steps, scored = spread(self.step_weights, TIMED_STEPS), spread(self.scored_weights, 3)[-2:]
-        self.planned = len(steps) + len(scored) + 3 + trainer.skips_constants
+        self.planned = len(steps) + len(scored) + 3 + trainer.uses_prefix_cache
         for group in trainer.optimizer.param_groups:
             group["lr"] = 0.0  # each step does its work, and nothing moves
         with torch.random.fork_rng(), PeakMemory(self.run.prepared.backbone.device) as watched:
@@ -153,8 +155,8 @@ class _Trial:
             dev = float(along(self.scored_weights, timed_passes).sum())
             answers = dev + self._time_written()
             self._tell("answers")
-            trial_bytes = trainer.constants.memory_bytes
-            trainer.constants.clear()
+            trial_bytes = trainer.prefix_cache.memory_bytes
+            trainer.prefix_cache.clear()
         return Seen(
             kept_seconds=kept_seconds,
             kept_bytes=kept_bytes,
@@ -192,7 +194,7 @@ class _Trial:
 
     def _keep(self, steps: Sequence[int], scored: Sequence[int]) -> tuple[float, int]:
         """Run what stands in front of the slots of rows to be tried; return seconds and bytes of it for all rows."""
-        constants = self.trainer.constants
+        cache = self.trainer.prefix_cache
         every = {ids for part in (self.train, self.dev) for ids in part.texts(range(len(part.items))) if ids}
         if not every:
             return 0.0, 0
@@ -200,12 +202,12 @@ class _Trial:
         wanted += [ids for index in scored for ids in self.dev.texts(self.scored[index])]
         wanted = [ids for ids in dict.fromkeys(wanted) if ids]
         warming = WARMING_TEXTS if len(wanted) > WARMING_TEXTS else 0
-        constants.keep(wanted[:warming])
+        cache.keep(wanted[:warming])
         rest = wanted[warming:]
-        spent = timed(lambda: constants.keep(rest), times=1)
-        made = constants.memory_bytes + constants.disk_bytes
+        spent = timed(lambda: cache.keep(rest), times=1)
+        made = cache.memory_bytes + cache.disk_bytes
         self._tell("text in front of the slots")
-        return spent * padded(every) / padded(rest), made * sum(map(len, every)) // constants.tokens
+        return spent * padded(every) / padded(rest), made * sum(map(len, every)) // cache.tokens
 
     def _items(self, step: int) -> list[Item]:
         return [self.train.items[index] for index in self.steps[step]]
@@ -242,9 +244,8 @@ class _Trial:
             evaluate(
                 trainer.backbone,
                 [self.dev.items[index] for index in indices],
-                vectors=trainer.vectors(),
-                slots=trainer.bound.slots,
-                constants=trainer.constants if trainer.skips_constants else None,
+                Learned(trainer.vectors()),
+                cache=trainer.prefix_cache if trainer.uses_prefix_cache else None,
             )
 
         spent = timed(score)
