@@ -153,9 +153,14 @@ def estimate(
 
     Source: docs/decisions.md, decision 30.
     """
+    return estimate_spec(TrainSpec(template, data, **options), backbone, report=report)
+
+
+def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | None = None) -> Forecast:
+    """Estimate a training; as :func:`estimate`."""
     before = peak_so_far(backbone.device)
     began = trial.clock()
-    run = TrainingRun(prepare(TrainSpec(template, data, **options), backbone))
+    run = TrainingRun(prepare(spec, backbone))
     filled = trial.clock()
     trainer = run.trainer(0)
     made = trial.clock()
