@@ -95,14 +95,14 @@ def job_of(job: str, who: str, settings: Settings) -> None:
 
     backbone = material.backbone_of(settings)
     if job == "candidates":
+        from ptuning.data.word_lists import targets_of
         from ptuning.prompt.predict import PromptModel
         from ptuning.prompt.prompt import Prompt
-        from ptuning.prompt.score import candidates_of
 
         bound = material.bind(backbone, prediction.TEMPLATE)
         prompt = Prompt.from_token_ids(prediction.TEMPLATE, range(9, 9 + bound.slots), backbone)
         records = material.every("capitals")
-        candidates = candidates_of(records)[: prediction.CANDIDATES]
+        candidates = targets_of(records)[: prediction.CANDIDATES]
         if who == OURS:
             PromptModel(backbone).rank(records[:1], prompt, candidates)
         else:

@@ -26,11 +26,11 @@ from benchmarks.common import (
 from benchmarks.material import backbone_of, bare_seconds, bind, every, items_of, seconds_of
 from benchmarks.peer import Peer, Row, choice_rows, is_installed, rows_of
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.word_lists import targets_of
 from ptuning.engine.objective import candidate_item
 from ptuning.engine.passes import target_logits
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.score import candidates_of
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
 
@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     table_ids = backbone.tokenizer.encode(["The name of the main city"])[0] * bound.slots
     prompt = Prompt.from_token_ids(TEMPLATE, table_ids[: bound.slots], backbone)
     records = every("capitals")
-    candidates = candidates_of(records)[: settings.pick(CANDIDATES, 12)]
+    candidates = targets_of(records)[: settings.pick(CANDIDATES, 12)]
     model = PromptModel(backbone)
     plain = Prompt.manual(SUBJECT_FIRST)
     some = records[: settings.pick(128, 8)]

@@ -18,7 +18,7 @@ from typing import Any
 
 from pages import Figures, fill, read_figures, write_figures
 from ptuning.metrics import called, in_order
-from ptuning.names import LEARNED, LEARNED_BY_TUNE
+from ptuning.names import ALONG, LEARNED
 from ptuning.statistics import mean_difference
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -30,7 +30,7 @@ NAMES: Mapping[str, str] = {
     "fine-tuning": "fine-tuning",
     "manual+fine-tuning": "manual + fine-tuning",
     LEARNED: "P-tuning, frozen",
-    LEARNED_BY_TUNE["tuned"]: "P-tuning, tuned",
+    LEARNED + ALONG["tuned"]: "P-tuning, tuned",
 }
 # Methods that come out the same whatever the seed; of others, fewer seeds than these are said so.
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ptuning.data.task_files import load_task as load_task
     from ptuning.errors import PTuningError as PTuningError
     from ptuning.experiment.compare import compare as compare
-    from ptuning.experiment.compare import lama as lama
-    from ptuning.experiment.plan import methods as methods
+    from ptuning.experiment.lama import lama as lama
     from ptuning.experiment.superglue import superglue as superglue
     from ptuning.method.base import Solution as Solution
+    from ptuning.method.registry import methods as methods
     from ptuning.prompt.predict import PromptModel as PromptModel
     from ptuning.prompt.prompt import Prompt as Prompt
     from ptuning.template.labels import LabelWords as LabelWords
@@ -41,11 +41,11 @@ _HOMES = {
     "TrainConfig": "config",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
-    "lama": "experiment.compare",
+    "lama": "experiment.lama",
     "load_backbone": "backbone.loading",
     "load_records": "data.reading",
     "load_task": "data.task_files",
-    "methods": "experiment.plan",
+    "methods": "method.registry",
     "superglue": "experiment.superglue",
     "train": "training.run",
     "train_fleet": "training.train_fleet",

@@ -7,6 +7,7 @@ Nothing is overwritten unless the caller says so. :class:`Unchecked` is the one 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,9 +17,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ptuning.errors import FileError, PTuningError, closest
 
@@ -74,7 +76,7 @@ class Unchecked:
 
     def at(self, key: str, default: object = None) -> Unchecked:
         """Return the value at a key; ``default`` if there is none, or null."""
-        found = self._mapping().get(key)
+        found = self.mapping().get(key)
         return self._part(default if found is None else found, f"{self.path}.{key}" if self.path else key)
 
     def optional(self, key: str, read: Callable[[Unchecked], T]) -> T | None:
@@ -82,17 +84,23 @@ class Unchecked:
         found = self.at(key)
         return None if found.value is None else read(found)
 
+    def mapping(self) -> Mapping[str, Json]:
+        """Return a mapping of names to values that stay unchecked."""
+        if not isinstance(self.value, Mapping):
+            raise self.wrong("a table of names and values")
+        return self.value
+
     def table(self, *, known: Collection[str] | None = None) -> dict[str, Unchecked]:
         """Return a mapping of names to values.
 
         Args:
             known: The names that are allowed; all if None.
         """
-        for name in self._mapping():
+        for name in self.mapping():
             if known is not None and name not in known:
                 key = f"{self.path}.{name}" if self.path else name
                 raise self.failure(f"unknown key '{key}'.{closest(name, known)} Known: {', '.join(known)}")
-        return {name: self.at(name) for name in self._mapping()}
+        return {name: self.at(name) for name in self.mapping()}
 
     def items(self) -> list[Unchecked]:
         """Return the values of a list."""
@@ -132,17 +140,43 @@ class Unchecked:
             raise self.wrong("a whole number" if least is None else f"a whole number from {least}")
         return found
 
-    def number(self) -> float:
-        """Return a finite number."""
+    def number(self, *, finite: bool = True) -> float:
+        """Return a number; one that is infinite or NaN only if not ``finite``."""
         found = self.value
-        if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+        if not isinstance(found, int | float) or isinstance(found, bool) or (finite and not math.isfinite(found)):
             raise self.wrong("a number")
         return float(found)
 
-    def _mapping(self) -> Mapping[str, object]:
-        if not isinstance(self.value, Mapping):
-            raise self.wrong("a table of names and values")
-        return self.value
+    def to(self, kind: type[T], **given: object) -> T:
+        """Read a data class. The type of a field says what its value must be; what is missing or null is its default.
+
+        Args:
+            kind: A data class of texts, numbers, flags, ``Literal``, ``Json``, other data classes, and of mappings,
+                lists and ``| None`` of these.
+            given: Fields that are not read.
+        """
+        hints = get_type_hints(kind)
+        for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a data class
+            one = self.at(item.name)
+            has_default = item.default is not MISSING or item.default_factory is not MISSING
+            if item.name not in given and not (has_default and one.value is None):
+                given[item.name] = one._as(hints[item.name])
+        return kind(**given)
+
+    def _as(self, kind: Any) -> Any:
+        """Read the value as a type of :meth:`to`."""
+        origin, of = get_origin(kind), [one for one in get_args(kind) if one is not NoneType]
+        if origin in (Union, UnionType):
+            # A union of several types is Json, which may be anything.
+            return self.value if self.value is None or len(of) > 1 else self._as(of[0])
+        if origin is Literal:
+            return self.one_of(of)
+        if origin is Mapping:
+            return {name: one._as(of[1]) for name, one in self.table().items()}
+        if origin is Sequence:
+            return [one._as(of[0]) for one in self.items()]
+        plain: dict[type, Callable[[], object]] = {str: self.text, bool: self.flag, int: self.whole, float: self.number}
+        return plain[kind]() if kind in plain else self.to(kind)
 
     def _part(self, value: object, path: str) -> Unchecked:
         return Unchecked(value, self.where, self.error, self.advice, path)

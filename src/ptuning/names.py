@@ -16,8 +16,6 @@ ALL_METHODS = "all"
 MANUAL, LEARNED = "manual", "p-tuning"
 # Setting "tune" -> what is added to the name of a method that trains the backbone as well.
 ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
-# Setting "tune" -> name of the method that learns a prompt with it.
-LEARNED_BY_TUNE: Mapping[str, str] = {tune: LEARNED + along for tune, along in ALONG.items()}
 # Added to the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 

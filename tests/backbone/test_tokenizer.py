@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of
 from ptuning.errors import BackboneError
-from ptuning.template.fill import BoundTemplate, Kind
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
-from ptuning.template.segments import Gap
+from ptuning.template.segments import Gap, Kind
 from tests.conftest import CONTEXT, make_tokenizer
 from tests.families import tokenizer_of, unigram
 

@@ -1058,10 +1058,10 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("some.txt", b"\n \n", ["some.txt holds no candidates", "one per line"]),
-        ("some.jsonl", b'{"x": "a"}\n', ["some.jsonl holds no candidates", "or data with y"]),
-        ("some.txt", b"\xff\xfe", ["some.txt is no UTF-8 text"]),
-        ("none.txt", None, ["cannot read none.txt: No such file"]),
+        ("some.txt", b"\n \n", ["some.txt holds no words", "one per line"]),
+        ("some.jsonl", b'{"x": "a"}\n', ["some.jsonl holds no words", "or data with y"]),
+        ("some.txt", b"\xff\xfe", ["some.txt is not UTF-8 text"]),
+        ("none.txt", None, ["no such data file: none.txt"]),
         ("none.jsonl", None, ["no such data file: none.jsonl"]),
     ],
 )

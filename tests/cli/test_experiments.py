@@ -13,7 +13,8 @@ import pytest
 import ptuning.method.tuned
 import ptuning.training.run
 from ptuning.cli import terminal
-from ptuning.method.base import METHODS, Solution
+from ptuning.method.base import Solution
+from ptuning.method.registry import METHODS
 from ptuning.progress import Progress
 from tests.cli.test_app import call, fails, works
 from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
@@ -143,8 +144,8 @@ def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
     before = saved()
     out = works(*compare(llama, "--methods", "manual,p-tuning", "--seeds", 2, "--dry-run"))
     assert "train  manual  seed 0: finished\n" in out
-    assert "train  p-tuning  seed 1: " in out
-    assert "for 3 cells on this machine; nothing was run\n" in out
+    assert "train  p-tuning  seed 1: unknown\n" in out
+    assert "2 of 3 cells to run, estimated time: unknown; nothing was run\n" in out
     assert "report:" not in out
     assert saved() == before
     assert not Path("out/cells/train/p-tuning").exists()

@@ -128,7 +128,7 @@ def test_candidates() -> None:
     assert inputs.read_candidates("facts.csv", "manual:[X] [Y]", None, ["y=answer", "z=missing"]) == ["no", "yes"]
     known = {row["y"] for row in inputs.records_of("capitals:train", None)}
     assert set(inputs.read_candidates("train", "manual:[X] [Y]", "capitals:test", None)) == known
-    with pytest.raises(FileError, match=r"empty\.txt holds no candidates"):
+    with pytest.raises(FileError, match=r"empty\.txt holds no words"):
         inputs.read_candidates("empty.txt", "manual:[X] [Y]", None, None)
     with pytest.raises(ConfigError, match=r"--candidates train needs the prompt's run\.json, or shipped facts"):
         inputs.read_candidates("train", "manual:[X] [Y]", "facts.csv", None)

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from ptuning.cli import show_experiments, terminal
 from ptuning.cli.terminal import duration
-from ptuning.experiment.cells import Cell, CellResult
-from ptuning.experiment.dry_run import Estimate
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.cells import CellResult
+from ptuning.experiment.dry_run import CellEstimate
+from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.progress import Progress
+from ptuning.report.results_file import Cell, Results
 from tests.cli.test_terminal import Screen
 
 
@@ -42,7 +43,7 @@ def done(task: str, method: str, hits: Sequence[float], **more: object) -> CellR
 def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None) -> Results:
     kinds = types or {cell.cell.task: None for cell in cells}
     names = ["majority", "manual", "p-tuning"]
-    return Collector("lama", names, kinds, {}, Path("runs/x")).collect(cells)
+    return Collector(Results("lama", folder=Path("runs/x")), names, kinds).collect(cells)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
@@ -94,14 +95,23 @@ def test_nothing_but_failures(printed: Callable[[], tuple[str, str]]) -> None:
 
 
 def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
-    cells = [Cell("P36", "manual", 0), Cell("P36", "p-tuning", 0), Cell("P36", "p-tuning", 1)]
-    show_experiments.estimates([Estimate(cells[0], None), Estimate(cells[1], 90.0), Estimate(cells[2], 4000.0)])
+    known = [
+        CellEstimate(Cell("P36", "manual", 0), is_finished=True, seconds=3.0),
+        CellEstimate(Cell("P36", "p-tuning", 0), is_finished=False, seconds=90.0),
+        CellEstimate(Cell("P36", "p-tuning", 1), is_finished=False, seconds=4000.0),
+    ]
+    show_experiments.estimates(known)
     out, _ = printed()
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["manual"] == ["1", "1", "0", "s"]
     assert rows["p-tuning"] == ["2", "0", "1", "h", "08", "min"]
     assert "P36  manual  seed 0: finished\nP36  p-tuning  seed 0: 2 min\nP36  p-tuning  seed 1: 1 h 07 min\n" in out
-    assert out.endswith("about 1 h 08 min for 3 cells on this machine; nothing was run\n")
+    assert out.endswith("2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n")
+    show_experiments.estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    out, _ = printed()
+    assert "P36  in-context  seed 0: unknown\n" in out
+    assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown; nothing was run\n" in out
+    assert "unknown: no cell of this method is finished" in out
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_text_is_read_as_a_file_s_is(llama: str) -> None:
     Path("moods.toml").write_text(
         text.replace("[values.label]", '[values.text]\na = "b"\n[values.label]'), encoding="utf-8"
     )
-    fails("predict", *args, "nonsense", says=["the field 'text' is 'nonsense'", "know a"])
+    fails("predict", *args, "nonsense", says=["the field 'text' is 'nonsense'", "have a"])
 
 
 def test_a_run_is_not_resumed_with_another_task_file(llama: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions
-from ptuning.data.row_paths import Source
+from ptuning.data.row_paths import RowPath
 from ptuning.errors import RecordError
 from ptuning.records import Records
 
-at = Source.parse
+at = RowPath.parse
 LABELLED = Reader({"x": at("text")}, labels=("true", "false"), values={"y": {"1": "true", "0": "false"}})
 
 
@@ -28,7 +28,7 @@ def test_labels_go_by_name_whatever_the_file_has() -> None:
 
 
 def test_a_label_outside_of_the_task_names_line_and_labels() -> None:
-    with pytest.raises(RecordError, match=r"f.jsonl, line 2: the label is '2', and the task's \[values\] know 1, 0"):
+    with pytest.raises(RecordError, match=r"f.jsonl, line 2: the label is '2', and the task's \[values\] have 1, 0"):
         read(LABELLED, {"text": "a", "label": 1}, {"text": "a", "label": 2})
     plain = Reader({}, labels=("yes", "no"))
     with pytest.raises(RecordError, match=r"'yess' is outside of the task.*Did you mean 'yes'"):
@@ -78,7 +78,7 @@ def test_numbers_of_choices_are_those_of_the_row(listed: list[object], right: ob
 def test_an_empty_choice_is_not_right() -> None:
     reader = Reader({}, choices=ChoiceSource(texts=(at("options[]"),), right=at("label")))
     for right in (0, True):
-        with pytest.raises(RecordError, match="is right, and is none of the 3 choices"):
+        with pytest.raises(RecordError, match="is not one of the 3 choices"):
             read(reader, {"options": ["", "a", "b"], "label": right})
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_json_in_columns_that_nobody_reads() -> None:
 
 def test_what_is_right_and_no_choice_is_an_error() -> None:
     for right in (2, "Middle"):
-        with pytest.raises(RecordError, match="none of the 2 choices Left, Right"):
+        with pytest.raises(RecordError, match="not one of the 2 choices Left, Right"):
             read(choices("label"), {"a": "Left", "b": "Right", "label": right})
     with pytest.raises(RecordError, match=r"1 choice\(s\)"):
         read(choices("label"), {"a": "Left", "b": "Left", "label": 0})
@@ -126,7 +126,7 @@ def test_spans_are_cut_from_the_text_with_their_last_character_and_stand_once() 
     (found,) = read(reader, row)
     assert (found.choices, found.answers, found.group) == (("Bob", "Eve"), (0, 1), "7/1")
     row["passage"]["spans"] = [{"start": 0, "end": 99}]
-    with pytest.raises(RecordError, match="is none of a text of 22 characters"):
+    with pytest.raises(RecordError, match="is not in a text of 22 characters"):
         read(reader, row)
 
 

@@ -1,10 +1,10 @@
-"""Where a text stands in a row, lists unfolded, and repairs."""
+"""Paths to texts in a row, lists unfolded, and repairs."""
 
 from __future__ import annotations
 
 import pytest
 
-from ptuning.data.row_paths import Source, unfold
+from ptuning.data.row_paths import RowPath, unfold
 from ptuning.errors import RecordError, TaskError
 from ptuning.files import Json
 
@@ -18,24 +18,26 @@ ROW: Json = {
 }
 
 
-def read(source: str, row: Json = ROW) -> list[str]:
-    return Source.parse(source).texts({"": row}, where="here")
+def read(path: str, row: Json = ROW) -> list[str]:
+    return RowPath.parse(path).texts({"": row}, where="here")
 
 
-def test_a_source_names_what_it_goes_through() -> None:
+def test_a_path_names_what_it_goes_through() -> None:
     assert read("target.span") == ["Tina"]
     assert read("passage.questions[].q") == ["a", "b"]
     assert read("passage.questions[].answers[].t") == ["1", "2"]
     assert read("n") + read("right") == ["2", "true"]
 
 
-def test_lists_unfold_into_one_context_each_and_sources_stay_in_theirs() -> None:
-    lists = [Source.parse("passage.questions[]"), Source.parse("passage.questions[].answers[]")]
+def test_lists_unfold_into_one_context_each_and_paths_stay_in_theirs() -> None:
+    lists = [RowPath.parse("passage.questions[]"), RowPath.parse("passage.questions[].answers[]")]
     contexts = list(unfold(ROW, lists, where="here"))
     assert len(contexts) == 2  # the second question has no answers
-    texts = [Source.parse(place).text(contexts[1], where="here") for place in ("passage.text", "passage.questions[].q")]
+    texts = [
+        RowPath.parse(place).text(contexts[1], where="here") for place in ("passage.text", "passage.questions[].q")
+    ]
     assert texts == ["p", "a"]
-    assert Source.parse("passage.questions[].answers[].t").text(contexts[1], where="here") == "2"
+    assert RowPath.parse("passage.questions[].answers[].t").text(contexts[1], where="here") == "2"
 
 
 @pytest.mark.parametrize(
@@ -63,27 +65,27 @@ def test_a_marked_word_keeps_its_punctuation_outside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("path", "message"),
     [
-        ("", "is no place in a row"),
-        ("a..b", "is no place in a row"),
-        ("a[0].b", "is no place in a row"),
+        ("", "is not a path into a row"),
+        ("a..b", "is not a path into a row"),
+        ("a[0].b", "is not a path into a row"),
         ("a|no_ful_stop", "unknown repair 'no_ful_stop'. Did you mean 'no_full_stop'"),
         ("a|no_full_stop now", "takes nothing"),
         ("a|before", "needs something"),
     ],
 )
-def test_malformed_sources_are_errors_of_the_task(source: str, message: str) -> None:
+def test_malformed_paths_are_errors_of_the_task(path: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
-        Source.parse(source)
+        RowPath.parse(path)
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("path", "message"),
     [
         ("txt", "here: no 'txt'.*Did you mean 'text'"),
-        ("text.span", "looks for 'span' in what is no object"),
-        ("target[].span", "'target' is no list"),
+        ("text.span", "looks for 'span' in \"Tina said it was hers.\", which is not an object"),
+        ("target[].span", "'target' is not a list"),
         ("nothing", "is null"),
         ("target", "is an object"),
         ("passage.questions", "is a list"),
@@ -92,11 +94,11 @@ def test_malformed_sources_are_errors_of_the_task(source: str, message: str) -> 
         ("target.span|mark n", "no word number 2"),
     ],
 )
-def test_rows_that_lack_something_are_errors_of_the_data(source: str, message: str) -> None:
+def test_rows_that_lack_something_are_errors_of_the_data(path: str, message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        read(source)
+        read(path)
 
 
 def test_a_field_takes_one_text() -> None:
-    with pytest.raises(RecordError, match="stands for 2 texts"):
-        Source.parse("passage.questions[].q").text({"": ROW}, where="here")
+    with pytest.raises(RecordError, match="leads to 2 texts"):
+        RowPath.parse("passage.questions[].q").text({"": ROW}, where="here")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.data.task_check import Findings, check_data, check_words
 from ptuning.data.task_files import TaskFile
-from ptuning.template.fill import Kind
+from ptuning.template.segments import Kind
 
 TASK = """
 name = "moods"

@@ -128,40 +128,40 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
     [
         ("version", "verson", "unknown key 'verson'. Did you mean 'version'"),
         ('version = "1"', "", "the key 'version' is missing"),
-        ('"1"', "1", "'version' must be a text in quotation marks"),
-        ("[labels]", "[labels", "is not valid TOML"),
+        ('"1"', "1", "'version' must be text in quotation marks, and is 1"),
+        ("[labels]", "[labels", "is not a valid TOML file"),
         ('["poor"]', '["great"]', "the word 'great' stands twice"),
         ('["poor"]', "[]", "label 'bad' has no name, no word"),
         ('["poor"]', "3", "'labels.bad' must be a list of texts"),
         ('bad = ["poor"]', "", "at least two labels"),
-        ("manual", "manuel", "unknown key of pattern 1 'manuel'. Did you mean 'manual'"),
+        ("manual", "manuel", "unknown key 'patterns #1.manuel'. Did you mean 'manual'"),
         ("{text} It", "{text It", "expected {field}"),
         ("{text} It", "[P*3] {text} It", "the manual template has slots"),
         ('[Y]."', '[Y]."\nlearned = "{text} [Y]"', "the learned template has no slots"),
         ('manual = "{text} It was [Y]."', "", "pattern 1 has no manual template"),
         ("[[patterns]]", "[patterns]", "a task needs patterns"),
         ("[labels]", 'metrics = ["acuracy"]\n[labels]', "unknown metric 'acuracy'. Did you mean 'accuracy'"),
-        ("[labels]", "calibrate = 1\n[labels]", "'calibrate' is true or false"),
-        ("[labels]", 'normalise = "max"\n[labels]', '\'normalise\' is "sum" or "mean"'),
+        ("[labels]", "calibrate = 1\n[labels]", "'calibrate' must be true or false, and is 1"),
+        ("[labels]", 'normalise = "max"\n[labels]', "'normalise' must be one of sum, mean"),
         ("[labels]", 'rows = "a.b"\n[labels]', "must end with a list"),
         ("[labels]", '[fields]\ntxt = "t"\n[labels]', "no pattern uses the field 'txt'. Did you mean 'text'"),
         ("[labels]", '[fields]\ny = "t"\n[labels]', "the target has the key 'label'"),
         ("[labels]", '[fields]\ntext = "t|lower"\n[labels]', "unknown repair 'lower'"),
-        ("[labels]", '[values.label]\n0 = "god"\n[labels]', "'god', and no word covers it. Did you mean 'good'"),
+        ("[labels]", '[values.label]\n0 = "god"\n[labels]', "'god', which has no words. Did you mean 'good'"),
         ("[labels]", '[choices]\nfrom = ["a"]\n[labels]', r"both \[labels\] and \[choices\]"),
-        ('"mine"', '"../mine"', "'../mine' is no name for a task, since it becomes a folder"),
-        ('"mine"', f'"{"m" * 101}"', "is no name for a task"),
+        ('"mine"', '"../mine"', "'../mine' cannot be the name of a task, since it becomes a folder"),
+        ('"mine"', f'"{"m" * 101}"', "cannot be the name of a task"),
         ("[labels]", "metrics = []\n[labels]", "'metrics' is empty; name one or more of accuracy"),
         ("[labels]", 'metrics = ["f1a"]\n[labels]', "'f1a' needs the label 'true', which this task does not have"),
-        ("[labels]", '[files]\ndve = ["a"]\n[labels]', r"unknown part under \[files\] 'dve'. Did you mean 'dev'"),
+        ("[labels]", '[files]\ndve = ["a"]\n[labels]', "unknown key 'files.dve'. Did you mean 'dev'"),
         ("[labels]", '[files]\ndev = ["a.jsonl"]\n[labels]', "leave its ending out: 'a'"),
-        ("{text} It", "{label} It", "the field 'label' of a pattern is what is to be answered"),
+        ("{text} It", "{label} It", "the field 'label' of a pattern holds the answer"),
         (
             "[labels]",
             '[fields]\ntext = "label|lower_first"\n[labels]',
-            "the field 'text' of a pattern is what is to be",
+            "the field 'text' of a pattern holds the answer",
         ),
-        ("[labels]", '[fields]\ntext = "a|mark a[b"\n[labels]', "is no place in a row"),
+        ("[labels]", '[fields]\ntext = "a|mark a[b"\n[labels]', "is not a path into a row"),
     ],
 )
 def test_mistakes_in_a_file_say_what_to_do(old: str, new: str, message: str) -> None:
@@ -174,7 +174,7 @@ def test_mistakes_in_a_file_say_what_to_do(old: str, new: str, message: str) -> 
     [
         ("", r"need from ="),
         ('spans = "a[]"', "'spans' and 'of' go together"),
-        ('form = ["a"]', r"unknown key of \[choices\] 'form'. Did you mean 'from'"),
+        ('form = ["a"]', "unknown key 'choices.form'. Did you mean 'from'"),
     ],
 )
 def test_mistakes_in_choices(written: str, message: str) -> None:
@@ -190,7 +190,7 @@ def test_files_are_found_by_name_or_path(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"no shipped task 'RTEE'. Did you mean 'RTE'"):
         load_task("RTEE")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(TaskError, match="no UTF-8 text"):
+    with pytest.raises(TaskError, match="is not UTF-8 text"):
         load_task(path)
 
 

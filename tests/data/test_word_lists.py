@@ -1,20 +1,16 @@
-"""Closed sets of answers: the files they come in, and which records' targets belong to them."""
+"""Word lists: every file that they come in, and the records whose targets are in them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ptuning.backbone.backbone import Backbone
-from ptuning.data.word_lists import read_vocabulary
-from ptuning.errors import FileError, TemplateError
-from ptuning.experiment.lama import Listed, OneToken
-from ptuning.template.language import Template
-from tests.conftest import bound
+from ptuning.data.reading import load_records
+from ptuning.data.word_lists import read_words, targets_of
+from ptuning.errors import FileError, RecordError
 
 
 def file(folder: Path, content: Any, *, name: str = "words.json") -> Path:
@@ -26,7 +22,7 @@ def file(folder: Path, content: Any, *, name: str = "words.json") -> Path:
 
 def test_a_text_file_has_a_word_per_line(tmp_path: Path) -> None:
     path = file(tmp_path, "\ufeffNairobi\n\n  São Tomé \r\nNairobi\nLima", name="words.txt")
-    assert read_vocabulary(path) == ("Nairobi", "São Tomé", "Lima")
+    assert read_words(path) == ("Nairobi", "São Tomé", "Lima")
 
 
 @pytest.mark.parametrize(
@@ -43,76 +39,62 @@ def test_a_text_file_has_a_word_per_line(tmp_path: Path) -> None:
     ],
 )
 def test_json_files(tmp_path: Path, content: Any, words: tuple[str, ...]) -> None:
-    assert read_vocabulary(file(tmp_path, content)) == words
+    assert read_words(file(tmp_path, content)) == words
+
+
+def test_data_and_shipped_facts_give_their_targets(tmp_path: Path) -> None:
+    rows = [{"x": "a", "y": " no"}, {"x": "b", "y": "yes"}, {"x": "c", "y": "no"}, {"x": "d"}]
+    assert targets_of(rows) == ["no", "yes"]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, content in (
+        ("a.json", rows),
+        ("b.json", lines),
+        ("c.jsonl", lines),
+        ("d.csv", "x,y\na,no\nb,yes\n"),
+        ("e.tsv", "y\nno\nyes\n"),
+    ):
+        assert read_words(file(tmp_path, content, name=name)) == ("no", "yes")
+    assert set(read_words("capitals:dev")) == {row["y"] for row in load_records("capitals:dev")}
+
+
+def test_only_the_targets_new_name_counts(tmp_path: Path) -> None:
+    """Other fields may well be missing beside the answers."""
+    path = file(tmp_path, "x,answer\na,no\nb,yes\n", name="a.csv")
+    assert read_words(path, fields={"y": "answer", "z": "missing"}) == ("no", "yes")
+    path = file(tmp_path, "answer\nno\nyes\n", name="b.csv")
+    assert read_words(path, fields={"y": "answer"}) == ("no", "yes")
+
+
+def test_one_column_without_a_targets_name_is_a_list(tmp_path: Path) -> None:
+    assert read_words(file(tmp_path, "Lima\nParis\n", name="a.csv")) == ("Lima", "Paris")
+    assert read_words(file(tmp_path, "Lima\nParis\n", name="a.words")) == ("Lima", "Paris")
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"a": ["Lima"], "b": ["Paris"]}, "holds no words that all its models share"),
-        ([], "holds no words$"),
-        ({}, "holds no words$"),
-        (["", " "], "holds no words$"),
-        ('["Lima", ', r"is no list of words .*give a \.txt with one per line, or \.json"),
-        ('"Lima"', "holds other JSON"),  # and not its four letters
-        ("5", "holds other JSON"),
-        ([{"word": "Lima"}], "holds other JSON"),
-        ({"a": ["Lima"], "b": 3}, "holds other JSON"),
-        ({"a": [None]}, "holds other JSON"),
+        ({"a": ["Lima"], "b": ["Paris"]}, "holds no words that all its models share; give"),
+        ([], "holds no words; give a .txt file with one per line, JSON lists, or data with y"),
+        ({}, "holds no words; "),
+        (["", " "], "holds no words; "),
+        ('["Lima", ', "words.json: not valid JSON"),
+        ('"Lima"', "words.json, line 1: a record must be an object"),  # and not its four letters
+        ("5", "words.json, line 1: a record must be an object"),
+        ([{"word": "Lima"}], "holds no words; "),
+        ({"a": ["Lima"], "b": 3}, "holds no words; "),
+        ({"a": [None]}, "holds no words; "),
     ],
 )
 def test_files_without_words(tmp_path: Path, content: Any, says: str) -> None:
-    with pytest.raises(FileError, match=says):
-        read_vocabulary(file(tmp_path, content))
+    with pytest.raises((FileError, RecordError), match=says):
+        read_words(file(tmp_path, content))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("São".encode("latin-1"))
-    with pytest.raises(FileError, match=r"latin\.txt is no list of words"):
-        read_vocabulary(tmp_path / "latin.txt")
-    with pytest.raises(FileError, match="cannot read"):
-        read_vocabulary(tmp_path / "missing.txt")
+    with pytest.raises(FileError, match=r"latin\.txt is not UTF-8 text"):
+        read_words(tmp_path / "latin.txt")
+    with pytest.raises(FileError, match="no such data file"):
+        read_words(tmp_path / "missing.txt")
     with pytest.raises(FileError, match="holds no words"):
-        read_vocabulary(file(tmp_path, "\n\n", name="empty.txt"))
-
-
-def test_targets_of_one_token(backbone: Backbone) -> None:
-    pattern = "The capital of [X] is [Y] ."
-    rows = [{"x": "Kenya", "y": y} for y in ("good", " yes", "a good film", "1234567890a")]
-    keeps = OneToken(backbone, [Template.parse(pattern)])
-    assert keeps(rows) == [one.own_tokens == 1 for one in bound(backbone, pattern).examples(rows)]
-    assert keeps(rows)[0]
-    assert not keeps(rows)[2]
-    assert keeps([]) == []
-
-
-def test_a_target_must_be_one_token_in_every_template(make_backbone: Callable[[str], Backbone]) -> None:
-    """Byte-level tokens hold the space in front of them: at the start of a sentence a word is cut otherwise."""
-    backbone = make_backbone("roberta")
-    behind, front = Template.parse("[X] is [Y]"), Template.parse("[Y] is [X]")
-    rows = [{"x": "Kenya", "y": "great"}, {"x": "Kenya", "y": "a"}]
-    assert OneToken(backbone, [behind])(rows) == [True, True]
-    assert OneToken(backbone, [front])(rows) == [False, True]
-    assert OneToken(backbone, [behind, front])(rows) == OneToken(backbone, [front, behind])(rows) == [False, True]
-
-
-def test_the_token_for_unknown_text_is_no_answer(masked: Backbone) -> None:
-    rows = [{"x": "Kenya", "y": "\u2603"}, {"x": "Kenya", "y": "Nairobi"}]
-    template = Template.parse("[X] is [Y]")
-    assert [one.own_tokens for one in bound(masked, "[X] is [Y]").examples(rows)] == [1, 1]
-    assert OneToken(masked, [template])(rows) == [False, True]
-
-
-def test_targets_of_a_list(causal: Backbone) -> None:
-    rows = [{"x": "Kenya", "y": y} for y in ("good", " yes ", "a good film")]
-    assert Listed(["yes", "a good film"])(rows) == [False, True, True]
-    keeps = OneToken(causal, [Template.parse("[X] is [Y]")], words=["yes", "a good film"])
-    assert keeps([rows[0], {"x": "Kenya", "y": "yes"}, rows[2]]) == [False, True, False]
-
-
-def test_a_target_that_has_no_place_is_not_kept_and_a_missing_field_is_an_error(causal: Backbone) -> None:
-    """One target too long for the context must not end a run over thirty relations."""
-    rows = [{"x": "Kenya", "y": "good"}, {"x": "Kenya", "y": "good " * 500}, {"x": "Peru", "y": "yes"}]
-    assert OneToken(causal, [Template.parse("[X] is [Y]")])(rows) == [True, False, True]
-    with pytest.raises(TemplateError, match="no field 'country' in record 1"):
-        OneToken(causal, [Template.parse("{country} is [Y]")])(rows)
+        read_words(file(tmp_path, "\n\n", name="empty.txt"))

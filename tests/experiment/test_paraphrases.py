@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.relations import Relation
 from ptuning.errors import RecordError
-from ptuning.experiment.cells import Cell, CellResult
-from ptuning.experiment.paraphrases import paraphrases, spread, usable_wordings
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.cells import CellResult
+from ptuning.experiment.paraphrases import compare_wordings, paraphrases, usable_wordings
+from ptuning.experiment.results import Collector
 from ptuning.records import Records
+from ptuning.report.results_file import Cell, RelationWordings, Results, Wording, WordingSpread
 from tests.conftest import bound
 from tests.experiment.test_compare import LIST, ROWS, lines
 
@@ -58,7 +60,7 @@ def test_a_causal_model_needs_all_fields_in_front_and_sees_nothing_behind() -> N
 
 def test_every_wording_is_a_task_over_the_same_facts(data: Path, backbone: Backbone) -> None:
     found = run(data, backbone)
-    told: Any = found.about["task_info"]
+    told: Any = found.task_info
     wordings = usable_wordings(relation("[X] is [Y] .", *PATTERNS), kind=backbone.kind)
     assert [told[task]["manual"] for task in told] == wordings
     assert list(told) == [f"P36.{place:02d}" for place in range(1, len(wordings) + 1)]
@@ -76,7 +78,7 @@ def test_a_fact_must_be_one_token_in_all_wordings(data: Path, make_backbone: Cal
     rows = [{"x": row["sub_label"], "y": row["obj_label"]} for row in ROWS]
     cut = sum(one.own_tokens > 1 for one in bound(backbone, PATTERNS[1]).examples(rows))
     assert 0 < cut < len(rows)
-    told: Any = run(data, backbone).about["task_info"]
+    told: Any = run(data, backbone).task_info
     assert [told[task]["dropped"] for task in told] == [{"object is not one token": cut}] * 5
 
 
@@ -95,7 +97,7 @@ def test_relations_with_one_wording_are_left_out_with_a_notice(
 def test_at_most_so_many_wordings_and_facts(data: Path, causal: Backbone) -> None:
     found = run(data, causal, wordings=2, limit=10)
     assert list(found.tasks) == ["P36.01", "P36.02"]
-    told: Any = found.about["task_info"]
+    told: Any = found.task_info
     assert sum(part["rows"] for part in told["P36.01"]["data"].values()) == 10
 
 
@@ -117,7 +119,7 @@ def results(scores: dict[str, dict[str, list[float]]]) -> Results:
         for task, methods in scores.items()
         for method, hits in methods.items()
     ]
-    return Collector("paraphrases", ["manual", "p-tuning"], dict.fromkeys(scores), {}, Path("out")).collect(cells)
+    return Collector(Results("paraphrases"), ["manual", "p-tuning"], dict.fromkeys(scores)).collect(cells)
 
 
 def test_the_spread_by_hand() -> None:
@@ -128,14 +130,11 @@ def test_the_spread_by_hand() -> None:
             "P1.03": {"manual": [1, 0, 0, 1]},
         }
     )
-    told: Any = spread(found, {"P1": {"P1.01": "a", "P1.02": "b", "P1.03": "c"}, "P2": {"P2.01": "d"}})
-    assert told["P1"]["spread"]["manual"] == {
-        "min": 0.25, "max": 1.0, "range": 0.75, "patterns": 3,
-        "std": pytest.approx((((0.25 - 7 / 12) ** 2 + (1 - 7 / 12) ** 2 + (0.5 - 7 / 12) ** 2) / 2) ** 0.5),
-    }  # fmt: skip
+    told = compare_wordings(found, {"P1": {"P1.01": "a", "P1.02": "b", "P1.03": "c"}, "P2": {"P2.01": "d"}})
+    std = (((0.25 - 7 / 12) ** 2 + (1 - 7 / 12) ** 2 + (0.5 - 7 / 12) ** 2) / 2) ** 0.5
+    assert told["P1"].spread["manual"].std == pytest.approx(std)
+    assert replace(told["P1"].spread["manual"], std=None) == WordingSpread(0.25, 1.0, 0.75, None, 3)
     # One wording is not a spread, and one without results is listed without scores.
-    assert told["P1"]["spread"]["p-tuning"] == {
-        "min": 0.75, "max": 0.75, "range": 0.0, "std": None, "patterns": 1,
-    }  # fmt: skip
-    assert [list(one["scores"]) for one in told["P1"]["patterns"]] == [["manual", "p-tuning"], ["manual"], ["manual"]]
-    assert told["P2"] == {"patterns": [{"pattern": "d", "scores": {}}], "spread": {}}
+    assert told["P1"].spread["p-tuning"] == WordingSpread(0.75, 0.75, 0.0, None, 1)
+    assert [list(one.scores) for one in told["P1"].patterns] == [["manual", "p-tuning"], ["manual"], ["manual"]]
+    assert told["P2"] == RelationWordings([Wording("d", {})], {})

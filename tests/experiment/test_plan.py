@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import Job
-from ptuning.experiment.plan import DEFAULT_METHODS, Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
-from ptuning.method.base import METHODS, Task
+from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.plan import Plan, Watch, run_jobs
+from ptuning.method.base import Task
+from ptuning.method.registry import METHODS
 from ptuning.progress import Interrupted
 from ptuning.records import Record
+from ptuning.report.results_file import Results, TrainingWarning
 from ptuning.template.language import Template
 
 WORDS = ("yes", "good", "great")
@@ -42,7 +45,7 @@ def jobs(*names: str) -> list[Job]:
 
 def run(backbone: Backbone, out: Path, *names: str, more: Any = None, **options: Any) -> Results:
     options = {"methods": ("majority", "manual"), "config": FAST, **options}
-    return run_jobs("lama", jobs(*names), plan=Plan(out, backbone, **options), settings={"limit": 3}, more=more)
+    return run_jobs(jobs(*names), plan=Plan("lama", out, backbone, **options), settings={"limit": 3}, more=more)
 
 
 def saved(out: Path) -> Any:
@@ -55,10 +58,9 @@ def statuses(out: Path) -> list[str]:
 
 def test_methods_stand_in_the_order_of_the_tables(causal: Backbone) -> None:
     def names(methods: Any, **more: Any) -> list[str]:
-        return Plan(Path("out"), causal, methods, **more).method_names
+        return Plan("compare", Path("out"), causal, methods, **more).method_names
 
-    assert Plan(Path("out"), causal).method_names == list(DEFAULT_METHODS)
-    assert DEFAULT_METHODS == ("majority", "manual", "manual-restricted", "in-context", "p-tuning")
+    assert Plan("paraphrases", Path("out"), causal).method_names == ["manual", "p-tuning"]
     assert names("p-tuning, manual,manual,") == names(["p-tuning", "manual"]) == ["manual", "p-tuning"]
     assert names("all") == names(["all"]) == list(METHODS)
     controls = [f"{name}@random-weights" for name in list(METHODS)[4:]]
@@ -79,12 +81,12 @@ def test_methods_stand_in_the_order_of_the_tables(causal: Backbone) -> None:
         ({"seeds": 0}, "seeds is 0; it must be 1 or more"),
         ({"tries": 0}, "tries is 0; it must be a whole number from 1 to 5"),
         ({"tries": 6}, "tries is 6; it must be a whole number from 1 to 5"),
-        ({"config": TrainConfig(tune="tuned")}, "tune is 'tuned', and here each method says what it trains"),
+        ({"config": TrainConfig(tune="tuned")}, "tune is 'tuned', but in a comparison each method says what it trains"),
     ],
 )
 def test_what_is_refused_before_anything_runs(causal: Backbone, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        Plan(Path("out"), causal, **options)
+        Plan("compare", Path("out"), causal, **options)
 
 
 def test_results_are_written_after_each_cell_and_the_report_in_the_end(causal: Backbone, tmp_path: Path) -> None:
@@ -99,7 +101,10 @@ def test_results_are_written_after_each_cell_and_the_report_in_the_end(causal: B
 
 
 def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
-    found = run(causal, tmp_path, command="ptuning lama", seeds=2, tries=3, more=lambda one: {"extra": len(one.tasks)})
+    def with_warning(results: Results, cells: Sequence[CellResult]) -> Results:
+        return replace(results, warnings=[TrainingWarning(**vars(one.cell), text=one.status) for one in cells[:1]])
+
+    found = run(causal, tmp_path, command="ptuning lama", seeds=2, tries=3, more=with_warning)
     about = saved(tmp_path)
     assert about["command"] == "ptuning lama"
     assert {"name": causal.name, "fingerprint": causal.fingerprint, "dtype": "float32"}.items() <= about[
@@ -107,8 +112,11 @@ def test_what_results_say_about_a_run(causal: Backbone, tmp_path: Path) -> None:
     ].items()
     assert {"limit": 3, "seeds": 2, "tries": 3, "epochs": 1}.items() <= about["settings"].items()
     assert about["task_info"] == {"P1": {"label": "P1"}}
-    assert about["methods"]["manual"] == {"describe": "the manual prompt (MP)"}
-    assert about["extra"] == 1 == found.about["extra"]
+    assert about["methods"]["manual"] == {
+        "describe": "the manual prompt (MP)", "trained": False, "learns_slots": False,
+    }  # fmt: skip
+    assert about["warnings"] == [{"task": "P1", "method": "majority", "seed": 0, "text": "done"}]
+    assert found.to_json() == about
     assert about["by_type"].keys() == {"1-1"}
 
 
@@ -134,7 +142,7 @@ def test_a_dry_run_writes_nothing_and_gives_its_estimates(causal: Backbone, tmp_
 
 def test_a_folder_that_is_no_folder_of_results(causal: Backbone, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileError, match="holds files, and no results of a benchmark"):
+    with pytest.raises(FileError, match="holds files, but no results of a comparison"):
         run(causal, tmp_path)
     with pytest.raises(FileError, match="is no folder"):
         run(causal, tmp_path / "notes.txt")

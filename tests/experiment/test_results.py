@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ptuning.experiment.cells import Cell, CellResult
-from ptuning.experiment.results import Collector, Results, differences, over_records, over_tasks
+from ptuning.experiment.cells import CellResult
+from ptuning.experiment.results import Collector, differences, over_records, over_tasks
+from ptuning.report.results_file import Cell, Results
 from ptuning.statistics import mean_difference, mean_score, score
 
 
@@ -32,7 +33,7 @@ def by_method(*cells: CellResult) -> dict[str, dict[str, list[CellResult]]]:
 
 def collect(*cells: CellResult, methods: Sequence[str], types: Mapping[str, str | None] | None = None) -> Results:
     kinds = types or {cell.cell.task: None for cell in cells}
-    return Collector("lama", methods, kinds, {"command": "x"}, Path("out")).collect(cells)
+    return Collector(Results("lama", command="x"), methods, kinds).collect(cells)
 
 
 def test_one_seed_is_scored_over_records() -> None:
@@ -167,7 +168,7 @@ def test_tables_hold_what_is_done() -> None:
 
 def test_tables_follow_further_seeds() -> None:
     """What is kept of finished pairs is drawn again when a seed joins."""
-    collector = Collector("compare", ["p"], {"t": None}, {}, Path("out"))
+    collector = Collector(Results("compare"), ["p"], {"t": None})
     one, two = done("t", "p", [1, 1, 1, 1]), done("t", "p", [0, 0, 0, 0], seed=1)
     assert collector.collect([one]).tasks["t"]["p"]["p_at_1"].value == 1.0
     both = collector.collect([one, two]).tasks["t"]["p"]["p_at_1"]
@@ -176,15 +177,16 @@ def test_tables_follow_further_seeds() -> None:
 
 def test_what_is_written_can_be_read_and_is_the_same_again(tmp_path: Path) -> None:
     cells = [done("P1", name, [1, 0, 1], ranks=[1, 3, 1]) for name in ("manual", "p-tuning")]
-    collector = Collector("lama", ["manual", "p-tuning"], {"P1": "1-1"}, {"command": "x"}, tmp_path)
-    collector.collect(cells).write()
+    empty = Results("lama", command="x", folder=tmp_path)
+    Collector(empty, ["manual", "p-tuning"], {"P1": "1-1"}).collect(cells).write()
     text = (tmp_path / "results.json").read_text(encoding="utf-8")
     saved: Any = json.loads(text)
     assert list(saved) == [
-        "format_version", "suite", "command", "cells", "tasks", "macro", "by_type", "differences",
+        "format_version", "suite", "command", "backbone", "settings", "versions", "task_info", "methods", "cells",
+        "tasks", "macro", "by_type", "differences",
     ]  # fmt: skip
     assert saved["tasks"]["P1"]["manual"]["p_at_1"].keys() == {"value", "low", "high", "n", "std", "seeds", "lowest"}
     assert saved["differences"]["p-tuning - manual"]["mrr"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
     assert saved["cells"][0]["scores"]["p_at_1"] == pytest.approx(2 / 3)
-    Collector("lama", ["manual", "p-tuning"], {"P1": "1-1"}, {"command": "x"}, tmp_path).collect(cells).write()
+    Collector(empty, ["manual", "p-tuning"], {"P1": "1-1"}).collect(cells).write()
     assert (tmp_path / "results.json").read_text(encoding="utf-8") == text

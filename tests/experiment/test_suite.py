@@ -21,15 +21,16 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError, TrainingError
-from ptuning.experiment.cells import Cell, Job
+from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
-from ptuning.experiment.results import Results
 from ptuning.experiment.suite import Suite
-from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.method.base import Setup, Solution, Task
+from ptuning.method.registry import METHODS
 from ptuning.progress import Interrupted
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
+from ptuning.report.results_file import Cell, Results
 from ptuning.template.language import Template
 from ptuning.training import fleet, step, train_fleet
 from ptuning.training.trainer import Trainer
@@ -157,7 +158,7 @@ def test_settings_of_training_do_not_matter_to_what_is_not_trained(causal: Backb
 
 def test_a_folder_of_something_else_is_left_alone(causal: Backbone, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileError, match=r"holds files, and no results of a benchmark; choose another folder"):
+    with pytest.raises(FileError, match=r"holds files, but no results of a comparison; choose another folder"):
         run(causal, tmp_path, methods=["manual"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -170,7 +171,7 @@ def test_a_failing_cell_does_not_stop_the_others(
 
     own_method("broken", fit)
     found = run(causal, tmp_path, methods=["broken", "manual"])
-    assert {result.cell.method: result.status for result in found.cells} == {"broken": "failed", "manual": "done"}
+    assert {result.method: result.status for result in found.cells} == {"broken": "failed", "manual": "done"}
     assert [result.error for result in found.failed] == ["one by none"]
     assert list(found.tasks["task"]) == ["manual"]
     assert "task broken seed 0 failed: one by none" in caplog.text
@@ -191,6 +192,23 @@ def test_a_method_of_ones_own_takes_a_few_lines(
     assert scores["mrr"].value == pytest.approx(
         sum({"yes": 1.0, "no": 0.5}.get(row["y"], 0.0) for row in TEST) / len(TEST)
     )
+
+
+def test_a_trained_method_of_ones_own_is_in_tables_and_limits_of_the_report(
+    causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
+) -> None:
+    """What the report needs to know about a method is in ``results.json``; no list elsewhere can forget it."""
+    own_method(
+        "prefix", lambda *_: Solution.of_ranking(lambda _: ["yes", "no"]), trained=True, seeded=True, learns_slots=True
+    )
+    found = run(causal, tmp_path, methods=["manual", "prefix"], seeds=2)
+    assert "prefix - manual" in found.differences
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "There is no control with random weights for prefix:" in page
+    assert "A written or a learned prompt is missing" not in page
+    found = run(causal, tmp_path, methods=["manual", "prefix"], seeds=2, control=True)
+    assert list(found.tasks["task"]) == ["manual", "prefix", "prefix@random-weights"]
+    assert "There is no control" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_no_method_sees_the_test_part(causal: Backbone, tmp_path: Path, own_method: Callable[..., None]) -> None:
@@ -428,12 +446,11 @@ def test_a_dry_run_leaves_nothing_and_knows_what_is_finished(causal: Backbone, t
     run(causal, tmp_path / "out", dry_run=True, watch=watch)
     assert not (tmp_path / "out").exists()
     assert [one.cell.method for one in estimates] == list(METHODS_RUN)
-    assert all(one.seconds >= 0 for one in estimates)
-    assert max(estimates, key=lambda one: one.seconds).cell.method in ("p-tuning", "in-context")
+    assert not any(one.is_finished for one in estimates)
     run(causal, tmp_path / "out", methods=["manual"])
     estimates.clear()
     run(causal, tmp_path / "out", dry_run=True, watch=watch)
-    assert [one.seconds is None for one in estimates] == [False, True, False, False]
+    assert [one.is_finished for one in estimates] == [False, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +472,7 @@ def test_names_of_methods() -> None:
     with pytest.raises(ConfigError, match="already"):
         METHODS.register("manual", describe="again")
     for name in ("", "a/b", "..", "a b", "a@b", "a,b"):
-        with pytest.raises(ConfigError, match="no name for a method"):
+        with pytest.raises(ConfigError, match="not a valid name for a method"):
             METHODS.register(name, describe="")
     assert "majority" in METHODS
     assert METHODS.get("nobody") is None

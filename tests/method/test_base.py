@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import ptuning.method
 from ptuning.data.questions import Question, as_questions
 from ptuning.errors import ConfigError
-from ptuning.experiment.plan import methods
-from ptuning.method.base import METHODS, Methods, Setup, Solution, Task
+from ptuning.method.base import Methods, Setup, Solution, Task
+from ptuning.method.registry import METHODS, methods
 from ptuning.metrics import Answer
 
 
@@ -31,10 +32,11 @@ def test_a_solution_of_a_ranking_answers_each_record() -> None:
 
 def test_a_method_joins_the_list_under_its_name() -> None:
     mine = Methods()
-    assert mine.register("mine", describe="always nothing", seeded=True, passes=(1.0, 2.0))(nothing) is nothing
+    assert mine.register("mine", describe="always nothing", seeded=True, learns_slots=True)(nothing) is nothing
     found = mine.find("mine")
     assert (found.name, found.describe, found.fit) == ("mine", "always nothing", nothing)
-    assert (found.trained, found.seeded, found.passes) == (False, True, (1.0, 2.0))
+    assert (found.trained, found.seeded, found.reads_train, found.learns_slots) == (False, True, True, True)
+    assert mine.default_for("compare") == []  # it runs only if it is named
     assert (list(mine), len(mine), mine["mine"]) == (["mine"], 1, found)
     for name in ("mine", "all"):  # which stands for the list
         with pytest.raises(ConfigError, match=f"there is a method '{name}' already"):
@@ -44,7 +46,7 @@ def test_a_method_joins_the_list_under_its_name() -> None:
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a@b", "a,b", "a b", "a\nb"])
 def test_a_name_that_could_be_no_folder_or_option(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name for a method"):
+    with pytest.raises(ConfigError, match="is not a valid name for a method"):
         Methods().register(name, describe="")
 
 
@@ -71,7 +73,30 @@ def test_the_methods_of_the_paper() -> None:
     ]  # fmt: skip
     assert [name for name, method in methods.items() if method.trained] == list(methods)[4:]
     assert [name for name, method in methods.items() if not method.seeded] == list(methods)[:3]
-    # Backward to all weights is dearer than to the slots alone, and not training costs nothing on the training part.
-    costs = [methods[name].passes for name in ("fine-tuning", "p-tuning", "in-context", "manual")]
-    assert costs == sorted((cost for cost in costs if cost is not None), reverse=True)
-    assert methods["majority"].passes is None  # never asks the backbone
+    assert [name for name, method in methods.items() if method.learns_slots] == [
+        "p-tuning", "p-tuning+fine-tuning", "p-tuning+lora",
+    ]  # fmt: skip
+    assert {name: method.tune for name, method in methods.items() if method.trained} == {
+        "p-tuning": "frozen", "fine-tuning": "tuned", "manual+fine-tuning": "tuned", "p-tuning+fine-tuning": "tuned",
+        "manual+lora": "lora", "p-tuning+lora": "lora",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("suite", "names"),
+    [
+        ("compare", ["majority", "manual", "manual-restricted", "in-context", "p-tuning"]),
+        ("lama", ["majority", "manual", "manual-restricted", "in-context", "p-tuning"]),
+        ("paraphrases", ["manual", "p-tuning"]),
+        ("superglue", ["majority", "manual", "in-context", "p-tuning", "fine-tuning", "manual+fine-tuning"]),
+    ],
+)
+def test_the_methods_that_run_if_none_are_named(suite: str, names: list[str]) -> None:
+    assert methods.default_for(suite) == names
+
+
+def test_a_method_of_ones_own_imports_from_the_room() -> None:
+    """As docs/compare.md tells users."""
+    assert (ptuning.method.Solution, ptuning.method.Task, ptuning.method.Setup) == (Solution, Task, Setup)
+    with pytest.raises(AttributeError, match="has no attribute 'Solutions'"):
+        getattr(ptuning.method, "Solutions")  # noqa: B009

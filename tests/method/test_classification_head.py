@@ -18,9 +18,9 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.objective import class_scores, inputs_of, score_choices
 from ptuning.engine.passes import target_logits
 from ptuning.errors import BackboneError
-from ptuning.experiment.plan import methods
 from ptuning.method.base import Setup, Task
 from ptuning.method.classification_head import Head, HeadModel, head_items, head_template, with_head
+from ptuning.method.registry import methods
 from ptuning.template.fill import BoundTemplate, Example
 from tests.families import FAMILIES, built, tokenizer_of
 

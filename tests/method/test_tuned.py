@@ -18,7 +18,8 @@ from ptuning.engine import passes, prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.method import tuned
-from ptuning.method.base import METHODS, Setup, Solution, Task
+from ptuning.method.base import Setup, Solution, Task
+from ptuning.method.registry import METHODS
 from ptuning.method.tuned import TRIED_FACTORS, bare, tried_factors
 from ptuning.metrics import Answer
 from ptuning.progress import Interrupted, Progress
@@ -26,8 +27,8 @@ from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
-from ptuning.template.fill import Ids
 from ptuning.template.language import Template
+from ptuning.template.segments import Ids
 from ptuning.training import step as steps
 from ptuning.training.trainer import Trainer
 

@@ -13,7 +13,7 @@ from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, RecordError
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.score import candidates_of, prediction_rows, score_prompt
+from ptuning.prompt.score import prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, bound, learned
@@ -132,12 +132,6 @@ def test_records_that_cannot_be_scored(causal: Backbone, rows: list[Record], mes
     """The error names the data and the record at fault."""
     with pytest.raises(RecordError, match=message):
         score_prompt(PromptModel(causal), Records(rows), learned(causal, TEMPLATE))
-
-
-def test_candidates_of_records() -> None:
-    """Different targets in order of appearance, trimmed, without those that are missing."""
-    rows: list[Record] = [{"x": "a", "y": " no"}, {"x": "b", "y": "yes"}, {"x": "c", "y": "no"}, {"x": "d"}]
-    assert candidates_of(rows) == ["no", "yes"]
 
 
 def test_rows_of_predictions(make_backbone: Callable[[str], Backbone]) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from ptuning.errors import FileError
 from ptuning.report.pictures import mean_curve
-from ptuning.report.results_file import load_findings
-from ptuning.report.write import build_page, write_report
+from ptuning.report.results_file import read_results
+from ptuning.report.sections import build_page
+from ptuning.report.write import write_report
 
 # Names that would break a page or a table if they were not escaped.
 TASKS = {"P36": "capital", "P103": "native <b>language</b> | $x_1$", "P17": "country & *state*"}
@@ -102,7 +103,10 @@ def a_results(tasks: list[str], suite: str = "lama") -> dict[str, Any]:
             }
             for task in tasks
         },
-        "methods": {method: {"describe": text} for method, text in METHODS.items()},
+        "methods": {
+            method: {"describe": text, "trained": method in TRAINED, "learns_slots": method in TRAINED}
+            for method, text in METHODS.items()
+        },
         "cells": cells,
         "tasks": {task: {method: scores_of(draw, method, ROWS) for method in METHODS} for task in tasks},
         "macro": {method: scores_of(draw, method, len(tasks)) for method in METHODS},
@@ -236,7 +240,7 @@ def page_of(folder: Path) -> Page:
 
 
 def headings(folder: Path) -> list[str]:
-    return [section.heading for section in build_page(load_findings(folder)).sections]
+    return [section.heading for section in build_page(read_results(folder)).sections]
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -344,7 +348,7 @@ def test_the_markdown_says_the_same(lama: Path) -> None:
     images = [attributes["src"] for tag, attributes in rendered.tags if tag == "img"]
     assert images == [f"pictures/{name}.svg" for name in ("dots", "wordings", "curves")]
     assert all((lama / str(name)).is_file() for name in images)
-    sections = [section.heading for section in build_page(load_findings(lama)).sections]
+    sections = [section.heading for section in build_page(read_results(lama)).sections]
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == sections
 
 
@@ -417,21 +421,21 @@ def test_one_task_is_told_once(compare: Path) -> None:
 def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
     results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
     best = results["macro"]["p-tuning"]["p_at_1"]
-    answer = build_page(load_findings(lama)).answer
+    answer = build_page(read_results(lama)).answer
     shown = f"{100 * best['value']:.1f}\N{NO-BREAK SPACE}%"
     assert answer.startswith(f"Of 5 methods, p-tuning is best: P@1 {shown} (95 % interval ")
     difference = "The difference p-tuning − manual is +25.0 points (95 % interval +21.0 to +28.4, n = 120)"
     assert f"{difference}; its interval is above zero." in answer
     assert "With manual, the wordings of one relation lie up to 37.1 points apart" in answer
     change(lama, lambda found: found["differences"]["p-tuning - manual"]["p_at_1"].update(low=-0.01))
-    answer = build_page(load_findings(lama)).answer
+    answer = build_page(read_results(lama)).answer
     assert "its interval includes zero, so this run shows no difference." in answer
 
 
 def test_a_report_on_unfinished_work_says_so_first(lama: Path) -> None:
     def undo(results: dict[str, Any]) -> None:
-        results["cells"][2] |= {"status": "failed", "error": "no <room> | on disk", "run": None}
-        results["cells"][7] |= {"status": "waiting", "run": None, "seconds": None, "tried": None}
+        results["cells"][2] |= {"status": "failed", "error": "no <room> | on disk"}
+        results["cells"][7] |= {"status": "waiting", "seconds": 0.0}
 
     assert "Not complete" not in page_of(lama).text
     change(lama, undo)
@@ -550,15 +554,15 @@ def test_what_no_run_can_show(lama: Path) -> None:
     [
         (lambda found: found.update(format_version=2), "has format_version 2, and this version of ptuning reads 1"),
         (lambda found: found.pop("cells"), "is damaged: it has no cells; run the benchmark again"),
-        (lambda found: found.update(tasks=[]), "tasks must be an object, and is []"),
-        (lambda found: found.update(cells={}), "cells must be a list, and is {}"),
-        (lambda found: found["cells"][0].pop("task"), "task must be text, and is null"),
+        (lambda found: found.update(tasks=[]), "'tasks' must be a table of names and values, and is []"),
+        (lambda found: found.update(cells={}), "'cells' must be a list, and is {}"),
+        (lambda found: found["cells"][0].pop("task"), "'cells #1.task' must be text in quotation marks, and is null"),
         (lambda found: found["cells"][0].update(status="lost"), 'must be one of done, failed, waiting, and is "lost"'),
         (lambda found: found["cells"][0].update(run="../elsewhere"), "must be a folder inside that of the results"),
-        (lambda found: found["cells"][0].update(seed=0.5), "seed must be a whole number, and is 0.5"),
+        (lambda found: found["cells"][0].update(seed=0.5), "'cells #1.seed' must be a whole number, and is 0.5"),
         (
             lambda found: found["macro"]["manual"]["mrr"].update(low=float("nan")),
-            "macro manual mrr low must be a number, and is NaN",
+            "'macro.manual.mrr.low' must be a number, and is NaN",
         ),
     ],
 )

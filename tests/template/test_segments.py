@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, Run
+from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, TextRun
 
 
 class Words:
@@ -41,14 +41,14 @@ class Words:
         return self.known.index(word)
 
 
-def cut(run: Run) -> tuple[list[tuple[str, list[str]]], Words]:
+def cut(run: TextRun) -> tuple[list[tuple[str, list[str]]], Words]:
     words = Words()
     spans = Encoded(words, [run]).cut(run)
     return [(name, [words.known[token] for token in ids]) for name, ids in spans], words
 
 
 def test_a_token_belongs_to_the_segment_in_which_it_ends() -> None:
-    run = Run(((LITERAL, "The "), ("field x", "Kenya, U.S"), (LITERAL, ". is "), (TARGET, "so")))
+    run = TextRun(((LITERAL, "The "), ("field x", "Kenya, U.S"), (LITERAL, ". is "), (TARGET, "so")))
     spans, words = cut(run)
     assert spans == [
         (LITERAL, ["The"]),
@@ -60,23 +60,23 @@ def test_a_token_belongs_to_the_segment_in_which_it_ends() -> None:
 
 
 def test_line_breaks_before_a_segment_are_those_in_front_of_a_word() -> None:
-    spans, _ = cut(Run(((LITERAL, "is\n\n"), (TARGET, "so"))))
+    spans, _ = cut(TextRun(((LITERAL, "is\n\n"), (TARGET, "so"))))
     assert spans == [(LITERAL, ["is", "\n", "\n"]), (TARGET, ["so"])]
 
 
 def test_an_unknown_target_has_no_tokens() -> None:
-    spans, _ = cut(Run(((LITERAL, "it is "), (TARGET, "a"), (LITERAL, " !")), is_open=True))
+    spans, _ = cut(TextRun(((LITERAL, "it is "), (TARGET, "a"), (LITERAL, " !")), is_open=True))
     assert spans == [(LITERAL, ["it", " is"]), (TARGET, []), (LITERAL, [" !"])]
 
 
 def test_the_text_beside_an_unknown_target_is_not_swallowed_with_it() -> None:
     """The word that stands in for the target grows together with what is glued to it."""
-    assert cut(Run(((LITERAL, "it un"), (TARGET, "a"), (LITERAL, " !")), is_open=True))[0] == [
+    assert cut(TextRun(((LITERAL, "it un"), (TARGET, "a"), (LITERAL, " !")), is_open=True))[0] == [
         (LITERAL, ["it", " un"]),
         (TARGET, []),
         (LITERAL, [" !"]),
     ]
-    assert cut(Run(((LITERAL, "it "), (TARGET, "a"), (LITERAL, ".")), is_open=True))[0] == [
+    assert cut(TextRun(((LITERAL, "it "), (TARGET, "a"), (LITERAL, ".")), is_open=True))[0] == [
         (LITERAL, ["it"]),
         (TARGET, []),
         (LITERAL, ["."]),
@@ -86,20 +86,20 @@ def test_the_text_beside_an_unknown_target_is_not_swallowed_with_it() -> None:
 def test_a_target_that_grows_together_with_the_text_behind_it_leaves_none_of_itself_there() -> None:
     """Whether all of its tokens do, or only the last: a masked model must not read the end of the answer."""
     for target, tokens in (("Rome", [" Rome."]), ("New York", [" New", " York."])):
-        run = Run(((LITERAL, "it is "), (TARGET, target), (LITERAL, ". Yes!")))
+        run = TextRun(((LITERAL, "it is "), (TARGET, target), (LITERAL, ". Yes!")))
         assert cut(run)[0] == [(LITERAL, ["it", " is"]), (TARGET, tokens), (LITERAL, [" Yes", "!"])]
 
 
 def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
     """A word in front is cut off again, or left out where it has grown together with the text."""
-    run = Run(((LITERAL, " is "), (TARGET, "so"))).behind_slots()
+    run = TextRun(((LITERAL, " is "), (TARGET, "so"))).behind_slots()
     assert run.prefixes == ["a is ", "a is so"]
     assert cut(run)[0] == [(LITERAL, [" is"]), (TARGET, [" so"])]
-    assert Run(((LITERAL, "s it"),)).behind_slots().lead == ""
-    merged = Run(((LITERAL, ". It "), (TARGET, "so"))).behind_slots()
+    assert TextRun(((LITERAL, "s it"),)).behind_slots().lead == ""
+    merged = TextRun(((LITERAL, ". It "), (TARGET, "so"))).behind_slots()
     assert merged.lead == "a"
     assert cut(merged)[0] == [(LITERAL, [".", " It"]), (TARGET, [" so"])]
-    spaces = Run(((LITERAL, " "), (TARGET, "so"))).behind_slots()
+    spaces = TextRun(((LITERAL, " "), (TARGET, "so"))).behind_slots()
     assert cut(spaces)[0] == [(LITERAL, []), (TARGET, [" so"])]
 
 

@@ -49,8 +49,8 @@ from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Ids
 from ptuning.template.labels import LabelWords
+from ptuning.template.segments import Ids
 from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer

@@ -34,8 +34,9 @@ from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Example, Ids
+from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords
+from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import CHECKPOINT_FILE

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
-from ptuning.backbone.tokenizer import TextTokenizer as TextTokenizer
-from ptuning.backbone.tokenizer import decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
-from ptuning.template.fill import Kind
+from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -339,6 +338,16 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
+    """Turn what a model raises where it is run into an error that says what it cannot do, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
 
 
 def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.grouped_attention import pack_heads
 from ptuning.errors import BackboneError
-from ptuning.template.fill import Kind
+from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
     from transformers import Cache, DynamicLayer, PreTrainedModel

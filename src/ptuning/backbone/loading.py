@@ -17,7 +17,7 @@ from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError, closest
-from ptuning.template.fill import Kind
+from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -4,13 +4,10 @@ or embeddings in another way than tokens. Knows no templates.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, same_logits
+from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, running, same_logits
 from ptuning.errors import BackboneError
 
 # Tokens of one longer row: no multiple of the pieces that some models cut rows into (Reformer), of 64 and less.
@@ -72,16 +69,6 @@ def check_reading(backbone: Backbone) -> None:
             f"{called} lets a position see what stands behind it, so it would be shown the target; use a causal "
             "language model, or a masked one with its masked language-model head"
         )
-
-
-@contextlib.contextmanager
-def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
-    """Turn what a model raises where it is run into an error that says what it cannot do, and what to do."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
 
 
 def _asked(backbone: Backbone, ids: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
-from ptuning.template.fill import Ids, Kind
-from ptuning.template.segments import Gap
+from ptuning.template.segments import Gap, Ids, Kind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone import lora
-from ptuning.backbone.backbone import Backbone, beside_pads
-from ptuning.backbone.probes import running
+from ptuning.backbone.backbone import Backbone, beside_pads, running
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
-from ptuning.files import Json, file_error, file_sha256, make_folder, read_bytes, replacing, write_bytes
+from ptuning.files import Json, file_error, file_sha256, read_bytes, replacing, write_bytes
 
 PREFIX = ".weights-"
 DIFFERENCE_FILE = "difference.safetensors"
-BEST_FILE = "best-{epoch}.safetensors"
 WHOLE_FILE = "model.safetensors"
 # Of a tensor of which only some rows changed, those rows are kept, and under the name with this behind it which ones.
 ROWS = ".rows"
@@ -204,56 +202,6 @@ class TrainedWeights:
         if tune == "lora" and lora.CONFIG_FILE not in files:
             raise TypeError(f"the sha256 of {lora.CONFIG_FILE} is missing")
         return cls(empty.tune, empty.keep, empty.fingerprint, tensors, files)
-
-
-class KeptWeights:
-    """The best weights so far, set aside on disk: a third copy in memory (beside gradients and the two moments of the
-    optimizer) would bound the size of a backbone that can be tuned.
-
-    Args:
-        folder: Where they lie, beside a checkpoint that says of which epoch they are; without one in the system's place
-            for temporary files, until :meth:`close`.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX) if folder is None else None
-        self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
-
-    def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Write the weights of an epoch beside those of earlier ones.
-
-        Raises:
-            FileError: If they cannot be written.
-        """
-        make_folder(self._folder)
-        write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
-
-    def forget_others(self, *, epoch: int) -> None:
-        """Remove the weights of all epochs but one, once nothing names them any more."""
-        for file in self._folder.glob(BEST_FILE.format(epoch="*")):
-            if file != self._file(epoch):
-                file.unlink(missing_ok=True)
-
-    def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Put the weights of an epoch back.
-
-        Raises:
-            PromptError: If their file is damaged, or of another backbone.
-        """
-        kept = read_tensors(self._file(epoch))
-        if kept.keys() != weights.keys() or any(kept[name].shape != weights[name].shape for name in kept):
-            raise PromptError(f"{self._file(epoch)} holds the weights of another backbone")
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(kept[name])
-
-    def close(self) -> None:
-        """Remove what was kept for the time of the training only."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
-
-    def _file(self, epoch: int) -> Path:
-        return self._folder / BEST_FILE.format(epoch=epoch)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:

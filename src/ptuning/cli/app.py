@@ -40,7 +40,7 @@ from ptuning.cli.options import (
 from ptuning.cli.signals import SIGNAL_EXIT, stoppable
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.provenance import VERSION
-from ptuning.template.fill import FILLS_MASKS
+from ptuning.template.segments import FILLS_MASKS
 
 # Records answered between two steps of the progress bar.
 PREDICTED_ROWS = 64

@@ -24,8 +24,8 @@ from ptuning.errors import ConfigError
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.compare import Targets
-    from ptuning.experiment.results import Results
+    from ptuning.experiment.lama import Targets
+    from ptuning.report.results_file import Results
 
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts in any of the layouts they come in.")]
@@ -138,7 +138,7 @@ def lama(
         raise ConfigError(f"--targets is token or any, not '{targets}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
-        from ptuning.experiment.compare import lama as run
+        from ptuning.experiment.lama import lama as run
 
         found = run(
             data,

@@ -221,27 +221,12 @@ def data_to_answer(
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
-    """Read candidates: a text file with one per line, the targets of a data file, or those of the training part."""
-    from ptuning.data.reading import load_records
-    from ptuning.files import read_bytes
-    from ptuning.prompt.score import candidates_of
-    from ptuning.records import TARGET_FIELD
+    """Read candidates: a word list, or ``train`` for the targets of the training part."""
+    from ptuning.data.word_lists import read_words
 
     if source == "train" and not Path(source).exists():
         source = _training_part(prompt, data)
-    if Path(source).suffix.lower() == ".txt":
-        try:
-            lines = read_bytes(Path(source)).decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise FileError(f"{source} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
-        found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    else:
-        # Other fields may well be missing beside the answers.
-        fields = {new: old for new, old in fields_of(field).items() if new == TARGET_FIELD}
-        found = candidates_of(load_records(source, fields=fields))
-    if not found:
-        raise FileError(f"{source} holds no candidates; give a .txt with one per line, or data with {TARGET_FIELD}")
-    return found
+    return list(read_words(source, fields=fields_of(field)))
 
 
 def _training_part(prompt: str, data: str | None) -> str:

@@ -11,12 +11,11 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
-from ptuning.names import LEARNED_BY_TUNE
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
-    from ptuning.experiment.dry_run import Estimate
-    from ptuning.experiment.results import Results, Scores
+    from ptuning.experiment.dry_run import CellEstimate
+    from ptuning.report.results_file import Results, Scores
 
 
 def cell(result: CellResult, number: int, total: int) -> None:
@@ -34,26 +33,38 @@ def cell(result: CellResult, number: int, total: int) -> None:
     )
 
 
-def estimates(found: Sequence[Estimate]) -> None:
-    """Print the cells of a dry run with their estimated times, one line per method, and the sum."""
+def estimates(found: Sequence[CellEstimate]) -> None:
+    """Print the cells of a dry run with the time they will take, one line per method, and the sum."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("method", "cells", "finished", "estimated time"):
         table.add_column(name, justify="left" if name == "method" else "right")
+    left = [one for one in found if not one.is_finished]
     for method in dict.fromkeys(one.cell.method for one in found):
         own = [one for one in found if one.cell.method == method]
-        seconds = sum(one.seconds or 0.0 for one in own)
-        finished = sum(one.seconds is None for one in own)
-        table.add_row(escape(method), str(len(own)), str(finished), terminal.duration(seconds))
+        finished = sum(one.is_finished for one in own)
+        time = _time([one for one in own if not one.is_finished])
+        table.add_row(escape(method), str(len(own)), str(finished), time)
     terminal.results().print(table)
     for one in found:
-        text = "finished" if one.seconds is None else terminal.duration(one.seconds)
-        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {text}")
-    total = sum(one.seconds or 0.0 for one in found)
-    terminal.line(f"about {terminal.duration(total)} for {len(found)} cells on this machine; nothing was run")
+        time = "finished" if one.is_finished else _time([one])
+        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {time}")
+    terminal.line(f"{len(left)} of {len(found)} cells to run, estimated time: {_time(left)}; nothing was run")
+    if any(one.seconds is None for one in left):
+        terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
+
+
+def _time(cells: Sequence[CellEstimate]) -> str:
+    """Return the estimated time of cells that are to be run."""
+    known = [one.seconds for one in cells if one.seconds is not None]
+    if len(known) == len(cells):
+        return terminal.duration(sum(known))
+    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
 
 
 def results(found: Results) -> None:
     """Print the main table, the differences, and where everything lies."""
+    from ptuning.method.registry import METHODS
+
     if len(found.tasks) > 1:
         _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
         for kind, scores in found.by_type.items():
@@ -62,13 +73,14 @@ def results(found: Results) -> None:
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{name} (n = {unit})")
     for name, differences in found.differences.items():
-        if name.partition(" - ")[0] in LEARNED_BY_TUNE.values():
+        method = METHODS.get(name.partition(" - ")[0])
+        if method is not None and method.learns_slots:
             first = primary(differences)
             score = differences[first]
             where = f"[{score.low:+.3f}, {score.high:+.3f}]"
             terminal.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
     for result in found.failed:
-        terminal.line(f"failed: {result.cell.folder}: {result.error}")
+        terminal.line(f"failed: {result.folder}: {result.error}")
     terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
 
 

@@ -24,7 +24,7 @@ from ptuning.backbone.families import COLUMNS, TESTED, Family
 from ptuning.provenance import about_data
 
 if TYPE_CHECKING:
-    from ptuning.backbone.backbone import TextTokenizer
+    from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.questions import Questions
     from ptuning.experiment.demo import DemoResult
     from ptuning.files import Json

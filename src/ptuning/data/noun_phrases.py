@@ -1,11 +1,11 @@
-"""Phrases of a sentence that a pronoun in it could stand for, found without a parser. Knows no tasks."""
+"""Noun phrases of a sentence, found without a parser: candidates for what a pronoun in it refers to."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# Words that begin a noun phrase, and words that can stand in none.
+# Words that begin a noun phrase, and words that are in none.
 _DETERMINERS = "a an the this that these those my your his her its our their some any no every each"
 _STOPPERS = (
     "i you he she it we they me him us them himself herself itself themselves who whom which what whose where "
@@ -20,8 +20,8 @@ LONGEST_PHRASE = 3
 
 
 def noun_phrases(text: str) -> list[str]:
-    """Return the phrases of a text that look like noun phrases: names (words with capitals that stand together), and
-    up to three words behind an article or a possessive. Some are wrong, and some are missing; they are distractors.
+    """Return what looks like a noun phrase: names (neighbouring words with capitals), and up to three words behind an
+    article or a possessive. Some are wrong, and some are missing; they serve as distractors.
 
     Example:
         >>> noun_phrases("The man lifted Bob because he was strong.")
@@ -40,8 +40,8 @@ def noun_phrases(text: str) -> list[str]:
 
 
 def other_phrases(text: str, *, than: Iterable[str]) -> list[str]:
-    """Return the noun phrases of a text that share no word with given ones ("the pony" is none beside "pony"); if there
-    are none, single words that could be one.
+    """Return the noun phrases of a text that share no word with the given ones ("the pony" shares one with "pony"); if
+    there are none, single words that could be one.
     """
     taken = {word for phrase in than for word in _words(phrase)} - DETERMINERS
     found = [phrase for phrase in noun_phrases(text) if not taken & set(_words(phrase))]
@@ -56,7 +56,7 @@ def _words(text: str) -> list[str]:
 
 
 def _phrase(words: list[str], at: int) -> int:
-    """Return how many words of a phrase begin here; 0 if none does."""
+    """Return the number of words of the phrase that begins here; 0 if none does."""
     first = words[at].lower()
     if first in DETERMINERS:
         rest = 0

@@ -1,6 +1,4 @@
-"""Rows of a task, ready for templates: fields, choices, right answers, groups. Knows how to read them from a file's
-rows, and neither tasks by name nor models.
-"""
+"""Questions: the rows of a task, ready for templates, with their fields, choices, right answers and groups."""
 
 from __future__ import annotations
 
@@ -9,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ptuning.data.noun_phrases import other_phrases
-from ptuning.data.row_paths import Context, Source, unfold
+from ptuning.data.row_paths import Context, RowPath, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
 from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text
 
-# Where a row's label stands unless a task says otherwise.
-LABEL = Source(("label",), (), "label")
+# The path to a row's label, unless a task names another.
+LABEL = RowPath(("label",), (), "label")
 
 
 @dataclass(frozen=True)
@@ -24,11 +22,11 @@ class Question:
 
     Args:
         record: Field -> text. :data:`TARGET_FIELD` holds the label's name, or the text of a right choice; it is missing
-            where a row was read without its label.
-        choices: The texts to choose among in this row; empty where the task has label words.
-        answers: Which of them are right; several may be.
-        group: What the row is scored together with: MultiRC's question, ReCoRD's query.
-        idx: The row's number as the file has it, for the files that a benchmark's server takes.
+            if the row was read without its label.
+        choices: The texts to choose among in this row; empty if the task has label words.
+        answers: The places of the right choices; there may be several.
+        group: The name of the group that is scored together: MultiRC's question, ReCoRD's query.
+        idx: The row's number in the file, for the files that a benchmark's server takes.
     """
 
     record: Record
@@ -39,14 +37,14 @@ class Question:
 
     @property
     def right(self) -> tuple[str, ...]:
-        """The texts that are right: choices, or the target; none where the row was read without its label."""
+        """The right texts: choices, or the target; none if the row was read without its label."""
         if self.answers:
             return tuple(self.choices[place] for place in self.answers)
         return (self.record[TARGET_FIELD].strip(),) if TARGET_FIELD in self.record else ()
 
 
 class Questions(list[Question]):
-    """A list of questions that knows where it came from, as :class:`Records` does."""
+    """A list of questions with the name and the SHA-256 of the data, like :class:`Records`."""
 
     def __init__(self, rows: Iterable[Question], *, name: str = "in memory", digest: str | None = None) -> None:
         super().__init__(rows)
@@ -67,31 +65,31 @@ class Questions(list[Question]):
 
 @dataclass(frozen=True)
 class ChoiceSource:
-    """Where a row's choices stand, and which of them are right.
+    """Paths to a row's choices, and to the right ones among them.
 
     Args:
-        texts: Sources of texts.
-        spans: Source of objects with the ``start`` and ``end`` of characters in ``of``; the character at ``end`` is
-            the span's last.
-        of: The text that the spans cut from.
-        phrases: A text whose noun phrases are choices, too.
-        right: Source of what is right: a choice's number (from 0), the text of one or more, or true for the first and
+        texts: Paths to texts.
+        spans: Path to objects with the ``start`` and ``end`` of characters in ``of``; the character at ``end`` is the
+            span's last.
+        of: Path to the text that the spans cut from.
+        phrases: Path to a text whose noun phrases are choices as well.
+        right: Path to the right answer: a choice's number (from 0), the text of one or more, or true for the first and
             false for any but the first.
     """
 
-    texts: tuple[Source, ...] = ()
-    spans: Source | None = None
-    of: Source | None = None
-    phrases: Source | None = None
-    right: Source = LABEL
+    texts: tuple[RowPath, ...] = ()
+    spans: RowPath | None = None
+    of: RowPath | None = None
+    phrases: RowPath | None = None
+    right: RowPath = LABEL
 
     def read(self, context: Context, *, where: str, labelled: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the different choices of a row, in order of appearance, and the places of the right ones among them.
 
         Raises:
-            RecordError: If there are fewer than two, or something right is none of them.
+            RecordError: If there are fewer than two, or a right answer is not among them.
         """
-        found = [text for source in self.texts for text in source.texts(context, where=where)]
+        found = [text for path in self.texts for text in path.texts(context, where=where)]
         if self.spans is not None and self.of is not None:
             text = self.of.text(context, where=where)
             found += [_span(text, span, where=where) for span in self.spans.values(context, where=where)]
@@ -105,7 +103,7 @@ class ChoiceSource:
         return kept, tuple(place for place, text in enumerate(kept) if text in right)
 
     def _right(self, context: Context, listed: Sequence[str], *, where: str) -> set[str]:
-        """Return the right ones of the choices as the row lists them: empty and double ones count for their numbers."""
+        """Return the right choices. Numbers count the choices as the row lists them, with empty and double ones."""
         values = self.right.values(context, where=where)
         if len(values) == 1 and isinstance(values[0], bool):
             first = _right_one(0, "0", listed, where=where)
@@ -120,36 +118,36 @@ class ChoiceSource:
 
 @dataclass(frozen=True)
 class Reader:
-    """How rows of a file become questions.
+    """Turns the rows of a file into questions.
 
     Args:
-        fields: Field -> where it stands.
-        lists: The lists whose innermost elements are the rows, from the outermost inwards.
-        label: Where the label or target stands; not looked at where there are choices.
+        fields: Field -> its path.
+        lists: Paths of the lists whose innermost elements are the rows, from the outermost inwards.
+        label: Path of the label or target; unused if there are choices.
         labels: The names of the labels; empty if the target is any text.
         values: Field (or :data:`TARGET_FIELD` for the label) -> value in the file -> text in the record.
-        choices: Where choices stand.
-        group: Sources that together name the group.
-        idx: Name -> where that number stands; the name is empty if there is only one.
+        choices: Paths of the choices.
+        group: Paths that together name the group.
+        idx: Name -> path of that number; the name is empty if there is only one.
     """
 
-    fields: Mapping[str, Source]
-    lists: tuple[Source, ...] = ()
-    label: Source = LABEL
+    fields: Mapping[str, RowPath]
+    lists: tuple[RowPath, ...] = ()
+    label: RowPath = LABEL
     labels: tuple[str, ...] = ()
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     choices: ChoiceSource | None = None
-    group: tuple[Source, ...] = ()
-    idx: Mapping[str, Source] = field(default_factory=dict)
+    group: tuple[RowPath, ...] = ()
+    idx: Mapping[str, RowPath] = field(default_factory=dict)
 
     def read(self, rows: Iterable[tuple[str, Mapping[str, object]]], *, labelled: bool = True) -> Iterator[Question]:
-        """Yield the questions of rows, each row with what it is called in messages.
+        """Yield the questions of rows, each given as (file and line, row).
 
         Raises:
-            RecordError: If a row lacks something, or its label is outside of the task.
+            RecordError: If something is missing in a row, or its label is outside of the task.
         """
         for where, row in rows:
-            # Plain JSON, whatever the file's format gave: a date or bytes in a column are the text that Python shows.
+            # Plain JSON, whatever the file's format gave: a date or bytes become the text that Python shows.
             text = json.dumps(row, ensure_ascii=False, default=str)
             check_text(text, where=where)
             value = json.loads(text)
@@ -157,17 +155,16 @@ class Reader:
                 yield self._question(context, where=where, labelled=labelled)
 
     def filled(self, name: str, text: str, *, where: str) -> str:
-        """Return what a field of a record holds, from what stands in a row.
+        """Return the text of a field for a text as a file would have it: repaired, and replaced by its value.
 
         Raises:
-            RecordError: If the task knows no such text.
+            RecordError: If the task has values for the field, and none for this text.
         """
         return self._valued(name, self.fields[name].repaired(text, {"": {}}, where=where), where=where)
 
     def _question(self, context: Context, *, where: str, labelled: bool) -> Question:
         record = {
-            name: self._valued(name, source.text(context, where=where), where=where)
-            for name, source in self.fields.items()
+            name: self._valued(name, path.text(context, where=where), where=where) for name, path in self.fields.items()
         }
         choices: tuple[str, ...] = ()
         answers: tuple[int, ...] = ()
@@ -177,7 +174,7 @@ class Reader:
                 record[TARGET_FIELD] = choices[answers[0]]
         elif labelled:
             record[TARGET_FIELD] = self._label(context, where=where)
-        group = [text for source in self.group for text in source.texts(context, where=where)]
+        group = [text for path in self.group for text in path.texts(context, where=where)]
         return Question(record, choices, answers, _joined(group), self._idx(context, where=where))
 
     def _label(self, context: Context, *, where: str) -> str:
@@ -190,30 +187,30 @@ class Reader:
         return text
 
     def _valued(self, name: str, text: str, *, where: str) -> str:
-        """Return what a value of the file stands for; a label's own name for itself, where no value is written so."""
+        """Return the text for a value of the file. The name of a label needs no entry in ``values``."""
         known = self.values.get(name)
         if known is None or (text not in known and name == TARGET_FIELD and text in self.labels):
             return text
         if text not in known:
             what = "label" if name == TARGET_FIELD else f"field '{name}'"
             raise RecordError(
-                f"{where}: the {what} is '{text}', and the task's [values] know {', '.join(known)}."
+                f"{where}: the {what} is '{text}', and the task's [values] have {', '.join(known)}."
                 f"{closest(text, known)}"
             )
         return known[text]
 
     def _idx(self, context: Context, *, where: str) -> Json:
         found: dict[str, Json] = {}
-        for name, source in self.idx.items():
+        for name, path in self.idx.items():
             try:
-                found[name] = source.values(context, where=where)[0]
+                found[name] = path.values(context, where=where)[0]
             except (RecordError, IndexError):
-                return None  # a number is wanted by servers only; one's own files may have none
+                return None  # only the files for a benchmark's server need it
         return found.get("", found or None)
 
 
 def as_questions(data: Sequence[Record] | Questions) -> Questions:
-    """Return records as questions without choices; questions as they are."""
+    """Return records as questions without choices, and questions unchanged."""
     if isinstance(data, Questions):
         return data
     records = as_records(data)
@@ -223,12 +220,12 @@ def as_questions(data: Sequence[Record] | Questions) -> Questions:
 def _span(text: str, span: Json, *, where: str) -> str:
     start, end = (span.get("start"), span.get("end")) if isinstance(span, Mapping) else (None, None)
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end < len(text)):
-        raise RecordError(f"{where}: the span {json.dumps(span)} is none of a text of {len(text)} characters")
+        raise RecordError(f"{where}: the span {json.dumps(span)} is not in a text of {len(text)} characters")
     return text[start : end + 1]
 
 
 def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> str:
-    """Return a right choice by its place, from 0, or by its text; a number is a place, and a text is a text first."""
+    """Return a right choice by its number, from 0, or by its text. Text of digits is a number if it is no choice."""
     if isinstance(value, int) and not isinstance(value, bool):
         at = value
     elif text and text in listed:
@@ -237,14 +234,14 @@ def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> 
         at = int(text) if text.isdecimal() else -1
     if not 0 <= at < len(listed) or not listed[at]:
         raise RecordError(
-            f"{where}: '{text}' is right, and is none of the {len(listed)} choices {', '.join(listed)[:200]}; it must "
-            "be a choice's text, or its number from 0"
+            f"{where}: the right answer '{text}' is not one of the {len(listed)} choices {', '.join(listed)[:200]}; it "
+            "must be a choice's text, or its number from 0"
         )
     return listed[at]
 
 
 def _joined(group: Sequence[str]) -> str | None:
-    """Return the name of a group; two different ones have different names, whatever stands in them."""
+    """Return one name for a group; different groups have different names, whatever characters are in them."""
     if any("/" in text for text in group) and len(group) > 1:
         return json.dumps(group, ensure_ascii=False)
     return "/".join(group) if group else None

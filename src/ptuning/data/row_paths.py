@@ -1,13 +1,12 @@
-"""Where a text stands in a row of a file, and small repairs: ``passage.questions[].question|no_full_stop``. Knows no
-tasks and no templates.
+"""Paths to texts in a row of a data file, with small repairs: ``passage.questions[].question|no_full_stop``.
 
-A source is names with dots between them; ``[]`` behind a name goes through a list. Repairs follow, each behind a ``|``:
+A path is names with dots between them; ``[]`` behind a name goes through a list. Repairs follow, each behind a ``|``:
     ``no_full_stop``    without a full stop, question or exclamation mark at the end
     ``lower_first``     with a small first letter, unless the first word is all in capitals, as "I" is
-    ``before TEXT``     what stands before TEXT
-    ``after TEXT``      what stands after it
+    ``before TEXT``     the part before TEXT
+    ``after TEXT``      the part after TEXT
     ``without TEXT``    with TEXT taken out
-    ``mark SOURCE``     with asterisks around the word whose number (from 0, words at spaces) stands at SOURCE
+    ``mark PATH``       with asterisks around the word whose number (from 0, words at spaces) is at PATH
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from ptuning.errors import RecordError, TaskError, closest
 from ptuning.files import Json
 
-# Row of a file, and for each list that was gone through (by its source) the element that the row stands for.
+# The row of the file (under ""), and for each list on the way (under its path) the element that is read.
 Context = Mapping[str, Json]
 
 PLAIN_REPAIRS = ("no_full_stop", "lower_first")
@@ -28,37 +27,36 @@ REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a text stands.
+class RowPath:
+    """The path to a text in a row.
 
     Args:
-        path: Names, each with ``[]`` behind it if it is a list to go through.
+        names: The names on the way, each with ``[]`` behind it if it is a list to go through.
         repairs: (name, argument) of each repair, in order.
-        written: As it stands in the task file.
-
-    Raises:
-        TaskError: If it is malformed or a repair is unknown.
+        written: The path as the task file has it, for messages.
     """
 
-    path: tuple[str, ...]
+    names: tuple[str, ...]
     repairs: tuple[tuple[str, str], ...] = ()
     written: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Source:
-        """Parse a source.
+    def parse(cls, text: str) -> RowPath:
+        """Parse a path with its repairs.
 
         Raises:
-            TaskError: If it is malformed.
+            TaskError: If it is malformed, or a repair is unknown.
 
         Example:
-            >>> Source.parse("target.span1_text|no_full_stop").path
+            >>> RowPath.parse("target.span1_text|no_full_stop").names
             ('target', 'span1_text')
         """
         path, *repairs = text.split("|")
         names = tuple(name.strip() for name in path.split("."))
         if not all(re.fullmatch(r"[^\[\]]+(\[\])?", name) for name in names):
-            raise TaskError(f"'{text}' is no place in a row; write names with dots between them, and [] behind a list")
+            raise TaskError(
+                f"'{text}' is not a path into a row; write names with dots between them, and [] behind a list"
+            )
         found = []
         for repair in repairs:
             name, _, argument = repair.strip().partition(" ")
@@ -76,37 +74,37 @@ class Source:
 
     @property
     def prefix(self) -> str:
-        """The path without repairs."""
-        return ".".join(self.path)
+        """The path as text, without repairs."""
+        return ".".join(self.names)
 
     def values(self, context: Context, *, where: str) -> list[Json]:
-        """Return the values there, unrepaired: one, or any number if the source goes through lists of its own.
+        """Return the values at the path, without repairs: one, or any number if the path goes through lists of its own.
 
         Raises:
-            RecordError: If a name on the way is missing, or what it names is no object or no list.
+            RecordError: If a name on the way is missing, or leads to something that is not an object or a list.
         """
         found: list[Json] = [context[""]]
-        for depth, name in enumerate(self.path, start=1):
-            prefix = ".".join(self.path[:depth])
+        for depth, name in enumerate(self.names, start=1):
+            prefix = ".".join(self.names[:depth])
             if prefix in context:
                 found = [context[prefix]]
                 continue
-            found = [inner for value in found for inner in _step(value, name, source=self.written, where=where)]
+            found = [inner for value in found for inner in _step(value, name, path=self.written, where=where)]
         return found
 
     def texts(self, context: Context, *, where: str) -> list[str]:
-        """Return the texts there, repaired; numbers and booleans as JSON writes them.
+        """Return the texts at the path, repaired; numbers and booleans as JSON writes them.
 
         Raises:
-            RecordError: If something is missing, or is no text and no number.
+            RecordError: If something is missing, or is neither text nor a number.
         """
         return [
-            self.repaired(_text(value, source=self.written, where=where), context, where=where)
+            self.repaired(_text(value, path=self.written, where=where), context, where=where)
             for value in self.values(context, where=where)
         ]
 
     def text(self, context: Context, *, where: str) -> str:
-        """Return the one text there.
+        """Return the one text at the path.
 
         Raises:
             RecordError: If there is not exactly one.
@@ -114,16 +112,16 @@ class Source:
         found = self.texts(context, where=where)
         if len(found) != 1:
             raise RecordError(
-                f"{where}: '{self.written}' stands for {len(found)} texts, and a field takes one; list what it goes "
+                f"{where}: '{self.written}' leads to {len(found)} texts, and a field takes one; list what it goes "
                 "through under 'rows'"
             )
         return found[0]
 
     def repaired(self, text: str, context: Context, *, where: str) -> str:
-        """Return a text after the source's repairs.
+        """Apply the repairs to a text.
 
         Raises:
-            RecordError: If one of them does not find what it needs.
+            RecordError: If a repair does not find the text or number that it needs.
         """
         for name, argument in self.repairs:
             if name == "no_full_stop":
@@ -135,7 +133,7 @@ class Source:
             elif name == "without":
                 text = text.replace(argument, "")
             elif name == "mark":
-                text = _marked(text, Source.parse(argument).text(context, where=where), where=where)
+                text = _marked(text, RowPath.parse(argument).text(context, where=where), where=where)
             else:
                 before, found, after = text.partition(argument)
                 if not found:
@@ -146,53 +144,52 @@ class Source:
         return text
 
 
-def unfold(row: Json, lists: Iterable[Source], *, where: str) -> Iterator[Context]:
-    """Yield one context per element of the innermost list, in order; the row itself where there are no lists.
+def unfold(row: Json, lists: Iterable[RowPath], *, where: str) -> Iterator[Context]:
+    """Yield one context per element of the innermost list, in order; one for the row if there are no lists.
 
     Args:
         row: A row of the file.
-        lists: The lists from the outermost inwards, each beginning with the one before it.
-        where: What the row is called in messages.
+        lists: Paths of the lists from the outermost inwards, each beginning with the one before it.
+        where: File and line, for messages.
 
     Raises:
         RecordError: If a list is missing.
     """
     contexts: list[dict[str, Json]] = [{"": row}]
-    for source in lists:
+    for path in lists:
         contexts = [
-            {**context, source.prefix: value} for context in contexts for value in source.values(context, where=where)
+            {**context, path.prefix: value} for context in contexts for value in path.values(context, where=where)
         ]
     yield from contexts
 
 
-def as_text(value: Json) -> str | None:
-    """Return a scalar as the text that a record holds for it; None for ``null``, lists and objects."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, bool | int | float) else None
-
-
-def _step(value: Json, name: str, *, source: str, where: str) -> list[Json]:
+def _step(value: Json, name: str, *, path: str, where: str) -> list[Json]:
     key = name.removesuffix("[]")
     if not isinstance(value, Mapping):
-        raise RecordError(f"{where}: '{source}' looks for '{key}' in what is no object")
+        raise RecordError(f"{where}: '{path}' looks for '{key}' in {_kind(value)}, which is not an object")
     if key not in value:
         have = ", ".join(sorted(value)) or "nothing"
-        raise RecordError(f"{where}: no '{key}', which '{source}' needs; there is {have}.{closest(key, value)}")
+        raise RecordError(f"{where}: no '{key}', which '{path}' needs; there is {have}.{closest(key, value)}")
     inner = value[key]
     if not name.endswith("[]"):
         return [inner]
     if not isinstance(inner, list):
-        raise RecordError(f"{where}: '{key}' is no list, and '{source}' goes through one; leave out its []")
+        raise RecordError(f"{where}: '{key}' is not a list, and '{path}' goes through one; leave out its []")
     return inner
 
 
-def _text(value: Json, *, source: str, where: str) -> str:
-    text = as_text(value)
-    if text is None:
-        kind = "null" if value is None else "a list" if isinstance(value, list) else "an object"
-        raise RecordError(f"{where}: '{source}' is {kind}, and a text, a number or true/false is needed")
-    return text
+def _text(value: Json, *, path: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise RecordError(f"{where}: '{path}' is {_kind(value)}, and text, a number or true/false is needed")
+
+
+def _kind(value: Json) -> str:
+    if isinstance(value, Mapping | list):
+        return "a list" if isinstance(value, list) else "an object"
+    return json.dumps(value, ensure_ascii=False)[:80]
 
 
 def _marked(text: str, number: str, *, where: str) -> str:

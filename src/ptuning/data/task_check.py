@@ -12,9 +12,9 @@ from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
 from ptuning.records import TARGET_FIELD
-from ptuning.template.fill import BoundTemplate, Example, Kind
+from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Template
-from ptuning.template.segments import Tokenizer
+from ptuning.template.segments import Kind, Tokenizer
 
 # Rows of a part that are filled in to see whether they fit: tokenising every row of a large one takes long.
 FILLED_ROWS = 500

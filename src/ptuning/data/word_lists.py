@@ -1,34 +1,82 @@
-"""Closed sets of answers: lists of words from files, and which records' targets belong to them. Knows no method."""
+"""Word lists: the closed sets of answers that ``--candidates`` and ``--vocabulary`` name."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ptuning.data.reading import SUFFIXES, load_records
 from ptuning.errors import FileError
-from ptuning.files import read_bytes
+from ptuning.files import read_bytes, read_text
+from ptuning.records import ALIASES, TARGET_FIELD, as_records
+
+TARGETS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
 
 
-def read_vocabulary(path: Path) -> tuple[str, ...]:
-    """Read a list of possible answers: a text file with one per line, or JSON: a list, or the lists of several models,
-    of which those words are taken that all have (as the files of LAMA-29k and LAMA-34k come).
+def read_words(source: str | Path, *, fields: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Read a word list, each word once.
+
+    The source is a text file with one word per line; a data file or shipped facts, whose targets are the words; or
+    JSON: a list of words, a vocabulary (token -> id), or several of these by model. Of several, the words are taken
+    that all have, as in the files of LAMA-29k and LAMA-34k.
+
+    Args:
+        source: Path of a file, or shipped facts as ``NAME:split``.
+        fields: New field name -> name in the file; only the target's counts.
 
     Raises:
         FileError: If it cannot be read, or holds no words.
+        RecordError: If it is data with a row that cannot be read.
     """
+    renamed = {new: old for new, old in (fields or {}).items() if new == TARGET_FIELD}
+    lists = [] if renamed or not os.path.exists(source) else _lists(Path(source))
+    words = _shared(lists) if lists else targets_of(load_records(source, fields=renamed))
+    if not words:
+        several = " that all its models share" if len(lists) > 1 else ""
+        raise FileError(
+            f"{source} holds no words{several}; give a .txt file with one per line, JSON lists, or data with "
+            f"{TARGET_FIELD}"
+        )
+    return tuple(words)
+
+
+def targets_of(data: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the different targets of records, in order of appearance."""
+    return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
+
+
+def _lists(path: Path) -> list[list[str]]:
+    """Return the lists of words in a file; none if it is data."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return _json_lists(path)
+    if suffix not in SUFFIXES:
+        return [read_text(path).splitlines()]
+    if suffix in (".csv", ".tsv"):
+        lines = read_text(path).splitlines() or [""]
+        # One column without a target's name is a list of words.
+        is_table = any(mark in lines[0] for mark in ",\t") or lines[0].strip('" ') in TARGETS
+        return [] if is_table else [lines]
+    return []
+
+
+def _json_lists(path: Path) -> list[list[str]]:
     try:
-        text = read_bytes(path).decode("utf-8-sig")
-        listed = json.loads(text) if path.suffix.lower() == ".json" else [line.strip() for line in text.splitlines()]
-    except ValueError as error:
-        raise FileError(f"{path} is no list of words ({error}); give a .txt with one per line, or .json") from error
-    lists = list(listed.values()) if isinstance(listed, dict) else [listed]
-    if isinstance(listed, dict) and all(isinstance(one, int) for one in lists):
-        lists = [listed]  # one model's token -> id
+        found = json.loads(read_bytes(path))
+    except (ValueError, RecursionError):
+        return []  # a record on each line, or broken
+    lists = list(found.values()) if isinstance(found, dict) else [found]
+    if isinstance(found, dict) and all(isinstance(one, int) for one in lists):
+        lists = [found]
     if not all(isinstance(one, list | dict) and all(isinstance(word, str | int) for word in one) for one in lists):
-        raise FileError(f"{path} holds other JSON than a list of words, or the lists of several models")
-    # Byte-level and SentencePiece vocabularies write the space in front of a word as a sign of their own.
-    words = [dict.fromkeys(str(word).lstrip("\u0120\u2581").strip() for word in one) for one in lists]
-    common = tuple(word for word in (words[0] if words else ()) if word and all(word in other for other in words))
-    if not common:
-        raise FileError(f"{path} holds no words" + (" that all its models share" if len(words) > 1 else ""))
-    return common
+        return []
+    # Byte-level and SentencePiece vocabularies write the space in front of a word as a sign of its own.
+    return [[str(word).lstrip("\u0120\u2581") for word in one] for one in lists]
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
+    """Return the words that all lists have, in the first one's order."""
+    first, *others = [dict.fromkeys(word.strip() for word in one) for one in lists]
+    return [word for word in first if word and all(word in other for other in others)]

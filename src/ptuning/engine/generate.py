@@ -14,7 +14,8 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import run_pass, target_logits
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.records import Record
-from ptuning.template.fill import FILLS_MASKS, BoundTemplate, Example
+from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.segments import FILLS_MASKS
 
 
 @dataclass(frozen=True)

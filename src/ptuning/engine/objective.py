@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ptuning.data.questions import Questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import Records
-from ptuning.template.fill import BoundTemplate, Example, Ids
+from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
+from ptuning.template.segments import Ids
 
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
 # half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).

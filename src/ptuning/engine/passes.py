@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
-from ptuning.engine.batch import Batch, Side, batches, collate, shared_tokens
+from ptuning.engine.batch import Batch, Side, collate, shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.engine.prefix_cache import Past, PrefixCache, cacheable_ids, row_behind
 from ptuning.errors import PromptError
@@ -169,20 +169,3 @@ def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Lear
     """
     shared = shared_tokens(examples, learned)
     return shared if shared and backbone.shares_prefix else 0
-
-
-def run_tokens(backbone: Backbone, inputs: Sequence[Sequence[Example]]) -> int:
-    """Count the tokens of the passes that :func:`batches` makes of inputs: with pads, a shared prefix once a pass.
-
-    Args:
-        backbone: The language model.
-        inputs: For each index the rows that must be run together.
-    """
-    total = 0
-    prefix = prefix_tokens(backbone, [example for row in inputs for example in row])
-    for chosen in batches(inputs, prefix=prefix):
-        rows = [example for index in chosen for example in inputs[index]]
-        shared = shared_tokens(rows)
-        shared = shared if runs_prefix_once(backbone, rows=len(rows), shared=shared) else 0
-        total += shared + len(rows) * (max(len(example.token_ids) for example in rows) - shared)
-    return total

@@ -22,7 +22,8 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import MAX_BATCH_TOKENS, collate
 from ptuning.engine.learned import Learned
-from ptuning.template.fill import Example, Ids
+from ptuning.template.fill import Example
+from ptuning.template.segments import Ids
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Cells of a comparison: a task with its test part, a method, a seed; and what came of one. Runs nothing."""
+"""Data classes of a comparison: a job (a task with its test part) and the result of a cell (task, method, seed)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ptuning.files import Json, sha256
 from ptuning.method.base import Task
 from ptuning.metrics import Answer, primary
 from ptuning.records import Records
+from ptuning.report.cell_files import AnsweredRow
+from ptuning.report.results_file import Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
-
-CELLS_FOLDER = "cells"
 
 
 @dataclass(frozen=True)
@@ -47,38 +47,24 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method on one task with one seed."""
-
-    task: str
-    method: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Where it lies below the folder of the suite."""
-        return f"{CELLS_FOLDER}/{self.task}/{self.method}/seed-{self.seed}"
-
-
-@dataclass(frozen=True)
 class CellResult:
-    """What came of a cell.
+    """The result of a cell, with the values that scores and intervals are computed from.
 
     Args:
-        cell: Which one.
+        cell: The cell.
         status: ``done``, ``failed`` or ``waiting``.
-        values: Score -> what it is computed from, a row per test record, or per group of them.
+        values: Name of a score -> its values, one for each test record or group of them.
         seconds: Time taken by the start that finished it.
         tried: How many settings were compared on the development part.
         error: Why it failed.
         was_there: Whether it was finished before.
         hits: Share of the test records answered rightly, whatever the scores are.
-        dev_score: The same on the development part, of the setting that it chose; None where nothing was chosen.
-        warnings: What went on in training that a reader should know.
+        dev_score: The same share on the development part for the chosen setting; None where nothing was chosen.
+        warnings: What a reader should know about its training.
     """
 
     cell: Cell
-    status: str
+    status: Status
     values: Mapping[str, Values] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     tried: int = 1
@@ -102,18 +88,19 @@ class CellResult:
         """Return one score with its interval over the test records."""
         return summary([self.values[name]])
 
-    def to_json(self) -> dict[str, Json]:
-        """Return the cell as it stands in ``results.json``."""
-        return {
-            **dataclasses.asdict(self.cell),
-            "status": self.status,
-            "scores": {name: value_of(values) for name, values in self.values.items()},
-            "n": self.n,
-            "seconds": self.seconds,
-            "tried": self.tried,
-            "run": self.cell.folder,
-            "error": self.error,
-        }
+    @property
+    def record(self) -> CellRecord:
+        """The result as ``results.json`` holds it."""
+        return CellRecord(
+            **vars(self.cell),
+            status=self.status,
+            scores={name: value_of(values) for name, values in self.values.items()},
+            n=self.n,
+            seconds=self.seconds,
+            tried=self.tried,
+            run=self.cell.folder,
+            error=self.error,
+        )
 
 
 def digest(data: Questions) -> str:
@@ -123,20 +110,9 @@ def digest(data: Questions) -> str:
     return Records([row.record for row in data]).sha256
 
 
-def answer_rows(test: Questions, answers: Sequence[Answer]) -> list[dict[str, Json]]:
-    """Return the lines of a cell's predictions."""
-    rows: list[dict[str, Json]] = []
-    for row, answer in zip(test, answers, strict=True):
-        about: dict[str, Json] = {"idx": row.idx, "group": row.group, "choices": list(row.choices) or None}
-        rows.append(
-            {
-                "record": dict(row.record),
-                **{name: value for name, value in about.items() if value is not None},
-                "target": row.right[0] if row.right else None,
-                "prediction": answer.text,
-                "rank": answer.rank,
-                "hit": answer.hit,
-                "log_prob": answer.log_prob,
-            }
-        )
-    return rows
+def answered_rows(questions: Questions, answers: Sequence[Answer]) -> list[AnsweredRow]:
+    """Return the questions of a test part with their answers, for ``predictions.jsonl``."""
+    return [
+        AnsweredRow(row.record, row.right[0] if row.right else None, answer, row.idx, row.group, row.choices)
+        for row, answer in zip(questions, answers, strict=True)
+    ]

@@ -1,61 +1,155 @@
-"""Which facts LAMA keeps."""
+"""The paper's LAMA experiment: each relation is a task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.errors import RecordError, TemplateError
-from ptuning.records import TARGET_FIELD, Record
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.language import Template
+from ptuning.config import listed_names
+from ptuning.data.relations import Relation, read_relations
+from ptuning.data.splits import draw_records, split_relation
+from ptuning.errors import ConfigError, TemplateError
+from ptuning.experiment.cells import Job
+from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
+from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
+from ptuning.files import Json
+from ptuning.method.tuned import bare
+from ptuning.prompt.prompt import as_template
+from ptuning.report.results_file import Results
+from ptuning.template.language import Field, Template
+
+Targets = Literal["token", "any"]
 
 
-class OneToken:
-    """Says which records have a target of one known token in every one of some templates, as LAMA keeps its facts.
+def lama(
+    data: str | Path,
+    *,
+    relations: Sequence[str] | str = "all",
+    template: str | Template | None = None,
+    limit: int | None = None,
+    train_size: int | None = None,
+    targets: Targets = "token",
+    vocabulary: str | Path | None = None,
+    split_seed: int = 0,
+    **options: Unpack[PlanOptions],
+) -> Results:
+    """Run the paper's LAMA experiment. Finished cells of an earlier run are not run again.
 
     Args:
-        backbone: Whose tokens are meant.
-        templates: In each of them the target must be one token.
-        words: Texts one of which it must be.
+        data: A folder in one of the layouts of :func:`ptuning.data.relations.read_relations`.
+        relations: Names (``P36``), types (``1-1``, ``N-1``, ``N-M``), or ``all``.
+        template: The template to learn; by default made from each relation's manual one and its label.
+        limit: Maximum number of facts per relation.
+        train_size: Learn from a seeded draw of this many facts of the training part.
+        targets: ``token`` keeps facts whose object is one token of the backbone, as LAMA does; ``any`` keeps all.
+        vocabulary: A closed set of answers: ``objects`` of the relation, or a file (LAMA-29k, LAMA-34k).
+        split_seed: Seed of the split of relations that come in one file.
+        **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
+
+    Returns:
+        All scores. The files are in ``out``.
+
+    Raises:
+        PTuningError: If the data or the settings cannot be used; nothing has been run then.
+
+    Source: Liu et al. (2021), section 4.1; Petroni et al. (2019), section 4.
     """
+    plan = Plan.of("lama", **options)
+    if targets not in get_args(Targets):
+        raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
+    learned = as_template(template) if template is not None else None
+    words = listed_words(vocabulary)
+    jobs = [
+        relation_job(
+            relation,
+            _pair(relation, learned),
+            backbone=plan.backbone,
+            name=relation.name,
+            limit=limit,
+            train_size=train_size,
+            targets=targets,
+            vocabulary=vocabulary,
+            words=words,
+            seed=split_seed,
+        )
+        for relation in read_relations(data, which=listed_names(relations))
+    ]
+    settings: dict[str, Json] = {
+        "data": str(data),
+        "template": str(learned) if learned is not None else "made of the manual template and the relation's label",
+        "limit": limit,
+        "train_size": train_size,
+        "targets": targets,
+        "vocabulary": str(vocabulary) if vocabulary else None,
+        "split_seed": split_seed,
+    }
+    return run_jobs(jobs, plan=plan, settings=settings)
 
-    def __init__(
-        self, backbone: Backbone, templates: Sequence[Template], *, words: Sequence[str] | None = None
-    ) -> None:
-        self._bound = [
-            BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind) for template in templates
-        ]
-        self._words = frozenset(words) if words is not None else None
-        self._unknown_id = backbone.tokenizer.unknown_id
 
-    def __call__(self, records: Sequence[Record]) -> list[bool]:
-        """Return for each record whether it is kept."""
-        keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
-        for bound in self._bound if records else ():
-            for number, record in enumerate(records, start=1):
-                bound.check_fields(record, where=f"record {number}")
-            try:
-                examples = bound.examples(records)
-            except (RecordError, TemplateError):
-                if len(records) == 1:
-                    return [False]  # its target has no tokens there, or does not fit
-                return [self([record])[0] for record in records]
-            # The token that stands for unknown text is in no vocabulary.
-            known = [example.target_ids != (self._unknown_id,) for example in examples]
-            keep = [
-                kept and example.own_tokens == 1 and is_known
-                for kept, example, is_known in zip(keep, examples, known, strict=True)
-            ]
-        return keep
+def _pair(relation: Relation, learned: Template | None) -> tuple[Template, Template]:
+    """Return a relation's manual template and the one to learn."""
+    if relation.template is None:
+        raise TemplateError(
+            f"{relation.name} has no manual template ({relation.source}); leave it out with --relations"
+        )
+    manual = Template.parse(relation.template)
+    # The label is added only if the template starts with the subject; words in front of it already say what is asked.
+    about = relation.label if isinstance(manual.pieces[0], Field) else None
+    return template_pair(manual, learned, about=about)
 
 
-class Listed:
-    """Says which records have a target that stands in a list of words."""
+def relation_job(
+    relation: Relation,
+    pair: tuple[Template, Template],
+    *,
+    backbone: Backbone,
+    name: str,
+    limit: int | None = None,
+    train_size: int | None = None,
+    targets: Targets = "token",
+    vocabulary: str | Path | None = None,
+    words: Sequence[str] | None = None,
+    seed: int = 0,
+    templates: Sequence[Template] = (),
+) -> Job:
+    """Return the job of a relation, with its facts filtered and split.
 
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = frozenset(words)
+    Args:
+        relation: The relation.
+        pair: Its manual template and the one to learn.
+        backbone: The backbone whose tokens count.
+        name: Name of the task.
+        limit: Maximum number of facts.
+        train_size: Learn from a seeded draw of this many of them.
+        targets: ``token`` or ``any``.
+        vocabulary: A closed set of answers: ``objects`` or a file.
+        words: The words of ``vocabulary``, if it is a file.
+        seed: Seed of the split.
+        templates: Further templates in which an object must be one token, so that several tasks over the same relation
+            have the same facts.
 
-    def __call__(self, records: Sequence[Record]) -> list[bool]:
-        """Return for each record whether it is kept."""
-        return [row[TARGET_FIELD].strip() in self._words for row in records]
+    Raises:
+        RecordError: If a part has no facts left.
+    """
+    keeps: OneToken | Listed | None = None
+    reason = "object is not one token"
+    if targets == "token":
+        keeps = OneToken(backbone, [*pair, bare(pair[0]), *templates], words=words)
+        reason += " of the vocabulary" if words else ""
+    elif words is not None:
+        keeps, reason = Listed(words), "object is not in the vocabulary"
+    split = split_relation(relation, keeps=keeps, reason=reason, seed=seed, limit=limit)
+    parts = {"train": draw_records(split.train, train_size, seed=seed), "dev": split.dev, "test": split.test}
+    info: dict[str, Json] = {
+        "label": relation.label,
+        "type": relation.type,
+        "rows": split.rows,
+        "dropped": dict(split.dropped),
+        "split": split.how,
+    }
+    single = targets == "token"
+    return fact_job(name, parts, pair, words=words, vocabulary=vocabulary, single_token=single, info=info)

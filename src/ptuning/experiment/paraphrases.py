@@ -1,83 +1,58 @@
-"""How much one word of a prompt matters: every wording of a relation as it is, and learned from. Knows no statistics
-beyond the spread.
-"""
+"""How much the wording of a prompt matters: each wording of a relation as it is, and after learning from it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import Unpack
 
-from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig, listed_names
+from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
 from ptuning.experiment.cells import Job
-from ptuning.experiment.compare import relation_job
-from ptuning.experiment.plan import Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
+from ptuning.experiment.lama import relation_job
+from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
-from ptuning.method.baselines import REFERENCE
 from ptuning.metrics import primary
-from ptuning.names import LEARNED
+from ptuning.report.results_file import RelationWordings, Results, Wording, WordingSpread
 from ptuning.template.language import Field, Target, Template
 
 logger = logging.getLogger(__name__)
-
-PARAPHRASE_METHODS = (REFERENCE, LEARNED)
 
 
 def paraphrases(
     data: str | Path,
     *,
-    backbone: Backbone,
-    out: str | Path,
     relations: Sequence[str] | str = "all",
     wordings: int | None = None,
     limit: int | None = None,
     split_seed: int = 0,
-    methods: Sequence[str] | str = PARAPHRASE_METHODS,
-    seeds: int = 1,
-    tries: int = 1,
-    config: TrainConfig | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    command: str | None = None,
-    watch: Watch | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Results:
-    """Measure how far the wordings of a relation's prompt differ, before and after each of them is learned from.
+    """Measure how far the scores of a relation's wordings differ, before and after learning from each of them.
 
     Args:
-        data: A folder in one of the layouts of :func:`ptuning.data.relations.read_relations` that holds paraphrases.
-        backbone: The frozen backbone.
-        out: Folder of the results.
-        relations: Names, types, or ``all``; those with fewer than two usable wordings are left out with a notice.
-        wordings: At most so many wordings of a relation, the first of its file.
-        limit: At most so many facts of a relation.
-        split_seed: Of the split of relations that come in one file.
-        methods: Names of :data:`ptuning.methods`.
-        seeds: How many seeds.
-        tries: How many settings each trained method tries.
-        config: Settings of training.
-        overwrite: Replace results made with other settings.
-        dry_run: Estimate the time, and run nothing.
-        command: The command line, for the record.
-        watch: Who is told how far it is.
+        data: A folder in one of the layouts of :func:`ptuning.data.relations.read_relations`, with paraphrases.
+        relations: Names, types, or ``all``. Relations with fewer than two usable wordings are left out with a warning.
+        wordings: Use only this many wordings of a relation, the first of its file.
+        limit: Maximum number of facts per relation.
+        split_seed: Seed of the split of relations that come in one file.
+        **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
     Returns:
-        All scores; ``about["paraphrases"]`` holds the spread of each relation. The files lie in ``out``.
+        All scores. ``paraphrases`` holds the spread of each relation. The files are in ``out``.
 
     Raises:
-        PTuningError: Before anything is run, if the data or the settings cannot be used.
+        PTuningError: If the data or the settings cannot be used; nothing has been run then.
 
     Source: Liu et al. (2021), table 1 (P17); Elazar et al. (2021), ParaRel.
     """
-    plan = Plan(
-        *(Path(out), backbone, methods, seeds, tries, False, config or TrainConfig()),
-        *(overwrite, dry_run, command, watch or Watch()),
-    )
+    plan = Plan.of("paraphrases", **options)
+    backbone = plan.backbone
     patterns: dict[str, dict[str, str]] = {}
     jobs: list[Job] = []
     for relation in read_relations(data, which=listed_names(relations)):
@@ -87,7 +62,7 @@ def paraphrases(
                 "%s: fewer than two wordings that a %s model can use; left out", relation.name, backbone.kind
             )
             continue
-        # Learned from the words alone, without the relation's label, which would give every wording the same help.
+        # Without the relation's label, which would help every wording alike: only the words of the wording count.
         pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, usable)]
         every = [template for pair in pairs for template in pair]
         patterns[relation.name] = {f"{relation.name}.{place:02d}": pattern for place, pattern in enumerate(usable, 1)}
@@ -107,12 +82,17 @@ def paraphrases(
         "template": "made of each wording",
     }
     return run_jobs(
-        "paraphrases", jobs, plan=plan, settings=settings, more=lambda found: {"paraphrases": spread(found, patterns)}
+        jobs,
+        plan=plan,
+        settings=settings,
+        more=lambda results, _: replace(results, paraphrases=compare_wordings(results, patterns)),
     )
 
 
 def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
-    """Return the different patterns of a relation, its own first; a causal model needs all fields before the target."""
+    """Return the distinct wordings of a relation, its own template first. A causal model can use only those that have
+    all fields in front of the target.
+    """
     found: dict[str, str] = {}
     for pattern in (relation.template, *relation.paraphrases):
         if pattern is None:
@@ -122,32 +102,32 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
             at = next(index for index, piece in enumerate(parsed.pieces) if isinstance(piece, Target))
             if any(isinstance(piece, Field) for piece in parsed.pieces[at:]):
                 continue
-            parsed, _ = parsed.without_tail()  # what differs behind the target is the same wording to such a model
+            parsed, _ = parsed.without_tail()  # a causal model does not see the text behind the target
         found.setdefault(str(parsed).strip(), pattern)
     return list(found.values())
 
 
-def spread(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, Json]:
-    """Return for each relation the scores of its wordings and, per method, how far they are apart."""
-    found: dict[str, Json] = {}
+def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
+    """Return for each relation the scores of its wordings and, per method, the spread between the wordings.
+
+    Args:
+        results: With a task for each wording.
+        patterns: Relation -> task -> its wording.
+    """
+    found = {}
     for relation, wordings in patterns.items():
-        rows: list[Json] = []
+        rows: list[Wording] = []
         values: dict[str, list[float]] = {}
         for task, pattern in wordings.items():
-            table = results.tasks.get(task, {})
-            scores = {method: found[primary(found)] for method, found in table.items()}
+            scores = {method: all_[primary(all_)] for method, all_ in results.tasks.get(task, {}).items()}
             for method, score in scores.items():
                 values.setdefault(method, []).append(score.value)
-            rows.append({"pattern": pattern, "scores": {name: dict(score.to_json()) for name, score in scores.items()}})
-        between: dict[str, Json] = {
-            method: {
-                "min": min(listed),
-                "max": max(listed),
-                "range": max(listed) - min(listed),
-                "std": float(np.std(listed, ddof=1)) if len(listed) > 1 else None,
-                "patterns": len(listed),
-            }
-            for method, listed in values.items()
-        }
-        found[relation] = {"patterns": rows, "spread": between}
+            rows.append(Wording(pattern, scores))
+        found[relation] = RelationWordings(rows, {method: _spread(listed) for method, listed in values.items()})
     return found
+
+
+def _spread(values: Sequence[float]) -> WordingSpread:
+    low, high = min(values), max(values)
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return WordingSpread(low, high, high - low, std, len(values))

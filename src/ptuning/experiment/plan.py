@@ -1,76 +1,90 @@
-"""How a comparison is run: which methods, how many seeds and tries, where to, and in which order things are written.
-Knows no benchmark.
-"""
+"""What every comparison is asked for (`Plan`), and how it runs: results are written after each cell, then a report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CELLS_FOLDER, CellResult, Job
-from ptuning.experiment.dry_run import Estimate, estimate
-from ptuning.experiment.results import Collector, Results
+from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.dry_run import CellEstimate, estimate_cells
+from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, check_free, make_folder
-from ptuning.method.base import METHODS
-from ptuning.method.baselines import FREE_METHODS
+from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
-from ptuning.names import ALL_METHODS, LEARNED, RANDOM_WEIGHTS, RESULTS_FILE
+from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
+from ptuning.report.results_file import CELLS_FOLDER, MethodInfo, Results
 from ptuning.report.write import write_report
-
-# The list of methods with all of them on it: the modules that register them are loaded above.
-methods = METHODS
-# What is compared where nobody says; fine-tuning takes an hour and more on a CPU, so it is asked for.
-DEFAULT_METHODS = (*FREE_METHODS, LEARNED)
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how far a comparison is, and who may stop it.
+    """Callbacks of a comparison: progress, finished cells, and a check whether to stop.
 
     Args:
         report: Called with progress inside a cell.
-        should_stop: Asked now and then; if true, :class:`ptuning.progress.Interrupted` is raised.
-        on_cell: Called with the result of each cell, its number from 1, and how many there are.
-        on_estimate: Called with the estimate of a dry run.
+        should_stop: Called regularly; if it returns true, :class:`ptuning.progress.Interrupted` is raised.
+        on_cell: Called with the result of each cell, its number from 1, and the number of cells.
+        on_estimate: Called with the cells of a dry run.
     """
 
     report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
     on_cell: Callable[[CellResult, int, int], None] | None = None
-    on_estimate: Callable[[Sequence[Estimate]], None] | None = None
+    on_estimate: Callable[[Sequence[CellEstimate]], None] | None = None
+
+
+class PlanOptions(TypedDict, total=False):
+    """The keyword arguments of every comparison; :class:`Plan` describes them. None stands for the default."""
+
+    out: Required[str | Path]
+    backbone: Required[Backbone]
+    methods: Sequence[str] | str | None
+    seeds: int
+    tries: int
+    control: bool
+    config: TrainConfig | None
+    overwrite: bool
+    dry_run: bool
+    command: str | None
+    watch: Watch | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a comparison is run, whatever it is about.
+    """The description of a comparison, apart from its data.
 
     Args:
-        out: Folder of the results.
+        suite: The kind of comparison: ``compare``, ``lama``, ``paraphrases`` or ``superglue``.
+        out: Folder of the results. Finished cells in it are kept and not run again.
         backbone: The frozen backbone.
-        methods: Names of methods, or ``all``.
-        seeds: How many seeds; the first is the configuration's.
-        tries: How many settings each trained method tries.
+        methods: Names of :data:`ptuning.methods`, or ``all``; by default those that the suite runs.
+        seeds: Number of seeds. The first one is the seed of ``config``.
+        tries: Number of settings that each trained method tries.
         control: Whether each trained method also runs on a backbone with random weights.
-        config: Settings of training.
-        overwrite: Replace results made with other settings.
-        dry_run: Estimate the time, and run nothing.
+        config: Training settings.
+        overwrite: Whether to replace results that were made with other settings.
+        dry_run: List the cells and the time they will take, and run nothing.
         command: The command line, for the record.
-        watch: Who is told.
+        watch: Callbacks.
 
     Raises:
-        ConfigError: If a method is unknown, or a setting is none that a comparison can have.
+        ConfigError: If a method is unknown, or a setting cannot be used in a comparison.
     """
 
+    suite: str
     out: Path
     backbone: Backbone
-    methods: Sequence[str] | str = DEFAULT_METHODS
+    methods: Sequence[str] | str | None = None
     seeds: int = 1
     tries: int = 1
     control: bool = False
@@ -86,16 +100,28 @@ class Plan:
         tried_factors(self.tries)
         if self.config.tune != "frozen":
             raise ConfigError(
-                f"tune is {self.config.tune!r}, and here each method says what it trains; leave it out, and ask for "
-                "fine-tuning among the methods"
+                f"tune is {self.config.tune!r}, but in a comparison each method says what it trains; leave it out, and "
+                "name fine-tuning among the methods"
             )
         if not self.method_names:
             raise ConfigError(f"there are no methods to compare; known: {ALL_METHODS}, {', '.join(METHODS)}")
 
+    @classmethod
+    def of(cls, suite: str, **options: Unpack[PlanOptions]) -> Plan:
+        """Return the plan of keyword arguments; those that are missing or None get their defaults.
+
+        Raises:
+            ConfigError: As of :class:`Plan`.
+        """
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if "out" in given:
+            given["out"] = Path(given["out"])
+        return cls(suite, **given)
+
     @property
     def method_names(self) -> list[str]:
-        """The methods in the order of the tables, their controls behind."""
-        asked = listed_names(self.methods)
+        """The methods in the order of the tables, followed by their controls."""
+        asked = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
         chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
         names = [method.name for method in chosen]
         if self.control:
@@ -107,25 +133,23 @@ class Plan:
 
 
 def run_jobs(
-    suite_name: str,
     jobs: Sequence[Job],
     *,
     plan: Plan,
     settings: Mapping[str, Json],
-    more: Callable[[Results], Mapping[str, Json]] | None = None,
+    more: Callable[[Results, Sequence[CellResult]], Results] | None = None,
 ) -> Results:
-    """Run all cells, writing ``results.json`` after each one, and the report in the end.
+    """Run all cells. ``results.json`` is written after each of them, the report at the end.
 
     Args:
-        suite_name: ``compare``, ``lama`` or ``paraphrases``.
         jobs: The tasks.
         plan: How to run them.
-        settings: What the suite was asked for, for the record.
-        more: Gives what ``results.json`` holds of this suite only.
+        settings: The settings of this suite only, for the record.
+        more: Adds the entries of ``results.json`` of this suite only to the results of the cells.
 
     Raises:
-        FileError: If the folder holds something else, or results made with other settings.
-        Interrupted: If it was asked to stop.
+        FileError: If the folder holds other files, or results that were made with other settings.
+        Interrupted: If ``should_stop`` returned true.
     """
     suite = Suite(
         plan.out,
@@ -136,26 +160,23 @@ def run_jobs(
         config=plan.config,
         tries=plan.tries,
     )
-    about = _about(suite, plan, settings)
-    types = {job.task.name: job.type for job in jobs}
-    collector = Collector(suite_name, plan.method_names, types, about, plan.out)
+    empty = _empty_results(suite, plan, settings)
+    collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
-            plan.watch.on_estimate(estimate(suite))
+            plan.watch.on_estimate(estimate_cells(suite))
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
-    if not (plan.out / RESULTS_FILE).is_file() and not (plan.out / CELLS_FOLDER).is_dir():
-        check_free(plan.out, overwrite=True)
-        if plan.out.is_dir() and any(plan.out.iterdir()):
-            raise FileError(f"{plan.out} holds files, and no results of a benchmark; choose another folder (--out)")
+    _check_folder(plan.out)
     suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
-    # With what is finished: whoever stops the first new cell must not find less than before.
+    # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.
     found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
-        results = collector.collect(list(found.values()))
+        cells = list(found.values())
+        results = collector.collect(cells)
         if more is not None:
-            results = replace(results, about={**about, **more(results)})
+            results = more(results, cells)
         results.write()
         return results
 
@@ -170,17 +191,36 @@ def run_jobs(
     return results
 
 
-def _about(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> dict[str, Json]:
+def _check_folder(out: Path) -> None:
+    """Check that a folder is new, empty, or a folder of results.
+
+    Raises:
+        FileError: If it holds other files.
+    """
+    if (out / RESULTS_FILE).is_file() or (out / CELLS_FOLDER).is_dir():
+        return
+    check_free(out, overwrite=True)
+    if out.is_dir() and any(out.iterdir()):
+        raise FileError(f"{out} holds files, but no results of a comparison; choose another folder (--out)")
+
+
+def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Results:
+    """Return the results before any cell has finished."""
     backbone = plan.backbone
-    return {
-        "command": plan.command,
-        "backbone": {
+    return Results(
+        plan.suite,
+        command=plan.command,
+        backbone={
             **backbone.to_json(),
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": str(backbone.device),
         },
-        "settings": {**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
-        "versions": dict(versions()),
-        "task_info": {name: job.info for name, job in suite.jobs.items()},
-        "methods": {name: {"describe": method.describe} for name, method in suite.methods.items()},
-    }
+        settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
+        versions=dict(versions()),
+        task_info={name: job.info for name, job in suite.jobs.items()},
+        methods={
+            name: MethodInfo(method.describe, method.trained, method.learns_slots)
+            for name, method in suite.methods.items()
+        },
+        folder=plan.out,
+    )

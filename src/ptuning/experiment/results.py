@@ -1,114 +1,37 @@
-"""From cells to tables: scores of tasks, means over tasks and types, paired differences, and ``results.json``."""
+"""From cells to tables: scores of tasks, means over tasks and types, and paired differences."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ptuning.experiment.cells import CellResult
-from ptuning.experiment.suite import FORMAT_VERSION
-from ptuning.files import Json, write_json
-from ptuning.method.baselines import REFERENCE
+from ptuning.method.registry import METHODS
 from ptuning.metrics import RESULT_SCORES
-from ptuning.names import LEARNED, LEARNED_BY_TUNE, RESULTS_FILE
+from ptuning.names import LEARNED, MANUAL
+from ptuning.report.results_file import Results, Scores, ScoreWithSpread
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of
-
-
-@dataclass(frozen=True)
-class Summary(Score):
-    """A mean with its 95 % interval over ``n`` rows (of a task) or tasks (of a suite).
-
-    Args:
-        std: Standard deviation over seeds; None for a single one.
-        seeds: How many seeds the mean is over.
-        lowest: The lowest of the seeds; None for a single one.
-    """
-
-    std: float | None = None
-    seeds: int = 1
-    lowest: float | None = None
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return the summary as it stands in ``results.json``."""
-        return dataclasses.asdict(self)
-
-
-Scores = Mapping[str, Summary]
-Table = Mapping[str, Scores]
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a suite found.
-
-    Args:
-        suite: ``compare``, ``lama`` or ``paraphrases``.
-        cells: All cells, those waiting and failed included.
-        tasks: Task -> method -> score -> summary over its test records.
-        macro: Method -> score -> summary over tasks.
-        by_type: Type of relation -> the same over its tasks.
-        differences: ``A - B`` -> score -> paired difference over tasks (over records, where there is one task).
-        about: Everything else in ``results.json``.
-        folder: Where the files lie.
-    """
-
-    suite: str
-    cells: Sequence[CellResult]
-    tasks: Mapping[str, Table]
-    macro: Table
-    by_type: Mapping[str, Table]
-    differences: Mapping[str, Mapping[str, Score]]
-    about: Mapping[str, Json]
-    folder: Path
-
-    @property
-    def failed(self) -> list[CellResult]:
-        """The cells that failed."""
-        return [result for result in self.cells if result.status == "failed"]
-
-    def to_json(self) -> dict[str, Json]:
-        """Return what stands in ``results.json``."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "suite": self.suite,
-            **self.about,
-            "cells": [result.to_json() for result in self.cells],
-            "tasks": {name: _table_json(table) for name, table in self.tasks.items()},
-            "macro": _table_json(self.macro),
-            "by_type": {name: _table_json(table) for name, table in self.by_type.items()},
-            "differences": {name: _scores_json(found) for name, found in self.differences.items()},
-        }
-
-    def write(self) -> None:
-        """Write ``results.json``."""
-        write_json(self.folder / RESULTS_FILE, self.to_json())
 
 
 @dataclass
 class Collector:
-    """Gathers results of cells and makes tables of them; keeps what did not change.
+    """Computes the tables of finished cells, and keeps those that do not change.
 
     Args:
-        suite: Name of the suite.
+        empty: The results before any cell has finished.
         methods: Names of the methods in the order of the tables.
         types: Task -> its type, None where there is none.
-        about: Everything else in ``results.json``.
-        folder: Where the files lie.
     """
 
-    suite: str
+    empty: Results
     methods: Sequence[str]
     types: Mapping[str, str | None]
-    about: Mapping[str, Json]
-    folder: Path
     _means: dict[tuple[str, str], tuple[int, Scores]] = field(default_factory=dict)
 
     def collect(self, cells: Sequence[CellResult]) -> Results:
-        """Return the tables over those cells that are done."""
+        """Return the results with tables over the cells that are done."""
         done: dict[str, dict[str, list[CellResult]]] = {}
         for result in cells:
             if result.status == "done":
@@ -124,27 +47,25 @@ class Collector:
             kind: over_tasks({task: methods for task, methods in done.items() if self.types.get(task) == kind}, names)
             for kind in kinds
         }
-        return Results(
-            suite=self.suite,
-            cells=tuple(cells),
+        return replace(
+            self.empty,
+            cells=[one.record for one in cells],
             tasks=tasks,
             macro=over_tasks(done, names),
             by_type=by_type,
             differences=differences(done, names),
-            about=self.about,
-            folder=self.folder,
         )
 
     def _summary(self, task: str, method: str, results: Sequence[CellResult]) -> Scores:
-        """Return the scores of a method on a task; the bootstraps of finished pairs are not drawn again."""
+        """Return the scores of a method on a task; the bootstrap is drawn again only when a seed joins."""
         kept = self._means.get((task, method))
         if kept is None or kept[0] != len(results):
             kept = self._means[task, method] = len(results), over_records(results)
         return kept[1]
 
 
-def over_records(results: Sequence[CellResult]) -> dict[str, Summary]:
-    """Return score -> mean over records and seeds; the interval is over records, each with its mean over the seeds."""
+def over_records(results: Sequence[CellResult]) -> dict[str, ScoreWithSpread]:
+    """Return score -> mean over seeds, with an interval over records (each with its mean over the seeds)."""
     found = {}
     for name in _common(results):
         seeds = [result.values[name] for result in results]
@@ -177,11 +98,11 @@ def differences(
 ) -> dict[str, dict[str, Score]]:
     """Return ``A - B`` -> score -> paired difference with an interval over tasks, or over records of the only task.
 
-    Everything is compared with the learned prompt, and everything learned with the manual prompt.
+    Every method is compared with the learned prompt and with the manual prompt.
     """
-    learned = next((name for name in LEARNED_BY_TUNE.values() if name in names), LEARNED)
+    learned = next((name for name, method in METHODS.items() if method.learns_slots and name in names), LEARNED)
     pairs = [(learned, name) for name in names if name != learned and learned in names]
-    pairs += [(name, REFERENCE) for name in names if name not in (learned, REFERENCE) and REFERENCE in names]
+    pairs += [(name, MANUAL) for name in names if name not in (learned, MANUAL) and MANUAL in names]
     found = {}
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]
@@ -208,15 +129,7 @@ def _common(results: Sequence[CellResult]) -> list[str]:
     return [name for name in RESULT_SCORES if all(name in result.values for result in results)]
 
 
-def _summary(over: Score, by_seed: Sequence[float]) -> Summary:
+def _summary(over: Score, by_seed: Sequence[float]) -> ScoreWithSpread:
     std = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
     lowest = min(by_seed) if len(by_seed) > 1 else None
-    return Summary(over.value, over.low, over.high, over.n, std, max(1, len(by_seed)), lowest)
-
-
-def _scores_json(scores: Mapping[str, Score]) -> dict[str, Json]:
-    return {name: dict(value.to_json()) for name, value in scores.items()}
-
-
-def _table_json(table: Table) -> dict[str, Json]:
-    return {method: _scores_json(scores) for method, scores in table.items()}
+    return ScoreWithSpread(over.value, over.low, over.high, over.n, std, max(1, len(by_seed)), lowest)

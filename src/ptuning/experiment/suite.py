@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -21,24 +21,28 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.experiment.cells import Cell, CellResult, Job, answer_rows, digest
-from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json, write_json_lines
-from ptuning.method.base import METHODS, Method, Setup
+from ptuning.experiment.cells import CellResult, Job, answered_rows, digest
+from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json
+from ptuning.method.base import Method, Setup
+from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import about_data, versions
+from ptuning.report.cell_files import read_answers, write_answers
+from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 # What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
 STARTED_FILE = "started.json"
 # Answers to rows whose labels nobody here knows.
 UNLABELLED_FILE = "unlabelled.jsonl"
+# What methods train of the backbone, the cheapest first.
+CHEAP_FIRST = (None, "frozen", "lora", "tuned")
 # Checkpoints of prompts that are in training at once.
 FLEETS_FOLDER = "fleets"
 
@@ -97,8 +101,8 @@ class Suite:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells in the order they run in: whatever is cheap first, so that a useful table stands there early."""
-        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, sum(method.passes or ())))
+        """All cells in the order in which they run: cheap methods first, so that a useful table exists early."""
+        ordered = sorted(self.methods.values(), key=lambda method: (method.trained, CHEAP_FIRST.index(method.tune)))
         return [
             Cell(name, method.name, self.config.seed + number)
             for number in range(self.seeds)
@@ -254,9 +258,8 @@ class Suite:
         folder = self.out / cell.folder
         try:
             record = read_json(folder / RUN_FILE)
-            rows: list[Any] = list(read_json_lines(folder / PREDICTIONS_FILE))
-            answers = [Answer(row["prediction"], row["hit"], row["rank"], row["log_prob"]) for row in rows]
-            if record["identity"] != self.identity(cell) or len(rows) != len(self.jobs[cell.task].test):
+            answers = [row.answer for row in read_answers(folder / PREDICTIONS_FILE)]
+            if record["identity"] != self.identity(cell) or len(answers) != len(self.jobs[cell.task].test):
                 return None
             unlabelled = self.jobs[cell.task].unlabelled
             if unlabelled is not None and len(read_json_lines(folder / UNLABELLED_FILE)) != len(unlabelled):
@@ -351,9 +354,9 @@ class Suite:
         solution = method.fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
         if job.unlabelled is not None:
-            write_json_lines(folder / UNLABELLED_FILE, answer_rows(job.unlabelled, solution.answer(job.unlabelled)))
+            write_answers(folder / UNLABELLED_FILE, answered_rows(job.unlabelled, solution.answer(job.unlabelled)))
         result = self._result(cell, answers, solution.record, time.monotonic() - began)
-        write_json_lines(folder / PREDICTIONS_FILE, answer_rows(job.test, answers))
+        write_answers(folder / PREDICTIONS_FILE, answered_rows(job.test, answers))
         write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
         (folder / STARTED_FILE).unlink(missing_ok=True)
         return result

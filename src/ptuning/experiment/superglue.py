@@ -1,6 +1,4 @@
-"""The paper's second experiment: SuperGLUE, with all of its training data or with a few examples. Folders -> tasks,
-with nothing of the validation part in what a method sees.
-"""
+"""The paper's SuperGLUE experiment, with all training data or with a few examples."""
 
 from __future__ import annotations
 
@@ -8,100 +6,77 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import get_args
 
-from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig, Tune, listed_names
+from typing_extensions import Unpack
+
+from ptuning.config import Tune, listed_names
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import Job
-from ptuning.experiment.plan import Plan, Watch, run_jobs
-from ptuning.experiment.results import Results
+from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_files
 from ptuning.files import Json
-from ptuning.method.base import METHODS, Task
-from ptuning.names import ALL_METHODS, LEARNED, LEARNED_BY_TUNE
+from ptuning.method.base import Task
+from ptuning.method.registry import METHODS
+from ptuning.names import ALL_METHODS, LEARNED
 from ptuning.provenance import about_data
+from ptuning.report.results_file import Agreement, Choice, Results, TrainingWarning
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
 
 SUITE = "superglue"
 TASKS = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
-# A task that is closed anyway is asked the same with manual-restricted as with manual.
-LEFT_OUT = ("manual-restricted",)
-SUPERGLUE_METHODS = ("majority", "manual", "in-context", "fine-tuning", "manual+fine-tuning", LEARNED)
 SEEDS = 3
 
 
 def superglue(
     data: str | Path,
     *,
-    backbone: Backbone,
-    out: str | Path,
     tasks: Sequence[str] | str = "all",
-    methods: Sequence[str] | str = SUPERGLUE_METHODS,
     few_shot: int | None = None,
     pattern: int = 1,
     limit: int | None = None,
     tune: Tune = "frozen",
     server: bool = True,
-    seeds: int = SEEDS,
-    tries: int = 1,
-    control: bool = False,
-    config: TrainConfig | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    command: str | None = None,
-    watch: Watch | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Results:
-    """Run the paper's SuperGLUE experiment. Finished cells of an earlier start are not run again.
+    """Run the paper's SuperGLUE experiment. Finished cells of an earlier run are not run again.
 
-    A folder with a development part (FewGLUE's ``dev32``) is taken as it is; without one a seeded share of the training
-    part is set aside to choose by. The validation part is what is reported and chooses nothing; a task that has none is
-    reported on its development part, and chooses by a share of its training part.
+    A folder with a development part (FewGLUE's ``dev32``) is used as it is. Without one, a seeded share of the training
+    part is set aside to choose settings by. Scores are reported on the validation part, by which nothing is chosen. A
+    task without a validation part is reported on its development part, and chooses by a share of its training part.
 
     Args:
-        data: The folder that holds a folder per task, as SuperGLUE and FewGLUE come.
-        backbone: The frozen backbone.
-        out: Folder of the results.
-        tasks: Names of shipped tasks, paths of task files, or ``all`` of SuperGLUE's that are there.
-        methods: Names of :data:`ptuning.methods`, or ``all``.
-        few_shot: Learn from so many examples, and choose by as many others; each seed draws its own.
-        pattern: Which of a task's patterns is used, from 1; none is chosen by its score.
-        limit: Report on so many rows at most: a seeded draw.
+        data: The folder with one folder per task, the layout of SuperGLUE and FewGLUE.
+        tasks: Names of shipped tasks, paths of task files, or ``all`` SuperGLUE tasks that have a folder.
+        few_shot: Learn from this many examples, and choose by as many others. Each seed draws its own.
+        pattern: The number of the task's pattern to use, from 1. No pattern is chosen by its score.
+        limit: Report on a seeded draw of about this many rows.
         tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``tuned`` all weights, ``lora`` adapters.
-        server: Whether the test split is answered where it is there, and files for the server are written.
-        seeds: How many seeds.
-        tries: How many settings each trained method tries.
-        control: Whether each trained method also runs on a backbone with random weights.
-        config: Settings of training.
-        overwrite: Replace results made with other settings.
-        dry_run: Estimate the time, and run nothing.
-        command: The command line, for the record.
-        watch: Who is told how far it is.
+        server: Whether to answer the test split, if there is one, and to write files for the benchmark's server.
+        **options: ``out``, ``backbone``, ``methods``, ``seeds`` (here 3 by default) and the others of
+            :class:`ptuning.experiment.plan.Plan`.
 
     Returns:
-        All scores; the files lie in ``out``.
+        All scores. The files are in ``out``.
 
     Raises:
-        PTuningError: Before anything is run, if the data or the settings cannot be used.
+        PTuningError: If the data or the settings cannot be used; nothing has been run then.
 
     Source: Liu et al. (2021), section 4.2; Schick and Schuetze (2021), arXiv:2009.07118, for the few-shot setting.
     """
-    config = config or TrainConfig()
-    plan = Plan(
-        *(Path(out), backbone, chosen_methods(methods, tune=tune), seeds, tries, control, config),
-        *(overwrite, dry_run, command, watch or Watch()),
-    )
+    options.setdefault("seeds", SEEDS)
+    options["methods"] = chosen_methods(options.get("methods"), tune=tune)
+    plan = Plan.of(SUITE, **options)
     for name, value in (("few_shot", few_shot), ("limit", limit)):
         if value is not None and value < 2:
             raise ConfigError(f"{name} is {value}; it must be 2 or more")
-    files = asked_tasks(Path(data), tasks)
-    numbers = range(config.seed, config.seed + seeds)
     jobs = [
         task_job(
             file,
@@ -110,10 +85,10 @@ def superglue(
             pattern=pattern,
             limit=limit,
             server=server,
-            seeds=numbers,
-            dev_fraction=config.dev_fraction,
+            seeds=range(plan.config.seed, plan.config.seed + plan.seeds),
+            dev_fraction=plan.config.dev_fraction,
         )
-        for file in files
+        for file in asked_tasks(Path(data), tasks)
     ]
     settings: dict[str, Json] = {
         "data": str(data),
@@ -122,37 +97,36 @@ def superglue(
         "limit": limit,
         "tune of p-tuning": tune,
     }
-    results = run_jobs(SUITE, jobs, plan=plan, settings=settings, more=what_else)
-    if overwrite and not dry_run:
-        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # of answers that are no longer there
-    if server and not dry_run:
+    results = run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
+    if plan.overwrite and not plan.dry_run:
+        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # its answers may be gone
+    if server and not plan.dry_run:
         write_server_files(results, [job for job in jobs if job.task.name in TASKS], is_draw=limit is not None)
     return results
 
 
-def chosen_methods(methods: Sequence[str] | str, *, tune: Tune) -> list[str]:
-    """Return names of methods, with p-tuning as it is called where more than the prompt is trained.
+def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
+    """Return names of methods, where ``p-tuning`` is the method that trains its prompt together with ``tune``.
 
     Raises:
-        ConfigError: If the mode is unknown or cannot be used here.
+        ConfigError: If ``tune`` is unknown.
     """
-    if tune not in LEARNED_BY_TUNE:
-        raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(LEARNED_BY_TUNE)}")
-    asked = listed_names(methods)
+    learned = {method.tune: method.name for method in METHODS.values() if method.learns_slots and method.tune}
+    if tune not in learned:
+        raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(get_args(Tune))}")
+    asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
     if asked == [ALL_METHODS]:
-        return [name for name in METHODS if name not in LEFT_OUT]
-    return [LEARNED_BY_TUNE[tune] + name.removeprefix(LEARNED) if _is_learned(name) else name for name in asked]
-
-
-def _is_learned(name: str) -> bool:
-    return name.partition("@")[0] == LEARNED
+        return [method.name for method in METHODS.values() if not method.open_only]
+    plain = [name.partition("@") for name in asked]
+    return [(learned[tune] if name == LEARNED else name) + sign + control for name, sign, control in plain]
 
 
 def asked_tasks(data: Path, tasks: Sequence[str] | str) -> list[TaskFile]:
-    """Return the tasks of that name; with ``all`` those of SuperGLUE that have a folder.
+    """Return the named tasks; ``all`` stands for the SuperGLUE tasks that have a folder.
 
     Raises:
-        FileError: If a task is unknown, or there is none.
+        FileError: If a task is unknown, or no task has a folder.
+        ConfigError: If no task is named, or two task files have the same name.
     """
     asked = listed_names(tasks)
     if asked != ["all"]:
@@ -187,13 +161,13 @@ def task_job(
 
     Args:
         file: The task.
-        folder: Of its data, or of the folder that holds it.
-        seeds: Of the cells; the first one's draws are those of whatever is the same for all.
-        few_shot: Learn from so many examples, and choose by as many others.
-        pattern: Which of the patterns is used, from 1.
-        limit: Report on so many rows at most.
+        folder: The folder of its data, or the folder that contains it.
+        seeds: Seeds of the cells. What all seeds share is drawn by the first one.
+        few_shot: Learn from this many examples, and choose by as many others.
+        pattern: The number of the task's pattern to use, from 1.
+        limit: Report on a seeded draw of about this many rows.
         server: Whether the test split is answered as well.
-        dev_fraction: Share of the training part set aside where there is no part to choose by.
+        dev_fraction: Share of the training part that is set aside if there is no part to choose by.
 
     Raises:
         FileError: If there is no training part, or nothing to report on.
@@ -204,32 +178,21 @@ def task_job(
     train = file.read(find_split(folder, file, "train"))
     dev, val = _optional(file, folder, "dev"), _optional(file, folder, "val")
     if val is None and dev is None:
-        find_split(folder, file, "val")  # which says what was looked for
-    reported = val if val is not None else cast("Questions", dev)
-    to_choose = dev if val is not None else None
-    where = "validation part" if val is not None else "development part, since there is no validation part"
-    by_seed: dict[int, tuple[Questions, Questions]] = {}
-    if few_shot is not None:
-        pool = Questions([*train, *(to_choose or [])], name=train.name)
-        labels = file.label_words.labels if file.label_words is not None else ()
-        by_seed = {seed: draw_few(pool, few_shot, labels, seed=seed) for seed in seeds}
-        how = f"{few_shot} examples to learn from and {few_shot} to choose by, drawn anew by each seed"
-        train, to_choose = by_seed[seeds[0]]
-    elif to_choose is not None:
-        how = "training and development part as given"
-    else:
-        train, to_choose = split_questions(train, fraction=dev_fraction, seed=seeds[0])
-        how = f"{dev_fraction:.0%} of the training part set aside to choose by, seed {seeds[0]}"
+        find_split(folder, file, "val")  # raises an error that names the files
+    reported, where, to_choose = val, "validation part", dev
+    if reported is None:
+        reported, where, to_choose = dev, "development part, since there is no validation part", None
+        logger.warning("%s has no validation part: reported on the development part", file.name)
+    assert reported is not None
+    drawn, how = _to_learn(file, train, to_choose, few_shot=few_shot, seeds=seeds, dev_fraction=dev_fraction)
     test = draw_questions(reported, limit, seed=0)
     how += f"; reported on the {where}" + (f", {len(test)} of {len(reported)} rows" if limit is not None else "")
-    if val is None:
-        logger.warning("%s has no validation part: reported on the development part", file.name)
-    parts = {"train": train, "dev": to_choose, "test": test}
+    tasks = {seed: _task(file, *parts, pattern=pattern) for seed, parts in drawn.items()}
+    task = tasks[seeds[0]]
+    parts = {"train": task.train, "dev": task.dev, "test": test}
     unlabelled = _optional(file, folder, "test", labelled=False) if server and limit is None else None
     if unlabelled is not None:
         parts["unlabelled"] = unlabelled
-    made = {seed: _task(file, *drawn, pattern=pattern) for seed, drawn in by_seed.items()}
-    task = made[seeds[0]] if made else _task(file, train, to_choose, pattern=pattern)
     about: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
     info: dict[str, Json] = {
         "manual": str(task.manual),
@@ -244,7 +207,30 @@ def task_job(
         "version": file.version,
         "reported": "val" if val is not None else "dev",
     }
-    return Job(task, test, info, by_seed=made, unlabelled=unlabelled)
+    return Job(task, test, info, by_seed=tasks if few_shot is not None else {}, unlabelled=unlabelled)
+
+
+def _to_learn(
+    file: TaskFile,
+    train: Questions,
+    dev: Questions | None,
+    *,
+    few_shot: int | None,
+    seeds: Sequence[int],
+    dev_fraction: float,
+) -> tuple[dict[int, tuple[Questions, Questions]], str]:
+    """Return the training and development part of each seed (of the first one only, if all have the same), and how
+    they were made.
+    """
+    if few_shot is not None:
+        pool = Questions([*train, *(dev or [])], name=train.name)
+        how = f"{few_shot} examples to learn from and {few_shot} to choose by, drawn anew by each seed"
+        labels = file.label_words.labels if file.label_words is not None else ()
+        return {seed: draw_few(pool, few_shot, labels, seed=seed) for seed in seeds}, how
+    if dev is not None:
+        return {seeds[0]: (train, dev)}, "training and development part as given"
+    how = f"{dev_fraction:.0%} of the training part set aside to choose by, seed {seeds[0]}"
+    return {seeds[0]: split_questions(train, fraction=dev_fraction, seed=seeds[0])}, how
 
 
 def _task(file: TaskFile, train: Questions, dev: Questions, *, pattern: int) -> Task:
@@ -260,40 +246,33 @@ def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True
     return file.read(path, labelled=labelled)
 
 
-def what_else(results: Results) -> dict[str, Json]:
-    """Return what ``results.json`` holds of this suite only: how far the development score says what the reported one
-    will be, and what went on in training that a reader should know.
+def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -> Results:
+    """Return the results with the entries of this suite only: how well the development score predicts the reported one,
+    and the warnings of trainings.
 
-    Both are shares of rows answered rightly, whatever the task's metrics are. The correlation is over all cells in
-    which something was chosen, each task's means taken off: that some tasks are easier than others is no agreement.
+    Both scores are shares of rows answered correctly, whatever the metrics of the task are. The correlation is over all
+    cells that chose a setting. Each task's means are subtracted first, because it is no agreement that some tasks are
+    easier than others.
     """
-    chosen = [one for one in results.cells if one.dev_score is not None and one.hits is not None]
+    chosen = [
+        Choice(**vars(one.cell), dev=one.dev_score, test=one.hits)
+        for one in cells
+        if one.dev_score is not None and one.hits is not None
+    ]
     rows: dict[str, list[tuple[float, float]]] = {}
-    for one in chosen:
-        rows.setdefault(one.cell.task, []).append((cast("float", one.dev_score), cast("float", one.hits)))
+    for choice in chosen:
+        rows.setdefault(choice.task, []).append((choice.dev, choice.test))
     centred = []
     for pairs in rows.values():
         means = [sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
         centred += [(dev - means[0], test - means[1]) for dev, test in pairs]
     gaps = [dev - test for pairs in rows.values() for dev, test in pairs]
-    return {
-        "agreement": {
-            "cells": [
-                {
-                    "task": one.cell.task,
-                    "method": one.cell.method,
-                    "seed": one.cell.seed,
-                    "dev": one.dev_score,
-                    "test": one.hits,
-                }
-                for one in chosen
-            ],
-            "correlation": correlation(centred) if len(centred) > len(rows) else None,
-            "mean_gap": sum(gaps) / len(gaps) if gaps else None,
-        },
-        "warnings": [
-            {"task": one.cell.task, "method": one.cell.method, "seed": one.cell.seed, "text": text}
-            for one in results.cells
-            for text in one.warnings
-        ],
-    }
+    return replace(
+        results,
+        agreement=Agreement(
+            chosen,
+            correlation=correlation(centred) if len(centred) > len(rows) else None,
+            mean_gap=sum(gaps) / len(gaps) if gaps else None,
+        ),
+        warnings=[TrainingWarning(**vars(one.cell), text=text) for one in cells for text in one.warnings],
+    )

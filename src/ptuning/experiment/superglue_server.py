@@ -1,4 +1,4 @@
-"""What SuperGLUE's server takes: a file per task, made of the answers that cells left. Computes nothing."""
+"""Files for the SuperGLUE server: one per task, made from the answers of finished cells."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import cast
 
 from ptuning.data.task_files import TaskFile
 from ptuning.experiment.cells import Job
-from ptuning.experiment.results import Results
 from ptuning.experiment.suite import UNLABELLED_FILE
 from ptuning.files import Json, make_folder, read_json_lines, write_json_lines, write_text
 from ptuning.names import PREDICTIONS_FILE
+from ptuning.report.results_file import Results
 
 logger = logging.getLogger(__name__)
 
@@ -29,25 +29,25 @@ of the paper.
 
 
 def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) -> None:
-    """Write ``server/METHOD/seed-N/TASK.jsonl`` for each finished cell: of the test split where it was there, of the
-    reported part otherwise.
+    """Write ``server/METHOD/seed-N/TASK.jsonl`` for each finished cell: of the test split if there is one, otherwise of
+    the reported part.
 
     Args:
-        results: Whose folder holds the answers.
+        results: The results; their folder holds the answers.
         jobs: The tasks of the benchmark.
-        is_draw: Whether only a draw of rows was answered, which is nothing to hand in: then nothing is written.
+        is_draw: Whether only a draw of rows was answered. Nothing is written then, since it could not be handed in.
     """
     if is_draw:
         logger.info("no files for the server: only a draw of the rows was answered")
         return
     found = {job.task.name: job for job in jobs}
     for result in results.cells:
-        job = found.get(result.cell.task)
+        job = found.get(result.task)
         if job is None or job.task.file is None or result.status != "done":
             continue
         name = PREDICTIONS_FILE if job.unlabelled is None else UNLABELLED_FILE
-        rows = read_json_lines(results.folder / result.cell.folder / name)
-        folder = results.folder / SERVER_FOLDER / result.cell.method / f"seed-{result.cell.seed}"
+        rows = read_json_lines(results.folder / result.folder / name)
+        folder = results.folder / SERVER_FOLDER / result.method / f"seed-{result.seed}"
         make_folder(folder)
         write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
     if not (results.folder / SERVER_FOLDER).is_dir():
@@ -60,12 +60,7 @@ def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) 
 
 
 def server_lines(file: TaskFile, rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Return the lines of a task's file for the server.
-
-    Args:
-        file: The task.
-        rows: The rows of a cell's answers.
-    """
+    """Return the lines of a task's file for the server, made from the rows of a cell's answers."""
     numbers = [row.get("idx", at) for at, row in enumerate(rows)]
     if any(isinstance(number, Mapping) and "answer" in number for number in numbers):
         return _nested(rows)
@@ -84,13 +79,13 @@ def _server_label(file: TaskFile, row: Mapping[str, Json]) -> Json:
         written = file.as_in_file(str(said))
         return str(written).lower() if isinstance(written, bool) else written
     if file.reader.choices is not None and file.reader.choices.phrases is not None:
-        return str(said == choices[0])  # whether the pronoun stands for the first one: "True" or "False"
+        return str(said == choices[0])  # "True" if the pronoun refers to the first choice
     is_named = isinstance(row.get("idx"), Mapping)
     return said if is_named else choices.index(said)
 
 
 def _nested(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
-    """Return a line per passage that holds its questions, with their answers inside (MultiRC)."""
+    """Return one line per passage, with its questions and their answers nested in it (MultiRC)."""
     passages: dict[Json, dict[Json, list[Json]]] = {}
     for row in rows:
         number = cast("Mapping[str, Json]", row["idx"])

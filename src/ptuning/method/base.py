@@ -1,6 +1,4 @@
-"""What a method of the paper is: fits on a task's training and development parts, then answers records. Holds the list
-of methods; knows none of them, and no benchmark.
-"""
+"""What a method gets (`Task`, `Setup`), what it returns (`Solution`), and the list of all methods (`Methods`)."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import TrainConfig, Tune
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, closest
@@ -27,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may see of a task: everything but its test part.
+    """What a method may see of a task: everything except its test part.
 
     Args:
         name: Such as ``P36``.
-        train: Questions to learn from; without choices of their own where an answer is any text or a label.
-        dev: Questions to choose by.
+        train: Questions to learn from.
+        dev: Questions to choose settings by.
         manual: The manual template.
         template: The template to learn.
-        objects: The task's different answers, over all of its parts, in alphabetical order.
-        vocabulary: The closed set of answers that every method is restricted to, or None.
-        single_token: Whether every target is one token of the backbone, so that it is ranked among all of them.
-        file: The task file, where there is one.
+        objects: The different answers of all parts, in alphabetical order.
+        vocabulary: A closed set of answers for every method, or None.
+        single_token: Whether every target is one token of the backbone. Answers are then ranked among all tokens.
+        file: The task file, if there is one.
     """
 
     name: str
@@ -53,27 +51,28 @@ class Task:
 
     @property
     def is_closed(self) -> bool:
-        """Whether rows are answered with a label of the task file, or a choice of their own."""
+        """Whether the answers are labels of the task file, or choices that each row brings."""
         return self.file is not None and self.file.is_closed
 
     @property
     def is_written(self) -> bool:
-        """Whether answers are whatever the backbone writes."""
+        """Whether the backbone writes the answers freely."""
         return not (self.single_token or self.is_closed)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """With what a method works.
+    """Everything a method may use while it fits.
 
     Args:
-        backbone: The frozen backbone; a method leaves it as it is.
-        config: Settings of training.
-        seed: Of everything random in this fit.
-        tries: How many settings a trained method tries; the one best on the development part is kept.
+        backbone: The frozen backbone. A method must not change it.
+        config: Training settings.
+        seed: Seed of everything random in this fit.
+        tries: Number of settings (learning rates) that a trained method tries. It keeps the best on the development
+            part.
         folder: Where a method may keep files, such as its prompt; None for nowhere.
-        report: Called with progress.
-        should_stop: Asked now and then; training then raises :class:`ptuning.progress.Interrupted`.
+        report: Progress callback.
+        should_stop: Called regularly; if it returns true, training raises :class:`ptuning.progress.Interrupted`.
     """
 
     backbone: Backbone
@@ -90,9 +89,10 @@ class Solution:
     """A fitted method.
 
     Args:
-        answer: Questions -> one answer each. Targets are read for their rank only, and may be missing where the task
-            comes from a task file.
-        record: What it did, for ``run.json``: ``tried`` settings with their development scores, the ``chosen`` one.
+        answer: Returns one answer per question. It may read targets to compute ranks only; they may be missing if the
+            task comes from a task file.
+        record: What the method did, for ``run.json``: the settings it ``tried`` with their development scores, and the
+            ``chosen`` one.
     """
 
     answer: Callable[[Questions], list[Answer]]
@@ -100,43 +100,46 @@ class Solution:
 
     @classmethod
     def of_ranking(cls, rank: Callable[[Record], Sequence[str]], **record: Json) -> Solution:
-        """Return the solution of a method that gives each record a ranked list of texts."""
+        """Return the solution of a method that ranks texts for each record, the best first."""
         return cls(lambda questions: [Answer.of_ranked(rank(row.record), row.right) for row in questions], record)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to solve a task.
+    """A way to solve a task, with everything that comparisons, tables and reports need to know about it.
 
     Args:
-        name: As in ``p-tuning``.
-        describe: What answers, in a few words.
-        fit: Fits on a task's training and development parts.
-        trained: Whether it trains weights, so that ``tries`` and the random-weights control apply.
-        seeded: Whether its result depends on the seed; others run once.
-        reads_train: Whether it looks at the training or development part; others run once wherever these are drawn by
-            seed.
-        passes: Cost in forward passes over (training, development) records, per epoch where it trains, for an estimate
-            of time; None if it never runs the backbone.
-        prompts: Gives the trainings that ``fit`` looks for in the setup's folder, each under its name, so that those of
-            many tasks can be done together beforehand; None if there is nothing to share.
-        tokens: The same where no passes over a record's own tokens tell it: a task, a setup and a number of test
-            records -> tokens that are run for these and to choose on the development part.
+        name: Such as ``p-tuning``. It names folders.
+        describe: How it answers, in a few words.
+        fit: Fits on the training and development part of a task.
+        trained: Whether it trains weights. Only then ``tries`` and the control with random weights apply.
+        learns_slots: Whether it learns a prompt. Reports compare the first such method with the manual prompt.
+        tune: What it trains of the backbone (``frozen``: only the slots); None for a method that does not say. Methods
+            that train less run first.
+        seeded: Whether its result depends on the seed. Other methods run once.
+        reads_train: Whether it reads the training or development part. If not, it runs once even where each seed draws
+            its own parts.
+        open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
+        default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
+        prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that the prompts of many tasks
+            can be trained together beforehand (as a fleet). None if it has no such trainings.
     """
 
     name: str
     describe: str
     fit: Callable[[Task, Setup], Solution]
     trained: bool = False
+    learns_slots: bool = False
+    tune: Tune | None = None
     seeded: bool = False
-    passes: tuple[float, float] | None = None
     reads_train: bool = True
+    open_only: bool = False
+    default_for: tuple[str, ...] = ()
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
-    tokens: Callable[[Task, Setup, int], float] | None = None
 
 
 class Methods(Mapping[str, Method]):
-    """The known methods by name; :meth:`register` adds one of your own.
+    """Methods by name, in the order of tables. :meth:`register` adds one of your own.
 
     Example:
         >>> @ptuning.methods.register("last-word", describe="the last word of the subject")   # doctest: +SKIP
@@ -144,8 +147,8 @@ class Methods(Mapping[str, Method]):
         ...     return Solution.of_ranking(lambda record: [record["x"].split()[-1]])
     """
 
-    def __init__(self) -> None:
-        self._methods: dict[str, Method] = {}
+    def __init__(self, methods: Sequence[Method] = ()) -> None:
+        self._methods = {method.name: method for method in methods}
 
     def register(
         self,
@@ -153,33 +156,34 @@ class Methods(Mapping[str, Method]):
         *,
         describe: str,
         trained: bool = False,
+        learns_slots: bool = False,
         seeded: bool = False,
-        passes: tuple[float, float] | None = None,
         reads_train: bool = True,
         prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
-        tokens: Callable[[Task, Setup, int], float] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
-        """Return a decorator that adds a function as a method.
+        """Return a decorator that adds a function as a method. The arguments are those of :class:`Method`.
 
         Raises:
-            ConfigError: If the name is taken, or is no plain name (it becomes a folder).
+            ConfigError: If the name is taken, or cannot be the name of a folder.
         """
         if name in self._methods or name == ALL_METHODS:
             raise ConfigError(f"there is a method '{name}' already; choose another name")
         if not is_folder_name(name):
-            raise ConfigError(f"'{name}' is no name for a method; use letters, digits, '-' and '+'")
+            raise ConfigError(f"'{name}' is not a valid name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(name, describe, fit, trained, seeded, passes, reads_train, prompts, tokens)
+            self._methods[name] = Method(
+                name, describe, fit, trained, learns_slots, seeded=seeded, reads_train=reads_train, prompts=prompts
+            )
             return fit
 
         return add
 
     def find(self, name: str) -> Method:
-        """Return a method; with ``@random-weights`` behind the name of a trained one, its control.
+        """Return a method by its name. ``NAME@random-weights`` returns the control of a trained method.
 
         Raises:
-            ConfigError: If there is none of that name; names the closest one.
+            ConfigError: If there is no such method; the message suggests the closest name.
         """
         plain, sign, control = name.partition("@")
         if plain not in self._methods:
@@ -193,6 +197,10 @@ class Methods(Mapping[str, Method]):
             )
         return replace(method, name=name, describe=f"{method.describe}; backbone with random weights", seeded=True)
 
+    def default_for(self, suite: str) -> list[str]:
+        """Return the names of the methods that a comparison runs if none are named."""
+        return [name for name, method in self.items() if suite in method.default_for]
+
     def __getitem__(self, name: str) -> Method:
         return self._methods[name]
 
@@ -201,6 +209,3 @@ class Methods(Mapping[str, Method]):
 
     def __len__(self) -> int:
         return len(self._methods)
-
-
-METHODS = Methods()

@@ -1,7 +1,7 @@
-"""Fine-tuning as it is usually done: a linear head on one hidden state instead of words. Knows no prompts.
+"""Fine-tuning with a classification head: a linear layer on one hidden state, instead of label words (a verbalizer).
 
-The head takes the place of the language model's own, so everything else is what prompts use: batches, logits at the
-asked positions only, losses over classes. It reads where the library's own classification models do.
+The head replaces the language model's own head. Batches, logits at the scored positions and losses over classes are
+therefore the same as for prompts. The head reads the position that transformers' classification models read.
 """
 
 from __future__ import annotations
@@ -21,39 +21,40 @@ from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_items
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example, Kind
+from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
+from ptuning.template.segments import Kind
 from ptuning.training.prepare import in_small_passes
 from ptuning.training.trainer import Trainer
 
-# The standard deviation that heads start from in most of the models that are tuned with them.
+# Standard deviation of the start values, as in most classification models of transformers.
 START_SCALE = 0.02
-# Name of the field that holds a row's choice; no task file can name one so.
+# Name of the field that holds a row's choice; task files cannot use this name.
 CHOICE = "a row's choice"
-# A choice has one logit. Beside it stands this constant, next to which the logarithm of the sum of exponentials is the
-# same for every choice: what a softmax over both leaves of it is the choice's own logit, less the constant.
+# A choice has a single logit. This second, constant logit is so large that it alone decides the softmax's denominator:
+# the log-probability of a choice is then its own logit minus this constant.
 FAR_ABOVE = 100.0
 
 
 class Head(nn.Linear):
-    """A linear layer over classes; with a single one, the logit of a choice (beside a constant one)."""
+    """A linear layer over classes. With one class it scores a choice, and a constant second logit is added."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return (..., K) logits of (..., H) hidden states, K being 2 for a single class."""
+        """Return (..., K) logits of (..., H) hidden states. K is the number of classes, or 2 for a single class."""
         logits: Tensor = super().forward(hidden)
         return logits if self.out_features > 1 else torch.cat([torch.full_like(logits, FAR_ABOVE), logits], dim=-1)
 
 
 def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
-    """Return a float32 copy of a backbone with a new head over classes in the place of the language model's.
+    """Return a float32 copy of a backbone whose language model head is replaced by a new head over classes.
 
     Args:
         backbone: The backbone; it does not change.
-        classes: How many; 1 for a logit per choice.
-        seed: Of the head's start values.
+        classes: Number of classes; 1 for one logit per choice.
+        seed: Seed of the head's start values.
 
     Raises:
-        BackboneError: If it does not show the hidden states that its head reads.
+        BackboneError: If the backbone does not expose the hidden states that its head reads.
     """
     other = backbone.copy()
     head = Head(backbone.hidden_width, classes, device=backbone.device)
@@ -66,8 +67,8 @@ def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
 
 
 def head_template(task: Task, *, kind: Kind) -> Template:
-    """Return the template that holds a task's fields, and a row's choice behind them, with no words around; all of it
-    on an encoder's side, if there is one.
+    """Return the template with a task's fields, followed by a row's choice, and no words. An encoder-decoder model gets
+    all of it on the encoder's side.
     """
     kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
     names = [*task.manual.fields, *([CHOICE] if task.train.has_choices else [])]
@@ -76,12 +77,12 @@ def head_template(task: Task, *, kind: Kind) -> Template:
 
 
 def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]) -> list[Item]:
-    """Return one item per question: the classes of a single row for labels, a row each for choices.
+    """Return one item per question: one input whose classes are the labels, or one input per choice.
 
     Args:
-        bound: Of :func:`head_template`.
+        bound: The bound template of :func:`head_template`.
         questions: N questions, with or without their labels.
-        labels: The names of the labels; empty where rows bring their choices.
+        labels: Names of the labels; empty if rows bring their own choices.
     """
     rows = [filled for question in questions for filled in _filled(question, labels)]
     filled = bound.contexts(rows, source=questions.name)
@@ -99,13 +100,13 @@ def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]
 
 
 def _filled(question: Question, labels: Sequence[str]) -> list[Record]:
-    """Return the records that are read for a question."""
+    """Return the records that are the inputs of a question."""
     return [question.record] if labels else [{**question.record, CHOICE: text} for text in question.choices]
 
 
 def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example:
-    """Move the scored position to where a model sums a text up: the first token of a masked model, the last one of any
-    other. A decoder reads the text once more, behind its start token, up to where it would write the text's end.
+    """Move the scored position to the token that summarises the text: the first one for a masked model, the last one
+    for the others. A decoder reads the text again behind its start token, up to the end of the text.
 
     Source: Devlin et al. (2019), section 4.1; Radford et al. (2018), section 3.2; Lewis et al. (2020), section 3.1;
         ``XLNetForSequenceClassification`` and ``T5ForSequenceClassification`` of transformers.
@@ -119,19 +120,18 @@ def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example
         at = len(ids) - 1
     else:
         mask = example.logit_positions[0]
-        ids = (*ids[:mask], *ids[mask + 1 :])  # there is nothing to fill in
+        ids = (*ids[:mask], *ids[mask + 1 :])  # nothing is filled in, so the mask goes
         at = 0 if kind == "masked" else len(ids) - 1
     return Example(ids, (), (at,), (), 0, shortened=example.shortened, encoder_tokens=decoder)
 
 
 class HeadModel:
-    """A backbone with a head, trained on a task.
+    """A copy of a backbone with a classification head, trained on a task.
 
     Args:
         task: The task, with label words or choices.
-        setup: With what it is trained.
+        setup: The backbone, and the callbacks of the training.
         config: Settings of this training.
-
     """
 
     def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
@@ -153,6 +153,6 @@ class HeadModel:
         }
 
     def answer(self, questions: Questions) -> list[Answer]:
-        """Answer questions with the likeliest label or choice."""
+        """Return the most probable label or choice for each question."""
         items = head_items(self.bound, questions, self.labels)
         return answer_items(self.backbone, items, questions, [self.labels or row.choices for row in questions])

@@ -1,13 +1,14 @@
-"""Methods that train: p-tuning, fine-tuning, LoRA, alone and together, each trying the same number of settings."""
+"""Methods that train: P-tuning, fine-tuning, LoRA, and P-tuning together with either. Each tries the same number of
+learning rates.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import cast
 
@@ -16,11 +17,11 @@ from ptuning.data.questions import Questions
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
-from ptuning.method.base import METHODS, Setup, Solution, Task
-from ptuning.method.baselines import target_tokens
+from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
+from ptuning.method.manual import target_tokens
 from ptuning.metrics import Answer
-from ptuning.names import LEARNED, LEARNED_BY_TUNE
+from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -29,67 +30,17 @@ from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import FleetPrompt
 
-# Learning rates in the order they are tried; the first is what a single try takes. Those of p-tuning are factors of the
-# configured rate. Source: docs/decisions.md, decision 14 (what was tried).
+# Factors of the configured learning rate, in the order they are tried; a single try takes the first.
+# Source: docs/decisions.md, decision 14 (what was tried).
 TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
-# So many evaluations with the same guess for every row are worth a warning.
+# Number of evaluations in a row with the same guess for every row that causes a warning.
 STUCK_EVALUATIONS = 3
-# Cost of training in forward passes: backward to the slots is as dear as forward, to all weights twice as dear.
-PASSES: Mapping[Tune, float] = {"frozen": 2.5, "lora": 3.5, "tuned": 4.5}
-# Which setting is the learning rate that is tried.
+# The setting that holds the learning rate to try.
 RATES: Mapping[Tune, str] = {"frozen": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
 
 
-def _register(name: str, describe: str, template: Callable[[Task], Template], *, tune: Tune) -> None:
-    """Register the method that trains on one of a task's templates."""
-
-    def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), tune=tune)
-
-    def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), tune=tune)
-
-    METHODS.register(
-        name,
-        describe=describe,
-        trained=True,
-        seeded=True,
-        passes=(PASSES[tune], 1.0),
-        prompts=prompts if tune == "frozen" else None,
-    )(fit)
-
-
-# In the order of tables. Sources: Liu et al. (2021), section 3 (p-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
-# along, and FT with a head); Hu et al. (2021), section 4 (LoRA).
-_register(LEARNED, "the learned prompt, backbone frozen", attrgetter("template"), tune="frozen")
-
-
-@METHODS.register(
-    "fine-tuning",
-    describe="subject and target only, all weights trained (FT)",
-    trained=True,
-    seeded=True,
-    passes=(PASSES["tuned"], 1.0),
-)
-def fine_tuning(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target, without words around them; with a classification head where the
-    task has labels, or rows bring choices.
-    """
-    if task.is_closed:
-        return _tune_head(task, setup)
-    return _learn(task, setup, bare(task.manual), tune="tuned")
-
-
-_register("manual+fine-tuning", "the manual prompt, all weights trained (MP+FT)", attrgetter("manual"), tune="tuned")
-_register(
-    LEARNED_BY_TUNE["tuned"], "the learned prompt, all weights trained along", attrgetter("template"), tune="tuned"
-)
-_register("manual+lora", "the manual prompt, adapters trained (LoRA)", attrgetter("manual"), tune="lora")
-_register(LEARNED_BY_TUNE["lora"], "the learned prompt, adapters trained along", attrgetter("template"), tune="lora")
-
-
 def bare(manual: Template) -> Template:
-    """Return the template that holds a manual one's fields and target, and none of its words.
+    """Return a manual template without its words: only its fields and its target.
 
     Example:
         >>> str(bare(Template.parse("The capital of [X] is [Y] .")))
@@ -103,10 +54,10 @@ def bare(manual: Template) -> Template:
 
 
 def tried_factors(tries: int) -> Sequence[float]:
-    """Return the factors of the learning rate that so many tries take.
+    """Return the factors of the learning rate for a number of tries.
 
     Raises:
-        ConfigError: If there are not so many.
+        ConfigError: If ``tries`` is below 1 or above the number of factors.
     """
     if not 1 <= tries <= len(TRIED_FACTORS):
         raise ConfigError(f"tries is {tries}; it must be a whole number from 1 to {len(TRIED_FACTORS)}")
@@ -114,9 +65,9 @@ def tried_factors(tries: int) -> Sequence[float]:
 
 
 def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[FleetPrompt]:
-    """Return a training for each of the tried learning rates, named after the folder of its files.
+    """Return one training per tried learning rate, named after the folder of its files.
 
-    Several starts are for slots; what has none would draw nothing else in them than the order of the data.
+    Without slots there is one start only: further starts would differ in the order of the data and in nothing else.
     """
     setting, found = RATES[tune], []
     starts = setup.config.starts if template.has_slots else 1
@@ -129,15 +80,16 @@ def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[
 
 
 def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solution:
-    """Train with each of the tried learning rates, as ``ptuning train`` does, and answer with what is best on the
-    development part. Its files stay, but for those with all weights of a backbone, once the method is fitted.
+    """Train with each learning rate, as ``ptuning train`` does, and answer with the one best on the development part.
+
+    The files of the trainings stay, except those that hold all weights of a backbone.
     """
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
         share = replace(setup.config, tune=tune).prefix_cache_share
         prefix_cache = temporary.enter_context(PrefixCache(setup.backbone, memory_share=share))
-        # Not in memory: there it would bound the size of a backbone that can be tuned.
+        # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
             result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
@@ -148,7 +100,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
             score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
             rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
-            del result  # and with it the weights, before the next copy is made
+            del result  # frees its weights before the next copy of the backbone is made
         best = _best(tried)
         prompt = Prompt.load(folder / f"try-{best + 1}")
         model = PromptModel(setup.backbone).for_prompt(prompt)
@@ -158,7 +110,9 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
 
 
 def _tune_head(task: Task, setup: Setup) -> Solution:
-    """Train copies of the backbone with a classification head, and answer with the one best on the development part."""
+    """Train a copy of the backbone with a classification head per learning rate, and answer with the one best on the
+    development part.
+    """
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
     for factor in tried_factors(setup.tries):
@@ -167,25 +121,25 @@ def _tune_head(task: Task, setup: Setup) -> Solution:
         tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
         if _best(tried) == len(tried) - 1:
             best = model
-        del model  # so that no more than two copies of the backbone are there at a time
+        del model  # keeps at most two copies of the backbone in memory
     assert best is not None
     prompt = str(best.bound.template)
     return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
 
 
 def _noted(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what a cell's record keeps of a training, with a warning where its guesses were stuck."""
+    """Return the part of a training's record that a cell keeps, with a warning if its guesses were stuck."""
     kept = {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
     text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
     return {**kept, **({"warnings": [text]} if text else {})}
 
 
 def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
-    """Return a warning if all guesses on the development part were one class in several evaluations in a row, though
-    not all rows are of that class.
+    """Return a warning if several evaluations in a row guessed the same class for every row of the development part,
+    and not every row has that class.
 
     Args:
-        evaluations: The start's and each epoch's.
+        evaluations: The evaluation of the start, then those of the epochs.
     """
     longest = run = 0
     for one in evaluations:
@@ -212,10 +166,89 @@ def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, reco
 
 
 def _best(tried: Sequence[dict[str, Json]]) -> int:
-    """Return the place of the highest development score; of equal ones the lowest loss, then the earliest."""
+    """Return the index of the highest development score; on a tie of the lowest loss, then of the earliest try."""
     keys = [(cast("float", one["dev_score"]), -cast("float", one["dev_loss"])) for one in tried]
     return keys.index(max(keys))
 
 
 def _tries(tried: Sequence[dict[str, Json]]) -> dict[str, Json]:
     return {"tried": list(tried), "chosen": tried[_best(tried)]}
+
+
+def _fine_tune(task: Task, setup: Setup) -> Solution:
+    """Train all weights on the fields and the target, without words around them; with a classification head if answers
+    are labels or choices.
+    """
+    if task.is_closed:
+        return _tune_head(task, setup)
+    return _learn(task, setup, bare(task.manual), tune="tuned")
+
+
+def _with_template(
+    name: str,
+    describe: str,
+    *,
+    learns_slots: bool,
+    tune: Tune,
+    default_for: tuple[str, ...] = (),
+) -> Method:
+    """Return the method that trains on a task's learned template (``learns_slots``) or on its manual one."""
+
+    def template(task: Task) -> Template:
+        return task.template if learns_slots else task.manual
+
+    def fit(task: Task, setup: Setup) -> Solution:
+        return _learn(task, setup, template(task), tune=tune)
+
+    def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
+        return _tried(task, setup, template(task), tune=tune)
+
+    return Method(
+        name,
+        describe,
+        fit,
+        trained=True,
+        learns_slots=learns_slots,
+        tune=tune,
+        seeded=True,
+        default_for=default_for,
+        prompts=prompts if tune == "frozen" else None,
+    )
+
+
+# In the order of tables. Sources: Liu et al. (2021), section 3 (P-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
+# together with the prompt, and FT with a head); Hu et al. (2021), section 4 (LoRA).
+TUNED = (
+    _with_template(
+        LEARNED,
+        "the learned prompt, backbone frozen",
+        learns_slots=True,
+        tune="frozen",
+        default_for=("compare", "lama", "paraphrases", "superglue"),
+    ),
+    Method(
+        "fine-tuning",
+        "subject and target only, all weights trained (FT)",
+        _fine_tune,
+        trained=True,
+        tune="tuned",
+        seeded=True,
+        default_for=("superglue",),
+    ),
+    _with_template(
+        MANUAL + ALONG["tuned"],
+        "the manual prompt, all weights trained (MP+FT)",
+        learns_slots=False,
+        tune="tuned",
+        default_for=("superglue",),
+    ),
+    _with_template(
+        LEARNED + ALONG["tuned"], "the learned prompt, all weights trained along", learns_slots=True, tune="tuned"
+    ),
+    _with_template(
+        MANUAL + ALONG["lora"], "the manual prompt, adapters trained (LoRA)", learns_slots=False, tune="lora"
+    ),
+    _with_template(
+        LEARNED + ALONG["lora"], "the learned prompt, adapters trained along", learns_slots=True, tune="lora"
+    ),
+)

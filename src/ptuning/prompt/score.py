@@ -15,7 +15,7 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel, choices_of
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Records, as_records, require_targets
+from ptuning.records import TARGET_FIELD, Records, require_targets
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -101,11 +101,6 @@ def score_prompt(
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
         scores |= {"accuracy": summary([among["p_at_1"]]), **{name: summary([among[name]]) for name in names}}
     return Result(scores, found.loss, found.hits, missing)
-
-
-def candidates_of(data: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the different targets of records, in order of appearance: a closed set of answers."""
-    return list(dict.fromkeys(record[TARGET_FIELD].strip() for record in as_records(data) if record.get(TARGET_FIELD)))
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:

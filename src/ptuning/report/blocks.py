@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ptuning.report.results_file import Estimate
+from ptuning.report.results_file import ScoreWithSpread
 from ptuning.statistics import Score
 
 
@@ -128,7 +128,7 @@ def entry(score: Score | None, *, best: bool = False) -> Entry:
     if score is None:
         return Entry("–")
     small = [_interval(score), f"n = {score.n:,}"]
-    if isinstance(score, Estimate) and score.std is not None and (score.seeds or 0) > 1:
+    if isinstance(score, ScoreWithSpread) and score.std is not None and (score.seeds or 0) > 1:
         lowest = "" if score.lowest is None else f", lowest {decimal(score.lowest)}"
         small.append(f"sd {decimal(score.std)}{lowest}, {score.seeds} seeds")
     return Entry(percent(score.value), small, best)

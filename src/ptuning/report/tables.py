@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-from ptuning.files import Json
-from ptuning.metrics import TASK_SCORE, called, in_order
-from ptuning.names import RANDOM_WEIGHTS
+from ptuning.files import Json, sha256
+from ptuning.metrics import TASK_SCORE, Answer, called, in_order
+from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
 from ptuning.report.blocks import (
     Block,
     Entry,
@@ -23,27 +24,30 @@ from ptuning.report.blocks import (
     points,
     reading,
 )
-from ptuning.report.results_file import Estimate, Findings
+from ptuning.report.cell_files import AnsweredRow, read_answers
+from ptuning.report.results_file import CellRecord, Results, ScoreWithSpread
 
 SHOWN_HASH_DIGITS = 12
+SHOWN_ANSWERS = 10
+SHOWN_CHARACTERS = 120
 
 
-def settings(findings: Findings) -> list[Block]:
+def settings(results: Results) -> list[Block]:
     """Return what was run on what, and closed below it every setting, the tasks and the versions."""
-    backbone = {f"backbone {key}": value for key, value in findings.backbone.items()}
-    run = {"suite": findings.suite, "command": findings.command, **backbone}
+    backbone = {f"backbone {key}": value for key, value in results.backbone.items()}
+    run = {"suite": results.suite, "command": results.command, **backbone}
     blocks: list[Block] = [Table("What was run.", ["", "value"], _listed(run), numbers=False)]
-    if findings.settings:
-        rows = _listed(findings.settings)
+    if results.settings:
+        rows = _listed(results.settings)
         table = Table("Every setting, given or by default.", ["setting", "value"], rows, numbers=False)
         blocks.append(Fold(counted(len(rows), "setting"), [table]))
-    if findings.task_info:
-        title = f"Templates and data of {counted(len(findings.task_info), 'task')}"
+    if results.task_info:
+        title = f"Templates and data of {counted(len(results.task_info), 'task')}"
         columns = ["task", "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
-        tasks = [_task(findings.named(name), info) for name, info in findings.task_info.items()]
+        tasks = [_task(results.named(name), info) for name, info in results.task_info.items()]
         blocks.append(Fold(title, [Table(f"{title}.", columns, tasks, numbers=False)]))
-    if findings.versions:
-        versions = _listed(findings.versions)
+    if results.versions:
+        versions = _listed(results.versions)
         table = Table("Versions that the numbers depend on.", ["package", "version"], versions, numbers=False)
         blocks.append(Fold("Versions", [table]))
     return blocks
@@ -71,88 +75,91 @@ def _task(name: str, info: Mapping[str, Json]) -> list[Entry]:
     ]
 
 
-def main(findings: Findings) -> list[Block]:
+def main(results: Results) -> list[Block]:
     """Return the main table: a row per method, every score, and what it took."""
-    scores = findings.overall
+    scores = results.overall
     shown = in_order(name for one in scores.values() for name in one)
     if not shown:
         return []
     best = {name: max(one[name].value for one in scores.values() if name in one) for name in shown}
     rows = []
-    for method in findings.ordered(scores):
-        about = findings.methods.get(method)
+    for method in results.ordered(scores):
+        about = results.methods[method].describe if method in results.methods else ""
         columns = [(scores[method].get(name), best[name]) for name in shown]
         rows.append(
             [
                 Entry(method, [about] if about else []),
                 *(entry(one, best=one is not None and one.value == top and len(scores) > 1) for one, top in columns),
-                *_effort(findings, method),
+                *(column(results, method) for column in COLUMNS.values()),
             ]
         )
-    of = (
-        findings.named(*findings.tasks)
-        if len(findings.tasks) == 1
-        else f"means of {counted(len(findings.tasks), 'task')}"
-    )
-    part = "reported" if findings.agreement is not None else "test"
+    of = results.named(*results.tasks) if len(results.tasks) == 1 else f"means of {counted(len(results.tasks), 'task')}"
+    part = "reported" if results.agreement is not None else "test"
     caption = (
-        f"Scores on the {part} part ({of}; n counts {findings.overall_unit}), with 95 % intervals; ★ marks the best of "
+        f"Scores on the {part} part ({of}; n counts {results.overall_unit}), with 95 % intervals; ★ marks the best of "
         "a column; sd is the standard deviation over seeds; tried is the number of settings that the development part "
         "chose from."
     )
-    return [Table(caption, ["method", *map(called, shown), "tried", "mean seconds"], rows)]
+    return [Table(caption, ["method", *map(called, shown), *COLUMNS], rows)]
 
 
-def _effort(findings: Findings, method: str) -> list[Entry]:
-    """How many settings were tried, and the mean time of a run."""
-    done = findings.done(method)
-    tried = sorted({cell.tried for cell in done if cell.tried is not None})
-    seconds = [cell.seconds for cell in done if cell.seconds is not None]
+def _tried(results: Results, method: str) -> Entry:
+    """How many settings a method tried."""
+    tried = sorted({cell.tried for cell in results.done(method)})
     lowest_to_highest = dict.fromkeys([*tried[:1], *tried[-1:]])
-    return [
-        Entry(" to ".join(f"{number:,}" for number in lowest_to_highest) or "–"),
-        Entry(f"{sum(seconds) / len(seconds):,.1f}", [counted(len(seconds), "run")]) if seconds else Entry("–"),
-    ]
+    return Entry(" to ".join(f"{number:,}" for number in lowest_to_highest) or "–")
 
 
-def by_type(findings: Findings) -> list[Block]:
+def _mean_seconds(results: Results, method: str) -> Entry:
+    """The mean time of a run."""
+    seconds = [cell.seconds for cell in results.done(method)]
+    if not seconds:
+        return Entry("–")
+    return Entry(f"{sum(seconds) / len(seconds):,.1f}", [counted(len(seconds), "run")])
+
+
+# The columns of the main table after the scores: heading -> entry of a method.
+COLUMNS: Mapping[str, Callable[[Results, str], Entry]] = {"tried": _tried, "mean seconds": _mean_seconds}
+
+
+def by_type(results: Results) -> list[Block]:
     """Return the scores of each type of relation, where there are several tasks."""
-    if len(findings.tasks) < 2 or not findings.by_type:
+    if len(results.tasks) < 2 or not results.by_type:
         return []
-    score, types = findings.primary, findings.by_type
-    methods = findings.ordered(name for found in types.values() for name in found)
+    score, types = results.primary, results.by_type
+    methods = results.ordered(name for found in types.values() for name in found)
     rows = [[Entry(method), *(entry(_of(found, method, score)) for found in types.values())] for method in methods]
     caption = f"{called(score)} by type of relation, means over the tasks of a type; n counts tasks."
     return [Table(caption, ["method", *types], rows)]
 
 
-def per_task(findings: Findings) -> list[Block]:
+def per_task(results: Results) -> list[Block]:
     """Return the score of every method on every task, where there are several; tasks with metrics of their own have a
     row for each of these.
     """
-    if len(findings.tasks) < 2:
+    if len(results.tasks) < 2:
         return []
-    score = findings.primary
-    methods = findings.ordered(name for found in findings.tasks.values() for name in found)
+    score = results.primary
+    methods = results.ordered(name for found in results.tasks.values() for name in found)
     rows = []
-    for task, found in findings.tasks.items():
-        own = findings.task_info.get(task, {}).get("metrics")
+    for task, found in results.tasks.items():
+        own = results.task_info.get(task, {}).get("metrics")
         for name in map(str, own) if isinstance(own, list) and own else [score]:
             best = max((one[name].value for one in found.values() if name in one), default=None)
             scores = [_of(found, method, name) for method in methods]
-            kind = called(name) if own else findings.task_info.get(task, {}).get("type")
-            heading = Entry(findings.named(task), [_shown(kind)] if kind else [])
+            kind = called(name) if own else results.task_info.get(task, {}).get("type")
+            heading = Entry(results.named(task), [_shown(kind)] if kind else [])
             rows.append([heading, *(entry(one, best=one is not None and one.value == best) for one in scores)])
     what = "The metrics of every task" if score == TASK_SCORE else f"{called(score)} on every task"
-    unit = f"{findings.unit}, or groups of them that are scored together" if score == TASK_SCORE else findings.unit
+    unit = f"{results.unit}, or groups of them that are scored together" if score == TASK_SCORE else results.unit
     caption = f"{what}, with 95 % intervals; ★ marks the best of a row; n counts {unit}."
     return [Table(caption, ["task", *methods], rows)]
 
 
-def agreement(findings: Findings) -> list[Block]:
+def agreement(results: Results) -> list[Block]:
     """Return how far the development score of what was chosen says what the reported score will be."""
-    found = findings.agreement
-    if found is None or not found.points:
+    found = results.agreement
+    if found is None or not found.cells:
         return []
     said = (
         "Nothing can be said of how the two go together"
@@ -162,36 +169,36 @@ def agreement(findings: Findings) -> list[Block]:
     gap = "" if found.mean_gap is None else f", and their mean difference {points(found.mean_gap)} points"
     text = (
         "Epochs, learning rates and examples in context are chosen by the development score. "
-        f"{said} (n = {len(found.points):,}){gap}. With a correlation near zero, choosing by so few rows is little "
+        f"{said} (n = {len(found.cells):,}){gap}. With a correlation near zero, choosing by so few rows is little "
         "better than drawing lots."
     )
     rows = [
         [
-            Entry(findings.named(task)),
-            Entry(method),
-            Entry(percent(dev)),
-            Entry(percent(test)),
-            Entry(points(dev - test)),
+            Entry(results.named(one.task)),
+            Entry(one.method),
+            Entry(percent(one.dev)),
+            Entry(percent(one.test)),
+            Entry(points(one.dev - one.test)),
         ]
-        for task, method, dev, test in found.points
+        for one in found.cells
     ]
     caption = "Shares of rows answered rightly by what was chosen, run by run."
     columns = ["task", "method", "development", "reported", "difference in points"]
     return [Text(text), Fold(f"Every run, {len(rows):,}", [Table(caption, columns, rows)])]
 
 
-def control(findings: Findings) -> list[Block]:
+def control(results: Results) -> list[Block]:
     """Return what the same method reaches where the backbone knows nothing."""
-    score, scores = findings.primary, findings.overall
+    score, scores = results.primary, results.overall
     rows = []
-    for method in findings.controls:
+    for method in results.controls:
         base = method.removesuffix(RANDOM_WEIGHTS)
-        gap = findings.differences.get(f"{base} - {method}", {}).get(score)
+        gap = results.differences.get(f"{base} - {method}", {}).get(score)
         rows.append([Entry(base), entry(_of(scores, base, score)), entry(_of(scores, method, score)), difference(gap)])
     if not rows:
         return []
     common = _of(scores, "majority", score)
-    also = f" Always giving the majority answer reaches {phrase(common, findings.overall_unit)}." if common else ""
+    also = f" Always giving the majority answer reaches {phrase(common, results.overall_unit)}." if common else ""
     return [
         Text(
             "A backbone with random weights has read nothing, so whatever a method scores on it was learned from the "
@@ -200,43 +207,50 @@ def control(findings: Findings) -> list[Block]:
         ),
         Table(
             f"{called(score)} with the pretrained backbone and with random weights; the n of scores counts "
-            f"{findings.overall_unit}.",
+            f"{results.overall_unit}.",
             ["method", "pretrained", "random weights (training facts alone)", "difference in points"],
             rows,
         ),
     ]
 
 
-def differences(findings: Findings) -> list[Block]:
+def differences(results: Results) -> list[Block]:
     """Return the paired differences between methods."""
-    shown = in_order(name for found in findings.differences.values() for name in found)
+    shown = in_order(name for found in results.differences.values() for name in found)
     if not shown:
         return []
     rows = []
-    for pair, found in findings.differences.items():
+    for pair, found in results.differences.items():
         first = found.get(shown[0])
         columns = (difference(found.get(name)) for name in shown)
         rows.append([Entry(pair), *columns, Entry(reading(first) if first is not None else "–")])
     caption = (
         "Differences in percentage points, with 95 % intervals of the paired difference (both methods answered the "
-        f"same {findings.unit}). The last column says where the interval of {called(shown[0])} lies."
+        f"same {results.unit}). The last column says where the interval of {called(shown[0])} lies."
     )
     return [Table(caption, ["difference", *map(called, shown), "interval"], rows)]
 
 
-def wordings(findings: Findings) -> list[Block]:
+def wordings(results: Results) -> list[Block]:
     """Return how far the wordings of a relation lie apart, and the score of every wording."""
-    score = called(findings.primary)
+    score = called(results.primary)
     rows, folds = [], []
-    for name, relation in findings.paraphrases.items():
-        title = findings.named(name)
+    for name, relation in results.paraphrases.items():
+        title = results.named(name)
         for method, spread in relation.spread.items():
             numbers = [percent(spread.min), percent(spread.max), decimal(spread.range)]
             std = decimal(spread.std) if spread.std is not None else "–"
-            rows.append([Entry(title), Entry(method), Entry(str(spread.patterns)), *map(Entry, [*numbers, std])])
-        methods = findings.ordered(method for one in relation.wordings for method in one.scores)
-        every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.wordings]
-        caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {findings.unit}."
+            rows.append(
+                [
+                    Entry(title),
+                    Entry(method),
+                    Entry(str(spread.patterns)),
+                    *map(Entry, [*numbers, std]),
+                ]
+            )
+        methods = results.ordered(method for one in relation.patterns for method in one.scores)
+        every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.patterns]
+        caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {results.unit}."
         folds.append(Fold(f"The wordings of {title}", [Table(caption, ["wording", *methods], every)]))
     caption = (
         f"How far the wordings of a relation lie apart ({score}); the interval and n of every wording stand below."
@@ -245,7 +259,68 @@ def wordings(findings: Findings) -> list[Block]:
     return [Table(caption, columns, rows), *folds]
 
 
-def _of(found: Mapping[str, Mapping[str, Estimate]], method: str, score: str) -> Estimate | None:
+def changes(results: Results) -> list[Block]:
+    """Some answers that learning the prompt mended, and some that it broke, of every task."""
+    written, learned = results.pair
+    folds: list[Block] = []
+    for task in results.tasks:
+        before, after = (_by_record(results, next(iter(results.done(name, task)), None)) for name in results.pair)
+        same = sorted(before.keys() & after.keys(), key=lambda key: sha256(key.encode()))
+        gained = [(before[key], after[key]) for key in same if after[key].answer.hit and not before[key].answer.hit]
+        lost = [(before[key], after[key]) for key in same if before[key].answer.hit and not after[key].answer.hit]
+        if not same:
+            continue
+        title = f"{results.named(task)}: {len(gained):,} gained and {len(lost):,} lost of {len(same):,} {results.unit}"
+        blocks = [
+            _changed(pairs, f"{results.named(task)}: {{shown}} {what} by {learned} against {written}.", results.pair)
+            for what, pairs in (("gained", gained), ("lost", lost))
+        ]
+        folds.append(Fold(title, blocks))
+    if not folds:
+        return []
+    rule = (
+        f"Right with {learned} and wrong with {written}, or the other way round, each with its lowest seed. Nobody "
+        f"chose the {SHOWN_ANSWERS} shown: they come first when the records are ordered by their SHA-256."
+    )
+    return [Text(rule), *folds]
+
+
+def _changed(pairs: list[tuple[AnsweredRow, AnsweredRow]], caption: str, names: tuple[str, str]) -> Table | Text:
+    if not pairs:
+        return Text(caption.replace("{shown}", "none"))
+    shown = f"{min(len(pairs), SHOWN_ANSWERS)} of {len(pairs):,}"
+    rows = []
+    for before, after in pairs[:SHOWN_ANSWERS]:
+        fields = {name: text for name, text in after.record.items() if name != "y"}
+        record = fields.get("x") or "; ".join(f"{name}: {text}" for name, text in fields.items())
+        answers = [Entry(_cut(one.answer.text), _ranked(one.answer)) for one in (before, after)]
+        rows.append([Entry(_cut(record)), Entry(_cut(after.target or "")), *answers])
+    return Table(caption.replace("{shown}", shown), ["record", "target", *names], rows, numbers=False)
+
+
+def _by_record(results: Results, cell: CellRecord | None) -> dict[str, AnsweredRow]:
+    """A cell's answers by their record; equal records are told apart by their order."""
+    seen: Counter[str] = Counter()
+    found: dict[str, AnsweredRow] = {}
+    path = results.folder_of(cell) / PREDICTIONS_FILE if cell is not None else None
+    for row in read_answers(path) if path is not None and path.is_file() else []:
+        key = json.dumps(row.record, sort_keys=True, ensure_ascii=False)
+        seen[key] += 1
+        found[f"{key} {seen[key]}"] = row
+    return found
+
+
+def _ranked(answer: Answer) -> list[str]:
+    if answer.rank == 0:
+        return ["target is none of the answers"]
+    return [] if answer.rank is None else [f"target has rank {answer.rank:,}"]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+
+
+def _of(found: Mapping[str, Mapping[str, ScoreWithSpread]], method: str, score: str) -> ScoreWithSpread | None:
     return found.get(method, {}).get(score)
 
 

@@ -14,19 +14,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Literal as OneOf
 
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
-from ptuning.template.segments import ANCHOR_WORD, LITERAL, TARGET, Encoded, Run, Tokenizer
-from ptuning.template.segments import Ids as Ids
+from ptuning.template.segments import ANCHOR_WORD, FILLS_MASKS, LITERAL, TARGET, Encoded, Ids, Kind, TextRun, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-Kind = OneOf["causal", "masked", "permuted", "encoder-decoder"]
-# The kinds that read masks at the target's place, and fill them all at once.
-FILLS_MASKS: tuple[Kind, ...] = ("masked", "permuted")
 
 # What stands at a slot's place until its vector is written in; any id would do, since its embedding is overwritten.
 SLOT_PLACEHOLDER = 0
@@ -84,7 +78,7 @@ class _Slots:
 
 _Piece = Literal | Field | Target | Turn | _Special | _Slots
 _Fixed = Turn | _Special | _Slots  # what text is cut at
-_Part = Run | _Fixed
+_Part = TextRun | _Fixed
 
 
 class BoundTemplate:
@@ -234,7 +228,7 @@ class BoundTemplate:
                 prepared.append(_Slots((None,) * piece.count))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
-                run = Run(((LITERAL, words),))
+                run = TextRun(((LITERAL, words),))
                 run = run.behind_slots() if prepared and not isinstance(prepared[-1], Turn) else run
                 starts = Encoded(self.tokenizer, [run]).cut(run)[0][1]
                 if not starts:
@@ -292,12 +286,12 @@ class BoundTemplate:
             joined = tuple(
                 (part, "".join(text for _, text in same)) for part, same in itertools.groupby(segments, itemgetter(0))
             )
-            run = Run(joined, is_open=row.target is None)
+            run = TextRun(joined, is_open=row.target is None)
             parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
         return parts
 
     def _encode(self, parts: Iterable[_Part]) -> Encoded:
-        return Encoded(self.tokenizer, (part for part in parts if isinstance(part, Run)))
+        return Encoded(self.tokenizer, (part for part in parts if isinstance(part, TextRun)))
 
     def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
         """Return (part, ids) for the whole row, special tokens included."""
@@ -305,7 +299,7 @@ class BoundTemplate:
         spans: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.prefix_ids)]
         turn: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.suffix_ids), (TURN, ()), (SPECIAL, tokenizer.decoder_ids)]
         for part in parts:
-            if isinstance(part, Run):
+            if isinstance(part, TextRun):
                 spans += encoded.cut(part)
             elif isinstance(part, Turn):
                 spans += turn

@@ -5,9 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 Ids = tuple[int, ...]
+
+# The kinds of language models, by what their input must look like.
+Kind = Literal["causal", "masked", "permuted", "encoder-decoder"]
+# The kinds that read masks at the target's place, and fill them all at once.
+FILLS_MASKS: tuple[Kind, ...] = ("masked", "permuted")
 
 # What a segment is called; others are called as their makers like.
 LITERAL, TARGET = "literal", "target"
@@ -50,7 +55,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class TextRun:
     """Text that is tokenised as one string.
 
     Args:
@@ -68,7 +73,7 @@ class Run:
         """The text up to the end of each segment, with the lead; the last is the whole text."""
         return list(itertools.accumulate((text for _, text in self.segments), initial=self.lead))[1:]
 
-    def behind_slots(self) -> Run:
+    def behind_slots(self) -> TextRun:
         """Return the run as it goes on behind slots: there it is not the beginning of a text, which some tokenizers
         mark. Only a word that is glued to the slots begins anew.
         """
@@ -83,7 +88,7 @@ class Encoded(dict[str, Ids]):
         runs: The runs to cut.
     """
 
-    def __init__(self, tokenizer: Tokenizer, runs: Iterable[Run]) -> None:
+    def __init__(self, tokenizer: Tokenizer, runs: Iterable[TextRun]) -> None:
         texts: dict[str, None] = {}
         for run in runs:
             *inner, whole = run.prefixes
@@ -95,7 +100,7 @@ class Encoded(dict[str, Ids]):
         self[text] = ids = tuple(self._tokenizer.encode([text])[0])
         return ids
 
-    def cut(self, run: Run) -> list[tuple[str, Ids]]:
+    def cut(self, run: TextRun) -> list[tuple[str, Ids]]:
         """Return (name, ids) of a run's segments; a token belongs to the segment in which it ends, but one
         that begins in the target belongs to the target.
 

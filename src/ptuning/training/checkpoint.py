@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ptuning.backbone.trained_weights import read_tensors, write_tensors
+from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
 from ptuning.files import Json, make_folder
 from ptuning.training.identity import check_identity
 
 CHECKPOINT_FILE = "state.safetensors"
+BEST_FILE = "best-{epoch}.safetensors"
 
 
 @dataclass
@@ -122,3 +124,53 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+class KeptWeights:
+    """The best weights so far, set aside on disk: a third copy in memory (beside gradients and the two moments of the
+    optimizer) would bound the size of a backbone that can be tuned.
+
+    Args:
+        folder: Where they lie, beside a checkpoint that says of which epoch they are; without one in the system's place
+            for temporary files, until :meth:`close`.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix=PREFIX) if folder is None else None
+        self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
+
+    def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
+        """Write the weights of an epoch beside those of earlier ones.
+
+        Raises:
+            FileError: If they cannot be written.
+        """
+        make_folder(self._folder)
+        write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
+
+    def forget_others(self, *, epoch: int) -> None:
+        """Remove the weights of all epochs but one, once nothing names them any more."""
+        for file in self._folder.glob(BEST_FILE.format(epoch="*")):
+            if file != self._file(epoch):
+                file.unlink(missing_ok=True)
+
+    def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
+        """Put the weights of an epoch back.
+
+        Raises:
+            PromptError: If their file is damaged, or of another backbone.
+        """
+        kept = read_tensors(self._file(epoch))
+        if kept.keys() != weights.keys() or any(kept[name].shape != weights[name].shape for name in kept):
+            raise PromptError(f"{self._file(epoch)} holds the weights of another backbone")
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
+
+    def close(self) -> None:
+        """Remove what was kept for the time of the training only."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _file(self, epoch: int) -> Path:
+        return self._folder / BEST_FILE.format(epoch=epoch)

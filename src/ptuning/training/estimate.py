@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -21,9 +22,6 @@ from ptuning.training.run import TrainingRun
 from ptuning.training.spec import SpecOptions, TrainSpec
 from ptuning.training.trainer import SAVING_PAUSE
 from ptuning.training.trial import Seen, try_out
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)

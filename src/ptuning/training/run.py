@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, Tune, derived_seed, start_seed
@@ -34,9 +34,6 @@ from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_f
 from ptuning.training.spec import SpecOptions, TrainSpec
 from ptuning.training.step import measure_ceiling
 from ptuning.training.trainer import CHOICE_RULE, Trainer
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 FORMAT_VERSION = 1
 # Room for the prompt, the record and the predictions, besides the checkpoint.

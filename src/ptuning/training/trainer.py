@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.trained_weights import KeptWeights, TrainedWeights, trained_parameters, with_adapters
+from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.learned import Learned
@@ -26,7 +26,7 @@ from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import BoundTemplate
-from ptuning.training.checkpoint import RunState, damaged, read_checkpoint, write_checkpoint
+from ptuning.training.checkpoint import KeptWeights, RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.training.encoder import PromptEncoder, start_vectors
 from ptuning.training.step import Chunk, take_step
 

@@ -25,7 +25,7 @@ from ptuning.engine.passes import prefix_tokens
 from ptuning.engine.prefix_cache import cacheable_ids, text_groups
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.template.fill import Ids
+from ptuning.template.segments import Ids
 from ptuning.training.checkpoint import RunState, write_checkpoint
 from ptuning.training.memory import LiveTensors, PeakMemory, tensor_bytes
 from ptuning.training.run import TrainingRun

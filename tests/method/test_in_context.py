@@ -1,97 +1,31 @@
-"""Methods that train nothing: majority, manual prompts, examples in context chosen without the test part."""
+"""Examples in context: drawn by seed, chosen on the development part, never from the test part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.forward import Memory
 from ptuning.data.questions import Questions, as_questions
 from ptuning.errors import ConfigError, TemplateError
-from ptuning.method import baselines
+from ptuning.method import in_context as in_context_module
 from ptuning.method.base import Setup, Solution, Task
-from ptuning.method.baselines import (
-    example_counts,
-    filled,
-    in_context,
-    in_context_tokens,
-    majority,
-    manual,
-    manual_restricted,
-    target_tokens,
-    with_examples,
-)
+from ptuning.method.in_context import filled, in_context, with_examples
 from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, Records
+from ptuning.records import Records
 from ptuning.template.language import Template
-from tests.conftest import WARM, bound
-
-MANUAL = "[X] is [Y] ."
-WORDS = ("yes", "good", "great", "bad")
-TRAIN: list[Record] = [{"x": f"P {at}", "y": WORDS[at % 4]} for at in range(40)]
-DEV: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(6)]
-
-
-def task(train: Sequence[Record] = TRAIN, dev: Sequence[Record] = DEV, *, pattern: str = MANUAL, **more: Any) -> Task:
-    objects = tuple(sorted({row["y"] for row in [*train, *dev]}))
-    more = {"single_token": True, **more}
-    return Task(
-        "P1", as_questions(train), as_questions(dev), Template.parse(pattern), Template.parse(WARM), objects, **more
-    )
+from tests.conftest import bound
+from tests.method.test_manual import DEV, MANUAL, TRAIN, task
 
 
 def examples_in(solution: Solution) -> list[str]:
     """The lines in front of the question."""
     return str(solution.record["prompt"]).splitlines()[:-1]
-
-
-def test_the_majority_is_counted_in_the_training_part(causal: Backbone) -> None:
-    rows = [{"x": "a", "y": y} for y in ("yes", "no", " yes", "no ", "good")]
-    solution = majority(task(rows, [{"x": "b", "y": "great"}] * 9), Setup(causal))
-    assert solution.record == {"answer": "no"}  # of equally frequent ones the first in the alphabet
-    test = as_questions([{"x": "c", "y": y} for y in ("no", "yes", "good", "great")])
-    assert solution.answer(test) == [Answer("no", at == 1, at) for at in (1, 2, 3, 0)]
-
-
-def test_the_manual_prompt_is_asked_as_it_is(backbone: Backbone) -> None:
-    plain = Prompt.manual(MANUAL)
-    for closed in (None, ("yes", "bad")):
-        solution = manual(task(vocabulary=closed), Setup(backbone))
-        expected = answer_records(PromptModel(backbone), plain, Records(DEV), closed=closed, single_token=True)
-        assert solution.answer(as_questions(DEV)) == expected
-        assert solution.record == {"prompt": MANUAL}
-
-
-def test_the_restricted_prompt_chooses_among_the_tasks_objects(backbone: Backbone) -> None:
-    for single in (True, False):
-        found = manual_restricted(task(single_token=single), Setup(backbone)).answer(as_questions(DEV))
-        assert {answer.text for answer in found} <= set(WORDS)
-        assert all(answer.rank is not None and answer.rank <= 4 for answer in found)
-
-
-def test_written_answers_get_as_long_as_the_longest_training_target(
-    causal: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{"x": "a", "y": "yes"}, {"x": "b", "y": "a good film"}]
-    here = task(rows, [{"x": "c", "y": "a good film and a bad one"}], single_token=False)
-    longest = max(example.own_tokens for example in bound(causal, MANUAL).examples(rows))
-    assert target_tokens(here, Setup(causal)) == longest
-    asked: list[int | None] = []
-
-    def answer_records(*_: object, max_tokens: int | None, **__: object) -> list[Answer]:
-        asked.append(max_tokens)
-        return []
-
-    monkeypatch.setattr(baselines, "answer_records", answer_records)
-    manual(here, Setup(causal)).answer(as_questions(DEV))
-    assert asked == [longest]
 
 
 def test_a_filled_example() -> None:
@@ -160,8 +94,8 @@ def stub(score: Callable[[int, int], float | None]) -> Callable[..., Solution]:
 
 def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {(4, 1): 5 / 6, (16, 0): 4 / 6, (32, 2): 5 / 6}
-    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
-    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    monkeypatch.setattr(in_context_module, "prompt_solution", stub(lambda *which: scores.get(which, 1 / 6)))
+    monkeypatch.setattr(in_context_module, "example_counts", lambda *_: in_context_module.IN_CONTEXT_EXAMPLES)
     found = in_context(task(), Setup(causal))
     assert found.record["chosen"] == {"settings": {"examples": 4, "draw": 1}, "dev_score": 5 / 6}
     assert len(examples_in(found)) == 4  # of equal scores the first, which has fewer examples
@@ -170,9 +104,9 @@ def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, m
 
 
 def test_a_draw_that_does_not_fit_says_nothing_of_the_next(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "example_counts", lambda *_: baselines.IN_CONTEXT_EXAMPLES)
+    monkeypatch.setattr(in_context_module, "example_counts", lambda *_: in_context_module.IN_CONTEXT_EXAMPLES)
     scores = {(4, 0): None, (4, 1): 1.0}
-    monkeypatch.setattr(baselines, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
+    monkeypatch.setattr(in_context_module, "prompt_solution", stub(lambda *which: scores.get(which, 0.5)))
     assert in_context(task(), Setup(causal)).record["chosen"] == {
         "settings": {"examples": 4, "draw": 1},
         "dev_score": 1.0,
@@ -196,39 +130,3 @@ def test_text_that_is_a_special_token_is_not_shown_as_an_example(masked: Backbon
     rows = [{"x": f"{next(iter(masked.tokenizer.special_ids))} {special}", "y": "yes"}, {"x": "Kenya", "y": "good"}]
     solution = in_context(task(rows), Setup(masked))
     assert str(solution.record["prompt"]) == f"Kenya is good . {MANUAL}"
-
-
-def test_answers_of_several_lines_do_not_end_with_the_first(causal: Backbone) -> None:
-    rows = [{"x": "Kenya", "y": "yes\nno"}]
-    assert baselines.is_multiline(task(rows))
-    assert not baselines.is_multiline(task())
-    seen: list[bool] = []
-    for train in (rows, TRAIN):
-        found = manual(task(train, single_token=False), Setup(causal)).answer(as_questions(DEV))
-        seen.append(any("\n" in answer.text for answer in found))
-    assert seen[1] is False
-
-
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_the_tokens_of_an_estimate_are_those_that_are_run(
-    family: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All examples in front count: once a batch for a causal model, in every row for a masked one."""
-    monkeypatch.setattr(baselines, "IN_CONTEXT_DRAWS", 1)
-    backbone = make_backbone(family)
-    assert backbone.shares_prefix == (family == "llama")  # found by a pass of its own, which is not to be counted
-    dev = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(50)]
-    here, setup = task(dev=dev), Setup(backbone)
-    ran: list[int] = []
-    real = Backbone.run
-
-    def watch(one: Backbone, embeddings: Tensor, **more: Any) -> tuple[Tensor, Memory | None]:
-        ran.append(embeddings.shape[0] * embeddings.shape[1])
-        return real(one, embeddings, **more)
-
-    monkeypatch.setattr(Backbone, "run", watch)
-    in_context(here, setup)
-    fitted = sum(ran)
-    assert in_context_tokens(here, setup, 0) == fitted
-    more = in_context_tokens(here, setup, len(dev)) - fitted
-    assert more == pytest.approx(fitted / len(example_counts(here, setup)))

@@ -1,0 +1,135 @@
+"""From records to a job: which facts are kept, the pair of templates, and the task with its description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import as_questions
+from ptuning.data.word_lists import read_words
+from ptuning.errors import RecordError, TemplateError
+from ptuning.experiment.cells import Job
+from ptuning.files import Json
+from ptuning.method.base import Task
+from ptuning.prompt.prompt import as_template
+from ptuning.provenance import about_data
+from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.language import Template
+
+# The vocabulary that consists of all targets of the data.
+OBJECTS = "objects"
+
+
+class OneToken:
+    """Tells which records have a target of one known token in each of several templates, the condition of LAMA.
+
+    Args:
+        backbone: The backbone whose tokens count.
+        templates: The templates; the target must be one token in each of them.
+        words: If given, the target must also be one of these texts.
+    """
+
+    def __init__(
+        self, backbone: Backbone, templates: Sequence[Template], *, words: Sequence[str] | None = None
+    ) -> None:
+        self._bound = [
+            BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind) for template in templates
+        ]
+        self._words = frozenset(words) if words is not None else None
+        self._unknown_id = backbone.tokenizer.unknown_id
+
+    def __call__(self, records: Sequence[Record]) -> list[bool]:
+        """Return for each record whether it is kept."""
+        keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
+        for bound in self._bound if records else ():
+            for number, record in enumerate(records, start=1):
+                bound.check_fields(record, where=f"record {number}")
+            try:
+                examples = bound.examples(records)
+            except (RecordError, TemplateError):
+                if len(records) == 1:
+                    return [False]  # its target has no tokens there, or does not fit
+                return [self([record])[0] for record in records]
+            # The unknown token stands for text that is not in the tokenizer's vocabulary.
+            known = [example.target_ids != (self._unknown_id,) for example in examples]
+            keep = [
+                kept and example.own_tokens == 1 and is_known
+                for kept, example, is_known in zip(keep, examples, known, strict=True)
+            ]
+        return keep
+
+
+class Listed:
+    """Tells which records have a target that is in a list of words."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = frozenset(words)
+
+    def __call__(self, records: Sequence[Record]) -> list[bool]:
+        """Return for each record whether it is kept."""
+        return [row[TARGET_FIELD].strip() in self._words for row in records]
+
+
+def listed_words(vocabulary: str | Path | None) -> tuple[str, ...] | None:
+    """Return the words of a vocabulary file; None without a vocabulary, or if it is ``objects``.
+
+    Raises:
+        FileError: If the file cannot be read.
+    """
+    return None if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
+
+
+def template_pair(
+    manual: Template, template: str | Template | None, *, about: str | None = None
+) -> tuple[Template, Template]:
+    """Return the manual template and the template to learn. Without the latter, the manual one is turned into it.
+
+    Raises:
+        TemplateError: If the manual template has slots, or the template to learn has none.
+    """
+    if manual.has_slots:
+        raise TemplateError(f"the manual template '{manual}' has slots; give it as the template to learn (--template)")
+    learned = as_template(template) if template is not None else Template.from_manual(str(manual), about=about)
+    if not learned.has_slots:
+        raise TemplateError(f"the template '{learned}' has no slots, so there is nothing to learn; write [P:words]")
+    return manual, learned
+
+
+def fact_job(
+    name: str,
+    parts: Mapping[str, Records],
+    pair: tuple[Template, Template],
+    *,
+    words: Sequence[str] | None,
+    vocabulary: str | Path | None,
+    single_token: bool,
+    info: Mapping[str, Json],
+) -> Job:
+    """Return the job of a task whose records are facts.
+
+    Args:
+        name: Name of the task.
+        parts: Its records: ``train``, ``dev`` and ``test``.
+        pair: The manual template and the one to learn.
+        words: The words of ``vocabulary``, if it is a file.
+        vocabulary: A closed set of answers: ``objects`` or a file, or None.
+        single_token: Whether every target is one token.
+        info: Further entries of the task's description; ``type`` is also the job's type.
+    """
+    objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
+    closed = objects if vocabulary == OBJECTS else words
+    task = Task(
+        name,
+        as_questions(parts["train"]),
+        as_questions(parts["dev"]),
+        *pair,
+        objects,
+        tuple(closed) if closed is not None else None,
+        single_token=single_token,
+    )
+    data: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
+    described: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
+    kind = info.get("type")
+    return Job(task, as_questions(parts["test"]), {**described, **info}, kind if isinstance(kind, str) else None)

@@ -1,0 +1,122 @@
+"""In-context learning: examples of the training part in front of the question."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import ConfigError, TemplateError
+from ptuning.files import Json
+from ptuning.method.base import Method, Setup, Solution, Task
+from ptuning.method.manual import prompt_solution
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import TARGET_FIELD, Record
+from ptuning.template.language import Field, Literal, Piece, Target, Template
+
+# Numbers of examples to try, and how often each number is drawn. Each combination is one tried setting.
+IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
+IN_CONTEXT_DRAWS = 3
+# Limit on the tokens of examples and question together, even for backbones that can read more: time grows with them,
+# and small models answer worse after very long contexts.
+IN_CONTEXT_TOKENS = 2048
+
+
+def in_context(task: Task, setup: Setup) -> Solution:
+    """Put examples in front of the question. Their number, draw and order are chosen on the development part.
+
+    Source: Brown et al. (2020), section 2 (few-shot).
+    """
+    tried: list[dict[str, Json]] = []
+    best: tuple[float, Template] | None = None
+    for count, draw, template in drawn_examples(task, setup):
+        try:
+            answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
+        except TemplateError:
+            continue  # these examples do not fit in front of the question
+        hits = sum(answer.hit for answer in answers) / len(answers)
+        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
+        if best is None or hits > best[0]:
+            best = hits, template
+    if best is None:
+        raise ConfigError(
+            f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
+            "has nothing to show"
+        )
+    found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
+    scores = [one["dev_score"] for one in tried]
+    return Solution(
+        found.answer, {"tried": list(tried), "chosen": tried[scores.index(best[0])], "prompt": str(best[1])}
+    )
+
+
+def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Template]]:
+    """Yield each tried setting: number of examples, number of the draw, and the template with these examples."""
+    # Examples become literal text of the template, in which a special token such as "[MASK]" would act as one.
+    specials = setup.backbone.tokenizer.special_ids
+    shown = [
+        _spoken(row.record, task.file)
+        for row in task.train
+        if not any(token in text for text in row.record.values() for token in specials)
+    ]
+    for count in example_counts(task, setup):
+        if count > len(shown):
+            continue
+        for draw in range(IN_CONTEXT_DRAWS):
+            # Each draw is independent: 16 examples are not the 4 from before and 12 more, so that orders differ too.
+            chooser = random.Random(f"in-context {setup.seed} {count} {draw}")
+            yield count, draw, with_examples(task.manual, chooser.sample(shown, count), kind=setup.backbone.kind)
+
+
+def example_counts(task: Task, setup: Setup) -> list[int]:
+    """Return the numbers of examples to try: those of :data:`IN_CONTEXT_EXAMPLES` that fit in front of the longest
+    training record, so that examples cause no truncation of questions. The smallest number is always tried.
+    """
+    bound = Prompt.manual(task.manual).bind(setup.backbone)
+    records = [_spoken(row.record, task.file) for row in task.train]
+    lengths = [len(example.token_ids) + example.own_tokens for example in bound.examples(records)]
+    room = min(setup.backbone.tokenizer.max_tokens, IN_CONTEXT_TOKENS) - max(lengths)
+    fitting = [count for count in IN_CONTEXT_EXAMPLES if count * sum(lengths) / len(lengths) <= room]
+    return fitting or [IN_CONTEXT_EXAMPLES[0]]
+
+
+def _spoken(record: Record, file: TaskFile | None) -> Record:
+    """Return a record with the first word of its label as its target."""
+    if file is None or file.label_words is None:
+        return record
+    return {**record, TARGET_FIELD: file.label_words.words[record[TARGET_FIELD]][0]}
+
+
+def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
+    """Return a manual template with filled-in examples in front: one per line for a causal model, separated by spaces
+    otherwise, because tokenizers of masked models drop line breaks.
+    """
+    end = "\n" if kind == "causal" else " "
+    shown = "".join(filled(manual.pieces, record) + end for record in examples)
+    # Examples are whole sentences. In the question, a causal model does not see the text behind the target.
+    pieces = (manual.without_tail()[0] if kind == "causal" else manual).pieces
+    if isinstance(pieces[0], Literal):
+        return Template((Literal(shown + pieces[0].text), *pieces[1:]))
+    return Template((Literal(shown), *pieces))
+
+
+def filled(pieces: Sequence[Piece], record: Record) -> str:
+    """Return the text of a manual template filled with a record's fields and target."""
+    parts = []
+    for piece in pieces:
+        if isinstance(piece, Literal):
+            parts.append(piece.text)
+        elif isinstance(piece, Field):
+            parts.append(record[piece.name])
+        elif isinstance(piece, Target):
+            parts.append(record[TARGET_FIELD])
+    return "".join(parts)
+
+
+IN_CONTEXT = Method(
+    "in-context",
+    "examples of the training part in front of the manual prompt",
+    in_context,
+    seeded=True,
+    default_for=("compare", "lama", "superglue"),
+)

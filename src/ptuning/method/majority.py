@@ -1,0 +1,46 @@
+"""The majority baseline: the most frequent answer of the training part, whatever the question is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ptuning.data.questions import Questions
+from ptuning.method.base import Method, Setup, Solution, Task
+from ptuning.metrics import Answer
+from ptuning.records import TARGET_FIELD
+from ptuning.statistics import majority as most_frequent
+
+
+def majority(task: Task, _: Setup) -> Solution:
+    """Rank answers by their frequency in the training part."""
+    if task.file is not None and task.file.has_choices:
+        return _majority_place(task)
+    counts = Counter(row.record[TARGET_FIELD].strip() for row in task.train)
+    ranked = sorted(counts, key=lambda text: (-counts[text], text))
+    return Solution.of_ranking(lambda _: ranked, answer=most_frequent(list(counts.elements())))
+
+
+def _majority_place(task: Task) -> Solution:
+    """Answer with the choice at the place that is right most often, for tasks whose rows bring their own choices."""
+    counts = Counter(place for row in task.train for place in row.answers)
+    places = sorted(counts, key=lambda place: (-counts[place], place))
+
+    def answer(questions: Questions) -> list[Answer]:
+        ordered = [
+            [row.choices[place] for place in (*places, *range(len(row.choices))) if place < len(row.choices)]
+            for row in questions
+        ]
+        return [
+            Answer.of_ranked(list(dict.fromkeys(texts)), row.right)
+            for texts, row in zip(ordered, questions, strict=True)
+        ]
+
+    return Solution(answer, {"answer": f"choice {places[0] + 1}"})
+
+
+MAJORITY = Method(
+    "majority",
+    "the most frequent answer of the training part",
+    majority,
+    default_for=("compare", "lama", "superglue"),
+)

@@ -1,0 +1,75 @@
+"""The manual prompt: a written template without slots, asked as it is or with the answers restricted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ptuning.data.questions import Questions
+from ptuning.method.base import Method, Setup, Solution, Task
+from ptuning.metrics import Answer
+from ptuning.names import MANUAL
+from ptuning.prompt.answer import answer_records
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.records import TARGET_FIELD
+from ptuning.template.language import Template
+
+
+def manual(task: Task, setup: Setup) -> Solution:
+    """Ask with the manual template as it is."""
+    return prompt_solution(task, setup, task.manual, closed=task.vocabulary)
+
+
+def manual_restricted(task: Task, setup: Setup) -> Solution:
+    """Ask with the manual template and take the likeliest of the task's objects. Without this restriction a causal
+    model often goes on with "the".
+    """
+    return prompt_solution(task, setup, task.manual, closed=task.objects)
+
+
+def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
+    """Return the solution that asks the frozen backbone with a template without slots."""
+    prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task))
+    model, is_written = PromptModel(setup.backbone), task.is_written and closed is None
+
+    def answer(questions: Questions) -> list[Answer]:
+        return answer_records(
+            model,
+            prompt,
+            questions,
+            closed=closed,
+            single_token=task.single_token,
+            max_tokens=target_tokens(task, setup) if is_written else None,
+            report=setup.report,
+        )
+
+    return Solution(answer, {"prompt": str(template)})
+
+
+def is_multiline(task: Task) -> bool:
+    """Whether targets contain line breaks. A written answer then does not end with its first line."""
+    return any("\n" in row.record[TARGET_FIELD] for row in task.train)
+
+
+def target_tokens(task: Task, setup: Setup) -> int:
+    """Return the number of tokens of the longest training target, which limits the length of written answers."""
+    bound = Prompt.manual(task.manual).bind(setup.backbone)
+    return max(example.own_tokens for example in bound.examples(task.train.records))
+
+
+MANUAL_PROMPT = Method(
+    MANUAL,
+    "the manual prompt (MP)",
+    manual,
+    reads_train=False,
+    default_for=("compare", "lama", "paraphrases", "superglue"),
+)
+MANUAL_RESTRICTED = Method(
+    "manual-restricted",
+    "the manual prompt, choosing among the task's objects",
+    manual_restricted,
+    reads_train=False,
+    open_only=True,
+    default_for=("compare", "lama"),
+)

@@ -1,0 +1,102 @@
+"""The files of a cell: ``predictions.jsonl``, one answered row a line, and the learning curve in ``run.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptuning.files import Json, Unchecked, read_json, read_json_lines, write_json_lines
+from ptuning.metrics import Answer
+from ptuning.names import RUN_FILE
+from ptuning.report.results_file import AGAIN
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row of a test part with the answer of a method.
+
+    Args:
+        record: The record.
+        target: Its right answer; None where labels are not known.
+        answer: The answer.
+        idx: Its number or numbers in the data set, where it has any.
+        group: What it is scored together with, if anything.
+        choices: The texts to choose among, where the row brings them.
+    """
+
+    record: Mapping[str, str]
+    target: str | None
+    answer: Answer
+    idx: Json = None
+    group: str | None = None
+    choices: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the line of ``predictions.jsonl``."""
+        about: dict[str, Json] = {"idx": self.idx, "group": self.group, "choices": list(self.choices) or None}
+        return {
+            "record": dict(self.record),
+            **{name: value for name, value in about.items() if value is not None},
+            "target": self.target,
+            "prediction": self.answer.text,
+            "rank": self.answer.rank,
+            "hit": self.answer.hit,
+            "log_prob": self.answer.log_prob,
+        }
+
+    @classmethod
+    def from_json(cls, value: Unchecked) -> AnsweredRow:
+        """Read what :meth:`to_json` returned."""
+        return cls(
+            {name: text.text() for name, text in value.at("record").table().items()},
+            value.optional("target", Unchecked.text),
+            Answer(
+                value.at("prediction", "").text(),
+                value.at("hit").flag(),
+                value.optional("rank", Unchecked.whole),
+                value.optional("log_prob", lambda number: number.number(finite=False)),
+            ),
+            value.mapping().get("idx"),
+            value.optional("group", Unchecked.text),
+            value.at("choices", []).texts(),
+        )
+
+
+def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:
+    """Write ``predictions.jsonl``.
+
+    Raises:
+        FileError: If it cannot be written.
+    """
+    write_json_lines(path, (row.to_json() for row in rows))
+
+
+def read_answers(path: Path) -> list[AnsweredRow]:
+    """Read what :func:`write_answers` wrote.
+
+    Raises:
+        FileError: If the file is missing or damaged.
+    """
+    rows = enumerate(read_json_lines(path), start=1)
+    return [AnsweredRow.from_json(Unchecked(row, f"{path}, row {at} is damaged", advice=AGAIN)) for at, row in rows]
+
+
+def read_curve(folder: Path) -> list[tuple[int, float]] | None:
+    """Read the learning curve of a cell: (epoch, development score) pairs, in which epoch 0 is the start.
+
+    Args:
+        folder: The cell's folder.
+
+    Returns:
+        None if there is no ``run.json``, and an empty list if nothing was trained.
+
+    Raises:
+        FileError: If ``run.json`` is damaged.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return None
+    value = Unchecked(read_json(folder / RUN_FILE), f"{folder / RUN_FILE} is damaged", advice=AGAIN)
+    points = [(row.at("epoch").whole(), row.at("dev_score").number()) for row in value.at("history", []).items()]
+    start = value.at("start", {}).optional("dev_score", Unchecked.number)
+    return [(0, start), *points] if points and start is not None else points

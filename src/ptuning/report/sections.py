@@ -1,0 +1,176 @@
+"""The page of a report: its title, its answer in a paragraph, and its sections in their order.
+
+To add a section, write a function that returns its blocks and list it in :data:`SECTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ptuning.metrics import called
+from ptuning.report import pictures, tables
+from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
+from ptuning.report.cell_files import read_curve
+from ptuning.report.limits import caveats
+from ptuning.report.results_file import Results
+
+TITLES = {
+    "lama": "What a learned prompt recalls",
+    "compare": "Methods compared",
+    "paraphrases": "How much the wording matters",
+    "superglue": "Methods compared on language understanding",
+}
+
+
+def build_page(results: Results) -> Page:
+    """Return everything that the report says.
+
+    Args:
+        results: As they were read.
+
+    Raises:
+        FileError: If a file of a cell is damaged.
+    """
+    tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), "task")
+    about = results.backbone.get("name")
+    return Page(
+        title=f"{TITLES.get(results.suite, results.suite)}: {tasks}" + (f", {about}" if about else ""),
+        warning=_warning(results),
+        answer=" ".join(_answer(results)),
+        sections=[Section(heading, blocks) for heading, make in SECTIONS.items() if (blocks := make(results))],
+    )
+
+
+def _warning(results: Results) -> Fold | None:
+    """What is missing from the tables, with the reasons."""
+    left = [cell for cell in results.cells if cell.status != "done"]
+    if not left:
+        return None
+    failed = sum(cell.status == "failed" for cell in left)
+    missing = [f"{n:,} {what}" for n, what in ((failed, "failed"), (len(left) - failed, "still to run")) if n]
+    title = (
+        f"Not complete: of {counted(len(results.cells), 'run')}, {' and '.join(missing)}. Tables and pictures hold "
+        "what is done."
+    )
+    listed = [
+        f"{results.named(cell.task)}, {cell.method}, seed {cell.seed}: "
+        + (f"failed: {cell.error or 'no reason was written'}" if cell.status == "failed" else "still to run")
+        for cell in left
+    ]
+    return Fold(title, [Items(listed)])
+
+
+def _answer(results: Results) -> Iterator[str]:
+    """The answer in sentences: the best method, the next one, and what learning the prompt changed."""
+    score, unit = results.primary, results.overall_unit
+    scores = {method: found[score] for method, found in results.overall.items() if score in found}
+    ranked = sorted(scores, key=lambda method: -scores[method].value)
+    if not ranked:
+        yield "No method has finished yet, so there is nothing to compare."
+        return
+    best = scores[ranked[0]]
+    yield f"Of {counted(len(ranked), 'method')}, {ranked[0]} is best: {called(score)} {phrase(best, unit)}."
+    if len(ranked) > 1:
+        second = scores[ranked[1]]
+        apart = "below the best one's" if second.high < best.low else "which overlaps the best one's"
+        yield f"Next is {ranked[1]} with {phrase(second, unit)}, an interval {apart}."
+    written, learned = results.pair
+    gap = results.differences.get(f"{learned} - {written}", {}).get(score)
+    if gap is not None:
+        verdict = ", so this run shows no difference" if gap.low <= 0 <= gap.high else ""
+        yield (
+            f"The difference {learned} \N{MINUS SIGN} {written} is {phrase(gap, '', signed=True)}; its interval "
+            f"{'is ' if not verdict else ''}{reading(gap)}{verdict}."
+        )
+    for method in results.ordered(name for one in results.paraphrases.values() for name in one.spread):
+        wide = {task: one.spread[method] for task, one in results.paraphrases.items() if method in one.spread}
+        at = max(wide, key=lambda task: wide[task].range)
+        yield (
+            f"With {method}, the wordings of one relation lie up to {decimal(wide[at].range)} points apart "
+            f"({results.named(at)}: {percent(wide[at].min)} to {percent(wide[at].max)} over "
+            f"{counted(wide[at].patterns, 'wording')})."
+        )
+
+
+def _dots(results: Results) -> list[Block]:
+    written, learned = results.pair
+    score = results.primary
+    rows = [
+        (results.named(task), found[written][score], found[learned][score])
+        for task, found in results.tasks.items()
+        if score in found.get(written, {}) and score in found.get(learned, {})
+    ]
+    if len(rows) < 2:
+        return []
+    rows.sort(key=lambda row: row[1].value - row[2].value)
+    better = sum(new.value > old.value for _, old, new in rows)
+    caption = (
+        f"{called(score)} of {written} and {learned} on every task, sorted by the difference; {learned} is higher on "
+        f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the numbers, with n, stand in the "
+        "table of every task."
+    )
+    svg = pictures.dots(rows, names=(written, learned), unit=called(score), name="dots")
+    return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
+
+
+def _wordings(results: Results) -> list[Block]:
+    """The spread of a relation's wordings, before and after learning."""
+    if not results.paraphrases:
+        return []
+    rows = []
+    for task, relation in results.paraphrases.items():
+        methods = results.ordered(name for one in relation.patterns for name in one.scores)
+        strip = {m: [one.scores[m].value for one in relation.patterns if m in one.scores] for m in methods}
+        rows.append((results.named(task), strip))
+    score = called(results.primary)
+    caption = (
+        f"{score} of every wording of a relation, before and after learning: the shorter a strip, the less the wording "
+        "matters. The numbers, with intervals and n, stand below."
+    )
+    svg = pictures.strips(rows, unit=score, name="wordings")
+    return [Picture("wordings", svg, caption, f"Strip plot. {caption}"), *tables.wordings(results)]
+
+
+def _curves(results: Results) -> list[Block]:
+    panels = {}
+    for method in results.ordered(cell.method for cell in results.cells):
+        found = [read_curve(results.folder_of(cell)) for cell in results.done(method)]
+        trainings = [curve for curve in found if curve]
+        if trainings:
+            panels[method] = trainings
+    if not panels:
+        return []
+    caption = (
+        "Development score per epoch. A thin line is a training (a task with a seed), the one with markers is their "
+        "mean, n is their number. Epoch 0 is the start; a training that stopped early keeps its last score in the mean."
+    )
+    return [Picture("curves", pictures.curves(panels, name="curves"), caption, f"Learning curves. {caption}")]
+
+
+def _warnings(results: Results) -> list[Block]:
+    """The warnings of trainings."""
+    listed = [f"{one.task}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
+    return [Items(listed)] if listed else []
+
+
+def _limits(results: Results) -> list[Block]:
+    """What a reader must not conclude."""
+    return [Items(list(caveats(results)))]
+
+
+# Heading -> the blocks of the section; one without blocks is left out.
+SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
+    "Settings": tables.settings,
+    "Scores": tables.main,
+    "By type of relation": tables.by_type,
+    "Every task": tables.per_task,
+    "Written against learned": _dots,
+    "Random weights: what the training facts teach alone": tables.control,
+    "Differences": tables.differences,
+    "Wordings": _wordings,
+    "Development against reported score": tables.agreement,
+    "Warnings": _warnings,
+    "Learning curves": _curves,
+    "Answers gained and lost": tables.changes,
+    "What this run cannot show": _limits,
+}

@@ -1,0 +1,160 @@
+"""LAMA: which facts are kept, what the parts and templates of a relation are, and what is refused before a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.data.relations import read_relations
+from ptuning.errors import FileError, RecordError, TemplateError
+from ptuning.experiment.cells import Job
+from ptuning.experiment.lama import lama, relation_job
+from ptuning.records import Record
+from ptuning.report.results_file import Results
+from ptuning.template.language import Template
+from tests.conftest import bound
+from tests.experiment.test_compare import FACTS, LIST, MANUAL, ROWS, WORDS, info, lines
+
+LONG = [{"sub_label": f"Peru {at}", "obj_label": "a good film"} for at in range(5)]
+PAIR = (Template.parse(MANUAL), Template.parse("[P*2] [X] [P:is] [Y] ."))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """LAMA's layout with two relations; a fifth of P36's facts have an object of several tokens."""
+    folder = tmp_path / "LAMA"
+    lines(folder / "relations.jsonl", LIST)
+    lines(folder / "TREx" / "P36.jsonl", [*ROWS, *LONG])
+    lines(folder / "TREx" / "P17.jsonl", ROWS[:10])
+    return folder
+
+
+def run_lama(data: Path, backbone: Backbone, **options: Any) -> Results:
+    options = {"methods": "majority", "out": data.parent / "out", **options}
+    return lama(data, backbone=backbone, **options)
+
+
+def job(data: Path, backbone: Backbone, name: str = "P36", **options: Any) -> Job:
+    (relation,) = read_relations(data, which=[name])
+    return relation_job(relation, PAIR, backbone=backbone, name=name, **options)
+
+
+def everything(job: Job) -> list[Record]:
+    return [row.record for row in (*job.task.train, *job.task.dev, *job.test)]
+
+
+def test_facts_are_kept_whose_object_is_one_token(data: Path, backbone: Backbone) -> None:
+    found = job(data, backbone)
+    rows = everything(found)
+    assert sorted(row["x"] for row in rows) == sorted(row["sub_label"] for row in ROWS)
+    assert found.info["dropped"] == {"object is not one token": 5}
+    assert (found.info["rows"], found.task.single_token, found.task.vocabulary) == (25, True, None)
+    assert found.task.objects == tuple(sorted(WORDS))
+    assert found.type == "1-1"
+
+
+def test_an_object_must_be_one_token_in_every_template(data: Path, make_backbone: Callable[[str], Backbone]) -> None:
+    """At the start of a sentence byte-level words lack the space in front, and may be cut otherwise."""
+    backbone = make_backbone("roberta")
+    front = Template.parse("[Y] is [X]")
+    whole = [one.own_tokens == 1 for one in bound(backbone, str(front)).examples(FACTS[:4])]
+    wanted = {word for word, is_whole in zip(WORDS, whole, strict=True) if is_whole}
+    assert 0 < len(wanted) < len(WORDS)
+    assert {row["y"] for row in everything(job(data, backbone))} == set(WORDS)
+    assert {row["y"] for row in everything(job(data, backbone, templates=[front]))} == wanted
+
+
+def test_targets_of_any_length(data: Path, causal: Backbone) -> None:
+    found = job(data, causal, targets="any")
+    assert len(everything(found)) == 25
+    assert (found.task.single_token, found.info["dropped"]) == (False, {})
+    assert "a good film" in found.task.objects
+
+
+def test_a_vocabulary_restricts_facts_and_answers(data: Path, causal: Backbone) -> None:
+    words = ("yes", "good", "one", "a good film")
+    found = job(data, causal, vocabulary="words.txt", words=words)
+    assert {row["y"] for row in everything(found)} == {"yes", "good"}
+    assert found.info["dropped"] == {"object is not one token of the vocabulary": 15}
+    assert found.task.vocabulary == words
+    found = job(data, causal, vocabulary="words.txt", words=words, targets="any")
+    assert {row["y"] for row in everything(found)} == {"yes", "good", "a good film"}
+    assert found.info["dropped"] == {"object is not in the vocabulary": 10}
+    found = job(data, causal, vocabulary="objects")
+    assert found.task.vocabulary == found.task.objects == tuple(sorted(WORDS))
+
+
+def test_a_vocabulary_file_holds_for_all_methods(data: Path, causal: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text(
+        json.dumps({"gpt": ["\u0120yes", "\u0120good", "no"], "bert": ["good", "yes"]})
+    )
+    found = run_lama(data, causal, relations="P36", vocabulary=tmp_path / "words.json", methods="manual,majority")
+    cells = tmp_path / "out" / "cells" / "P36"
+    for method in ("manual", "majority"):
+        text = (cells / method / "seed-0" / "predictions.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert {row["prediction"] for row in rows} | {row["target"] for row in rows} <= {"yes", "good"}
+    assert info(found, "P36")["dropped"] == {"object is not one token of the vocabulary": 15}
+
+
+def test_limit_and_size_of_the_training_part(data: Path, causal: Backbone) -> None:
+    whole, few = job(data, causal), job(data, causal, limit=10)
+    assert len(everything(few)) == 10
+    assert few.info["dropped"] == {"object is not one token": 5, "over the limit": 10}
+    small, other = (job(data, causal, train_size=4, seed=seed) for seed in (0, 1))
+    assert len(small.task.train) == len(other.task.train) == 4
+    assert (small.task.dev, small.test) == (whole.task.dev, whole.test)
+    assert all(row in whole.task.train for row in small.task.train)
+    assert small.task.train != other.task.train
+    assert (small.task.train, small.test) == (job(data, causal, train_size=4).task.train, whole.test)
+
+
+def test_a_part_left_empty_says_why(data: Path, causal: Backbone) -> None:
+    lines(data / "TREx" / "P36.jsonl", LONG)
+    with pytest.raises(RecordError, match=r"P36: the part train is empty.*dropped: 5 object is not one token"):
+        job(data, causal)
+
+
+def test_all_relations_of_a_folder(data: Path, causal: Backbone) -> None:
+    found = run_lama(data, causal, methods="majority,manual")
+    assert list(found.tasks) == ["P17", "P36"]
+    assert list(found.by_type) == ["1-1", "N-1"]
+    assert found.macro["majority"]["p_at_1"].n == 2
+    told = info(found, "P17")
+    assert (told["label"], told["type"], told["manual"]) == ("country", "N-1", "In [X] it was [Y] .")
+    # The relation's label helps where no words in front of the subject say what is asked for.
+    assert told["template"] == str(Template.from_manual("In [X] it was [Y] ."))
+    assert info(found, "P36")["template"] == str(Template.from_manual(MANUAL, about="capital"))
+    assert told["split"] == "60/20/20 by subject, seed 0"
+    settings: Any = found.settings
+    assert (settings["data"], settings["targets"], settings["split_seed"]) == (str(data), "token", 0)
+
+
+@pytest.mark.parametrize(
+    ("relations", "tasks"), [("P36", ["P36"]), ("N-1", ["P17"]), (" P36 ,P17,", ["P17", "P36"]), (["1-1"], ["P36"])]
+)
+def test_relations_by_name_and_type(data: Path, causal: Backbone, relations: Any, tasks: list[str]) -> None:
+    assert list(run_lama(data, causal, relations=relations).tasks) == tasks
+
+
+def test_one_template_for_all(data: Path, causal: Backbone) -> None:
+    found = run_lama(data, causal, template="[P*3] [X] [P*3] [Y]", relations="P36")
+    assert info(found, "P36")["template"] == "[P*3] [X] [P*3] [Y]"
+
+
+def test_what_lama_refuses(data: Path, causal: Backbone) -> None:
+    with pytest.raises(RecordError, match=r"no relation of the name 'P63'\. Did you mean 'P36'\?"):
+        run_lama(data, causal, relations="P63")
+    with pytest.raises(TemplateError, match="has no slots, so there is nothing to learn"):
+        run_lama(data, causal, template="[X] is [Y]")
+    with pytest.raises(FileError, match=r"no such|cannot|is no"):
+        run_lama(data / "missing", causal)
+    lines(data / "relations.jsonl", LIST[:1])
+    with pytest.raises(TemplateError, match=r"P17 has no manual template \(.*P17\.jsonl\); leave it out"):
+        run_lama(data, causal)
+    assert not (data.parent / "out").exists()
