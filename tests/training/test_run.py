@@ -761,7 +761,7 @@ def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_pat
         run(causal, tmp_path, settings=LORA, should_stop=after(2))
     with pytest.raises(TrainingError, match=r"tune was lora and is frozen"):
         run(causal, tmp_path, resume=True)
-    with pytest.raises(TrainingError, match=r"lora_rank was None and is 4"):
+    with pytest.raises(TrainingError, match=r"lora_rank was 8 and is 4"):
         run(causal, tmp_path, resume=True, settings={**LORA, "lora_rank": 4})
 
 
