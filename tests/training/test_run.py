@@ -833,7 +833,7 @@ def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, m
     """The record says so; what is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.training.run.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.training.prepare.PASS_TOKENS", 1)
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
     sizes = [one.record["settings"] for one in (whole, small)]
     assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
