@@ -143,13 +143,13 @@ class HeadModel:
         train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
         trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))
         trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
-        self.backbone = trainer.backbone
+        self.backbone = trainer.learner.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
         self.record: Mapping[str, Json] = {
             "start": dict(trainer.state.start),
             "history": [dict(epoch) for epoch in trainer.state.history],
             "chosen_epoch": trainer.state.chosen_epoch,
-            "trainable_parameters": trainer.trainable_parameters,
+            "trainable_parameters": trainer.learner.trainable_parameters,
         }
 
     def answer(self, questions: Questions) -> list[Answer]:

@@ -230,7 +230,7 @@ class TrainingRun:
             record["ceiling_tokens_per_second"] = measure_ceiling(
                 prepared.backbone, self.items["train"], batch_size=self.config.batch_size, slots=prepared.bound.slots
             )
-        if self.folder is not None and best.accelerator.is_main_process:
+        if self.folder is not None and best.learner.accelerator.is_main_process:
             _write(self.folder, prompt, record, prepared, best)
         return TrainResult(prompt, record, self.folder)
 
@@ -242,14 +242,14 @@ class TrainingRun:
         return Prompt(
             prepared.template,
             trainer.best_vectors if prepared.template.has_slots else None,
-            BackboneId.of(trainer.frozen),
+            BackboneId.of(trainer.learner.frozen),
             label_words=prepared.words,
             target_tokens=longest,
-            multiline=trainer.bound.multiline,
+            multiline=prepared.bound.multiline,
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
             scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
-            weights=trainer.trained_weights(),
+            weights=trainer.learner.trained_weights(),
             task=prepared.task,
             calibrate=prepared.scoring.calibrate,
             normalise=prepared.scoring.normalise,
@@ -263,8 +263,8 @@ def _rank(trainer: Trainer) -> tuple[float, float]:
 def _needed_bytes(trainer: Trainer) -> int:
     """Return the room that a run takes on disk while it goes on. A file is written beside the one that it replaces."""
     starts = trainer.config.starts
-    encoder = 4 * sum(weight.numel() for weight in trainer.encoder.parameters())
-    backbone = 4 * sum(weight.numel() for weight in trainer.weights.values())
+    encoder = 4 * sum(weight.numel() for weight in trainer.learner.encoder.parameters())
+    backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
     # Of each start the encoder with both moments, and the backbone's best weights; of the one in training also the
     # backbone's weights with both moments, twice; and in the end the prompt's.
     return FILES_BYTES + starts * 8 * encoder + (starts + 1 + 2 * 3 + 1) * backbone
@@ -327,11 +327,11 @@ def _start(trainer: Trainer) -> dict[str, Json]:
 
 
 def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
-    state = trainer.state
+    state, learner = trainer.state, trainer.learner
     return {
-        "trainable_parameters": trainer.trainable_parameters,
-        "frozen_parameters": 0 if trainer.config.tune == "tuned" else trainer.frozen.parameters,
-        "slots": trainer.bound.slots,
+        "trainable_parameters": learner.trainable_parameters,
+        "frozen_parameters": 0 if learner.config.tune == "tuned" else learner.frozen.parameters,
+        "slots": learner.bound.slots,
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
         "choice_rule": CHOICE_RULE,
@@ -348,10 +348,10 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
     make_folder(folder)
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
     dev, items = prepared.parts["dev"], prepared.items["dev"]
-    cache = best.prefix_cache if best.uses_prefix_cache else None
-    found = evaluate(best.backbone, items, Learned(best.best_vectors), cache=cache)
+    backbone = best.learner.backbone
+    found = evaluate(backbone, items, Learned(best.best_vectors), cache=best.learner.cache)
     # Scoring labels and choices has chosen among them; a written answer is still to be written.
-    predictions = guessed(prompt, dev, found) or PromptModel(best.backbone).predict(dev, prompt)
+    predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
     shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
