@@ -104,28 +104,14 @@ def train_fleet(
     folder = Path(out) if out is not None else None
     if folder is not None and not (resume or overwrite):
         check_free(folder, overwrite=False)
-    runs: dict[str, TrainingRun] = {}
-    for prompt in prompts:
-        _check_name(prompt.name, runs)
-        runs[prompt.name] = run_of(
-            prompt,
-            backbone,
-            out=folder / prompt.name if folder is not None else None,
-            resume=resume and folder is not None,
-            overwrite=overwrite,
-            command=command,
-        )
+    runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
     results: dict[str, TrainResult] = {}
     failed: dict[str, str] = {}
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
-    for name, outcome in fleet_runs(
-        runs,
-        checkpoint=checkpoint,
-        at_once=at_once,
-        resume=resume,
-        report=report,
-        should_stop=should_stop,
-    ):
+    ended = fleet_runs(
+        runs, checkpoint=checkpoint, at_once=at_once, resume=resume, report=report, should_stop=should_stop
+    )
+    for name, outcome in ended:
         if isinstance(outcome, TrainResult):
             results[name] = outcome
         else:
@@ -145,6 +131,30 @@ def train_fleet(
     if folder is not None:
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
+
+
+def _prepared(
+    prompts: Sequence[FleetPrompt],
+    backbone: Backbone,
+    folder: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    command: str | None,
+) -> dict[str, TrainingRun]:
+    """Return name -> run of every prompt, each checked and bound, so that nothing is written if one cannot be used."""
+    runs: dict[str, TrainingRun] = {}
+    for prompt in prompts:
+        _check_name(prompt.name, runs)
+        runs[prompt.name] = run_of(
+            prompt,
+            backbone,
+            out=folder / prompt.name if folder is not None else None,
+            resume=resume and folder is not None,
+            overwrite=overwrite,
+            command=command,
+        )
+    return runs
 
 
 def can_train_together() -> bool:
@@ -167,10 +177,8 @@ def fleet_runs(
     Args:
         runs: Name -> run; all of one frozen backbone.
         checkpoint: Folder of the fleet's checkpoint.
-        at_once: How many prompts are in training at the same time.
         resume: Go on from the checkpoint; otherwise one that is there is dropped.
-        report: Called with progress.
-        should_stop: Asked after every step.
+        at_once, report, should_stop: As of :func:`train_fleet`.
 
     Raises:
         ConfigError: If a run trains more than slots.
