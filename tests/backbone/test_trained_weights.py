@@ -277,7 +277,9 @@ def test_adapters_built_of_what_is_not_kept(causal: Backbone, monkeypatch: pytes
     """Of what peft writes down only some is read again; where anything else matters, nothing is trained."""
     made, more = peft.LoraConfig, iter([{"use_rslora": True}])
     monkeypatch.setattr(peft, "LoraConfig", lambda **given: made(**given, **next(more, {})))
-    with pytest.raises(BackboneError, match=r"could not be loaded again: .* of use_rslora as well.*set lora_targets"):
+    with pytest.raises(
+        BackboneError, match=r"not be loaded again: .* from use_rslora, which is not read.*set lora_targets"
+    ):
         with_adapters(causal, rank=4, alpha=8.0, targets="all-linear", seed=0)
 
 
@@ -296,9 +298,9 @@ def test_equal_weights_give_equal_bytes(causal: Backbone, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-10], "is no whole safetensors file .* cut off or damaged"),
+        (lambda data: data[:-10], "is not a whole safetensors file .* cut off or damaged"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was changed since it was saved"),
-        (lambda _: b"", "is no whole safetensors file"),
+        (lambda _: b"", "is not a whole safetensors file"),
     ],
 )
 def test_damaged_files(causal: Backbone, tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:

@@ -456,7 +456,7 @@ def test_a_target_in_front(backbone: Backbone) -> None:
     model = PromptModel(backbone)
     rows: list[Record] = [{"x": "Kenya", "y": "yes"}]
     if backbone.kind == "causal" and not backbone.tokenizer.prefix_ids:
-        with pytest.raises(TemplateError, match=r"a causal model needs something in front of \[Y\]"):
+        with pytest.raises(TemplateError, match=r"a causal model needs something before \[Y\]"):
             model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))
         return
     assert model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))[0].text is not None

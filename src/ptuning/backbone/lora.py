@@ -1,6 +1,4 @@
-"""Adapters on a model's linear layers (LoRA). The one module that knows peft, which does the work; knows no prompts and
-no training.
-"""
+"""LoRA adapters on a model's linear layers, made by peft. The only module that imports peft."""
 
 from __future__ import annotations
 
@@ -21,24 +19,24 @@ from ptuning.files import Unchecked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# peft names the adapters of a model after the model as it wraps it.
+# peft's names of adapter weights begin with its wrapper.
 PREFIX = "base_model.model."
 ADAPTER = "default"
-# What to do about adapters that do not work: attention's linear modules take them in nearly every model.
+# The remedy for adapters that do not work: attention's linear modules take them in nearly every model.
 ADVICE = "set lora_targets to names of its other linear modules, such as q_proj,v_proj"
-# The pattern of names that peft makes up; a pattern in a file is run as a regular expression, so no other one is read.
+# The form of peft's own name patterns. peft runs patterns from a file as regular expressions, so no others are read.
 PATTERN = re.compile(r"(\.\*\\\.)?\w+")
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Put new adapters into a model; they add nothing until they are trained.
+    """Add new adapters to a model; untrained, they change nothing.
 
     Args:
-        model: The model, whose layers are replaced; give it a copy.
+        model: The model; its layers are replaced, so pass a copy.
         rank: Rank of each adapter.
-        alpha: What an adapter adds is scaled by this, divided by the rank.
+        alpha: The output of an adapter is scaled by this, divided by the rank.
         targets: ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
-        seed: Of the adapters' start values.
+        seed: Seed of the adapters' start values.
 
     Raises:
         ConfigError: If peft is missing.
@@ -60,26 +58,26 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
 
 
 def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
-    """Return how a model's adapters are built, as peft writes it, the same bytes every time."""
+    """Return the config of a model's adapters as peft writes it, always the same bytes."""
     found = model.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]  # put there by peft
     found = {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
     return (json.dumps({**found, "base_model_name_or_path": backbone}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved adapters into a model.
+    """Add saved adapters to a model.
 
     Args:
-        model: The model, whose layers are replaced; give it a copy.
+        model: The model; its layers are replaced, so pass a copy.
         config: From :func:`adapter_config`.
-        tensors: Of the trained adapters, by name.
+        tensors: Weights of the trained adapters, by name.
 
     Raises:
         ConfigError: If peft is missing.
         PromptError: If they do not fit the model.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # their start values are written over
+        with torch.random.fork_rng(devices=[]):  # their start values are overwritten
             _inject(model, _read_config(config))
     except (PromptError, TypeError, ValueError) as error:
         raise PromptError(
@@ -106,15 +104,15 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
-    """Check that a model's adapters come back once they are saved.
+    """Check that a model's adapters can be saved and loaded again.
 
     Args:
-        model: With adapters in it.
-        other: The same model without; its layers are replaced, so give it a copy.
-        targets: What they were put on.
+        model: The model with adapters.
+        other: The same model without adapters; its layers are replaced, so pass a copy.
+        targets: The layers that have adapters, for messages.
 
     Raises:
-        BackboneError: If they would not, or would be others.
+        BackboneError: If they cannot be loaded, or differ when loaded.
     """
     saved = adapter_config(model, backbone="")
     what = f"adapters of {type(model).__name__} (lora_targets {targets}) could not be loaded again"
@@ -125,11 +123,11 @@ def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> Non
     again = json.loads(adapter_config(other, backbone=""))
     lost = sorted(name for name, value in json.loads(saved).items() if again.get(name) != value)
     if lost:
-        raise BackboneError(f"{what}: peft builds them of {', '.join(lost)} as well, which is not read; {ADVICE}")
+        raise BackboneError(f"{what}: peft also builds them from {', '.join(lost)}, which is not read; {ADVICE}")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of a model's adapters, by the names that peft saves them under: without the adapter's name."""
+    """Return the weights of a model's adapters by the names under which peft saves them."""
     return {
         PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name): weight
         for name, weight in model.named_parameters()
@@ -139,13 +137,13 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _inject(model: nn.Module, config: object) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft turns it the right way by itself
-        # They match parameters, among which peft does not look for them.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right by itself
+        # They match parameters, which peft does not check.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any targeted")
         _peft().inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
-            weight.data = weight.data.float()  # as slots, adapters are float32 whatever the backbone's dtype
+            weight.data = weight.data.float()  # adapters are float32 for any backbone dtype, as slot vectors are
 
 
 def _read_config(config: bytes) -> object:
@@ -201,5 +199,5 @@ def _peft() -> ModuleType:
 
 
 def _whole(alpha: float) -> float:
-    """Return a whole number as one, which is what peft writes down where nobody chose anything else."""
+    """Return a whole number as an int, as peft writes its own default."""
     return int(alpha) if alpha == int(alpha) else alpha

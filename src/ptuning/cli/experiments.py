@@ -43,7 +43,7 @@ else:
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
 
-LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts in any of the layouts they come in.")]
+LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts: its release, or a folder per relation.")]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]

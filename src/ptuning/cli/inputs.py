@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.options import fields_of
+from ptuning.cli.options import Asked, fields_of
 from ptuning.errors import ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
+    from ptuning.training.spec import TrainSpec
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
@@ -81,12 +82,40 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
     return task.read(path)
 
 
-def training_parts(
-    data: str, dev: str | None, field: Sequence[str] | None, task: TaskFile | None
-) -> tuple[Records | Questions, Records | Questions | None]:
-    """Read the training part and the development part: the one given, or the one beside a task's training part."""
-    train = data_of(data, field, task, part="train")
-    return train, data_of(dev, field, task, part="dev") if dev is not None else dev_part(data, task)
+def training_spec(
+    asked: Asked,
+    *,
+    option: str = "--",
+    once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),
+) -> TrainSpec:
+    """Read the task, the template and the data of one training.
+
+    Args:
+        asked: What it is asked for.
+        option: Prefix of the names of inputs, in messages.
+        once: Called with a source and its part, and with what reads it; may return what was read before.
+    """
+    from ptuning.training.spec import TrainSpec
+
+    given = asked.inputs
+    data, dev, field = given["data"], given.get("dev"), given.get("field")
+    task = task_of(given.get("task"))
+    named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
+    template = template_of(task, *named, option=option)
+    train_rows = once((data, "train"), lambda: data_of(data, field, task, part="train"))
+    if dev is None:
+        dev_rows = once((data, "beside"), lambda: dev_part(data, task))
+    else:
+        dev_rows = once((dev, "dev"), lambda: data_of(dev, field, task, part="dev"))
+    return TrainSpec(
+        template,
+        train_rows,
+        dev=dev_rows,
+        config=asked.config,
+        labels=given.get("labels"),
+        task=task,
+        calibrate=given.get("calibrate"),
+    )
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:

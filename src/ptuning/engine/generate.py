@@ -1,4 +1,4 @@
-"""Writing answers without candidates: beam search for models that write, filling masks for others. Knows no files."""
+"""Answers without candidates: beam search for models that write, filled masks for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 @dataclass(frozen=True)
 class Written:
-    """A written answer, its total natural log-probability (with the stop token, if it ended) and its own tokens."""
+    """A written answer: text, natural log-probability (with the stop token, if there is one), number of own tokens."""
 
     text: str
     log_prob: float
@@ -37,19 +37,19 @@ def write_answers(
     max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Answer records with what the model itself would write.
+    """Answer records with what the model writes.
 
     Args:
         backbone: The language model.
         bound: The template, bound to it.
-        records: N records; targets are not looked at.
+        records: N records; their targets are ignored.
         learned: What the one prompt of all records brings.
         width: How many answers to keep, and the width of the beam search.
         max_tokens: Longest answer.
-        pad_side: Where pads stand in a batch of a masked model.
+        pad_side: The side of the pads for a masked model.
 
     Returns:
-        For each record up to ``width`` answers, best first.
+        For each record, up to ``width`` answers, best first.
     """
     if backbone.kind in FILLS_MASKS:
         return _fill_masks(backbone, bound, records, learned, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
@@ -71,8 +71,9 @@ def write_answers(
 
 
 def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[int]]:
-    """Return indices of examples that can be gone on with together: all, if pads may stand in front of them; else those
-    of which the part that is gone on with (all of it, or the decoder's) has the same length, so that it needs no pads.
+    """Yield indices of examples that can be continued in one batch: all, if the model takes pads on the left.
+
+    Otherwise the part that is continued (the row, or the decoder's part of it) must need no pads: it has one length.
     """
     groups: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
@@ -82,11 +83,11 @@ def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[
 
 
 def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
-    """Fill the template with room for an answer, for less of one where a record that may not be cut leaves less."""
+    """Fill the template with room for an answer; a record that may not be truncated gets as much room as is left."""
     try:
         return bound.contexts(records, target_tokens=room)
     except TemplateError:
-        bound.contexts(records, target_tokens=1)  # raises again if a record cannot be used at all
+        bound.contexts(records, target_tokens=1)  # raises again if a record does not fit at all
         if len(records) == 1:
             return _contexts(bound, records, room=room // 2)
     return [example for record in records for example in _contexts(bound, [record], room=room)]
@@ -116,8 +117,7 @@ class _BeamSearch:
         batch = first.batch
         if first.memory is None and batch.encoder_tokens:
             raise BackboneError(
-                "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose "
-                "from"
+                "this model has no KV cache, so it cannot write answers; give candidates to choose from"
             )
         self._backbone, self._rows, self._width = backbone, len(examples), width
         self._ending = _Ending(backbone, bound)
@@ -194,12 +194,12 @@ class _BeamSearch:
 
 
 class _Ending:
-    """Where a written answer ends: at the end of the text, and of its first line unless targets have several."""
+    """Where a written answer ends: at the stop token, and after its first line unless targets have several lines."""
 
     def __init__(self, backbone: Backbone, bound: BoundTemplate) -> None:
         self.tokenizer = backbone.tokenizer
         self.multiline = bound.multiline
-        # The end of the text, and the end of a gap's filling where the model learned to write one.
+        # The end of the text; and the end of a filled gap, for a model that learned to write one.
         self.stop_ids = {self.tokenizer.stop_id, self.tokenizer.gap.end_id} - {None}
 
     def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class _Ending:
 
         Args:
             texts: Token ids of W beams for each of B rows.
-            tokens: (B, W) int64; says where the result is needed.
+            tokens: (B, W) int64; the result goes to its device.
         """
         ends = [[self._ends(ids) for ids in row] for row in texts]
         return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
@@ -215,11 +215,11 @@ class _Ending:
     def _ends(self, ids: Sequence[int]) -> bool:
         if ids[-1] in self.stop_ids:
             return True
-        # A line break in front of the answer ends nothing.
+        # A line break before the answer does not end it.
         return not self.multiline and self.tokenizer.ends_line(ids[-1]) and bool(self.tokenizer.decode(ids).strip())
 
     def answer(self, ids: Sequence[int], log_prob: float) -> Written:
-        """Return a beam as an answer; its log-probability covers what ended it, its tokens do not."""
+        """Return a beam as an answer; its log-probability includes the token that ended it, its tokens do not."""
         own = list(ids)
         if own[-1] in self.stop_ids or (self._ends(own) and not self.tokenizer.decode(own[-1:]).strip()):
             own.pop()
@@ -228,7 +228,7 @@ class _Ending:
 
 
 def _different(written: Iterable[Written]) -> list[Written]:
-    """Keep the best of answers with the same text (two beams may end the same text in different ways)."""
+    """Keep the best of answers with the same text: two beams may end the same text in different ways."""
     kept: dict[str, Written] = {}
     for one in written:
         kept.setdefault(one.text, one)
@@ -245,7 +245,7 @@ def _fill_masks(
     max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Fill 1 to ``max_tokens`` masks, each with its likeliest token, and keep the likeliest length on average."""
+    """Fill 1 to ``max_tokens`` masks with their most likely tokens; the best mean log-probability wins."""
     every: list[list[tuple[float, Written]]] = [[] for _ in records]
     examples = dict(enumerate(bound.contexts(records)))
     for count in range(1, max_tokens + 1):
@@ -267,7 +267,7 @@ def _fill_masks(
 
 
 def _with_masks(bound: BoundTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
-    """Fill the template with ``count`` masks, for the records that leave room for so many."""
+    """Fill the template with ``count`` masks, for the records that leave enough room."""
     try:
         return dict(zip(records, bound.contexts(list(records.values()), target_tokens=count), strict=True))
     except TemplateError:

@@ -10,9 +10,9 @@ from ptuning.errors import LabelWordError, RecordError, closest
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate, Example
 
-# A text of several tokens scores its total log-probability, or the mean over its tokens.
+# The score of a text of several tokens: its total log-probability, or the mean over its tokens.
 Normalise = Literal["sum", "mean"]
-# What an empty record's fields hold. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
+# The fields of an empty record. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
 EMPTY_TEXT = "N/A"
 EXAMPLE = '"positive=great,good;negative=terrible"'
 
@@ -23,8 +23,8 @@ class Scoring:
 
     Args:
         normalise: By total log-probability (``sum``), or by its mean over a text's tokens (``mean``).
-        calibrate: Whether what an empty record would score is taken off.
-        keep: Fields that an empty record keeps, since they hold one of a few words and no content.
+        calibrate: Whether the score that each answer gets for an empty record is subtracted.
+        keep: Fields that an empty record keeps, since they hold one of a few words rather than content.
     """
 
     normalise: Normalise = "sum"
@@ -32,7 +32,7 @@ class Scoring:
     keep: Collection[str] = ()
 
     def empty_record(self, record: Record) -> Record:
-        """Return a record with nothing in it; fields that hold nothing stay so."""
+        """Return a record without content; empty fields stay empty."""
         return {name: text if name in self.keep or not text else EMPTY_TEXT for name, text in record.items()}
 
 
@@ -41,7 +41,7 @@ PLAIN = Scoring()
 
 @dataclass(frozen=True)
 class LabelWords:
-    """The words of each label, keyed by the label's name.
+    """The words of each label, by the label's name.
 
     Raises a LabelWordError if there are fewer than two labels, a label has no words, or a word is given for two labels.
     """
@@ -58,8 +58,8 @@ class LabelWords:
             for word in words:
                 if word in owner:
                     raise LabelWordError(
-                        f"the word '{word}' stands twice, for '{owner[word]}' and '{label}'; each label "
-                        "needs words of its own"
+                        f"the word '{word}' is given twice, for '{owner[word]}' and '{label}'; each label "
+                        "needs its own words"
                     )
                 owner[word] = label
 
@@ -72,7 +72,7 @@ class LabelWords:
             if not equals:
                 raise LabelWordError(f"label words '{part.strip()}' have no '='; write them as in {EXAMPLE}")
             if label.strip() in words:
-                raise LabelWordError(f"label '{label.strip()}' stands twice in the label words")
+                raise LabelWordError(f"label '{label.strip()}' is given twice in the label words")
             words[label.strip()] = tuple(word.strip() for word in listed.split(","))
         return cls(words)
 
@@ -91,7 +91,7 @@ class LabelWords:
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
             raise RecordError(
-                f"{where}: '{label}' is none of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
+                f"{where}: '{label}' is not one of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
             )
         return self.labels.index(label)
 

@@ -1,7 +1,7 @@
 """The template language: parse a pattern into pieces, write pieces as a pattern.
 
-Grammar (every token of it):
-    ``[P]`` ``[P*3]``   one / three slots, started at random
+Grammar:
+    ``[P]`` ``[P*3]``   one / three slots (virtual tokens), started at random
     ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
                         literal brackets
     ``{name}``          the record's field, may be truncated; ``{name!}`` never is
@@ -35,7 +35,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the record; ``keep`` means that it is never shortened."""
+    """A field of the record; with ``keep`` it is never truncated."""
 
     name: str
     keep: bool = False
@@ -62,7 +62,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where an encoder-decoder model's template turns to the decoder's side: what follows is read by the decoder."""
+    """Start of the decoder's side in a template for an encoder-decoder model."""
 
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
@@ -93,7 +93,7 @@ class Template:
         if len(turns) > 1:
             raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
         if turns and turns[0] > targets[0]:
-            raise self.error("[>] stands behind [Y], but the target is always on the decoder's side", turns[0])
+            raise self.error("[>] comes after [Y], but the target is always on the decoder's side", turns[0])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -105,7 +105,7 @@ class Template:
 
     @classmethod
     def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
-        """Make the learned template of a manual one: its words become slots that start at them.
+        """Make a learned template from a manual one: its words become slots that start from them.
 
         ``about``, a noun such as "country", goes in front as ``[P:The country:]``. Without it, a manual template that
         begins with a field gets three random slots in front, since slots on both sides learn better. Raises a
@@ -130,7 +130,7 @@ class Template:
 
     @property
     def has_slots(self) -> bool:
-        """Whether anything in the template is learned; a template without slots is a manual prompt."""
+        """Whether the template has slots; without, it is a manual prompt."""
         return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
 
     @property
@@ -178,7 +178,7 @@ class Template:
 
 
 def render(pieces: Iterable[Piece]) -> str:
-    """Write pieces as a pattern; ``Template.parse`` reads the same pieces back."""
+    """Write pieces as a pattern, from which ``Template.parse`` reads the same pieces."""
     written = []
     for piece in pieces:
         match piece:
@@ -265,7 +265,7 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
     keep = inside.endswith("!")
     name = inside[:-1] if keep else inside
     if not name.strip() or name != name.strip() or "{" in name or "[" in name:
-        message = "a field's name stands in braces; expected {field} or {field!}"
+        message = "a field's name goes in braces; expected {field} or {field!}"
         raise TemplateError(message, pattern=pattern, column=start)
     return Field(name, keep), end + 1
 
@@ -284,7 +284,7 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
 def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
     turned: list[Piece] = []
     for piece in pieces:
-        # Punctuation alone stays an anchor: it holds the sentence together and has no wording to learn.
+        # Punctuation alone stays an anchor: it holds the sentence together, and there is no wording to learn.
         if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
             turned.append(piece)
             continue
