@@ -39,7 +39,6 @@ def build_page(results: Results) -> Page:
 
 
 def _warning(results: Results) -> Fold | None:
-    """The cells that are missing from the tables, with the reasons."""
     left = [cell for cell in results.cells if cell.status != "done"]
     if not left:
         return None
@@ -58,7 +57,6 @@ def _warning(results: Results) -> Fold | None:
 
 
 def _answer(results: Results) -> Iterator[str]:
-    """The main result in sentences: the best method, the next one, and what learning the prompt changed."""
     score, unit = results.primary, results.overall_unit
     scores = {method: found[score] for method, found in results.overall.items() if score in found}
     ranked = sorted(scores, key=lambda method: -scores[method].value)
@@ -90,7 +88,6 @@ def _answer(results: Results) -> Iterator[str]:
 
 
 def _dots(results: Results) -> list[Block]:
-    """The scores of the written and of the learned prompt on every task."""
     written, learned = results.pair
     score = results.primary
     rows = [
@@ -107,12 +104,11 @@ def _dots(results: Results) -> list[Block]:
         f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the table under Every task has "
         "the numbers, with n."
     )
-    svg = pictures.dots(rows, names=(written, learned), unit=called(score), name="dots")
+    svg = pictures.dots(rows, names=(written, learned), unit=called(score))
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
 
 
 def _wordings(results: Results) -> list[Block]:
-    """The spread of a relation's wordings, before and after learning."""
     if not results.paraphrases:
         return []
     rows = []
@@ -125,36 +121,28 @@ def _wordings(results: Results) -> list[Block]:
         f"{score} of every wording of a relation, before and after learning: the shorter a strip, the less the wording "
         "matters. The tables below have the numbers, with intervals and n."
     )
-    svg = pictures.strips(rows, unit=score, name="wordings")
+    svg = pictures.strips(rows, unit=score)
     return [Picture("wordings", svg, caption, f"Strip plot. {caption}"), *tables.wordings(results)]
 
 
 def _curves(results: Results) -> list[Block]:
-    """The learning curves of every method that trains."""
     panels = {}
     for method in results.ordered(cell.method for cell in results.cells):
         found = [read_curve(results.folder_of(cell)) for cell in results.done(method)]
-        trainings = [curve for curve in found if curve]
-        if trainings:
-            panels[method] = trainings
+        if any(found):
+            panels[method] = [curve for curve in found if curve]
     if not panels:
         return []
     caption = (
         "Development score per epoch. Each thin line is a training (one task and seed), the line with markers is their "
         "mean, and n is their number. Epoch 0 is before training. After early stopping a training keeps its last score."
     )
-    return [Picture("curves", pictures.curves(panels, name="curves"), caption, f"Learning curves. {caption}")]
+    return [Picture("curves", pictures.curves(panels), caption, f"Learning curves. {caption}")]
 
 
 def _warnings(results: Results) -> list[Block]:
-    """The warnings of trainings."""
     listed = [f"{one.task}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
     return [Items(listed)] if listed else []
-
-
-def _limits(results: Results) -> list[Block]:
-    """What a reader must not conclude from the run."""
-    return [Items(list(limits(results)))]
 
 
 # Heading -> the blocks of the section; one without blocks is left out.
@@ -171,5 +159,5 @@ SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Warnings": _warnings,
     "Learning curves": _curves,
     "Answers gained and lost": tables.changes,
-    "What this run cannot show": _limits,
+    "What this run cannot show": lambda results: [Items(list(limits(results)))],
 }
