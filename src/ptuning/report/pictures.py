@@ -31,12 +31,12 @@ LABEL_CHARACTERS = 22
 INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
 
 
-def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], unit: str) -> str:
-    """Draw two scores per row as dots joined by a line, with their intervals as whiskers.
+def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], unit: str, name: str) -> str:
+    """Draw two scores per row as dots joined by a line, with their intervals as whiskers. Ids begin with ``name``.
 
     ``rows`` has labels with a first and a second score from top to bottom, ``names`` names these, ``unit`` the axis.
     """
-    with _canvas("dots", height=0.42 * len(rows) + 1.2) as (figure, svg):
+    with _canvas(name, height=0.42 * len(rows) + 1.2) as (figure, svg):
         axes = figure.subplots()
         for index, (_, first, second) in enumerate(rows):
             ends = (100 * first.value, 100 * second.value)
@@ -50,14 +50,14 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
     return svg[0]
 
 
-def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str) -> str:
+def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str, name: str) -> str:
     """Draw one dot per value, in a strip per row and series. A line joins the lowest and highest dot of a strip.
 
     ``rows`` has labels with series name -> values from top to bottom, and ``unit`` labels the axis.
     """
     names = list(dict.fromkeys(series for _, strip in rows for series in strip))
     step = 0.7 / max(1, len(names))
-    with _canvas("wordings", height=(0.25 * len(names) + 0.2) * len(rows) + 1.2) as (figure, svg):
+    with _canvas(name, height=(0.25 * len(names) + 0.2) * len(rows) + 1.2) as (figure, svg):
         axes = figure.subplots()
         for index, (_, strip) in enumerate(rows):
             for series, values in ((names.index(series), values) for series, values in strip.items() if values):
@@ -71,11 +71,11 @@ def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: s
     return svg[0]
 
 
-def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> str:
+def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name: str) -> str:
     """Draw learning curves, (epoch, score) pairs: a panel per method, with a thin line per training and their mean."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    with _canvas("curves", height=1.75 * lines + 0.5) as (figure, svg):
+    with _canvas(name, height=1.75 * lines + 0.5) as (figure, svg):
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (method, trainings) in zip(grid.flat, panels.items(), strict=False):
             for points in trainings:

@@ -104,7 +104,7 @@ def _dots(results: Results) -> list[Block]:
         f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the table under Every task has "
         "the numbers, with n."
     )
-    svg = pictures.dots(rows, names=(written, learned), unit=called(score))
+    svg = pictures.dots(rows, names=(written, learned), unit=called(score), name="dots")
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
 
 
@@ -121,7 +121,7 @@ def _wordings(results: Results) -> list[Block]:
         f"{score} of every wording of a relation, before and after learning: the shorter a strip, the less the wording "
         "matters. The tables below have the numbers, with intervals and n."
     )
-    svg = pictures.strips(rows, unit=score)
+    svg = pictures.strips(rows, unit=score, name="wordings")
     return [Picture("wordings", svg, caption, f"Strip plot. {caption}"), *tables.wordings(results)]
 
 
@@ -137,7 +137,7 @@ def _curves(results: Results) -> list[Block]:
         "Development score per epoch. Each thin line is a training (one task and seed), the line with markers is their "
         "mean, and n is their number. Epoch 0 is before training. After early stopping a training keeps its last score."
     )
-    return [Picture("curves", pictures.curves(panels), caption, f"Learning curves. {caption}")]
+    return [Picture("curves", pictures.curves(panels, name="curves"), caption, f"Learning curves. {caption}")]
 
 
 def _warnings(results: Results) -> list[Block]:
