@@ -15,11 +15,10 @@ from rich.table import Table
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption
 from ptuning.config import TrainConfig
-from ptuning.errors import ConfigError, PTuningError
+from ptuning.errors import PTuningError
 
 if TYPE_CHECKING:
     from ptuning.files import Json
-    from ptuning.template.labels import LabelWords
     from ptuning.training.fleet_file import FleetEntry, FleetFile
     from ptuning.training.run import TrainResult
     from ptuning.training.train_fleet import FleetPrompt, FleetResult
@@ -88,6 +87,7 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
 
 
 def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+    from ptuning.template.labels import LabelWords
     from ptuning.training.train_fleet import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)
@@ -115,25 +115,10 @@ def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetProm
         part(data, "train"),
         dev=dev,
         config=config,
-        labels=_labels(given.get("labels")),
+        labels=LabelWords(labels) if isinstance(labels := given.get("labels"), dict) else labels,
         task=task,
         calibrate=given.get("calibrate"),
     )
-
-
-def _labels(given: object) -> LabelWords | str | None:
-    """Return label words from a text, or from a table of label -> word or words."""
-    from ptuning.template.labels import LabelWords
-
-    if not isinstance(given, dict):
-        return cast("str | None", given)
-    words: dict[str, tuple[str, ...]] = {}
-    for label, listed in given.items():
-        several = [listed] if isinstance(listed, str) else listed
-        if not isinstance(several, list) or not all(isinstance(word, str) for word in several):
-            raise ConfigError(f"labels.{label} is {listed!r}; it must be a word or a list of words")
-        words[label] = tuple(several)
-    return LabelWords(words)
 
 
 def show_prompt(name: str, outcome: TrainResult | Exception) -> None:

@@ -18,16 +18,20 @@ KEYS = ("backbone", "at_once", "all", "prompt")
 SETTINGS = tuple(item.name for item in fields(TrainConfig))
 
 
-def _text_or_table(value: Unchecked) -> object:
-    if not isinstance(value.value, str | dict):
+def _label_words(value: Unchecked) -> str | dict[str, tuple[str, ...]]:
+    """Return label words as text, or as label -> words; one word alone is a list of one."""
+    if isinstance(value.value, str):
+        return value.value
+    if not isinstance(value.value, dict):
         raise value.wrong("text or a table")
-    return value.value
+    words = value.table().items()
+    return {label: (one.value,) if isinstance(one.value, str) else tuple(one.texts()) for label, one in words}
 
 
 # The keys of a prompt besides its settings -> how they are read.
 INPUTS: Mapping[str, Callable[[Unchecked], object]] = {
     **dict.fromkeys(("data", "dev", "template", "manual", "about", "task"), Unchecked.text),
-    "pattern": Unchecked.whole, "labels": _text_or_table, "calibrate": Unchecked.flag, "fields": Unchecked.mapping,
+    "pattern": Unchecked.whole, "labels": _label_words, "calibrate": Unchecked.flag, "fields": Unchecked.mapping,
 }  # fmt: skip
 # A key that says which template is learned -> the defaults in [all] that it replaces. Rows and label words of a task go
 # with any template; the task's own templates have numbers ("pattern").
