@@ -160,11 +160,7 @@ class Backbone:
         return beside_pads(other).shape[-1]
 
     def put_head(self, head: nn.Module) -> None:
-        """Replace the language-model head: ``head`` reads the hidden states at the asked positions.
-
-        Args:
-            head: (N, H) hidden states -> (N, K) logits; :meth:`run` then returns these.
-        """
+        """Replace the language-model head: ``head`` turns (N, H) hidden states into (N, K) logits."""
         self.model.add_module(HEAD, head)
 
     def with_random_weights(self, *, seed: int) -> Backbone:
@@ -212,14 +208,7 @@ class Backbone:
         return same_logits(self, beside_pads(self, left=0), beside_pads(self, left=2))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the embeddings of token ids by the model's own call (scaled if the model scales them).
-
-        Args:
-            token_ids: (B, T) int64.
-
-        Returns:
-            (B, T, E) in the dtype of the embedding's output.
-        """
+        """Return the embeddings of (B, T) token ids by the model's own call, (B, T, E), scaled if the model scales."""
         embedded = self._embedding(token_ids)
         if not isinstance(embedded, Tensor):
             what = f"the input embeddings of {type(self.model).__name__} are not a tensor ({type(embedded).__name__})"
@@ -300,13 +289,7 @@ class Backbone:
         return memory
 
     def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
-        """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`.
-
-        Args:
-            embeddings: (B, T, E).
-            mask: (B, T) int64; pads on the right, where no token attends to them.
-            positions: (B, T) int64; as for :meth:`run`.
-        """
+        """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`; pads go on the right."""
         memory = self._remember(embeddings, mask=mask, positions=positions)
         assert memory is not None
         return memory

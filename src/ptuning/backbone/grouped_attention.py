@@ -54,19 +54,10 @@ def packed_attention(
     attention_mask: Tensor | None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as ``plain`` does; where it pays, the queries of a group become more queries of one head.
+    """Attend as ``plain`` (transformers' attention) does; where it pays, the queries of a group share one head.
 
-    Args:
-        plain: Transformers' attention.
-        module: The calling attention module.
-        query: (B, H, T, D).
-        key: (B, K, S, D); each of the K heads is shared by H / K query heads.
-        value: (B, K, S, D).
-        attention_mask: (B or 1, 1, T, S), or None.
-        options: Further arguments of ``plain``.
-
-    Returns:
-        (B, T, H, D), and the second result of ``plain``.
+    Takes queries (B, H, T, D), keys and values (B, K, S, D) and a mask (B or 1, 1, T, S) or None. Returns (B, T, H, D),
+    and the second result of ``plain``.
     """
     heads, length = query.shape[1:3]
     if (

@@ -65,12 +65,7 @@ def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
 
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Add saved adapters to a model.
-
-    Args:
-        model: The model; its layers are replaced, so pass a copy.
-        config: From :func:`adapter_config`.
-        tensors: Weights of the trained adapters, by name.
+    """Add saved adapters to a model, with a config from :func:`adapter_config`. Its layers are replaced: pass a copy.
 
     Raises:
         ConfigError: If peft is missing.
@@ -104,12 +99,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
-    """Check that a model's adapters can be saved and loaded again.
-
-    Args:
-        model: The model with adapters.
-        other: The same model without adapters; its layers are replaced, so pass a copy.
-        targets: The layers that have adapters, for messages.
+    """Check that a model's adapters can be saved and loaded into a copy of the model without them (``other``).
 
     Raises:
         BackboneError: If they cannot be loaded, or differ when loaded.

@@ -37,14 +37,9 @@ def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
-    """Return a frozen copy of a backbone with new LoRA adapters. Checks that it runs and can be saved and loaded.
+    """Return a frozen copy of a backbone with new adapters, by :func:`~ptuning.backbone.lora.add_adapters`.
 
-    Args:
-        backbone: Does not change; the copy shares its weights.
-        rank: As the others, for :func:`ptuning.backbone.lora.add_adapters`.
-        alpha: The output of an adapter is scaled by this, divided by the rank.
-        targets: The layers that get adapters.
-        seed: Seed of the adapters' start values.
+    The copy shares the backbone's weights. Checks that it runs, and that its adapters can be saved and loaded.
 
     Raises:
         ConfigError: If peft is missing.
@@ -83,14 +78,7 @@ class TrainedWeights:
 
     @classmethod
     def of(cls, trained: Backbone, frozen: Backbone, *, tune: Tune, keep: Keep) -> TrainedWeights:
-        """Return the trained weights of a backbone, sharing its memory.
-
-        Args:
-            trained: The backbone with the trained weights.
-            frozen: The backbone that training started from.
-            tune: ``tuned`` or ``lora``.
-            keep: Which tuned weights to keep: ``difference`` or ``whole``.
-        """
+        """Return the trained weights of a backbone that was a copy of ``frozen``, sharing its memory."""
         tensors = {name: weight.detach() for name, weight in trained_parameters(trained, tune).items()}
         if tune == "lora":
             files = {lora.CONFIG_FILE: lora.adapter_config(trained.model, backbone=frozen.name)}

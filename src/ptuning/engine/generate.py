@@ -203,12 +203,7 @@ class _Ending:
         self.stop_ids = {self.tokenizer.stop_id, self.tokenizer.gap.end_id} - {None}
 
     def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
-        """Return which beams ended with their last token: (B, W) bool.
-
-        Args:
-            texts: Token ids of W beams for each of B rows.
-            tokens: (B, W) int64; the result goes to its device.
-        """
+        """Return which of the W beams for each of B rows ended with their last token, (B, W) bool."""
         ends = [[self._ends(ids) for ids in row] for row in texts]
         return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
 

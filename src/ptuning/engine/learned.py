@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ class Learned:
     """What one prompt, or the several prompts of a batch, bring to a pass.
 
     Everything that a prompt has learned outside of the backbone's weights belongs here: an encoder or a saved prompt
-    makes it, and :func:`ptuning.engine.passes.run_pass` uses it. Everything between the two hands on this one object.
+    makes it, :func:`ptuning.engine.passes.run_pass` uses it, and the functions between them hand on this one object.
 
     Args:
         vectors: (P, E) float32; the slot vectors of all prompts, one prompt below the other.
@@ -62,5 +63,5 @@ class Learned:
         """Return for each of B rows the number of its prompt's slots, and where they begin in ``vectors``."""
         if self.rows is None:
             return [len(self.vectors)] * rows, [0] * rows
-        starts = [sum(self.slots[:prompt]) for prompt in range(len(self.slots))]
+        starts = [0, *accumulate(self.slots)]
         return [self.slots[prompt] for prompt in self.rows], [starts[prompt] for prompt in self.rows]

@@ -71,15 +71,7 @@ def target_logits(
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
 ) -> Tensor:
-    """Run rows and return the logits that score their targets, (N, V) float32, row by row.
-
-    Args:
-        backbone: The language model.
-        examples: B rows with N scored positions.
-        learned: What the rows' prompts bring.
-        cache: KV cache of the text before the first slots, where there is one.
-        pad_side: The side of the pads.
-    """
+    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row."""
     return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
 
 
@@ -161,12 +153,6 @@ def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
 
 
 def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
-    """Count the leading tokens that all rows share and a pass would run once (for ``batches``).
-
-    Args:
-        backbone: The language model.
-        examples: Rows.
-        learned: What the rows' prompts bring; without it all rows have the same prompt.
-    """
+    """Count the leading tokens that all rows share and a pass would run once (for ``batches``)."""
     shared = shared_tokens(examples, learned)
     return shared if shared and backbone.shares_prefix else 0

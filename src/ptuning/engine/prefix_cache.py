@@ -115,21 +115,12 @@ class PrefixCache:
         return True
 
     def pays(self, texts: Sequence[Ids]) -> bool:
-        """Whether the backbone can use cached texts, and they are long enough to be worth caching.
-
-        Args:
-            texts: The text before the first slot of each row (:func:`cacheable_ids`).
-        """
+        """Whether the backbone can use cached texts (:func:`cacheable_ids` of each row), and they are worth caching."""
         enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
         return bool(self._memory_share) and enough and self.backbone.shares_prefix
 
     def keep(self, texts: Iterable[Ids], *, report: Told | None = None) -> None:
-        """Compute and keep the keys and values of texts.
-
-        Args:
-            texts: As for :meth:`pays`.
-            report: As for :meth:`prepare`.
-        """
+        """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""
         self.is_used = True
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
         wanted.sort(key=len)
