@@ -14,8 +14,7 @@ from torch import Tensor
 class Learned:
     """What one prompt, or the several prompts of a batch, bring to a pass.
 
-    Everything that a prompt has learned outside of the backbone's weights belongs here: an encoder or a saved prompt
-    makes it, :func:`ptuning.engine.passes.run_pass` uses it, and the functions between them hand on this one object.
+    All that a prompt learns outside of the backbone's weights belongs here; ``engine.passes.run_pass`` uses it.
 
     Args:
         vectors: (P, E) float32; the slot vectors of all prompts, one prompt below the other.
@@ -40,12 +39,7 @@ class Learned:
 
     @classmethod
     def join(cls, prompts: Sequence[Learned], *, rows: Sequence[int]) -> Learned:
-        """Return what several prompts bring to one batch.
-
-        Args:
-            prompts: One or more; each is one prompt.
-            rows: For each row of the batch, the index of its prompt.
-        """
+        """Return what several prompts bring to one batch, of whose rows each names its prompt by index."""
         if len(prompts) == 1:
             return prompts[0]
         vectors = torch.cat([one.vectors for one in prompts])  # (P, E)
