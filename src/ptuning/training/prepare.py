@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.data.answer_space import TRAIN_CHOICES
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions, with_few_choices
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, label_items, target_items
+from ptuning.engine.objective import Item, choice_items, label_items, target_items
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
