@@ -109,10 +109,14 @@ class TrainedWeights:
             other = backbone.copy(share=True)
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
-            other.trained = self.mark
-            return other
-        other = backbone.copy()
-        own = _saved_tensors(other)
+        else:
+            other = backbone.copy()
+            self._put_into(other)
+        other.trained = self.mark
+        return other
+
+    def _put_into(self, backbone: Backbone) -> None:
+        own = _saved_tensors(backbone)
         left = set(self.tensors)
         with torch.no_grad():
             for name, weight in own.items():
@@ -136,8 +140,6 @@ class TrainedWeights:
             raise PromptError(
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
             )
-        other.trained = self.mark
-        return other
 
     def save(self, folder: Path) -> dict[str, Json]:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
