@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import MAX_BATCH_TOKENS, collate
+from ptuning.engine.batch import batches, collate
 from ptuning.engine.learned import Learned
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
@@ -111,7 +111,6 @@ class PrefixCache:
         """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""
         self.is_used = True
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
-        wanted.sort(key=len)
         budget = self.budget()
         total, done, left_out = sum(map(len, wanted)), 0, 0
         for group in text_groups(wanted):
@@ -175,7 +174,7 @@ class PrefixCache:
                 found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in text_groups(sorted(missing, key=len)):
+        for group in text_groups(missing):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
@@ -223,13 +222,7 @@ def row_behind(example: Example, start: int) -> Example:
     )
 
 
-def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Yield texts that share a forward pass within its bounds; they come in order of length, shortest first."""
-    group: list[Ids] = []
-    for ids in ordered:
-        if group and (len(group) + 1) * len(ids) > MAX_BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(ids)
-    if group:
-        yield group
+def text_groups(texts: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Yield texts that share a forward pass within its bounds, the shortest first."""
+    for chosen in batches([[Example(ids, (), (), (), 0)] for ids in texts]):
+        yield [texts[index] for index in chosen]
