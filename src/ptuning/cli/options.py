@@ -63,7 +63,7 @@ StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from diffe
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainInputs:
     """What one training is asked for, before anything is read.
 
     ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
@@ -98,12 +98,12 @@ def training(
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
-) -> Asked:
+) -> TrainInputs:
     """Return what the options of a training ask for; for :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
-    return Asked({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+    return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 
 
 def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -79,8 +79,7 @@ def train_fleet(
 ) -> FleetResult:
     """Train many prompts at once on one frozen backbone: other data, templates, seeds, settings or encoders.
 
-    Each comes out as if it were trained alone, but for rounding: the rows of all prompts run in one pass, and nothing
-    else is shared.
+    Each comes out as if it were trained alone, but for rounding: prompts share forward passes, and nothing else.
 
     Args:
         prompts: The prompts, in the order in which they begin.
@@ -98,34 +97,14 @@ def train_fleet(
         PTuningError: Of the stage at fault; before training starts, with nothing written.
         Interrupted: If ``should_stop`` said so; a checkpoint was written.
     """
-    began = time.monotonic()
-    if not prompts:
-        raise ConfigError("the fleet has no prompts")
-    folder = Path(out) if out is not None else None
-    if folder is not None and not (resume or overwrite):
-        check_free(folder, overwrite=False)
-    runs: dict[str, TrainingRun] = {}
-    for prompt in prompts:
-        _check_name(prompt.name, runs)
-        runs[prompt.name] = run_of(
-            prompt,
-            backbone,
-            out=folder / prompt.name if folder is not None else None,
-            resume=resume and folder is not None,
-            overwrite=overwrite,
-            command=command,
-        )
-    results: dict[str, TrainResult] = {}
-    failed: dict[str, str] = {}
+    began, folder = time.monotonic(), Path(out) if out is not None else None
+    runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
+    results, failed = dict[str, TrainResult](), dict[str, str]()
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
-    for name, outcome in fleet_runs(
-        runs,
-        checkpoint=checkpoint,
-        at_once=at_once,
-        resume=resume,
-        report=report,
-        should_stop=should_stop,
-    ):
+    ended = fleet_runs(
+        runs, checkpoint=checkpoint, at_once=at_once, resume=resume, report=report, should_stop=should_stop
+    )
+    for name, outcome in ended:
         if isinstance(outcome, TrainResult):
             results[name] = outcome
         else:
@@ -145,6 +124,34 @@ def train_fleet(
     if folder is not None:
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
+
+
+def _prepared(
+    prompts: Sequence[FleetPrompt],
+    backbone: Backbone,
+    folder: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    command: str | None,
+) -> dict[str, TrainingRun]:
+    """Return name -> run of every prompt, each checked and bound, so that nothing is written if one cannot be used."""
+    if not prompts:
+        raise ConfigError("the fleet has no prompts")
+    if folder is not None and not (resume or overwrite):
+        check_free(folder, overwrite=False)
+    runs: dict[str, TrainingRun] = {}
+    for prompt in prompts:
+        _check_name(prompt.name, runs)
+        runs[prompt.name] = run_of(
+            prompt,
+            backbone,
+            out=folder / prompt.name if folder is not None else None,
+            resume=resume and folder is not None,
+            overwrite=overwrite,
+            command=command,
+        )
+    return runs
 
 
 def can_train_together() -> bool:
@@ -176,12 +183,7 @@ def fleet_runs(
         ConfigError: If a run trains more than slots.
         Interrupted: If ``should_stop`` said so.
     """
-    for name, run in runs.items():
-        if run.config.tune != "frozen":
-            raise ConfigError(
-                f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
-                "it alone"
-            )
+    _check_frozen(runs)
     for run in runs.values():
         run.clear()
     if checkpoint is not None and not resume:
@@ -214,6 +216,15 @@ def fleet_runs(
             for each in (each for each, owner in owners.items() if owner == name):
                 fleet.release(each)
             yield name, result
+
+
+def _check_frozen(runs: Mapping[str, TrainingRun]) -> None:
+    for name, run in runs.items():
+        if run.config.tune != "frozen":
+            raise ConfigError(
+                f"prompt '{name}': tune is {run.config.tune}, and prompts of a fleet share one frozen backbone; train "
+                "it alone"
+            )
 
 
 def _member_name(name: str, number: int) -> str:
