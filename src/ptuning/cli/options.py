@@ -106,9 +106,15 @@ def training(
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 
 
+@functools.cache
+def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function; the same objects for every command that takes them."""
+    return inspect.signature(options, eval_str=True).parameters
+
+
 def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the parameters of a function as options, and what that returns as its first argument."""
-    shared = inspect.signature(options, eval_str=True).parameters
+    shared = _parameters(options)
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
