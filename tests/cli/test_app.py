@@ -682,27 +682,6 @@ def test_data_prints_facts_as_jsonl(args: list[str], split: str) -> None:
     assert printed == list(ptuning.load_records(f"capitals:{split}"))
 
 
-def test_demo_prints_what_a_person_wants_to_see(llama: str) -> None:
-    done = call("demo", "--out", "runs/demo", "--backbone", llama, "--set", "epochs=1", "--set", "encoder=none")
-    assert done.code == 0, done.err
-    record = record_of(Path("runs/demo"))
-    for name, prompt in (("majority", "always '"), ("manual", "The capital of [X] is [Y]"), ("p-tuning", WARM)):
-        (line,) = [line for line in done.out.splitlines() if line.split()[:1] == [name]]
-        assert prompt in line
-        score = record["scores"][name]["exact_match"]
-        assert f"{score['value']:.3f}  [{score['low']:.3f}, {score['high']:.3f}]" in line
-    tested = ptuning.load_records("capitals:test")
-    for fact in tested[:5]:
-        assert any(fact["x"] in line and fact["y"] in line for line in done.out.splitlines())
-    size = Path("runs/demo/prompt/prompt.safetensors").stat().st_size
-    assert f"\nprompt:  4 vectors, {size / 1000:.1f} KB\n" in done.out
-    assert f"trained: 128 parameters of the prompt encoder; frozen: {record['frozen_parameters']:,} of" in done.out
-    assert "\ntime:    " in done.out
-    assert "\nfiles:   runs/demo  (prompt/, run.json, predictions.jsonl)\n" in done.out
-    assert f"\nnext:    {terminal.program()} predict runs/demo {tested[0]['x']}\n" in done.out
-    assert record["command"] == f"ptuning demo --out runs/demo --backbone {llama} --set epochs=1 --set encoder=none"
-
-
 def test_results_fit_into_80_columns(run_folder: Path, label_run: Path, data: Path, llama: str) -> None:
     printed = [
         works("data"),
@@ -775,7 +754,7 @@ DATA: dict[str, tuple[str, bytes, list[str]]] = {
     "open quote": ("train.csv", b'x,y\na,b\n"c,d\n', ["train.csv, line 3"]),
     "too many cells": ("train.csv", b"x,y\na,b\nc,d,e\n", ["train.csv, line 3: 3 cells", "2 columns"]),
     "no UTF-8": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "\xff"}\n', ["train.jsonl, line 2", "UTF-8"]),
-    "no Parquet": ("train.parquet", b"PAR1 and no more", ["train.parquet is no readable Parquet file"]),
+    "no Parquet": ("train.parquet", b"PAR1 and no more", ["train.parquet is not a readable Parquet file"]),
     "other ending": ("train.xlsx", b"x", ["cannot tell the format of train.xlsx", ".jsonl"]),
     "one record": ("train.jsonl", b'{"x": "a", "y": "b"}\n', ["train.jsonl: too few different records", "--dev"]),
 }
@@ -1012,7 +991,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
     shutil.copytree(run_folder, "out")
     vectors = Path("out/prompt/prompt.safetensors")
     vectors.write_bytes(vectors.read_bytes()[:-10])
-    says = ["prompt.safetensors is no whole safetensors file", "cut off"]
+    says = ["prompt.safetensors is not a whole safetensors file", "cut off"]
     fails(command, "out", *USES[command], "--backbone", llama, says=says)
     fails(command, "out", *USES[command], "--backbone", llama, "--force", says=says)  # forgives another backbone only
 
@@ -1020,7 +999,7 @@ def test_a_cut_off_prompt(command: str, run_folder: Path, llama: str) -> None:
 @pytest.mark.parametrize("command", USES)
 def test_no_such_prompt(command: str, llama: str) -> None:
     args = (*USES[command], "--backbone", llama)
-    fails(command, "nowhere", *args, says=["nowhere is no prompt", "manual:TEMPLATE"])
+    fails(command, "nowhere", *args, says=["nowhere is not a prompt folder", "manual:TEMPLATE"])
     fails(command, f"manual:{WARM}", *args, says=["has slots, and there are no vectors"])
     fails(command, "manual:[X] is", *args, says=["needs one [Y]"])
 
@@ -1092,11 +1071,6 @@ def test_bad_input_of_template_show(args: list[str], says: list[str], llama: str
 def test_bad_input_of_data() -> None:
     fails("data", "captials", says=["no shipped facts named 'captials:train'. Did you mean 'capitals'?"])
     fails("data", "capitals", "--split", "tests", says=["train, dev, test, not 'tests'"])
-
-
-def test_a_demo_does_not_replace_another_run(run_folder: Path, llama: str) -> None:
-    shutil.copytree(run_folder, "out")
-    fails("demo", "--out", "out", "--backbone", llama, says=["out holds another run", "choose another folder"])
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
@@ -1235,18 +1209,6 @@ def test_ctrl_c_while_a_backbone_loads(data: Path, monkeypatch: pytest.MonkeyPat
     done = call("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", "any", "--out", "out")
     assert (done.code, done.out, done.err) == (130, "", "stopped; nothing was written\n")
     assert not Path("out").exists()
-
-
-def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ptuning.experiment.demo
-
-    monkeypatch.setattr(
-        ptuning.experiment.demo, "train", interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
-    )
-    done = call("demo", "--out", "out", "--backbone", llama, "--set", "epochs=1")
-    assert done.code == 130
-    again = f"{terminal.program()} demo --out out --backbone {llama} --set epochs=1"
-    assert done.err.endswith(f"out/checkpoint is kept, go on with:\n  {again}\n")
 
 
 def test_the_table_of_backbones() -> None:

@@ -39,10 +39,6 @@ def test_settings_that_are_none(pairs: list[str], says: str) -> None:
         options.config_of(pairs, epochs=3)
 
 
-def test_a_command_without_any_argument_has_no_values_to_fill_in() -> None:
-    assert options.with_optional_values([]) == []
-
-
 def test_how_candidates_are_scored() -> None:
     assert options.normalise_of("mean", closed=True) == "mean"
     assert options.normalise_of("sum", closed=False) == "sum"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ptuning.cli import show_tasks
 from ptuning.data.task_check import Findings
 from ptuning.data.task_files import load_task, shipped_tasks
-from tests.cli.test_show_experiments import printed as printed
+from tests.cli.test_experiments import printed as printed
 
 Printed = Callable[[], tuple[str, str]]
 
@@ -18,7 +18,7 @@ def test_the_list_names_each_task_with_its_kind_of_answers(printed: Printed) -> 
     for task in shipped_tasks():
         assert any(line.startswith(task.name) for line in out.splitlines())
     assert max(len(line) for line in out.splitlines()) <= 80
-    assert [show_tasks.answers(load_task(name)) for name in ("COPA", "topic")] == ["own choices", "6 labels"]
+    assert [load_task(name).answer_space.described for name in ("COPA", "topic")] == ["own choices", "6 labels"]
 
 
 def test_a_task_is_shown_with_its_file(printed: Printed) -> None:

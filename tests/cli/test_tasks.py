@@ -125,7 +125,7 @@ def test_train_eval_and_predict_with_choices(llama: str) -> None:
     works("train", "--task", "choose.toml", "--data", "d/choose/train.jsonl", "--dev", "d:val", "--backbone", llama,
           "--out", "run", "--calibrate", *QUICK)  # fmt: skip
     prompt = Prompt.load("run")
-    assert (prompt.has_choices, prompt.calibrate) == (True, True)
+    assert (prompt.answer_space.has_choices, prompt.calibrate) == (True, True)
     assert '"accuracy"' in works("eval", "run", "--data", "d:val", "--json", "--no-calibrate", "--normalise", "mean")
     found = lines_of(works("predict", "run", "--data", "d:test", "--json", "--top-k", 2))
     assert [sorted(one["text"] for one in row["candidates"]) for row in found] == [["a good film", "yes"]] * 8

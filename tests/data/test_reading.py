@@ -1,4 +1,4 @@
-"""Reading data: every format and what is wrong with it, with file and line; shipped facts; seeded splits."""
+"""Reading data: every format and what is wrong with it, with file and line; shipped facts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: bytes | None) -
     pyarrow.parquet.write_table(pyarrow.table({"x": ["Kenya"] * 9}), path)
     whole = path.read_bytes()
     path.write_bytes(damage or whole[: len(whole) // 2] + b"\xff" * (len(whole) // 2 - 8) + whole[-8:])
-    with pytest.raises(RecordError, match=r"a\.parquet is no readable Parquet file"):
+    with pytest.raises(RecordError, match=r"a\.parquet is not a readable Parquet file"):
         load_records(path)
 
 
@@ -86,7 +86,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
         ("a.csv", 'x,y\n1,2\n"3\n4"\n', r"a\.csv, line 4: 1 cells, and the header has 2 columns"),
         ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: 3 cells, and the header has 2 columns"),
         ("a.csv", 'x,y\n1,"2', r"a\.csv, line 2: unexpected end of data"),
-        ("a.csv", "x,y,x\n1,2,3\n", r"a\.csv, line 1: the column names x stand there twice"),
+        ("a.csv", "x,y,x\n1,2,3\n", r"a\.csv, line 1: the column names x are there twice"),
         ("a.tsv", "x\ty\n1\n", r"a\.tsv, line 2: 1 cells"),
         ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text \(.*\); save the file as UTF-8"),
         ("a.jsonl", b'{"x": "1"}\n\xff\xfe', r"a\.jsonl, line 2: not UTF-8 text"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -141,3 +142,18 @@ def test_no_gradient_reaches_what_is_kept(causal: Backbone) -> None:
     target_logits(causal, rows, Learned(vectors), cache=cache).sum().backward()
     assert all(not part.requires_grad for part in cache._memory.values())
     assert all(torch.equal(one, other) for one, other in zip(kept, cache._memory.values(), strict=True))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_texts_that_no_row_needs_any_more_are_dropped(
+    in_memory: bool, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From memory and from the disk, and their bytes no longer count."""
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: (1 << 40) if in_memory else 0)
+    rows = rows_of(causal, LATE)
+    with prepared(causal, rows) as cache, prepared(causal, rows[1:2]) as wanted:
+        assert cache.tokens > wanted.tokens
+        cache.keep_only(rows[1:2])
+        assert cache.to_json() == wanted.to_json()
+        assert cache._folder is None or len(list(Path(cache._folder.name).iterdir())) == 1
+        assert bool(cache.disk_bytes) != in_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,8 @@ from ptuning.errors import FileError, TrainingError
 from ptuning.experiment.demo import MANUAL, DemoResult, run_demo
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import VECTORS_FILE, Prompt
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.statistics import majority, score
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
@@ -126,10 +128,24 @@ def test_what_is_shown(finished: DemoResult) -> None:
 # --------------------------------------------------------------------------------------------- stopping and going on
 
 
-def test_a_second_demo_is_made_anew(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
+def test_a_finished_demo_is_read_back(
+    finished: DemoResult, tiny: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second demo into the same folder, as ``make demo`` gives it."""
+    shutil.copytree(finished.folder, tmp_path / "demo")
+    seen: list[Progress] = []
+    again = run_demo(tmp_path / "demo", backbone=tiny, config=CONFIG, report=seen.append)
+    assert seen == []
+    assert (again.scores, again.answers, again.record) == (finished.scores, finished.answers, finished.record)
+    assert "holds this demo already; give --overwrite to run it again" in caplog.text
+
+
+def test_a_second_demo_is_made_anew_if_asked_to(finished: DemoResult, tiny: Backbone, tmp_path: Path) -> None:
     first = run_demo(tmp_path, backbone=tiny, config=TrainConfig(epochs=1, encoder="none", batch_size=32))
     assert vectors_of(tmp_path) != vectors_of(finished.folder)
-    second = run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    with pytest.raises(TrainingError, match=r"epochs was 1 and is 2.*--overwrite"):
+        run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    second = run_demo(tmp_path, backbone=tiny, config=CONFIG, overwrite=True)
     assert (len(first.record["history"]), len(second.record["history"])) == (1, 2)  # type: ignore[arg-type]
     assert vectors_of(tmp_path) == vectors_of(finished.folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == LEFT
@@ -157,7 +173,7 @@ def test_a_stopped_demo_goes_on_beside_foreign_files(finished: DemoResult, tiny:
     assert next(progress for progress in seen if progress.stage == "train").done == 4 * 32
     assert vectors_of(tmp_path) == vectors_of(finished.folder)
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
-    run_demo(tmp_path, backbone=tiny, config=CONFIG)  # and once more, from the beginning
+    run_demo(tmp_path, backbone=tiny, config=CONFIG, overwrite=True)  # and once more, from the beginning
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
@@ -190,14 +206,16 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
         run_demo(
             tmp_path, backbone=tiny, config=TrainConfig(epochs=3, encoder="none"), report=killed_at("train", 146 + 16)
         )
-    run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    with pytest.raises(TrainingError, match=r"epochs was 3 and is 2.*--overwrite"):
+        run_demo(tmp_path, backbone=tiny, config=CONFIG)
+    run_demo(tmp_path, backbone=tiny, config=CONFIG, overwrite=True)
     assert vectors_of(tmp_path) == vectors_of(finished.folder)
 
 
 def test_another_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
     train("[P] [X] [Y]", load_records("capitals:dev"), backbone=tiny, config=CONFIG, out=tmp_path)
     before = vectors_of(tmp_path)
-    with pytest.raises(FileError, match=r"holds another run, .* choose another folder \(--out\)"):
+    with pytest.raises(TrainingError, match=r"template was .* start anew with --overwrite or in another folder"):
         run_demo(tmp_path, backbone=tiny, config=CONFIG)
     assert vectors_of(tmp_path) == before
 
@@ -216,7 +234,7 @@ def test_a_stopped_run_is_not_replaced(tiny: Backbone, tmp_path: Path) -> None:
         )
     (checkpoint,) = (tmp_path / "checkpoint").glob("state*")
     before = checkpoint.read_bytes()
-    with pytest.raises(FileError, match=r"holds another run, .* choose another folder \(--out\)"):
+    with pytest.raises(TrainingError, match=r"template was .* start anew with --overwrite or in another folder"):
         run_demo(tmp_path, backbone=tiny, config=CONFIG)
     assert checkpoint.read_bytes() == before
     checkpoint.write_bytes(before[:200])

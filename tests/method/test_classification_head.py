@@ -72,7 +72,7 @@ def bound(backbone: Backbone, one: Task) -> BoundTemplate:
 def test_it_reads_the_fields_and_a_choice_without_words_around(backbone: Backbone) -> None:
     for file, texts in ((LABELS, ["the movie yes"]), (CHOICES, ["the movie yes yes", "the movie yes no"])):
         one = task(file)
-        item = head_items(bound(backbone, one), Questions(one.train[:1]), ("good", "bad") if file is LABELS else ())[0]
+        item = head_items(bound(backbone, one), Questions(one.train[:1]), one.answer_space)[0]
         read = [
             backbone.tokenizer.decode(
                 [token for token in row.token_ids if token not in backbone.tokenizer.special_ids.values()]
@@ -91,7 +91,7 @@ def test_logits_are_those_of_a_linear_layer_on_one_hidden_state(backbone: Backbo
     """The same as transformers' own hidden states under the head, row by row, whatever is beside it."""
     other = with_head(backbone, 2, seed=0)
     one = task(LABELS)
-    items = head_items(bound(other, one), one.train, ("good", "bad"))
+    items = head_items(bound(other, one), one.train, one.answer_space)
     found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
     assert found.shape == (len(items), 2)
     for row, item in zip(found, items, strict=True):
@@ -114,7 +114,7 @@ def test_choices_compete_by_one_logit_each() -> None:
 def test_choices_are_scored_each_from_its_own_row(causal: Backbone) -> None:
     other = with_head(causal, 1, seed=0)
     one = task(CHOICES)
-    items = head_items(bound(other, one), one.train, ())
+    items = head_items(bound(other, one), one.train, one.answer_space)
     scores = class_scores(
         items, score_choices(items, target_logits(other, inputs_of(items), Learned.none(other.width)))
     )
@@ -162,7 +162,7 @@ def test_it_reads_where_the_librarys_own_class_does(family: str) -> None:
         theirs.sequence_summary.summary, theirs.sequence_summary.activation = nn.Identity(), nn.Identity()
 
     one = task(LABELS)
-    items = head_items(bound(other, one), one.train, ("good", "bad"))
+    items = head_items(bound(other, one), one.train, one.answer_space)
     found = target_logits(other, inputs_of(items), Learned.none(other.width))  # (N, 2)
 
     tokenizer = tokenizer_of(FAMILIES[family].tokenizer)

@@ -664,5 +664,5 @@ def test_labels_are_calibrated_by_what_an_empty_record_scores(backbone: Backbone
 
 def test_a_prompt_of_choices_needs_rows_that_bring_them(causal: Backbone) -> None:
     for rows in (RECORDS, CHOICE_TASK.read_rows(ROWS).records):
-        with pytest.raises(RecordError, match="chooses among texts that each row brings, and these records have none"):
+        with pytest.raises(RecordError, match="has no choices to choose among; read the rows with their task"):
             PromptModel(causal).predict(rows, choosing(causal))

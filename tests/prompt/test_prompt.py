@@ -23,11 +23,13 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError, PTuningError, TemplateError
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY, BackboneId, Prompt
-from ptuning.template.labels import PLAIN, LabelWords, Scoring
+from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY
+from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from tests.conftest import FAMILIES, RECORDS, learned, make_model
 
@@ -106,8 +108,8 @@ def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     Prompt.manual(task.manual[0], task=replace(task, calibrate=True, normalise="mean")).save(tmp_path / "p")
     found = Prompt.load(tmp_path / "p")
     assert found.task == task
-    assert found.has_choices
-    assert found.scoring() == Scoring("mean", calibrate=True, keep=("question",))
+    assert found.answer_space.has_choices
+    assert found.answer_space.scoring == Scoring("mean", calibrate=True, keep=("question",))
     manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
     assert (manifest["task"]["name"], manifest["task"]["version"], manifest["choices"]) == ("COPA", "1", True)
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
@@ -119,16 +121,16 @@ def test_a_task_brings_its_label_words_unless_others_are_given() -> None:
     task, words = load_task("RTE"), LabelWords({"entailment": ("true",), "not_entailment": ("false",)})
     assert Prompt.manual(task.manual[0], task=task).label_words == task.label_words
     assert Prompt.manual(task.manual[0], task=task, label_words=words).label_words == words
-    assert not Prompt.manual(task.manual[0], task=task).has_choices
-    assert Prompt.manual("[X] is [Y]").scoring() == PLAIN
+    assert not Prompt.manual(task.manual[0], task=task).answer_space.has_choices
+    assert Prompt.manual("[X] is [Y]").answer_space == AnswerSpace()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "COPA"}, "'task' must be an object or null"),
-        ({"normalise": "max"}, '\'normalise\' "sum" or "mean"'),
-        ({"task": {"name": "COPA"}}, "is damaged: 'file'"),
+        ({"task": "COPA"}, "is damaged: 'task' must be a table of names and values"),
+        ({"normalise": "max"}, "'normalise' must be one of sum, mean, and is .max"),
+        ({"task": {"name": "COPA"}}, "is damaged: 'task.file' must be text"),
         ({"task": {"file": "name = 3"}}, "is damaged: its task: the key 'version' is missing"),
     ],
 )
@@ -217,13 +219,16 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
         ({"slots": 0}, r"has slots, and there are no vectors for them"),
         ({"vectors_sha256": "0" * 64}, r"was changed since it was saved"),
         ({"template": "[P*2] [X] [P:is]"}, r"prompt.json is damaged: a template needs one \[Y\]"),
-        ({"backbone": "llama"}, r"prompt.json is damaged: 'label_words' and 'backbone' must be objects"),
-        ({"backbone": {"name": "x"}}, r"prompt.json is damaged: 'revision'"),
+        ({"backbone": "llama"}, r"prompt.json is damaged: 'backbone' must be a table of names and values"),
+        ({"backbone": {"name": "x"}}, r"prompt.json is damaged: 'backbone.fingerprint' must be text"),
         ({"backbone": None}, r"slot vectors need to say which backbone they belong to"),
-        ({"label_words": {"a": "great", "b": ["bad"]}}, r"prompt.json is damaged: 'label_words' must hold a list"),
+        (
+            {"label_words": {"a": "great", "b": ["bad"]}},
+            r"is damaged: 'label_words.a' must be a list of texts",
+        ),
         ({"label_words": {"a": ["great"]}}, r"prompt.json is damaged: label words need at least two labels"),
-        ({"seed": "one"}, r"prompt.json is damaged: 'scores' must be an object and 'seed' a number"),
-        ({"target_tokens": "many"}, r"prompt.json is damaged: invalid literal"),
+        ({"seed": "one"}, r"prompt.json is damaged: 'seed' must be a whole number"),
+        ({"target_tokens": "many"}, r"prompt.json is damaged: 'target_tokens' must be a whole number"),
         ({"scores": {"accuracy": "high"}}, r"prompt.json is damaged: could not convert"),
     ],
 )
@@ -252,9 +257,9 @@ def test_wrong_tensors(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-7], "is no whole safetensors file .* it is cut off or damaged"),
-        (lambda data: data[:6], "is no whole safetensors file"),
-        (lambda data: b"", "is no whole safetensors file"),
+        (lambda data: data[:-7], "is not a whole safetensors file .* it is cut off or damaged"),
+        (lambda data: data[:6], "is not a whole safetensors file"),
+        (lambda data: b"", "is not a whole safetensors file"),
         (lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:], "was changed since it was saved"),
     ],
 )
@@ -268,7 +273,7 @@ def test_damaged_vectors(saved: Path, damage: Callable[[bytes], bytes], message:
 
 def test_missing_files_and_broken_json(saved: Path, tmp_path: Path) -> None:
     """A folder of something else, half a prompt, half a manifest."""
-    with pytest.raises(FileError, match=r"is no prompt: there is no prompt.json in it"):
+    with pytest.raises(FileError, match=r"is not a prompt folder: there is no prompt.json in it"):
         Prompt.load(tmp_path / "nothing")
     text = (saved / MANIFEST_FILE).read_text(encoding="utf-8")
     (saved / MANIFEST_FILE).write_text(text[: len(text) // 2], encoding="utf-8")

@@ -161,7 +161,7 @@ def test_choices_of_rows_are_scored_as_they_are_predicted(backbone: Backbone, ca
     assert found.scores["accuracy"].value == pytest.approx(sum(found.hits) / len(rows))
     losses = [-next(c.log_prob for c in row if c.text == text) for row, text in zip(answers, right, strict=True)]
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    with pytest.raises(RecordError, match="these records have none"):
+    with pytest.raises(RecordError, match="has no choices to choose among"):
         score_prompt(model, asked.records, prompt)
 
 

@@ -46,8 +46,9 @@ from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import Prediction, PromptModel
-from ptuning.prompt.prompt import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, VECTORS_FILE
 from ptuning.records import Record, as_records
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
@@ -817,7 +818,7 @@ def test_a_task_with_choices_from_rows_to_answers(backbone: Backbone, tmp_path: 
     assert found.record["choices"] is True
     assert set(found.prompt.scores) == {"accuracy", "loss"}
     loaded = Prompt.load(tmp_path / "out")
-    assert (loaded.task, loaded.has_choices, loaded.label_words) == (CHOICE_TASK, True, None)
+    assert (loaded.task, loaded.answer_space.has_choices, loaded.label_words) == (CHOICE_TASK, True, None)
     lines = (tmp_path / "out" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     by_text = {question.record["x"]: question for question in asked}

@@ -8,14 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ptuning.backbone import sources
-from ptuning.cli import estimate, experiments, fleet, tasks, terminal, train
+from ptuning.cli import demo, estimate, experiments, fleet, tasks, terminal, train
 from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
 from ptuning.cli.options import (
     BackboneOption,
@@ -29,15 +28,12 @@ from ptuning.cli.options import (
     JsonOption,
     NormaliseOption,
     PromptArgument,
-    SetOption,
     TaskOption,
     WithoutOption,
     check_calibrate,
-    command_line,
-    config_of,
     normalise_of,
 )
-from ptuning.cli.signals import SIGNAL_EXIT, stoppable
+from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.errors import ConfigError, PTuningError, RecordError
 from ptuning.provenance import VERSION
 from ptuning.template.segments import FILLS_MASKS
@@ -120,7 +116,7 @@ def evaluate(
     if candidates is not None:
         chosen.check_open()
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = normalise_of(normalise, closed=chosen.is_closed or candidates is not None)
+    how = normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -159,7 +155,7 @@ def predict(
     from ptuning.data.questions import Questions, as_questions
 
     chosen = prompt_of(prompt, task_of(task), without=without)
-    closed = candidates is not None or chosen.is_closed
+    closed = candidates is not None or chosen.answer_space.is_closed
     check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
@@ -261,28 +257,6 @@ def backbones(as_json: JsonOption = False) -> None:
     terminal.backbones(families(), as_json=as_json)
 
 
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
-    set_: SetOption = None,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
-    """Learn country -> capital and compare with the manual prompt: the main job, in about a minute.
-
-    Example: ptuning demo
-    """
-    config = config_of(set_)
-    loaded = load(backbone, dtype=dtype, device=device)
-    with stoppable(out) as (report, should_stop):
-        from ptuning.experiment.demo import run_demo
-
-        result = run_demo(
-            out, backbone=loaded, config=config, report=report, should_stop=should_stop, command=command_line()
-        )
-    terminal.demo(result)
-
-
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
@@ -291,7 +265,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "inspect": inspect,
     "data": data,
     "backbones": backbones,
-    "demo": demo,
+    "demo": demo.demo,
     "estimate": estimate.estimate,
     "fleet": fleet.fleet,
     "compare": experiments.compare,

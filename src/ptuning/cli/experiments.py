@@ -1,15 +1,20 @@
-"""The commands that compare: compare, lama, paraphrases, superglue, report."""
+"""The comparisons: `ptuning compare`, `lama`, `paraphrases`, `superglue`, and `report`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
-from ptuning.cli import inputs, options, show_experiments, signals, terminal
+from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import (
     SETTINGS,
     BackboneOption,
@@ -21,11 +26,24 @@ from ptuning.cli.options import (
     StartsOption,
 )
 from ptuning.errors import ConfigError
+from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
+    from ptuning.experiment.cells import CellResult
+    from ptuning.experiment.dry_run import CellEstimate
     from ptuning.experiment.lama import Targets
-    from ptuning.report.results_file import Results
+    from ptuning.experiment.plan import PlanOptions
+    from ptuning.report.results_file import Results, Scores
+
+    # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
+    GetPlan = Callable[[], PlanOptions]
+else:
+    # Typer evaluates annotations, and these types would import torch.
+    GetPlan = Results = Any
+
+# With more tasks than these the terminal shows means only; the report has each task.
+SHOWN_TASKS = 3
 
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts in any of the layouts they come in.")]
@@ -41,75 +59,128 @@ VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", he
 EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")]
 SeedOption = Annotated[int, typer.Option(metavar="N", help="The first seed.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate of time, run nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split of relations in one file.")]
 
 
-def compare(
-    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
-    test: Annotated[str, typer.Option(metavar="TEST", help="Data to report on; it chooses nothing.")],
-    manual: Annotated[str, typer.Option(metavar="M", help='Manual template, as "The capital of [X] is [Y]".')],
+@contextmanager
+def _planned(
     out: OutOption,
-    dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
-    template: Annotated[str | None, typer.Option(metavar="T", help="Template to learn; else made of M.")] = None,
     methods: MethodsOption = None,
     seeds: SeedsOption = 1,
     tries: TriesOption = 1,
     starts: StartsOption = SETTINGS.starts,
     control: ControlOption = None,
-    vocabulary: VocabularyOption = None,
-    train_size: SizeOption = None,
     encoder: EncoderOption = SETTINGS.encoder,
     epochs: EpochsOption = SETTINGS.epochs,
     seed: SeedOption = SETTINGS.seed,
     set_: SetOption = None,
-    field: FieldOption = None,
     overwrite: OverwriteOption = False,
     dry_run: DryRunOption = False,
     backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
-) -> None:
+) -> Iterator[GetPlan]:
+    """Turn the options that all comparisons share into a plan. Show progress and cells, and stop at a signal."""
+    if control not in (None, "random-weights"):
+        raise ConfigError(f"--control is random-weights, not '{control}'")
+    config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
+    with signals.stoppable(out) as (progress, should_stop):
+        from ptuning.experiment.plan import Watch
+
+        def plan() -> PlanOptions:
+            return {
+                "out": out,
+                "backbone": inputs.load(backbone, dtype=dtype, device=device),
+                "methods": methods,
+                "seeds": seeds,
+                "tries": tries,
+                "control": control is not None,
+                "config": config,
+                "overwrite": overwrite,
+                "dry_run": dry_run,
+                "command": options.command_line(),
+                "watch": Watch(
+                    # A line per epoch of dozens of trainings would bury the line per cell.
+                    report=lambda now: progress(now) if now.stage != "epoch" else None,
+                    should_stop=should_stop,
+                    on_cell=show_cell,
+                    on_estimate=show_estimates,
+                ),
+            }
+
+        yield plan
+
+
+def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:
+    """Return a decorator for a command that takes a plan: it adds the options of :func:`_planned` and prints results.
+
+    Args:
+        **defaults: Defaults of these options that differ from the others' ones.
+    """
+
+    def decorate(command: Callable[..., Results]) -> Callable[..., None]:
+        own, shared = (dict(inspect.signature(one, eval_str=True).parameters) for one in (command, _planned))
+        del own["plan"]
+        shared = {name: one.replace(default=defaults.get(name, one.default)) for name, one in shared.items()}
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            asked = {name: given.pop(name) for name in shared}
+            with _planned(**asked) as plan:
+                found = command(**given, plan=plan)
+            if not asked["dry_run"]:
+                show_results(found)
+                if found.failed:
+                    raise typer.Exit(1)
+
+        every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *shared.values())]
+        run.__annotations__ = {one.name: one.annotation for one in every}
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+@_comparison()
+def compare(
+    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
+    test: Annotated[str, typer.Option(metavar="TEST", help="Data to report on; it chooses nothing.")],
+    manual: Annotated[str, typer.Option(metavar="M", help='Manual template, as "The capital of [X] is [Y]".')],
+    plan: GetPlan,
+    dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
+    template: Annotated[str | None, typer.Option(metavar="T", help="Template to learn; else made of M.")] = None,
+    vocabulary: VocabularyOption = None,
+    train_size: SizeOption = None,
+    field: FieldOption = None,
+) -> Results:
     """Compare methods on your own data: is a learned prompt worth it?
 
     Example: ptuning compare --data capitals:train --dev capitals:dev --test capitals:test
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
-    config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     train_rows, test_rows = inputs.records_of(data, field), inputs.records_of(test, field)
     dev_rows = inputs.records_of(dev, field) if dev is not None else None
-    with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
-        from ptuning.experiment.compare import compare as run
+    from ptuning.experiment.compare import compare as run
 
-        found = run(
-            train_rows,
-            test=test_rows,
-            dev=dev_rows,
-            manual=manual,
-            template=template,
-            vocabulary=vocabulary,
-            train_size=train_size,
-            name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
-            backbone=inputs.load(backbone, dtype=dtype, device=device),
-            out=out,
-            seeds=seeds,
-            tries=tries,
-            config=config,
-            overwrite=overwrite,
-            **common,
-        )
-    _show(found, dry_run=dry_run)
+    return run(
+        train_rows,
+        test=test_rows,
+        dev=dev_rows,
+        manual=manual,
+        template=template,
+        vocabulary=vocabulary,
+        train_size=train_size,
+        name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
+        **plan(),
+    )
 
 
+@_comparison()
 def lama(
     data: LamaOption,
-    out: OutOption,
+    plan: GetPlan,
     relations: RelationsOption = "all",
-    methods: MethodsOption = None,
-    seeds: SeedsOption = 1,
-    tries: TriesOption = 1,
-    starts: StartsOption = SETTINGS.starts,
-    control: ControlOption = None,
     template: Annotated[
         str | None, typer.Option(metavar="T", help="One for all; else made of each manual one.")
     ] = None,
@@ -119,144 +190,76 @@ def lama(
         str, typer.Option(metavar="token|any", help="Objects of one token, or of any length.")
     ] = "token",
     vocabulary: VocabularyOption = None,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    seed: SeedOption = SETTINGS.seed,
     split_seed: SplitOption = 0,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
+) -> Results:
     """Run the paper's LAMA experiment: every method on every relation, with a report.
 
     Example: ptuning lama --data LAMA --relations P36,P103 --out runs/lama
     """
     if targets not in ("token", "any"):
         raise ConfigError(f"--targets is token or any, not '{targets}'")
-    config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
-    with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
-        from ptuning.experiment.lama import lama as run
+    from ptuning.experiment.lama import lama as run
 
-        found = run(
-            data,
-            relations=relations,
-            template=template,
-            limit=limit,
-            train_size=train_size,
-            targets=cast("Targets", targets),
-            vocabulary=vocabulary,
-            split_seed=split_seed,
-            backbone=inputs.load(backbone, dtype=dtype, device=device),
-            out=out,
-            seeds=seeds,
-            tries=tries,
-            config=config,
-            overwrite=overwrite,
-            **common,
-        )
-    _show(found, dry_run=dry_run)
+    return run(
+        data,
+        relations=relations,
+        template=template,
+        limit=limit,
+        train_size=train_size,
+        targets=cast("Targets", targets),
+        vocabulary=vocabulary,
+        split_seed=split_seed,
+        **plan(),
+    )
 
 
+@_comparison()
 def paraphrases(
     data: LamaOption,
-    out: OutOption,
+    plan: GetPlan,
     relations: RelationsOption = "all",
     wordings: Annotated[int | None, typer.Option(metavar="N", help="Wordings per relation, at most.", min=2)] = None,
-    methods: MethodsOption = None,
-    seeds: SeedsOption = 1,
-    tries: TriesOption = 1,
-    starts: StartsOption = SETTINGS.starts,
     limit: LimitOption = None,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    seed: SeedOption = SETTINGS.seed,
     split_seed: SplitOption = 0,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
+) -> Results:
     """Measure how much the wording of a prompt matters, before and after it is learned from.
 
     Example: ptuning paraphrases --data LAMA --relations P36 --out runs/wordings
     """
-    config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
-    with _watching(out, control=None, methods=methods, dry_run=dry_run) as common:
-        from ptuning.experiment.paraphrases import paraphrases as run
+    from ptuning.experiment.paraphrases import paraphrases as run
 
-        found = run(
-            data,
-            relations=relations,
-            wordings=wordings,
-            limit=limit,
-            split_seed=split_seed,
-            backbone=inputs.load(backbone, dtype=dtype, device=device),
-            out=out,
-            seeds=seeds,
-            tries=tries,
-            config=config,
-            overwrite=overwrite,
-            **{name: value for name, value in common.items() if name != "control"},
-        )
-    _show(found, dry_run=dry_run)
+    return run(data, relations=relations, wordings=wordings, limit=limit, split_seed=split_seed, **plan())
 
 
+@_comparison(seeds=3)
 def superglue(
     data: Annotated[str, typer.Option(metavar="DIR", help="Folder with one folder per task: SuperGLUE, FewGLUE.")],
-    out: OutOption,
+    plan: GetPlan,
     tasks: Annotated[str, typer.Option(metavar="LIST|all", help="As BoolQ,CB,COPA; or task files.")] = "all",
-    methods: MethodsOption = None,
     few_shot: Annotated[
-        int | None, typer.Option(metavar="[K]", help="Learn from K examples and choose by K (32), drawn by seed.")
+        int | None, typer.Option(metavar="K", help="Learn from K examples and choose by K others, drawn by seed.")
     ] = None,
-    seeds: SeedsOption = 3,
-    tries: TriesOption = 1,
-    starts: StartsOption = SETTINGS.starts,
     tune: TuneOption = SETTINGS.tune,
     pattern: Annotated[int, typer.Option(metavar="N", help="Which of a task's patterns.", min=1)] = 1,
-    control: ControlOption = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Report on N rows: a seeded draw.", min=2)] = None,
     server: Annotated[bool, typer.Option("--server/--no-server", help="Answer the test split for the server.")] = True,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    seed: SeedOption = SETTINGS.seed,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-    dry_run: DryRunOption = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-) -> None:
+) -> Results:
     """Run the paper's SuperGLUE experiment: every method on every task, fully supervised or with a few examples.
 
     Example: ptuning superglue --data FewGLUE --tasks RTE,CB --methods majority,manual,p-tuning --out runs/few
     """
-    config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
-    with _watching(out, control=control, methods=methods, dry_run=dry_run) as common:
-        from ptuning.experiment.superglue import superglue as run
+    from ptuning.experiment.superglue import superglue as run
 
-        found = run(
-            data,
-            tasks=tasks,
-            few_shot=few_shot,
-            pattern=pattern,
-            limit=limit,
-            tune=cast("Tune", tune),
-            server=server,
-            backbone=inputs.load(backbone, dtype=dtype, device=device),
-            out=out,
-            seeds=seeds,
-            tries=tries,
-            config=config,
-            overwrite=overwrite,
-            **common,
-        )
-    _show(found, dry_run=dry_run)
+    return run(
+        data,
+        tasks=tasks,
+        few_shot=few_shot,
+        pattern=pattern,
+        limit=limit,
+        tune=cast("Tune", tune),
+        server=server,
+        **plan(),
+    )
 
 
 def report(
@@ -276,34 +279,109 @@ def report(
         typer.launch(str(page))
 
 
-@contextmanager
-def _watching(out: Path, *, control: str | None, methods: str | None, dry_run: bool) -> Iterator[dict[str, Any]]:
-    """Show progress and results cell by cell, stop at a signal; yield the arguments that all comparisons take."""
-    if control not in (None, "random-weights"):
-        raise ConfigError(f"--control is random-weights, not '{control}'")
-    with signals.stoppable(out) as (progress, should_stop):
-        from ptuning.experiment.plan import Watch
-
-        common: dict[str, Any] = {
-            "control": control is not None,
-            "dry_run": dry_run,
-            "command": options.command_line(),
-            "watch": Watch(
-                # A line per epoch of dozens of trainings would bury the line per cell.
-                report=lambda now: progress(now) if now.stage != "epoch" else None,
-                should_stop=should_stop,
-                on_cell=show_experiments.cell,
-                on_estimate=show_experiments.estimates,
-            ),
-        }
-        if methods is not None:
-            common["methods"] = methods
-        yield common
-
-
-def _show(found: Results, *, dry_run: bool) -> None:
-    if dry_run:
+def show_cell(result: CellResult, number: int, total: int) -> None:
+    """Print a finished cell; one that was finished by an earlier start is not worth a line."""
+    if result.was_there:
         return
-    show_experiments.results(found)
-    if found.failed:
-        raise typer.Exit(1)
+    cell = result.cell
+    where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
+    if result.status == "failed":
+        terminal.say(f"{where}failed: {result.error}")
+        return
+    name = result.primary
+    terminal.say(
+        f"{where}{called(name)} {terminal.interval(result.score(name))}, n = {result.n}, {result.seconds:.0f} s"
+    )
+
+
+def show_estimates(found: Sequence[CellEstimate]) -> None:
+    """Print the cells of a dry run with the time they will take, one line per method, and the sum."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("method", "cells", "finished", "estimated time"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    left = [one for one in found if not one.is_finished]
+    for method in dict.fromkeys(one.cell.method for one in found):
+        own = [one for one in found if one.cell.method == method]
+        finished = sum(one.is_finished for one in own)
+        time = _time([one for one in own if not one.is_finished])
+        table.add_row(escape(method), str(len(own)), str(finished), time)
+    terminal.results().print(table)
+    for one in found:
+        time = "finished" if one.is_finished else _time([one])
+        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {time}")
+    terminal.line(f"{len(left)} of {len(found)} cells to run, estimated time: {_time(left)}; nothing was run")
+    if any(one.seconds is None for one in left):
+        terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
+
+
+def _time(cells: Sequence[CellEstimate]) -> str:
+    """Return the estimated time of cells that are to be run."""
+    known = [one.seconds for one in cells if one.seconds is not None]
+    if len(known) == len(cells):
+        return terminal.duration(sum(known))
+    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
+
+
+def show_results(found: Results) -> None:
+    """Print the main table, the differences, and where everything lies."""
+    from ptuning.method.registry import METHODS
+
+    if len(found.tasks) > 1:
+        _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
+        for kind, scores in found.by_type.items():
+            _table(scores, f"{kind} (n = tasks)")
+    unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
+    for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
+        _table(scores, f"{name} (n = {unit})")
+    for name, differences in found.differences.items():
+        method = METHODS.get(name.partition(" - ")[0])
+        if method is not None and method.learns_slots:
+            first = primary(differences)
+            score = differences[first]
+            where = f"[{score.low:+.3f}, {score.high:+.3f}]"
+            terminal.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
+    for result in found.failed:
+        terminal.line(f"failed: {result.folder}: {result.error}")
+    terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
+
+
+def _table(rows: Mapping[str, Scores], title: str) -> None:
+    terminal.heading(title)
+    present = in_order(name for scores in rows.values() for name in scores)
+    first, names = present[0], _columns(present, rows)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("method")
+    for name in names:
+        table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
+    # Beside two scores with their intervals there is no room for more.
+    spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
+    for name in ("sd", "lowest") if spread else ():
+        table.add_column(name, justify="right")
+    table.add_column("n", justify="right")
+    best = max(scores[first].value for scores in rows.values())
+    for method, scores in rows.items():
+        cells = [escape(terminal.interval(scores[name])) if name in scores else "" for name in names]
+        main = scores[first]
+        if spread:
+            cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
+        table.add_row(escape(method), *cells, str(main.n), style="bold green" if main.value == best else "")
+    terminal.results().print(table)
+
+
+def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Return means over tasks without a metric that all of them happen to have, which the mean score counts already."""
+    return {
+        method: {name: value for name, value in scores.items() if name == TASK_SCORE or TASK_SCORE not in scores}
+        for method, scores in rows.items()
+    }
+
+
+def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
+    """Return the scores that a table shows, so that a row fits into 80 columns: P@10 is for the report, and one column
+    is enough where P@1 is exact match. Of a task's own metrics and their mean the metrics are shown, if they fit.
+    """
+    if present[0] == TASK_SCORE:
+        return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
+    same = all(scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values())
+    left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
+    return [name for name in present if name not in left_out]

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
-# What an option stands for that is given without its value.
-OPTIONAL_VALUES = {"--few-shot": "32"}
 
 
 class Command(TyperCommand):
@@ -36,28 +34,13 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, and turn an unknown option into an error that says what was meant."""
         try:
-            return super().parse_args(ctx, with_optional_values(args))
+            return super().parse_args(ctx, args)
         except Exception as error:
             # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
             name = getattr(error, "option_name", None)
             if name is None or not hasattr(error, "possibilities"):
                 raise
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
-
-
-def with_optional_values(args: Sequence[str]) -> list[str]:
-    """Return arguments with the values that may be left out.
-
-    Example:
-        >>> with_optional_values(["--few-shot", "--seeds", "3"])
-        ['--few-shot', '32', '--seeds', '3']
-    """
-    found: list[str] = []
-    for arg, following in zip(args, [*args, "--"][1:], strict=True):
-        found.append(arg)
-        if arg in OPTIONAL_VALUES and following.startswith("-"):
-            found.append(OPTIONAL_VALUES[arg])
-    return found
 
 
 BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
@@ -149,9 +132,9 @@ def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Cal
     return decorated
 
 
-def command_line(program: str = "ptuning") -> str:
+def command_line() -> str:
     """Return the command line as it was given."""
-    return f"{program} {shlex.join(sys.argv[1:])}"
+    return f"ptuning {shlex.join(sys.argv[1:])}"
 
 
 def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
@@ -193,7 +176,7 @@ def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
 
 def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
     """Check that there is something to calibrate: label words or choices, and no candidates in their place."""
-    if calibrate and (candidates or not prompt.is_closed):
+    if calibrate and (candidates or not prompt.answer_space.is_closed):
         raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
 
 

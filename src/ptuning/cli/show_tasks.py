@@ -23,15 +23,8 @@ def tasks(found: Sequence[TaskFile]) -> None:
     for name in ("name", "answers", "what is asked"):
         table.add_column(name)
     for one in found:
-        table.add_row(one.name, answers(one), escape(one.about))
+        table.add_row(one.name, one.answer_space.described, escape(one.about))
     results().print(table)
-
-
-def answers(task: TaskFile) -> str:
-    """Return in a word or two what a task's answers are."""
-    if task.has_choices:
-        return "own choices"
-    return f"{len(task.label_words.labels)} labels" if task.label_words is not None else "any text"
 
 
 def task(found: TaskFile) -> None:
@@ -46,7 +39,7 @@ def task(found: TaskFile) -> None:
 
 def findings(found: TaskFile, checked: Findings) -> None:
     """Print what a check found; problems are left to the error."""
-    heading(f"{found.name}, version {found.version}: {answers(found)}, {len(found.manual)} patterns")
+    heading(f"{found.name}, version {found.version}: {found.answer_space.described}, {len(found.manual)} patterns")
     for fact in checked.facts:
         line(f"  {fact}")
     for doubt in checked.doubts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from ptuning.cli import terminal
-from ptuning.cli.options import command_line
 from ptuning.names import CHECKPOINT_FOLDER, RESULTS_FILE, RUN_FILE
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Calla
     except (Interrupted, KeyboardInterrupt) as error:
         if word.ident is not None:
             word.join()
-        command = command_line(terminal.program()) + (f" {again}" if again and again not in sys.argv else "")
+        # With --overwrite it would start anew.
+        words = [word for word in sys.argv[1:] if word not in ("--overwrite", again)] + ([again] if again else [])
+        command = f"{terminal.program()} {shlex.join(words)}"
         kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE) if (out / name).exists()), None)
         terminal.stopped(str(error) or "stopped at once", kept, command)
         raise typer.Exit(SIGNAL_EXIT + asked[0]) from None

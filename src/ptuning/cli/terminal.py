@@ -26,7 +26,6 @@ from ptuning.provenance import about_data
 if TYPE_CHECKING:
     from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.questions import Questions
-    from ptuning.experiment.demo import DemoResult
     from ptuning.files import Json
     from ptuning.progress import Progress
     from ptuning.prompt.inspect import Inspection, Neighbour
@@ -269,30 +268,6 @@ def backbones(rows: Sequence[Family], *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
     results().print(table)
-
-
-def demo(result: DemoResult) -> None:
-    """Print what the demo found."""
-    console = results()
-    heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("method", "prompt", "exact match  [95 % interval]"):
-        table.add_column(name)
-    for name, score in result.scores.items():
-        table.add_row(name, escape(result.described[name]), escape(interval(score)), style=mark(name == "p-tuning"))
-    console.print(table)
-    heading("five of them")
-    shown = Table(box=box.SIMPLE_HEAD)
-    for name in ("country", "capital", "manual prompt says", "learned prompt says"):
-        shown.add_column(name)
-    for answer in result.answers:
-        texts = (answer.subject, answer.target, answer.before, answer.after)
-        shown.add_row(*(escape(visible(text)) for text in texts))
-    console.print(shown)
-    line(f"prompt:  {result.prompt.slots} vectors, {result.size_bytes / 1000:.1f} KB")
-    parameters(result.record)
-    line(f"files:   {result.folder}  (prompt/, run.json, predictions.jsonl)")
-    line(f"next:    {program()} predict {shlex.quote(str(result.folder))} {shlex.quote(result.answers[0].subject)}")
 
 
 @functools.cache

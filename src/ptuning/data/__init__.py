@@ -1,7 +1,7 @@
-"""From files to questions.
+"""Data: from files to questions.
 
-Reading JSONL, CSV and Parquet, shipped facts, task files, LAMA's layouts, word lists, and seeded splits. It must not
-know a model or a training.
+JSONL, CSV and Parquet, the shipped facts, task files, LAMA's relations, word lists, and seeded splits. Nothing here
+loads a model or trains; for tokenizers there is a protocol in ``template``.
 
-Read first: ``reading``, ``splits``, ``task_files``, ``questions``, ``relations``.
+Read first: ``reading``, ``questions``, ``splits``; then ``task_files`` or ``relations``.
 """

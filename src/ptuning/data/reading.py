@@ -1,4 +1,4 @@
-"""Reading data into records (field name -> text), and seeded splits. Knows no template and no model."""
+"""Read data files and the shipped facts into records (field name -> text)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
         dict_keys(['x', 'y'])
     """
     path = Path(source)
-    exists = os.path.exists(path)  # unlike Path.exists, False for whatever can be no path
+    exists = os.path.exists(path)  # unlike Path.exists, False for a name that cannot be a path
     if not exists and ":" in str(source) and not path.suffix:
         return _shipped_records(str(source))
     if not exists:
@@ -72,7 +72,7 @@ def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None
 
 
 def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as it stands there).
+    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as the file has it).
 
     Raises:
         RecordError: If a row cannot be read; it names file and line.
@@ -160,7 +160,7 @@ def _delimited_rows(text: str, name: str, *, tab: bool) -> list[tuple[str, Mappi
         header = next(reader, [])
         doubled = {column for column in header if header.count(column) > 1}
         if doubled:
-            raise RecordError(f"{name}, line 1: the column names {', '.join(sorted(doubled))} stand there twice")
+            raise RecordError(f"{name}, line 1: the column names {', '.join(sorted(doubled))} are there twice")
         for cells in reader:
             if not cells:
                 continue
@@ -183,12 +183,12 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
     try:
         table = read_table(io.BytesIO(data)).to_pylist()
     except (ArrowException, OSError, ValueError) as error:  # a damaged footer is an OSError, broken text a ValueError
-        raise RecordError(f"{name} is no readable Parquet file: {error}") from error
+        raise RecordError(f"{name} is not a readable Parquet file: {error}") from error
     return [(f"{name}, row {number}", row) for number, row in enumerate(table, start=1)]
 
 
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names; the old names are gone, so that no answer stays behind."""
+    """Return a record with fields under their new names, without the old ones, so that no copy of an answer is left."""
     renamed = {}
     for new, old in (fields or {}).items():
         if old not in record:

@@ -1,22 +1,21 @@
-"""LAMA-style relations: their facts as records, filtered and split so that no subject stands in two parts. Knows no
-tokenizer: whoever calls says which facts to keep.
-"""
+"""LAMA-style relations: their facts as records. :func:`ptuning.data.splits.split_relation` filters and divides them."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptuning.data.relation_layouts import (
     GOOGLE_RE_TEMPLATES,
     About,
-    Facts,
     Layout,
     Row,
+    convert_with,
     find_layout,
+    read_facts,
     read_patterns,
     relation_of,
 )
@@ -29,15 +28,15 @@ EVERYTHING = "all"
 TYPES = ("1-1", "N-1", "N-M")
 SUBJECT_FIELD = "x"
 
-# ConceptNet and SQuAD have a sentence of its own for each fact; its halves are fields around the target.
+# ConceptNet and SQuAD ask each fact with its own sentence; its halves are fields around the target.
 MASK = "[MASK]"
 SENTENCE_FIELDS = ("before", "after")
 SENTENCE_TEMPLATE = "{before}[Y]{after}"
-# What a row that names its relation says of that relation, or of the sentence in which the fact was found.
+# Fields of T-REx rows that describe the relation, or the sentence in which the fact was found.
 DESCRIBING = (
     "predicate_id", "template", "template_negated", "label", "description", "type", "masked_sentence", "negated",
 )  # fmt: skip
-# Why a fact cannot be used whatever the tokenizer: a field of the record, so that splitting counts it.
+# The field that says why a fact cannot be used with any tokenizer, so that splitting counts it.
 FLAW = "flaw"
 NO_MASK = f"not exactly one {MASK} in the sentence"
 JUDGED_FALSE = "judged false by its raters"
@@ -50,11 +49,11 @@ class Relation:
     Args:
         name: Its name in the data, such as ``P36``, ``place_of_birth`` or ``ConceptNet``.
         template: Its manual template; None if none was found.
-        label: What it is called, such as ``capital``; None if not known.
+        label: What the relation is called, such as ``capital``; None if not known.
         type: ``1-1``, ``N-1`` or ``N-M``; None if not known.
-        parts: ``{"facts": ...}`` for facts that are not divided yet, else those of train, dev and test that are there.
+        parts: ``{"facts": ...}`` for facts that are not divided yet, else the given ones of train, dev and test.
         paraphrases: Other templates of the same meaning, in the order of their file.
-        source: Where the facts were read from.
+        source: The file or the folder of the facts.
     """
 
     name: str
@@ -67,19 +66,18 @@ class Relation:
 
 
 def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) -> list[Relation]:
-    """Read relations in one of the layouts that LAMA, AutoPrompt, OptiPrompt, P-tuning, ParaRel and the hub have.
+    """Read relations in LAMA's layout, or with one folder of parts for each (:mod:`ptuning.data.relation_layouts`).
 
     Args:
-        folder: The folder, one file whose rows name their relations, or ``hub:NAME[:CONFIG[:SPLIT]]``.
+        folder: The folder, or one file with the facts of one relation.
         which: Names (``P36``), types (``1-1``, ``N-1``, ``N-M``) or ``all``.
 
     Returns:
-        The relations, each once, in natural order: P17 before P103. A relation that is listed and has no facts is left
-        out with a notice.
+        The relations, each once, in natural order: P17 before P103. A relation without facts is left out with a notice.
 
     Raises:
-        FileError: If the folder holds no relations; says what was looked for and what was found.
-        RecordError: If a row cannot be read (names file and line), or if ``which`` names what is not there.
+        FileError: If the folder holds no relations; it lists what was looked for and what was found.
+        RecordError: If a row cannot be read (it names file and line), or if a relation of ``which`` is not there.
     """
     layout = find_layout(folder)
     chosen = _chosen(layout, which, folder=str(folder))
@@ -96,7 +94,7 @@ def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) 
 
 
 def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
-    """Return the names that ``which`` names."""
+    """Return the names of the relations that are asked for by name or type."""
     chosen: set[str] = set()
     for name in [which] if isinstance(which, str) else which:
         of_type = {each for each in layout.facts if layout.about.get(each, About()).type == name}
@@ -111,7 +109,8 @@ def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
             known = [*sorted(layout.facts, key=_natural), *sorted(types), EVERYTHING]
             kind = "type" if name in TYPES else "name"
             raise RecordError(
-                f"{folder}: no relation of the {kind} '{name}'.{closest(name, known)} Found: {', '.join(known)}"
+                f"{folder}: no relation of the {kind} '{name}'.{closest(name, known)} Found: {', '.join(known)}. "
+                f"{convert_with(folder)}"
             )
     if not chosen:
         raise RecordError(f"{folder}: no relation is chosen; name some, or '{EVERYTHING}'")
@@ -129,16 +128,28 @@ def _natural(name: str) -> list[tuple[str, int]]:
 def _relation(name: str, layout: Layout) -> Relation:
     about = layout.about.get(name, About())
     template = about.template or GOOGLE_RE_TEMPLATES.get(name)
-    read = {part: facts.read() for part, facts in layout.facts[name].items()}
+    files = layout.facts[name]
+    read = {part: read_facts(path) for part, path in files.items()}
     rows = [row for part_rows, _ in read.values() for _, row in part_rows]
-    if template is None and rows and all(isinstance(row, Mapping) and _is_sentence(row) for row in rows):
+    source = str(next(iter(files.values())) if len(files) == 1 else next(iter(files.values())).parent)
+    named = sorted({named for row in rows if (named := relation_of(row)) is not None}, key=_natural)
+    if len(named) > 1 or (template is None and named and named != [name]):
+        raise RecordError(
+            f"{source}: the rows are of the relations {', '.join(named[:5])}, and a file holds the facts of the "
+            f"relation that it is named after. {convert_with(source)}"
+        )
+    if template is None and rows and all(map(_is_sentence, rows)):
         template = SENTENCE_TEMPLATE
     records = {
-        part: Records(_records(part_rows, template=template), name=layout.facts[name][part].name, digest=digest)
+        part: Records(_records(part_rows, template=template), name=str(files[part]), digest=digest)
         for part, (part_rows, digest) in read.items()
     }
-    source = _source(layout.facts[name].values())
-    _check_facts([record for part in records.values() for record in part], rows, source=source)
+    facts = [record for part in records.values() for record in part]
+    if facts and not any(SUBJECT_FIELD in record and TARGET_FIELD in record for record in facts):
+        raise RecordError(
+            f"{source}: no facts; none of the rows has sub_label and obj_label (or x and y), the first has "
+            f"{', '.join(sorted(facts[0])) or 'no fields'}"
+        )
     return Relation(
         name=name,
         template=template,
@@ -150,30 +161,8 @@ def _relation(name: str, layout: Layout) -> Relation:
     )
 
 
-def _check_facts(records: Sequence[Record], rows: Sequence[Mapping[str, object]], *, source: str) -> None:
-    """Check that there are facts among the rows, and those of one relation only."""
-    if records and not any(SUBJECT_FIELD in record and TARGET_FIELD in record for record in records):
-        raise RecordError(
-            f"{source}: no facts; none of the rows has sub_label and obj_label (or x and y), the first has "
-            f"{', '.join(sorted(records[0])) or 'no fields'}"
-        )
-    named = sorted({named for row in rows if (named := relation_of(row)) is not None}, key=_natural)
-    if len(named) > 1:
-        raise RecordError(
-            f"{source}: the rows are of several relations ({', '.join(named[:5])}), where those of one are expected; "
-            "name this file or its folder itself to have them told apart"
-        )
-
-
-def _source(parts: Iterable[Facts]) -> str:
-    """Return the one file that the facts are in, or the folder of the parts."""
-    names = list(dict.fromkeys(facts.name for facts in parts))
-    folders = {str(path.parent) for facts in parts for path in facts.paths}
-    return folders.pop() if len(names) > 1 and len(folders) == 1 else ", ".join(names)
-
-
 def _records(rows: Sequence[Row], *, template: str | None) -> list[Record]:
-    """Return rows as records with a subject ``x`` and an object ``y``, and with what is wrong with them."""
+    """Return rows as records with a subject ``x`` and an object ``y``, and with the flaw that rules a fact out."""
     records: list[dict[str, str]] = []
     for where, row in rows:
         record = clean(_without_relation(row), where=where)
@@ -194,14 +183,14 @@ def _records(rows: Sequence[Row], *, template: str | None) -> list[Record]:
 
 
 def _without_relation(row: Mapping[str, object]) -> Mapping[str, object]:
-    """Return a fact without what its row says of the relation, whose label would else pass for a missing object."""
-    if not isinstance(row, Mapping) or relation_of(row) is None:
+    """Return a fact without the fields that describe its relation. Its ``label`` would pass for a missing object."""
+    if relation_of(row) is None:
         return row
     return {name: value for name, value in row.items() if name not in DESCRIBING}
 
 
 def _is_sentence(row: Mapping[str, object]) -> bool:
-    """Whether a fact is asked with a sentence of its own; T-REx's sentences are only where a fact was found."""
+    """Whether a fact is asked with its own sentence. T-REx has sentences, too, in which the facts were found."""
     return "predicate_id" not in row and ("masked_sentences" in row or "masked_sentence" in row)
 
 
@@ -212,7 +201,7 @@ def _sentence(row: Mapping[str, object]) -> str:
 
 
 def _is_judged_false(row: Mapping[str, object]) -> bool:
-    """Whether more of Google-RE's raters said that a fact is not so; the hub has the list of judgments as text.
+    """Whether most of Google-RE's raters judged a fact false. The hub has the list of judgments as text.
 
     Source: facebookresearch/LAMA, scripts/batch_eval_KB_completion.py, ``filter_samples``.
     """
@@ -221,5 +210,5 @@ def _is_judged_false(row: Mapping[str, object]) -> bool:
 
 
 def subject_of(record: Record) -> str:
-    """Return a fact's subject as it is compared: without spaces around it, in small letters."""
+    """Return a fact's subject for comparison: trimmed and in small letters."""
     return record.get(SUBJECT_FIELD, "").strip().casefold()

@@ -1,6 +1,4 @@
-"""What is wrong with a task file, and what is worth knowing of it, before a model is loaded. Knows tokenizers and no
-weights.
-"""
+"""Check a task file with its data and a tokenizer, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,18 +14,18 @@ from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Template
 from ptuning.template.segments import Kind, Tokenizer
 
-# Rows of a part that are filled in to see whether they fit: tokenising every row of a large one takes long.
+# Rows of each part that are filled in to see whether they fit. Tokenising every row of a large part takes long.
 FILLED_ROWS = 500
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a check found.
+    """The findings of a check, a line each.
 
     Args:
-        facts: What is so, a line each.
-        doubts: What may be meant, and may be a mistake.
-        problems: What must be mended.
+        facts: Counts of rows and labels, tokens of the label words.
+        doubts: Possible mistakes.
+        problems: Mistakes that make the task unusable.
     """
 
     facts: tuple[str, ...] = ()
@@ -39,12 +37,12 @@ class Findings:
 
 
 def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
-    """Say what stands in the parts of a task's data, and which labels do not."""
+    """Count rows, choices, labels and groups of a task's data. Missing labels and empty fields are doubts."""
     facts, doubts = [], []
     for name, questions in parts.items():
         labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
         line = f"{name}: {len(questions)} rows of {questions.name}"
-        if questions.has_choices:
+        if task.answer_space.has_choices and questions:
             counts = sorted(len(row.choices) for row in questions)
             line += f"; {counts[0]} to {counts[-1]} choices, {counts[len(counts) // 2]} in the middle"
         elif task.label_words is not None and labels:
@@ -62,13 +60,13 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
 def check_words(
     task: TaskFile, tokenizer: Tokenizer, kind: Kind, *, parts: Mapping[str, Questions] | None = None
 ) -> Findings:
-    """Fill every pattern of a task, and say which tokens its label words are and what gets shortened.
+    """Fill every pattern of a task; report the tokens of its label words and the rows that get truncated.
 
     Args:
         task: The task.
-        tokenizer: Of the backbone.
-        kind: Of the backbone.
-        parts: Data, if there is some; else a record whose fields hold their own names.
+        tokenizer: Tokenizer of the backbone.
+        kind: Kind of the backbone.
+        parts: Data; without it a record whose fields hold their own names is filled in.
     """
     given = [questions for questions in (parts or {}).values() if questions]
     sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
@@ -92,13 +90,14 @@ def _check_template(
     facts, doubts = [], []
     try:
         bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
-        if task.label_words is not None:
-            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
+        answers = task.answer_space
+        lines = answers.check_words(bound, sample.record, unknown_id=tokenizer.unknown_id)
+        if lines:
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
         filled: list[Example] = []
         for questions in parts:
             chosen = questions[:FILLED_ROWS]
-            texts = [max(_answers(task, row), key=len) for row in chosen]
+            texts = [max(answers.texts(row) or ("a",), key=len) for row in chosen]
             source = f"{questions.name}, row"
             filled += bound.examples([row.record for row in chosen], targets=texts, source=source)
         short = sum(example.shortened for example in filled)
@@ -114,9 +113,3 @@ def _check_template(
 
 def _shrinking(template: Template) -> list[str]:
     return list(dict.fromkeys(piece.name for piece in template.pieces if isinstance(piece, Field) and not piece.keep))
-
-
-def _answers(task: TaskFile, row: Question) -> tuple[str, ...]:
-    if task.label_words is not None:
-        return tuple(word for _, word in task.label_words.flat)
-    return row.choices or (row.record.get(TARGET_FIELD) or "a",)

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, Reader
 from ptuning.data.reading import SUFFIXES, raw_rows
 from ptuning.data.task_parsing import (
@@ -26,7 +27,7 @@ from ptuning.data.task_parsing import (
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
 from ptuning.files import Json, parse_toml, read_bytes, read_text, sha256
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.template.labels import LabelWords, Normalise
+from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
 if TYPE_CHECKING:
@@ -100,14 +101,10 @@ class TaskFile:
             raise TaskError(f"{where}: {error}") from error
 
     @property
-    def is_closed(self) -> bool:
-        """Whether an answer is one of a few: a label, or a choice of the row."""
-        return self.label_words is not None or self.has_choices
-
-    @property
-    def has_choices(self) -> bool:
-        """Whether rows bring the texts to choose among."""
-        return self.reader.choices is not None
+    def answer_space(self) -> AnswerSpace:
+        """What its rows are answered with."""
+        scoring = Scoring(self.normalise, self.calibrate, self.closed_fields)
+        return AnswerSpace(self.label_words, self.reader.choices is not None, scoring)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -125,8 +122,9 @@ class TaskFile:
         Raises:
             RecordError: If rows have more fields, or choices; or as for :meth:`read`.
         """
-        if self.has_choices or len(self.fields) != 1:
-            what = "choices of their own" if self.has_choices else f"the fields {', '.join(self.fields)}"
+        has_choices = self.answer_space.has_choices
+        if has_choices or len(self.fields) != 1:
+            what = "choices of their own" if has_choices else f"the fields {', '.join(self.fields)}"
             raise RecordError(f"a TEXT is not enough for the task {self.name}, whose rows have {what}; use --data")
         return {self.fields[0]: self.reader.filled(self.fields[0], text, where="the command line")}
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from ptuning.data.questions import Questions
+from ptuning.data.answer_space import TRAIN_CHOICES as TRAIN_CHOICES
+from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.questions import Questions, as_questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
@@ -23,8 +25,6 @@ from ptuning.template.segments import Ids
 # What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
 # half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
-# A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
-TRAIN_CHOICES = 10
 
 
 @dataclass(frozen=True)
@@ -91,64 +91,37 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
     return [Item((example,), (Choice(0, example.target_ids, example.own_tokens),)) for example in examples]
 
 
-def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
-    """Return one item per record, with every label word a choice.
-
-    Raises:
-        RecordError: If a record's target is none of the labels.
-    """
-    answers = [
-        (labels.label_of(record, where=f"{records.name}, record {number}"),)
-        for number, record in enumerate(records, start=1)
-    ]
-    words = [tuple(word for _, word in labels.flat)] * len(records)
-    classes = tuple(label for label, _ in labels.flat)
-    return closed_items(bound, records, words, classes=classes, answers=answers, scoring=scoring)
-
-
-def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring = PLAIN) -> list[Item]:
-    """Return one item per question, with every text of the row a choice and a class of its own.
-
-    Raises:
-        RecordError: If a question has no choices.
-    """
-    for number, question in enumerate(questions, start=1):
-        if not question.choices:
-            raise RecordError(f"{questions.name}, row {number} has no choices to choose among")
-    return closed_items(
-        bound,
-        questions.records,
-        [question.choices for question in questions],
-        answers=[question.answers for question in questions],
-        scoring=scoring,
-    )
-
-
-def closed_items(
+def question_items(
     bound: BoundTemplate,
-    records: Records,
-    texts: Sequence[Sequence[str]],
+    questions: Questions,
+    answers: AnswerSpace,
     *,
-    classes: Ids | None = None,
-    answers: Sequence[Ids] | None = None,
-    scoring: Scoring = PLAIN,
+    with_stop: bool = False,
+    labelled: bool = True,
 ) -> list[Item]:
-    """Return one item per record that scores a closed set of texts.
+    """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
     Args:
         bound: The template.
-        records: N records.
-        texts: The texts of each.
-        classes: Class of each text, the same for all records; without it each text is one.
-        answers: The right classes of each record, if known.
-        scoring: How texts are scored.
+        questions: N questions.
+        answers: What they can be answered with.
+        with_stop: Whether a written target is followed by a token that ends it.
+        labelled: Whether items know their right classes; if not, a closed space does not look at targets.
+
+    Raises:
+        RecordError: If a question cannot be answered, or its target is not an answer.
     """
+    records, scoring = questions.records, answers.scoring
+    if not answers.is_closed:
+        return target_items(bound, records, with_stop=with_stop)
+    answers.check(questions, labelled=labelled)
+    texts = [answers.texts(question) for question in questions]
     items = []
     empty: dict[tuple[object, ...], list[Example]] = {}
-    for at, (record, listed, own) in enumerate(zip(records, texts, _filled(bound, records, texts), strict=True)):
+    for question, listed, own in zip(questions, texts, _filled(bound, records, texts), strict=True):
         without: list[Example] = []
         if scoring.calibrate:
-            bare = scoring.empty_record({name: record[name] for name in bound.template.fields})
+            bare = scoring.empty_record({name: question.record[name] for name in bound.template.fields})
             key = (*bare.items(), *enumerate(listed))
             without = empty[key] if key in empty else bound.examples([bare] * len(listed), targets=listed)
             empty[key] = without
@@ -157,13 +130,23 @@ def closed_items(
             Item(
                 inputs,
                 choices[: len(own)],
-                tuple(range(len(own))) if classes is None else classes,
-                () if answers is None else answers[at],
+                answers.classes(question),
+                answers.right(question) if labelled else (),
                 choices[len(own) :],
                 scoring.normalise,
             )
         )
     return items
+
+
+def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
+    """Return one item per record, with every label word a choice."""
+    return question_items(bound, as_questions(records), AnswerSpace(labels, scoring=scoring))
+
+
+def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring = PLAIN) -> list[Item]:
+    """Return one item per question, with every text of the row a choice."""
+    return question_items(bound, questions, AnswerSpace(own_choices=True, scoring=scoring))
 
 
 def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:

@@ -1,5 +1,6 @@
-"""What stands in front of a row's first slot is the same in every epoch: its keys and values, run once and kept. Knows
-no training loop.
+"""KV cache for the text before the first slot.
+
+That text never changes during training, so its keys and values are computed once and reused in every epoch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 import psutil
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ from ptuning.template.segments import Ids
 
 logger = logging.getLogger(__name__)
 
-# Rows pay for a cache by having it copied together in every step, so short constant parts are not worth one.
+# Each step copies the cached keys and values of its rows together, so caching short texts does not pay.
 # Source: docs/decisions.md, decision 27.
 MIN_PREFIX_TOKENS = 8
-# Left free on the disk when keys and values are put there.
+# The cache leaves this much of the disk free.
 SPARED_DISK_BYTES = 2 << 30
 
 Told = Callable[[int, int], None]
@@ -44,16 +44,16 @@ class Past(NamedTuple):
 
 
 class PrefixCache:
-    """Keys and values of the tokens in front of each row's first slot, of a frozen causal backbone.
+    """Keys and values of the text before each row's first slot, for a frozen causal backbone.
 
-    No slot changes them and no gradient flows through them, so they are computed once, in a pass of their own, and rows
-    then run from their first slot onwards: in training, for the development part, in every epoch. They are kept by the
-    ids they belong to, so rows that begin alike share them, and live as long as this context, for its one backbone.
+    Slots do not change them and no gradient flows through them. So they are computed once, in passes of their own, and
+    training and development rows then run from their first slot onwards. The token ids of a text are its key: rows that
+    begin with the same text share an entry. Use the cache as a context manager, which drops everything at the end.
 
     Args:
         backbone: The language model.
-        memory_share: Which share of the free memory they may take; what is more goes to the disk, and what does not
-            fit there is computed anew in each step. 0 turns all of it off.
+        memory_share: Share of the free memory that the cache may take. Entries beyond it go to files, and entries for
+            which the disk has no room are computed anew in each step. 0 turns the cache off.
 
     Source: docs/decisions.md, decision 27.
     """
@@ -65,11 +65,10 @@ class PrefixCache:
         self.disk_bytes = 0
         self._memory_share = memory_share
         self._memory: dict[Ids, Tensor] = {}
-        self._disk: dict[Ids, tuple[safetensors.safe_open, str]] = {}
-        # File on the disk -> its ids and its size.
-        self._files: dict[Path, tuple[list[Ids], int]] = {}
+        # File of each text, and its size.
+        self._disk: dict[Ids, tuple[Path, int]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._spilled = 0
+        self._written = 0
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -80,89 +79,91 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all keys and values; rows run whole until the next :meth:`prepare`."""
+        """Drop everything; rows run whole until the next :meth:`prepare`."""
         self._memory.clear()
         self._disk.clear()
-        self._files.clear()
         self.is_used, self.memory_bytes, self.disk_bytes = False, 0, 0
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
     def keep_only(self, examples: Iterable[Example]) -> None:
-        """Drop what other rows than these begin with; what is on the disk goes once no row needs its file."""
+        """Drop the entries that none of these rows needs."""
         wanted = {cacheable_ids(example) for example in examples}
-        for ids in [ids for ids in self._memory if ids not in wanted]:
+        for ids in self._memory.keys() - wanted:
             self.memory_bytes -= self._memory.pop(ids).nbytes
-        for file, (listed, size) in list(self._files.items()):
-            if wanted.isdisjoint(listed):
-                for ids in listed:
-                    del self._disk[ids]
-                del self._files[file]
-                self.disk_bytes -= size
-                file.unlink(missing_ok=True)
+        for ids in self._disk.keys() - wanted:
+            file, size = self._disk.pop(ids)
+            self.disk_bytes -= size
+            file.unlink(missing_ok=True)
 
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
-        """Compute what rows begin with, if the backbone can stand behind it and it is long enough to pay.
+        """Fill the cache for rows, if that :meth:`pays`.
 
         Args:
             examples: All rows that will be run.
-            report: Called after every pass with the number of tokens done, and of all. What it raises ends this; what
-                was computed stays, and the rest is computed when it is asked for.
+            report: Called after every pass with the number of tokens done, and of all. If it raises, what was computed
+                stays, and the rest is computed when it is needed.
 
         Returns:
-            Whether it pays, so that these rows are to run from their first slot onwards.
+            Whether it pays, so that these rows should run from their first slot onwards.
         """
-        constant = [cacheable_ids(example) for example in examples]
-        if not self.pays(constant):
+        texts = [cacheable_ids(example) for example in examples]
+        if not self.pays(texts):
             return False
-        self.keep(constant, report=report)
+        self.keep(texts, report=report)
         return True
 
-    def pays(self, constant: Sequence[Ids]) -> bool:
-        """Whether the backbone can stand behind what rows begin with, and it is long enough to be worth keeping.
+    def pays(self, texts: Sequence[Ids]) -> bool:
+        """Whether the backbone can use cached texts, and they are long enough to be worth caching.
 
         Args:
-            constant: What each row begins with (:func:`cacheable_ids`).
+            texts: The text before the first slot of each row (:func:`cacheable_ids`).
         """
-        enough = sum(map(len, constant)) >= MIN_PREFIX_TOKENS * len(constant)
+        enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
         return bool(self._memory_share) and enough and self.backbone.shares_prefix
 
-    def keep(self, constant: Iterable[Ids], *, report: Told | None = None) -> None:
-        """Compute what rows begin with, and keep it.
+    def keep(self, texts: Iterable[Ids], *, report: Told | None = None) -> None:
+        """Compute and keep the keys and values of texts.
 
         Args:
-            constant: What each row begins with.
-            report: As of :meth:`prepare`.
+            texts: As for :meth:`pays`.
+            report: As for :meth:`prepare`.
         """
         self.is_used = True
-        wanted = sorted({ids for ids in constant if ids} - self._memory.keys() - self._disk.keys())
+        wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
         wanted.sort(key=len)
         budget = self.budget()
-        total, done = sum(map(len, wanted)), 0
+        total, done, left_out = sum(map(len, wanted)), 0, 0
         for group in text_groups(wanted):
-            parts = dict(zip(group, self._run(group), strict=True))
-            self._spill({ids: part for ids, part in parts.items() if not self._keep(ids, part, budget)})
+            for ids, part in zip(group, self._run(group), strict=True):
+                if self.memory_bytes + part.nbytes <= budget:
+                    self._memory[ids] = part
+                    self.memory_bytes += part.nbytes
+                elif not self._write(ids, part):
+                    left_out += 1
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
+        if left_out:
+            logger.info("no room on the disk for the KV cache of %d texts; they are computed anew", left_out)
 
     def budget(self) -> int:
-        """Return how many bytes of memory may be taken in all, as much as is free now."""
+        """Return the most bytes of memory that the cache may take, by how much is free now."""
         return int(self._memory_share * free_bytes(self.backbone.device)) + self.memory_bytes
 
     def to_json(self) -> dict[str, int]:
-        """Return what was kept, as it stands in the record of a run; zeros if rows ran whole."""
+        """Return the size of the cache, for the record of a run; zeros if rows ran whole."""
         return {"tokens": self.tokens, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
 
     @property
     def tokens(self) -> int:
-        """Number of tokens whose keys and values are kept."""
+        """Number of cached tokens."""
         return sum(map(len, self._memory)) + sum(map(len, self._disk))
 
     @torch.no_grad()
     def _run(self, group: Sequence[Ids]) -> list[Tensor]:
-        """Return the keys and values of some beginnings, (L, 2, H, C, D) each, of L layers and H heads of width D."""
+        """Return the keys and values of texts, (L, 2, H, C, D) each, of L layers and H heads of width D."""
         rows = [Example(ids, (), (), (), 0) for ids in group]
         batch = collate(rows, Learned.none(self.backbone.width)).to(self.backbone.device)
         memory = self.backbone.remember(
@@ -171,42 +172,28 @@ class PrefixCache:
         whole = torch.stack([torch.stack(pair) for pair in memory.layers])  # (L, 2, B, H, C, D)
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
-    def _keep(self, ids: Ids, part: Tensor, budget: int) -> bool:
-        fits = self.memory_bytes + part.nbytes <= budget
-        if fits:
-            self._memory[ids] = part
-            self.memory_bytes += part.nbytes
-        return fits
-
-    def _spill(self, parts: dict[Ids, Tensor]) -> None:
-        """Put keys and values on the disk, if there is room; if not, they will be computed when they are asked for."""
-        if not parts:
-            return
+    def _write(self, ids: Ids, part: Tensor) -> bool:
+        """Write an entry to a file if the disk has room; return whether it has."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="ptuning-cache-")
-        size = sum(part.nbytes for part in parts.values())
-        if shutil.disk_usage(self._folder.name).free < size + SPARED_DISK_BYTES:
-            logger.info("no room on the disk for the keys and values of %d rows; they are computed anew", len(parts))
-            return
-        self._spilled += 1
-        file = Path(self._folder.name) / f"{self._spilled}.safetensors"
-        safetensors.torch.save_file({str(index): part for index, part in enumerate(parts.values())}, file)
-        mapped = safetensors.safe_open(file, framework="pt")
-        self._disk |= {ids: (mapped, str(index)) for index, ids in enumerate(parts)}
-        self._files[file] = list(parts), size
-        self.disk_bytes += size
+        if shutil.disk_usage(self._folder.name).free < part.nbytes + SPARED_DISK_BYTES:
+            return False
+        self._written += 1
+        file = Path(self._folder.name) / f"{self._written}.safetensors"
+        safetensors.torch.save_file({"part": part}, file)
+        self._disk[ids] = file, part.nbytes
+        self.disk_bytes += part.nbytes
+        return True
 
     def _find(self, wanted: Iterable[Ids]) -> dict[Ids, Tensor]:
-        """Return keys and values, (L, 2, H, C, D) each, those that are kept nowhere computed now."""
+        """Return the keys and values of texts, (L, 2, H, C, D) each; those that are not cached are computed now."""
         found: dict[Ids, Tensor] = {}
         missing = []
         for ids in wanted:
             if ids in self._memory:
                 found[ids] = self._memory[ids]
             elif ids in self._disk:
-                mapped, name = self._disk[ids]
-                part: Tensor = mapped.get_tensor(name)  # type: ignore[no-untyped-call]
-                found[ids] = part.to(self.backbone.device)
+                found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
             else:
                 missing.append(ids)
         for group in text_groups(sorted(missing, key=len)):
@@ -216,10 +203,10 @@ class PrefixCache:
     def past(self, texts: Sequence[Ids]) -> Past:
         """Return the keys and values of the texts before B rows' first slots, put together for one pass.
 
-        All end at the same place, where the rows go on.
+        Shorter texts get pads on the left, so that all end in the same column.
 
         Args:
-            texts: Of each row (:func:`cacheable_ids`); at least one is not empty.
+            texts: The text of each row (:func:`cacheable_ids`); at least one is not empty.
         """
         parts = self._find(dict.fromkeys(ids for ids in texts if ids))
         width = max(map(len, texts))
@@ -239,19 +226,19 @@ class PrefixCache:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory is free where a backbone runs."""
+    """Return the free memory of the device that a backbone runs on."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def cacheable_ids(example: Example) -> Ids:
-    """Return the ids in front of the first slot, and of the first scored position where there is no slot."""
+    """Return the token ids before the first slot, or before the first scored position in a row without slots."""
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 
 
 def row_behind(example: Example, start: int) -> Example:
-    """Return what is left of a row from a position onwards."""
+    """Return a row without its first ``start`` tokens."""
     return replace(
         example,
         token_ids=example.token_ids[start:],
@@ -261,7 +248,7 @@ def row_behind(example: Example, start: int) -> Example:
 
 
 def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Yield beginnings to run together, shortest first, within the bounds of one forward pass."""
+    """Yield texts that share a forward pass within its bounds; they come in order of length, shortest first."""
     group: list[Ids] = []
     for ids in ordered:
         if group and (len(group) + 1) * len(ids) > MAX_BATCH_TOKENS:

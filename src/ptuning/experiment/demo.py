@@ -1,7 +1,8 @@
-"""The demo: learn country -> capital, compare with the sentence it started from and with the majority answer."""
+"""The demo: learn country -> capital, and compare with the manual prompt and the majority answer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +11,23 @@ from typing import Any, cast
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
-from ptuning.errors import FileError, TrainingError
+from ptuning.errors import FileError
 from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
 from ptuning.metrics import EXACT_MATCH
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import VECTORS_FILE, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
+from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.provenance import about_data
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
-from ptuning.training.checkpoint import read_identity
-from ptuning.training.identity import data_key, identity_of_run
 from ptuning.training.run import TrainResult, train
 from ptuning.training.run_folder import OURS
+
+logger = logging.getLogger(__name__)
 
 FACTS = "capitals"
 MANUAL = "The capital of [X] is [Y]"
@@ -34,7 +36,7 @@ SHOWN_RECORDS = 5
 
 @dataclass(frozen=True)
 class Answers:
-    """A test record with the answers of the manual and of the learned prompt."""
+    """A test record with the answers of the manual prompt (``before``) and of the learned one (``after``)."""
 
     subject: str
     target: str
@@ -44,16 +46,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo shows.
+    """The result of the demo, as it is shown.
 
     Args:
         prompt: The learned prompt.
-        record: What stands in ``run.json``.
+        record: The contents of ``run.json``.
         scores: Method -> exact match on the test part.
-        described: Method -> what answers in it, for people.
-        answers: A few test records with the answers before and after.
-        folder: Where the files lie.
-        size_bytes: Size of the prompt's vectors on disk.
+        described: Method -> its template, or a description.
+        answers: A few test records with the answers before and after learning.
+        folder: The folder of the files.
+        size_bytes: Size of the slot vectors on disk.
     """
 
     prompt: Prompt
@@ -70,73 +72,52 @@ def run_demo(
     *,
     backbone: Backbone,
     config: TrainConfig | None = None,
+    overwrite: bool = False,
     report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     command: str | None = None,
 ) -> DemoResult:
     """Train on the training part, choose on the development part, score the test part once, and leave the files.
 
-    A demo that was stopped goes on where it was; a finished one is made anew.
+    A stopped demo is resumed, and a finished one is read back. Neither happens with ``overwrite``.
 
     Args:
         out: Folder of the run.
         backbone: The language model.
         config: Settings; the defaults otherwise.
+        overwrite: Replace whatever run is in ``out``.
         report: Called with progress.
-        should_stop: Asked after every step.
+        should_stop: Called after every step; if it returns true, the demo stops.
         command: The command line, for the record.
 
     Raises:
-        FileError: If another run lies in ``out``, finished or stopped.
-        Interrupted: If ``should_stop`` said so; the next call goes on from there.
+        FileError: If ``out`` holds files of another run.
+        TrainingError: If ``out`` holds another run, or a demo with other settings.
+        Interrupted: If ``should_stop`` returned true; the next call resumes.
     """
+    is_run = any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FOLDER))
+    if not overwrite and not is_run and any((out / name).exists() for name in OURS):
+        raise FileError(f"{out} holds part of another run; choose another folder (--out), or give --overwrite")
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
-    unfinished = _is_unfinished(out, parts["train"])
-
-    def learn(*, resume: bool) -> TrainResult:
-        return train(
-            Template.from_manual(MANUAL),
-            parts["train"],
-            dev=parts["dev"],
-            backbone=backbone,
-            config=config,
-            out=out,
-            resume=resume,
-            overwrite=True,
-            report=report,
-            should_stop=should_stop,
-            command=command,
-        )
-
-    try:
-        result = learn(resume=unfinished)
-    except TrainingError:
-        if not unfinished:
-            raise
-        # The checkpoint is of other settings or an older version. It was a demo's, so this one starts anew.
-        result = learn(resume=False)
+    result = train(
+        Template.from_manual(MANUAL),
+        parts["train"],
+        dev=parts["dev"],
+        backbone=backbone,
+        config=config,
+        out=out,
+        resume=not overwrite,
+        overwrite=True,  # with resume this only allows for files of the user beside the run's
+        report=report,
+        should_stop=should_stop,
+        command=command,
+    )
+    if "scores" in result.record:
+        logger.warning("%s holds this demo already; give --overwrite to run it again", out)
+        return load_demo(out)
     if should_stop is not None and should_stop():
         raise Interrupted("stopped after training, before the test part was scored")
     return _score_test(out, result, parts, PromptModel(backbone), report)
-
-
-def _is_unfinished(out: Path, facts: Records) -> bool:
-    """Whether a demo was stopped in ``out``: while it trained, or before it scored the test part.
-
-    Raises:
-        FileError: If a run in ``out`` is no demo, or none can be made out, which would be lost.
-        TrainingError: If a checkpoint in it is damaged.
-    """
-    finished = read_json(out / RUN_FILE) if (out / RUN_FILE).is_file() else None
-    found = read_identity(out / CHECKPOINT_FOLDER) if finished is None else identity_of_run(finished)
-    if found is None:
-        if any((out / name).exists() for name in OURS):
-            raise FileError(f"{out} holds part of another run; choose another folder (--out)")
-        return False
-    own = {"template": str(Template.from_manual(MANUAL)), data_key("train"): facts.sha256}
-    if any(found.get(name) != value for name, value in own.items()):
-        raise FileError(f"{out} holds another run, which the demo would replace; choose another folder (--out)")
-    return finished is None or "scores" not in finished
 
 
 def _score_test(
@@ -151,7 +132,7 @@ def _score_test(
         "manual": before.scores[EXACT_MATCH],
         "p-tuning": after.scores[EXACT_MATCH],
     }
-    # Left to itself the manual prompt goes on writing; it is stopped at the length of the longest training target.
+    # The manual prompt does not learn where to stop, so its answers end at the length of the longest training target.
     written = model.predict(test, manual, max_tokens=prompt.target_tokens)
     learned = model.predict(test, prompt)
     rows: list[dict[str, Json]] = [
@@ -178,7 +159,7 @@ def _score_test(
 
 
 def load_demo(out: Path) -> DemoResult:
-    """Read a finished demo back from its files.
+    """Read a finished demo from its files.
 
     Raises:
         FileError: If there is no finished demo in ``out``.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, Tune
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, closest
@@ -50,14 +51,14 @@ class Task:
     file: TaskFile | None = None
 
     @property
-    def is_closed(self) -> bool:
-        """Whether the answers are labels of the task file, or choices that each row brings."""
-        return self.file is not None and self.file.is_closed
+    def answer_space(self) -> AnswerSpace:
+        """What its questions are answered with."""
+        return self.file.answer_space if self.file is not None else AnswerSpace()
 
     @property
     def is_written(self) -> bool:
         """Whether the backbone writes the answers freely."""
-        return not (self.single_token or self.is_closed)
+        return not (self.single_token or self.answer_space.is_closed)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ therefore the same as for prompts. The head reads the position that transformers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, derived_seed
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.data.splits import with_few_choices
-from ptuning.engine.objective import TRAIN_CHOICES, Choice, Item
+from ptuning.engine.objective import Choice, Item
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
@@ -71,37 +71,38 @@ def head_template(task: Task, *, kind: Kind) -> Template:
     all of it on the encoder's side.
     """
     kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
-    names = [*task.manual.fields, *([CHOICE] if task.train.has_choices else [])]
+    names = [*task.manual.fields, *([CHOICE] if task.answer_space.has_choices else [])]
     pieces = [piece for name in names for piece in (Field(name, name in kept or name == CHOICE), Literal(" "))]
     return Template((*pieces, *([Turn()] if kind == "encoder-decoder" else []), Target()))
 
 
-def head_items(bound: BoundTemplate, questions: Questions, labels: Sequence[str]) -> list[Item]:
+def head_items(bound: BoundTemplate, questions: Questions, answers: AnswerSpace) -> list[Item]:
     """Return one item per question: one input whose classes are the labels, or one input per choice.
 
     Args:
         bound: The bound template of :func:`head_template`.
         questions: N questions, with or without their labels.
-        labels: Names of the labels; empty if rows bring their own choices.
+        answers: Labels, or the choices that each row brings.
     """
-    rows = [filled for question in questions for filled in _filled(question, labels)]
+    rows = [filled for question in questions for filled in _filled(question, answers)]
     filled = bound.contexts(rows, source=questions.name)
     examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
     items = []
     for question in questions:
-        inputs = tuple(next(examples) for _ in _filled(question, labels))
-        if labels:
-            choices = tuple(Choice(0, (label,), 1) for label in range(len(labels)))
-            answers = tuple(labels.index(name) for name in question.right)
+        inputs = tuple(next(examples) for _ in _filled(question, answers))
+        if answers.has_choices:
+            choices = tuple(Choice(place, (1,), 1) for place in range(len(inputs)))
         else:
-            choices, answers = tuple(Choice(place, (1,), 1) for place in range(len(inputs))), question.answers
-        items.append(Item(inputs, choices, tuple(range(len(choices))), answers))
+            choices = tuple(Choice(0, (label,), 1) for label in range(len(answers.labels)))
+        items.append(Item(inputs, choices, tuple(range(len(choices))), answers.right(question)))
     return items
 
 
-def _filled(question: Question, labels: Sequence[str]) -> list[Record]:
+def _filled(question: Question, answers: AnswerSpace) -> list[Record]:
     """Return the records that are the inputs of a question."""
-    return [question.record] if labels else [{**question.record, CHOICE: text} for text in question.choices]
+    if not answers.has_choices:
+        return [question.record]
+    return [{**question.record, CHOICE: text} for text in question.choices]
 
 
 def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example:
@@ -135,13 +136,14 @@ class HeadModel:
     """
 
     def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
-        words = task.file.label_words if task.file is not None else None
-        self.labels = words.labels if words is not None else ()
-        copy = with_head(setup.backbone, len(self.labels) or 1, seed=derived_seed(config.seed, "classification head"))
+        self.answer_space = answers = task.answer_space
+        copy = with_head(
+            setup.backbone, len(answers.labels) or 1, seed=derived_seed(config.seed, "classification head")
+        )
         self.bound = BoundTemplate(head_template(task, kind=copy.kind), tokenizer=copy.tokenizer, kind=copy.kind)
-        few = task.train if self.labels else with_few_choices(task.train, TRAIN_CHOICES, seed=config.seed)
-        train, dev = (head_items(self.bound, part, self.labels) for part in (few, task.dev))
-        trainer = Trainer(copy, self.bound, config=config if self.labels else in_small_passes(config, train))
+        parts = (answers.to_learn(task.train, seed=config.seed), task.dev)
+        train, dev = (head_items(self.bound, part, answers) for part in parts)
+        trainer = Trainer(copy, self.bound, config=in_small_passes(config, train) if answers.has_choices else config)
         trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
         self.backbone = trainer.learner.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
@@ -154,5 +156,5 @@ class HeadModel:
 
     def answer(self, questions: Questions) -> list[Answer]:
         """Return the most probable label or choice for each question."""
-        items = head_items(self.bound, questions, self.labels)
-        return answer_items(self.backbone, items, questions, [self.labels or row.choices for row in questions])
+        items = head_items(self.bound, questions, self.answer_space)
+        return answer_items(self.backbone, items, questions, [self.answer_space.names(row) for row in questions])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
@@ -55,7 +54,7 @@ def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Templat
     # Examples become literal text of the template, in which a special token such as "[MASK]" would act as one.
     specials = setup.backbone.tokenizer.special_ids
     shown = [
-        _spoken(row.record, task.file)
+        task.answer_space.spoken(row.record)
         for row in task.train
         if not any(token in text for text in row.record.values() for token in specials)
     ]
@@ -73,18 +72,11 @@ def example_counts(task: Task, setup: Setup) -> list[int]:
     training record, so that examples cause no truncation of questions. The smallest number is always tried.
     """
     bound = Prompt.manual(task.manual).bind(setup.backbone)
-    records = [_spoken(row.record, task.file) for row in task.train]
+    records = [task.answer_space.spoken(row.record) for row in task.train]
     lengths = [len(example.token_ids) + example.own_tokens for example in bound.examples(records)]
     room = min(setup.backbone.tokenizer.max_tokens, IN_CONTEXT_TOKENS) - max(lengths)
     fitting = [count for count in IN_CONTEXT_EXAMPLES if count * sum(lengths) / len(lengths) <= room]
     return fitting or [IN_CONTEXT_EXAMPLES[0]]
-
-
-def _spoken(record: Record, file: TaskFile | None) -> Record:
-    """Return a record with the first word of its label as its target."""
-    if file is None or file.label_words is None:
-        return record
-    return {**record, TARGET_FIELD: file.label_words.words[record[TARGET_FIELD]][0]}
 
 
 def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:

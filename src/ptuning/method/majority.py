@@ -13,7 +13,7 @@ from ptuning.statistics import majority as most_frequent
 
 def majority(task: Task, _: Setup) -> Solution:
     """Rank answers by their frequency in the training part."""
-    if task.file is not None and task.file.has_choices:
+    if task.answer_space.has_choices:
         return _majority_place(task)
     counts = Counter(row.record[TARGET_FIELD].strip() for row in task.train)
     ranked = sorted(counts, key=lambda text: (-counts[text], text))

@@ -96,8 +96,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
                 report=setup.report, should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
             records.append(result.record)
-            name = "accuracy" if task.is_closed else "exact_match"
-            score, loss = result.prompt.scores[name], result.prompt.scores["loss"]
+            score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
             rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # frees its weights before the next copy of the backbone is made
@@ -179,7 +178,7 @@ def _fine_tune(task: Task, setup: Setup) -> Solution:
     """Train all weights on the fields and the target, without words around them; with a classification head if answers
     are labels or choices.
     """
-    if task.is_closed:
+    if task.answer_space.is_closed:
         return _tune_head(task, setup)
     return _learn(task, setup, bare(task.manual), tune="tuned")
 

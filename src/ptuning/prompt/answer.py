@@ -52,7 +52,7 @@ def answer_records(
     questions = as_questions(records)
     data = questions.records
     model = model.for_prompt(prompt)
-    if prompt.is_closed:
+    if prompt.answer_space.is_closed:
         ranked = model.classify(questions, prompt)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     bound = prompt.bind(model.backbone, force=model.force)

@@ -12,13 +12,22 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
-from ptuning.data.questions import Questions
+from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.generate import write_answers
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Choice, Item, candidate_item, class_scores, closed_items, inputs_of, score_choices
+from ptuning.engine.objective import (
+    Choice,
+    Item,
+    candidate_item,
+    class_scores,
+    inputs_of,
+    question_items,
+    score_choices,
+)
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError
+from ptuning.files import Json
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
 from ptuning.template.fill import BoundTemplate, Example
@@ -53,6 +62,11 @@ class Prediction:
     def log_prob(self) -> float:
         """Log-probability of the answer."""
         return self.candidates[0].log_prob
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the prediction as ``predict --json`` prints it."""
+        row: dict[str, Json] = {"prediction": self.text, "candidates": [dict(vars(one)) for one in self.candidates]}
+        return row if self.tokens is None else {**row, "tokens": self.tokens}
 
 
 class PromptModel:
@@ -213,32 +227,22 @@ class PromptModel:
             PromptError: If the prompt has neither label words nor choices.
             RecordError: If the prompt's choices are missing.
         """
-        data = records.records if isinstance(records, Questions) else as_records(records)
-        labels = prompt.label_words
-        if labels is not None:
-            names: list[Sequence[str]] = [labels.labels] * len(data)
-            texts: list[Sequence[str]] = [[word for _, word in labels.flat]] * len(data)
-        elif prompt.has_choices:
-            names = texts = choices_of(records)
-        else:
+        answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
+        if not answers.is_closed:
             raise PromptError("the prompt has no label words; give candidates instead")
         if self.for_prompt(prompt) is not self:
             return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
+        questions, bound = as_questions(records), prompt.bind(self.backbone, force=self.force)
         learned = prompt.learned(self.backbone).to(self.backbone.device)
-        items = closed_items(
-            prompt.bind(self.backbone, force=self.force),
-            data,
-            texts,
-            classes=tuple(label for label, _ in labels.flat) if labels is not None else None,
-            scoring=prompt.scoring(normalise=normalise, calibrate=calibrate),
-        )
+        items = question_items(bound, questions, answers, labelled=False)
         found: list[list[Candidate]] = [[]] * len(items)
         for chosen in batches([item.inputs for item in items], prefix=self._prefix(inputs_of(items), learned)):
             group = [items[index] for index in chosen]
             scored = score_choices(group, self._run(inputs_of(group), learned))
             scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
             for index, values in zip(chosen, scores.tolist(), strict=True):
-                listed = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
+                # A question with fewer choices than others of the batch has no names for the classes it lacks.
+                listed = list(map(Candidate, answers.names(questions[index]), values))
                 found[index] = sorted(listed, key=lambda candidate: -candidate.log_prob)
         return found
 
@@ -286,7 +290,7 @@ class PromptModel:
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(_per_row(prompt, len(records))):
             rows = [data[index] for index in indices]
-            if one.is_closed:
+            if one.answer_space.is_closed:
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
                 found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -367,20 +371,6 @@ def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
     if len(prompts) != rows:
         raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
     return list(prompts)
-
-
-def choices_of(records: Sequence[Record] | Questions) -> list[Sequence[str]]:
-    """Return the choices of each question.
-
-    Raises:
-        RecordError: If these are records without choices.
-    """
-    if not isinstance(records, Questions) or not all(question.choices for question in records):
-        raise RecordError(
-            "the prompt chooses among texts that each row brings, and these records have none; read them with their "
-            "task (--task NAME, or load_task(NAME).read(FILE))"
-        )
-    return [question.choices for question in records]
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:

@@ -6,41 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.learned import Learned
-from ptuning.errors import ConfigError, FileError, LabelWordError, PromptError, TaskError, TemplateError
-from ptuning.files import (
-    Json,
-    make_folder,
-    publish_folder,
-    read_bytes,
-    read_json,
-    sha256,
-    write_bytes,
-    write_json,
-    write_text,
-)
-from ptuning.provenance import VERSION, versions
+from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
+from ptuning.files import Json, Unchecked
+from ptuning.prompt.storage import Stored, read_prompt, write_prompt
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
-FORMAT_VERSION = 1
-# Of a prompt with trained weights of the backbone: whoever does not know of them would answer without.
-WEIGHTS_VERSION = 2
-VECTORS_FILE = "prompt.safetensors"
-MANIFEST_FILE = "prompt.json"
-CARD_FILE = "README.md"
-WEIGHTS_FOLDER = "backbone"
-VECTORS_KEY = "slot_vectors"
-REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
 # A template without slots cannot know how long its targets are.
 DEFAULT_TARGET_TOKENS = 8
 
@@ -63,6 +43,12 @@ class BackboneId:
     def of(cls, backbone: Backbone) -> BackboneId:
         """Return the identity of a loaded backbone."""
         return cls(backbone.name, backbone.revision, backbone.fingerprint)
+
+    @classmethod
+    def from_json(cls, found: Unchecked) -> BackboneId:
+        """Read the identity from a manifest."""
+        revision = found.optional("revision", Unchecked.text)
+        return cls(found.at("name").text(), revision, found.at("fingerprint").text())
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,29 +158,21 @@ class Prompt:
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
 
     @property
-    def has_choices(self) -> bool:
-        """Whether it chooses among texts that each row brings."""
-        return self.label_words is None and self.task is not None and self.task.has_choices
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it says itself what there is to answer: label words, or choices that each row brings."""
-        return self.label_words is not None or self.has_choices
+    def answer_space(self) -> AnswerSpace:
+        """What it answers with, and how these answers are scored."""
+        kept = self.task.closed_fields if self.task is not None else ()
+        has_choices = self.task is not None and self.task.answer_space.has_choices
+        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
 
     def check_open(self) -> None:
         """Check that candidates can be its answers.
 
         Raises:
-            ConfigError: If it is closed.
+            ConfigError: If it has a closed set of answers.
         """
-        if self.is_closed:
-            what = "brings its own choices" if self.has_choices else "has label words, which are all its answers"
+        if self.answer_space.is_closed:
+            what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
-
-    def scoring(self, *, normalise: Normalise | None = None, calibrate: bool | None = None) -> Scoring:
-        """Return how labels and choices are scored: as the prompt says, unless asked otherwise."""
-        kept = self.task.closed_fields if self.task is not None else ()
-        return Scoring(normalise or self.normalise, self.calibrate if calibrate is None else calibrate, kept)
 
     def learned(self, backbone: Backbone) -> Learned:
         """Return what it brings to a pass of a backbone: its slot vectors, (P, E); (0, E) of a manual prompt."""
@@ -293,69 +271,31 @@ class Prompt:
         equal bytes.
 
         Raises:
-            FileError: If the folder is taken and ``overwrite`` is not set, or cannot be written.
+            FileError: If the folder is taken and ``overwrite`` is not set, or it cannot be written.
         """
-        vectors = self.slot_vectors if self.slot_vectors is not None else torch.zeros(0, 0)
-        data = safetensors.torch.save({VECTORS_KEY: vectors.contiguous()}, {"format": "pt"})
-        with publish_folder(Path(folder), overwrite=overwrite) as temporary:
-            write_bytes(temporary / VECTORS_FILE, data)
-            manifest = self._manifest(sha256(data))
-            if self.weights is not None:
-                make_folder(temporary / WEIGHTS_FOLDER)
-                about = self.weights.save(temporary / WEIGHTS_FOLDER)
-                manifest |= {"format_version": WEIGHTS_VERSION, "weights": about}
-            write_json(temporary / MANIFEST_FILE, manifest)
-            write_text(temporary / CARD_FILE, self._card(len(data)))
+        vectors, weights = self.slot_vectors, self.weights
+        write_prompt(Path(folder), self._manifest(), vectors=vectors, weights=weights, overwrite=overwrite)
 
     @classmethod
     def load(cls, folder: str | Path) -> Prompt:
         """Read a prompt's folder.
 
         Raises:
-            FileError: If it is no prompt's folder or cannot be read.
+            FileError: If it is not a prompt's folder or cannot be read.
             PromptError: If a file is cut off or was changed, a key is missing, or a shape is wrong.
         """
-        path = Path(folder)
-        if not (path / MANIFEST_FILE).is_file() and (path / "prompt" / MANIFEST_FILE).is_file():
-            path = path / "prompt"  # a run's folder was named; its prompt is meant
-        if not (path / MANIFEST_FILE).is_file():
-            raise FileError(
-                f"{folder} is no prompt: there is no {MANIFEST_FILE} in it; a prompt is a folder written by "
-                "ptuning train, or write manual:TEMPLATE for a template without slots"
-            )
-        manifest = read_json(path / MANIFEST_FILE)
-        where = path / MANIFEST_FILE
-        _check_manifest(manifest, where)
-        data = read_bytes(path / VECTORS_FILE)
-        vectors = _read_vectors(data, path / VECTORS_FILE)
-        if sha256(data) != manifest["vectors_sha256"]:
-            raise PromptError(
-                f"{path / VECTORS_FILE} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}"
-            )
-        slots, width = manifest["slots"], manifest["width"]
-        if slots and tuple(vectors.shape) != (slots, width):
-            raise PromptError(
-                f"{path / VECTORS_FILE}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says "
-                f"({slots}, {width})"
-            )
+        found = read_prompt(folder)
         try:
-            about = manifest.get("weights")
-            weights = None
-            if manifest["format_version"] == WEIGHTS_VERSION:
-                if not isinstance(about, Mapping):
-                    raise TypeError("'weights' must be an object")
-                weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
-            return _from_manifest(manifest, vectors if slots else None, weights)
-        except (KeyError, TypeError, AttributeError, ValueError, TemplateError, LabelWordError, TaskError) as error:
-            raise PromptError(f"{where} is damaged: {error}") from error
+            return _from_manifest(found, Unchecked(found.manifest, error=PromptError))
+        except (PromptError, ValueError, TemplateError, LabelWordError, TaskError) as error:
+            raise PromptError(f"{found.where} is damaged: {error}") from error
 
-    def _manifest(self, vectors_sha256: str) -> dict[str, Json]:
+    def _manifest(self) -> dict[str, Json]:
         return {
-            "format_version": FORMAT_VERSION,
             "template": str(self.template),
             "label_words": {k: list(v) for k, v in self.label_words.words.items()} if self.label_words else None,
             "task": self.task.to_json() if self.task else None,
-            "choices": self.has_choices,
+            "choices": self.answer_space.has_choices,
             "calibrate": self.calibrate,
             "normalise": self.normalise,
             "backbone": dict(vars(self.backbone)) if self.backbone else None,
@@ -366,53 +306,7 @@ class Prompt:
             "method": self.method,
             "seed": self.seed,
             "scores": dict(self.scores),
-            "vectors_sha256": vectors_sha256,
-            "versions": dict(versions()),
         }
-
-    def _card(self, size_bytes: int) -> str:
-        owner = self.backbone.name if self.backbone else "any"
-        lines = [
-            "# A prompt for a language model",
-            "",
-            f"Made by the method `{self.method}` with [ptuning](https://arxiv.org/abs/2103.10385) {VERSION}.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| template | `{str(self.template).replace('|', chr(92) + '|')}` |",
-            f"| slots | {self.slots} vectors, {size_bytes / 1000:.1f} KB |",
-            f"| backbone | `{owner}`" + (f", fingerprint `{self.backbone.fingerprint}` |" if self.backbone else " |"),
-        ]
-        if self.weights is not None:
-            size = sum(weight.numel() * weight.element_size() for weight in self.weights.tensors.values())
-            lines.append(
-                f"| weights of the backbone | {self.weights.describe}, {size / 1e6:.1f} MB in `{WEIGHTS_FOLDER}/` |"
-            )
-        if self.label_words:
-            listed = "; ".join(f"{label}: {', '.join(words)}" for label, words in self.label_words.words.items())
-            lines.append(f"| label words | {listed} |")
-        if self.task:
-            lines.append(f"| task | {self.task.name}, version {self.task.version} |")
-        if self.has_choices:
-            lines.append("| chooses among | the choices that each row brings |")
-        lines += [
-            f"| {name.replace('_', ' ')} (development part) | {value:.3f} |" for name, value in self.scores.items()
-        ]
-        lines += [
-            "| seed | " + str(self.seed) + " |",
-            "",
-            "Use it:",
-            "",
-            "```",
-            'ptuning predict THIS_FOLDER "some text"',
-            "ptuning inspect THIS_FOLDER",
-            "```",
-            "",
-            "Scores on the development part chose this prompt and are therefore a little too good; "
-            "score it on data that chose nothing with `ptuning eval`.",
-            "",
-        ]
-        return "\n".join(lines)
 
 
 def as_template(template: str | Template) -> Template:
@@ -420,61 +314,21 @@ def as_template(template: str | Template) -> Template:
     return Template.parse(template) if isinstance(template, str) else template
 
 
-def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
-    missing = [key for key in REQUIRED_KEYS if key not in manifest]
-    if missing:
-        raise PromptError(f"{where}: missing key '{missing[0]}'; the file is damaged or no prompt's")
-    if manifest["format_version"] not in (FORMAT_VERSION, WEIGHTS_VERSION):
-        raise PromptError(
-            f"{where}: format version {manifest['format_version']}, and this ptuning reads "
-            f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
-        )
-
-
-def _read_vectors(data: bytes, where: Path) -> Tensor:
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise PromptError(f"{where} is no whole safetensors file ({error}); it is cut off or damaged") from error
-    if VECTORS_KEY not in tensors:
-        raise PromptError(f"{where}: missing key '{VECTORS_KEY}'; it holds {', '.join(sorted(tensors)) or 'nothing'}")
-    extra = sorted(set(tensors) - {VECTORS_KEY})
-    if extra:
-        raise PromptError(f"{where}: extra key '{extra[0]}'; a prompt holds only '{VECTORS_KEY}'")
-    return tensors[VECTORS_KEY]
-
-
-def _from_manifest(manifest: Mapping[str, Json], vectors: Tensor | None, weights: TrainedWeights | None) -> Prompt:
-    words, backbone, scores = manifest["label_words"], manifest["backbone"], manifest.get("scores") or {}
-    seed, task, normalise = manifest.get("seed"), manifest.get("task"), manifest.get("normalise", "sum")
-    if not isinstance(words, Mapping | None) or not isinstance(backbone, Mapping | None):
-        raise TypeError("'label_words' and 'backbone' must be objects or null")
-    if words and not all(isinstance(listed, list) for listed in words.values()):
-        raise TypeError("'label_words' must hold a list of words for each label")
-    if not isinstance(task, Mapping | None) or normalise not in ("sum", "mean"):
-        raise TypeError("'task' must be an object or null, and 'normalise' \"sum\" or \"mean\"")
-    if not isinstance(scores, Mapping) or not isinstance(seed, int | None):
-        raise TypeError("'scores' must be an object and 'seed' a number")
+def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
+    words = manifest.optional("label_words", Unchecked.table)
     return Prompt(
-        Template.parse(str(manifest["template"])),
-        vectors,
-        BackboneId(
-            str(backbone["name"]),
-            None if backbone["revision"] is None else str(backbone["revision"]),
-            str(backbone["fingerprint"]),
-        )
-        if backbone
-        else None,
-        LabelWords({str(label): tuple(map(str, listed)) for label, listed in words.items() if isinstance(listed, list)})
-        if words
-        else None,
-        target_tokens=int(str(manifest.get("target_tokens", DEFAULT_TARGET_TOKENS))),
-        multiline=manifest.get("multiline") is True,
-        method=str(manifest["method"]),
-        seed=seed,
-        scores={str(name): float(str(value)) for name, value in scores.items()},
-        task=TaskFile.parse(str(task["file"]), where="its task") if task else None,
-        calibrate=manifest.get("calibrate") is True,
-        normalise="mean" if normalise == "mean" else "sum",
-        weights=weights,
+        Template.parse(manifest.at("template").text()),
+        found.vectors,
+        manifest.optional("backbone", BackboneId.from_json),
+        LabelWords({label: tuple(listed.texts()) for label, listed in words.items()}) if words else None,
+        target_tokens=manifest.at("target_tokens", DEFAULT_TARGET_TOKENS).whole(),
+        multiline=manifest.at("multiline", default=False).flag(),
+        method=manifest.at("method").text(),
+        seed=manifest.optional("seed", Unchecked.whole),
+        # Not number(): a loss may be infinite.
+        scores={name: float(str(one.value)) for name, one in manifest.at("scores", {}).table().items()},
+        task=manifest.optional("task", lambda one: TaskFile.parse(one.at("file").text(), where="its task")),
+        calibrate=manifest.at("calibrate", default=False).flag(),
+        normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),
+        weights=found.weights,
     )

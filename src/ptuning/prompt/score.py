@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.objective import choice_items, label_items, target_items
+from ptuning.engine.objective import question_items
 from ptuning.errors import RecordError
 from ptuning.files import Json
-from ptuning.metrics import Answer, score_values
+from ptuning.metrics import ACCURACY, Answer, score_values
 from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
-from ptuning.prompt.predict import Candidate, Prediction, PromptModel, choices_of
+from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records, require_targets
 from ptuning.statistics import Score, score, summary
@@ -36,6 +36,14 @@ class Result:
     loss: float
     hits: tuple[float, ...]
     missing: int = 0
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the scores as ``eval --json`` prints them."""
+        return {
+            "scores": {name: found.to_json() for name, found in self.scores.items()},
+            "loss": self.loss,
+            "targets_not_among_candidates": self.missing,
+        }
 
 
 def score_prompt(
@@ -70,37 +78,37 @@ def score_prompt(
         prompt.check_open()
     if not data:
         raise RecordError(f"{data.name} holds no records, so there is nothing to score")
-    questions = as_questions(data)
-    records = questions.records
-    require_targets(records)
+    questions, answers = as_questions(data), prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
+    require_targets(questions.records)
     model = model.for_prompt(prompt)
-    bound = prompt.bind(model.backbone, force=model.force)
-    scoring = prompt.scoring(normalise=normalise, calibrate=calibrate)
-    if prompt.label_words is not None:
-        items, name = label_items(bound, records, prompt.label_words, scoring=scoring), "accuracy"
-    elif prompt.has_choices:
-        choices_of(questions)
-        items, name = choice_items(bound, questions, scoring=scoring), "accuracy"
-    else:
-        items, name = target_items(bound, records, with_stop=False), "exact_match"
+    items = question_items(prompt.bind(model.backbone, force=model.force), questions, answers)
     found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=data.name)
-    scores = {name: score(found.hits)}
-    if prompt.task is not None:
-        said = [one.text for one in guessed(prompt, questions, found) or model.predict(records, prompt)]
-        answers = [Answer(text, bool(hit)) for text, hit in zip(said, found.hits, strict=True)]
-        values = score_values(answers, questions, prompt.task.metrics)
-        scores |= {name: summary([values[name]]) for name in prompt.task.metrics}
-    missing = 0
+    scores = {answers.score_name: score(found.hits), **_metrics(model, questions, prompt, found)}
+    ranked: list[Answer] = []
     if candidates is not None:
-        ranked = model.rank(records, prompt, candidates, normalise=scoring.normalise)
-        answers = [
-            among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)
-        ]
-        missing = sum(answer.rank == 0 for answer in answers)
-        among = score_values(answers)
+        ranked = _rank(model, questions.records, prompt, candidates, normalise=answers.scoring.normalise)
+        values = score_values(ranked)
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
-        scores |= {"accuracy": summary([among["p_at_1"]]), **{name: summary([among[name]]) for name in names}}
-    return Result(scores, found.loss, found.hits, missing)
+        scores |= {ACCURACY: summary([values["p_at_1"]]), **{name: summary([values[name]]) for name in names}}
+    return Result(scores, found.loss, found.hits, missing=sum(answer.rank == 0 for answer in ranked))
+
+
+def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Evaluation) -> dict[str, Score]:
+    """Return the scores by the metrics of the prompt's task, if it has one."""
+    if prompt.task is None:
+        return {}
+    said = guessed(prompt, questions, found) or model.predict(questions.records, prompt)
+    answers = [Answer(one.text, bool(hit)) for one, hit in zip(said, found.hits, strict=True)]
+    values = score_values(answers, questions, prompt.task.metrics)
+    return {name: summary([values[name]]) for name in prompt.task.metrics}
+
+
+def _rank(
+    model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise
+) -> list[Answer]:
+    """Return the likeliest candidate for each record, with the rank of its target among them."""
+    ranked = model.rank(records, prompt, candidates, normalise=normalise)
+    return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
@@ -114,18 +122,12 @@ def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Pre
     """
     if not found.guesses:
         return []
-    names = _class_names(prompt, questions)
+    names = map(prompt.answer_space.names, questions)
     best = [
         Candidate(listed[guess], log_prob)
         for listed, guess, log_prob in zip(names, found.guesses, found.log_probs, strict=True)
     ]
     return [Prediction(one.text, (one,)) for one in best]
-
-
-def _class_names(prompt: Prompt, questions: Questions) -> list[Sequence[str]]:
-    """Return what each question is answered with one of: the labels, or its choices."""
-    words = prompt.label_words
-    return [words.labels if words is not None else question.choices for question in questions]
 
 
 def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequence[float]) -> list[dict[str, Json]]:

@@ -73,22 +73,6 @@ def write_checkpoint(
         raise
 
 
-def read_identity(folder: Path) -> dict[str, Json] | None:
-    """Return what must be equal for a checkpoint to be gone on from; None if there is none.
-
-    Raises:
-        TrainingError: If it is damaged.
-    """
-    path = folder / CHECKPOINT_FILE
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            return dict(json.loads(opened.metadata()["identity"]))
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise damaged(folder, error) from error
-
-
 def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunState, dict[str, Tensor]] | None:
     """Read a checkpoint; None if there is none.
 

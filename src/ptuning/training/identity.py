@@ -30,7 +30,7 @@ def identity(
         task_file: Text of the task file, if there is one.
     """
     found = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
-    found |= {data_key(part): digest for part, digest in data.items()}
+    found |= {f"{part} data (sha256)": digest for part, digest in data.items()}
     if task_file is not None:
         found["task file (sha256)"] = sha256(task_file.encode("utf-8"))
     found["backbone fingerprint"] = fingerprint
@@ -57,11 +57,6 @@ def identity_of_run(record: Mapping[str, Json]) -> dict[str, Json]:
         recipe=record.get("recipe"),
         task_file=str(task.get("file")) if isinstance(task, Mapping) else None,
     )
-
-
-def data_key(part: str) -> str:
-    """Return the key of a part of the data, whose value is its SHA-256."""
-    return f"{part} data (sha256)"
 
 
 def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:

@@ -1,0 +1,203 @@
+"""The files of a prompt: the manifest ``prompt.json``, ``prompt.safetensors`` with the slot vectors, the card
+``README.md``, and the folder ``backbone`` where weights of the backbone were trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.errors import FileError, PromptError
+from ptuning.files import (
+    Json,
+    make_folder,
+    publish_folder,
+    read_bytes,
+    read_json,
+    sha256,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from ptuning.names import PROMPT_FOLDER
+from ptuning.provenance import VERSION, versions
+
+FORMAT_VERSION = 1
+# The prompt includes weights of the backbone. A reader of version 1 alone must refuse it: it would ignore the weights.
+WEIGHTS_VERSION = 2
+VECTORS_FILE = "prompt.safetensors"
+MANIFEST_FILE = "prompt.json"
+CARD_FILE = "README.md"
+WEIGHTS_FOLDER = "backbone"
+VECTORS_KEY = "slot_vectors"
+REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The content of a prompt's folder, whose files are whole and fit each other.
+
+    Args:
+        manifest: The content of ``prompt.json``.
+        vectors: (P, E) slot vectors; None if there are no slots.
+        weights: Trained weights of the backbone, if there are any.
+        where: The manifest's path, for messages about its values.
+    """
+
+    manifest: Mapping[str, Json]
+    vectors: Tensor | None
+    weights: TrainedWeights | None
+    where: Path
+
+
+def write_prompt(
+    folder: Path,
+    about: Mapping[str, Json],
+    *,
+    vectors: Tensor | None,
+    weights: TrainedWeights | None,
+    overwrite: bool,
+) -> None:
+    """Write a prompt's folder. Equal prompts give equal bytes.
+
+    Args:
+        folder: The folder.
+        about: The manifest without what follows from the files: format version, checksums and versions of packages.
+        vectors: (P, E) slot vectors, if there are slots.
+        weights: Trained weights of the backbone, if there are any.
+        overwrite: Whether to replace what the folder holds.
+
+    Raises:
+        FileError: If the folder is taken and ``overwrite`` is not set, or it cannot be written.
+    """
+    kept = vectors if vectors is not None else torch.zeros(0, 0)
+    data = safetensors.torch.save({VECTORS_KEY: kept.contiguous()}, {"format": "pt"})
+    manifest: dict[str, Json] = {"format_version": FORMAT_VERSION, **about}
+    manifest |= {"vectors_sha256": sha256(data), "versions": dict(versions())}
+    with publish_folder(folder, overwrite=overwrite) as temporary:
+        write_bytes(temporary / VECTORS_FILE, data)
+        if weights is not None:
+            make_folder(temporary / WEIGHTS_FOLDER)
+            saved = weights.save(temporary / WEIGHTS_FOLDER)
+            manifest |= {"format_version": WEIGHTS_VERSION, "weights": saved}
+        write_json(temporary / MANIFEST_FILE, manifest)
+        write_text(temporary / CARD_FILE, _card(manifest, weights, len(data)))
+
+
+def read_prompt(folder: str | Path) -> Stored:
+    """Read a prompt's folder, or that of the training run which holds one, and check its files.
+
+    Raises:
+        FileError: If it is not a prompt's folder or cannot be read.
+        PromptError: If a file is cut off or was changed, a key is missing, or a shape is wrong.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST_FILE).is_file() and (path / PROMPT_FOLDER / MANIFEST_FILE).is_file():
+        path = path / PROMPT_FOLDER
+    where = path / MANIFEST_FILE
+    if not where.is_file():
+        raise FileError(
+            f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
+            "train, or manual:TEMPLATE for a template without slots"
+        )
+    manifest = read_json(where)
+    _check_manifest(manifest, where)
+    data = read_bytes(path / VECTORS_FILE)
+    vectors = _read_vectors(data, path / VECTORS_FILE)
+    if sha256(data) != manifest["vectors_sha256"]:
+        raise PromptError(
+            f"{path / VECTORS_FILE} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}"
+        )
+    slots, width = manifest["slots"], manifest["width"]
+    if slots and tuple(vectors.shape) != (slots, width):
+        raise PromptError(
+            f"{path / VECTORS_FILE}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says ({slots}, {width})"
+        )
+    weights = None
+    if manifest["format_version"] == WEIGHTS_VERSION:
+        about = manifest.get("weights")
+        if not isinstance(about, Mapping):
+            raise PromptError(f"{where} is damaged: 'weights' must be an object")
+        try:
+            weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise PromptError(f"{where} is damaged: {error}") from error
+    return Stored(manifest, vectors if slots else None, weights, where)
+
+
+def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
+    missing = [key for key in REQUIRED_KEYS if key not in manifest]
+    if missing:
+        raise PromptError(f"{where}: missing key '{missing[0]}'; the file is damaged, or not a prompt's")
+    if manifest["format_version"] not in (FORMAT_VERSION, WEIGHTS_VERSION):
+        raise PromptError(
+            f"{where}: format version {manifest['format_version']}, and this ptuning reads "
+            f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
+        )
+
+
+def _read_vectors(data: bytes, where: Path) -> Tensor:
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise PromptError(f"{where} is not a whole safetensors file ({error}); it is cut off or damaged") from error
+    if VECTORS_KEY not in tensors:
+        raise PromptError(f"{where}: missing key '{VECTORS_KEY}'; it holds {', '.join(sorted(tensors)) or 'nothing'}")
+    extra = sorted(set(tensors) - {VECTORS_KEY})
+    if extra:
+        raise PromptError(f"{where}: extra key '{extra[0]}'; a prompt holds only '{VECTORS_KEY}'")
+    return tensors[VECTORS_KEY]
+
+
+def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_bytes: int) -> str:
+    """Return the Markdown page that tells people what the prompt is and how to use it."""
+    backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
+    words = cast("Mapping[str, list[str]] | None", manifest["label_words"])
+    task = cast("Mapping[str, Json] | None", manifest["task"])
+    owner = f"`{backbone['name']}`, fingerprint `{backbone['fingerprint']}`" if backbone else "`any`"
+    rows = [
+        ("template", f"`{str(manifest['template']).replace('|', chr(92) + '|')}`"),
+        ("slots", f"{manifest['slots']} vectors, {size_bytes / 1000:.1f} KB"),
+        ("backbone", owner),
+    ]
+    if weights is not None:
+        size = sum(weight.numel() * weight.element_size() for weight in weights.tensors.values())
+        rows.append(("weights of the backbone", f"{weights.describe}, {size / 1e6:.1f} MB in `{WEIGHTS_FOLDER}/`"))
+    if words:
+        rows.append(("label words", "; ".join(f"{label}: {', '.join(listed)}" for label, listed in words.items())))
+    if task:
+        rows.append(("task", f"{task['name']}, version {task['version']}"))
+    if manifest["choices"]:
+        rows.append(("chooses among", "the choices that each row brings"))
+    scores = cast("Mapping[str, float]", manifest["scores"])
+    rows += [(f"{name.replace('_', ' ')} (development part)", f"{value:.3f}") for name, value in scores.items()]
+    rows.append(("seed", str(manifest["seed"])))
+    lines = [
+        "# A prompt for a language model",
+        "",
+        f"Made by the method `{manifest['method']}` with [ptuning](https://arxiv.org/abs/2103.10385) {VERSION}.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {text} |" for name, text in rows),
+        "",
+        "Use it:",
+        "",
+        "```",
+        'ptuning predict THIS_FOLDER "some text"',
+        "ptuning inspect THIS_FOLDER",
+        "```",
+        "",
+        "Scores on the development part chose this prompt and are therefore a little too good; "
+        "score it on data that chose nothing with `ptuning eval`.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,210 @@
+"""Converting LAMA's other layouts: the package reads the same relations from what the script writes, and names the
+script to whoever has one of these layouts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ptuning.data.relations import Relation, read_relations
+from ptuning.data.splits import split_relation
+from ptuning.errors import FileError, PTuningError, RecordError
+from tests.conftest import load_script
+from tests.data.test_relations import CAPITALS, COUNTRIES, LIST, Rows, divided, lama, write
+from tests.data.test_splits import pairs
+
+script = load_script("convert_lama")
+
+
+def converted(source: str | Path, out: Path, *, is_refused: bool = True) -> list[Relation]:
+    """Convert, and read what is written. The package refuses the source, and says how to convert it."""
+    if is_refused:
+        with pytest.raises(PTuningError, match=rf"python scripts/convert_lama\.py {re.escape(str(source))}"):
+            read_relations(source)
+    script.convert(source, out)
+    return read_relations(out)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_both_kept_layouts_stay_what_they_are(tmp_path: Path, suffix: str) -> None:
+    """Fields, order, templates and paraphrases: so a seed draws the same facts before and after."""
+    source = lama(tmp_path / "a", suffix)
+    divided(source, "P1", "train", "dev", "test")
+    write(source / "paraphrases" / "P36.jsonl", [{"pattern": "[Y] of [X]"}, {"pattern": "the [sic] [X] is [Y]"}])
+    write(source / "ConceptNet" / "test.jsonl", [{"sub": "a", "masked_sentences": ["It is [MASK]."], "obj_label": "b"}])
+    before, after = read_relations(source), converted(source, tmp_path / "b", is_refused=False)
+    for one, other in zip(before, after, strict=True):
+        assert replace(one, source="", parts={}) == replace(other, source="", parts={})
+        assert one.parts == other.parts
+    drawn = [split_relation(found[2]) for found in (before, after)]
+    assert [one.name for one in (before[2], after[2])] == ["P17", "P17"]
+    assert drawn[0].test == drawn[1].test
+
+
+def test_no_facts_and_a_folder_that_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="holds no relations in any layout that this script reads"):
+        script.convert(tmp_path, tmp_path / "out")
+    lama(tmp_path / "a")
+    script.convert(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(FileError, match="exists and is not empty"):
+        script.convert(tmp_path / "a", tmp_path / "b")
+
+
+def test_relations_folders_below_the_one_given(tmp_path: Path) -> None:
+    divided(tmp_path / "a" / "all", "P36", "test", "dev", "train")
+    write(tmp_path / "a" / "all" / "P36" / "P36.jsonl", CAPITALS)  # AutoPrompt keeps the undivided facts there, too
+    write(tmp_path / "a" / "relations.jsonl", LIST)
+    (found,) = converted(tmp_path / "a", tmp_path / "b")
+    assert (found.name, found.label, list(found.parts)) == ("P36", "capital", ["train", "dev", "test"])
+    (direct,) = read_relations(tmp_path / "a" / "all")
+    assert found.parts == direct.parts
+
+
+def test_p_tunings_own_folder(tmp_path: Path) -> None:
+    divided(tmp_path / "a" / "fact-retrieval" / "original", "P36", "train", "dev", "test")
+    write(tmp_path / "a" / "single_relations" / "P36.jsonl", LIST[1:2])
+    (found,) = converted(tmp_path / "a", tmp_path / "b")
+    assert (found.name, found.template) == ("P36", "The capital of [X] is [Y] .")
+
+
+@pytest.mark.parametrize("parts", [["train"], ["train", "dev"]])
+def test_optiprompt_is_tested_on_lamas_facts(tmp_path: Path, parts: list[str]) -> None:
+    divided(tmp_path / "a" / "data" / "autoprompt_data", "P36", *parts)
+    write(tmp_path / "a" / "data" / "LAMA-TREx" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "a" / "relation_metainfo" / "LAMA_relations.jsonl", LIST)
+    (found,) = converted(tmp_path / "a", tmp_path / "b")
+    assert list(found.parts) == [*parts, "test"]
+    assert len(found.parts["test"]) == len(CAPITALS)
+    assert found.label == "capital"
+    script.convert(tmp_path / "a" / "data" / "autoprompt_data", tmp_path / "c")
+    assert read_relations(tmp_path / "c")[0].label == "capital"  # its list is two folders up
+    # A test part of its own is not replaced.
+    divided(tmp_path / "a" / "data" / "autoprompt_data", "P36", "test")
+    assert len(converted(tmp_path / "a", tmp_path / "d")[0].parts["test"]) == 6
+
+
+def test_several_sets_of_the_same_relations_are_an_error(tmp_path: Path) -> None:
+    divided(tmp_path / "autoprompt_data", "P36", "train")
+    divided(tmp_path / "cmp_lms_data", "P36", "train")
+    with pytest.raises(FileError, match=r"several sets of facts .*autoprompt_data, .*cmp_lms_data; name one of these"):
+        script.convert(tmp_path, tmp_path / "out")
+    write(tmp_path / "other" / "TREx" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "other" / "trex_lms_vocab" / "P36.jsonl", CAPITALS)
+    with pytest.raises(FileError, match=r"several sets of facts .*TREx, .*trex_lms_vocab"):
+        script.convert(tmp_path / "other", tmp_path / "out")
+
+
+@pytest.mark.parametrize("patterns", ["graphs_json", "paraphrases", "pattern_data", "pattern_data/graphs_json"])
+def test_pararel(tmp_path: Path, patterns: str) -> None:
+    write(tmp_path / "a" / "data" / "trex_lms_vocab" / "P36.jsonl", CAPITALS)
+    write(tmp_path / "a" / "data" / "trex_lms_vocab" / "P31.jsonl", COUNTRIES)
+    rows = [{"pattern": text, "lemma": "capital"} for text in ("[Y] of [X] ", "[X] has [Y]", "[Y] of [X]")]
+    write(tmp_path / "a" / "data" / patterns / "P36.jsonl", rows)
+    without, found = converted(tmp_path / "a", tmp_path / "b")
+    assert (without.template, without.label, without.type, without.paraphrases) == (None, None, None, ())
+    assert found.paraphrases == ("[Y] of [X]", "[X] has [Y]")  # without the double, stripped
+
+
+def hub_rows() -> Rows:
+    row = {"template": "The capital of [X] is [Y] .", "label": "capital", "type": "1-1", "masked_sentence": "[MASK] a"}
+    rows: list[Mapping[str, object]] = [{**row, **fact, "predicate_id": "P36"} for fact in CAPITALS]
+    rows += [{**row, **fact, "template": "", "label": "", "type": "", "predicate_id": "P17"} for fact in COUNTRIES]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["train.jsonl"], ["a.csv"], ["a.parquet"], ["trex/train.parquet"], ["a.jsonl", "b.csv"],
+     ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]],
+)  # fmt: skip
+def test_the_hubs_files(tmp_path: Path, names: list[str]) -> None:
+    """One file or several, whose rows say which relation they are of and what it is."""
+    rows = hub_rows()
+    for index, name in enumerate(names):
+        write(tmp_path / "a" / name, rows[index :: len(names)])
+    write(tmp_path / "a" / "dataset_infos.json", [{"no": "facts"}])
+    country, capital = converted(tmp_path / "a", tmp_path / "b")
+    assert (country.name, country.template, country.label, country.type) == ("P17", None, None, None)
+    assert (capital.template, capital.label, capital.type) == ("The capital of [X] is [Y] .", "capital", "1-1")
+    assert sorted(pairs(capital.parts["facts"])) == sorted((str(f["sub_label"]), str(f["obj_label"])) for f in CAPITALS)
+    assert "template" not in capital.parts["facts"][0]
+    assert [each.name for each in read_relations(tmp_path / "b", which=["1-1"])] == ["P36"]
+    with pytest.raises(PTuningError, match="python scripts/convert_lama"):
+        read_relations(tmp_path / "a", which=["P36"])
+    if len(names) == 1:
+        assert len(converted(tmp_path / "a" / names[0], tmp_path / "c")) == 2
+
+
+def test_a_relations_label_is_no_object(tmp_path: Path) -> None:
+    """A fact without an object would else be one whose object is "capital"."""
+    write(tmp_path / "a.jsonl", [*hub_rows(), {"predicate_id": "P36", "label": "capital", "sub_label": "Chad"}])
+    _, capital = converted(tmp_path / "a.jsonl", tmp_path / "b")
+    assert capital.parts["facts"][-1] == {"sub_label": "Chad", "x": "Chad"}
+    assert split_relation(capital).dropped == {"no subject or object": 1}
+
+
+def test_rows_of_several_relations_are_not_taken_for_one(tmp_path: Path) -> None:
+    write(tmp_path / "download" / "train.jsonl", hub_rows())
+    with pytest.raises(
+        RecordError, match=r"the rows are of several relations \(P17, P36\).* give this file or its fold"
+    ):
+        script.convert(tmp_path, tmp_path / "b")
+    assert len(converted(tmp_path / "download", tmp_path / "b")) == 2
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> None:
+    module = ModuleType("datasets")
+    module.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_facts_of_one_relation_in_two_places_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", hub_rows())
+    write(tmp_path / "P36.jsonl", CAPITALS)
+    with pytest.raises(FileError, match="facts of P36 are in a file of their own and in another; keep one"):
+        script.convert(tmp_path, tmp_path / "b")
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str | None) -> object:
+        asked.append((name, config, split))
+        rows = hub_rows() if config != "squad" else [{"masked_sentence": "It is [MASK].", "obj_label": "a"}]
+        return rows if split else {"train": rows, "validation": rows} if config == "both" else {"train": rows}
+
+    fake_datasets(monkeypatch, load)
+    assert [each.name for each in converted("hub:facebook/lama:trex", tmp_path / "1")] == ["P17", "P36"]
+    assert [each.name for each in converted("hub:lama", tmp_path / "2")] == ["P17", "P36"]
+    assert list(converted("hub:lama:both", tmp_path / "3")[0].parts) == ["train", "dev"]
+    (squad,) = converted("hub:lama:squad:train", tmp_path / "4")
+    assert (squad.name, squad.template) == ("squad", "{before}[Y]{after}")
+    assert asked == [
+        ("facebook/lama", "trex", None),
+        ("lama", None, None),
+        ("lama", "both", None),
+        ("lama", "squad", "train"),
+    ]
+    converted("hub:lama::train[:9]", tmp_path / "5")
+    assert asked[-1] == ("lama", None, "train[:9]")
+    with pytest.raises(FileError, match="'hub::trex' names no data set; write hub:NAME"):
+        converted("hub::trex", tmp_path / "6")
+
+
+def test_the_hub_without_its_package_or_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileError, match=r"reading hub:lama needs the package datasets; .* pip install datasets"):
+        converted("hub:lama", tmp_path / "1")
+
+    def load(name: str, config: str | None, *, split: str | None) -> object:
+        raise RuntimeError("scripts are no longer supported")
+
+    fake_datasets(monkeypatch, load)
+    with pytest.raises(FileError, match=r"cannot read hub:lama: scripts are no longer supported\. .* name the folder"):
+        converted("hub:lama", tmp_path / "2")
