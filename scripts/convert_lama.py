@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ptuning.data.reading import SPLITS, SUFFIXES, raw_rows
-from ptuning.data.relation_layouts import (
+from ptuning.data.relations import (
     FACT_SUFFIXES,
     FACTS,
     GOOGLE_RE_TEMPLATES,

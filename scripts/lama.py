@@ -1,10 +1,10 @@
-"""Turn results of ``ptuning lama`` into the figures of docs/paper.md: docs/lama.json, its tables, and a picture.
+"""Turn results of ``ptuning lama`` into the figures of docs/paper.md: docs/lama.json, its tables and its picture.
 
 Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
 
-Several results are those of different relations, or of different methods on the same ones, with the same settings. What
-docs/lama.json already holds of a relation and a method stays; remove the file to begin anew. With no results the tables
-and the picture are made anew from it.
+Several results must have the same settings; they may cover different relations, or different methods on the same
+relations. Entries of docs/lama.json are kept; delete the file to start anew. Without results, tables and picture are
+made again from docs/lama.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES: Mapping[str, str] = {
     LEARNED: "**P-tuning**, one tried setting",
 }
 SHORT = ("majority", "manual", "manual, objects only", "in context", "P-tuning")
-# Tables of those relations on which all of some methods ran: by their names on the page, with what heads a column.
+# Tables of the relations on which all of some methods ran: name on the page -> method -> heading of its column.
 PARTS: Mapping[str, Mapping[str, str]] = {
     "trained": {
         "manual": "manual",
@@ -48,7 +48,7 @@ TYPES = ("1-1", "N-1", "N-M")
 
 
 def main(files: Sequence[Path]) -> None:
-    """Write the figures, if results are given, and what is made of them."""
+    """Write the figures, if results are given, then the tables and the picture."""
     if files:
         known = read_figures(FIGURES) if FIGURES.exists() else {}
         write_figures(FIGURES, gathered(files, known))
@@ -60,14 +60,14 @@ def main(files: Sequence[Path]) -> None:
 
 
 def gathered(files: Sequence[Path], known: Figures) -> dict[str, dict[str, Any]]:
-    """Return relation -> its type, the number of its test facts, and how many of them each method answered.
+    """Return relation -> its type, the number of its test facts, and the number of correct answers of each method.
 
     Args:
-        files: The results.
-        known: What is already known, which stays.
+        files: Files of results.
+        known: The figures so far, which stay.
 
     Raises:
-        ValueError: If a relation has not the same number of test facts everywhere.
+        ValueError: If the number of test facts of a relation differs between files.
     """
     found: dict[str, dict[str, Any]] = {name: {**one, "hits": dict(one["hits"])} for name, one in known.items()}
     for path in files:
@@ -89,12 +89,12 @@ def values(relations: Figures, method: str) -> list[float]:
 
 
 def apart(relations: Figures, left: str, right: str) -> list[float]:
-    """Return how far two methods lie apart on each relation."""
+    """Return the difference in P@1 of two methods on each relation."""
     return [one - other for one, other in zip(values(relations, left), values(relations, right), strict=True)]
 
 
 def tables(relations: Figures) -> dict[str, str]:
-    """Return the tables of the page by their names there."""
+    """Return name on the page -> table."""
     kinds = {kind: {name: one for name, one in relations.items() if one["type"] == kind} for kind in TYPES}
     counts = [f"{kind} ({len(part)})" for kind, part in kinds.items()]
     macro = [f"| P@1, mean over relations | all {len(relations)} | 95 % over relations | {' | '.join(counts)} |"]
@@ -118,7 +118,7 @@ def tables(relations: Figures) -> dict[str, str]:
 
 
 def part(relations: Figures, methods: Mapping[str, str]) -> str:
-    """Return a table of the relations on which all methods ran, with means and how far P-tuning is ahead."""
+    """Return a table of the relations on which all methods ran, with means and the lead of P-tuning."""
     chosen = {name: one for name, one in relations.items() if all(method in one["hits"] for method in methods)}
     rows = [f"| relation | | type | n | {' | '.join(methods.values())} |", "|---" * (4 + len(methods)) + "|"]
     for name, one in chosen.items():

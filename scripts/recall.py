@@ -1,10 +1,11 @@
-"""A controlled-knowledge experiment: does P-tuning get out of a masked model what it knows?
+"""A controlled-knowledge experiment: does P-tuning retrieve what a masked model has learned?
 
     python scripts/recall.py [--out FOLDER] [--threads N]
 
-Trains a tiny BERT from scratch on sentences that state the shipped facts in several wordings, other wordings held back.
-Then, on facts that no prompt was learned from: the held-back wordings as manual prompts, P-tuning on the other half of
-the facts, and the same P-tuning on random weights. docs/recall.md says what the figures show.
+Trains a tiny BERT from scratch on sentences that state the shipped facts in several wordings; other wordings are held
+back. It then compares, on the facts that no prompt was learned from: the held-back wordings as manual prompts, P-tuning
+on the other half of the facts, and the same P-tuning on a model with random weights. docs/recall.md explains the
+figures.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ MODEL_FOLDER, RESULTS_FILE, TABLE_FILE = "model", "results.json", "table.md"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTEXT_TOKENS = 32  # twice the longest sentence
 TEST_FRACTION, DEV_FRACTION = 0.5, 0.2  # of the facts; of those that are left
-NOWHERE = -1  # the place of the object in a sentence that states none of the facts
+NOWHERE = -1  # the index of the object in a sentence that states no fact
 
 
 class Wordings(TypedDict):
-    """How a relation is put into words: what the model reads, and what it is only asked with."""
+    """The wordings of a relation: those that the model is trained on, and those it is only asked with."""
 
     stated: list[str]
     held_back: list[str]
 
 
 class Sentence(NamedTuple):
-    """A sentence of the corpus as token ids, and the place of the object in it."""
+    """A sentence of the corpus as token ids, and the index of the object in it."""
 
     token_ids: tuple[int, ...]
     object_at: int
@@ -62,18 +63,18 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What several wordings, or prompts of several seeds, recall.
+    """The recall of several wordings, or of prompts of several seeds.
 
     Args:
-        each: The score of each.
-        per_fact: Each fact's mean over them.
+        each: The score of each wording or seed.
+        per_fact: The mean of each fact over the wordings or seeds.
     """
 
     each: Mapping[str, Score]
     per_fact: Sequence[float]
 
     def to_json(self) -> dict[str, Json]:
-        """Return the scores as they stand in the results."""
+        """Return the scores as the results hold them."""
         return {
             "each": {name: one.to_json() for name, one in self.each.items()},
             "mean": score(self.per_fact).to_json(),
@@ -86,18 +87,18 @@ class Settings:
 
     Args:
         relations: Names of shipped facts.
-        facts: How many facts of each relation are used; None for all.
-        width: Of the model.
-        layers: Of the model.
-        heads: Of the model.
-        dropout: Of the model, in its own training.
-        epochs: How often the model reads the corpus.
+        facts: Maximum number of facts per relation; None for all.
+        width: Hidden size of the model.
+        layers: Number of layers of the model.
+        heads: Number of attention heads of the model.
+        dropout: Dropout of the model in its own training.
+        epochs: Passes of the model over the corpus.
         batch_size: Sentences per step.
         lr: Peak learning rate of the model's own training.
         object_masked_fraction: Share of the sentences in which the object is masked.
         words_masked_fraction: Share of all other tokens that is masked.
-        seed: Of the split, and of the model and its training.
-        prompt_seeds: How many prompts are learned for each relation.
+        seed: Seed of the split, of the model and of its training.
+        prompt_seeds: Number of prompts learned for each relation.
         template: The template to learn.
         prompt: Settings of P-tuning.
     """
@@ -120,13 +121,13 @@ class Settings:
 
 
 def load_wordings() -> tuple[dict[str, Wordings], list[str]]:
-    """Return each relation's wordings, and sentences that state none of the facts but use the same words."""
+    """Return the wordings of each relation, and sentences that use the same words and state no fact."""
     read = json.loads(WORDINGS.read_text(encoding="utf-8"))
     return read["relations"], read["other"]
 
 
 def load_facts(settings: Settings) -> dict[str, Records]:
-    """Return the shipped facts, the parts of each relation together: they are split anew here."""
+    """Return the shipped facts. The parts of each relation are joined, because this experiment splits them anew."""
     return {
         name: Records(
             [row for part in SPLITS for row in ptuning.load_records(f"{name}:{part}")][: settings.facts], name=name
@@ -136,7 +137,9 @@ def load_facts(settings: Settings) -> dict[str, Records]:
 
 
 def make_tokenizer(facts: Mapping[str, Records]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words in which each subject and object is one token, however many words it has."""
+    """Return a tokenizer of whole words in which each subject and each object is one token, even if it has several
+    words.
+    """
     wordings, other = load_wordings()
     splitter = pre_tokenizers.Whitespace()
     texts = [*other, *(text for one in wordings.values() for text in one["stated"])]
@@ -169,7 +172,7 @@ def make_tokenizer(facts: Mapping[str, Records]) -> PreTrainedTokenizerFast:
 
 
 def make_corpus(facts: Mapping[str, Records], tokenizer: PreTrainedTokenizerFast) -> list[Sentence]:
-    """Return every fact in every wording that is not held back, and the sentences that state none."""
+    """Return every fact in every wording that is not held back, and the sentences that state no fact."""
     wordings, other = load_wordings()
     text_tokenizer = TextTokenizer(tokenizer, max_tokens=CONTEXT_TOKENS)
     corpus = []
@@ -188,15 +191,8 @@ def make_corpus(facts: Mapping[str, Records], tokenizer: PreTrainedTokenizerFast
     return corpus
 
 
-def train_model(
-    corpus: Sequence[Sentence],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Settings,
-    *,
-    report: Callable[[str], None] | None = None,
-) -> BertForMaskedLM:
-    """Train a BERT from scratch to fill masks in the sentences of the corpus."""
-    torch.manual_seed(settings.seed)
+def new_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> BertForMaskedLM:
+    """Return an untrained BERT."""
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -212,10 +208,23 @@ def train_model(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    model.set_attn_implementation("eager")  # at this size twice as fast as the fused one
-    # Places weigh little at first: a model of this size finds the subject sooner by its word than by its place.
+    model.set_attn_implementation("eager")  # at this size twice as fast as fused attention
+    # Small position embeddings at first: a model of this size then finds the subject by its word, not by its position.
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight.mul_(0.1)
+    return model
+
+
+def train_model(
+    corpus: Sequence[Sentence],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    *,
+    report: Callable[[str], None] | None = None,
+) -> BertForMaskedLM:
+    """Train a BERT from scratch to fill masks in the sentences of the corpus."""
+    torch.manual_seed(settings.seed)
+    model = new_model(tokenizer, settings)
     draws = torch.Generator().manual_seed(settings.seed)
     steps_per_epoch = math.ceil(len(corpus) / settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01, fused=True)
@@ -230,13 +239,13 @@ def train_model(
             token_ids, is_token = padded(sentences)  # (B, T), (B, T)
             is_masked = masks(sentences, is_token, settings, draws=draws)  # (B, T)
             inputs = token_ids.masked_fill(is_masked, tokenizer.mask_token_id)  # (B, T)
-            # Sentences begin anywhere, as in a document, so that the model reads words and not places.
+            # Sentences begin at random positions, as in a document, so that the model does not learn from positions.
             starts = torch.randint(CONTEXT_TOKENS - token_ids.shape[1] + 1, (len(token_ids), 1), generator=draws)
             positions = starts + torch.arange(token_ids.shape[1])  # (B, T)
             hidden = model.bert(
                 input_ids=inputs, attention_mask=is_token.long(), position_ids=positions
             ).last_hidden_state  # (B, T, E)
-            # The head runs at the masks only: over all tokens it would cost more than the model.
+            # The head runs at the masks only; on all tokens it would cost more than the rest of the model.
             logits = model.cls(hidden[is_masked])  # (M, V)
             loss = cross_entropy(logits, token_ids[is_masked])
             optimizer.zero_grad()
@@ -261,7 +270,7 @@ def padded(sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
 
 
 def masks(sentences: Sequence[Sentence], is_token: Tensor, settings: Settings, *, draws: torch.Generator) -> Tensor:
-    """Draw what is masked, (B, T) bool: most objects, and some of the other tokens between the special ones."""
+    """Draw the masked tokens, (B, T) bool: most objects, and some of the other tokens. Special tokens stay."""
     rows = torch.arange(len(sentences))
     lengths = is_token.sum(dim=1)  # (B,)
     is_masked = is_token & (torch.rand(is_token.shape, generator=draws) < settings.words_masked_fraction)
@@ -269,7 +278,7 @@ def masks(sentences: Sequence[Sentence], is_token: Tensor, settings: Settings, *
     object_at = torch.tensor([sentence.object_at for sentence in sentences])
     stating = rows[object_at != NOWHERE]
     is_masked[stating, object_at[stating]] = torch.rand(len(stating), generator=draws) < settings.object_masked_fraction
-    # A sentence in which nothing is asked for teaches nothing: its first word is.
+    # A sentence without a mask would not contribute to the loss, so its first word is masked.
     is_masked[~is_masked.any(dim=1), 1] = True
     return is_masked
 
@@ -278,7 +287,7 @@ def hits(model: ptuning.PromptModel, prompt: ptuning.Prompt, facts: Records, *, 
     """Return 1.0 for each fact that the prompt recalls, else 0.0.
 
     Args:
-        model: The model that is asked.
+        model: The model to ask.
         prompt: A learned or a manual prompt.
         facts: N facts.
         closed: Choose among the objects of these facts instead of among all tokens.
@@ -304,8 +313,8 @@ def learn(backbone: Backbone, parts: Mapping[str, Records], settings: Settings, 
     Args:
         backbone: The frozen model.
         parts: ``train``, ``dev`` and ``test``.
-        settings: Of the experiment.
-        out: Where each seed's run is kept; None for nowhere.
+        settings: Settings of the experiment.
+        out: Folder for the run of each seed; None for nowhere.
     """
     rows, scores = [], {}
     for seed in range(settings.prompt_seeds):
@@ -323,7 +332,7 @@ def learn(backbone: Backbone, parts: Mapping[str, Records], settings: Settings, 
 
 
 def split(facts: Records, settings: Settings) -> dict[str, Records]:
-    """Divide the facts of a relation: half of them to learn a prompt from, with a part to choose by, half to test."""
+    """Split the facts of a relation: one half to test, the other to learn a prompt from and to choose by."""
     known, test = split_records(facts, fraction=TEST_FRACTION, seed=settings.seed)
     train, dev = split_records(known, fraction=DEV_FRACTION, seed=settings.seed)
     return {"train": train, "dev": dev, "test": test}
@@ -335,7 +344,7 @@ def run_relation(backbone: Backbone, facts: Records, settings: Settings, *, out:
     Args:
         backbone: The trained model.
         facts: All facts of the relation; the model has read all of them.
-        settings: Of the experiment.
+        settings: Settings of the experiment.
         out: Folder of the experiment.
     """
     parts = split(facts, settings)
@@ -400,7 +409,7 @@ def run(settings: Settings, *, out: Path, report: Callable[[str], None]) -> dict
 
 
 class ScoreJson(TypedDict):
-    """A score as it stands in the results."""
+    """A score in the results."""
 
     value: float
     low: float
@@ -409,7 +418,7 @@ class ScoreJson(TypedDict):
 
 
 class AskedJson(TypedDict):
-    """What several wordings or seeds recall, as it stands in the results."""
+    """The recall of several wordings or seeds in the results."""
 
     each: dict[str, ScoreJson]
     mean: ScoreJson
@@ -480,7 +489,7 @@ def main() -> None:
     """Parse the command line, run, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="new folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, model and its training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, model and training (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

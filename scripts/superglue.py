@@ -2,9 +2,9 @@
 
 Usage: python scripts/superglue.py RESULTS.JSON [RESULTS.JSON ...]
 
-Several results are those of different tasks, or of different methods on the same ones, with the same settings. Of a
-task and a method the last result counts, and what docs/superglue.json already holds of others stays. With no results
-the tables are made anew from it.
+Several results must have the same settings; they may cover different tasks, or different methods on the same tasks. For
+each task and method the last result counts; other entries of docs/superglue.json are kept. Without results, the tables
+are made again from docs/superglue.json.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ NAMES: Mapping[str, str] = {
     LEARNED: "P-tuning, frozen",
     LEARNED + ALONG["tuned"]: "P-tuning, tuned",
 }
-# Methods that come out the same whatever the seed; of others, fewer seeds than these are said so.
+# Methods that do not depend on the seed. For others, the tables name the number of seeds if it is below the least.
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
-# Tables of mean scores over those tasks on which all of some methods ran, by their names on the page.
+# Tables of mean scores over the tasks on which all of some methods ran: name on the page -> methods.
 PARTS: Mapping[str, Sequence[str]] = {
     "frozen": ("majority", "manual", "in-context", LEARNED),
     "trained": tuple(name for name in NAMES if name != "manual+fine-tuning"),
@@ -43,7 +43,7 @@ PARTS: Mapping[str, Sequence[str]] = {
 
 
 def main(files: Sequence[Path]) -> None:
-    """Write the figures, if results are given, and what is made of them."""
+    """Write the figures, if results are given, then the tables."""
     if files:
         known = read_figures(FIGURES) if FIGURES.exists() else {}
         write_figures(FIGURES, gathered(files, known))
@@ -56,11 +56,11 @@ def gathered(files: Sequence[Path], known: Figures) -> dict[str, dict[str, Any]]
     """Return task -> the number of reported rows and, for each method, its metrics and its score by seed.
 
     Args:
-        files: The results.
-        known: What is already known, which stays where no file says otherwise.
+        files: Files of results.
+        known: The figures so far. They stay unless a file has newer ones.
 
     Raises:
-        ValueError: If a task has not the same number of reported rows everywhere.
+        ValueError: If the number of reported rows of a task differs between files.
     """
     found: dict[str, dict[str, Any]] = {name: {**one, "methods": dict(one["methods"])} for name, one in known.items()}
     for path in files:
@@ -81,12 +81,12 @@ def gathered(files: Sequence[Path], known: Figures) -> dict[str, dict[str, Any]]
 
 
 def tables(tasks: Figures) -> dict[str, str]:
-    """Return the tables of the page by their names there."""
+    """Return name on the page -> table."""
     return {"each": each(tasks)} | {name: means(tasks, methods) for name, methods in PARTS.items()}
 
 
 def each(tasks: Figures) -> str:
-    """Return a table of every metric of every task: means over seeds with intervals and spread."""
+    """Return a table of every metric of every task: means over seeds, with intervals and spread."""
     lines = [f"| task | n | {' | '.join(NAMES.values())} |", "|---" * (2 + len(NAMES)) + "|"]
     for task, one in tasks.items():
         metrics = [name for name in in_order(one["methods"]["majority"]["metrics"]) if name != "score"]
@@ -98,7 +98,7 @@ def each(tasks: Figures) -> str:
 
 
 def written(name: str, method: Mapping[str, Any] | None, metric: str) -> str:
-    """Write one metric of one method: mean, interval, the spread over seeds, and how many where there are too few."""
+    """Write one metric of one method: mean, interval, spread over seeds, and the number of seeds if it is low."""
     if method is None:
         return ""
     found = method["metrics"][metric]
@@ -113,9 +113,9 @@ def written(name: str, method: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def means(tasks: Figures, methods: Sequence[str]) -> str:
-    """Return a table of mean scores over those tasks on which all of some methods ran.
+    """Return a table of mean scores over the tasks on which all of some methods ran.
 
-    The spread is that of the mean over tasks from seed to seed; the differences are paired by task.
+    The spread is the standard deviation, over seeds, of the mean over tasks. Differences are paired by task.
     """
     chosen = {task: one["methods"] for task, one in tasks.items() if all(name in one["methods"] for name in methods)}
     ahead_of = f"{NAMES[LEARNED]}, ahead by (95 % over tasks)"
@@ -143,7 +143,7 @@ def task_scores(chosen: Mapping[str, Mapping[str, Any]], method: str) -> list[fl
 
 
 def seed_means(chosen: Mapping[str, Mapping[str, Any]], method: str) -> list[float]:
-    """Return a method's mean over tasks for every seed that all tasks have."""
+    """Return a method's mean over tasks for each seed that all tasks have."""
     by_task = [methods[method]["scores"] for methods in chosen.values()]
     shared = [seed for seed in by_task[0] if all(seed in scores for scores in by_task)]
     return [statistics.mean(scores[seed] for scores in by_task) for seed in shared]

@@ -1,4 +1,16 @@
-"""The errors of the package: one base class and one subclass per stage. Knows no other module."""
+"""The errors of the package, one class for each thing that can be wrong.
+
+PTuningError
+├── FileError        a file or folder
+├── RecordError      a data file, or a record in it
+├── TemplateError    a template
+├── LabelWordError   label words
+├── TaskError        a task file
+├── BackboneError    a backbone
+├── PromptError      a prompt
+├── ConfigError      a setting
+└── TrainingError    a training run
+"""
 
 from __future__ import annotations
 
@@ -7,27 +19,27 @@ from collections.abc import Iterable
 
 
 class PTuningError(Exception):
-    """Base of every error that a user of ptuning can cause and mend.
+    """Base of every error that a user can cause and fix.
 
-    The message says what is wrong, with which value, where, and what to do. The command line prints it on one
-    screen without a traceback and ends with exit code 2.
+    The message says what is wrong, with which value, where, and what to do. The command line prints it without a
+    traceback and ends with exit code 2.
     """
 
 
 class FileError(PTuningError):
-    """A file or folder cannot be read or written: missing, in the way, cut off, or no room on disk."""
+    """A file or folder cannot be read or written: it is missing, taken or cut off, or the disk is full."""
 
 
 class RecordError(PTuningError):
-    """A data file or a record in it is not what the work needs."""
+    """A data file, or a record in it, cannot be used."""
 
 
 class TemplateError(PTuningError):
-    """A template is malformed, or does not fit the record or the context.
+    """A template is malformed, or does not fit a record or the backbone's context.
 
     Args:
         message: What is wrong and what to do.
-        pattern: The template as written; shown with a caret where ``column`` is given.
+        pattern: The template as written. It is shown with a caret if ``column`` is given.
         column: Zero-based column of the problem in ``pattern``.
     """
 
@@ -35,7 +47,7 @@ class TemplateError(PTuningError):
         self.pattern = pattern
         self.column = column
         if pattern is not None and column is not None:
-            # A pattern may hold line breaks; the caret must stand under the right character of one line.
+            # A pattern may have line breaks, and the caret needs a single line.
             shown = pattern.replace("\n", "\u23ce").replace("\t", " ")
             message = f"{message}\n  {shown}\n  {' ' * column}^ column {column + 1}"
         super().__init__(message)
@@ -46,7 +58,7 @@ class LabelWordError(PTuningError):
 
 
 class TaskError(PTuningError):
-    """A task file is malformed, or a row of a file is not what its task needs."""
+    """A task file is malformed, or there is no such task."""
 
 
 class BackboneError(PTuningError):
@@ -66,11 +78,11 @@ class TrainingError(PTuningError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to ``name``, or an empty string.
+    """Return " Did you mean 'x'?" for the known name most similar to ``name``, or an empty string.
 
     Args:
-        name: What the user wrote.
-        known: What could have been meant.
+        name: The unknown name.
+        known: All known names.
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""

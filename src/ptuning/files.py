@@ -39,7 +39,7 @@ SHOWN_CHARACTERS = 60  # of a wrong value in a message
 
 @dataclass(frozen=True)
 class Unchecked:
-    """A value from JSON or TOML that nobody has checked yet. Each method checks it and returns it with its type.
+    """A value from JSON or TOML before any check. Each method checks it and returns it with its type.
 
     Args:
         value: The value.
@@ -183,7 +183,7 @@ class Unchecked:
 
 
 def file_error(action: str, path: Path, error: OSError) -> FileError:
-    """Turn an operating system's error into one that says what to do."""
+    """Return an error of the operating system as one that says what to do."""
     reason = error.strerror or str(error)
     hint = "free some space or choose another folder" if "space" in reason.lower() else "check the path and its rights"
     return FileError(f"cannot {action} {path}: {reason}; {hint}")
@@ -191,11 +191,11 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file beside ``path`` to be written; it takes its place when the block ends well, so that a
-    reader or a kill never sees half of it.
+    """Yield a temporary path beside ``path``. It replaces ``path`` if the block succeeds, so that no reader, even after
+    a kill, finds half a file.
 
     Raises:
-        FileError: If it cannot be written; nothing is left behind.
+        FileError: If it cannot be written; no temporary file remains.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -211,27 +211,27 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole, as :func:`replacing` does.
+    """Write a file atomically, with :func:`replacing`.
 
     Raises:
-        FileError: If it cannot be written; nothing is left behind.
+        FileError: If it cannot be written; no temporary file remains.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file as :func:`write_bytes` does."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write indented JSON with a final line break, as :func:`write_bytes` does."""
+    """Write indented JSON with a final line break, atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Json]]) -> None:
-    """Write one JSON object per line, as :func:`write_bytes` does."""
+    """Write one JSON object per line (JSONL), atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -306,12 +306,12 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
 
 
 def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
-    """Remove what killed writers of this module left in a folder.
+    """Remove temporary files that killed processes left in a folder.
 
     Args:
-        folder: The folder, if there is one.
-        names: What they wrote: the beginnings of its names.
-        older_seconds: How old something must be to be nobody's.
+        folder: The folder; it may be missing.
+        names: Beginnings of the names of the files that were written.
+        older_seconds: Only files at least this old are removed; younger ones may still be in use.
     """
     beginnings = tuple(f".{name}" for name in names)
     for path in folder.glob(".*") if folder.is_dir() else ():
@@ -347,7 +347,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """Check that ``folder`` may be written: it does not exist, is empty, or ``overwrite`` is set.
 
     Raises:
-        FileError: If something stands there and ``overwrite`` is not set, or if it is no folder.
+        FileError: If it is a file, or it is not empty and ``overwrite`` is not set.
     """
     try:
         is_folder = folder.is_dir()
@@ -356,7 +356,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise file_error("write", folder, error) from error
     if in_the_way:
-        raise FileError(f"{folder} exists and is no folder; choose another output folder")
+        raise FileError(f"{folder} exists and is not a folder; choose another output folder")
     if not overwrite and not is_empty:
         raise FileError(
             f"{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or "
@@ -365,7 +365,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk that will hold ``folder`` has room, before any work is done.
+    """Check that the disk of ``folder`` has enough free space, before any work is done.
 
     Raises:
         FileError: If fewer than ``needed_bytes`` are free.
@@ -395,12 +395,12 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that takes its place when the block ends well.
+    """Yield a temporary folder beside ``folder``. It replaces ``folder`` if the block succeeds.
 
-    If the block raises, the temporary folder is removed and whatever stood at ``folder`` is untouched.
+    If the block raises, the temporary folder is removed and ``folder`` stays as it was.
 
     Raises:
-        FileError: If ``folder`` is taken and ``overwrite`` is not set, or if it cannot be written.
+        FileError: If ``folder`` is not empty and ``overwrite`` is not set, or if it cannot be written.
     """
     if folder.is_symlink():
         folder = folder.resolve()

@@ -1,4 +1,4 @@
-"""How long work reports its progress, and how it is asked to stop."""
+"""Callbacks of long work: its progress, and the exception with which it stops."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run is doing, for whoever shows it.
+    """The progress of a run, for a progress bar.
 
     Args:
-        stage: ``train``, ``dev``, ``cache`` for what stands in front of the slots, or ``epoch`` at the end of one.
-        done, total: Records read in this stage, tokens for ``cache``, or epochs.
-        note: A few words, such as the epoch and the loss so far.
+        stage: ``train``, ``dev``, ``cache`` (the KV cache of the text before the slots), or ``epoch`` at its end.
+        done, total: Records of this stage; tokens for ``cache``; epochs for ``epoch``.
+        note: A few words, such as the epoch and the loss.
     """
 
     stage: str
@@ -26,4 +26,4 @@ OnProgress = Callable[[Progress], None]
 
 
 class Interrupted(Exception):
-    """Training was asked to stop before its end; a checkpoint was written if there is a folder for it."""
+    """Training was asked to stop. It has written a checkpoint if there is a folder for it."""

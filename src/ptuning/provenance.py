@@ -1,4 +1,4 @@
-"""Where a result comes from: the versions of packages, and which data."""
+"""Where a result comes from: the versions of all packages that it depends on, and the data."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import Protocol
 VERSION = "0.1.0"
 
 
-class Part(Protocol):
-    """A part of the data: :class:`~ptuning.records.Records` or :class:`~ptuning.data.questions.Questions`."""
-
-    name: str
-    sha256: str
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
-
-
-def about_data(part: Part, **counts: int) -> dict[str, str | int]:
-    """Return what every record says about a part of the data: its name, its SHA-256, its rows, and more counts."""
-    return {"name": part.name, "sha256": part.sha256, "rows": len(part), **counts}
-
-
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     packages = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
     found = {name: metadata.version(name) for name in packages}
     return {"ptuning": VERSION, "python": platform.python_version(), **found}
+
+
+class Data(Protocol):
+    """Records or questions: rows with a name and a hash."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def sha256(self) -> str: ...  # noqa: D102
+    def __len__(self) -> int: ...
+
+
+def described(data: Data, **counts: int) -> dict[str, str | int]:
+    """Return the description of a part of the data for records: its name, hash and rows, then further counts."""
+    return {"name": data.name, "sha256": data.sha256, "rows": len(data), **counts}

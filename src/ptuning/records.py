@@ -1,8 +1,4 @@
-"""A record, the row of data that everything starts from: a mapping from field name to text.
-
-Here are the type, a list of records that knows where it came from, and the checks that records must pass. Reading
-files is the job of :mod:`ptuning.data`.
-"""
+"""A record, the row of data that everything starts from: a mapping from field name to text, and the checks for it."""
 
 from __future__ import annotations
 
@@ -13,22 +9,14 @@ from ptuning.errors import RecordError
 from ptuning.files import sha256
 
 Record = Mapping[str, str]
-
-
 TARGET_FIELD = "y"
-
-
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 
 
 class Records(list[Record]):
-    """A list of records that knows where it came from.
-
-    Args:
-        rows: The records.
-        name: The file's path as given, or ``NAME:split``, for ``run.json`` and messages.
-        digest: SHA-256 of the file's bytes; of the records' canonical JSON where there is no file.
+    """A list of records and where it came from: ``name`` is the path as given, ``NAME:split`` or ``in memory``,
+    ``sha256`` the hash of the file's bytes, or of the records' canonical JSON where there is no file.
     """
 
     def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:
@@ -50,11 +38,7 @@ def as_records(data: Sequence[Record]) -> Records:
 
 
 def check_text(text: str, *, where: str, what: str = "the row") -> None:
-    """Check that a text can be written and read by a tokenizer.
-
-    Raises:
-        RecordError: If it holds half a character, as broken JSON may.
-    """
+    """Raise a RecordError if a text holds half a character, as broken JSON may: no tokenizer or file takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,7 +49,7 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
     """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
 
     Raises:
-        RecordError: If the row is no mapping or a field name is not text.
+        RecordError: If the row is not a mapping or a field name is not text.
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
@@ -86,11 +70,7 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
 
 
 def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
-    """Check that every record has a target with text in it.
-
-    Raises:
-        RecordError: At the first record without one; it gives the record's number and its fields.
-    """
+    """Raise a RecordError at the first record without a target; it gives the record's number and its fields."""
     for number, record in enumerate(records, start=1):
         if not record.get(field, "").strip():
             raise RecordError(

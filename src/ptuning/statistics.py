@@ -37,7 +37,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Ratios:
-    """The terms of a score that is not a mean over rows: the mean over K classes of a ratio of sums over G rows (F1).
+    """A score that is the mean over K classes of a ratio of sums over G rows (F1), rather than a mean over rows.
 
     Args:
         over: (G, K) numerators, summed over the rows.
@@ -68,11 +68,7 @@ def rows_of(values: Values) -> int:
 
 
 def value_of(values: Values) -> float:
-    """Return a score.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
+    """Return a score; raise a ValueError if there are no rows."""
     if isinstance(values, Ratios | Blend):
         import numpy as np
 
@@ -83,7 +79,7 @@ def value_of(values: Values) -> float:
 
 
 def summary(seeds: Sequence[Values]) -> Score:
-    """Return the mean of a score over trainings, with a 95 % interval over the rows that all of them answered."""
+    """Return a score's mean over trainings, with a 95 % interval over the rows that all of them answered."""
     import numpy as np
 
     if not any(isinstance(values, Ratios | Blend) for values in seeds):
@@ -94,9 +90,7 @@ def summary(seeds: Sequence[Values]) -> Score:
 
 
 def difference(left: Sequence[Values], right: Sequence[Values]) -> Score:
-    """Return the difference of two methods' scores on the same rows, each a mean over its trainings, with the 95 %
-    interval of the paired difference.
-    """
+    """Return the difference of two methods' mean scores on the same rows, with the 95 % interval of the paired one."""
     import numpy as np
 
     if not any(isinstance(values, Ratios | Blend) for values in (*left, *right)):
@@ -136,16 +130,12 @@ def _over(values: Values, weights: np.ndarray) -> np.ndarray:
     return kept
 
 
-def _resampled(
-    compute: Callable[[np.ndarray], np.ndarray], rows: int, bounds: tuple[float, float], *, seed: int = 0
-) -> Score:
-    """Return a score with a bootstrap interval over rows: percentiles, or for few rows Student's interval with the
-    bootstrap's standard error.
-    """
+def _resampled(compute: Callable[[np.ndarray], np.ndarray], rows: int, bounds: tuple[float, float]) -> Score:
+    """Return a score with a bootstrap interval over rows; for few rows, Student's with the bootstrap's error."""
     import numpy as np
 
     value = float(compute(np.ones((1, rows)))[0])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     found: list[float] = []
     while len(found) < BOOTSTRAP_RESAMPLES:
         count = min(max(1, BOOTSTRAP_BATCH_VALUES // rows), BOOTSTRAP_RESAMPLES - len(found))
@@ -165,19 +155,10 @@ def _students(mean: float, error: float, n: int, bounds: tuple[float, float]) ->
 
 
 def score(values: Sequence[float], *, seed: int = 0) -> Score:
-    """Return the mean of per-row values with a 95 % interval.
+    """Return the mean of per-row values with a 95 % interval; raise a ValueError if there are none.
 
     Zeros and ones are a proportion and get Wilson's interval, which is not empty even at 0 of 20, where a bootstrap
-    would be certain. Other values get the interval of :func:`mean_score`.
-
-    Args:
-        values: One value per row, at least one.
-        seed: Seed of the bootstrap.
-
-    Raises:
-        ValueError: If ``values`` is empty.
-
-    Source: Wilson (1927), through ``scipy.stats``.
+    would be certain. Other values get that of :func:`mean_score`. Source: Wilson (1927), through ``scipy.stats``.
     """
     import numpy as np
     from scipy import stats  # takes half a second to load
@@ -189,30 +170,13 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
     return Score(float(array.mean()), float(interval.low), float(interval.high), len(array))
 
 
-def mean_score(values: Sequence[float], *, seed: int = 0) -> Score:
-    """Return the mean of scores that are not just zeros and ones, such as a mean over relations, with a 95 % interval:
-    percentiles of a bootstrap, or Student's interval for fewer than :data:`FEW_VALUES` values.
-
-    Args:
-        values: At least one; the interval of a single value, or of equal ones, is that value.
-        seed: Seed of the bootstrap.
-
-    Raises:
-        ValueError: If ``values`` is empty.
+def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_BOUNDS, seed: int = 0) -> Score:
+    """Return the mean of scores other than zeros and ones, such as a mean over relations, with a 95 % interval:
+    percentiles of a seeded bootstrap, or Student's interval for fewer than :data:`FEW_VALUES` values. The interval of a
+    single value, or of equal ones, is that value; no values are a ValueError.
 
     Sources: Efron and Tibshirani (1993) and Student (1908), through ``scipy.stats``.
     """
-    return _mean(values, SCORE_BOUNDS, seed)
-
-
-def mean_difference(values: Sequence[float], *, seed: int = 0) -> Score:
-    """Return the mean difference between two methods on the same rows or tasks, with an interval as that of
-    :func:`mean_score`.
-    """
-    return _mean(values, DIFFERENCE_BOUNDS, seed)
-
-
-def _mean(values: Sequence[float], bounds: tuple[float, float], seed: int) -> Score:
     import numpy as np
     from scipy import stats
 
@@ -234,6 +198,11 @@ def _mean(values: Sequence[float], bounds: tuple[float, float], seed: int) -> Sc
     return Score(mean, float(found.low), float(found.high), len(array))
 
 
+def mean_difference(values: Sequence[float]) -> Score:
+    """Return the mean difference of two methods on the same rows or tasks; the interval is :func:`mean_score`'s."""
+    return mean_score(values, bounds=DIFFERENCE_BOUNDS)
+
+
 def _array(values: Sequence[float]) -> np.ndarray:
     import numpy as np
 
@@ -243,11 +212,7 @@ def _array(values: Sequence[float]) -> np.ndarray:
 
 
 def majority(targets: Sequence[str]) -> str:
-    """Return the most frequent target, and the first in alphabetical order of equally frequent ones.
-
-    Raises:
-        ValueError: If ``targets`` is empty.
-    """
+    """Return the most frequent target, and of equally frequent ones the first in alphabetical order."""
     if not targets:
         raise ValueError("a majority needs at least one target")
     return min(Counter(targets).items(), key=lambda pair: (-pair[1], pair[0]))[0]
@@ -268,10 +233,7 @@ def grouped(values: Sequence[float] | Ratios, groups: Sequence[str]) -> Ratios:
 
 
 def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return Spearman's rank correlation; None where all values of one side are equal.
-
-    Source: Spearman (1904), through ``scipy.stats``.
-    """
+    """Return Spearman's (1904) rank correlation; None where all values of one side are equal."""
     from scipy import stats
 
     if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:

@@ -331,9 +331,9 @@ def test_fingerprint_knows_weights_and_not_dtypes(model_folder: Callable[[str], 
         ("/no/such/folder", "no such backbone folder: '/no/such/folder'; known names: smollm2-135m"),
         ("./missing", "no such backbone folder: './missing'"),
         ("", "no such backbone folder: ''"),
-        ("owner/model-that-is-nowhere", "is no folder, not in the hub's cache, and the hub is switched off"),
-        ("owner/smollm2-135m", "is no folder, not in the hub's cache, and the hub is switched off"),
-        ("not a hub id!", "is no folder"),
+        ("owner/model-that-is-nowhere", "is not a folder, not in the hub's cache, and the hub is switched off"),
+        ("owner/smollm2-135m", "is not a folder, not in the hub's cache, and the hub is switched off"),
+        ("not a hub id!", "is not a folder"),
     ],
 )
 def test_a_backbone_that_does_not_exist(name: str, message: str) -> None:
@@ -360,7 +360,7 @@ def test_the_hub_is_asked_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     """A folder of something else is told from a backbone."""
-    with pytest.raises(BackboneError, match=r"is no backbone: it has no config.json"):
+    with pytest.raises(BackboneError, match=r"is not a backbone: it has no config.json"):
         load_backbone(str(tmp_path))
 
 
@@ -484,5 +484,5 @@ def test_a_model_that_reads_ahead_is_refused(head: str, sizes: Mapping[str, int]
             weight.mul_(5.0)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="lets a position see what stands behind it"):
+    with pytest.raises(BackboneError, match="lets a position see later tokens"):
         load_backbone(str(tmp_path))

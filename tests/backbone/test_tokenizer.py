@@ -157,7 +157,7 @@ def test_what_a_decoder_starts_with() -> None:
     assert decoder_start(Named(decoder_start_token_id=2), Named(decoder_start_token_id=3)) == (3,)
     assert decoder_start(Named(bos_token_id=5), Named(forced_bos_token_id=7)) == (5, 7)
     assert decoder_start(Named(is_encoder_decoder=False), None) == ()
-    with pytest.raises(BackboneError, match=r"names no decoder_start_token_id.*write it into config.json"):
+    with pytest.raises(BackboneError, match=r"has no decoder_start_token_id.*add it to config.json"):
         decoder_start(Named(), Named())
 
 

@@ -25,8 +25,7 @@ import safetensors.torch
 
 import ptuning.backbone.loading
 from ptuning import Prompt
-from ptuning.cli import app, terminal
-from ptuning.data.reading import shipped_facts
+from ptuning.cli import app, prompts, terminal
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
@@ -545,7 +544,7 @@ def test_predict_a_text(run_folder: Path) -> None:
 def test_predict_records_from_a_file_and_from_the_input(
     run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "PREDICTED_ROWS", 3)  # so that the four records take two steps
+    monkeypatch.setattr(prompts, "PREDICTED_ROWS", 3)  # so that the four records take two steps
     from_file = works("predict", run_folder, "--data", data / "dev.jsonl", "--json")
     from_input = works("predict", run_folder, "--data", "-", "--json", stdin=(data / "dev.jsonl").read_bytes())
     assert from_file == from_input
@@ -634,52 +633,6 @@ def test_inspect_keeps_tokens_with_spaces_on_one_line(run_folder: Path) -> None:
     for slot in found["slots"]:
         for near in slot["nearest_by_cosine"][:3]:
             assert f"{terminal.quoted(near['token'])} {near['similarity']:.2f} " in printed
-
-
-def test_template_show_with_a_record(llama: str) -> None:
-    args = ("template", "show", WARM, "--backbone", llama, "--record", '{"x": "Kenya", "y": "Nairobi"}')
-    rows = json.loads(works(*args, "--json"))
-    assert set(rows[0]) == {"position", "part", "token_id", "token"}
-    assert [row["position"] for row in rows] == list(range(len(rows)))
-    parts = [row["part"] for row in rows]
-    assert parts[:5] == ["special", "slot", "slot", "slot", "field x"]
-    assert "".join(row["token"] for row in rows if row["part"] == "field x") == " Kenya"
-    assert "".join(row["token"] for row in rows if row["part"] == "target") == " Nairobi"
-    printed = works(*args)
-    assert "' capital' (start)" in printed
-    assert "field x" in printed
-
-
-def test_template_show_without_a_record_fills_in_the_names(bert: str) -> None:
-    template = "[P*2] {question} [P] answer: [Y] ."
-    rows = json.loads(works("template", "show", template, "--backbone", bert, "--json"))
-    assert [row["part"] for row in rows].count("slot") == 3
-    assert {row["token_id"] for row in rows if row["part"] == "slot"} == {None}
-    assert "".join(row["token"] for row in rows if row["part"] == "field question") == "question"
-    assert "random start" in works("template", "show", template, "--backbone", bert)
-
-
-def test_template_show_does_not_load_the_weights(llama: str, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    assert "special" in works("template", "show", WARM, "--backbone", "model")
-
-
-def test_data_lists_the_shipped_facts() -> None:
-    printed = works("data")
-    for name, entry in shipped_facts().items():
-        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
-        assert str(entry["manual"]) in line  # whole, for copying
-        assert str(entry["about"]) in line
-
-
-@pytest.mark.parametrize(
-    ("args", "split"),
-    [(["capitals"], "train"), (["capitals", "--split", "dev"], "dev"), (["capitals:test"], "test")],
-)
-def test_data_prints_facts_as_jsonl(args: list[str], split: str) -> None:
-    printed = [json.loads(line) for line in works("data", *args).splitlines()]
-    assert printed == list(ptuning.load_records(f"capitals:{split}"))
 
 
 def test_results_fit_into_80_columns(run_folder: Path, label_run: Path, data: Path, llama: str) -> None:
@@ -809,13 +762,13 @@ def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ("positive=great;negative=great", ["the word 'great' stands twice", "'positive' and 'negative'"]),
-        ("positive=great,great;negative=bad", ["the word 'great' stands twice"]),
+        ("positive=great;negative=great", ["the word 'great' is given twice", "'positive' and 'negative'"]),
+        ("positive=great,great;negative=bad", ["the word 'great' is given twice"]),
         ("positive=great;negative=great\u200b", ["have the same token ids", "'positive'", "'negative'"]),
         ("positive=great", ["at least two labels", "negative=terrible"]),
         ("positive;negative=bad", ["'positive' have no '='"]),
         ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
-        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is none of the labels positive, bad"]),
+        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is not one of the labels positive, bad"]),
         ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),
     ],
 )
@@ -878,7 +831,7 @@ BACKBONES = {
     "smollm2": ["no such backbone: smollm2. Did you mean 'smollm2-135m'?"],
     "./nowhere": ["no such backbone folder: './nowhere'", "known names: smollm2-135m", "a folder written by"],
     "someone/nothing": ["no such backbone: 'someone/nothing'", "known names: smollm2-135m", "a folder written by"],
-    ".": [". is no backbone: it has no config.json", "save_pretrained"],
+    ".": [". is not a backbone: it has no config.json", "save_pretrained"],
     "": ["no such backbone", "known names: smollm2-135m"],
 }
 
@@ -904,7 +857,7 @@ def test_an_output_folder_that_exists(llama: str, data: Path) -> None:
     fails("train", *args, says=["out exists and is not empty", "--overwrite"])
     shutil.rmtree("out")
     Path("out").write_text("mine", encoding="utf-8")
-    fails("train", *args, "--overwrite", says=["out exists and is no folder"])
+    fails("train", *args, "--overwrite", says=["out exists and is not a folder"])
 
 
 def test_resuming_with_other_settings(run_folder: Path, llama: str, data: Path) -> None:
@@ -1051,26 +1004,7 @@ def test_bad_candidates(file: str, content: bytes | None, says: list[str], run_f
 
 
 def test_bad_input_of_inspect(llama: str) -> None:
-    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to look into"])
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        ([WARM, "--record", '{"x": "Ke'], ["--record, line 1: not a JSON object"]),
-        ([WARM, "--record", "[1]"], ["--record, line 1: a record must be an object"]),
-        ([WARM, "--record", ""], ["--record takes one JSON object"]),
-        ([WARM, "--record", '{"z": "a"}'], ["no field 'x'", "its fields: z"]),
-        (["[P:The] [X", "--record", '{"x": "a"}'], ["unclosed bracket", "^ column 9"]),
-    ],
-)
-def test_bad_input_of_template_show(args: list[str], says: list[str], llama: str) -> None:
-    fails("template", "show", *args, "--backbone", llama, says=says)
-
-
-def test_bad_input_of_data() -> None:
-    fails("data", "captials", says=["no shipped facts named 'captials:train'. Did you mean 'capitals'?"])
-    fails("data", "capitals", "--split", "tests", says=["train, dev, test, not 'tests'"])
+    fails("inspect", "manual:[X] is [Y]", "--backbone", llama, says=["has no slots to inspect"])
 
 
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
@@ -1209,13 +1143,3 @@ def test_ctrl_c_while_a_backbone_loads(data: Path, monkeypatch: pytest.MonkeyPat
     done = call("train", "--data", data / "train.jsonl", "--template", WARM, "--backbone", "any", "--out", "out")
     assert (done.code, done.out, done.err) == (130, "", "stopped; nothing was written\n")
     assert not Path("out").exists()
-
-
-def test_the_table_of_backbones() -> None:
-    """For people the columns that fit, for programs all, with what is tested."""
-    shown = works("backbones")
-    assert all(name in shown for name in ("LLaMA", "XLNet", "permuted", "encoder-decoder", "fills masks"))
-    rows = {row["head"]: row for row in json.loads(works("backbones", "--json"))}
-    assert rows["T5ForConditionalGeneration"]["slots"] == "on either side"
-    assert rows["LlamaForCausalLM"]["shared_prefix"] is True
-    assert "identity" in rows["BertForMaskedLM"]["tested"]

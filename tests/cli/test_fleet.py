@@ -88,7 +88,7 @@ def test_a_finished_fleet_takes_further_prompts_in(llama: str) -> None:
         ('data = "kinds.jsonl"', 'data = "kind.jsonl"', ["prompt 'kinds'", "kind.jsonl"]),
         ('manual = "[X] is [Y] ."', "", ["prompt 'facts-seed=0'", "template", "manual"]),
         ('manual = "[X] is [Y] ."', 'manual = "[X] is"', ["prompt 'facts-seed=0'", "[Y]"]),
-        ('bad = "no"', "bad = 3", ["prompt 'kinds'", "labels.bad is 3"]),
+        ('bad = "no"', "bad = 3", ["prompt 'kinds'", "'labels.bad' must be a list of texts", "is 3"]),
         ("epochs = 1", 'tune = "lora"', ["prompt 'facts-seed=0'", "frozen backbone"]),
         ('name = "kinds"', 'name = "a/b"', ["a/b", "folder"]),
     ],

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from ptuning.data.task_files import shipped_names
+from ptuning.cli import tasks
+from ptuning.data.task_check import Findings
+from ptuning.data.task_files import load_task, shipped_names, shipped_tasks
 from ptuning.prompt.prompt import Prompt
 from tests.cli.test_app import QUICK, call, fails, works
+from tests.cli.test_experiments import printed as printed
 
 TASK = """
 name = "moods"
@@ -189,3 +192,29 @@ def test_bad_input(llama: str) -> None:
     write_lines(Path("d/moods/train.jsonl"), [{"text": "a", "label": 2}])
     fails("train", *task, *out, says=["d/moods/train.jsonl, line 1: the label is '2'", "0, 1"])
     fails("predict", "manual:[X] [Y]", "a", "--calibrate", "--backbone", llama, says=["--calibrate is for label words"])
+
+
+def test_the_list_names_each_task_with_its_kind_of_answers(printed: Callable[[], tuple[str, str]]) -> None:
+    tasks.show_list(shipped_tasks())
+    out, _ = printed()
+    for task in shipped_tasks():
+        assert any(line.startswith(task.name) for line in out.splitlines())
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert [load_task(name).answer_space.described for name in ("COPA", "topic")] == ["own choices", "6 labels"]
+
+
+def test_a_task_is_shown_with_its_file(printed: Callable[[], tuple[str, str]]) -> None:
+    task = load_task("RTE")
+    tasks.show_file(task)
+    out, _ = printed()
+    assert task.text.strip() in out
+    assert f"pattern 2  manual   {task.manual[1]}" in out
+    assert f"           learned  {task.learned[1]}" in out
+
+
+def test_facts_are_results_and_doubts_are_warnings(printed: Callable[[], tuple[str, str]]) -> None:
+    tasks.show_findings(load_task("RTE"), Findings(("train: 3 rows",), ("odd",), ("bad",)))
+    out, err = printed()
+    assert "RTE, version 1: 2 labels, 2 patterns" in out
+    assert "  train: 3 rows" in out
+    assert err.strip() == "warning: odd"

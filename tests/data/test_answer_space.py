@@ -52,7 +52,7 @@ def test_scoring_changes_only_where_it_is_asked_for() -> None:
 
 def test_questions_that_cannot_be_answered() -> None:
     wrong = Questions([ROW, Question({"x": "it", "y": "ugly"})], name="d.jsonl")
-    with pytest.raises(RecordError, match=r"d.jsonl, record 2: 'ugly' is none of the labels good, bad"):
+    with pytest.raises(RecordError, match=r"d.jsonl, record 2: 'ugly' is not one of the labels good, bad"):
         LABELS.check(wrong)
     LABELS.check(wrong, labelled=False)
     with pytest.raises(RecordError, match=r"d.jsonl, row 1 has no choices to choose among; read the rows with their"):

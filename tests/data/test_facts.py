@@ -1,4 +1,4 @@
-"""The shipped facts: what they promise to whoever reads them, and that the script still builds exactly them."""
+"""The shipped facts: their format and splits, and that the script still builds exactly them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Phrases that a pronoun could stand for."""
+"""Noun phrases: candidates for what a pronoun refers to."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
         ('version = "1"', "", "the key 'version' is missing"),
         ('"1"', "1", "'version' must be text in quotation marks, and is 1"),
         ("[labels]", "[labels", "is not a valid TOML file"),
-        ('["poor"]', '["great"]', "the word 'great' stands twice"),
+        ('["poor"]', '["great"]', "the word 'great' is given twice"),
         ('["poor"]', "[]", "label 'bad' has no name, no word"),
         ('["poor"]', "3", "'labels.bad' must be a list of texts"),
         ('bad = ["poor"]', "", "at least two labels"),

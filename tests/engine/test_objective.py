@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.data.questions import Question, Questions
+from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import (
     Choice,
     Item,
     Scored,
     candidate_item,
-    choice_items,
     class_scores,
     hits,
     inputs_of,
-    label_items,
     loss,
     loss_count,
+    question_items,
     score_choices,
     share_inputs,
 )
@@ -156,7 +157,7 @@ def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
     """Label words: the log of the mean probability of a label's words, several words and tokens each."""
     rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
     scoring = Scoring("mean" if normalise == "mean" else "sum")
-    items = label_items(bound(backbone, TEMPLATE), rows, WORDS, scoring=scoring)
+    items = question_items(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS, scoring=scoring))
     assert [item.answers for item in items] == [(1,), (0,), (2,)]
     scored = scored_by(backbone, items)
     found = class_scores(items, scored)
@@ -177,7 +178,7 @@ def test_class_scores_equal_a_loop(backbone: Backbone, normalise: str) -> None:
 def test_label_loss_is_the_cross_entropy_over_classes(backbone: Backbone) -> None:
     """Counted in items; hits follow the likeliest class."""
     rows = as_records([{**record, "y": label} for record, label in zip(RECORDS, ["bad", "good", "none"], strict=False)])
-    items = label_items(bound(backbone, TEMPLATE), rows, WORDS)
+    items = question_items(bound(backbone, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
     scored = scored_by(backbone, items)
     scores = class_scores(items, scored).double()
     expected = sum(float(scores[row].logsumexp(0) - scores[row, gold]) for row, gold in enumerate((1, 0, 2)))
@@ -191,11 +192,12 @@ def test_a_label_that_is_none_of_the_labels(causal: Backbone) -> None:
     """The error names the record and the labels."""
     rows = as_records([{"x": "a", "y": "goood"}])
     with pytest.raises(
-        RecordError, match=r"record 1: 'goood' is none of the labels good, bad, none. Did you mean 'good'"
+        RecordError, match=r"record 1: 'goood' is not one of the labels good, bad, none. Did you mean 'good'"
     ):
-        label_items(bound(causal, TEMPLATE), rows, WORDS)
+        question_items(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
 
 
+CHOICES = AnswerSpace(own_choices=True)
 QUESTIONS = Questions(
     [
         Question(RECORDS[0], ("yes", "no", "a good film and a bad one"), (1,)),
@@ -224,7 +226,7 @@ def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate:
     """Rows with different numbers of choices, of one and of several tokens, some with several right ones; calibrated by
     a record without content."""
     scoring = Scoring("mean" if mean else "sum", calibrate)
-    items = choice_items(bound(backbone, TEMPLATE), QUESTIONS, scoring=scoring)
+    items = question_items(bound(backbone, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=scoring))
     scored = scored_by(backbone, items)
     found = class_scores(items, scored)
     assert found.shape == (3, 4)
@@ -244,7 +246,7 @@ def test_choices_of_rows_equal_a_loop(backbone: Backbone, mean: bool, calibrate:
 
 def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> None:
     """Classes that an item does not have are minus infinity, and no gradient may become a NaN from them."""
-    items = choice_items(bound(causal, TEMPLATE), QUESTIONS, scoring=Scoring(calibrate=True))
+    items = question_items(bound(causal, TEMPLATE), QUESTIONS, replace(CHOICES, scoring=Scoring(calibrate=True)))
     vectors = vectors_of(causal).requires_grad_(True)
     value, _ = loss(items, score_choices(items, target_logits(causal, inputs_of(items), Learned(vectors))))
     value.backward()
@@ -256,7 +258,7 @@ def test_the_loss_of_ragged_choices_has_whole_gradients(causal: Backbone) -> Non
 def test_equal_numbers_of_words_score_as_before_by_the_bit(causal: Backbone) -> None:
     """Label words of every item: the log of the mean over one table, without any padding."""
     rows = as_records([{**record, "y": "bad"} for record in RECORDS])
-    items = label_items(bound(causal, TEMPLATE), rows, WORDS)
+    items = question_items(bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS))
     scored = scored_by(causal, items)
     classes = torch.tensor(items[0].classes)
     members = torch.arange(3)[:, None] == classes
@@ -271,7 +273,9 @@ def test_fields_that_hold_no_content_stay_in_an_empty_record() -> None:
 
 def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
     rows = as_records([{**record, "y": "bad"} for record in RECORDS])
-    items = label_items(bound(causal, TEMPLATE), rows, WORDS, scoring=Scoring(calibrate=True))
+    items = question_items(
+        bound(causal, TEMPLATE), as_questions(rows), AnswerSpace(WORDS, scoring=Scoring(calibrate=True))
+    )
     last = [item.inputs[item.empty[0].input] for item in items]
     assert all(one is last[0] for one in last)
     assert all(len(item.empty) == len(item.choices) for item in items)
@@ -280,9 +284,9 @@ def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
 def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbone) -> None:
     asked = Questions([*QUESTIONS, Question({"y": "a"}, ("a", "b"), (0,))], name="f.jsonl")
     with pytest.raises(TemplateError, match=r"no field 'x' in f.jsonl, record 4, answer 1"):
-        choice_items(bound(causal, TEMPLATE), asked)
+        question_items(bound(causal, TEMPLATE), asked, CHOICES)
     with pytest.raises(RecordError, match="in memory, row 2 has no choices"):
-        choice_items(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]))
+        question_items(bound(causal, TEMPLATE), Questions([QUESTIONS[0], Question({"x": "a", "y": "b"})]), CHOICES)
 
 
 def test_gradients_reach_the_logits_of_every_scored_token() -> None:

@@ -78,11 +78,11 @@ def test_targets_of_any_length(data: Path, causal: Backbone) -> None:
 
 def test_a_vocabulary_restricts_facts_and_answers(data: Path, causal: Backbone) -> None:
     words = ("yes", "good", "one", "a good film")
-    found = job(data, causal, vocabulary="words.txt", words=words)
+    found = job(data, causal, vocabulary=words)
     assert {row["y"] for row in everything(found)} == {"yes", "good"}
     assert found.info["dropped"] == {"object is not one token of the vocabulary": 15}
     assert found.task.vocabulary == words
-    found = job(data, causal, vocabulary="words.txt", words=words, targets="any")
+    found = job(data, causal, vocabulary=words, targets="any")
     assert {row["y"] for row in everything(found)} == {"yes", "good", "a good film"}
     assert found.info["dropped"] == {"object is not in the vocabulary": 10}
     found = job(data, causal, vocabulary="objects")

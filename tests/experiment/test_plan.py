@@ -144,7 +144,7 @@ def test_a_folder_that_is_no_folder_of_results(causal: Backbone, tmp_path: Path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileError, match="holds files, but no results of a comparison"):
         run(causal, tmp_path)
-    with pytest.raises(FileError, match="is no folder"):
+    with pytest.raises(FileError, match="is not a folder"):
         run(causal, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

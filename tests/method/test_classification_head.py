@@ -193,5 +193,5 @@ def test_other_kinds_learn_all_they_are_shown(family: str) -> None:
 def test_a_body_that_hides_its_states(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in causal.model.modules():
         module._forward_hooks.clear()
-    with pytest.raises(BackboneError, match=r"does not show the hidden states .* leave fine-tuning out"):
+    with pytest.raises(BackboneError, match=r"does not return the hidden states .* leave fine-tuning out"):
         with_head(causal, 2, seed=0)

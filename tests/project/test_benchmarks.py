@@ -15,8 +15,10 @@ import torch
 from benchmarks import common, goals, material, peer, picture, report, run, scaling, scores
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.questions import as_questions
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import label_items
+from ptuning.engine.objective import question_items
 from ptuning.engine.passes import target_logits
 from ptuning.records import as_records
 from ptuning.template.labels import LabelWords
@@ -296,7 +298,7 @@ def test_the_peer_reads_the_tokens_that_we_read(causal: Backbone) -> None:
 def test_the_peer_learns_the_right_label(causal: Backbone) -> None:
     words = LabelWords({"good": ("great",), "bad": ("terrible film",)})
     records = as_records([{"text": "the movie was", "y": "bad"}, {"text": "a film", "y": "good"}])
-    items = label_items(bound(causal, "{text} is [Y]"), records, words)
+    items = question_items(bound(causal, "{text} is [Y]"), as_questions(records), AnswerSpace(words))
     read = [causal.tokenizer.decode(row.ids[-row.scored :]) for row in peer.rows_of(items)]
     assert [text.strip() for text in read] == ["terrible film", "great"]
 

@@ -1,5 +1,4 @@
-"""Converting LAMA's other layouts: the package reads the same relations from what the script writes, and names the
-script to whoever has one of these layouts."""
+"""Other layouts of LAMA's data: the package names the script that converts them, and reads what it writes."""
 
 from __future__ import annotations
 

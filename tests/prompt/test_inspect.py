@@ -102,7 +102,7 @@ def test_without_data_there_are_no_scores(causal: Backbone) -> None:
 
 def test_a_manual_prompt_has_nothing_inside(causal: Backbone) -> None:
     """An error says so, instead of an empty table."""
-    with pytest.raises(PromptError, match="a manual prompt has no slots to look into"):
+    with pytest.raises(PromptError, match="a manual prompt has no slots to inspect"):
         inspect_prompt(causal, Prompt.manual("[X] [Y]"))
 
 

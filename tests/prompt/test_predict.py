@@ -406,7 +406,7 @@ def test_zero_records(backbone: Backbone) -> None:
         (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
         (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "it must be sum or mean"),
-        (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' stands twice"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' is given twice"),
         (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, [p]), PromptError, "1 prompts for 5 records"),
@@ -456,7 +456,7 @@ def test_a_target_in_front(backbone: Backbone) -> None:
     model = PromptModel(backbone)
     rows: list[Record] = [{"x": "Kenya", "y": "yes"}]
     if backbone.kind == "causal" and not backbone.tokenizer.prefix_ids:
-        with pytest.raises(TemplateError, match=r"a causal model needs something in front of \[Y\]"):
+        with pytest.raises(TemplateError, match=r"a causal model needs something before \[Y\]"):
             model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))
         return
     assert model.predict(rows, Prompt.manual("[Y] is the capital of [X]"))[0].text is not None

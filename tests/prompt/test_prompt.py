@@ -212,7 +212,7 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
     ("changes", "message"),
     [
         ({"format_version": 3}, r"format version 3, and this ptuning reads 1 and 2; update ptuning"),
-        ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be an object"),
+        ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be a table"),
         ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
         ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),
         ({"slots": "3"}, r"wrong shape"),
@@ -229,7 +229,7 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
         ({"label_words": {"a": ["great"]}}, r"prompt.json is damaged: label words need at least two labels"),
         ({"seed": "one"}, r"prompt.json is damaged: 'seed' must be a whole number"),
         ({"target_tokens": "many"}, r"prompt.json is damaged: 'target_tokens' must be a whole number"),
-        ({"scores": {"accuracy": "high"}}, r"prompt.json is damaged: could not convert"),
+        ({"scores": {"accuracy": "high"}}, r"prompt.json is damaged: 'scores.accuracy' must be a number"),
     ],
 )
 def test_a_changed_manifest(saved: Path, changes: dict[str, object], message: str) -> None:

@@ -16,7 +16,7 @@ from ptuning.report.results_file import (
     Agreement,
     Cell,
     CellRecord,
-    Choice,
+    ChosenSetting,
     MethodInfo,
     RelationWordings,
     Results,
@@ -42,7 +42,7 @@ ALL = Results(
             [Wording("[X] is [Y]", {"manual": SCORE})], {"manual": WordingSpread(0.5, 0.5, 0.0, None, 1)}
         )
     },
-    agreement=Agreement([Choice("CB", "p-tuning", 1, dev=0.5, test=0.25)], None, 0.25),
+    agreement=Agreement([ChosenSetting("CB", "p-tuning", 1, dev=0.5, test=0.25)], None, 0.25),
     warnings=[TrainingWarning("CB", "p-tuning", 1, text="stopped")],
     cells=[
         CellRecord("CB", "p-tuning", 1, "done", {"accuracy": 0.5}, 8, 2.5, 4, Cell("CB", "p-tuning", 1).folder, None),

@@ -333,7 +333,7 @@ def test_a_causal_model_does_not_and_says_so_once(
         bound = gpt2.bind("{dropped notice} [Y] and on")
         gpt2.bind("{dropped notice} [Y] and on")
     assert [record.message for record in caplog.records] == [
-        "a causal model cannot see what stands behind [Y]; dropped 'and on' from '{dropped notice} [Y]'"
+        "a causal model cannot see what comes after [Y]; dropped 'and on' from '{dropped notice} [Y]'"
     ]
     assert caplog.records[0].levelno == logging.WARNING
     assert str(bound.template) == "{dropped notice} [Y]"
@@ -348,7 +348,7 @@ def test_a_decoder_does_not_either(families: dict[str, Family], caplog: pytest.L
         template = Template.parse("{dropped word} [>] [Y] and on")
         BoundTemplate(template, tokenizer=families["gpt2"].tokenizer, kind="encoder-decoder")
     assert [record.message for record in caplog.records] == [
-        "a decoder cannot see what stands behind [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
+        "a decoder cannot see what comes after [Y]; dropped 'and on' from '{dropped word} [>] [Y]'"
     ]
 
 
@@ -571,7 +571,7 @@ def test_a_target_without_tokens_is_refused(families: dict[str, Family]) -> None
 
 def test_a_causal_model_needs_something_in_front_of_the_target(families: dict[str, Family]) -> None:
     """GPT-2 has no BOS: there is no position whose logits could score the first token."""
-    with pytest.raises(TemplateError, match="needs something in front of ") as caught:
+    with pytest.raises(TemplateError, match="needs something before ") as caught:
         families["gpt2"].bind("{x}[Y]").examples([{"x": "", "y": "is"}])
     assert caught.value.column == len("[X]")
     assert families["llama"].bind("[Y]").examples([{"y": "a"}])[0].logit_positions == (0,)

@@ -52,11 +52,11 @@ def test_label_words_are_read(text: str) -> None:
         ("", r'label words need at least two labels, as in "positive=great,good;negative=terrible"'),
         ("positive=great", "label words need at least two labels"),
         ("positive;negative=terrible", r"label words 'positive' have no '='; write them as in \"positive="),
-        ("a=great;b=bad;a=good", "label 'a' stands twice in the label words"),
+        ("a=great;b=bad;a=good", "label 'a' is given twice in the label words"),
         ("a=great;b=", "label 'b' has no name, no word or an empty one; write"),
         ("a=great,;b=bad", "label 'a' has no name, no word or an empty one"),
         ("=great;b=bad", "label '' has no name, no word or an empty one"),
-        ("a=great,good;b=bad,good", "the word 'good' stands twice, for 'a' and 'b'; each label needs words of its own"),
+        ("a=great,good;b=bad,good", "the word 'good' is given twice, for 'a' and 'b'; each label needs its own words"),
     ],
 )
 def test_what_is_wrong_with_label_words_is_said(text: str, message: str) -> None:
@@ -76,9 +76,9 @@ def test_a_records_label_is_known_by_its_name() -> None:
     with pytest.raises(RecordError) as caught:
         WORDS.check_records(Records([{"y": "negative"}, {"y": "postive"}], name="a.jsonl"))
     assert str(caught.value) == (
-        "a.jsonl, record 2: 'postive' is none of the labels positive, negative. Did you mean 'positive'?"
+        "a.jsonl, record 2: 'postive' is not one of the labels positive, negative. Did you mean 'positive'?"
     )
-    with pytest.raises(RecordError, match="here: '' is none of the labels"):
+    with pytest.raises(RecordError, match="here: '' is not one of the labels"):
         WORDS.label_of({}, where="here")
 
 

@@ -118,7 +118,7 @@ def problem_of(pattern: str) -> TemplateError | None:
         ("", 0, "a template needs one [Y]"),
         ("[Y] and [Y]", 8, "exactly one [Y], this one has two or more"),
         ("[X] [>] a [>] [Y]", 10, "a template turns to the decoder's side once, this one has two or more [>]"),
-        ("[X] [Y] [>]", 8, "[>] stands behind [Y], but the target is always on the decoder's side"),
+        ("[X] [Y] [>]", 8, "[>] comes after [Y], but the target is always on the decoder's side"),
         ("[X] {y} [Y]", 4, "{y} would show the target to the model"),
         ("{y!} [Y]", 0, "{y} would show the target to the model"),
         (
@@ -141,11 +141,11 @@ def problem_of(pattern: str) -> TemplateError | None:
         ("a [P:words", 2, "unclosed bracket; expected ] after the words of [P:words]"),
         ("a [P:words]]", 2, "unclosed bracket; expected ] after the words of [P:words]"),
         ("a {x [Y]", 2, "unclosed brace; expected {field} or {field!}, and {{ for a literal brace"),
-        ("a {} [Y]", 2, "a field's name stands in braces; expected {field} or {field!}"),
-        ("a { x} [Y]", 2, "a field's name stands in braces"),
-        ("a {!} [Y]", 2, "a field's name stands in braces"),
-        ("a {b[c} [Y]", 2, "a field's name stands in braces"),
-        ("a {b{c} [Y]", 2, "a field's name stands in braces"),
+        ("a {} [Y]", 2, "a field's name goes in braces; expected {field} or {field!}"),
+        ("a { x} [Y]", 2, "a field's name goes in braces"),
+        ("a {!} [Y]", 2, "a field's name goes in braces"),
+        ("a {b[c} [Y]", 2, "a field's name goes in braces"),
+        ("a {b{c} [Y]", 2, "a field's name goes in braces"),
     ],
 )
 def test_an_error_shows_the_pattern_with_a_caret_and_what_was_expected(pattern: str, column: int, message: str) -> None:

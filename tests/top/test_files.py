@@ -106,7 +106,7 @@ def test_check_free(tmp_path: Path) -> None:
     ):
         files.check_free(full, overwrite=False)
     for overwrite in (False, True):
-        with pytest.raises(FileError, match="file exists and is no folder; choose another output folder"):
+        with pytest.raises(FileError, match="file exists and is not a folder; choose another output folder"):
             files.check_free(file, overwrite=overwrite)
     with pytest.raises(FileError, match="File name too long"):
         files.check_free(tmp_path / ("x" * 300), overwrite=False)

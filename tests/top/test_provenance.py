@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ptuning.provenance import VERSION, about_data, versions
+from ptuning.provenance import VERSION, described, versions
 from ptuning.records import Records
 
 
 def test_a_part_of_the_data_is_described_in_one_way() -> None:
     part = Records([{"x": "a", "y": "b"}], name="facts:dev", digest="00")
-    assert list(about_data(part, kept=1).items()) == [
+    assert list(described(part, kept=1).items()) == [
         ("name", "facts:dev"), ("sha256", "00"), ("rows", 1), ("kept", 1)
     ]  # fmt: skip
 

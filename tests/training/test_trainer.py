@@ -22,10 +22,12 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
+from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.questions import as_questions
 from ptuning.engine import evaluate, prefix_cache
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, label_items, loss, loss_count, score_choices
+from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
@@ -33,7 +35,7 @@ from ptuning.files import Json
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
-from ptuning.records import Record, as_records
+from ptuning.records import Record
 from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
@@ -257,7 +259,7 @@ def test_a_rule_is_learned_with_label_words(family: str) -> None:
         {"x": f"{word} {name}", "y": label} for word, label in (("great", "good"), ("bad", "bad")) for name in names
     ]
     backbone, template = teachable(family), "[P*4] [X] [P*4] [Y]"
-    items = label_items(bound(backbone, template), as_records(rows), words)
+    items = question_items(bound(backbone, template), as_questions(rows), AnswerSpace(words))
     found = learn(backbone, template, items, enough=lambda found: found.state.best_score > 0.95)
     assert found.state.start["dev_score"] < 0.95
     assert found.state.best_loss < found.state.start["dev_loss"]
@@ -821,7 +823,7 @@ def test_a_damaged_file_of_the_best_weights(causal: Backbone, tmp_path: Path) ->
     again.load()
     again.config = TrainConfig.from_json({**FAST, "tune": "tuned", "patience": 1})
     again._consider = lambda *_, **__: None  # type: ignore[method-assign]  # nothing better is found any more
-    with pytest.raises(TrainingError, match=r"best-.* is no whole safetensors file .*; start anew with --overwrite"):
+    with pytest.raises(TrainingError, match=r"best-.* is not a whole safetensors file .*; start anew with --overwrite"):
         fit(again)
 
 

@@ -1,6 +1,4 @@
-"""The language model: load, freeze, embed, run. The one module that knows transformers' models; knows no templates'
-pieces, no prompts and no training.
-"""
+"""The language model: freeze, copy, embed, run."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How many values of each weight go into the fingerprint besides the whole embedding table.
+# Number of values of each weight in the fingerprint, besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
 
 
 class TableStatistics(NamedTuple):
-    """Of the embeddings of all tokens: mean and standard deviation, (E,) float32 on the CPU, and mean norm."""
+    """Mean and standard deviation of the embeddings of all tokens, (E,) float32 on the CPU, and their mean norm."""
 
     mean: Tensor
     std: Tensor
@@ -42,12 +40,12 @@ class Backbone:
 
     Args:
         model: A language model of transformers with its head: causal, masked, permuted or encoder-decoder.
-        tokenizer: The tokenizer of the model; it is copied, not changed.
-        name: Known name, folder or hub id, for the record.
+        tokenizer: The tokenizer of the model; a copy of it is used.
+        name: Its known name, folder or hub id, for records and messages.
         revision: Commit of the hub, or None.
 
     Raises:
-        BackboneError: If the model is no language model, or if its inputs cannot be embeddings.
+        BackboneError: If the model is not a language model, or does not take embeddings as input.
     """
 
     trained: object | None = None  # the trained weights that were put into it, if any
@@ -67,12 +65,12 @@ class Backbone:
             decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
         )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
-        # Either may be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
+        # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding table lies."""
+        """The device of the embedding table."""
         return self._table_weight.device
 
     @property
@@ -82,21 +80,21 @@ class Backbone:
 
     @property
     def parameters(self) -> int:
-        """Number of weights, tied ones counted once."""
+        """Number of weights; tied weights count once."""
         return sum(weight.numel() for weight in self.model.parameters())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Two halves of 16 hexadecimal digits: the embedding table, and samples of every weight.
+        """Hash of the embedding table and hash of samples of every weight, 16 hexadecimal digits each.
 
-        Values are hashed as bfloat16, so that the same weights loaded as float32 have the same fingerprint.
+        Values are hashed as bfloat16, so that the fingerprint is the same in float32 and bfloat16.
         """
         table = _as_bfloat16_bytes(self._table_weight)
         samples = []
         for weight in self.model.parameters():
             step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
             samples.append(sha256(_as_bfloat16_bytes(weight.detach().reshape(-1)[::step])))
-        # Sorted digests, since the names and the order of weights differ between releases of transformers.
+        # Sorted, since the names and the order of weights differ between releases of transformers.
         return f"{sha256(table)[:16]}-{sha256(''.join(sorted(samples)).encode())[:16]}"
 
     @property
@@ -104,7 +102,7 @@ class Backbone:
         return self.table_of(self.model.get_encoder() if self.kind == "encoder-decoder" else self.model)
 
     def table_of(self, part: PreTrainedModel) -> nn.Module:
-        """Return the embedding table that the model, or its encoder or decoder, reads; the model's if it names none."""
+        """Return the embedding table of the model, or of its encoder or decoder if that has its own."""
         source = part if hasattr(part, "get_input_embeddings") else self.model
         return source.get_input_embeddings()
 
@@ -121,7 +119,7 @@ class Backbone:
         return len(self._table_weight)
 
     def to_json(self) -> dict[str, str | int | None]:
-        """Return what identifies the backbone, as it stands in the record of a run."""
+        """Return what identifies the backbone, for the record of a run."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -131,19 +129,19 @@ class Backbone:
         }
 
     def freeze(self) -> None:
-        """Put the model into evaluation mode and stop its weights from taking gradients."""
+        """Put the model into evaluation mode, and turn off gradients for all weights."""
         self.model.eval()
         self.model.requires_grad_(False)
 
     def thaw(self, weights: Iterable[nn.Parameter]) -> None:
-        """Put the model into training mode, its own dropout included, and let some weights take gradients."""
+        """Put the model into training mode (its own dropout is on), and turn on gradients for some weights."""
         self.model.train()
         for weight in weights:
             weight.requires_grad_(True)
 
     def copy(self, *, share: bool = False) -> Backbone:
-        """Return a frozen backbone of its own, to be trained: with the same weights in float32, or (``share``) with
-        modules of its own around the very same weights, for others to be put beside them.
+        """Return a frozen copy to train: with its own weights in float32, or (``share``) with the same tensors in new
+        modules, to which adapters can be added.
         """
         other = copy.copy(self)
         for name in ("fingerprint", "trained", "table_statistics"):
@@ -156,21 +154,21 @@ class Backbone:
     @property
     @torch.no_grad()
     def hidden_width(self) -> int:
-        """Width of the hidden states that a head reads, found by running three tokens."""
+        """Width of the hidden states that a classification head reads. Found by running three tokens."""
         other = self.copy(share=True)
         other.put_head(nn.Identity())
         return beside_pads(other).shape[-1]
 
     def put_head(self, head: nn.Module) -> None:
-        """Let a head read the hidden states at asked positions in the place of the language model's.
+        """Replace the language-model head: ``head`` reads the hidden states at the asked positions.
 
         Args:
-            head: (N, H) hidden states -> (N, K) logits, which :meth:`run` then returns.
+            head: (N, H) hidden states -> (N, K) logits; :meth:`run` then returns these.
         """
         self.model.add_module(HEAD, head)
 
     def with_random_weights(self, *, seed: int) -> Backbone:
-        """Return a frozen backbone of the same architecture that has learned nothing.
+        """Return a frozen backbone of the same architecture with random weights.
 
         Source: Zhong et al. (2021), section 3 (random controls).
         """
@@ -186,10 +184,10 @@ class Backbone:
     @functools.cached_property
     @torch.no_grad()
     def shares_prefix(self) -> bool:
-        """Whether rows may stand behind one row's keys and values (:meth:`run_prefix`).
+        """Whether rows can continue from a KV cache that they share (:meth:`run_prefix`).
 
-        Only a causal model whose cache is nothing but the keys and values of every token, in every layer: no sliding
-        window, no state of a recurrent layer, nothing quantised. Found by running one token.
+        True for a causal model whose cache holds the keys and values of every token in every layer, and nothing else:
+        no sliding window, no recurrent state, no quantisation. Found by running one token.
         """
         import transformers
 
@@ -206,15 +204,15 @@ class Backbone:
     @functools.cached_property
     @torch.no_grad()
     def pads_left(self) -> bool:
-        """Whether pads may stand in front of a row: not where positions are counted from the first pad (BART), nor
-        where a recurrent state reads every column (RWKV). Found by running one row with pads and without.
+        """Whether rows can have pads on the left. They cannot if positions count from the first pad (BART), or if a
+        recurrent state reads every column (RWKV). Found by running one row with pads and without.
         """
         if self.kind == "encoder-decoder":
             return False
         return same_logits(self, beside_pads(self, left=0), beside_pads(self, left=2))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Return what the model sees for token ids, through its own embedding call (scaled where the model scales).
+        """Return the embeddings of token ids by the model's own call (scaled if the model scales them).
 
         Args:
             token_ids: (B, T) int64.
@@ -224,7 +222,7 @@ class Backbone:
         """
         embedded = self._embedding(token_ids)
         if not isinstance(embedded, Tensor):
-            what = f"the input embeddings of {type(self.model).__name__} are no tensor ({type(embedded).__name__})"
+            what = f"the input embeddings of {type(self.model).__name__} are not a tensor ({type(embedded).__name__})"
             raise BackboneError(f"{self.name}: {what}, so slots cannot be filled; use another language model")
         return embedded
 
@@ -235,7 +233,7 @@ class Backbone:
 
     @functools.cached_property
     def table_statistics(self) -> TableStatistics:
-        """What random slots start around, and how far a slot may move; a pass over the whole table."""
+        """Statistics of the table: random slots start around the mean, and the norm bounds how far a slot moves."""
         table = self.table()
         return TableStatistics(table.mean(dim=0).cpu(), table.std(dim=0).cpu(), float(table.norm(dim=-1).mean()))
 
@@ -257,15 +255,16 @@ class Backbone:
             embeddings: (B, T, E).
             mask: (B, T_all) int64; 1 at tokens, remembered ones included.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
-            rows: (N,) int64; in which rows logits are wanted, row by row.
-            cols: (N,) int64; and in which columns.
-            encoder_tokens: How many leading columns an encoder reads; the decoder reads the others.
-            memory: What is kept of earlier tokens; of an encoder's as well, so that only the decoder's are given.
-            keep: Whether to return what the next call needs.
+            rows: (N,) int64; the rows of the wanted logits, in order.
+            cols: (N,) int64; their columns.
+            encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
+            memory: KV cache of earlier tokens. With an encoder it includes the encoder's output, and ``embeddings``
+                holds only the decoder's new tokens.
+            keep: Whether to return the KV cache for the next call.
 
         Returns:
-            (N, V) float32 logits over the tokenizer's vocabulary (a table may be padded beyond it), or (N, K) of
-            another head (:meth:`put_head`); and the memory if asked for and the model keeps one.
+            (N, V) float32 logits over the tokenizer's vocabulary (the padding of the table is cut off), or (N, K) of
+            another head (:meth:`put_head`); and the KV cache, if asked for and if the model has one.
         """
         logits, memory = self._forward(
             self.model,
@@ -282,9 +281,9 @@ class Backbone:
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
-        """Run once what B rows begin with, for a model that :attr:`shares_prefix`.
+        """Run a prefix of B rows once, for a model that :attr:`shares_prefix`.
 
-        Gradients flow through the cache as through any other activation.
+        Gradients flow through the KV cache as through any other activation.
 
         Args:
             embeddings: (1, T, E); every position is a token or a slot.
@@ -292,7 +291,7 @@ class Backbone:
             rows: Number of rows B.
 
         Returns:
-            Keys and values of T tokens for B rows, as views of the one row's: nothing is copied here.
+            KV cache of T tokens for B rows, as views of one row's: nothing is copied.
         """
         memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)
         for layer in memory.cache.layers:
@@ -301,11 +300,11 @@ class Backbone:
         return memory
 
     def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
-        """Run rows for their keys and values alone, for a model that :attr:`shares_prefix`.
+        """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`.
 
         Args:
             embeddings: (B, T, E).
-            mask: (B, T) int64; pads stand behind, where they reach nothing.
+            mask: (B, T) int64; pads on the right, where no token attends to them.
             positions: (B, T) int64; as for :meth:`run`.
         """
         memory = self._remember(embeddings, mask=mask, positions=positions)
@@ -313,7 +312,7 @@ class Backbone:
         return memory
 
     def _remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory | None:
-        """Run rows for their memory alone: one logit is read, since a head may not take nothing at all."""
+        """Run rows for their KV cache alone. One logit is computed, since a head may fail on no position at all."""
         start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
         _, memory = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep=True)
         return memory
@@ -325,7 +324,7 @@ def _as_bfloat16_bytes(weight: Tensor) -> bytes:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars and notices while ptuning shows its own."""
+    """Silence transformers' progress bars and notices; ptuning shows its own."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -342,7 +341,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
-    """Turn what a model raises where it is run into an error that says what it cannot do, and what to do."""
+    """Turn any error of a model that is run into one that says what the model cannot do, and what to do."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -351,7 +350,7 @@ def running(what: str, *, do: str = "use another language model") -> Iterator[No
 
 
 def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
-    """Return the logits at the last token of a row (of a decoder's only token), (1, V), with pads beside it."""
+    """Return the logits at the last token of a row (or the decoder's only token), (1, V), with pads beside the row."""
     ids = nn.functional.pad(probe_ids(backbone)[None], (left, right))  # (1, T)
     mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
     positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
@@ -371,14 +370,14 @@ def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
 
 
 def probe_ids(backbone: Backbone) -> Tensor:
-    """Return three token ids, (3,); none is what the model itself takes for a pad."""
+    """Return three token ids, (3,), without the model's own pad token."""
     padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)
     usable = [token for token in range(min(6, backbone.embedding_rows)) if token != padding]
     return torch.tensor(usable[-3:], device=backbone.device)
 
 
 def same_logits(backbone: Backbone, one: Tensor, other: Tensor) -> bool:
-    """Whether logits are equal up to what another order of sums makes in the backbone's type."""
+    """Whether logits are equal up to rounding in the backbone's dtype."""
     tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
     scale = max(1.0, float(one.abs().max()))
     return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

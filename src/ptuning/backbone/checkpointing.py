@@ -1,5 +1,6 @@
-"""Activation checkpointing: what a layer computes is dropped after the forward pass, and computed again when gradients
-flow back through it. Works on any model with a list of layers; knows no training loop.
+"""Activation checkpointing for any model with a list of layers.
+
+A layer's activations are dropped after the forward pass, and computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ptuning.errors import TrainingError
 
-# Layers run so far in this thread's pass; None where layers are to run as they always do.
+# Layers run so far in this thread's pass; None outside of a block that recomputes.
 _runs: ContextVar[list[nn.Module] | None] = ContextVar("ptuning_recompute", default=None)
-# Layer -> how many passes have its forward replaced now, and the one it had of its own, if any.
+# Layer -> number of blocks that replace its forward now, and the forward that was set on it before, if any.
 _replaced: MutableMapping[nn.Module, tuple[int, Callable[..., object] | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model, in order: what its outermost lists of modules hold.
+    """Return the layers of a model, in order: the members of its outermost lists of modules.
 
     Example:
         >>> blocks = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])) for _ in range(2)])
@@ -36,7 +37,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     for child in model.children():
-        # A list of lists (Funnel) is no layer, but holds some.
+        # A list of lists (Funnel) is not a layer, but holds some.
         inside = (
             [one for one in child if not isinstance(one, nn.ModuleList)] if isinstance(child, nn.ModuleList) else []
         )
@@ -46,14 +47,14 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, *, name: str) -> Iterator[None]:
-    """Let each layer of a model drop what it computes, in this thread and block; the backward pass, which may come
-    later, runs it again: the same numbers with less memory, for one more forward pass.
+    """Checkpoint the activations of each layer, for forward passes in this thread and block.
 
-    Transformers' own switch does nothing in evaluation mode, in which a frozen backbone stays, and drops the keys and
-    values that rows stand behind.
+    The backward pass, which may come after the block, runs each layer again: the same numbers with less memory, at the
+    price of one more forward pass. Transformers' own switch does nothing in evaluation mode, in which a frozen backbone
+    stays, and it drops the KV cache that rows continue from.
 
     Args:
-        model: The model; whoever else runs it at the same time sees nothing of this.
+        model: The model; other threads that run it at the same time are not affected.
         name: What to call it in messages.
 
     Raises:
@@ -83,7 +84,7 @@ def _replace(layers: list[nn.Module]) -> None:
             count, own = _replaced.get(layer, (0, layer.__dict__.get("forward")))
             _replaced[layer] = count + 1, own
             if not count:
-                # A method, so that a copy made of the layer in this moment runs itself.
+                # A method, so that a copy of the layer made now runs itself.
                 layer.forward = MethodType(_forward, layer)
 
 
@@ -100,7 +101,7 @@ def _restore(layers: list[nn.Module]) -> None:
 
 
 def _forward(layer: nn.Module, *args: object, **named: object) -> object:
-    """Run a layer, and drop what it computes if this thread is to."""
+    """Run a layer; drop its activations if this thread recomputes."""
     own = _replaced.get(layer, (0, None))[1]
     forward = own or MethodType(type(layer).forward, layer)
     seen = _runs.get()
@@ -108,13 +109,15 @@ def _forward(layer: nn.Module, *args: object, **named: object) -> object:
     if seen is None or not tensors or not torch.is_grad_enabled():
         return forward(*args, **named)
     seen.append(layer)
-    # The tensor only says on which device random numbers are drawn.
+    # The tensor only names the device on which random numbers are drawn.
     return checkpoint(_Run(forward, args, named), tensors[0], use_reentrant=False)
 
 
 class _Run:
-    """A layer's forward pass, which may be taken again: what it wrote into a cache of keys and values is then written
-    into a copy of the cache as it was before. Nothing of the cache is kept but what this layer found in it.
+    """A layer's forward pass, which can run again.
+
+    The first run writes into the KV cache. Further runs write into a copy of the cache as it was before. Of that, only
+    this layer's own entries are kept.
     """
 
     def __init__(self, forward: Callable[..., object], args: tuple[object, ...], named: dict[str, object]) -> None:
@@ -134,13 +137,13 @@ class _Run:
 
 
 def _is_cache(value: object) -> bool:
-    """Whether it is a cache of transformers, which changes as layers run."""
+    """Whether it is a KV cache of transformers, which changes as layers run."""
     return callable(getattr(value, "update", None)) and callable(getattr(value, "reorder_cache", None))
 
 
 def _state(cache: object) -> dict[str, Any]:
-    """Return what a cache consists of, unchanged when it changes: attributes of layers, the same of caches inside it,
-    and copies of its notes.
+    """Return the state of a cache, unaffected by later changes: attributes of its layers, the states of caches inside
+    it, and copies of its dicts.
     """
     found: dict[str, Any] = {}
     for name, value in vars(cache).items():
@@ -154,7 +157,7 @@ def _state(cache: object) -> dict[str, Any]:
 
 
 def _as_it_was(cache: object, state: dict[str, Any]) -> object:
-    """Return a copy of a cache with the layers that changed since as they were, and nothing in the place of others."""
+    """Return a copy of a cache in which the layers that changed since are as before, and the others are None."""
     found = copy.copy(cache)
     for name, before in state.items():
         now = vars(cache)[name]

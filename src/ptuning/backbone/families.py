@@ -1,4 +1,4 @@
-"""The families of backbones and what each supports, as the tests found it. Loads no model."""
+"""The families of backbones and what each supports, as found by the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import resources
 
 from ptuning.files import Json
 
-# What a family is tried with (tests/test_families.py), for each row of the table.
+# What the tests try with every family (tests/backbone/test_families.py).
 TESTED = (
     "identity",
     "alone or in company",
@@ -29,15 +29,15 @@ class Family:
     """A family of language models.
 
     Args:
-        family: What it is called.
+        family: Its name.
         head: The class in transformers.
         kind: ``causal``, ``masked``, ``permuted`` or ``encoder-decoder``.
-        listed: Whether something was done for it; the others work because they are asked what they need.
-        slots: Where slots may stand.
+        listed: Whether the package has code for it; the others work because loading finds out what they need.
+        slots: Where slots can be.
         answers: Whether it writes answers or fills masks.
-        shared_prefix: Whether what the rows of a batch begin with runs once.
-        own_width: Whether slots have another width than the layers (ELECTRA).
-        pads: On which side of a row pads may stand; nobody needs to care.
+        shared_prefix: Whether a prefix that the rows of a batch share runs once.
+        own_width: Whether slots have a different width than the layers (ELECTRA).
+        pads: Which side of a row takes pads; for information only.
         note: What is special about it.
     """
 
@@ -54,12 +54,12 @@ class Family:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What stands under :data:`COLUMNS`."""
+        """The cells of its row, under :data:`COLUMNS`."""
         shared = "yes" if self.shared_prefix else "no"
         return (self.family, self.head, self.kind, self.slots, self.answers, shared, self.pads, self.note)
 
     def to_json(self) -> dict[str, Json]:
-        """Return the row as it stands in the package's data file."""
+        """Return the row as the package's data file holds it."""
         return dataclasses.asdict(self)
 
 

@@ -1,6 +1,4 @@
-"""One forward pass: what a model of each kind is given, and logits at the asked positions only. Knows no tokenizer and
-no templates.
-"""
+"""One forward pass: the inputs of a model by its kind, and logits at the asked positions only."""
 
 from __future__ import annotations
 
@@ -21,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import Cache, DynamicLayer, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutput
 
-# The module of a model that reads its hidden states where its own head would, if there is one.
+# The module that replaces a model's own head, if there is one.
 HEAD = "classification_head"
-# What a model must take as input, and what is wrong with one that does not.
+# The inputs that a model must take, and what goes wrong without them.
 NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
 NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
     "causal": NEEDED,
@@ -39,12 +37,12 @@ NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
 
 @dataclass
 class Memory:
-    """What a model keeps of the earlier tokens of B rows for the next call.
+    """The KV cache of B rows, for the next call.
 
     Args:
-        cache: Keys and values.
-        encoded: What the encoder made of its side, if there is one: an output with a (B, T_encoder, H) hidden state.
-        encoded_mask: (B, T_encoder) int64; 1 at its tokens.
+        cache: Keys and values of earlier tokens.
+        encoded: The output of the encoder, if there is one, with a (B, T_encoder, H) hidden state.
+        encoded_mask: (B, T_encoder) int64; 1 at the tokens of the encoder's side.
     """
 
     cache: Cache
@@ -53,7 +51,7 @@ class Memory:
 
     @classmethod
     def of(cls, layers: Sequence[tuple[Tensor, Tensor]]) -> Memory:
-        """Return the memory of given keys and values, one pair of (B, heads, T, D) for each layer."""
+        """Return the memory for given keys and values, one pair of (B, heads, T, D) per layer."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -63,12 +61,12 @@ class Memory:
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values, one pair of (B, heads, T, D) for each layer, of a cache that is nothing but those."""
+        """Keys and values, one pair of (B, heads, T, D) per layer, for a cache that holds nothing else."""
         layers = cast("Sequence[DynamicLayer]", self.cache.layers)
         return [(layer.keys, layer.values) for layer in layers]  # type: ignore[misc]  # all were filled
 
     def reorder(self, rows: Tensor) -> None:
-        """Let row i hold what row ``rows[i]`` held, in place (to repeat rows, or to follow beams)."""
+        """Replace row i by row ``rows[i]``, in place (to repeat rows, or to follow beams)."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do
         if self.encoded is not None and self.encoded_mask is not None:
             self.encoded = type(self.encoded)(last_hidden_state=self.encoded["last_hidden_state"][rows])
@@ -77,9 +75,7 @@ class Memory:
 
 @dataclass
 class _Asked:
-    """The positions of one forward pass whose logits are wanted, (N,) int64 each, and the hidden states there, (N, H),
-    once a hook took them.
-    """
+    """The wanted positions, (N,) int64 each, and, after a hook has run, the hidden states there, (N, H)."""
 
     rows: Tensor
     cols: Tensor
@@ -90,15 +86,15 @@ _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
 
 class Forward:
-    """How a model is run, asked of its class and its config once.
+    """Runs a model of any kind. What the model takes is read from its class and its config, once.
 
     Args:
         model: A language model of transformers with its head.
         kind: What kind of language model it is.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Raises:
-        BackboneError: If it lacks an input that its kind needs.
+        BackboneError: If it does not take an input that its kind needs.
     """
 
     def __init__(self, model: PreTrainedModel, *, kind: Kind, name: str) -> None:
@@ -112,9 +108,9 @@ class Forward:
         self._name = name
         self.first_position = _first_position(model)
         self._takes_positions = "position_ids" in accepted
-        # A model without a table of segments (GPT-2, XLM) would add the embedding of the word with the segment's id.
+        # A model without a segment table (GPT-2, XLM) would add the embedding of the word with the segment's id.
         self._takes_segments = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
-        # The head reads the body, or (OPT, encoder-decoder models) calls the decoder inside of it.
+        # The head reads the body, or (OPT, encoder-decoder models) the decoder inside of it.
         if kind == "encoder-decoder":
             bodies = {model.get_decoder()}
         else:
@@ -139,24 +135,22 @@ class Forward:
     ) -> tuple[Tensor, Memory | None]:
         """Run the model, or a copy of it; as :meth:`ptuning.backbone.backbone.Backbone.run`.
 
-        A head that was put beside the model's own reads what the body makes of the asked positions: nothing of what
-        language models do to hidden states or logits on the way to words (T5's scale, BART's bias per word), and a
-        permuted model sees the asked positions like all others, since there is nothing to predict.
+        A classification head reads the body's hidden states directly, without what language models do to them on the
+        way to words (T5's scale, BART's bias per word). A permuted model then sees the asked positions like all others,
+        since there is nothing to predict.
 
         Raises:
-            BackboneError: If there is such a head, and the body does not show its hidden states.
+            BackboneError: If there is a classification head, and the body does not return its hidden states.
 
         Source: docs/decisions.md, decision 6 (a hook on the body gathers before the head runs).
         """
-        inputs: dict[str, object]
+        encoded = encoded_mask = None
         if self.kind == "encoder-decoder":
-            encoded: BaseModelOutput | None
-            encoded_mask: Tensor | None
             if memory is None:
                 encoded, encoded_mask = _encode(model, embeddings[:, :encoder_tokens], mask[:, :encoder_tokens])
             else:
                 encoded, encoded_mask = memory.encoded, memory.encoded_mask
-            inputs = {
+            inputs: dict[str, object] = {
                 "encoder_outputs": encoded,
                 "attention_mask": encoded_mask,
                 "decoder_inputs_embeds": embeddings[:, encoder_tokens:],
@@ -174,45 +168,48 @@ class Forward:
                 "use_cache": keep or memory is not None,
                 "past_key_values": None if memory is None else memory.cache,
             }
+        logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
+        if cache is None or not keep:
+            return logits, None
+        if memory is None:
+            return logits, Memory(cache, encoded, encoded_mask)
+        memory.cache = cache
+        return logits, memory
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, object], embeddings: Tensor, asked: _Asked
+    ) -> tuple[Tensor, Cache | None]:
+        """Return the logits at the asked positions, (N, V) or (N, K) float32, and the KV cache if the model has one."""
         head = getattr(model, HEAD, None)
         if self.kind == "permuted" and head is None:
-            hidden, mapping, cols = _asked_targets(embeddings, rows, cols)
+            hidden, mapping, asked.cols = _asked_targets(embeddings, asked.rows, asked.cols)
             inputs |= {"perm_mask": hidden, "target_mapping": mapping}
-        asked = _Asked(rows, cols)
         token = _gather.set(asked)
         try:
             output = model(**inputs, return_dict=True)
         finally:
             _gather.reset(token)
         if head is None:
-            logits = output.logits[rows, cols] if asked.hidden is None else output.logits[0]  # (N, V)
+            logits = output.logits[asked.rows, asked.cols] if asked.hidden is None else output.logits[0]  # (N, V)
         elif asked.hidden is not None:
             logits = head(asked.hidden)  # (N, K)
         else:
             raise BackboneError(
-                f"{self._name}: {type(model).__name__} does not show the hidden states that its head reads, so no "
+                f"{self._name}: {type(model).__name__} does not return the hidden states that a head reads, so no "
                 "classification head can take its place; leave fine-tuning out of the methods"
             )
-        cache = output.get("past_key_values") if keep else None
-        if cache is None:
-            return logits.float(), None
-        if memory is not None:
-            memory.cache = cache
-        elif self.kind == "encoder-decoder":
-            memory = Memory(cache, encoded, encoded_mask)
-        else:
-            memory = Memory(cache)
-        return logits.float(), memory
+        return logits.float(), output.get("past_key_values")
 
 
 def _encode(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> tuple[BaseModelOutput, Tensor]:
-    """Return what the encoder makes of its side, (B, T_encoder, E), and its mask."""
+    """Return the output of the encoder, with a (B, T_encoder, H) hidden state, and its mask."""
     return model.get_encoder()(inputs_embeds=embeddings, attention_mask=mask, return_dict=True), mask
 
 
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what hides the asked positions from every position, and what asks for them, as permutation language
-    models are trained.
+    """Return the inputs that hide the asked positions from every position and ask for their tokens.
+
+    This is how permutation language models are trained.
 
     Args:
         embeddings: (B, T, E).
@@ -220,8 +217,8 @@ def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tens
         cols: (N,) int64.
 
     Returns:
-        (B, T, T) 1 where a position must not see another, (B, M, T) one row per asked position, and (N,) which of
-        the M it is.
+        perm_mask (B, T, T), 1 where a position must not see another; target_mapping (B, M, T), one row per asked
+        position; and for each asked position, which of the M rows it is, (N,) int64.
 
     Source: Yang et al. (2019), section 2.3 (two-stream attention).
     """
@@ -236,7 +233,7 @@ def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tens
 
 
 def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[str, Tensor] | None:
-    """Keep the asked positions of the last hidden state, so that the head runs on nothing else."""
+    """Keep only the asked positions of the last hidden state, so that the head runs on nothing else."""
     asked = _gather.get()
     if asked is None or asked.hidden is not None or not isinstance(output, dict) or "last_hidden_state" not in output:
         return None
@@ -246,7 +243,7 @@ def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[st
 
 
 def _first_position(model: PreTrainedModel) -> int:
-    """Return what the model counts positions from: RoBERTa's table keeps its first rows for padding."""
+    """Return the model's first position: RoBERTa's table keeps its first rows for padding."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
     return 0 if padding is None else int(padding) + 1

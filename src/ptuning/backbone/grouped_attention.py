@@ -1,4 +1,4 @@
-"""Attention of grouped heads on a processor, without copies of keys and values. Knows no tokenizer and no templates."""
+"""Grouped-query attention on a CPU without copies of keys and values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What transformers calls the attention that this one stands in for.
+# The attention of transformers that this one replaces.
 ATTENTION = "sdpa"
-# Set on the attention modules of backbones; modules of other models in the process keep transformers' own way.
+# Marks the attention modules of backbones; other models in the process keep transformers' attention.
 MARK = "_ptuning_packs_heads"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def pack_heads(model: PreTrainedModel) -> None:
-    """Let a model's grouped-query attention read each head's keys and values where they are, on a processor.
+    """Let a model's grouped-query attention use each head's keys and values without copying them, on a CPU.
 
-    Several heads of queries share one of keys and values, and transformers copies these once for each of them where
-    there is a mask. On the other side of the product the same can be had by looking at the queries of a group as more
-    queries of one head, which copies nothing that is long: keys and values of kept text are, queries are few.
-    The same numbers to rounding. Nothing else about the model changes, its config and its weights included.
+    Several query heads share one head of keys and values. With a mask, transformers copies keys and values once per
+    query head. Here the queries of a group become more queries of one head instead. That copies only queries, which are
+    few, while the KV cache of a long text is large. The numbers are the same up to rounding. Config and weights of the
+    model do not change.
 
     Source: Ainslie et al. (2023), arXiv:2305.13245 (grouped-query attention); docs/decisions.md, decision 31.
     """
@@ -38,7 +38,7 @@ def pack_heads(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _stand_in() -> None:
-    """Put the packing attention in the place of transformers' own, once a process; unmarked modules see no change."""
+    """Replace transformers' attention by the packing one, once per process; unmarked modules see no change."""
     from transformers import AttentionInterface
 
     plain: Attention = AttentionInterface()[ATTENTION]
@@ -54,19 +54,19 @@ def packed_attention(
     attention_mask: Tensor | None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as ``plain`` does, with the queries of a group as further queries of its one head where that pays.
+    """Attend as ``plain`` does; where it pays, the queries of a group become more queries of one head.
 
     Args:
         plain: Transformers' attention.
-        module: The attention module that calls.
+        module: The calling attention module.
         query: (B, H, T, D).
-        key: (B, K, S, D), of K heads that H / K heads of queries share each.
+        key: (B, K, S, D); each of the K heads is shared by H / K query heads.
         value: (B, K, S, D).
         attention_mask: (B or 1, 1, T, S), or None.
-        options: For ``plain``.
+        options: Further arguments of ``plain``.
 
     Returns:
-        (B, T, H, D), and what ``plain`` returns beside it.
+        (B, T, H, D), and the second result of ``plain``.
     """
     heads, length = query.shape[1:3]
     if (
@@ -80,12 +80,12 @@ def packed_attention(
         return plain(module, query, key, value, attention_mask, **options)
     packed = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # (B, K, H / K * T, D)
     mask = attention_mask.repeat(1, 1, _groups(module), 1)  # (B, 1, H / K * T, S)
-    # A bare module has no groups, so nothing is copied for them.
+    # A bare module has no groups, so ``plain`` copies nothing for them.
     found, weights = plain(nn.Module(), packed, key, value, mask, **options)
     return found.transpose(1, 2).reshape(len(query), heads, length, -1).transpose(1, 2).contiguous(), weights
 
 
 def _groups(module: nn.Module) -> int:
-    """Return how many heads of queries share one of keys and values; 1 if the module does not say."""
+    """Return the number of query heads per head of keys and values; 1 if the module does not say."""
     groups = getattr(module, "num_key_value_groups", 1)
     return groups if isinstance(groups, int) else 1

@@ -1,4 +1,4 @@
-"""Loading a backbone: find it, read its weights from safetensors, and check on a few tokens that it can be used."""
+"""Load a backbone: find it, read its weights from safetensors, and try it on a few tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto",
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, or a hub id.
-        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on a CPU, where it is the
-            faster one unless the processor multiplies bfloat16 tiles.
+        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU, and float32 on a CPU, where it is faster
+            unless the CPU multiplies bfloat16 tiles.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU if there is one.
 
     Returns:
@@ -56,7 +56,7 @@ def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto",
 
 
 def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, Kind]:
-    """Load what templates need of a backbone, without its weights.
+    """Load what templates need from a backbone, without its weights.
 
     Raises:
         BackboneError: As :func:`load_backbone`.
@@ -78,7 +78,7 @@ def _generation(folder: str) -> GenerationConfig | None:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn whatever transformers' readers raise into an error that says which backbone cannot be loaded."""
+    """Turn any error of transformers' readers into one that names the backbone."""
     with quiet():
         try:
             yield
@@ -102,7 +102,7 @@ def _read_tokenizer(folder: str, *, name: str) -> tuple[PretrainedConfig, PreTra
 
 
 def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from safetensors, never from pickles, and never with code from the model's folder."""
+    """Load model and tokenizer. Weights come from safetensors, never from pickles, and no code of the folder is run."""
     import transformers
 
     _, tokenizer, kind = _read_tokenizer(folder, name=name)
@@ -126,21 +126,21 @@ def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
 
 
 def _default_folder(name: str) -> Path:
-    """Return the cached default backbone, converting it first if need be."""
+    """Return the folder of the default backbone in the cache; the first time, convert it."""
 
     def convert(gguf: Path, target: Path) -> None:
         import transformers
 
-        # The reader of GGUF files has a progress bar of its own that nothing else silences.
+        # The reader of GGUF files has its own progress bar, which only this silences.
         with _reading(name), contextlib.redirect_stderr(io.StringIO()):
-            # Unpacked on reading: newer releases would keep the weights in GGUF blocks otherwise.
+            # Unpack on reading: newer releases would otherwise keep the weights in GGUF blocks.
             packing = getattr(transformers, "GgufConfig", None)
             options = {"quantization_config": packing(dequantize=True)} if packing else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             read = transformers.AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
             )
-        # A model read from GGUF refuses save_pretrained, so a fresh one takes its weights.
+        # A model read from GGUF refuses save_pretrained, so its weights go into a new model.
         plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
         with quiet():
             fresh = type(read)(type(read.config)(**plain))

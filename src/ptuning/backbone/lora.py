@@ -1,6 +1,4 @@
-"""Adapters on a model's linear layers (LoRA). The one module that knows peft, which does the work; knows no prompts and
-no training.
-"""
+"""LoRA adapters on a model's linear layers, made by peft. The only module that imports peft."""
 
 from __future__ import annotations
 
@@ -17,28 +15,28 @@ from torch import Tensor, nn
 
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Json
+from ptuning.files import Unchecked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# peft names the adapters of a model after the model as it wraps it.
+# peft's names of adapter weights begin with its wrapper.
 PREFIX = "base_model.model."
 ADAPTER = "default"
-# What to do about adapters that do not work: attention's linear modules take them in nearly every model.
+# The remedy for adapters that do not work: attention's linear modules take them in nearly every model.
 ADVICE = "set lora_targets to names of its other linear modules, such as q_proj,v_proj"
-# The pattern of names that peft makes up; a pattern in a file is run as a regular expression, so no other one is read.
+# The form of peft's own name patterns. peft runs patterns from a file as regular expressions, so no others are read.
 PATTERN = re.compile(r"(\.\*\\\.)?\w+")
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Put new adapters into a model; they add nothing until they are trained.
+    """Add new adapters to a model; untrained, they change nothing.
 
     Args:
-        model: The model, whose layers are replaced; give it a copy.
+        model: The model; its layers are replaced, so pass a copy.
         rank: Rank of each adapter.
-        alpha: What an adapter adds is scaled by this, divided by the rank.
+        alpha: The output of an adapter is scaled by this, divided by the rank.
         targets: ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
-        seed: Of the adapters' start values.
+        seed: Seed of the adapters' start values.
 
     Raises:
         ConfigError: If peft is missing.
@@ -60,28 +58,28 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
 
 
 def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
-    """Return how a model's adapters are built, as peft writes it, the same bytes every time."""
+    """Return the config of a model's adapters as peft writes it, always the same bytes."""
     found = model.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]  # put there by peft
     found = {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
     return (json.dumps({**found, "base_model_name_or_path": backbone}, indent=2, sort_keys=True) + "\n").encode()
 
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved adapters into a model.
+    """Add saved adapters to a model.
 
     Args:
-        model: The model, whose layers are replaced; give it a copy.
+        model: The model; its layers are replaced, so pass a copy.
         config: From :func:`adapter_config`.
-        tensors: Of the trained adapters, by name.
+        tensors: Weights of the trained adapters, by name.
 
     Raises:
         ConfigError: If peft is missing.
         PromptError: If they do not fit the model.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # their start values are written over
+        with torch.random.fork_rng(devices=[]):  # their start values are overwritten
             _inject(model, _read_config(config))
-    except (TypeError, ValueError) as error:
+    except (PromptError, TypeError, ValueError) as error:
         raise PromptError(
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
             "they were trained on"
@@ -106,15 +104,15 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
-    """Check that a model's adapters come back once they are saved.
+    """Check that a model's adapters can be saved and loaded again.
 
     Args:
-        model: With adapters in it.
-        other: The same model without; its layers are replaced, so give it a copy.
-        targets: What they were put on.
+        model: The model with adapters.
+        other: The same model without adapters; its layers are replaced, so pass a copy.
+        targets: The layers that have adapters, for messages.
 
     Raises:
-        BackboneError: If they would not, or would be others.
+        BackboneError: If they cannot be loaded, or differ when loaded.
     """
     saved = adapter_config(model, backbone="")
     what = f"adapters of {type(model).__name__} (lora_targets {targets}) could not be loaded again"
@@ -125,11 +123,11 @@ def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> Non
     again = json.loads(adapter_config(other, backbone=""))
     lost = sorted(name for name, value in json.loads(saved).items() if again.get(name) != value)
     if lost:
-        raise BackboneError(f"{what}: peft builds them of {', '.join(lost)} as well, which is not read; {ADVICE}")
+        raise BackboneError(f"{what}: peft also builds them from {', '.join(lost)}, which is not read; {ADVICE}")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the weights of a model's adapters, by the names that peft saves them under: without the adapter's name."""
+    """Return the weights of a model's adapters by the names under which peft saves them."""
     return {
         PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name): weight
         for name, weight in model.named_parameters()
@@ -139,62 +137,58 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _inject(model: nn.Module, config: object) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft turns it the right way by itself
-        # They match parameters, among which peft does not look for them.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right by itself
+        # They match parameters, which peft does not check.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match any targeted")
         _peft().inject_adapter_in_model(config, model)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
-            weight.data = weight.data.float()  # as slots, adapters are float32 whatever the backbone's dtype
+            weight.data = weight.data.float()  # adapters are float32 for any backbone dtype, as slot vectors are
 
 
 def _read_config(config: bytes) -> object:
-    """Return what peft builds saved adapters of.
+    """Return peft's description of saved adapters.
 
-    Only that is read, and only as what it must be: a file's other keys could name code to be loaded.
+    Only the keys of :data:`READ` are read, each with its type: other keys of a file could name code to be loaded.
     """
-    saved = json.loads(config)
-    if not isinstance(saved, dict):
-        raise TypeError("their config is no JSON object")
-    found = {name: saved.get(name) for name in READ}
-    for name, (wanted, fits) in READ.items():
-        if not fits(found[name]):
-            raise TypeError(f"'{name}' must be {wanted}, and is {json.dumps(found[name])}")
-    given = {name: value for name, value in found.items() if value is not None}
+    saved = Unchecked(json.loads(config), error=PromptError)
+    values = {name: saved.at(name) for name in READ}
+    given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
     return _peft().LoraConfig(**given, inference_mode=True)
 
 
-def _is_rank(value: Json) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _scale(value: Unchecked) -> object:
+    value.number()
+    return value.value  # a whole number stays one
 
 
-def _is_number(value: Json) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], dict[str, object]]:
+    """Return the reader of a mapping from patterns of names to values."""
+
+    def read_all(value: Unchecked) -> dict[str, object]:
+        if not all(PATTERN.fullmatch(name) for name in value.mapping()):
+            raise value.wrong("numbers by names of modules")
+        return {name: read(one) for name, one in value.table().items()}
+
+    return read_all
 
 
-def _are_names(value: Json) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _rank(value: Unchecked) -> int:
+    return value.whole(least=1)
 
 
-def _by_pattern(fits: Callable[[Json], bool]) -> Callable[[Json], bool]:
-    """Return what is true of values of a kind by patterns of names, and of none at all."""
-    return lambda value: (
-        value is None
-        or (isinstance(value, dict) and all(PATTERN.fullmatch(name) and fits(one) for name, one in value.items()))
-    )
-
-
-# What adapters are built of, as peft writes it: what it must be, and whether it is. Besides linear modules peft puts
-# them on parameters, which hold all experts of a layer, and gives what is stacked of two modules a rank of its own.
-READ: Mapping[str, tuple[str, Callable[[Json], bool]]] = {
-    "target_modules": ("a list of names", _are_names),
-    "target_parameters": ("a list of names, or null", lambda value: value is None or _are_names(value)),
-    "r": ("a whole number above 0", _is_rank),
-    "lora_alpha": ("a number", _is_number),
-    "rank_pattern": ("whole numbers above 0 by names", _by_pattern(_is_rank)),
-    "alpha_pattern": ("numbers by names", _by_pattern(_is_number)),
-    "fan_in_fan_out": ("true or false", lambda value: value is None or isinstance(value, bool)),
+# The keys of peft's config that are read, and how. peft adapts linear modules and also parameters that hold all experts
+# of a layer; a module that stacks two others has a rank of its own.
+READ: Mapping[str, Callable[[Unchecked], object]] = {
+    "target_modules": Unchecked.texts,
+    "target_parameters": Unchecked.texts,
+    "r": _rank,
+    "lora_alpha": _scale,
+    "rank_pattern": _by_pattern(_rank),
+    "alpha_pattern": _by_pattern(_scale),
+    "fan_in_fan_out": Unchecked.flag,
 }
+REQUIRED = ("target_modules", "r", "lora_alpha")
 
 
 def _peft() -> ModuleType:
@@ -205,5 +199,5 @@ def _peft() -> ModuleType:
 
 
 def _whole(alpha: float) -> float:
-    """Return a whole number as one, which is what peft writes down where nobody chose anything else."""
+    """Return a whole number as an int, as peft writes its own default."""
     return int(alpha) if alpha == int(alpha) else alpha

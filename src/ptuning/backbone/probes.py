@@ -1,6 +1,4 @@
-"""What a loaded model does, found by running it on a few tokens: whether it reads pads, what stands behind a position,
-or embeddings in another way than tokens. Knows no templates.
-"""
+"""Try a loaded model on a few tokens: does it read pads, later tokens, or embeddings in another way than token ids?"""
 
 from __future__ import annotations
 
@@ -10,18 +8,17 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, running, same_logits
 from ptuning.errors import BackboneError
 
-# Tokens of one longer row: no multiple of the pieces that some models cut rows into (Reformer), of 64 and less.
+# Tokens of one longer row. Not a multiple of 64 or less, the lengths into which some models cut rows (Reformer).
 LONG_ROW = 67
 
 
 @torch.no_grad()
 def check_reading(backbone: Backbone) -> None:
-    """Check that a model reads what it is given and nothing else.
+    """Check that a model reads its input and nothing else.
 
     Raises:
-        BackboneError: If it reads embeddings in another way than tokens, or only those of tokens, pads, (a causal one)
-            what stands behind a position, or the two sides of an encoder-decoder model through two tables; with what to
-            do.
+        BackboneError: If it treats embeddings in another way than token ids or takes only embeddings of tokens, if it
+            reads pads, if a causal model sees later tokens, or if an encoder-decoder model has two embedding tables.
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
     ids = probe_ids(backbone)[None]  # (1, 3)
@@ -45,7 +42,7 @@ def check_reading(backbone: Backbone) -> None:
             "filled; use another language model"
         )
     between = (backbone.embed(ids) + backbone.embed(ids.roll(1, dims=1))) / 2  # (1, 3, E)
-    with running(f"{called} cannot read embeddings that are no token's"):
+    with running(f"{called} cannot read embeddings that are not a token's"):
         backbone.model(**{f"{side}inputs_embeds": between.clone() for side in sides}, attention_mask=ones)
     with running(f"{called} cannot be asked for logits at some positions"):
         asked = _asked(backbone, ids)
@@ -54,7 +51,7 @@ def check_reading(backbone: Backbone) -> None:
         _asked(backbone, ids.repeat(1, long // 3 + 1)[:, :long])
     if backbone.kind != "permuted" and not same_logits(backbone, asked, plain[1:, : backbone.vocabulary]):
         raise BackboneError(
-            f"{called} answers otherwise when asked for some positions only; use another language model"
+            f"{called} answers differently when asked for some positions only; use another language model"
         )
     if backbone.kind != "causal":
         if not same_logits(backbone, beside_pads(backbone, right=0), beside_pads(backbone, right=2)):
@@ -66,13 +63,13 @@ def check_reading(backbone: Backbone) -> None:
     cut_off = backbone.model(inputs_embeds=backbone.embed(ids[:, :2]), attention_mask=ones[:, :2])
     if not same_logits(backbone, embedded[:2], cut_off.logits[0].float()):
         raise BackboneError(
-            f"{called} lets a position see what stands behind it, so it would be shown the target; use a causal "
+            f"{called} lets a position see later tokens, so it would be shown the target; use a causal "
             "language model, or a masked one with its masked language-model head"
         )
 
 
 def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
-    """Return the logits at the second and third position of a row, (2, V), as training asks for them."""
+    """Return the logits at the second and third position of a row, (2, V), computed as in training."""
     split = ids.shape[1] if backbone.kind == "encoder-decoder" else 0
     row = torch.cat([ids, ids], dim=1) if split else ids
     positions = torch.arange(ids.shape[1], device=ids.device)[None]

@@ -1,4 +1,4 @@
-"""The default backbone: its names, where its weights come from and where they are cached. Knows no transformers."""
+"""Where the weights of a backbone come from: the default one's package and cache, a local folder, or the hub."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STALE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class PackagedWeights:
-    """A backbone whose weights travel in a package.
+    """A backbone whose weights come in a Python package.
 
     Args:
-        package: The distribution that carries the weights; it is never imported.
+        package: The distribution with the weights; it is never imported.
         version: Its version.
-        suffix: How the weights file's name ends.
-        cache_bytes: Room that the converted copy takes.
+        suffix: End of the weights file's name.
+        cache_bytes: Size of the converted copy.
     """
 
     package: str
@@ -52,8 +52,8 @@ def is_cached(name: str) -> bool:
 def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
     """Return the folder of a known backbone, converting it once.
 
-    Safe when two processes convert at once (the first to finish wins, the other takes its copy) and when one is
-    killed half-way (the folder appears whole or not at all).
+    Two processes may convert at the same time: the first to finish wins, the other takes its copy. A process may be
+    killed half-way: the folder appears whole or not at all.
 
     Args:
         name: One of :data:`KNOWN`.
@@ -90,7 +90,7 @@ def _cache_folder(name: str) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every file that was written is there in full length; a cut-off copy is made anew."""
+    """Whether every file is there in full length; a truncated copy is made anew."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -120,10 +120,10 @@ def _weights_file(name: str) -> Path:
 
 
 def find_backbone(name: str) -> tuple[str, str | None]:
-    """Return where to load a backbone from, and its hub revision: a folder, or what the hub has under that id.
+    """Return the folder of a backbone, local or from the hub, and its hub revision, if any.
 
     Raises:
-        BackboneError: If there is neither; says what names are known and how to use a folder.
+        BackboneError: If there is neither; the message names the known names.
     """
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():
@@ -131,7 +131,7 @@ def find_backbone(name: str) -> tuple[str, str | None]:
             if any(path.glob("*.gguf")):
                 raise BackboneError(_gguf(name))
             raise BackboneError(
-                f"{name} is no backbone: it has no config.json; a folder must hold a model and its "
+                f"{name} is not a backbone: it has no config.json; a folder must hold a model and its "
                 "tokenizer as save_pretrained writes them"
             )
         return str(path), None
@@ -166,11 +166,11 @@ def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
     reason = "the hub is switched off (HF_HUB_OFFLINE)"
     revision = None
     if not offline:
-        # One short question first: the download itself would try for half a minute where there is no network.
+        # One short request first: without a network the download itself would try for half a minute.
         try:
             revision = HfApi().model_info(name, timeout=5.0).sha
         except HFValidationError as error:
-            raise BackboneError(f"no such backbone: '{name}' is no hub id; {advice}") from error
+            raise BackboneError(f"no such backbone: '{name}' is not a hub id; {advice}") from error
         except HfHubHTTPError as error:
             reason = f"the hub says {str(error).splitlines()[0]}"
         except Exception as error:  # noqa: BLE001 - any failure of the network means the same here
@@ -179,6 +179,6 @@ def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=revision is None)
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise BackboneError(
-            f"no such backbone: '{name}' is no folder, not in the hub's cache, and {reason}; {advice}"
+            f"no such backbone: '{name}' is not a folder, not in the hub's cache, and {reason}; {advice}"
         ) from error
     return folder, revision or Path(folder).name

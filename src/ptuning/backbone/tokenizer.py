@@ -1,4 +1,4 @@
-"""What templates need of a backbone without its weights: its tokenizer and its kind. Knows no model's forward pass."""
+"""What templates need from a backbone, without its weights: its tokenizer and its kind."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ptuning.template.segments import Gap, Ids, Kind
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# Rows without a limit of their own (tokenizers say 1e30) are bounded by this many tokens.
+# Longest row of a model without a limit (tokenizers then say 1e30).
 UNBOUNDED_TOKENS = 1 << 20
-# Models that learned to fill gaps mark them with sentinels, as T5 does: the first gap, and what ends its filling.
-# Some vocabularies write them with SentencePiece's mark of a space. Source: Raffel et al. (2020), section 3.1.4.
+# Sentinels of models that learned to fill gaps, such as T5: one for the first gap, one for the end of its filling.
+# Some vocabularies write them with SentencePiece's space mark. Source: Raffel et al. (2020), section 3.1.4.
 SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id_1>"))
 
 
 class TextTokenizer:
-    """A transformers tokenizer as templates need it: no special tokens added, special text in records is plain text.
+    """A transformers tokenizer for templates: it adds no special tokens, and special text in records is plain text.
 
     Args:
-        tokenizer: The tokenizer; a copy of it is used, so the caller's stays as it is.
+        tokenizer: The tokenizer; a copy of it is used.
         max_tokens: Longest row that the model takes.
-        rows: How many ids the model can embed, if known; special tokens beyond them do not count.
-        decoder_ids: What a decoder starts with (:func:`decoder_start`).
+        rows: Number of ids that the model can embed, if known; special tokens beyond it are ignored.
+        decoder_ids: The ids that a decoder starts with (:func:`decoder_start`).
 
     Raises:
-        BackboneError: If the tokenizer's special tokens cannot be told from text.
+        BackboneError: If the tokenizer's special tokens cannot be told apart from text.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, rows: int | None = None, decoder_ids: Ids = ()
     ) -> None:
-        # Encoding special text as plain text leaves a mark in the tokenizer's state, which must not be the caller's.
+        # Encoding special text as plain text changes the tokenizer's state, so this works on a copy.
         self._tokenizer = copy.deepcopy(tokenizer)
         self._reserved: frozenset[int] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
@@ -71,9 +71,10 @@ class TextTokenizer:
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
-        """Return a text's ids with the special tokens that it writes spelled out letter by letter: a vocabulary that
-        holds them like other pieces (unigram) finds them in any text. Those that stand for something else
-        (the bytes of an unknown letter) stay.
+        """Return a text's ids with special tokens that appear in the text spelled out letter by letter.
+
+        A unigram vocabulary holds special tokens like other pieces and finds them in any text. Special tokens that do
+        not appear in the text (the bytes of an unknown letter) stay.
         """
         if self._reserved.isdisjoint(ids):
             return ids
@@ -96,24 +97,22 @@ class TextTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token(self, token_id: int) -> str:
-        """Return a token as a person reads it: a space stays a space, other invisible characters are escaped."""
+        """Return a token in readable form: a space stays a space, other invisible characters are escaped."""
         text = str(self._tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         written = self._tokenizer.convert_ids_to_tokens(token_id)
         return text if text.strip() or text == " " else repr(text)[1:-1] or str(written)
 
     def ends_line(self, token_id: int) -> bool:
-        """Whether a token's text holds a line break."""
+        """Whether a token's text contains a line break."""
         return "\n" in self.decode([token_id])
 
     def _probe_line_end(self) -> int | None:
-        """Return the token of a line break, if there is one; a tokenizer that drops line breaks has none."""
+        """Return the token of a line break; None if the tokenizer has none or drops line breaks."""
         ids = self.encode(["\n"])[0]
         return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id and self.ends_line(ids[0]) else None
 
     def _find_gap(self, rows: int | None) -> Gap:
-        """Return what a model that reads on one side and writes on the other expects at a gap: its mask, or sentinels;
-        nothing if it has neither.
-        """
+        """Return what an encoder-decoder model expects at a gap: its mask token, its sentinels, or nothing."""
         if self.mask_id is not None:
             return Gap((self.mask_id,))
         vocabulary = self._tokenizer.get_vocab()
@@ -125,7 +124,7 @@ class TextTokenizer:
         return Gap()
 
     def _probe_specials(self) -> tuple[Ids, Ids, int]:
-        """Ask the tokenizer where it puts special tokens and which segment id a single sentence gets."""
+        """Find out where the tokenizer puts special tokens, and which segment id a single sentence gets."""
         bare = self.encode(["a"])[0]
         whole = self._tokenizer("a", verbose=False)
         ids = list(whole["input_ids"])
@@ -137,10 +136,10 @@ class TextTokenizer:
 
 
 def kind_of(config: object, *, has_mask: bool) -> Kind:
-    """Say from a model's config what kind of language model it is.
+    """Return what kind of language model a model is, by its config.
 
     Raises:
-        BackboneError: If it is none.
+        BackboneError: If it is not a language model.
     """
     from transformers.models.auto import modeling_auto
 
@@ -161,7 +160,7 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     for architecture in named:
         if architecture in heads:
             return heads[architecture]
-    # No or another head is named: the family decides, and where it has both (BERT) whether there is a mask token.
+    # No known head is named. The family decides; if it has both heads (BERT), the mask token does.
     if model_type in masked and (has_mask or model_type not in causal):
         return "masked"
     if model_type in causal:
@@ -172,7 +171,7 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
 
 
 def _is_permuted(model_type: str) -> bool:
-    """Whether a model that goes on with a text can be told what to hide from what, and what to predict (XLNet)."""
+    """Whether a model that continues text takes a permutation mask and a target mapping (XLNet)."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -184,15 +183,14 @@ def _is_permuted(model_type: str) -> bool:
 
 
 def decoder_start(config: object, generation: object) -> Ids:
-    """Return what a decoder reads in front of the first token it writes: its start token, and a token that it is made
-    to write first.
+    """Return the ids that a decoder reads before it writes: its start token, and its forced first token, if any.
 
     Args:
         config: The model's config.
-        generation: Its generation config, if it has one, which goes before.
+        generation: Its generation config, if it has one; it takes precedence.
 
     Raises:
-        BackboneError: If a model with a decoder names no start token.
+        BackboneError: If an encoder-decoder model names no start token.
     """
     if not getattr(config, "is_encoder_decoder", False):
         return ()
@@ -206,14 +204,14 @@ def decoder_start(config: object, generation: object) -> Ids:
     start = named("bos_token_id") if start is None else start
     if start is None:
         raise BackboneError(
-            "its config names no decoder_start_token_id, with which a decoder begins; write it into config.json"
+            "its config has no decoder_start_token_id, which a decoder starts with; add it to config.json"
         )
     forced = named("forced_bos_token_id")
     return (start,) if forced is None else (start, forced)
 
 
 def longest_row(config: PretrainedConfig) -> int:
-    """Return the longest row that a model takes, or the longest of either side."""
+    """Return the longest row that a model takes, on either side if it has two."""
     names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
     found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
     return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1

@@ -1,6 +1,4 @@
-"""What training makes of a backbone's own weights: which are trained, how the best are set aside, and what is kept of
-them in the end. Knows no prompts and no training.
-"""
+"""Trained weights of a backbone: which weights are trained, and how the result is saved and loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import safetensors
 import safetensors.torch
@@ -19,13 +18,15 @@ from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone, beside_pads, running
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
-from ptuning.files import Json, file_error, file_sha256, read_bytes, replacing, write_bytes
+from ptuning.files import Json, Unchecked, file_error, file_sha256, read_bytes, replacing, write_bytes
 
 PREFIX = ".weights-"
 DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
-# Of a tensor of which only some rows changed, those rows are kept, and under the name with this behind it which ones.
+# If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
+# What TrainedWeights may hold.
+TRAINED: tuple[Tune, ...] = ("tuned", "lora")
 
 
 def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter]:
@@ -36,19 +37,19 @@ def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
-    """Return a frozen backbone of its own with new adapters, once it is seen to run with them and to be loaded again.
+    """Return a frozen copy of a backbone with new LoRA adapters. Checks that it runs and can be saved and loaded.
 
     Args:
-        backbone: It does not change; the other shares its weights.
-        rank: Of the adapters, as the others for :func:`ptuning.backbone.lora.add_adapters`.
-        alpha: What they add is scaled by this, divided by the rank.
-        targets: What they are put on.
-        seed: Of their start values.
+        backbone: Does not change; the copy shares its weights.
+        rank: As the others, for :func:`ptuning.backbone.lora.add_adapters`.
+        alpha: The output of an adapter is scaled by this, divided by the rank.
+        targets: The layers that get adapters.
+        seed: Seed of the adapters' start values.
 
     Raises:
         ConfigError: If peft is missing.
-        BackboneError: If the model has no such layers, or does not run with adapters on them, or if they would not come
-            back once they are saved.
+        BackboneError: If the model has no such layers, does not run with adapters on them, or if the adapters cannot be
+            saved and loaded.
     """
     other = backbone.copy(share=True)
     lora.add_adapters(other.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
@@ -62,14 +63,14 @@ def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, 
 
 @dataclass(frozen=True, eq=False)
 class TrainedWeights:
-    """What training made of a backbone's weights, and what it takes to put them into the frozen backbone again.
+    """Trained weights, and all that is needed to put them into the frozen backbone again.
 
     Args:
         tune: ``tuned`` or ``lora``.
         keep: For ``tuned``: ``difference`` holds the weights that changed, ``whole`` all of them.
-        fingerprint: Of the backbone with these weights in it.
+        fingerprint: Fingerprint of the backbone with these weights.
         tensors: The weights by name, float32, of any shape.
-        files: Other files that are saved beside them: how adapters are built, or what makes a folder a model's.
+        files: Other files to save with them: the adapter config, or the config and tokenizer of a whole model.
     """
 
     tune: Tune
@@ -77,18 +78,18 @@ class TrainedWeights:
     fingerprint: str
     tensors: Mapping[str, Tensor]
     files: Mapping[str, bytes] = field(default_factory=dict)
-    # What a backbone with these weights in it bears, which keeps nothing of them in memory.
+    # Marks a backbone that has these weights, without keeping them in memory.
     mark: object = field(default_factory=object)
 
     @classmethod
     def of(cls, trained: Backbone, frozen: Backbone, *, tune: Tune, keep: Keep) -> TrainedWeights:
-        """Return the trained weights of a backbone; they share memory with it.
+        """Return the trained weights of a backbone, sharing its memory.
 
         Args:
-            trained: With the trained weights in it.
-            frozen: The backbone that it was made of.
+            trained: The backbone with the trained weights.
+            frozen: The backbone that training started from.
             tune: ``tuned`` or ``lora``.
-            keep: What to keep of tuned weights.
+            keep: Which tuned weights to keep: ``difference`` or ``whole``.
         """
         tensors = {name: weight.detach() for name, weight in trained_parameters(trained, tune).items()}
         if tune == "lora":
@@ -107,18 +108,18 @@ class TrainedWeights:
 
     @property
     def describe(self) -> str:
-        """What they are, in a few words."""
+        """A short description."""
         if self.tune == "lora":
             return "adapters (LoRA)"
         return "all of them" if self.keep == "whole" else "those that changed"
 
     def into(self, backbone: Backbone) -> Backbone:
-        """Return a frozen backbone of its own with these weights in it; the one given does not change.
+        """Return a frozen copy of a backbone with these weights; the given one does not change.
 
-        With adapters its other weights are shared with the one given, with tuned weights it is a copy in float32.
+        With adapters the copy shares all other weights; with tuned weights it is a full copy in float32.
 
         Raises:
-            PromptError: If a key is missing or extra, or a shape is wrong for this backbone.
+            PromptError: If a key is missing or unknown, or a shape does not fit this backbone.
         """
         if self.tune == "lora":
             other = backbone.copy(share=True)
@@ -155,7 +156,7 @@ class TrainedWeights:
         return other
 
     def save(self, folder: Path) -> dict[str, Json]:
-        """Write the weights into a folder, and return what :meth:`load` needs to know of it.
+        """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
 
         Raises:
             FileError: If a file cannot be written.
@@ -171,46 +172,43 @@ class TrainedWeights:
         }
 
     @classmethod
-    def load(cls, folder: Path, about: Mapping[str, Json]) -> TrainedWeights:
-        """Read the weights back; their values are read from disk when they are used.
+    def load(cls, folder: Path, about: Unchecked) -> TrainedWeights:
+        """Read the weights back. Their values are read from disk when they are used.
 
         Args:
-            folder: Where they were written.
-            about: What :meth:`save` returned.
+            folder: The folder they were written to.
+            about: The entry that :meth:`save` returned.
 
         Raises:
             FileError: If a file cannot be read.
-            PromptError: If one is cut off or was changed.
-            TypeError: If ``about`` is none of ours.
+            PromptError: If one is cut off or was changed; of the class of ``about``, if that is not what it must be.
         """
-        tune, keep, hashes = about.get("tune"), about.get("keep"), about.get("sha256")
-        if tune not in ("tuned", "lora") or keep not in ("difference", "whole") or not isinstance(hashes, Mapping):
-            raise TypeError(f"'weights' must say tune, keep and sha256, and says {tune}, {keep} and {hashes}")
-        empty = cls(tune, keep, str(about.get("fingerprint")), {})  # type: ignore[arg-type]  # checked above
-        if empty.file not in hashes:
-            raise TypeError(f"the sha256 of {empty.file} is missing")
+        hashes = {name: one.text() for name, one in about.at("sha256").table().items()}
+        tune, keep = about.at("tune").one_of(TRAINED), about.at("keep").one_of(get_args(Keep))
+        empty = cls(tune, keep, about.at("fingerprint").text(), {})
+        for name in (empty.file, *((lora.CONFIG_FILE,) if tune == "lora" else ())):
+            if name not in hashes:
+                raise about.failure(f"the sha256 of {name} is missing")
         for name in hashes:
             if Path(name).name != name:
-                raise TypeError(f"'{name}' is no file's name")
-        tensors = read_tensors(folder / empty.file)  # first: that a file is cut off says more than that it was changed
+                raise about.failure(f"'{name}' is not the name of a file")
+        tensors = read_tensors(folder / empty.file)  # first: "cut off" says more than "changed"
         for name, wanted in hashes.items():
             if file_sha256(folder / name) != wanted:
                 raise PromptError(
                     f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
                 )
         files = {name: read_bytes(folder / name) for name in hashes if name != empty.file}
-        if tune == "lora" and lora.CONFIG_FILE not in files:
-            raise TypeError(f"the sha256 of {lora.CONFIG_FILE} is missing")
-        return cls(empty.tune, empty.keep, empty.fingerprint, tensors, files)
+        return cls(tune, keep, empty.fingerprint, tensors, files)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file without a copy of it in memory.
 
     Args:
-        path: Where it goes.
-        tensors: What it holds; those that lie elsewhere than on the CPU, or not in one piece, are copied one by one.
-        texts: What stands in its header.
+        path: The file.
+        tensors: Tensors by name; those on another device or not contiguous are copied.
+        texts: Metadata for its header.
 
     Raises:
         FileError: If it cannot be written; nothing is left behind.
@@ -218,7 +216,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[s
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
         temporary.touch()
-        rights = temporary.stat().st_mode  # as of any new file; safetensors leaves one that only its owner reads
+        rights = temporary.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
         try:
             safetensors.torch.save_file(plain, temporary, {"format": "pt", **(texts or {})})
             temporary.chmod(rights)
@@ -239,24 +237,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise file_error("read", path, error) from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise PromptError(f"{path} is no whole safetensors file ({error}); it is cut off or damaged") from error
+        raise PromptError(f"{path} is not a whole safetensors file ({error}); it is cut off or damaged") from error
 
 
 def _saved_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """Return what a model's file holds: its weights, tied ones once, and those buffers that it is saved with."""
+    """Return the tensors of a saved model: its weights (tied ones once) and the buffers that are saved with it."""
     weights = {name: weight.detach() for name, weight in backbone.model.named_parameters()}
     buffers = dict(backbone.model.named_buffers())
     return weights | {name: one for name, one in backbone.model.state_dict().items() if name in buffers}
 
 
 def _changed(trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that changed, and of those of which only some rows changed these rows."""
+    """Return the tensors that changed; if only some rows of a tensor changed, these rows."""
     found: dict[str, Tensor] = {}
     for name, weight in trained.items():
         if weight.ndim == 0:
             found[name] = weight
             continue
-        # As bits: a zero that became a negative one is a change, too.
+        # Compared as bits: a change from 0 to -0 counts, too.
         before = frozen[name].detach().float().view(torch.int32)
         moved = (weight.view(torch.int32) != before).reshape(len(weight), -1).any(dim=-1)  # (rows,)
         rows = moved.nonzero()[:, 0]  # (changed rows,)
@@ -277,13 +275,13 @@ def _rows_fit(kept: Tensor, rows: Tensor, weight: Tensor) -> bool:
 
 
 def _model_files(backbone: Backbone) -> dict[str, bytes]:
-    """Return the files that make a folder with weights in it a model of transformers: its config and its tokenizer."""
+    """Return the files that, beside the weights, make a folder a transformers model: config and tokenizer."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         folder = Path(name)
         config = copy.deepcopy(backbone.model.config)
         config.dtype = torch.float32
         config.save_pretrained(folder)
-        generation = getattr(backbone.model, "generation_config", None)  # which only models that write have
+        generation = getattr(backbone.model, "generation_config", None)  # only models that write have one
         if generation is not None:
             generation.save_pretrained(folder)
         backbone.tokenizer.save(folder)

@@ -46,7 +46,7 @@ else:
 SHOWN_TASKS = 3
 
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
-LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts in any of the layouts they come in.")]
+LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts: its release, or a folder per relation.")]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 MethodsOption = Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")]
 SeedsOption = Annotated[int, typer.Option(metavar="N", help="Trainings with different seeds.", min=1)]

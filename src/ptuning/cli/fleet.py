@@ -15,12 +15,11 @@ from rich.table import Table
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption
 from ptuning.config import TrainConfig
-from ptuning.errors import ConfigError, PTuningError
+from ptuning.errors import PTuningError
 
 if TYPE_CHECKING:
     from ptuning.files import Json
-    from ptuning.template.labels import LabelWords
-    from ptuning.training.fleet_file import Entry, FleetFile
+    from ptuning.training.fleet_file import FleetEntry, FleetFile
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
@@ -88,14 +87,14 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
     return found
 
 
-def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
+    from ptuning.template.labels import LabelWords
     from ptuning.training.spec import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
-    asked = options.Asked(
-        {**given, "labels": _labels(given.get("labels")), "field": renamed}, TrainConfig.from_json(entry.settings)
-    )
+    labels = LabelWords(words) if isinstance(words := given.get("labels"), dict) else words
+    asked = options.Asked({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
 
     def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
         key = (*part, tuple(renamed), given.get("task"))
@@ -104,21 +103,6 @@ def _prompt(entry: Entry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
         return read[key]
 
     return FleetPrompt(entry.name, **vars(inputs.training_spec(asked, option="", once=once)))
-
-
-def _labels(given: object) -> LabelWords | str | None:
-    """Return label words from a text, or from a table of label -> word or words."""
-    from ptuning.template.labels import LabelWords
-
-    if not isinstance(given, dict):
-        return cast("str | None", given)
-    words: dict[str, tuple[str, ...]] = {}
-    for label, listed in given.items():
-        several = [listed] if isinstance(listed, str) else listed
-        if not isinstance(several, list) or not all(isinstance(word, str) for word in several):
-            raise ConfigError(f"labels.{label} is {listed!r}; it must be a word or a list of words")
-        words[label] = tuple(several)
-    return LabelWords(words)
 
 
 def show_prompt(name: str, outcome: TrainResult | Exception) -> None:

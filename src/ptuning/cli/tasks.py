@@ -1,16 +1,25 @@
-"""The commands on tasks: list, show, check. ``show_tasks`` prints for them."""
+"""`ptuning task list`, `show` and `check`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from ptuning.backbone import sources
-from ptuning.cli import show_tasks, terminal
+from ptuning.cli import terminal
 from ptuning.cli.options import BackboneOption
 from ptuning.errors import FileError, TaskError
+
+if TYPE_CHECKING:
+    from ptuning.data.questions import Questions
+    from ptuning.data.task_check import Findings
+    from ptuning.data.task_files import TaskFile
 
 TaskArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped task, or a task file.")]
 # The parts of a data folder that a check reads, if they are there.
@@ -24,7 +33,7 @@ def list_tasks() -> None:
     """
     from ptuning.data.task_files import shipped_tasks
 
-    show_tasks.tasks(shipped_tasks())
+    show_list(shipped_tasks())
 
 
 def show_task(task: TaskArgument) -> None:
@@ -34,7 +43,7 @@ def show_task(task: TaskArgument) -> None:
     """
     from ptuning.data.task_files import load_task
 
-    show_tasks.task(load_task(task))
+    show_file(load_task(task))
 
 
 def check_task(
@@ -47,7 +56,6 @@ def check_task(
 
     Example: ptuning task check RTE --data fewglue
     """
-    from ptuning.data.questions import Questions
     from ptuning.data.task_files import find_split, load_task
 
     found = load_task(task)
@@ -69,7 +77,39 @@ def check_task(
 
         tokenizer, kind = load_tokenizer(name)
     checked = check_data(found, parts) + check_words(found, tokenizer, kind, parts=parts)
-    show_tasks.findings(found, checked)
+    show_findings(found, checked)
     if checked.problems:
         raise TaskError(f"{task}: " + "\n  ".join(checked.problems))
     terminal.line(f"fine with the tokenizer of {name}")
+
+
+def show_list(found: Sequence[TaskFile]) -> None:
+    """Print the shipped tasks."""
+    terminal.heading("shipped tasks; --task NAME, or --task FILE for one of your own")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("name", "answers", "what is asked"):
+        table.add_column(name)
+    for one in found:
+        table.add_row(one.name, one.answer_space.described, escape(one.about))
+    terminal.results().print(table)
+
+
+def show_file(found: TaskFile) -> None:
+    """Print a task: its templates, and its file as a model for another."""
+    terminal.heading(f"{found.name}, version {found.version}: {found.about}")
+    for number, (manual, learned) in enumerate(zip(found.manual, found.learned, strict=True), start=1):
+        terminal.line(f"pattern {number}  manual   {manual}")
+        terminal.line(f"           learned  {learned}")
+    terminal.line("")
+    terminal.line(found.text.strip())
+
+
+def show_findings(found: TaskFile, checked: Findings) -> None:
+    """Print the facts and doubts of a check; its problems are in the error."""
+    terminal.heading(
+        f"{found.name}, version {found.version}: {found.answer_space.described}, {len(found.manual)} patterns"
+    )
+    for fact in checked.facts:
+        terminal.line(f"  {fact}")
+    for doubt in checked.doubts:
+        terminal.say(f"warning: {doubt}")

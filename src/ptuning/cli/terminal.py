@@ -14,25 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from ptuning.backbone import sources
-from ptuning.backbone.families import COLUMNS, TESTED, Family
-from ptuning.provenance import about_data
 
 if TYPE_CHECKING:
-    from ptuning.backbone.tokenizer import TextTokenizer
-    from ptuning.data.questions import Questions
     from ptuning.files import Json
     from ptuning.progress import Progress
-    from ptuning.prompt.inspect import Inspection, Neighbour
-    from ptuning.prompt.predict import Prediction
-    from ptuning.prompt.prompt import Prompt
-    from ptuning.prompt.score import Result
-    from ptuning.records import Records
     from ptuning.statistics import Score
 
 # What the stages of a progress report are called on the screen.
@@ -40,10 +28,6 @@ STAGES = {
     "suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering",
     "estimate": "trying out",
 }  # fmt: skip
-# A person sees this many neighbours of a slot; JSON holds all.
-SHOWN_NEIGHBOURS = 3
-# And these columns of the table of backbones; docs/backbones.md has all.
-SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 
 def say(text: str) -> None:
@@ -141,135 +125,6 @@ def interval(score: Score) -> str:
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 
-def evaluation(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
-    """Print scores with their intervals."""
-    if as_json:
-        print_json(
-            {
-                "prompt": name,
-                "data": about_data(data),
-                "scores": {metric: score.to_json() for metric, score in found.scores.items()},
-                "loss": found.loss,
-                "targets_not_among_candidates": found.missing,
-            }
-        )
-        return
-    heading(f"{name} on {data.name}, n = {len(data)}")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("score")
-    table.add_column("value  [95 % interval]")
-    for metric, score in found.scores.items():
-        table.add_row(metric.replace("_", " "), escape(interval(score)))
-    results().print(table)
-    line(f"loss {found.loss:.3f}")
-    if found.missing:
-        line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
-
-
-def predictions(data: Records, found: Sequence[Prediction], *, as_json: bool, masked: bool) -> None:
-    """Print one answer per line, or one JSON object per line."""
-    for record, prediction in zip(data, found, strict=True):
-        if as_json:
-            listed = [{"text": one.text, "log_prob": one.log_prob} for one in prediction.candidates]
-            row: dict[str, Json] = {
-                "record": dict(record),
-                "prediction": prediction.text,
-                "candidates": cast("Json", listed),
-            }
-            if masked and prediction.tokens is not None:
-                row["tokens"] = prediction.tokens
-            typer.echo(json.dumps(row, ensure_ascii=False))
-        elif len(prediction.candidates) > 1:
-            typer.echo("\t".join(f"{visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
-        elif masked and prediction.tokens is not None:
-            typer.echo(f"{visible(prediction.text)}\t({prediction.tokens} token{'s' * (prediction.tokens != 1)})")
-        else:
-            typer.echo(visible(prediction.text))
-
-
-def inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
-    """Print the nearest tokens of each slot."""
-    if as_json:
-        print_json({"template": str(prompt.template), **found.to_json()})
-        return
-    heading(str(prompt.template))
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
-        table.add_column(name)
-    for index, view in enumerate(found.slots):
-        start = "random" if view.start is None else quoted(view.start)
-        table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
-    console = results()
-    console.print(table)
-    console.print(
-        f"For scale: two tokens lie {found.token_distance:.2f} apart (median), a token and its nearest "
-        f"{found.neighbour_distance:.2f}; a token's norm is {found.token_norm:.2f}."
-    )
-    if not found.scores:
-        console.print("Before reading meaning into these tokens: --data FILE scores them in the slots' place.")
-        return
-    learned, nearest = found.scores["as learned"], found.scores["nearest tokens"]
-    console.print(f"score of the slots as learned            {escape(interval(learned))}, n = {learned.n}")
-    console.print(f"score with the nearest token in each     {escape(interval(nearest))}")
-    if nearest.high < learned.value:
-        console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
-
-
-def template(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
-    """Print each position of a filled template."""
-    rows = [
-        (index, part, token, None if token is None else tokenizer.token(token))
-        for index, (part, token) in enumerate(positions)
-    ]
-    if as_json:
-        print_json(
-            [{"position": index, "part": part, "token_id": token, "token": text} for index, part, token, text in rows]
-        )
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("position", "part", "id", "token"):
-        table.add_column(name)
-    for index, part, token, text in rows:
-        shown = "random start" if text is None else quoted(text) + (" (start)" if part == "slot" else "")
-        table.add_row(
-            str(index),
-            escape(part),
-            "" if token is None else str(token),
-            escape(shown),
-            style={"slot": "green", "target": "bold"}.get(part, ""),
-        )
-    results().print(table)
-
-
-def facts(known: Mapping[str, Mapping[str, object]]) -> None:
-    """Print the shipped facts."""
-    heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
-    # As narrow as it can be: the manual templates are for copying and should not be wrapped at 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("name", "records", "manual template (--manual)", "--about"):
-        table.add_column(name)
-    for name, entry in known.items():
-        rows = cast("Mapping[str, int]", entry["rows"])
-        counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
-        table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
-    results().print(table)
-
-
-def backbones(rows: Sequence[Family], *, as_json: bool) -> None:
-    """Print the table of backbones."""
-    if as_json:
-        listed: list[dict[str, Json]] = [{**row.to_json(), "tested": [*TESTED]} for row in rows]
-        print_json(listed)
-        return
-    heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in SHOWN_COLUMNS:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
-    results().print(table)
-
-
 @functools.cache
 def _errors() -> Console:
     """The one console of the error stream: what goes through it stands above a running progress bar."""
@@ -321,11 +176,6 @@ def parameters(record: Mapping[str, Json]) -> None:
     }
     line(f"trained: {trainable:,} parameters of {whose[str(record['tune'])]}; frozen: {frozen:,} of the backbone")
     line(f"time:    {train_seconds:.0f} s of training, {seconds:.0f} s in all")
-
-
-def _listed(neighbours: Sequence[Neighbour]) -> str:
-    """Return one neighbour per line: a table would break lines at the spaces that tokens begin with."""
-    return escape("\n".join(f"{quoted(one.token)} {one.value:.2f}" for one in neighbours[:SHOWN_NEIGHBOURS]))
 
 
 def mark(on: bool) -> str:

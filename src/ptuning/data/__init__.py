@@ -1,7 +1,7 @@
-"""Data: from files to questions.
+"""From files to questions: data files, the shipped facts, task files, LAMA's relations, word lists and seeded splits.
 
-JSONL, CSV and Parquet, the shipped facts, task files, LAMA's relations, word lists, and seeded splits. Nothing here
-loads a model or trains; for tokenizers there is a protocol in ``template``.
+It must not load a model or train. A tokenizer comes in as the protocol
+:class:`~ptuning.template.segments.Tokenizer`.
 
 Read first: ``reading``, ``questions``, ``splits``; then ``task_files`` or ``relations``.
 """

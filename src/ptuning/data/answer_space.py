@@ -14,7 +14,6 @@ from ptuning.data.splits import with_few_choices
 from ptuning.errors import RecordError
 from ptuning.metrics import ACCURACY, EXACT_MATCH
 from ptuning.records import TARGET_FIELD, Record
-from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 
 # A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
@@ -99,15 +98,7 @@ class AnswerSpace:
         return {**record, TARGET_FIELD: self.words.words[record[TARGET_FIELD]][0]}
 
     def check(self, questions: Questions, *, labelled: bool = True) -> None:
-        """Check that questions can be answered.
-
-        Args:
-            questions: The questions.
-            labelled: Whether their targets must be labels, too.
-
-        Raises:
-            RecordError: At the first question that has no choices, or a wrong label.
-        """
+        """Check that every question has choices and, if ``labelled``, a known label; else raise a RecordError."""
         if self.words is not None and labelled:
             self.words.check_records(questions.records)
         for number, question in enumerate(questions if self.has_choices else (), start=1):
@@ -116,10 +107,6 @@ class AnswerSpace:
                     f"{questions.name}, row {number} has no choices to choose among; read the rows with their task "
                     "(--task NAME, or load_task(NAME).read(FILE))"
                 )
-
-    def check_words(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Check the tokens of label words, as :meth:`ptuning.template.labels.LabelWords.check_ids` does."""
-        return self.words.check_ids(bound, record, unknown_id=unknown_id) if self.words is not None else []
 
     def to_learn(self, questions: Questions, *, seed: int) -> Questions:
         """Return the questions to learn from, with at most :data:`TRAIN_CHOICES` choices: each costs a pass."""

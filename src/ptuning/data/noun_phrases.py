@@ -40,8 +40,8 @@ def noun_phrases(text: str) -> list[str]:
 
 
 def other_phrases(text: str, *, than: Iterable[str]) -> list[str]:
-    """Return the noun phrases of a text that share no word with the given ones ("the pony" shares one with "pony"); if
-    there are none, single words that could be one.
+    """Return the noun phrases of a text that share no word with the given ones; without any, single words that may be
+    one.
     """
     taken = {word for phrase in than for word in _words(phrase)} - DETERMINERS
     found = [phrase for phrase in noun_phrases(text) if not taken & set(_words(phrase))]
@@ -61,7 +61,8 @@ def _phrase(words: list[str], at: int) -> int:
     if first in DETERMINERS:
         rest = 0
         for word in words[at + 1 : at + 1 + LONGEST_PHRASE]:
-            if word.lower() in STOPPERS or word.lower() in DETERMINERS or _looks_like_a_verb(word, behind=rest):
+            is_verb = rest > 0 and re.fullmatch(r"[a-z]+(ed|ing)", word) is not None
+            if word.lower() in STOPPERS | DETERMINERS or is_verb:
                 break
             rest += 1
         return rest + 1 if rest else 0
@@ -69,7 +70,3 @@ def _phrase(words: list[str], at: int) -> int:
     while at + length < len(words) and words[at + length][0].isupper() and words[at + length].lower() not in STOPPERS:
         length += 1
     return length
-
-
-def _looks_like_a_verb(word: str, *, behind: int) -> bool:
-    return behind > 0 and re.fullmatch(r"[a-z]+(ed|ing)", word) is not None

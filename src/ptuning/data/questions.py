@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ptuning.data.noun_phrases import other_phrases
+from ptuning.data.reading import Row
 from ptuning.data.row_paths import Context, RowPath, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
@@ -21,8 +22,7 @@ class Question:
     """One row of a task.
 
     Args:
-        record: Field -> text. :data:`TARGET_FIELD` holds the label's name, or the text of a right choice; it is missing
-            if the row was read without its label.
+        record: Field -> text; :data:`TARGET_FIELD` holds the label or a right choice, unless the row was read without.
         choices: The texts to choose among in this row; empty if the task has label words.
         answers: The places of the right choices; there may be several.
         group: The name of the group that is scored together: MultiRC's question, ReCoRD's query.
@@ -86,8 +86,7 @@ class ChoiceSource:
     def read(self, context: Context, *, where: str, labelled: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the different choices of a row, in order of appearance, and the places of the right ones among them.
 
-        Raises:
-            RecordError: If there are fewer than two, or a right answer is not among them.
+        Raises a RecordError if there are fewer than two choices, or a right answer is not among them.
         """
         found = [text for path in self.texts for text in path.texts(context, where=where)]
         if self.spans is not None and self.of is not None:
@@ -140,26 +139,19 @@ class Reader:
     group: tuple[RowPath, ...] = ()
     idx: Mapping[str, RowPath] = field(default_factory=dict)
 
-    def read(self, rows: Iterable[tuple[str, Mapping[str, object]]], *, labelled: bool = True) -> Iterator[Question]:
-        """Yield the questions of rows, each given as (file and line, row).
-
-        Raises:
-            RecordError: If something is missing in a row, or its label is outside of the task.
+    def read(self, rows: Iterable[Row], *, labelled: bool = True) -> Iterator[Question]:
+        """Yield the questions of rows, each given as (file and line, row); raise a RecordError at one that does not
+        fit.
         """
         for where, row in rows:
             # Plain JSON, whatever the file's format gave: a date or bytes become the text that Python shows.
             text = json.dumps(row, ensure_ascii=False, default=str)
             check_text(text, where=where)
-            value = json.loads(text)
-            for context in unfold(value, self.lists, where=where):
+            for context in unfold(json.loads(text), self.lists, where=where):
                 yield self._question(context, where=where, labelled=labelled)
 
     def filled(self, name: str, text: str, *, where: str) -> str:
-        """Return the text of a field for a text as a file would have it: repaired, and replaced by its value.
-
-        Raises:
-            RecordError: If the task has values for the field, and none for this text.
-        """
+        """Return the text of a field for a text as a file would have it: repaired, and replaced by its value."""
         return self._valued(name, self.fields[name].repaired(text, {"": {}}, where=where), where=where)
 
     def _question(self, context: Context, *, where: str, labelled: bool) -> Question:
@@ -225,7 +217,7 @@ def _span(text: str, span: Json, *, where: str) -> str:
 
 
 def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> str:
-    """Return a right choice by its number, from 0, or by its text. Text of digits is a number if it is no choice."""
+    """Return a right choice by its number, from 0, or by its text. Digits are a number if they are no choice."""
     if isinstance(value, int) and not isinstance(value, bool):
         at = value
     elif text and text in listed:

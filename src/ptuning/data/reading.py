@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
 
+Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
 MAX_CELL_CHARACTERS = 2**31 - 1
@@ -28,16 +29,12 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
     """Read records from a data file or from the shipped facts.
 
-    Values are text: numbers and booleans are written as JSON writes them, ``null`` counts as absent, lists and
-    objects are left out. A record without ``x`` takes LAMA's ``sub_label`` for it, one without ``y`` takes
-    ``obj_label`` or ``label``.
+    Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
+    is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``.
 
     Args:
         source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, or shipped facts as ``NAME:split``.
         fields: New field name -> name in the file, such as ``{"y": "answer"}``.
-
-    Returns:
-        The records, in the order of the file.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.
@@ -63,19 +60,14 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
 
 
 def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> list[Record]:
-    """Parse the bytes of a data file; the format is read from the ending of ``name`` (JSONL for any other).
-
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
-    """
+    """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
     return [_renamed(clean(row, where=where), fields, where=where) for where, row in raw_rows(data, name=name)]
 
 
-def raw_rows(data: bytes, *, name: str) -> list[tuple[str, Mapping[str, object]]]:
-    """Parse the bytes of a data file as :func:`read_rows` does, and return (file and line, row as the file has it).
+def raw_rows(data: bytes, *, name: str) -> list[Row]:
+    """Parse the bytes of a data file; its format follows from the ending of ``name`` (JSONL for any other).
 
-    Raises:
-        RecordError: If a row cannot be read; it names file and line.
+    Returns (file and line, row as the file has it) pairs; raises a RecordError with both if a row cannot be read.
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
@@ -129,7 +121,7 @@ def _text(data: bytes, name: str) -> str:
         raise RecordError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
-def _json_line_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object]]]:
+def _json_line_rows(text: str, name: str) -> list[Row]:
     rows = []
     # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -143,19 +135,19 @@ def _json_line_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object
     return rows
 
 
-def _array_rows(text: str, name: str) -> list[tuple[str, Mapping[str, object]]]:
+def _array_rows(text: str, name: str) -> list[Row]:
     try:
         return [(f"{name}, record {number}", row) for number, row in enumerate(json.loads(text), start=1)]
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{name}: not valid JSON ({error})") from error
 
 
-def _delimited_rows(text: str, name: str, *, tab: bool) -> list[tuple[str, Mapping[str, object]]]:
+def _delimited_rows(text: str, name: str, *, tab: bool) -> list[Row]:
     # Tab-separated benchmark files hold bare quotation marks as text, comma-separated ones quote with them.
     stream = io.StringIO(text, newline="")
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
-    rows: list[tuple[str, Mapping[str, object]]] = []
+    rows: list[Row] = []
     try:
         header = next(reader, [])
         doubled = {column for column in header if header.count(column) > 1}
@@ -174,7 +166,7 @@ def _delimited_rows(text: str, name: str, *, tab: bool) -> list[tuple[str, Mappi
     return rows
 
 
-def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object]]]:
+def _parquet_rows(data: bytes, name: str) -> list[Row]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -188,7 +180,7 @@ def _parquet_rows(data: bytes, name: str) -> list[tuple[str, Mapping[str, object
 
 
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names, without the old ones, so that no copy of an answer is left."""
+    """Return a record with fields under their new names only, so that no copy of an answer is left."""
     renamed = {}
     for new, old in (fields or {}).items():
         if old not in record:

@@ -1,28 +1,48 @@
-"""LAMA-style relations: their facts as records. :func:`ptuning.data.splits.split_relation` filters and divides them."""
+"""LAMA-style relations: which files hold their facts, templates and paraphrases, and the facts as records.
+
+There are two layouts. LAMA's own has ``relations.jsonl`` beside ``TREx/P36.jsonl``,
+``Google_RE/place_of_birth_test.jsonl``, ``ConceptNet/test.jsonl`` and ``Squad/test.jsonl``. The other has one folder
+per relation with ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl``. ``paraphrases/P36.jsonl`` goes with both.
+``scripts/convert_lama.py`` writes them from other layouts; :func:`ptuning.data.splits.split_relation` divides facts.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning.data.relation_layouts import (
-    GOOGLE_RE_TEMPLATES,
-    About,
-    Layout,
-    Row,
-    convert_with,
-    find_layout,
-    read_facts,
-    read_patterns,
-    relation_of,
-)
-from ptuning.errors import RecordError, closest
+from ptuning.data.reading import SPLITS, SUFFIXES, Row, raw_rows
+from ptuning.errors import FileError, RecordError, TemplateError, closest
+from ptuning.files import file_error, read_bytes, sha256
 from ptuning.records import TARGET_FIELD, Record, Records, clean
+from ptuning.template.language import Template
 
 logger = logging.getLogger(__name__)
+
+FACTS = "facts"  # the part of a relation whose facts are not divided yet
+# A .json file beside facts describes them, as the hub's dataset_infos.json does.
+FACT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".json")
+PART_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("val", "valid", "validation"), "dev")
+FACT_FOLDERS = ("trex", "google_re", "conceptnet", "squad")  # in lower case
+RELATION_LIST = "relations"
+PATTERN_FOLDER = "paraphrases"
+
+# LAMA keeps these three templates in its code. Source: facebookresearch/LAMA, scripts/run_experiments.py.
+GOOGLE_RE_TEMPLATES = {
+    "place_of_birth": "[X] was born in [Y] .",
+    "date_of_birth": "[X] (born [Y]).",
+    "place_of_death": "[X] died in [Y] .",
+}
+
+LOOKED_FOR = (
+    "relations.jsonl with TREx/P36.jsonl, Google_RE/*_test.jsonl, ConceptNet/test.jsonl or Squad/test.jsonl (LAMA); "
+    "P36/train.jsonl, P36/dev.jsonl, P36/test.jsonl; each also in data/ below the folder and with one of the endings "
+    f"{', '.join(FACT_SUFFIXES)}"
+)
 
 EVERYTHING = "all"
 TYPES = ("1-1", "N-1", "N-M")
@@ -38,8 +58,24 @@ DESCRIBING = (
 )  # fmt: skip
 # The field that says why a fact cannot be used with any tokenizer, so that splitting counts it.
 FLAW = "flaw"
-NO_MASK = f"not exactly one {MASK} in the sentence"
-JUDGED_FALSE = "judged false by its raters"
+
+
+@dataclass(frozen=True)
+class About:
+    """What the list of relations says about one, if anything; its type is ``1-1``, ``N-1`` or ``N-M``."""
+
+    template: str | None = None
+    label: str | None = None
+    type: str | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a folder: relation -> part -> file of facts, entry in the list of relations, file of paraphrases."""
+
+    facts: Mapping[str, Mapping[str, Path]]
+    about: Mapping[str, About]
+    patterns: Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -49,7 +85,7 @@ class Relation:
     Args:
         name: Its name in the data, such as ``P36``, ``place_of_birth`` or ``ConceptNet``.
         template: Its manual template; None if none was found.
-        label: What the relation is called, such as ``capital``; None if not known.
+        label: What it is called, such as ``capital``; None if not known.
         type: ``1-1``, ``N-1`` or ``N-M``; None if not known.
         parts: ``{"facts": ...}`` for facts that are not divided yet, else the given ones of train, dev and test.
         paraphrases: Other templates of the same meaning, in the order of their file.
@@ -66,23 +102,18 @@ class Relation:
 
 
 def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) -> list[Relation]:
-    """Read relations in LAMA's layout, or with one folder of parts for each (:mod:`ptuning.data.relation_layouts`).
+    """Read relations in one of the two layouts of this module's docstring, in natural order (P17 before P103).
 
-    Args:
-        folder: The folder, or one file with the facts of one relation.
-        which: Names (``P36``), types (``1-1``, ``N-1``, ``N-M``) or ``all``.
-
-    Returns:
-        The relations, each once, in natural order: P17 before P103. A relation without facts is left out with a notice.
+    ``folder`` is a folder, or one file with the facts of one relation; ``which`` has names (``P36``), types (``1-1``,
+    ``N-1``, ``N-M``) or ``all``. A relation without facts is left out with a notice.
 
     Raises:
-        FileError: If the folder holds no relations; it lists what was looked for and what was found.
+        FileError: If the folder holds no relations.
         RecordError: If a row cannot be read (it names file and line), or if a relation of ``which`` is not there.
     """
     layout = find_layout(folder)
-    chosen = _chosen(layout, which, folder=str(folder))
     relations = []
-    for name in sorted(chosen, key=_natural):
+    for name in sorted(_chosen(layout, which, folder=str(folder)), key=_natural):
         relation = _relation(name, layout)
         if any(relation.parts.values()):
             relations.append(relation)
@@ -94,7 +125,6 @@ def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) 
 
 
 def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
-    """Return the names of the relations that are asked for by name or type."""
     chosen: set[str] = set()
     for name in [which] if isinstance(which, str) else which:
         of_type = {each for each in layout.facts if layout.about.get(each, About()).type == name}
@@ -131,7 +161,8 @@ def _relation(name: str, layout: Layout) -> Relation:
     files = layout.facts[name]
     read = {part: read_facts(path) for part, path in files.items()}
     rows = [row for part_rows, _ in read.values() for _, row in part_rows]
-    source = str(next(iter(files.values())) if len(files) == 1 else next(iter(files.values())).parent)
+    file = next(iter(files.values()))
+    source = str(file if len(files) == 1 else file.parent)
     named = sorted({named for row in rows if (named := relation_of(row)) is not None}, key=_natural)
     if len(named) > 1 or (template is None and named and named != [name]):
         raise RecordError(
@@ -166,11 +197,11 @@ def _records(rows: Sequence[Row], *, template: str | None) -> list[Record]:
     records: list[dict[str, str]] = []
     for where, row in rows:
         record = clean(_without_relation(row), where=where)
-        flaw = JUDGED_FALSE if _is_judged_false(row) else None
+        flaw = "judged false by its raters" if _is_judged_false(row) else None
         if template == SENTENCE_TEMPLATE:
             record.setdefault(SUBJECT_FIELD, record.get("sub", ""))  # ConceptNet's name for it
             halves = _sentence(row).split(MASK)
-            flaw = flaw if len(halves) == 2 else NO_MASK
+            flaw = flaw if len(halves) == 2 else f"not exactly one {MASK} in the sentence"
             record |= dict(zip(SENTENCE_FIELDS, halves, strict=False))
         records.append(record | ({FLAW: flaw} if flaw else {}))
     if template == SENTENCE_TEMPLATE:
@@ -183,14 +214,14 @@ def _records(rows: Sequence[Row], *, template: str | None) -> list[Record]:
 
 
 def _without_relation(row: Mapping[str, object]) -> Mapping[str, object]:
-    """Return a fact without the fields that describe its relation. Its ``label`` would pass for a missing object."""
+    """Return a fact without the fields of its relation, whose ``label`` would pass for a missing object."""
     if relation_of(row) is None:
         return row
     return {name: value for name, value in row.items() if name not in DESCRIBING}
 
 
 def _is_sentence(row: Mapping[str, object]) -> bool:
-    """Whether a fact is asked with its own sentence. T-REx has sentences, too, in which the facts were found."""
+    """Whether a fact is asked with its own sentence. In T-REx, sentences are where the facts were found."""
     return "predicate_id" not in row and ("masked_sentences" in row or "masked_sentence" in row)
 
 
@@ -212,3 +243,166 @@ def _is_judged_false(row: Mapping[str, object]) -> bool:
 def subject_of(record: Record) -> str:
     """Return a fact's subject for comparison: trimmed and in small letters."""
     return record.get(SUBJECT_FIELD, "").strip().casefold()
+
+
+def find_layout(folder: str | Path) -> Layout:
+    """Find the files of a folder of relations, or of one file with a relation's facts; facts are not read yet. A
+    FileError lists what was looked for and what was found.
+    """
+    path = Path(folder)
+    is_file = os.path.isfile(path)  # unlike Path.is_file, False for a name that cannot be a path
+    if not is_file and not os.path.isdir(path):
+        beside = [entry.name for entry in _entries(path.parent)]
+        raise FileError(f"no such folder of relations: {folder}.{closest(path.name, beside)} {convert_with(folder)}")
+    base = path.parent if is_file else path
+    places = (base, base / "data", base.absolute().parent)
+    about = next((listed for place in places if (listed := _relation_list(place))), {})
+    found = _single({}, path) if is_file else _find_facts(base) or _find_facts(base / "data")
+    if not found:
+        entries = [entry.name + "/" * entry.is_dir() for entry in _entries(path)]
+        shown = ", ".join(entries[:12]) + (f" and {len(entries) - 12} more" if len(entries) > 12 else "")
+        raise FileError(
+            f"{folder} holds no relations. Looked for: {LOOKED_FOR}. Found: {shown or 'nothing'}. "
+            f"{convert_with(folder)}"
+        )
+    patterns = next((files for place in places if (files := _data_files(place / PATTERN_FOLDER))), [])
+    return Layout(found, about, {path.stem: path for path in patterns})
+
+
+def convert_with(folder: object) -> str:
+    """Return the command that converts the data of another layout."""
+    return (
+        "Other layouts (AutoPrompt, OptiPrompt, P-tuning's code, ParaRel, the hub's lama) are converted with: "
+        f"python scripts/convert_lama.py {folder} NEW_FOLDER"
+    )
+
+
+def read_facts(path: Path) -> tuple[list[Row], str]:
+    """Return the rows of a file of facts, and its SHA-256. A row that cannot be read is a RecordError."""
+    data = read_bytes(path)
+    rows = raw_rows(data, name=str(path))
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
+    return rows, sha256(data)
+
+
+def read_patterns(path: Path) -> tuple[str, ...]:
+    """Read the paraphrases of a relation, each once. A malformed template is left out with a notice."""
+    patterns: dict[str, None] = {}
+    for where, row in raw_rows(read_bytes(path), name=str(path)):
+        text = row.get("pattern") if isinstance(row, Mapping) else None
+        if not isinstance(text, str):
+            raise RecordError(f"{where}: a paraphrase needs the field 'pattern' with text")
+        try:
+            patterns[as_pattern(text, where=where)] = None
+        except TemplateError as error:
+            logger.warning("%s: left out the pattern %r: %s", where, text, str(error).splitlines()[0])
+    return tuple(patterns)
+
+
+def as_pattern(text: str, *, where: str) -> str:
+    """Return a data set's pattern as a template; brackets other than ``[X]`` and ``[Y]`` become literal text. Raise a
+    RecordError if one of the two is missing, and a TemplateError if there are two ``[Y]``.
+    """
+    text = text.strip()
+    missing = [mark for mark in ("[X]", "[Y]") if mark not in text]
+    if missing:
+        raise RecordError(
+            f"{where}: the pattern {text!r} has no {' and no '.join(missing)}; it needs [X] for the subject and [Y] "
+            "for the object"
+        )
+    pieces = re.split(r"(\[[XY]\])", text)
+    pieces[::2] = [piece.replace("[", "[[").replace("{", "{{") for piece in pieces[::2]]
+    pattern = "".join(pieces)
+    Template.parse(pattern)
+    return pattern
+
+
+def relation_of(row: Mapping[str, object]) -> str | None:
+    """Return the relation that a row names: T-REx's ``predicate_id``, Google-RE's ``/people/person/place_of_birth``."""
+    predicate = row.get("predicate_id")
+    if isinstance(predicate, str) and predicate.strip():
+        return predicate.strip()
+    last = str(row.get("pred", "")).rpartition("/")[2]
+    return last if last in GOOGLE_RE_TEMPLATES else None
+
+
+def _find_facts(folder: Path) -> dict[str, dict[str, Path]]:
+    """Return relation -> part -> file of a folder, or of the relations in its folders."""
+    found: dict[str, dict[str, Path]] = {}
+    for child in _entries(folder):
+        parts = {} if child.name.lower() in ("data", PATTERN_FOLDER) else _parts(child)
+        if parts:
+            _add(found, child.name, parts)
+        elif child.name.lower() in FACT_FOLDERS:
+            for path in _data_files(child):
+                _single(found, path)
+    if not found and (parts := _parts(folder)):
+        _add(found, folder.absolute().name, parts)
+    for path in () if found else _data_files(folder):
+        _single(found, path)
+    return found
+
+
+def _single(found: dict[str, dict[str, Path]], path: Path) -> dict[str, dict[str, Path]]:
+    """Add one file, named after its relation, or after a part; then its folder has the relation's name."""
+    name = path.absolute().parent.name if path.stem in PART_NAMES else path.stem.removesuffix("_test")
+    return _add(found, name, {FACTS: path})
+
+
+def _add(found: dict[str, dict[str, Path]], name: str, parts: Mapping[str, Path]) -> dict[str, dict[str, Path]]:
+    if name in found:
+        first, second = (next(iter(one.values())).parent for one in (found[name], parts))
+        raise FileError(f"facts of {name} are in two places, {first} and {second}; keep one. {convert_with('FOLDER')}")
+    # A single part is not a division.
+    found[name] = dict(parts) if len(parts) > 1 else {FACTS: next(iter(parts.values()))}
+    return found
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    parts = {PART_NAMES[path.stem]: path for path in _data_files(folder) if path.stem in PART_NAMES}
+    return dict(sorted(parts.items(), key=lambda item: SPLITS.index(item[0])))
+
+
+def _relation_list(folder: Path) -> dict[str, About]:
+    path = next((one for suffix in SUFFIXES if (one := folder / f"{RELATION_LIST}{suffix}").is_file()), None)
+    about: dict[str, About] = {}
+    for where, row in raw_rows(read_bytes(path), name=str(path)) if path is not None else ():
+        name = row.get("relation") if isinstance(row, Mapping) else None
+        if not isinstance(name, str) or not name.strip():
+            raise RecordError(f"{where}: a relation needs the field 'relation' with its name, such as P36")
+        if name in about:
+            raise RecordError(f"{where}: the relation {name} is there twice; leave one of the rows")
+        about[name] = _about(row, where)
+    return about
+
+
+def _about(row: Mapping[str, object], where: str) -> About:
+    template, label, kind = (
+        text.strip() if isinstance(text := row.get(name), str) and text.strip() else None
+        for name in ("template", "label", "type")
+    )
+    try:
+        return About(None if template is None else as_pattern(template, where=where), label, kind)
+    except TemplateError as error:
+        raise RecordError(f"{where}: {error}") from error
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return a folder's data files by name. Of a name in two formats, the first format's."""
+    files: dict[str, Path] = {}
+    for suffix in FACT_SUFFIXES:
+        for path in _entries(folder):
+            if path.suffix.lower() == suffix and path.stem != RELATION_LIST and path.is_file():
+                files.setdefault(path.stem, path)
+    return [files[stem] for stem in sorted(files)]
+
+
+def _entries(folder: Path) -> Iterable[Path]:
+    if not os.path.isdir(folder):
+        return []
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise file_error("read", folder, error) from error

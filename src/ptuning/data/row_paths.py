@@ -28,12 +28,8 @@ REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
 
 @dataclass(frozen=True)
 class RowPath:
-    """The path to a text in a row.
-
-    Args:
-        names: The names on the way, each with ``[]`` behind it if it is a list to go through.
-        repairs: (name, argument) of each repair, in order.
-        written: The path as the task file has it, for messages.
+    """The path to a text in a row: names (a list has ``[]`` behind it), (name, argument) of each repair, and as
+    written.
     """
 
     names: tuple[str, ...]
@@ -42,10 +38,7 @@ class RowPath:
 
     @classmethod
     def parse(cls, text: str) -> RowPath:
-        """Parse a path with its repairs.
-
-        Raises:
-            TaskError: If it is malformed, or a repair is unknown.
+        """Parse a path with its repairs; raises a TaskError if it is malformed, or a repair is unknown.
 
         Example:
             >>> RowPath.parse("target.span1_text|no_full_stop").names
@@ -78,11 +71,7 @@ class RowPath:
         return ".".join(self.names)
 
     def values(self, context: Context, *, where: str) -> list[Json]:
-        """Return the values at the path, without repairs: one, or any number if the path goes through lists of its own.
-
-        Raises:
-            RecordError: If a name on the way is missing, or leads to something that is not an object or a list.
-        """
+        """Return the values at the path, without repairs: one, or any number if it goes through lists of its own."""
         found: list[Json] = [context[""]]
         for depth, name in enumerate(self.names, start=1):
             prefix = ".".join(self.names[:depth])
@@ -93,22 +82,14 @@ class RowPath:
         return found
 
     def texts(self, context: Context, *, where: str) -> list[str]:
-        """Return the texts at the path, repaired; numbers and booleans as JSON writes them.
-
-        Raises:
-            RecordError: If something is missing, or is neither text nor a number.
-        """
+        """Return the texts at the path, repaired; numbers and booleans as JSON writes them."""
         return [
             self.repaired(_text(value, path=self.written, where=where), context, where=where)
             for value in self.values(context, where=where)
         ]
 
     def text(self, context: Context, *, where: str) -> str:
-        """Return the one text at the path.
-
-        Raises:
-            RecordError: If there is not exactly one.
-        """
+        """Return the one text at the path; raise a RecordError if there is not exactly one."""
         found = self.texts(context, where=where)
         if len(found) != 1:
             raise RecordError(
@@ -118,11 +99,7 @@ class RowPath:
         return found[0]
 
     def repaired(self, text: str, context: Context, *, where: str) -> str:
-        """Apply the repairs to a text.
-
-        Raises:
-            RecordError: If a repair does not find the text or number that it needs.
-        """
+        """Apply the repairs to a text; raise a RecordError if one does not find the text or number that it needs."""
         for name, argument in self.repairs:
             if name == "no_full_stop":
                 text = re.sub(r"\s*[.?!]+\s*$", "", text)
@@ -147,13 +124,7 @@ class RowPath:
 def unfold(row: Json, lists: Iterable[RowPath], *, where: str) -> Iterator[Context]:
     """Yield one context per element of the innermost list, in order; one for the row if there are no lists.
 
-    Args:
-        row: A row of the file.
-        lists: Paths of the lists from the outermost inwards, each beginning with the one before it.
-        where: File and line, for messages.
-
-    Raises:
-        RecordError: If a list is missing.
+    ``lists`` has the paths from the outermost list inwards, each beginning with the one before it.
     """
     contexts: list[dict[str, Json]] = [{"": row}]
     for path in lists:

@@ -9,17 +9,15 @@ from dataclasses import dataclass, replace
 
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import SPLITS
-from ptuning.data.relation_layouts import FACTS
-from ptuning.data.relations import FLAW, SENTENCE_FIELDS, Relation, subject_of
+from ptuning.data.relations import FACTS, FLAW, SENTENCE_FIELDS, Relation, subject_of
 from ptuning.errors import RecordError
 from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_json
 
 # Fields that may hold a copy of the answer. The same input with another answer must not be in two parts.
 ANSWERS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
 
-NOT_WHOLE = "no subject or object"
-TWICE = "twice the same fact"
-OVER_LIMIT = "over the limit"
+Parts = dict[str, list[Record]]
+Keeps = Callable[[Sequence[Record]], Sequence[bool]]  # for each of N facts, whether to keep it
 HELD_OUT = 0.2  # of a relation's subjects, for the development and for the test part
 
 
@@ -30,18 +28,10 @@ def split_records(records: Records, *, fraction: float, seed: int) -> tuple[Reco
 
 
 def split_questions(questions: Questions, *, fraction: float, seed: int) -> tuple[Questions, Questions]:
-    """Hold out a share of the rows. The rows of a group, and rows with the same input, stay together.
+    """Hold out a ``fraction`` in (0, 1) of the rows. The rows of a group, and rows with the same input, stay together.
 
-    Args:
-        questions: At least two different groups or inputs.
-        fraction: Share of the part that is held out, in (0, 1).
-        seed: Seed of the draw.
-
-    Returns:
-        The rest, and the part that is held out, each in the original order.
-
-    Raises:
-        RecordError: If there are too few different inputs to split.
+    Returns the rest, and the part that is held out, each in the original order. Fewer than two different inputs are a
+    RecordError.
     """
     units = _units(questions, lambda row: _input(row, hidden=ANSWERS))
     if len(units) < 2:
@@ -80,19 +70,10 @@ def draw_questions(questions: Questions, limit: int | None, *, seed: int) -> Que
 
 
 def draw_few(pool: Questions, count: int, labels: Sequence[str] = (), *, seed: int) -> tuple[Questions, Questions]:
-    """Draw a few-shot training part and a development part of the same size.
+    """Draw a few-shot training part and a development part of ``count`` examples each; too few are a RecordError.
 
-    A group is one example with all of its rows, as FewGLUE counts. Without groups the labels take turns, so that each
-    has the same number of examples as long as there are enough.
-
-    Args:
-        pool: What to draw from.
-        count: Examples of each part.
-        labels: Names of the labels; empty if the rows have none.
-        seed: Seed of the draw.
-
-    Raises:
-        RecordError: If there are too few.
+    A group is one example with all of its rows, as FewGLUE counts. Without groups the ``labels``, if there are any,
+    take turns, so that each has the same number of examples as long as there are enough.
     """
     units = list(_units(pool, _asked).values())
     if len(units) < 2 * count:
@@ -111,9 +92,7 @@ def draw_few(pool: Questions, count: int, labels: Sequence[str] = (), *, seed: i
 
 
 def with_few_choices(questions: Questions, count: int, *, seed: int) -> Questions:
-    """Leave at most ``count`` choices to each row: a right one, and a draw of the others. In training, every choice
-    costs a row of the batch.
-    """
+    """Leave at most ``count`` choices to each row: a right one, and a draw of the others."""
     few = []
     for number, question in enumerate(questions):
         if len(question.choices) > count:
@@ -129,15 +108,10 @@ def with_few_choices(questions: Questions, count: int, *, seed: int) -> Question
 
 @dataclass(frozen=True)
 class Split:
-    """A relation's facts, filtered and divided.
+    """A relation's facts, filtered and divided; subjects of the test part are in no other part.
 
-    Args:
-        train: The facts to train on.
-        dev: The facts to choose with.
-        test: The facts to score; their subjects are in no other part.
-        rows: Number of facts that were read.
-        dropped: Reason -> number of facts that were dropped for it.
-        how: How the parts were made, in words.
+    ``rows`` is the number of facts that were read, ``dropped`` maps a reason to the number that was dropped for it, and
+    ``how`` says in words how the parts were made.
     """
 
     train: Records
@@ -151,17 +125,17 @@ class Split:
 def split_relation(
     relation: Relation,
     *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None = None,
+    keeps: Keeps | None = None,
     reason: str = "object is not one token",
     seed: int = 0,
     limit: int | None = None,
 ) -> Split:
     """Filter a relation's facts and divide them.
 
-    Facts in one file are divided 60/20/20 by subject. The subjects of the whole file are drawn before any fact is
-    dropped: the part of a fact depends on the subjects and the seed alone, and is the same for every tokenizer and
-    every order of the file. Given parts stay as they are, but a fact is dropped if its subject is in a later part too.
-    A missing part is drawn from the training part's subjects.
+    Facts in one file are divided 60/20/20 by subject, drawn before any fact is dropped: the part of a fact depends on
+    the subjects and the seed alone, and is the same for every tokenizer and every order of the file. Given parts stay
+    as they are, but a fact is dropped if its subject is in a later part too. A missing part is drawn from the training
+    part's subjects.
 
     Args:
         relation: The relation.
@@ -171,15 +145,14 @@ def split_relation(
         limit: Keep at most this many facts in all, of drawn subjects and in the proportions of the parts.
 
     Raises:
-        RecordError: If a part is empty (it says why), if there is no training part, or if the limit leaves less than
-            one fact for each part.
+        RecordError: If there is no training part, or a part is empty (it says why).
     """
     if limit is not None and limit < len(SPLITS):
         raise RecordError(f"{relation.name}: a limit of {limit} facts; the three parts need at least one each")
     rows = sum(map(len, relation.parts.values()))
     placed, how = _placed(relation, seed=seed)
     dropped: Counter[str] = Counter()
-    parts = _usable(placed, keeps=keeps, reason=reason, dropped=dropped)
+    parts = _usable(placed, keeps, reason, dropped)
     _keep_apart(parts, dropped)
     if limit is not None and sum(map(len, parts.values())) > limit:
         parts = _limited(parts, limit, seed=seed, dropped=dropped)
@@ -243,7 +216,7 @@ def _subjects(records: Iterable[Record], *, seed: int) -> list[str]:
     return _shuffled({subject_of(record) for record in records} - {""}, f"relation {seed}")
 
 
-def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], str]:
+def _placed(relation: Relation, *, seed: int) -> tuple[Parts, str]:
     """Return the facts of each part before any is dropped, and how the parts were made."""
     if set(relation.parts) == {FACTS}:
         facts = relation.parts[FACTS]
@@ -251,7 +224,7 @@ def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], 
         aside = _share(len(subjects), HELD_OUT)
         place = dict.fromkeys(subjects[:aside], "test") | dict.fromkeys(subjects[aside : 2 * aside], "dev")
         order = {subject: number for number, subject in enumerate(subjects)}
-        parts: dict[str, list[Record]] = {part: [] for part in SPLITS}
+        parts: Parts = {part: [] for part in SPLITS}
         for record in sorted(facts, key=lambda row: (order.get(subject_of(row), -1), canonical_json(row))):
             parts[place.get(subject_of(record), "train")].append(record)
         return parts, f"60/20/20 by subject, seed {seed}"
@@ -273,13 +246,7 @@ def _placed(relation: Relation, *, seed: int) -> tuple[dict[str, list[Record]], 
     return parts, how
 
 
-def _usable(
-    parts: Mapping[str, Sequence[Record]],
-    *,
-    keeps: Callable[[Sequence[Record]], Sequence[bool]] | None,
-    reason: str,
-    dropped: Counter[str],
-) -> dict[str, list[Record]]:
+def _usable(parts: Parts, keeps: Keeps | None, reason: str, dropped: Counter[str]) -> Parts:
     """Return each part without facts that lack something, are there twice, or that ``keeps`` does not keep."""
     whole: list[tuple[str, Record]] = []
     for part in SPLITS:
@@ -288,16 +255,16 @@ def _usable(
             target = record.get(TARGET_FIELD, "").strip()
             fact = (subject_of(record), target, *(record.get(name) for name in SENTENCE_FIELDS))
             if not (subject_of(record) and target):
-                dropped[NOT_WHOLE] += 1
+                dropped["no subject or object"] += 1
             elif FLAW in record:
                 dropped[record[FLAW]] += 1
             elif fact in seen:
-                dropped[TWICE] += 1
+                dropped["twice the same fact"] += 1
             else:
                 seen.add(fact)
                 whole.append((part, record))
     kept = [True] * len(whole) if keeps is None else keeps([record for _, record in whole])
-    usable: dict[str, list[Record]] = {part: [] for part in SPLITS}
+    usable: Parts = {part: [] for part in SPLITS}
     for (part, record), is_kept in zip(whole, kept, strict=True):
         if is_kept:
             usable[part].append(record)
@@ -306,7 +273,7 @@ def _usable(
     return usable
 
 
-def _keep_apart(parts: dict[str, list[Record]], dropped: Counter[str]) -> None:
+def _keep_apart(parts: Parts, dropped: Counter[str]) -> None:
     """Drop facts of an earlier part whose subject is in a later one; the test part is never touched."""
     for part, later in (("dev", "test"), ("train", "test"), ("train", "dev")):
         subjects = {subject_of(record) for record in parts[later]}
@@ -316,18 +283,16 @@ def _keep_apart(parts: dict[str, list[Record]], dropped: Counter[str]) -> None:
         parts[part] = kept
 
 
-def _limited(
-    parts: Mapping[str, Sequence[Record]], limit: int, *, seed: int, dropped: Counter[str]
-) -> dict[str, list[Record]]:
+def _limited(parts: Parts, limit: int, *, seed: int, dropped: Counter[str]) -> Parts:
     """Return at most ``limit`` facts of drawn subjects; each part keeps its share, and at least one fact."""
     total = sum(map(len, parts.values()))
-    dropped[OVER_LIMIT] += total - limit
+    dropped["over the limit"] += total - limit
     room = {part: min(len(parts[part]), max(1, limit * len(parts[part]) // total)) for part in SPLITS}
     while sum(room.values()) < limit:  # shares were rounded down
         room[max(SPLITS, key=lambda part: len(parts[part]) - room[part])] += 1
     while sum(room.values()) > limit:  # small parts were given a whole fact
         room[max(SPLITS, key=lambda part: room[part])] -= 1
-    kept: dict[str, list[Record]] = {}
+    kept: Parts = {}
     for part, records in parts.items():
         order = {subject: number for number, subject in enumerate(_subjects(records, seed=seed))}
         first = sorted(range(len(records)), key=lambda index: order[subject_of(records[index])])[: room[part]]

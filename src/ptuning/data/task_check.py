@@ -20,13 +20,7 @@ FILLED_ROWS = 500
 
 @dataclass(frozen=True)
 class Findings:
-    """The findings of a check, a line each.
-
-    Args:
-        facts: Counts of rows and labels, tokens of the label words.
-        doubts: Possible mistakes.
-        problems: Mistakes that make the task unusable.
-    """
+    """The findings of a check, a line each: counts, possible mistakes, and mistakes that make the task unusable."""
 
     facts: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -62,11 +56,7 @@ def check_words(
 ) -> Findings:
     """Fill every pattern of a task; report the tokens of its label words and the rows that get truncated.
 
-    Args:
-        task: The task.
-        tokenizer: Tokenizer of the backbone.
-        kind: Kind of the backbone.
-        parts: Data; without it a record whose fields hold their own names is filled in.
+    Without data (``parts``), a record whose fields hold their own names is filled in.
     """
     given = [questions for questions in (parts or {}).values() if questions]
     sample = given[0][0] if given else Question({name: name for name in task.fields}, choices=("this", "that"))
@@ -90,26 +80,23 @@ def _check_template(
     facts, doubts = [], []
     try:
         bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
-        answers = task.answer_space
-        lines = answers.check_words(bound, sample.record, unknown_id=tokenizer.unknown_id)
-        if lines:
+        if task.label_words is not None:
+            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
         filled: list[Example] = []
         for questions in parts:
             chosen = questions[:FILLED_ROWS]
-            texts = [max(answers.texts(row) or ("a",), key=len) for row in chosen]
-            source = f"{questions.name}, row"
-            filled += bound.examples([row.record for row in chosen], targets=texts, source=source)
+            texts = [max(task.answer_space.texts(row) or ("a",), key=len) for row in chosen]
+            records = [row.record for row in chosen]
+            filled += bound.examples(records, targets=texts, source=f"{questions.name}, row")
         short = sum(example.shortened for example in filled)
         if short:
+            fields = [piece for piece in template.pieces if isinstance(piece, Field)]
+            shrinking = dict.fromkeys(piece.name for piece in fields if not piece.keep)
             doubts.append(
                 f"{name}: {short} of {len(filled)} rows are shortened to {tokenizer.max_tokens} tokens, in the fields "
-                f"without '!': {', '.join(_shrinking(template)) or 'none'}"
+                f"without '!': {', '.join(shrinking) or 'none'}"
             )
     except PTuningError as error:
         return Findings(tuple(facts), tuple(doubts), (f"{name}: {error}",))
     return Findings(tuple(facts), tuple(doubts))
-
-
-def _shrinking(template: Template) -> list[str]:
-    return list(dict.fromkeys(piece.name for piece in template.pieces if isinstance(piece, Field) and not piece.keep))

@@ -1,31 +1,25 @@
 """Task files: the description of a task in one TOML file, with its templates, its label words and its rows' fields.
 
-``docs/tasks.md`` explains the keys; :mod:`ptuning.data.task_parsing` checks them.
+``docs/tasks.md`` explains the keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import Questions, Reader
-from ptuning.data.reading import SUFFIXES, raw_rows
-from ptuning.data.task_parsing import (
-    SPLIT_FILES,
-    check_keys,
-    read_files,
-    read_label_words,
-    read_metrics,
-    read_name,
-    read_patterns,
-    read_reader,
-)
+from ptuning.data.questions import ChoiceSource, Questions, Reader
+from ptuning.data.reading import SUFFIXES, Row, raw_rows
+from ptuning.data.row_paths import RowPath
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
-from ptuning.files import Json, parse_toml, read_bytes, read_text, sha256
+from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
+from ptuning.metrics import METRICS, TASK_METRICS
+from ptuning.names import is_folder_name
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
@@ -34,6 +28,20 @@ if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
 SUFFIX = ".toml"
+KEYS = (
+    "name", "version", "source", "about", "rows", "fields", "values", "label", "labels", "choices", "group", "idx",
+    "metrics", "calibrate", "normalise", "files", "patterns",
+)  # fmt: skip
+REQUIRED_KEYS = ("name", "version", "patterns")
+CHOICE_KEYS = ("from", "spans", "of", "phrases", "right")
+PATTERN_KEYS = ("manual", "learned")
+# File names of each part: FewGLUE's and SuperGLUE's, and common others. The part "val" never chooses anything.
+SPLIT_FILES: Mapping[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "dev": ("dev32", "dev"),
+    "val": ("val", "validation"),
+    "test": ("test",),
+}
 
 
 @dataclass(frozen=True)
@@ -72,29 +80,27 @@ class TaskFile:
 
     @classmethod
     def parse(cls, text: str, *, where: str = "the task file") -> TaskFile:
-        """Read a task from the text of its file.
-
-        Raises:
-            TaskError: If the file is malformed; it names the key and the remedy.
-        """
+        """Read a task from the text of its file; a TaskError names a malformed key and the remedy."""
         task = replace(parse_toml(text, where=where, error=TaskError), where="")
         try:
-            check_keys(task)
-            manual, learned = read_patterns(task)
-            words = read_label_words(task)
+            missing = [key for key in REQUIRED_KEYS if key not in task.table(known=KEYS)]
+            if missing:
+                raise TaskError(f"the key '{missing[0]}' is missing; a task needs {', '.join(REQUIRED_KEYS)}")
+            manual, learned = _patterns(task)
+            words = task.optional("labels", lambda one: LabelWords(_named_texts(one)))
             return cls(
-                name=read_name(task),
+                name=_name(task),
                 version=task.at("version").text(blank=False),
                 source=task.at("source", "").text(),
                 about=task.at("about", "").text(),
                 manual=manual,
                 learned=learned,
-                reader=read_reader(task, words, used=[name for one in (*manual, *learned) for name in one.fields]),
+                reader=_reader(task, words, used=[name for one in (*manual, *learned) for name in one.fields]),
                 label_words=words,
-                metrics=read_metrics(task, words),
+                metrics=_metrics(task, words),
                 calibrate=task.at("calibrate", False).flag(),
                 normalise=task.at("normalise", "sum").one_of(("sum", "mean")),
-                files=read_files(task),
+                files=_files(task),
                 text=text,
             )
         except (TaskError, TemplateError, LabelWordError) as error:
@@ -117,11 +123,7 @@ class TaskFile:
         return tuple(name for name in self.reader.values if name != TARGET_FIELD)
 
     def record_of(self, text: str) -> Record:
-        """Return the record of a task with one field, from the text that a file would have there.
-
-        Raises:
-            RecordError: If rows have more fields, or choices; or as for :meth:`read`.
-        """
+        """Return the record of a task with one field, from the text that a file would have there."""
         has_choices = self.answer_space.has_choices
         if has_choices or len(self.fields) != 1:
             what = "choices of their own" if has_choices else f"the fields {', '.join(self.fields)}"
@@ -133,11 +135,7 @@ class TaskFile:
         return {"name": self.name, "version": self.version, "file": self.text}
 
     def read(self, path: str | Path, *, labelled: bool = True) -> Questions:
-        """Read a data file.
-
-        Args:
-            path: A file in any of the formats of :func:`ptuning.load_records`.
-            labelled: Whether to read labels.
+        """Read a data file in any of the formats of :func:`ptuning.load_records`, with its labels if ``labelled``.
 
         Raises:
             FileError: If it cannot be read.
@@ -153,29 +151,16 @@ class TaskFile:
         return self.read_named(rows, name=str(path), digest=sha256(data), labelled=labelled)
 
     def read_named(
-        self,
-        rows: Iterable[tuple[str, Mapping[str, object]]],
-        *,
-        name: str,
-        digest: str | None = None,
-        labelled: bool = True,
+        self, rows: Iterable[Row], *, name: str, digest: str | None = None, labelled: bool = True
     ) -> Questions:
-        """Read rows, each given as (file and line, row).
-
-        Raises:
-            RecordError: As for :meth:`read`.
-        """
+        """Read rows, each given as (file and line, row); errors as for :meth:`read`."""
         found = Questions(self.reader.read(rows, labelled=labelled), name=name, digest=digest)
         if not found:
             raise RecordError(f"{name} holds no rows of the task {self.name}")
         return found
 
     def read_rows(self, rows: Iterable[Mapping[str, object]], *, labelled: bool = True) -> Questions:
-        """Read rows in memory, each like a line of a data file.
-
-        Raises:
-            RecordError: As for :meth:`read`.
-        """
+        """Read rows in memory, each like a line of a data file; errors as for :meth:`read`."""
         named = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         return self.read_named(named, name="in memory", labelled=labelled)
 
@@ -224,26 +209,19 @@ def load_task(name_or_path: str | Path) -> TaskFile:
 
 
 def find_split(folder: Path, task: TaskFile, split: str) -> Path:
-    """Find the file of one part of a task's data.
-
-    Args:
-        folder: The folder of the files, or the one above it.
-        task: The task.
-        split: ``train``, ``dev``, ``val``, ``test``, or the name of a file without its ending.
-
-    Raises:
-        FileError: If there is none; it lists the names that were looked for.
+    """Find the file of one part of a task's data, in a folder or in the task's folder inside; a FileError lists the
+    names that were looked for. ``split`` is ``train``, ``dev``, ``val``, ``test``, or the name of a file without its
+    ending.
     """
     stems = task.files.get(split, (split,))
-    inner = [entry for entry in _folders(folder) if entry.name.lower() == task.name.lower()]
-    for place in [*inner, folder]:
-        for stem in stems:
-            for suffix in SUFFIXES:
-                if (place / f"{stem}{suffix}").is_file():
-                    return place / f"{stem}{suffix}"
     if not folder.is_dir():
         raise FileError(f"no such data folder: {folder}; give the folder that holds {stems[0]}.jsonl")
-    there = sorted(entry.name for place in [*inner, folder] for entry in place.iterdir())
+    inner = (entry for entry in folder.iterdir() if entry.is_dir() and entry.name.lower() == task.name.lower())
+    places = [*inner, folder]
+    for place, stem, suffix in itertools.product(places, stems, SUFFIXES):
+        if (place / f"{stem}{suffix}").is_file():
+            return place / f"{stem}{suffix}"
+    there = sorted(entry.name for place in places for entry in place.iterdir())
     raise FileError(
         f"no '{split}' part of the task {task.name} in {folder}: looked for {' or '.join(stems)} with one of the "
         f"endings {', '.join(SUFFIXES)}, there and in the folder {task.name} inside; there is "
@@ -251,9 +229,149 @@ def find_split(folder: Path, task: TaskFile, split: str) -> Path:
     )
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-
-
 def _folder() -> Traversable:
     return resources.files("ptuning.data") / "tasks"
+
+
+def _name(task: Unchecked) -> str:
+    """Return the task's name, which becomes the name of a folder; a TaskError if it cannot."""
+    name = task.at("name").text(blank=False)
+    if not is_folder_name(name, spaces=True):
+        raise TaskError(
+            f"'{name}' cannot be the name of a task, since it becomes a folder; use letters, digits and - _ . + ="
+        )
+    return name
+
+
+def _patterns(task: Unchecked) -> tuple[tuple[Template, ...], tuple[Template, ...]]:
+    """Return the manual templates, which must have no slots, and the learned ones, which must have some."""
+    listed = task.at("patterns")
+    if not isinstance(listed.value, list) or not all(isinstance(one, dict) for one in listed.value) or not listed.value:
+        raise TaskError("a task needs patterns: [[patterns]], with manual = '...' below it")
+    manual, learned = [], []
+    for number, pattern in enumerate(listed.items(), start=1):
+        if "manual" not in pattern.table(known=PATTERN_KEYS):
+            raise TaskError(f"pattern {number} has no manual template; write manual = '...' with a [Y] in it")
+        manual.append(Template.parse(pattern.at("manual").text(blank=False)))
+        if manual[-1].has_slots:
+            raise TaskError(f"pattern {number}: the manual template has slots; write them as learned = '...'")
+        given = pattern.optional("learned", lambda one: Template.parse(one.text(blank=False)))
+        learned.append(given or Template.from_manual(str(manual[-1])))
+        if not learned[-1].has_slots:
+            raise TaskError(f"pattern {number}: the learned template has no slots; write words as [P:words]")
+    return tuple(manual), tuple(learned)
+
+
+def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> Reader:
+    """Return the reader of the task's rows, from its label words and the fields that its patterns use."""
+    used = tuple(dict.fromkeys(used))
+    values = _values(task, words)
+    own = _paths(task.at("fields", {}))
+    if TARGET_FIELD in own:
+        raise TaskError(f"the target has the key 'label'; '{TARGET_FIELD}' cannot be the name of a field")
+    for name in (*own, *(name for name in values if name != TARGET_FIELD)):
+        if name not in used:
+            raise TaskError(f"no pattern uses the field '{name}'.{closest(name, used)}")
+    label = RowPath.parse(task.at("label", "label").text())
+    choices = _choices(task, label)
+    if words is not None and choices is not None:
+        raise TaskError(
+            "there are both [labels] and [choices]; a task has words for its labels, or choices in its rows"
+        )
+    answer = label if choices is None else choices.right
+    fields = {name: own.get(name, RowPath((name,), (), name)) for name in used}
+    for name, path in fields.items():
+        if path.names == answer.names:
+            raise TaskError(f"the field '{name}' of a pattern holds the answer; write [Y] for the answer")
+    idx = task.at("idx", "idx")
+    return Reader(
+        fields,
+        lists=_lists(task.at("rows", "").text()),
+        label=label,
+        labels=words.labels if words is not None else (),
+        values=values,
+        choices=choices,
+        group=tuple(map(RowPath.parse, _texts(task.at("group", [])))),
+        idx={"": RowPath.parse(idx.value)} if isinstance(idx.value, str) else _paths(idx),
+    )
+
+
+def _metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
+    """Return the names of the task's metrics; a TaskError if one is unknown or does not fit the labels."""
+    names = _texts(task.at("metrics", ["accuracy"]))
+    if not names:
+        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(TASK_METRICS)}, or leave the key out")
+    for name in names:
+        if name not in TASK_METRICS:
+            raise TaskError(f"unknown metric '{name}'.{closest(name, TASK_METRICS)} Known: {', '.join(TASK_METRICS)}")
+        needed = METRICS[name].needs_label
+        if needed is not None and (words is None or needed not in words.labels):
+            raise TaskError(f"the metric '{name}' needs the label '{needed}', which this task does not have")
+    return names
+
+
+def _files(task: Unchecked) -> dict[str, tuple[str, ...]]:
+    """Return part -> names of its files without their endings."""
+    files = _named_texts(task.at("files", {}), known=tuple(SPLIT_FILES))
+    for part, names in files.items():
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                raise TaskError(f"[files] {part} names '{name}'; leave its ending out: '{Path(name).stem}'")
+    return {**SPLIT_FILES, **files}
+
+
+def _values(task: Unchecked, words: LabelWords | None) -> dict[str, dict[str, str]]:
+    """Return field -> value in the file -> text. Those of the label are the target's."""
+    found = {
+        TARGET_FIELD if name == "label" else name: {value: text.text() for value, text in one.table().items()}
+        for name, one in task.at("values", {}).table().items()
+    }
+    for named in found.get(TARGET_FIELD, {}).values():
+        if words is not None and named not in words.labels:
+            raise TaskError(
+                f"[values] name the label '{named}', which has no words.{closest(named, words.labels)} Give it words "
+                "under [labels]"
+            )
+    return found
+
+
+def _choices(task: Unchecked, label: RowPath) -> ChoiceSource | None:
+    choices = task.at("choices")
+    if choices.value is None:
+        return None
+    table = choices.table(known=CHOICE_KEYS)
+    if ("spans" in table) != ("of" in table):
+        raise TaskError("[choices]: 'spans' and 'of' go together, the places and the text that they cut from")
+    if not {"from", "spans", "phrases"} & set(table):
+        raise TaskError('[choices] need from = ["..."], or spans = "..." and of = "..."')
+    one = {name: choices.optional(name, _path) for name in ("spans", "of", "phrases", "right")}
+    texts = tuple(map(RowPath.parse, _texts(choices.at("from", []))))
+    return ChoiceSource(texts, spans=one["spans"], of=one["of"], phrases=one["phrases"], right=one["right"] or label)
+
+
+def _lists(rows: str) -> tuple[RowPath, ...]:
+    """Return the paths of all lists on the way to the innermost one."""
+    if not rows:
+        return ()
+    path = RowPath.parse(rows)
+    if path.repairs or not path.names[-1].endswith("[]"):
+        raise TaskError(f'rows = "{rows}" must end with a list, such as "passage.questions[]"')
+    ends = [depth for depth, name in enumerate(path.names, start=1) if name.endswith("[]")]
+    return tuple(RowPath(path.names[:end], (), rows) for end in ends)
+
+
+def _paths(table: Unchecked) -> dict[str, RowPath]:
+    return {name: _path(one) for name, one in table.table().items()}
+
+
+def _path(found: Unchecked) -> RowPath:
+    return RowPath.parse(found.text(blank=False))
+
+
+def _named_texts(table: Unchecked, *, known: Sequence[str] | None = None) -> dict[str, tuple[str, ...]]:
+    return {name: _texts(one) for name, one in table.table(known=known).items()}
+
+
+def _texts(found: Unchecked) -> tuple[str, ...]:
+    """Return a list of texts; one text alone is a list of one."""
+    return (found.value,) if isinstance(found.value, str) else tuple(found.texts())

@@ -16,19 +16,11 @@ TARGETS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
 
 
 def read_words(source: str | Path, *, fields: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Read a word list, each word once.
+    """Read a word list, each word once; a FileError if it holds none.
 
-    The source is a text file with one word per line; a data file or shipped facts, whose targets are the words; or
-    JSON: a list of words, a vocabulary (token -> id), or several of these by model. Of several, the words are taken
-    that all have, as in the files of LAMA-29k and LAMA-34k.
-
-    Args:
-        source: Path of a file, or shipped facts as ``NAME:split``.
-        fields: New field name -> name in the file; only the target's counts.
-
-    Raises:
-        FileError: If it cannot be read, or holds no words.
-        RecordError: If it is data with a row that cannot be read.
+    ``source`` is a text file with one word per line; a data file or shipped facts (``NAME:split``), whose targets are
+    the words; or JSON: a list of words, a vocabulary (token -> id), or several of these by model. Of several, the words
+    are taken that all have, as in the files of LAMA-29k and LAMA-34k. ``fields`` renames fields of data (new -> old).
     """
     renamed = {new: old for new, old in (fields or {}).items() if new == TARGET_FIELD}
     lists = [] if renamed or not os.path.exists(source) else _lists(Path(source))

@@ -1,4 +1,4 @@
-"""Collating examples into one padded batch with explicit mask and positions. Knows no model and draws nothing."""
+"""Rows -> one padded batch with an explicit attention mask and positions; and which rows share a batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ptuning.template.fill import Example
 
 Side = Literal["left", "right"]
 
-# Bounds of one forward pass without gradients: tokens read (a shared prefix once), (rows x vocabulary) of float32
-# logits kept, and (rows x longest row) of keys and values kept behind a shared prefix, which each row has a copy of.
+# Bounds of one forward pass without gradients: tokens to read (a shared prefix counts once), scored positions (each
+# has float32 logits over the vocabulary), and rows x longest row after a shared prefix (each row copies its KV cache).
 MAX_BATCH_TOKENS = 4096
 MAX_BATCH_POSITIONS = 256
 MAX_CACHED_TOKENS = 8192
@@ -28,15 +28,15 @@ class Batch:
     """B rows padded to T tokens, with S slot positions and N scored positions over all rows.
 
     Args:
-        token_ids: (B, T) int64; zero at pads and slots, both of which only the mask and the positions know.
-        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. A pad is a mask entry, never a token id.
+        token_ids: (B, T) int64; zero at pads and slots, which only the mask and the slot positions tell apart.
+        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. No token id ever stands for a pad.
         positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
-        slot_rows, slot_cols: (S,) int64; where slot vectors are written.
-        slot_index: (S,) int64; which row of the (P, E) table of slot vectors is written there.
-        logit_rows, logit_cols: (N,) int64; where logits are read, row by row.
-        counts: Number of scored positions of each row, summing up to N.
+        slot_rows, slot_cols: (S,) int64; the positions of slots.
+        slot_index: (S,) int64; for each of them, the row of the (P, E) slot vectors that goes there.
+        logit_rows, logit_cols: (N,) int64; the scored positions, row by row.
+        counts: Number of scored positions of each row; they add up to N.
         shared_tokens: Number of leading columns that are the same in every row (:func:`shared_tokens`).
-        encoder_tokens: Number of leading columns that an encoder reads; the decoder reads the others.
+        encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
     """
 
     token_ids: Tensor
@@ -132,7 +132,7 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
         row = list(example.token_ids[: min(example.logit_positions, default=0)])
         for index, position in enumerate(example.slot_positions, start=offset):
             if position < len(row):
-                row[position] = -1 - index  # which no token id is
+                row[position] = -1 - index  # no token id is negative
         if shared is None:
             first, shared = row, len(row)
         shared = min(shared, len(row))
@@ -144,11 +144,11 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
 
 
 def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
-    """Yield indices of inputs to run together, of similar length and within the bounds of one forward pass.
+    """Yield indices of inputs that share a forward pass: of similar length, and within its bounds.
 
     Args:
-        inputs: For each index the rows that must be run together.
-        prefix: How many leading tokens of all rows are run once for a batch, by
+        inputs: For each index, the rows that must share a pass.
+        prefix: Number of leading tokens of all rows that run once for a batch, by
             :func:`ptuning.engine.passes.prefix_tokens`.
     """
     longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
@@ -175,10 +175,10 @@ def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator
 def _flat(
     positions: Sequence[Sequence[int]], starts: np.ndarray, encoder: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows, columns and the index within the row of all positions, row by row."""
+    """Return all positions, row by row: their rows, their columns, and their index within the row."""
     counts = np.array([len(row) for row in positions], dtype=np.int64)
     rows = np.repeat(np.arange(len(positions), dtype=np.int64), counts)
     columns = np.fromiter((p for row in positions for p in row), dtype=np.int64, count=int(counts.sum()))
     order = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
-    pads = np.where(columns < encoder[rows], 0, encoder.max() - encoder[rows])  # those between the two sides
+    pads = np.where(columns < encoder[rows], 0, encoder.max() - encoder[rows])  # between the two sides
     return rows, columns + starts[rows] + pads, order

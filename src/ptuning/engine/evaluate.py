@@ -1,4 +1,4 @@
-"""Running items without learning from them: scores and speed of slot vectors as they are. Knows no optimizer."""
+"""Scoring items with one prompt: mean loss, and a hit or a miss for each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ptuning.progress import OnProgress, Progress
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss per token (or per item with classes), and one hit or miss per record, in the records' order.
+    """The loss, and one hit or miss per record, in the order of the records.
 
     Args:
-        loss: The mean loss.
+        loss: The mean loss per target token, or per record with classes.
         hits: 1.0 or 0.0 per record.
-        guesses: The likeliest class of each record; empty where there are none to choose from.
-        log_probs: And its natural log-probability among the classes.
+        guesses: The most likely class of each record; empty without classes.
+        log_probs: The natural log-probability of that class among all classes.
     """
 
     loss: float
@@ -59,7 +59,7 @@ def evaluate(
         note: Shown with the progress.
 
     Returns:
-        Mean loss, a hit or a miss per item, and its likeliest class with its log-probability, in order.
+        Mean loss, a hit or a miss per item, and its most likely class with its log-probability, in order.
     """
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}

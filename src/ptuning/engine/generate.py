@@ -1,4 +1,4 @@
-"""Writing answers without candidates: beam search for models that write, filling masks for others. Knows no files."""
+"""Answers without candidates: beam search for models that write, filled masks for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 @dataclass(frozen=True)
 class Written:
-    """A written answer, its total natural log-probability (with the stop token, if it ended) and its own tokens."""
+    """A written answer: text, natural log-probability (with the stop token, if there is one), number of own tokens."""
 
     text: str
     log_prob: float
@@ -37,19 +37,19 @@ def write_answers(
     max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Answer records with what the model itself would write.
+    """Answer records with what the model writes.
 
     Args:
         backbone: The language model.
         bound: The template, bound to it.
-        records: N records; targets are not looked at.
+        records: N records; their targets are ignored.
         learned: What the one prompt of all records brings.
         width: How many answers to keep, and the width of the beam search.
         max_tokens: Longest answer.
-        pad_side: Where pads stand in a batch of a masked model.
+        pad_side: The side of the pads for a masked model.
 
     Returns:
-        For each record up to ``width`` answers, best first.
+        For each record, up to ``width`` answers, best first.
     """
     if backbone.kind in FILLS_MASKS:
         return _fill_masks(backbone, bound, records, learned, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
@@ -60,15 +60,20 @@ def write_answers(
         for part in batches([[examples[index]] * width for index in same]):
             chosen = [same[place] for place in part]
             group = [examples[index] for index in chosen]
-            written = _beams(backbone, bound, group, learned, width=width, max_tokens=max_tokens)
-            for index, beams in zip(chosen, written, strict=True):
+            search = _BeamSearch(backbone, bound, group, learned, width=width)
+            for _ in range(max_tokens - 1):
+                if search.is_done():
+                    break
+                search.step()
+            for index, beams in zip(chosen, search.answers(), strict=True):
                 found[index] = beams
     return found
 
 
 def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[int]]:
-    """Return indices of examples that can be gone on with together: all, if pads may stand in front of them; else those
-    of which the part that is gone on with (all of it, or the decoder's) has the same length, so that it needs no pads.
+    """Yield indices of examples that can be continued in one batch: all, if the model takes pads on the left.
+
+    Otherwise the part that is continued (the row, or the decoder's part of it) must need no pads: it has one length.
     """
     groups: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
@@ -78,109 +83,123 @@ def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[
 
 
 def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
-    """Fill the template with room for an answer, for less of one where a record that may not be cut leaves less."""
+    """Fill the template with room for an answer; a record that may not be truncated gets as much room as is left."""
     try:
         return bound.contexts(records, target_tokens=room)
     except TemplateError:
-        bound.contexts(records, target_tokens=1)  # raises again if a record cannot be used at all
+        bound.contexts(records, target_tokens=1)  # raises again if a record does not fit at all
         if len(records) == 1:
             return _contexts(bound, records, room=room // 2)
     return [example for record in records for example in _contexts(bound, [record], room=room)]
 
 
-def _beams(
-    backbone: Backbone,
-    bound: BoundTemplate,
-    examples: Sequence[Example],
-    learned: Learned,
-    *,
-    width: int,
-    max_tokens: int,
-) -> list[list[Written]]:
-    """Beam search over cached keys and values; the slots enter once, with the text (width 1 is greedy decoding). A
-    model that keeps no cache reads whole rows again for every token.
+class _BeamSearch:
+    """Beam search over B rows, W beams each; all grow by one token a step. Width 1 is greedy decoding.
 
-    Returns:
-        For each of B rows up to ``width`` different answers, best first.
+    The KV cache holds what was read, so the slots are read once, with the text. A model without a KV cache reads whole
+    rows again for every token.
+
+    Args:
+        backbone: The language model.
+        bound: The template, bound to it.
+        examples: B rows, up to where the answer goes.
+        learned: What their prompts bring.
+        width: Number of beams W.
 
     Raises:
-        BackboneError: If a model with an encoder keeps no cache.
+        BackboneError: If a model with an encoder keeps no KV cache.
     """
-    rows, limit = len(examples), backbone.tokenizer.max_tokens
-    ending = _Ending(backbone, bound)
-    first = run_pass(backbone, examples, learned, pad_side="left", keep=True)
-    batch, embeddings, memory = first.batch, first.embeddings, first.memory
-    # What is gone on with: the row, or the decoder's part of it.
-    mask = batch.mask[:, batch.encoder_tokens :]  # (B, T)
-    positions = mask.sum(dim=1)  # (B,)
-    if memory is None and batch.encoder_tokens:
-        raise BackboneError(
-            "this model keeps no cache of keys and values, so it cannot write answers; give candidates to choose from"
-        )
-    scores = torch.log_softmax(first.logits, dim=-1)  # (B, V)
-    best, tokens = scores.topk(width, dim=-1)  # (B, W)
-    texts = [[[int(token)] for token in row] for row in tokens.tolist()]
-    row_of_beam = torch.arange(rows, device=backbone.device).repeat_interleave(width)  # (B * W,)
-    mask, positions = (value[row_of_beam] for value in (mask, positions))
-    if memory is not None:
-        memory.reorder(row_of_beam)
-    else:
-        embeddings, read = embeddings[row_of_beam], batch.positions[row_of_beam]  # (B * W, T, E), (B * W, T)
-    ended = ending.reached(texts, tokens)  # (B, W)
-    for _ in range(max_tokens - 1):
-        # A row whose context is full ends where it stands; its neighbours may go on.
-        ended = ended | (positions >= limit).view(rows, width)
-        if bool(ended.all()):
-            break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # (B * W, T + 1)
-        every = torch.arange(len(mask), device=backbone.device)
-        new, at = backbone.embed(tokens.reshape(-1, 1)), positions.clamp(max=limit - 1)[:, None]
-        if memory is None:
-            embeddings, read = torch.cat([embeddings, new], dim=1), torch.cat([read, at], dim=1)  # T + 1
-            new, at = embeddings, read
-        logits, memory = backbone.run(
+
+    def __init__(
+        self, backbone: Backbone, bound: BoundTemplate, examples: Sequence[Example], learned: Learned, *, width: int
+    ) -> None:
+        first = run_pass(backbone, examples, learned, pad_side="left", keep=True)
+        batch = first.batch
+        if first.memory is None and batch.encoder_tokens:
+            raise BackboneError(
+                "this model has no KV cache, so it cannot write answers; give candidates to choose from"
+            )
+        self._backbone, self._rows, self._width = backbone, len(examples), width
+        self._ending = _Ending(backbone, bound)
+        self._memory, self._embeddings, self._read = first.memory, first.embeddings, batch.positions
+        self._best, self._tokens = torch.log_softmax(first.logits, dim=-1).topk(width, dim=-1)  # (B, W) each
+        self._texts = [[[int(token)] for token in row] for row in self._tokens.tolist()]
+        row_of_beam = torch.arange(self._rows, device=backbone.device).repeat_interleave(width)  # (B * W,)
+        # The answer continues the row, or the decoder's part of it.
+        self._mask = batch.mask[:, batch.encoder_tokens :][row_of_beam]  # (B * W, T)
+        self._positions = self._mask.sum(dim=1)  # (B * W,)
+        self._follow(row_of_beam)
+        self._ended = self._ending.reached(self._texts, self._tokens)  # (B, W)
+
+    def is_done(self) -> bool:
+        """Whether all beams have ended. A row whose context is full ends there; its neighbours may go on."""
+        full = self._positions >= self._backbone.tokenizer.max_tokens  # (B * W,)
+        self._ended = self._ended | full.view(self._rows, self._width)
+        return bool(self._ended.all())
+
+    def step(self) -> None:
+        """Let every beam that has not ended grow by one token, and keep the best W of each row."""
+        step = torch.log_softmax(self._next_logits(), dim=-1).view(self._rows, self._width, -1)  # (B, W, V)
+        # An ended beam continues as itself: with one token, which is not read, at no cost.
+        step = step.masked_fill(self._ended[..., None], -torch.inf)
+        step[..., 0] = step[..., 0].masked_fill(self._ended, 0.0)
+        self._best, flat = (self._best[..., None] + step).flatten(1).topk(self._width, dim=-1)  # (B, W)
+        parents, self._tokens = flat // step.shape[-1], flat % step.shape[-1]  # (B, W)
+        ended = self._ended.gather(1, parents)
+        self._texts = [
+            [
+                self._texts[row][int(parent)] + ([] if over else [int(token)])
+                for parent, token, over in zip(parents[row], self._tokens[row], ended[row], strict=True)
+            ]
+            for row in range(self._rows)
+        ]
+        self._ended = ended | self._ending.reached(self._texts, self._tokens)
+        firsts = torch.arange(self._rows, device=parents.device)[:, None] * self._width  # (B, 1)
+        self._follow((parents + firsts).flatten())
+
+    def answers(self) -> list[list[Written]]:
+        """Return for each row up to W different answers, best first."""
+        return [
+            _different(map(self._ending.answer, texts, values))
+            for texts, values in zip(self._texts, self._best.tolist(), strict=True)
+        ]
+
+    def _next_logits(self) -> Tensor:
+        """Read every beam's last token; return the logits of what follows it, (B * W, V)."""
+        backbone, limit = self._backbone, self._backbone.tokenizer.max_tokens
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)  # (B * W, T + 1)
+        every = torch.arange(len(self._mask), device=backbone.device)
+        new, at = backbone.embed(self._tokens.reshape(-1, 1)), self._positions.clamp(max=limit - 1)[:, None]
+        if self._memory is None:
+            self._embeddings = new = torch.cat([self._embeddings, new], dim=1)  # (B * W, T + 1, E)
+            self._read = at = torch.cat([self._read, at], dim=1)  # (B * W, T + 1)
+        logits, self._memory = backbone.run(
             new,
-            mask=mask,
+            mask=self._mask,
             positions=at,
             rows=every,
             cols=torch.full_like(every, new.shape[1] - 1),
-            memory=memory,
-            keep=memory is not None,
+            memory=self._memory,
+            keep=self._memory is not None,
         )
-        positions = positions + 1
-        step = torch.log_softmax(logits, dim=-1).view(rows, width, -1)  # (B, W, V)
-        # An ended beam goes on as itself: one continuation, which nobody reads, at no cost.
-        step = step.masked_fill(ended[..., None], -torch.inf)
-        step[..., 0] = step[..., 0].masked_fill(ended, 0.0)
-        best, flat = (best[..., None] + step).flatten(1).topk(width, dim=-1)  # (B, W)
-        parents, tokens = flat // step.shape[-1], flat % step.shape[-1]  # (B, W)
-        ended = ended.gather(1, parents)
-        texts = [
-            [
-                texts[row][int(parent)] + ([] if over else [int(token)])
-                for parent, token, over in zip(parents[row], tokens[row], ended[row], strict=True)
-            ]
-            for row in range(rows)
-        ]
-        ended = ended | ending.reached(texts, tokens)
-        kept = (parents + torch.arange(rows, device=parents.device)[:, None] * width).flatten()  # (B * W,)
-        if memory is not None:
-            memory.reorder(kept)
+        self._positions = self._positions + 1
+        return logits
+
+    def _follow(self, beams: Tensor) -> None:
+        """Let beam i go on from what beam (at first: row) ``beams[i]`` has read, (B * W,) int64."""
+        if self._memory is not None:
+            self._memory.reorder(beams)
         else:
-            embeddings, read = embeddings[kept], read[kept]
-    return [
-        _different(ending.answer(ids, value) for ids, value in zip(texts[row], best[row].tolist(), strict=True))
-        for row in range(rows)
-    ]
+            self._embeddings, self._read = self._embeddings[beams], self._read[beams]
 
 
 class _Ending:
-    """Where a written answer ends: at the end of the text, and of its first line unless targets have several."""
+    """Where a written answer ends: at the stop token, and after its first line unless targets have several lines."""
 
     def __init__(self, backbone: Backbone, bound: BoundTemplate) -> None:
         self.tokenizer = backbone.tokenizer
         self.multiline = bound.multiline
-        # The end of the text, and the end of a gap's filling where the model learned to write one.
+        # The end of the text; and the end of a filled gap, for a model that learned to write one.
         self.stop_ids = {self.tokenizer.stop_id, self.tokenizer.gap.end_id} - {None}
 
     def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
@@ -188,7 +207,7 @@ class _Ending:
 
         Args:
             texts: Token ids of W beams for each of B rows.
-            tokens: (B, W) int64; says where the result is needed.
+            tokens: (B, W) int64; the result goes to its device.
         """
         ends = [[self._ends(ids) for ids in row] for row in texts]
         return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
@@ -196,11 +215,11 @@ class _Ending:
     def _ends(self, ids: Sequence[int]) -> bool:
         if ids[-1] in self.stop_ids:
             return True
-        # A line break in front of the answer ends nothing.
+        # A line break before the answer does not end it.
         return not self.multiline and self.tokenizer.ends_line(ids[-1]) and bool(self.tokenizer.decode(ids).strip())
 
     def answer(self, ids: Sequence[int], log_prob: float) -> Written:
-        """Return a beam as an answer; its log-probability covers what ended it, its tokens do not."""
+        """Return a beam as an answer; its log-probability includes the token that ended it, its tokens do not."""
         own = list(ids)
         if own[-1] in self.stop_ids or (self._ends(own) and not self.tokenizer.decode(own[-1:]).strip()):
             own.pop()
@@ -209,7 +228,7 @@ class _Ending:
 
 
 def _different(written: Iterable[Written]) -> list[Written]:
-    """Keep the best of answers with the same text (two beams may end the same text in different ways)."""
+    """Keep the best of answers with the same text: two beams may end the same text in different ways."""
     kept: dict[str, Written] = {}
     for one in written:
         kept.setdefault(one.text, one)
@@ -226,7 +245,7 @@ def _fill_masks(
     max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Fill 1 to ``max_tokens`` masks, each with its likeliest token, and keep the likeliest length on average."""
+    """Fill 1 to ``max_tokens`` masks with their most likely tokens; the best mean log-probability wins."""
     every: list[list[tuple[float, Written]]] = [[] for _ in records]
     examples = dict(enumerate(bound.contexts(records)))
     for count in range(1, max_tokens + 1):
@@ -248,7 +267,7 @@ def _fill_masks(
 
 
 def _with_masks(bound: BoundTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
-    """Fill the template with ``count`` masks, for the records that leave room for so many."""
+    """Fill the template with ``count`` masks, for the records that leave enough room."""
     try:
         return dict(zip(records, bound.contexts(list(records.values()), target_tokens=count), strict=True))
     except TemplateError:

@@ -1,6 +1,4 @@
-"""Losses as (sum, count), and scores of targets, candidates, label words and choices. Knows no training loop and no
-files.
-"""
+"""Losses as (sum, count), and scores of targets, candidates, label words (verbalizer) and choices."""
 
 from __future__ import annotations
 
@@ -22,14 +20,14 @@ from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 from ptuning.template.segments import Ids
 
-# What a stop token counts in the loss beside a token of the target: it is learned easily, and with full weight it takes
-# half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
+# Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
+# takes half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A text to score: the ids it adds to one input. ``own_tokens`` of them are its own, the rest teaches to stop."""
+    """A text to score after an input: its ``own_tokens`` ids, and then perhaps the stop token."""
 
     input: int
     target_ids: Ids
@@ -41,11 +39,11 @@ class Item:
     """One record ready to be scored.
 
     Args:
-        inputs: The different rows the model has to read for it.
-        choices: The texts scored from them: the target alone, or every candidate, label word or choice of the row.
-        classes: Class of each choice, for label words; each choice of a row is a class of its own.
-        answers: The right classes, of which label words have one; empty where there is nothing to choose.
-        empty: For calibration: the choices again, scored from inputs made of an empty record.
+        inputs: The different rows that the model reads for it.
+        choices: The texts to score: the target alone, or every candidate, label word or choice of the row.
+        classes: Class of each choice: its label, for label words; otherwise each choice is a class of its own.
+        answers: The right classes (one, for label words); empty without classes.
+        empty: For calibration: the same choices, scored after inputs made from an empty record.
         normalise: How choices of several tokens are scored.
     """
 
@@ -58,20 +56,20 @@ class Item:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens the model reads for it."""
+        """Number of tokens that the model reads for it."""
         return sum(len(example.token_ids) for example in self.inputs)
 
 
 def inputs_of(items: Iterable[Item]) -> list[Example]:
-    """Return the rows of items, one item after the other, as a pass takes them."""
+    """Return the rows of items, one item after the other."""
     return [example for item in items for example in item.inputs]
 
 
 def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
-    """Turn examples of one record into the different inputs behind them and a choice for each.
+    """Turn examples of one record into their different inputs, and one choice per example.
 
-    Candidates that differ in their last token only (for a masked model: that have the same length) are scored from
-    one input, so single-token candidates cost one forward pass together.
+    Candidates that differ in their last token only (for a masked model: that have the same length) share an input, so
+    all single-token candidates together cost one row.
     """
     inputs: dict[tuple[Ids, Ids, Ids], int] = {}
     kept: list[Example] = []
@@ -86,7 +84,7 @@ def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tupl
 
 
 def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> list[Item]:
-    """Return one item per record, its own target the only choice."""
+    """Return one item per record, with its target as the only choice."""
     examples = bound.examples(records, with_stop=with_stop, source=f"{records.name}, record")
     return [Item((example,), (Choice(0, example.target_ids, example.own_tokens),)) for example in examples]
 
@@ -140,7 +138,7 @@ def question_items(
 
 
 def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
-    """Return one item per record, with every label word a choice."""
+    """Return one item per record, with every label word as a choice."""
     return question_items(bound, as_questions(records), AnswerSpace(labels, scoring=scoring))
 
 
@@ -150,7 +148,7 @@ def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring
 
 
 def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
-    """Yield the examples of each record's texts; an error names the record and not its place among all texts."""
+    """Yield the examples of each record's texts; an error names the record, not the position among all texts."""
     repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
     try:
         examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
@@ -176,11 +174,11 @@ class Scored:
 
     Args:
         log_probs: (C,) float32, differentiable; total log-probability of each choice's own tokens.
-        all_log_probs: (C,) float32; the same with the stop token where one is scored.
-        correct: (C,) bool; whether every own token is the likeliest one given those before it (exact match).
+        all_log_probs: (C,) float32; the same, including the stop token if it is scored.
+        correct: (C,) bool; whether every own token is the most likely one given those before it (exact match).
         lengths: (C,) float32; number of own tokens.
-        token_count: Number of scored tokens, stop tokens counted by :data:`STOP_WEIGHT`.
-        per_item: Number of choices of each item; those scored from an empty record, if any, stand behind the others.
+        token_count: Number of scored tokens; a stop token counts :data:`STOP_WEIGHT`.
+        per_item: Number of choices of each item; those of an empty record, if any, come last.
     """
 
     log_probs: Tensor
@@ -195,11 +193,11 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
     """Score the choices of items from the logits of their inputs.
 
     Args:
-        items: Items whose inputs, one after the other, were the rows of a batch.
+        items: Items whose inputs were the rows of a batch, one item after the other.
         logits: (N, V) float32; the scored positions of those rows, row by row.
 
     Returns:
-        The choices' log-probabilities, item by item.
+        The log-probabilities of the choices, item by item.
     """
     rows: list[int] = []
     ids: list[int] = []
@@ -235,15 +233,16 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
 
 
 def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
-    """Return one score per item and class: the log of the mean probability of the class's words, each divided by what
-    it has from an empty record where items are calibrated.
+    """Return one score per item and class: the log of the mean probability of the class's words.
+
+    With calibration, each word's probability is divided by its probability after an empty record.
 
     Args:
-        items: I items that are scored and calibrated alike, with up to K classes and up to C choices each.
-        scored: Their choices' log-probabilities.
+        items: I items with the same scoring, with up to K classes and up to C choices each.
+        scored: The log-probabilities of their choices.
 
     Returns:
-        (I, K) unnormalised log-probabilities; minus infinity for classes that an item does not have.
+        (I, K) unnormalised log-probabilities; minus infinity where an item lacks a class.
 
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
@@ -262,11 +261,11 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
 
 
 def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
-    """Return the loss of items as (sum, count), to be divided once over everything that makes one step.
+    """Return the loss of items as (sum, count). Divide once, by the count of the whole optimizer step.
 
-    Without classes it is the negative log-likelihood of the target's tokens, counted in tokens, with the stop token
-    weighing :data:`STOP_WEIGHT`; with classes the cross-entropy over them, counted in items: minus the log of the
-    probability that the right ones have together.
+    Without classes: the negative log-likelihood of the target's tokens, counted in tokens; the stop token weighs
+    :data:`STOP_WEIGHT`. With classes: the cross-entropy, counted in items: minus the log of the total probability of
+    the right classes.
 
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
@@ -285,7 +284,7 @@ def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
 
 
 def loss_count(items: Sequence[Item]) -> float:
-    """Return what :func:`loss` will count for items, before they are run."""
+    """Return the count that :func:`loss` will return for items, without running them."""
     if not items[0].answers:
         choices = [choice for item in items for choice in item.choices]
         stops = sum(len(choice.target_ids) - choice.own_tokens for choice in choices)
@@ -294,10 +293,10 @@ def loss_count(items: Sequence[Item]) -> float:
 
 
 def hits(items: Sequence[Item], scored: Scored) -> list[float]:
-    """Return 1.0 for each item answered rightly: exact match of the target's own tokens, or a right class.
+    """Return 1.0 for each item answered correctly: exact match of the target's own tokens, or a right class.
 
-    A target counts if each of its tokens is the likeliest one given the tokens before it, which is what greedy
-    decoding would write; what a model would write after the target is not looked at.
+    A target is a hit if greedy decoding would write it: each of its tokens is the most likely one given those before
+    it. What the model would write after the target does not matter.
     """
     if not items[0].answers:
         return [float(value) for value in scored.correct.tolist()]

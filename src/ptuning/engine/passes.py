@@ -16,24 +16,24 @@ from ptuning.engine.prefix_cache import Past, PrefixCache, cacheable_ids, row_be
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
 
-# A prefix is shared if that saves at least so many tokens: its own forward pass reads every weight once more.
+# A prefix is shared if that saves at least this many tokens: its own forward pass reads every weight once more.
 # Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
 MIN_SAVED_TOKENS = 48
 
 
 def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
-    """Write slot vectors into the embeddings of a batch: the only place where that is done.
+    """Write slot vectors into the embeddings of a batch. No other function does that.
 
     Args:
         embeddings: (B, T, E) in the backbone's dtype.
         vectors: (P, E) float32; the slot vectors of all prompts in the batch, one below the other.
-        batch: Says which vector goes where.
+        batch: Which vector goes where.
 
     Returns:
-        (B, T, E), a new tensor; the vectors are cast where they are written.
+        (B, T, E), a new tensor; the vectors are cast to its dtype.
 
     Raises:
-        PromptError: If the batch asks for a vector that is not there.
+        PromptError: If the batch needs more vectors than there are.
     """
     if not len(batch.slot_rows):
         return embeddings
@@ -154,13 +154,14 @@ def run_embeddings(
 
 
 def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
-    """Whether the ``shared`` tokens that rows begin with are run in one row: if the backbone can, and it pays."""
+    """Whether the ``shared`` tokens that rows begin with run in one row: if the backbone allows it, and it pays."""
     saves = (rows - 1) * shared >= MIN_SAVED_TOKENS
-    return saves and not backbone.model.training and backbone.shares_prefix  # a tuned one draws dropout for every row
+    # In training mode every row draws its own dropout.
+    return saves and not backbone.model.training and backbone.shares_prefix
 
 
 def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
-    """Count the leading tokens that all rows share and the backbone would run once (for :func:`batches`).
+    """Count the leading tokens that all rows share and a pass would run once (for ``batches``).
 
     Args:
         backbone: The language model.

@@ -22,11 +22,11 @@ class Job:
 
     Args:
         task: The task.
-        test: What is reported on.
-        info: What the results say about it.
-        type: Its type, over which means are made as well.
-        by_seed: The task with the training and development parts of a seed, where each seed draws its own.
-        unlabelled: Rows without labels that are answered, too.
+        test: The questions that scores are reported on.
+        info: The task's entry in ``task_info`` of ``results.json``.
+        type: Its type; scores are averaged over each type as well.
+        by_seed: Seed -> the task with the training and development parts that the seed draws.
+        unlabelled: Rows without labels that are answered as well, for a benchmark's server.
     """
 
     task: Task
@@ -38,11 +38,11 @@ class Job:
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names of the task's own metrics; none where answers are scored by their ranks."""
+        """Names of the task's own metrics; none if answers are scored by their ranks."""
         return self.task.file.metrics if self.task.file is not None else ()
 
     def task_of(self, seed: int) -> Task:
-        """Return the task as a seed sees it."""
+        """Return the task with the parts of a seed."""
         return self.by_seed.get(seed, self.task)
 
 

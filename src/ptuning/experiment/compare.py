@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ptuning.data.splits import draw_records, split_records
 from ptuning.errors import RecordError
-from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
+from ptuning.experiment.jobs import Listed, OneToken, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.tuned import bare
@@ -70,13 +70,13 @@ def compare(
     pair = template_pair(as_template(manual), template)
     one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
     single = all(all(one_token(rows)) for rows in parts.values())
-    words = listed_words(vocabulary)
-    for part, rows in parts.items() if words is not None else ():
-        missing = Listed(words or ())(rows).count(False)
+    closed = read_vocabulary(vocabulary)
+    for part, rows in parts.items() if isinstance(closed, tuple) else ():
+        missing = Listed(closed or ())(rows).count(False)
         if missing:
             logger.warning("%d of %d %s targets are not in %s: never right", missing, len(rows), part, vocabulary)
     rows_read = sum(map(len, parts.values()))
     info: dict[str, Json] = {"label": None, "type": None, "rows": rows_read, "dropped": {}, "split": how}
-    job = fact_job(name, parts, pair, words=words, vocabulary=vocabulary, single_token=single, info=info)
+    job = fact_job(name, parts, pair, vocabulary=closed, single_token=single, info=info)
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
     return run_jobs([job], plan=plan, settings=settings)

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.errors import FileError
-from ptuning.files import Json, read_json, read_json_lines, write_json, write_json_lines
+from ptuning.files import Json, Unchecked, read_json, read_json_lines, write_json, write_json_lines
 from ptuning.metrics import EXACT_MATCH
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
@@ -20,7 +20,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.prompt.storage import VECTORS_FILE
-from ptuning.provenance import about_data
+from ptuning.provenance import described
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
@@ -148,10 +148,8 @@ def _score_test(
     ]
     record = dict(result.record)
     data = record["data"]
-    record["data"] = {
-        **(data if isinstance(data, Mapping) else {}),
-        "test": about_data(test, kept=len(test), dropped=0),
-    }
+    tested = described(test, kept=len(test), dropped=0)
+    record["data"] = {**(data if isinstance(data, Mapping) else {}), "test": tested}
     record["scores"] = {name: {EXACT_MATCH: found.to_json()} for name, found in scores.items()}
     write_json_lines(out / PREDICTIONS_FILE, rows)
     write_json(out / RUN_FILE, record)
@@ -165,14 +163,10 @@ def load_demo(out: Path) -> DemoResult:
         FileError: If there is no finished demo in ``out``.
     """
     record = read_json(out / RUN_FILE)
-    listed = record.get("scores")
-    if not isinstance(listed, Mapping):
+    listed = Unchecked(record, f"{out / RUN_FILE} is damaged").at("scores")
+    if listed.value is None:
         raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
-    found = cast("Mapping[str, Mapping[str, Mapping[str, float]]]", listed)
-    scores = {
-        name: Score(entry["value"], entry["low"], entry["high"], int(entry["n"]))
-        for name, entry in ((name, of[EXACT_MATCH]) for name, of in found.items())
-    }
+    scores = {name: one.at(EXACT_MATCH).to(Score) for name, one in listed.table().items()}
     rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
     prompt = Prompt.load(out / PROMPT_FOLDER)
     common = majority([row["y"] for row in load_records(f"{FACTS}:train")])

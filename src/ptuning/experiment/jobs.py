@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import as_questions
@@ -13,13 +14,15 @@ from ptuning.experiment.cells import Job
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.prompt.prompt import as_template
-from ptuning.provenance import about_data
+from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 
 # The vocabulary that consists of all targets of the data.
-OBJECTS = "objects"
+OBJECTS: Literal["objects"] = "objects"
+# A closed set of answers: a list of words, all targets of the data, or None for an open set.
+Vocabulary = tuple[str, ...] | Literal["objects"] | None
 
 
 class OneToken:
@@ -72,13 +75,15 @@ class Listed:
         return [row[TARGET_FIELD].strip() in self._words for row in records]
 
 
-def listed_words(vocabulary: str | Path | None) -> tuple[str, ...] | None:
-    """Return the words of a vocabulary file; None without a vocabulary, or if it is ``objects``.
+def read_vocabulary(vocabulary: str | Path | None) -> Vocabulary:
+    """Return the words of a vocabulary file; ``objects`` and None stay as they are.
 
     Raises:
         FileError: If the file cannot be read.
     """
-    return None if vocabulary in (None, OBJECTS) else read_words(str(vocabulary))
+    if vocabulary is None or vocabulary == OBJECTS:
+        return None if vocabulary is None else OBJECTS
+    return read_words(str(vocabulary))
 
 
 def template_pair(
@@ -102,8 +107,7 @@ def fact_job(
     parts: Mapping[str, Records],
     pair: tuple[Template, Template],
     *,
-    words: Sequence[str] | None,
-    vocabulary: str | Path | None,
+    vocabulary: Vocabulary,
     single_token: bool,
     info: Mapping[str, Json],
 ) -> Job:
@@ -113,23 +117,22 @@ def fact_job(
         name: Name of the task.
         parts: Its records: ``train``, ``dev`` and ``test``.
         pair: The manual template and the one to learn.
-        words: The words of ``vocabulary``, if it is a file.
-        vocabulary: A closed set of answers: ``objects`` or a file, or None.
+        vocabulary: A closed set of answers.
         single_token: Whether every target is one token.
         info: Further entries of the task's description; ``type`` is also the job's type.
     """
     objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
-    closed = objects if vocabulary == OBJECTS else words
+    closed = objects if vocabulary == OBJECTS else vocabulary
     task = Task(
         name,
         as_questions(parts["train"]),
         as_questions(parts["dev"]),
         *pair,
         objects,
-        tuple(closed) if closed is not None else None,
+        closed,
         single_token=single_token,
     )
-    data: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
-    described: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
+    data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
+    about: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
     kind = info.get("type")
-    return Job(task, as_questions(parts["test"]), {**described, **info}, kind if isinstance(kind, str) else None)
+    return Job(task, as_questions(parts["test"]), {**about, **info}, kind if isinstance(kind, str) else None)

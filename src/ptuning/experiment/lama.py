@@ -14,7 +14,7 @@ from ptuning.data.relations import Relation, read_relations
 from ptuning.data.splits import draw_records, split_relation
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.experiment.cells import Job
-from ptuning.experiment.jobs import Listed, OneToken, fact_job, listed_words, template_pair
+from ptuning.experiment.jobs import Listed, OneToken, Vocabulary, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.tuned import bare
@@ -59,10 +59,8 @@ def lama(
     Source: Liu et al. (2021), section 4.1; Petroni et al. (2019), section 4.
     """
     plan = Plan.of("lama", **options)
-    if targets not in get_args(Targets):
-        raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
     learned = as_template(template) if template is not None else None
-    words = listed_words(vocabulary)
+    closed = read_vocabulary(vocabulary)
     jobs = [
         relation_job(
             relation,
@@ -72,8 +70,7 @@ def lama(
             limit=limit,
             train_size=train_size,
             targets=targets,
-            vocabulary=vocabulary,
-            words=words,
+            vocabulary=closed,
             seed=split_seed,
         )
         for relation in read_relations(data, which=listed_names(relations))
@@ -111,8 +108,7 @@ def relation_job(
     limit: int | None = None,
     train_size: int | None = None,
     targets: Targets = "token",
-    vocabulary: str | Path | None = None,
-    words: Sequence[str] | None = None,
+    vocabulary: Vocabulary = None,
     seed: int = 0,
     templates: Sequence[Template] = (),
 ) -> Job:
@@ -126,15 +122,18 @@ def relation_job(
         limit: Maximum number of facts.
         train_size: Learn from a seeded draw of this many of them.
         targets: ``token`` or ``any``.
-        vocabulary: A closed set of answers: ``objects`` or a file.
-        words: The words of ``vocabulary``, if it is a file.
+        vocabulary: A closed set of answers.
         seed: Seed of the split.
         templates: Further templates in which an object must be one token, so that several tasks over the same relation
             have the same facts.
 
     Raises:
+        ConfigError: If ``targets`` is neither.
         RecordError: If a part has no facts left.
     """
+    if targets not in get_args(Targets):
+        raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
+    words = vocabulary if isinstance(vocabulary, tuple) else None
     keeps: OneToken | Listed | None = None
     reason = "object is not one token"
     if targets == "token":
@@ -152,4 +151,4 @@ def relation_job(
         "split": split.how,
     }
     single = targets == "token"
-    return fact_job(name, parts, pair, words=words, vocabulary=vocabulary, single_token=single, info=info)
+    return fact_job(name, parts, pair, vocabulary=vocabulary, single_token=single, info=info)

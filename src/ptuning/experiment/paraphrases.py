@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from typing_extensions import Unpack
 
+from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
@@ -52,26 +53,17 @@ def paraphrases(
     Source: Liu et al. (2021), table 1 (P17); Elazar et al. (2021), ParaRel.
     """
     plan = Plan.of("paraphrases", **options)
-    backbone = plan.backbone
     patterns: dict[str, dict[str, str]] = {}
     jobs: list[Job] = []
     for relation in read_relations(data, which=listed_names(relations)):
-        usable = usable_wordings(relation, kind=backbone.kind)[:wordings]
+        usable = usable_wordings(relation, kind=plan.backbone.kind)[:wordings]
         if len(usable) < 2:
-            logger.warning(
-                "%s: fewer than two wordings that a %s model can use; left out", relation.name, backbone.kind
-            )
+            why = f"fewer than two wordings that a {plan.backbone.kind} model can use"
+            logger.warning("%s: %s; left out", relation.name, why)
             continue
-        # Without the relation's label, which would help every wording alike: only the words of the wording count.
-        pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, usable)]
-        every = [template for pair in pairs for template in pair]
-        patterns[relation.name] = {f"{relation.name}.{place:02d}": pattern for place, pattern in enumerate(usable, 1)}
-        for name, pair in zip(patterns[relation.name], pairs, strict=True):
-            jobs.append(
-                relation_job(
-                    relation, pair, backbone=backbone, name=name, limit=limit, seed=split_seed, templates=every
-                )
-            )
+        named = {f"{relation.name}.{place:02d}": pattern for place, pattern in enumerate(usable, start=1)}
+        patterns[relation.name] = named
+        jobs += wording_jobs(relation, named, backbone=plan.backbone, limit=limit, seed=split_seed)
     if not jobs:
         raise RecordError(f"{data}: none of the relations has two wordings; is there a folder of paraphrases?")
     settings: dict[str, Json] = {
@@ -87,6 +79,27 @@ def paraphrases(
         settings=settings,
         more=lambda results, _: replace(results, paraphrases=compare_wordings(results, patterns)),
     )
+
+
+def wording_jobs(
+    relation: Relation, patterns: Mapping[str, str], *, backbone: Backbone, limit: int | None, seed: int
+) -> list[Job]:
+    """Return a job for each wording of a relation, all with the same facts.
+
+    Args:
+        relation: The relation.
+        patterns: Name of the task -> manual template.
+        backbone: The backbone whose tokens count.
+        limit: Maximum number of facts.
+        seed: Seed of the split.
+    """
+    # Without the relation's label, which would help every wording alike: only the words of the wording count.
+    pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, patterns.values())]
+    every = [template for pair in pairs for template in pair]
+    return [
+        relation_job(relation, pair, backbone=backbone, name=name, limit=limit, seed=seed, templates=every)
+        for name, pair in zip(patterns, pairs, strict=True)
+    ]
 
 
 def usable_wordings(relation: Relation, *, kind: str) -> list[str]:

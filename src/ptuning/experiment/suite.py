@@ -1,6 +1,4 @@
-"""Running cells (task, method, seed), each written when it is done, finished ones skipped. Knows no benchmark and no
-statistics.
-"""
+"""Runs the cells of a comparison (task, method, seed). Each is written when it is done; finished ones are skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.provenance import about_data, versions
+from ptuning.provenance import described, versions
 from ptuning.report.cell_files import read_answers, write_answers
 from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
@@ -37,19 +35,19 @@ from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 
 logger = logging.getLogger(__name__)
 
-# What a cell that is not finished was started with: what it has left behind may be of no use with other settings.
+# The identity of a cell that is not finished. With other settings, its checkpoints must not be resumed.
 STARTED_FILE = "started.json"
-# Answers to rows whose labels nobody here knows.
+# Answers to rows without labels, such as the test split of SuperGLUE.
 UNLABELLED_FILE = "unlabelled.jsonl"
 # What methods train of the backbone, the cheapest first.
 CHEAP_FIRST = (None, "frozen", "lora", "tuned")
-# Checkpoints of prompts that are in training at once.
+# Checkpoints of prompts that are trained together.
 FLEETS_FOLDER = "fleets"
 
 
 @dataclass
 class _Going:
-    """A start of a suite: who hears of it, who may stop it, and how many cells are through."""
+    """The state of one run of a suite: its callbacks, and how many cells are finished."""
 
     report: OnProgress | None
     should_stop: Callable[[], bool] | None
@@ -57,7 +55,7 @@ class _Going:
     done: int = 0
 
     def tell(self, cell: Cell) -> None:
-        """Say which cell is next."""
+        """Report which cell is next."""
         if self.report is not None:
             self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
 
@@ -69,14 +67,13 @@ class Suite:
         out: The folder.
         jobs: The tasks.
         methods: Names of methods, in the order of the tables.
-        seeds: How many seeds; methods that draw nothing run with the first one only.
+        seeds: Number of seeds. Methods that draw nothing run with the first one only.
         backbone: The frozen backbone of all cells.
-        config: Settings of training; the seed is the first one.
-        tries: How many settings a trained method tries.
+        config: Training settings; its seed is the first one.
+        tries: Number of settings that a trained method tries.
 
     Raises:
         ConfigError: If a method is unknown.
-        PTuningError: If ``check`` finds cells made with other settings.
     """
 
     def __init__(
@@ -112,16 +109,16 @@ class Suite:
         ]
 
     def check(self, *, overwrite: bool) -> None:
-        """Check that what lies in the folder belongs to these cells; with ``overwrite`` clear what does not.
+        """Check that the cells in the folder were made with these settings; with ``overwrite`` remove the others.
 
         Raises:
-            FileError: If a cell was made with other settings, data or backbone; says what differs.
+            FileError: If a cell was made with other settings, data or backbone; the message says what differs.
         """
         for cell in self.cells:
             folder = self.out / cell.folder
             saved = _saved_identity(folder)
             if saved is None:
-                # Nothing there, or broken: it will be made again.
+                # It is missing or damaged, and will be made again.
                 if overwrite:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
@@ -133,7 +130,7 @@ class Suite:
                         f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
                     ) from error
                 shutil.rmtree(folder)
-                # What was trained together with it went on from other settings, too.
+                # Prompts that were trained together with it have other settings, too.
                 shutil.rmtree(self.out / FLEETS_FOLDER, ignore_errors=True)
 
     def run(
@@ -142,12 +139,12 @@ class Suite:
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[CellResult]:
-        """Run the cells that are not done yet, and yield the result of each, finished ones included.
+        """Run the cells that are not finished, and yield the result of every cell.
 
-        A cell that fails is logged, reported as failed, and does not stop the others.
+        A cell that fails is logged and yielded as failed; the others go on.
 
         Raises:
-            Interrupted: If ``should_stop`` said so.
+            Interrupted: If ``should_stop`` returned true.
         """
         cells = self.cells
         going = _Going(report, should_stop, len(cells))
@@ -170,12 +167,12 @@ class Suite:
             yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
-        """Whether what a method trains in these cells can be trained at once, and is more than one prompt."""
+        """Whether the method of these cells trains several prompts, and they can be trained together."""
         several = len(cells) * self.tries * self.config.starts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
     def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
-        """Run cells of one method and seed, whose prompts are trained at once, in the order in which they end."""
+        """Run cells of one method and seed, training their prompts together. Yield them in the order they finish."""
         done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
         yield from done.values()
         if len(done) == len(cells):
@@ -188,7 +185,7 @@ class Suite:
             if cell not in done:
                 self._start(cell)
             elif not place.is_dir():
-                continue  # else what ended since the last checkpoint is trained to its end again, beside the others
+                continue  # otherwise its prompts may still be in the checkpoint, and are trained to their end again
             try:
                 mine = self._prompts(cell, going)
             except PTuningError as error:
@@ -206,7 +203,7 @@ class Suite:
         except Interrupted:
             raise
         except Exception as error:
-            # Such as too little memory for so many, or a damaged checkpoint: alone each may well be trained.
+            # For example too little memory, or a damaged checkpoint. One after another they may still succeed.
             logger.warning("training prompts at once failed: %s; going on one after another", error)
             logger.debug("the error in full", exc_info=error)
             shutil.rmtree(place, ignore_errors=True)
@@ -219,7 +216,7 @@ class Suite:
     def _ended(
         self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
     ) -> Iterator[CellResult]:
-        """Train runs at once, and yield the cells whose runs have all ended."""
+        """Train runs together, and yield each cell when all of its runs have ended."""
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
         seconds = dict.fromkeys(waiting, 0.0)
         failed: dict[Cell, PTuningError] = {}
@@ -244,7 +241,7 @@ class Suite:
                 yield done or self._run(cell, going, seconds=seconds[cell])
 
     def _prompts(self, cell: Cell, going: _Going) -> dict[str, TrainingRun]:
-        """Return the trainings of a cell, each under a name of its own."""
+        """Return name -> training, for all trainings of a cell."""
         make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
         assert make is not None, f"{cell.method} does not train together with others"
         setup, folder = self._setup(cell, going), self.out / cell.folder
@@ -254,7 +251,7 @@ class Suite:
         }
 
     def load(self, cell: Cell) -> CellResult | None:
-        """Return the result of a finished cell; None if it is not there, or broken."""
+        """Return the result of a finished cell; None if it is missing or damaged."""
         folder = self.out / cell.folder
         try:
             record = read_json(folder / RUN_FILE)
@@ -269,7 +266,7 @@ class Suite:
             return None
 
     def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
-        """Return the result of a finished cell from its answers and what its method did."""
+        """Return the result of a finished cell, from its answers and the record of its method."""
         job = self.jobs[cell.task]
         chosen = record.get("chosen")
         dev_score = chosen.get("dev_score") if isinstance(chosen, Mapping) else None
@@ -285,7 +282,7 @@ class Suite:
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
-        """Return what the result of a cell depends on."""
+        """Return everything that the result of a cell depends on."""
         job, method = self.jobs[cell.task], self.methods[cell.method]
         task, parts = job.task_of(cell.seed), self._parts(job, cell.seed)
         if job.unlabelled is not None:
@@ -305,7 +302,7 @@ class Suite:
             "restricted": task.vocabulary is not None,
             "single token": task.single_token,
         }
-        if self.backbone.dtype != torch.float32:  # the fingerprint is the same in every type
+        if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
             found["tries"] = self.tries
@@ -316,14 +313,14 @@ class Suite:
         return {"train": task.train, "dev": task.dev, "test": job.test}
 
     def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
-        """Run a cell, on which so many seconds were spent already."""
+        """Run a cell. ``seconds`` have been spent on it before."""
         began = time.monotonic() - seconds
         try:
             return self._fit(cell, self._setup(cell, going), began)
-        except (Interrupted, KeyboardInterrupt):
+        except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001
-            # Whatever a method of somebody else's raises: the other cells are worth their while.
+            # A method of the user may raise anything; the other cells still run.
             return self._failed(cell, error, seconds=time.monotonic() - began)
 
     def _failed(self, cell: Cell, error: Exception, *, seconds: float = 0.0) -> CellResult:
@@ -332,7 +329,7 @@ class Suite:
         return CellResult(cell, "failed", seconds=seconds, error=str(error) or type(error).__name__)
 
     def _start(self, cell: Cell) -> None:
-        """Write down what a cell is started with."""
+        """Write the identity of a cell that starts."""
         make_folder(self.out / cell.folder)
         sweep(self.out / cell.folder, (RUN_FILE, PREDICTIONS_FILE, STARTED_FILE, UNLABELLED_FILE))
         write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
@@ -376,7 +373,7 @@ class Suite:
             **dataclasses.asdict(cell),
             "describe": method.describe,
             "identity": self.identity(cell),
-            "data": {part: about_data(data) for part, data in self._parts(job, cell.seed).items()},
+            "data": {part: described(data) for part, data in self._parts(job, cell.seed).items()},
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "settings": dict(self.config.to_json()),
             "versions": dict(versions()),
@@ -388,7 +385,7 @@ class Suite:
 
 
 def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
-    """Return what a finished cell depended on, or one that was started; None if nothing readable says so."""
+    """Return the identity of a finished or started cell; None if there is none that can be read."""
     for name in (RUN_FILE, STARTED_FILE):
         try:
             saved = read_json(folder / name).get("identity")

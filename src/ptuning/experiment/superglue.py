@@ -24,8 +24,8 @@ from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
 from ptuning.names import ALL_METHODS, LEARNED
-from ptuning.provenance import about_data
-from ptuning.report.results_file import Agreement, Choice, Results, TrainingWarning
+from ptuning.provenance import described
+from ptuning.report.results_file import Agreement, ChosenSetting, Results, TrainingWarning
 from ptuning.statistics import correlation
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ def superglue(
 ) -> Results:
     """Run the paper's SuperGLUE experiment. Finished cells of an earlier run are not run again.
 
-    A folder with a development part (FewGLUE's ``dev32``) is used as it is. Without one, a seeded share of the training
-    part is set aside to choose settings by. Scores are reported on the validation part, by which nothing is chosen. A
-    task without a validation part is reported on its development part, and chooses by a share of its training part.
+    Settings are chosen on the development part (FewGLUE's ``dev32``), or on a seeded share of the training part if
+    there is none. Scores are reported on the validation part. A task without that is reported on its development part,
+    and its settings are chosen on a share of the training part.
 
     Args:
         data: The folder with one folder per task, the layout of SuperGLUE and FewGLUE.
@@ -60,8 +60,7 @@ def superglue(
         limit: Report on a seeded draw of about this many rows.
         tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``tuned`` all weights, ``lora`` adapters.
         server: Whether to answer the test split, if there is one, and to write files for the benchmark's server.
-        **options: ``out``, ``backbone``, ``methods``, ``seeds`` (here 3 by default) and the others of
-            :class:`ptuning.experiment.plan.Plan`.
+        **options: ``out``, ``backbone`` and the others of :class:`Plan`. The default of ``seeds`` is 3 here.
 
     Returns:
         All scores. The files are in ``out``.
@@ -74,9 +73,7 @@ def superglue(
     options.setdefault("seeds", SEEDS)
     options["methods"] = chosen_methods(options.get("methods"), tune=tune)
     plan = Plan.of(SUITE, **options)
-    for name, value in (("few_shot", few_shot), ("limit", limit)):
-        if value is not None and value < 2:
-            raise ConfigError(f"{name} is {value}; it must be 2 or more")
+    _check_counts(few_shot=few_shot, limit=limit)
     jobs = [
         task_job(
             file,
@@ -90,19 +87,26 @@ def superglue(
         )
         for file in asked_tasks(Path(data), tasks)
     ]
-    settings: dict[str, Json] = {
-        "data": str(data),
-        "few_shot": few_shot,
-        "pattern": pattern,
-        "limit": limit,
-        "tune of p-tuning": tune,
-    }
+    counts = {"few_shot": few_shot, "pattern": pattern, "limit": limit}
+    settings: dict[str, Json] = {"data": str(data), **counts, "tune of p-tuning": tune}
     results = run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
-    if plan.overwrite and not plan.dry_run:
-        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # its answers may be gone
-    if server and not plan.dry_run:
-        write_server_files(results, [job for job in jobs if job.task.name in TASKS], is_draw=limit is not None)
+    if not plan.dry_run:
+        _write_for_server(results, jobs, plan, server=server, is_draw=limit is not None)
     return results
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 2:
+            raise ConfigError(f"{name} is {value}; it must be 2 or more")
+
+
+def _write_for_server(results: Results, jobs: Sequence[Job], plan: Plan, *, server: bool, is_draw: bool) -> None:
+    """Write the files for the benchmark's server, if they are wanted."""
+    if plan.overwrite:
+        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # its answers may be gone
+    if server:
+        write_server_files(results, [job for job in jobs if job.task.name in TASKS], is_draw=is_draw)
 
 
 def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
@@ -170,8 +174,7 @@ def task_job(
         dev_fraction: Share of the training part that is set aside if there is no part to choose by.
 
     Raises:
-        FileError: If there is no training part, or nothing to report on.
-        RecordError: If a row cannot be read, or there are too few to draw from.
+        PTuningError: If a part is missing, a row cannot be read, or there are too few rows to draw from.
     """
     if not 1 <= pattern <= len(file.manual):
         raise ConfigError(f"pattern is {pattern}, and the task {file.name} has {len(file.manual)}; give 1 or more")
@@ -182,8 +185,8 @@ def task_job(
     reported, where, to_choose = val, "validation part", dev
     if reported is None:
         reported, where, to_choose = dev, "development part, since there is no validation part", None
+        assert reported is not None
         logger.warning("%s has no validation part: reported on the development part", file.name)
-    assert reported is not None
     drawn, how = _to_learn(file, train, to_choose, few_shot=few_shot, seeds=seeds, dev_fraction=dev_fraction)
     test = draw_questions(reported, limit, seed=0)
     how += f"; reported on the {where}" + (f", {len(test)} of {len(reported)} rows" if limit is not None else "")
@@ -193,11 +196,10 @@ def task_job(
     unlabelled = _optional(file, folder, "test", labelled=False) if server and limit is None else None
     if unlabelled is not None:
         parts["unlabelled"] = unlabelled
-    about: dict[str, Json] = {part: about_data(rows, kept=len(rows)) for part, rows in parts.items()}
     info: dict[str, Json] = {
         "manual": str(task.manual),
         "template": str(task.template),
-        "data": about,
+        "data": {part: described(rows, kept=len(rows)) for part, rows in parts.items()},
         "label": None,
         "type": None,
         "rows": sum(map(len, parts.values())),
@@ -255,7 +257,7 @@ def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -
     easier than others.
     """
     chosen = [
-        Choice(**vars(one.cell), dev=one.dev_score, test=one.hits)
+        ChosenSetting(**vars(one.cell), dev=one.dev_score, test=one.hits)
         for one in cells
         if one.dev_score is not None and one.hits is not None
     ]

@@ -23,8 +23,8 @@ NOTE = """Files as super.gluebenchmark.com takes them, one folder per method and
 What each task's lines are made of:
 {sources}
 
-Only lines of the test split can be handed in. A submission also needs the diagnostics AX-b and AX-g, which are no tasks
-of the paper.
+Only lines of the test split can be handed in. A submission also needs the diagnostics AX-b and AX-g, which are not
+tasks of the paper.
 """
 
 

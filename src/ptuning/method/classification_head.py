@@ -15,11 +15,14 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Choice, Item
+from ptuning.engine.passes import target_logits
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
 from ptuning.metrics import Answer
-from ptuning.prompt.answer import answer_items
+from ptuning.prompt.answer import among_candidates
+from ptuning.prompt.predict import rank_classes
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
@@ -157,4 +160,6 @@ class HeadModel:
     def answer(self, questions: Questions) -> list[Answer]:
         """Return the most probable label or choice for each question."""
         items = head_items(self.bound, questions, self.answer_space)
-        return answer_items(self.backbone, items, questions, [self.answer_space.names(row) for row in questions])
+        names, nothing = list(map(self.answer_space.names, questions)), Learned.none(self.backbone.width)
+        ranked = rank_classes(items, names, lambda inputs: target_logits(self.backbone, inputs, nothing))
+        return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]

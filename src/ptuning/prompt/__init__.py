@@ -1,7 +1,6 @@
-"""The prompt as an artifact, and its use after training.
+"""The prompt as an artifact, and its use after training: save, load, predict, rank, classify, score and inspect.
 
-Saving and loading, predicting, ranking, classifying, scoring and inspecting. It must not know how a prompt was
-trained.
+It must not know how a prompt was trained.
 
-Read first: ``prompt``, ``predict``, ``answer``, ``score``, ``inspect``.
+Read first: ``prompt``, ``storage``, ``predict``, ``answer``, ``score``, ``inspect``.
 """

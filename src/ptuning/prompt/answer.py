@@ -1,4 +1,4 @@
-"""Answering a task's records with a prompt: among all tokens, among a closed set, or written. Knows no method."""
+"""Answers of a prompt to a task's records, with the rank of each target among the possible answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import batches
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, inputs_of, score_choices, target_items
+from ptuning.engine.objective import Item, inputs_of, target_items
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
@@ -33,19 +33,19 @@ def answer_records(
     max_tokens: int | None = None,
     report: OnProgress | None = None,
 ) -> list[Answer]:
-    """Answer records, and say where each one's target ranks.
+    """Answer records, and rank each target among the possible answers.
 
     Args:
         model: The backbone in use.
-        prompt: The prompt, learned or manual; with label words or choices these are all there is to answer.
-        records: N records with targets, or questions; where the prompt has labels or choices, targets may be missing.
-        closed: The possible answers; None for all tokens (with ``single_token``), or for whatever the model writes.
+        prompt: The prompt, learned or manual. If it has label words or choices, these are the possible answers.
+        records: N records with targets, or questions. If the prompt has labels or choices, targets may be missing.
+        closed: The possible answers; None for all tokens (with ``single_token``), or for any text.
         single_token: Whether all targets are one token each.
-        max_tokens: Longest written answer.
+        max_tokens: Largest number of tokens of a written answer.
         report: Called with progress.
 
     Returns:
-        N answers. A written one has no rank: its target was not compared with anything but the answer.
+        N answers. Written ones have no rank: nothing else was scored to compare the target with.
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
@@ -63,50 +63,16 @@ def answer_records(
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
     written = model.predict(data, prompt, max_tokens=max_tokens)
-    if not all(row.right for row in questions):  # read without targets: there is nothing to compare with
+    if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, learned, report=report, note=data.name)
     return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
 
 
-@torch.no_grad()
-def answer_items(
-    backbone: Backbone,
-    items: Sequence[Item],
-    questions: Questions,
-    names: Sequence[Sequence[str]],
-    *,
-    report: OnProgress | None = None,
-) -> list[Answer]:
-    """Answer with the class that scores best, for what is no prompt: a classification head.
-
-    Args:
-        backbone: Whose logits score the items' classes.
-        items: N items without slots.
-        questions: What they were made of.
-        names: What each class of each item is called.
-        report: Called with progress.
-    """
-    answers: dict[int, Answer] = {}
-    nothing = Learned.none(backbone.width)
-    for chosen in batches([item.inputs for item in items]):
-        group = [items[index] for index in chosen]
-        logits = target_logits(backbone, inputs_of(group), nothing)  # (N, V)
-        scores = torch.log_softmax(class_scores(group, score_choices(group, logits)), dim=-1).tolist()  # I rows of K
-        for index, values in zip(chosen, scores, strict=True):
-            # A shorter row of choices than others of the batch has no name for the classes it lacks.
-            found = [Candidate(name, value) for name, value in zip(names[index], values, strict=False)]
-            best_first = sorted(found, key=lambda one: -one.log_prob)
-            answers[index] = among_candidates(questions[index].right, best_first)
-        if report is not None:
-            report(Progress("dev", len(answers), len(items), questions.name))
-    return [answers[index] for index in range(len(items))]
-
-
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among candidates, best first; those with a right one's score rank before it. Where none of
-    them is right, the best one is a miss, and the rank 0.
+    """Return the answer among candidates that are sorted by score. On a tie the right one ranks last. If none is right,
+    the answer is a miss of rank 0.
     """
     others = [one for one in found if one.text.strip() not in right]
     own = next((one for one in found if one.text.strip() in right), None)
@@ -126,7 +92,7 @@ def _among_tokens(
     closed: Sequence[str] | None,
     report: OnProgress | None,
 ) -> list[Answer]:
-    """Rank each record's target among the backbone's tokens, or among the closed set's; equal scores rank behind."""
+    """Rank each record's target among all tokens, or among those of the closed set. On a tie it ranks last."""
     items = target_items(bound, records, with_stop=False)
     if closed is None:
         allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
@@ -165,14 +131,20 @@ def _only_token(item: Item) -> int:
 def token_ids_of(
     bound: BoundTemplate, records: Records, texts: Sequence[str], *, unknown_id: int | None = None
 ) -> Tensor:
-    """Return the token ids of those texts that are one known token in a filled template, (C,) int64, each once.
+    """Return the token ids of the texts that are one token in a filled template, (C,) int64, each once.
+
+    Args:
+        bound: The template.
+        records: The first one fills the template.
+        texts: The texts.
+        unknown_id: The token for everything that the tokenizer does not know, which is not a text's own token.
 
     Raises:
-        RecordError: If none of them is.
+        RecordError: If there are none.
     """
     examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
     single = (example.target_ids[0] for example in examples if example.own_tokens == 1)
-    ids = dict.fromkeys(one for one in single if one != unknown_id)  # which stands for whatever has no token
+    ids = dict.fromkeys(one for one in single if one != unknown_id)
     if not ids:
         raise RecordError(f"none of the {len(texts)} possible answers, such as '{texts[0]}', is one token of the model")
     return torch.tensor(list(ids), dtype=torch.int64)

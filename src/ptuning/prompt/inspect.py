@@ -1,4 +1,4 @@
-"""Looking inside a prompt: the tokens nearest to each slot, and whether they mean anything."""
+"""The tokens of the vocabulary nearest to each slot, and whether they can take its place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class SlotView:
-    """One slot: the token it started at (None for a random start), its norm, and its nearest tokens both ways."""
+    """One slot: the token it started at (None for a random start), its norm, and its nearest tokens by each measure."""
 
     start: str | None
     norm: float
@@ -44,15 +44,15 @@ class SlotView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect_prompt` found.
+    """The slots of a prompt beside the tokens of the vocabulary.
 
     Args:
         slots: One view per slot, in template order.
         token_distance: Median Euclidean distance between two tokens of the vocabulary.
         neighbour_distance: Median distance of a token to its nearest other token.
         token_norm: Median norm of a token's embedding.
-        scores: With data: the score ``as learned`` and with every slot replaced by its nearest token by cosine
-            (``nearest tokens``). Where they are far apart, the nearest tokens do not say what the prompt means.
+        scores: With data: the score ``as learned``, and that of the ``nearest tokens`` by cosine in the slots' place.
+            If they differ much, the nearest tokens do not say what the prompt means.
     """
 
     slots: tuple[SlotView, ...]
@@ -95,19 +95,19 @@ def inspect_prompt(
     force: bool = False,
     report: OnProgress | None = None,
 ) -> Inspection:
-    """Find the tokens nearest to each slot, and with data what the prompt scores when they take its place.
+    """Find the tokens nearest to each slot. With data, score the prompt with these tokens in the slots' place.
 
     Raises:
         PromptError: If the prompt has no slots, or belongs to another backbone.
     """
     if prompt.slot_vectors is None:
-        raise PromptError("a manual prompt has no slots to look into")
+        raise PromptError("a manual prompt has no slots to inspect")
     backbone = prompt.adapt(backbone, force=force)
     bound = prompt.bind(backbone, force=force)
     table = backbone.table().cpu()  # (V, E)
     vectors = prompt.slot_vectors  # (P, E)
     cosine = torch.nn.functional.normalize(vectors, dim=-1) @ torch.nn.functional.normalize(table, dim=-1).T  # (P, V)
-    # Exact, since a slot may stand on a token: the faster way by matrix products would say a little above zero.
+    # Exact, since a slot may equal a token: the faster matrix products would give a distance slightly above zero.
     distance = torch.cdist(vectors, table, compute_mode="donot_use_mm_for_euclid_dist")  # (P, V)
     views = tuple(
         SlotView(
@@ -136,7 +136,7 @@ def _neighbours(backbone: Backbone, values: Tensor, *, largest: bool) -> tuple[N
 
 
 def _typical(table: Tensor) -> tuple[float, float, float]:
-    """Return the median distance between tokens, to the nearest token, and norm, over a fixed sample of tokens."""
+    """Return medians over a fixed sample of tokens: their distance, the distance to the nearest token, their norm."""
     chosen = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:SAMPLED_TOKENS]
     distance = torch.cdist(table[chosen], table)  # (S, V)
     distance[torch.arange(len(chosen)), chosen] = torch.inf

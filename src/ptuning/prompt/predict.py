@@ -1,4 +1,4 @@
-"""Using prompts: logits of targets, ranked candidates, label words and written answers, many prompts in one batch."""
+"""Inference with prompts: logits of targets, ranked candidates, labels and written answers; many prompts in a batch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Prediction:
     Args:
         text: The likeliest candidate, label or written answer.
         candidates: The likeliest candidates, best first; the first is the answer.
-        tokens: Number of tokens of a written answer, which a masked model chose; None for candidates and labels.
+        tokens: Number of tokens of a written answer; None for candidates and labels.
     """
 
     text: str
@@ -70,12 +70,12 @@ class Prediction:
 
 
 class PromptModel:
-    """A backbone in use with prompts.
+    """A backbone that answers with prompts, any of them in one batch.
 
     Args:
-        backbone: The language model; nothing of it changes, and without a prompt it answers as before.
+        backbone: The language model. It does not change.
         force: Accept prompts of another backbone of the same width.
-        pad_side: Where pads stand in a batch, if the backbone allows both; answers do not depend on it.
+        pad_side: Side of a batch's padding, if the backbone allows both. Answers do not depend on it.
 
     Example:
         >>> model = PromptModel(load_backbone())                                            # doctest: +SKIP
@@ -87,11 +87,11 @@ class PromptModel:
         self.backbone = backbone
         self.force = force
         self.pad_side: Side = pad_side if pad_side == "right" or backbone.pads_left else "right"
-        # A model for each prompt with trained weights, for as long as that prompt is in use.
+        # A model for each prompt with trained weights, kept as long as the prompt is.
         self._adapted: WeakKeyDictionary[TrainedWeights, PromptModel] = WeakKeyDictionary()
 
     def for_prompt(self, prompt: Prompt) -> PromptModel:
-        """Return the model that a prompt is to be used with: one with its trained weights in it, or else this one."""
+        """Return the model for a prompt: one with the prompt's trained weights, if it has any, else this one."""
         if prompt.weights is None:
             return self
         if prompt.weights not in self._adapted:
@@ -102,7 +102,7 @@ class PromptModel:
         return self._adapted[prompt.weights]
 
     def _spread(self, prompts: Sequence[Prompt], work: Callable[[PromptModel, list[int]], list[Found]]) -> list[Found]:
-        """Do work on rows with the model that their prompts need, all rows of one model together."""
+        """Run ``work`` once for each model that the prompts of the rows need, and return the results row by row."""
         rows: dict[int, tuple[PromptModel, list[int]]] = {}
         for index, prompt in enumerate(prompts):
             model = self.for_prompt(prompt)
@@ -118,7 +118,7 @@ class PromptModel:
 
         Args:
             records: N records with targets.
-            prompts: One prompt for all rows, or one per row; a prompt without slots is a manual prompt.
+            prompts: One prompt for all rows, or one per row.
 
         Returns:
             N tensors of shape (target tokens, V), float32, on the CPU.
@@ -157,13 +157,13 @@ class PromptModel:
         """Score a closed set of answers for each record.
 
         Args:
-            records: N records; their targets are not looked at.
+            records: N records. Their targets are not read.
             prompts: One for all rows, or one per row.
             candidates: C different texts.
             normalise: Rank by total log-probability (``sum``), or by its mean over a candidate's tokens (``mean``).
 
         Returns:
-            N lists of C candidates, best first; equal ones in the order given.
+            N lists of C candidates, best first; on a tie in the given order.
 
         Raises:
             RecordError: If there are no candidates, or two that are equal.
@@ -185,7 +185,7 @@ class PromptModel:
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
         items = _candidate_items(data, groups, list(candidates))
-        # One piece per row that the model reads, so that no number of candidates makes a forward pass too large.
+        # One item per input, so that many candidates do not make a forward pass too large.
         pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
         scores = [[0.0] * len(candidates) for _ in items]
         learned = learned.take([owner for owner, _, _ in pieces])
@@ -211,14 +211,13 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[list[Candidate]]:
-        """Score the labels of a prompt with label words, or the choices that each question brings; log-probabilities
-        are normalised over them.
+        """Score the labels of a prompt, or the choices that each question brings. Their probabilities add up to 1.
 
         Args:
             records: N records, or questions.
             prompt: The prompt.
             normalise: How texts of several tokens are scored; by default as the prompt says.
-            calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
+            calibrate: Whether to subtract the scores for an empty record; by default as the prompt says.
 
         Returns:
             N lists of the labels or choices, best first.
@@ -235,16 +234,9 @@ class PromptModel:
         questions, bound = as_questions(records), prompt.bind(self.backbone, force=self.force)
         learned = prompt.learned(self.backbone).to(self.backbone.device)
         items = question_items(bound, questions, answers, labelled=False)
-        found: list[list[Candidate]] = [[]] * len(items)
-        for chosen in batches([item.inputs for item in items], prefix=self._prefix(inputs_of(items), learned)):
-            group = [items[index] for index in chosen]
-            scored = score_choices(group, self._run(inputs_of(group), learned))
-            scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
-            for index, values in zip(chosen, scores.tolist(), strict=True):
-                # A question with fewer choices than others of the batch has no names for the classes it lacks.
-                listed = list(map(Candidate, answers.names(questions[index]), values))
-                found[index] = sorted(listed, key=lambda candidate: -candidate.log_prob)
-        return found
+        prefix = self._prefix(inputs_of(items), learned)
+        names = list(map(answers.names, questions))
+        return rank_classes(items, names, lambda inputs: self._run(inputs, learned), prefix=prefix)
 
     @torch.no_grad()
     def predict(
@@ -260,19 +252,20 @@ class PromptModel:
     ) -> list[Prediction]:
         """Answer records.
 
-        With candidates, label words or choices of a row's own the likeliest is chosen. Without, a causal model writes
-        until it stops (beam search of width ``top_k``); a masked model fills 1, 2, ... masks and takes the length whose
-        tokens are likeliest on average.
+        With candidates, labels or choices, the answer is the likeliest of them. Else a causal model generates text
+        (beam search of width ``top_k``), and a masked model fills 1, 2, ... masks and takes the length whose tokens are
+        likeliest on average.
 
         Args:
-            records: N records, or questions of a task; targets are not needed and not looked at.
+            records: N records, or questions of a task. Their targets are not read.
             prompt: One for all rows, or one per row.
-            candidates: A closed set of answers, in the place of a prompt's own labels or choices.
-            top_k: How many candidates to keep.
-            max_tokens: Longest written answer; by default a little more than the longest target seen in training.
-            normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt
-                says, and candidates by their sum.
-            calibrate: Whether what an empty record would score is taken off labels and choices; by default as the
+            candidates: A closed set of answers, instead of the prompt's own.
+            top_k: Number of candidates to return.
+            max_tokens: Largest number of tokens of a written answer; by default that of the longest training target
+                plus 2.
+            normalise: How answers of several tokens are scored; by default as the prompt says, and the sum for
+                candidates.
+            calibrate: Whether to subtract from labels and choices their scores for an empty record; by default as the
                 prompt says.
 
         Returns:
@@ -317,7 +310,7 @@ class PromptModel:
         ]
 
     def _bind(self, prompts: Sequence[Prompt]) -> tuple[list[tuple[BoundTemplate, list[int]]], Learned]:
-        """Return each different prompt's bound template with the rows that use it, and what all bring to a batch."""
+        """Return each prompt's bound template with the rows that use it, and the vectors of all prompts."""
         groups = _by_prompt(prompts)
         number = {id(prompt): place for place, (prompt, _) in enumerate(groups)}
         bound = [(prompt.bind(self.backbone, force=self.force), indices) for prompt, indices in groups]
@@ -326,11 +319,38 @@ class PromptModel:
         return bound, learned.to(self.backbone.device)
 
     def _prefix(self, examples: Sequence[Example], learned: Learned) -> int:
-        """Count the leading tokens that a batch of any of these rows runs once; with pads in front there are none."""
+        """Return the number of leading tokens that the rows share, which run once per batch; 0 with pads in front."""
         return 0 if self.pad_side == "left" else prefix_tokens(self.backbone, examples, learned)
 
     def _run(self, examples: Sequence[Example], learned: Learned) -> Tensor:
         return target_logits(self.backbone, examples, learned, pad_side=self.pad_side)
+
+
+@torch.no_grad()
+def rank_classes(
+    items: Sequence[Item],
+    names: Sequence[Sequence[str]],
+    run: Callable[[Sequence[Example]], Tensor],
+    *,
+    prefix: int = 0,
+) -> list[list[Candidate]]:
+    """Return the classes of each item with their log-probabilities, best first.
+
+    Args:
+        items: N items.
+        names: The names of each item's classes.
+        run: Returns the logits of a batch of inputs, (M, V) at their M scored positions.
+        prefix: Number of leading tokens that all inputs share.
+    """
+    found: list[list[Candidate]] = [[]] * len(items)
+    for chosen in batches([item.inputs for item in items], prefix=prefix):
+        group = [items[index] for index in chosen]
+        scored = score_choices(group, run(inputs_of(group)))
+        scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
+        for index, values in zip(chosen, scores.tolist(), strict=True):
+            # An item with fewer classes than others of the batch has no names for those that it lacks.
+            found[index] = sorted(map(Candidate, names[index], values), key=lambda candidate: -candidate.log_prob)
+    return found
 
 
 def _candidate_items(
@@ -347,7 +367,7 @@ def _candidate_items(
 
 
 def _by_input(item: Item) -> list[tuple[Item, list[int]]]:
-    """Cut an item into one per input, each with the places its choices had."""
+    """Split an item into one per input, each with the places of its choices in the whole item."""
     places: list[list[int]] = [[] for _ in item.inputs]
     for place, choice in enumerate(item.choices):
         places[choice.input].append(place)
@@ -383,5 +403,5 @@ def _check_candidates(candidates: Sequence[str]) -> None:
         if not text.strip():
             raise RecordError("a candidate is empty")
         if text in seen:
-            raise RecordError(f"the candidate '{text}' stands twice; candidates must differ")
+            raise RecordError(f"the candidate '{text}' is given twice; candidates must differ")
         seen.add(text)

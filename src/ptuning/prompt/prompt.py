@@ -1,4 +1,4 @@
-"""The artifact: template, slot vectors, label words and provenance, and its files. Knows no training and no batches."""
+"""The prompt: a template with its slot vectors (a soft prompt), and everything that is needed to answer with it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 
-# A template without slots cannot know how long its targets are.
+# The longest target of a prompt that was not trained.
 DEFAULT_TARGET_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class BackboneId:
-    """Which backbone a prompt belongs to.
+    """The identity of the backbone that a prompt belongs to.
 
     Args:
         name: Known name, folder or hub id.
-        revision: Commit of the hub, or None.
+        revision: Commit on the hub, or None.
         fingerprint: See :attr:`ptuning.backbone.backbone.Backbone.fingerprint`.
     """
 
@@ -53,22 +53,22 @@ class BackboneId:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A template with its slot vectors, and the backbone's own weights where they were trained along; without either it
-    is a manual prompt.
+    """A template with its slot vectors and, if they were trained too, weights of the backbone. A manual prompt has
+    neither vectors nor weights.
 
     Args:
-        template: The template, as a pattern or parsed.
+        template: The template.
         slot_vectors: (P, E) float32, in template order; None for a template without slots.
-        backbone: Which (frozen) backbone it was trained on; None for a manual prompt, which fits any.
-        label_words: For classification.
-        task: The task it was made for: how rows become records, and whether they bring their own choices.
-        calibrate: Whether what an empty record would score is taken off labels and choices.
+        backbone: The frozen backbone it was trained on; None for a manual prompt, which fits any.
+        label_words: Label -> words (the verbalizer), for classification.
+        task: The task it was made for, which reads rows and may give each its own choices.
+        calibrate: Whether to subtract from labels and choices their scores for an empty record.
         normalise: How labels and choices of several tokens are scored.
-        target_tokens: Longest target seen in training; bounds what ``predict`` writes.
-        multiline: Whether targets in training held line breaks; if not, a written answer ends with its line.
-        method: How it was made.
+        target_tokens: Tokens of the longest training target. It limits the length of written answers.
+        multiline: Whether training targets had line breaks. If not, a written answer ends with its line.
+        method: Name of the method that made it.
         seed: Seed of the training, or None.
-        scores: Scores on the development part at the time it was chosen.
+        scores: Scores on the development part, which chose it.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
 
     Raises:
@@ -112,8 +112,8 @@ class Prompt:
     def manual(
         cls, template: str | Template, *, label_words: LabelWords | None = None, task: TaskFile | None = None
     ) -> Prompt:
-        """Make a manual prompt from a template without slots; it fits any backbone. A task brings its label words, and
-        how they are scored.
+        """Make a manual prompt from a template without slots. It fits any backbone. With a task it has the task's label
+        words and scoring.
 
         Raises:
             TemplateError: If the pattern is malformed.
@@ -159,23 +159,23 @@ class Prompt:
 
     @property
     def answer_space(self) -> AnswerSpace:
-        """What it answers with, and how these answers are scored."""
+        """The possible answers, and how they are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
         has_choices = self.task is not None and self.task.answer_space.has_choices
         return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
 
     def check_open(self) -> None:
-        """Check that candidates can be its answers.
+        """Check that it can answer among candidates.
 
         Raises:
-            ConfigError: If it has a closed set of answers.
+            ConfigError: If it has a closed set of answers already.
         """
         if self.answer_space.is_closed:
             what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
 
     def learned(self, backbone: Backbone) -> Learned:
-        """Return what it brings to a pass of a backbone: its slot vectors, (P, E); (0, E) of a manual prompt."""
+        """Return its slot vectors (P, E) as a pass of a backbone takes them; (0, E) for a manual prompt."""
         return Learned(self.slot_vectors) if self.slot_vectors is not None else Learned.none(backbone.width)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
@@ -183,7 +183,7 @@ class Prompt:
 
         Args:
             backbone: The backbone to use the prompt with.
-            force: Accept another backbone of the same width; the answers may be worthless.
+            force: Accept another backbone of the same width. The answers may be worthless.
 
         Raises:
             PromptError: If the prompt belongs to another backbone, or its shape does not fit.
@@ -211,12 +211,13 @@ class Prompt:
         return bound
 
     def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:
-        """Return the backbone to use the prompt with: a frozen copy with the prompt's trained weights in it, or the one
-        given where there are none, or where they are in it already. The one given does not change.
+        """Return the backbone to use the prompt with: a frozen copy with the prompt's trained weights. A prompt without
+        weights uses the given backbone itself, and so does a backbone that has them already.
 
         Args:
-            backbone: The frozen backbone that the prompt was trained on, or one with its weights in it.
-            force: Accept another backbone of the same shapes; the answers may be worthless.
+            backbone: The frozen backbone that the prompt was trained on, or a copy with the prompt's weights. It does
+                not change.
+            force: Accept another backbone of the same shapes. The answers may be worthless.
 
         Raises:
             PromptError: If the prompt belongs to another backbone, or its weights do not fit.
@@ -229,10 +230,10 @@ class Prompt:
         return self.weights.into(backbone)
 
     def without(self, part: str) -> Prompt:
-        """Return the prompt with one part switched off, to see what the other is worth.
+        """Return the prompt without one of its parts, for an ablation.
 
         Args:
-            part: ``slots``: words stand where slots started at words, and slots that started at random are left out;
+            part: ``slots``: slots that started at words become these words, and random ones are left out;
                 ``backbone``: the backbone stays frozen.
 
         Raises:
@@ -252,7 +253,7 @@ class Prompt:
         assert self.backbone is not None
         if backbone.trained is not None:
             return backbone.trained is self.weights.mark
-        # A model that was loaded from the folder of the whole weights. Weights that hardly moved have one fingerprint.
+        # Loaded from the prompt's folder of whole weights. Weights that hardly moved leave the fingerprint as it was.
         return backbone.fingerprint == self.weights.fingerprint != self.backbone.fingerprint
 
     def _check_backbone(self, backbone: Backbone, *, force: bool) -> None:
@@ -267,8 +268,9 @@ class Prompt:
         )
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write the prompt as a folder: vectors, trained weights, manifest and a card for people. Equal prompts give
-        equal bytes.
+        """Write the prompt's folder: vectors, trained weights, manifest, and a card for people.
+
+        Equal prompts give equal bytes.
 
         Raises:
             FileError: If the folder is taken and ``overwrite`` is not set, or it cannot be written.
@@ -310,7 +312,7 @@ class Prompt:
 
 
 def as_template(template: str | Template) -> Template:
-    """Return a template, parsed if it is a pattern."""
+    """Return a template; a pattern is parsed."""
     return Template.parse(template) if isinstance(template, str) else template
 
 
@@ -325,8 +327,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         multiline=manifest.at("multiline", default=False).flag(),
         method=manifest.at("method").text(),
         seed=manifest.optional("seed", Unchecked.whole),
-        # Not number(): a loss may be infinite.
-        scores={name: float(str(one.value)) for name, one in manifest.at("scores", {}).table().items()},
+        scores={name: one.number(finite=False) for name, one in manifest.at("scores", {}).table().items()},
         task=manifest.optional("task", lambda one: TaskFile.parse(one.at("file").text(), where="its task")),
         calibrate=manifest.at("calibrate", default=False).flag(),
         normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),

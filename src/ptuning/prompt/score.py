@@ -1,4 +1,4 @@
-"""Scoring a prompt on records, once and with an interval: exact match, label accuracy, ranks among candidates."""
+"""Scores of a prompt on records, with confidence intervals: exact match, accuracy, a task's metrics, and ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ptuning.template.labels import Normalise
 
 @dataclass(frozen=True)
 class Result:
-    """What a prompt scored on some records.
+    """Scores of a prompt on some records.
 
     Args:
         scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices, and a task's own metrics;
             with candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them.
         loss: Negative log-likelihood in nats per target token, or per record with label words or choices.
         hits: 1.0 or 0.0 per record, for the first score.
-        missing: How many records have a target that is no candidate; they count as misses.
+        missing: Number of records whose target is not a candidate. They count as misses.
     """
 
     scores: Mapping[str, Score]
@@ -58,16 +58,16 @@ def score_prompt(
 ) -> Result:
     """Score a prompt on records.
 
-    Exact match asks whether greedy decoding would write the target's own tokens; what follows them is not looked at,
-    so a manual prompt is not punished for never stopping. A masked model is given as many masks as the target has.
+    Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
+    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
     Args:
         model: The backbone in use.
         data: Records with targets, or questions of a task.
         prompt: The prompt, learned or manual.
-        candidates: A closed set of answers to rank as well; of equal scores the target's ranks last.
-        normalise: How candidates, label words and choices of several tokens are scored; by default as the prompt says.
-        calibrate: Whether what an empty record would score is taken off; by default as the prompt says.
+        candidates: A closed set of answers to rank as well. On a tie the target ranks last.
+        normalise: How answers of several tokens are scored; by default as the prompt says.
+        calibrate: Whether to subtract the scores for an empty record; by default as the prompt says.
         report: Called with progress.
 
     Raises:
@@ -106,17 +106,16 @@ def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Ev
 def _rank(
     model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise
 ) -> list[Answer]:
-    """Return the likeliest candidate for each record, with the rank of its target among them."""
+    """Return the likeliest candidate for each record, and the rank of its target."""
     ranked = model.rank(records, prompt, candidates, normalise=normalise)
     return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
-    """Return the answers that scoring found among labels or choices, as :meth:`PromptModel.predict` would; none where
-    answers are written.
+    """Return the likeliest labels or choices, which scoring has found already; an empty list for written answers.
 
     Args:
-        prompt: The prompt, with label words or choices.
+        prompt: The prompt.
         questions: N questions.
         found: Their scores.
     """

@@ -18,6 +18,7 @@ from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.errors import FileError, PromptError
 from ptuning.files import (
     Json,
+    Unchecked,
     make_folder,
     publish_folder,
     read_bytes,
@@ -123,13 +124,8 @@ def read_prompt(folder: str | Path) -> Stored:
         )
     weights = None
     if manifest["format_version"] == WEIGHTS_VERSION:
-        about = manifest.get("weights")
-        if not isinstance(about, Mapping):
-            raise PromptError(f"{where} is damaged: 'weights' must be an object")
-        try:
-            weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PromptError(f"{where} is damaged: {error}") from error
+        about = Unchecked(manifest, f"{where} is damaged", PromptError).at("weights")
+        weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
     return Stored(manifest, vectors if slots else None, weights, where)
 
 

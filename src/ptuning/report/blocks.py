@@ -1,4 +1,4 @@
-"""What a report's page is made of, before it is HTML or Markdown, and how numbers are written on it."""
+"""The parts of a report's page (text, tables, pictures), and how numbers are written in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table: a text, smaller lines below it, and whether it is the best of its row or column."""
+    """An entry of a table: a text, smaller lines below it, and whether it is the best of its row or column."""
 
     text: str
     small: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows begin with their heading; ``numbers`` sets the other columns to the right."""
+    """A table. The first entry of each row is its heading; ``numbers`` aligns the other columns to the right."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing as SVG, with words for who cannot see it."""
+    """An SVG drawing, with a caption and a description for readers who cannot see it."""
 
     kind: ClassVar[str] = "picture"
     name: str
@@ -60,7 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that stay closed until a reader opens them."""
+    """Blocks that are hidden until the reader opens them."""
 
     kind: ClassVar[str] = "fold"
     title: str
@@ -72,20 +72,20 @@ Block = Text | Items | Table | Picture | Fold
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it."""
+    """A heading and the blocks below it."""
 
     heading: str
     blocks: Sequence[Block]
 
     @property
     def anchor(self) -> str:
-        """The name that links within the page lead to."""
+        """The target of links within the page."""
         return re.sub(r"[^a-z0-9]+", "-", self.heading.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report: its title, what is missing from it, the answer in a paragraph, and the sections."""
+    """A whole report: title, a warning if results are missing, the main result in a paragraph, and the sections."""
 
     title: str
     warning: Fold | None
@@ -93,12 +93,12 @@ class Page:
     sections: Sequence[Section]
 
 
-# A single value has no spread that an interval could be made of.
+# Shown for a single value, which has no spread to compute an interval from.
 NO_INTERVAL = "no interval"
 
 
 def reading(score: Score) -> str:
-    """Say where the interval of a difference lies."""
+    """Return whether the interval of a difference is above, below, or around zero."""
     if score.low > 0:
         return "above zero"
     return "below zero" if score.high < 0 else "includes zero"
@@ -124,11 +124,11 @@ def points(value: float) -> str:
 
 
 def entry(score: Score | None, *, best: bool = False) -> Entry:
-    """Return a score with its interval, n, and the spread over seeds where there is one."""
+    """Return a score with its interval, n, and its spread over seeds if there are several."""
     if score is None:
         return Entry("–")
     small = [_interval(score), f"n = {score.n:,}"]
-    if isinstance(score, ScoreWithSpread) and score.std is not None and (score.seeds or 0) > 1:
+    if isinstance(score, ScoreWithSpread) and score.std is not None and score.seeds > 1:
         lowest = "" if score.lowest is None else f", lowest {decimal(score.lowest)}"
         small.append(f"sd {decimal(score.std)}{lowest}, {score.seeds} seeds")
     return Entry(percent(score.value), small, best)

@@ -1,4 +1,4 @@
-"""The files of a cell: ``predictions.jsonl``, one answered row a line, and the learning curve in ``run.json``."""
+"""The files of a cell: ``predictions.jsonl`` with one answer per line, and the learning curve in ``run.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run cannot show: sentences that depend on what its results hold. Knows nothing of pages."""
+"""The limits of a run: sentences about what its results do not show."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from ptuning.report.blocks import counted
 from ptuning.report.cell_files import read_curve
 from ptuning.report.results_file import WRITTEN, Results
 
-# With so few rows an interval is some ten points wide on either side. With so few tasks a mean says little of others.
+# With fewer rows than this, an interval is about ten points wide on either side. With fewer tasks, a mean says little
+# about other tasks.
 SMALL_ROWS, SMALL_TASKS = 100, 10
 
 
-def caveats(results: Results) -> Iterator[str]:
-    """Say what a reader must not conclude from a run, and why.
-
-    Args:
-        results: As they were read.
-    """
+def limits(results: Results) -> Iterator[str]:
+    """Yield what a reader must not conclude from a run, and why."""
     yield from _cells(results)
     yield from _sizes(results)
     yield from _comparison(results)
     yield from _knowledge(results)
     name = results.backbone.get("name")
     called = f" ({name})" if name else ""
-    yield f"There is one backbone{called}: other sizes and families may order the methods otherwise."
+    yield f"There is one backbone{called}: the order of the methods may differ with other sizes and families."
 
 
 def _cells(results: Results) -> Iterator[str]:
@@ -33,19 +30,19 @@ def _cells(results: Results) -> Iterator[str]:
     left = len(results.cells) - len(done)
     if left:
         yield (
-            f"{counted(left, 'run')} of {len(results.cells):,} failed or did not run yet: a method that lacks some is "
-            "a mean over other tasks and seeds than one that lacks none."
+            f"{counted(left, 'run')} of {len(results.cells):,} failed or did not run yet: the mean of a "
+            "method that lacks some is over other tasks and seeds than that of a complete one."
         )
     lost = sum(read_curve(results.folder_of(cell)) is None for cell in done)
     if lost:
-        yield f"The files of {counted(lost, 'finished run')} are not there, so curves and answers leave them out."
+        yield f"The files of {counted(lost, 'finished run')} are missing, so curves and answers leave them out."
     seeds = max((len({cell.seed for cell in done if cell.method == name}) for name in results.overall), default=0)
     if seeds == 1:
-        yield "Every method ran with one seed: how far two trainings of one method lie apart is not known."
+        yield "Every method ran with one seed, so it is unknown how much two trainings of one method differ."
     elif 1 < seeds < 5:
         yield (
-            f"There are at most {seeds} seeds a method: a standard deviation over so few is rough. The intervals are "
-            "about other test parts, not about other trainings."
+            f"There are at most {seeds} seeds per method, so the standard deviations are rough. The intervals describe "
+            "other test parts, not other trainings."
         )
 
 
@@ -72,46 +69,46 @@ def _sizes(results: Results) -> Iterator[str]:
     if dropped:
         yield (
             f"{counted(int(dropped), 'row')} were dropped before anything was scored, for the reasons under Settings: "
-            "the scores are about the others."
+            "the scores are about the remaining rows."
         )
 
 
 def _comparison(results: Results) -> Iterator[str]:
     written, learned = results.pair
     if results.overall and (written not in results.overall or learned not in results.overall):
-        yield "A written or a learned prompt is missing, so the run does not say what learning the prompt changes."
+        yield "A written or a learned prompt is missing, so the run does not show what learning the prompt changes."
     elif results.overall and f"{learned} - {written}" not in results.differences:
-        yield f"The difference {learned} \N{MINUS SIGN} {written} was not tested in pairs; compare intervals with care."
+        yield f"The difference {learned} \N{MINUS SIGN} {written} has no paired test; compare the intervals with care."
     tried = {max((cell.tried or 1 for cell in results.done(name)), default=1) for name in results.overall}
     if len(tried) > 1:
-        yield "Methods chose from different numbers of settings (column tried); more tries find better ones by chance."
+        yield "Methods tried different numbers of settings (column tried); more tries find a better one by chance."
     if results.agreement is not None:
         yield from _choices(results)
     elif results.backbone.get("kind") == "causal" and WRITTEN[0] in results.overall:
         yield from _form(results)
     if results.paraphrases:
-        yield "The wordings are those that someone wrote down, not a sample of all ways to say it."
+        yield "The wordings were written by people; they are not a sample of all ways to say it."
 
 
 def _choices(results: Results) -> Iterator[str]:
-    """What a benchmark with labels, and few rows to choose by, leaves open."""
+    """Limits of a benchmark with labels and few rows to choose settings by."""
     yield (
-        "Scores are on the validation part, whose labels are known; the benchmark's own test part is scored by its "
-        "server alone."
+        "Scores are on the validation part, whose labels are known. Only the benchmark's server can score its test "
+        "part."
     )
     on_dev = [name for name, info in results.task_info.items() if info.get("reported") == "dev"]
     if on_dev:
         yield (
-            f"{', '.join(on_dev)}: there is no validation part, so the few rows of the development part are reported; "
-            "compare with nothing outside of this run."
+            f"{', '.join(on_dev)}: there is no validation part, so scores are on the few rows of the development part; "
+            "do not compare them with scores from elsewhere."
         )
     few = [name for name, rows in _rows_to_choose_by(results).items() if rows < SMALL_ROWS]
     if few:
         yield (
-            f"Fewer than {SMALL_ROWS} rows to choose by in {', '.join(few[:8])}: what was chosen there is chosen by "
-            "chance in part (see how far development and reported scores agree)."
+            f"Fewer than {SMALL_ROWS} rows to choose settings by in {', '.join(few[:8])}: those choices are partly "
+            "chance (see how well development and reported scores agree)."
         )
-    yield "One pattern and one set of label words per task were used; others may order the methods otherwise."
+    yield "Each task has one pattern and one set of label words; with others the order of the methods may differ."
 
 
 def _rows_to_choose_by(results: Results) -> dict[str, float]:
@@ -126,32 +123,32 @@ def _rows_to_choose_by(results: Results) -> dict[str, float]:
 
 
 def _form(results: Results) -> Iterator[str]:
-    """A causal model says more with a written prompt than the answer."""
+    """Limits of a written prompt on a causal model, which may write more than the answer."""
     free, restricted = WRITTEN
     why = (
-        f"A causal backbone may go on with any word after the {free} prompt, such as an article, while training "
-        "teaches the form of the answers as well. "
+        f"After the {free} prompt a causal backbone may continue with any word, such as an article. Training also "
+        "teaches the form of the answers. "
     )
     if restricted in results.overall:
-        yield f"{why}{restricted}, which ranks the task's answers only, is the fairer measure of what the prompt knows."
+        yield f"{why}{restricted}, which ranks the task's answers only, is the fairer comparison."
     else:
-        yield f"{why}Without {restricted}, part of what a learned prompt gains may be this form."
+        yield f"{why}Without {restricted}, part of the gain of a learned prompt may be this form."
 
 
 def _knowledge(results: Results) -> Iterator[str]:
     if results.suite == "superglue":
-        yield "Rows, or the texts that they were made of, may stand in what the backbone was pretrained on."
+        yield "The backbone's pretraining text may contain the rows, or the texts they were made from."
     elif results.suite != "compare":
         yield (
-            "Test facts may stand in the text that the backbone was pretrained on. That is what recalling means here, "
-            "and it also means that the scores say nothing about facts that are new to it."
+            "The backbone's pretraining text may contain the test facts. Recalling them is the task here, so the "
+            "scores say nothing about facts that are new to the backbone."
         )
     else:
-        yield "Test records may stand in the text that the backbone was pretrained on."
+        yield "The backbone's pretraining text may contain the test records."
     trained = [name for name, method in results.methods.items() if method.trained and name in results.overall]
     without = [name for name in trained if "@" not in name and f"{name}{RANDOM_WEIGHTS}" not in results.overall]
     if without:
         yield (
-            f"There is no control with random weights for {', '.join(without)}: how much was learned from the training "
-            f"{results.unit} alone, instead of being known to the backbone, is open."
+            f"There is no control with random weights for {', '.join(without)}: it is unknown how much was learned "
+            f"from the training {results.unit} alone and how much the backbone knew."
         )

@@ -1,7 +1,7 @@
-"""Pictures of results as SVG text, the same bytes for the same numbers. Knows nothing of files or of pages.
+"""Pictures of results as SVG text. Equal numbers give equal bytes.
 
-Colours are two of Okabe and Ito's that stay apart in grey print, and every series has a marker of its own, so that
-no picture depends on its colours.
+The two main colours differ in grey print too, and every series has its own marker, so that no picture depends on its
+colours.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches. So narrow that its text can still be read on a phone, where the picture shrinks to four fifths.
+# Inches. Narrow enough to read its text on a phone, where the picture shrinks to four fifths.
 WIDTH = 4.6
 # Source: Okabe and Ito (2008), "Color Universal Design": orange (light in grey) and blue (dark in grey), then others.
 COLOURS = ("#d98a00", "#0072b2", "#009e73", "#7a3b69", "#333333")
 MARKERS = ("o", "D", "s", "^", "v")
-# A series with a light colour is drawn hollow.
+# Whether the markers of a series are hollow: those with a light colour.
 HOLLOW = (True, False, True, False, False)
 GREY = "#6b6b6b"
 LABEL_CHARACTERS = 22
@@ -32,12 +32,12 @@ INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
 
 
 def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], unit: str, name: str) -> str:
-    """Draw two scores per row as dots with a line between them and their intervals as whiskers.
+    """Draw two scores per row as dots joined by a line, with their intervals as whiskers.
 
     Args:
         rows: Label, first and second score, from top to bottom.
-        names: What the two scores are called.
-        unit: What the scores are, under the axis.
+        names: Names of the two scores.
+        unit: Label of the axis.
         name: Name of the picture; its ids begin with it.
     """
     with _canvas(name, height=0.42 * len(rows) + 1.2) as (figure, svg):
@@ -55,11 +55,11 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
 
 
 def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str, name: str) -> str:
-    """Draw one dot per value, in a strip per row and series; a line joins the lowest and the highest of a strip.
+    """Draw one dot per value, in a strip per row and series. A line joins the lowest and highest dot of a strip.
 
     Args:
         rows: Label and series name -> values, from top to bottom.
-        unit: What the values are, under the axis.
+        unit: Label of the axis.
         name: Name of the picture; its ids begin with it.
     """
     names = list(dict.fromkeys(series for _, strip in rows for series in strip))
@@ -79,9 +79,9 @@ def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: s
 
 
 def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name: str) -> str:
-    """Draw the development scores of trainings over epochs: a panel per method, a thin line per training, their mean.
+    """Draw learning curves: a panel per method, with a thin line per training and their mean.
 
-    A training that stopped early keeps its last score in the mean, so that the mean is always one of all trainings.
+    A training that ended by early stopping keeps its last score, so that the mean is always over all trainings.
 
     Args:
         panels: Method -> trainings -> (epoch, score) pairs.
@@ -96,7 +96,7 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
                 axes.plot(*_percent(points), color=RUN, linewidth=0.9, zorder=1)
             mean = mean_curve(trainings)
             axes.plot(*_percent(mean), color=COLOURS[1], marker="D", markersize=4, linewidth=1.8, zorder=2)
-            title = f"{method}, n = {len(trainings)}".replace("@", "\n@", 1)  # a name with a control's ending is long
+            title = f"{method}, n = {len(trainings)}".replace("@", "\n@", 1)  # the names of controls are long
             axes.set_title(title, fontsize=9)
             axes.grid(visible=True, axis="y")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -108,9 +108,8 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
 
 
 def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """Return the mean over trainings per epoch, from the first epoch that all have.
-
-    A training that stopped keeps its last score.
+    """Return the mean over trainings per epoch, from the first epoch that all have. A training that stopped keeps its
+    last score.
     """
     epochs = sorted({epoch for points in trainings for epoch, _ in points})
     first = max(min(epoch for epoch, _ in points) for points in trainings)
@@ -123,13 +122,13 @@ def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[i
 
 @contextmanager
 def _canvas(name: str, *, height: float) -> Iterator[tuple[Figure, list[str]]]:
-    """Give an empty figure in the style that all pictures share; when the block ends, its SVG stands in the list."""
+    """Yield an empty figure in the style of all pictures, and a list to which its SVG is added when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
     drawn: list[str] = []
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # The reader's browser draws the text, so it does not matter that a font is missing here.
+        # The reader's browser draws the text, so a font that is missing here does not matter.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         matplotlib.rcdefaults()  # a user's own settings do not change the picture
         matplotlib.rc("svg", fonttype="none", hashsalt=name)  # text stays text: found by a search, drawn in any font
@@ -148,7 +147,7 @@ def _canvas(name: str, *, height: float) -> Iterator[tuple[Figure, list[str]]]:
 
 
 def _own_ids(svg: str, name: str) -> str:
-    """Cut what stands before the drawing, and begin its ids with its name: several drawings stand on one page."""
+    """Remove the header before the drawing, and start its ids with its name: a page holds several drawings."""
     body = svg[svg.index("<svg") :]
     return re.sub(
         r"<[^>]+>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', lambda at: f"{at[1]}{name}-", tag[0]), body

@@ -93,7 +93,7 @@ class MethodInfo:
 
 
 @dataclass(frozen=True)
-class Choice(Cell):
+class ChosenSetting(Cell):
     """The setting that a cell chose: its shares of right rows on the development part and on the reported part."""
 
     dev: float
@@ -110,7 +110,7 @@ class Agreement:
         mean_gap: Mean of the development share minus the reported one.
     """
 
-    cells: Sequence[Choice]
+    cells: Sequence[ChosenSetting]
     correlation: float | None
     mean_gap: float | None
 

@@ -1,4 +1,4 @@
-"""The page of a report: its title, its answer in a paragraph, and its sections in their order.
+"""The page of a report: its title, the main result in a paragraph, and its sections in their order.
 
 To add a section, write a function that returns its blocks and list it in :data:`SECTIONS`.
 """
@@ -11,7 +11,7 @@ from ptuning.metrics import called
 from ptuning.report import pictures, tables
 from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
 from ptuning.report.cell_files import read_curve
-from ptuning.report.limits import caveats
+from ptuning.report.limits import limits
 from ptuning.report.results_file import Results
 
 TITLES = {
@@ -23,10 +23,7 @@ TITLES = {
 
 
 def build_page(results: Results) -> Page:
-    """Return everything that the report says.
-
-    Args:
-        results: As they were read.
+    """Return the page of a report.
 
     Raises:
         FileError: If a file of a cell is damaged.
@@ -42,26 +39,26 @@ def build_page(results: Results) -> Page:
 
 
 def _warning(results: Results) -> Fold | None:
-    """What is missing from the tables, with the reasons."""
+    """The cells that are missing from the tables, with the reasons."""
     left = [cell for cell in results.cells if cell.status != "done"]
     if not left:
         return None
     failed = sum(cell.status == "failed" for cell in left)
     missing = [f"{n:,} {what}" for n, what in ((failed, "failed"), (len(left) - failed, "still to run")) if n]
     title = (
-        f"Not complete: of {counted(len(results.cells), 'run')}, {' and '.join(missing)}. Tables and pictures hold "
-        "what is done."
+        f"Not complete: of {counted(len(results.cells), 'run')}, {' and '.join(missing)}. Tables and pictures show "
+        "the finished ones."
     )
     listed = [
         f"{results.named(cell.task)}, {cell.method}, seed {cell.seed}: "
-        + (f"failed: {cell.error or 'no reason was written'}" if cell.status == "failed" else "still to run")
+        + (f"failed: {cell.error or 'no reason was recorded'}" if cell.status == "failed" else "still to run")
         for cell in left
     ]
     return Fold(title, [Items(listed)])
 
 
 def _answer(results: Results) -> Iterator[str]:
-    """The answer in sentences: the best method, the next one, and what learning the prompt changed."""
+    """The main result in sentences: the best method, the next one, and what learning the prompt changed."""
     score, unit = results.primary, results.overall_unit
     scores = {method: found[score] for method, found in results.overall.items() if score in found}
     ranked = sorted(scores, key=lambda method: -scores[method].value)
@@ -72,8 +69,8 @@ def _answer(results: Results) -> Iterator[str]:
     yield f"Of {counted(len(ranked), 'method')}, {ranked[0]} is best: {called(score)} {phrase(best, unit)}."
     if len(ranked) > 1:
         second = scores[ranked[1]]
-        apart = "below the best one's" if second.high < best.low else "which overlaps the best one's"
-        yield f"Next is {ranked[1]} with {phrase(second, unit)}, an interval {apart}."
+        apart = "is below" if second.high < best.low else "overlaps"
+        yield f"Next is {ranked[1]} with {phrase(second, unit)}; its interval {apart} that of the best."
     written, learned = results.pair
     gap = results.differences.get(f"{learned} - {written}", {}).get(score)
     if gap is not None:
@@ -86,13 +83,14 @@ def _answer(results: Results) -> Iterator[str]:
         wide = {task: one.spread[method] for task, one in results.paraphrases.items() if method in one.spread}
         at = max(wide, key=lambda task: wide[task].range)
         yield (
-            f"With {method}, the wordings of one relation lie up to {decimal(wide[at].range)} points apart "
+            f"With {method}, the scores of one relation's wordings differ by up to {decimal(wide[at].range)} points "
             f"({results.named(at)}: {percent(wide[at].min)} to {percent(wide[at].max)} over "
             f"{counted(wide[at].patterns, 'wording')})."
         )
 
 
 def _dots(results: Results) -> list[Block]:
+    """The scores of the written and of the learned prompt on every task."""
     written, learned = results.pair
     score = results.primary
     rows = [
@@ -106,8 +104,8 @@ def _dots(results: Results) -> list[Block]:
     better = sum(new.value > old.value for _, old, new in rows)
     caption = (
         f"{called(score)} of {written} and {learned} on every task, sorted by the difference; {learned} is higher on "
-        f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the numbers, with n, stand in the "
-        "table of every task."
+        f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the table under Every task has "
+        "the numbers, with n."
     )
     svg = pictures.dots(rows, names=(written, learned), unit=called(score), name="dots")
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
@@ -125,13 +123,14 @@ def _wordings(results: Results) -> list[Block]:
     score = called(results.primary)
     caption = (
         f"{score} of every wording of a relation, before and after learning: the shorter a strip, the less the wording "
-        "matters. The numbers, with intervals and n, stand below."
+        "matters. The tables below have the numbers, with intervals and n."
     )
     svg = pictures.strips(rows, unit=score, name="wordings")
     return [Picture("wordings", svg, caption, f"Strip plot. {caption}"), *tables.wordings(results)]
 
 
 def _curves(results: Results) -> list[Block]:
+    """The learning curves of every method that trains."""
     panels = {}
     for method in results.ordered(cell.method for cell in results.cells):
         found = [read_curve(results.folder_of(cell)) for cell in results.done(method)]
@@ -141,8 +140,8 @@ def _curves(results: Results) -> list[Block]:
     if not panels:
         return []
     caption = (
-        "Development score per epoch. A thin line is a training (a task with a seed), the one with markers is their "
-        "mean, n is their number. Epoch 0 is the start; a training that stopped early keeps its last score in the mean."
+        "Development score per epoch. Each thin line is a training (one task and seed), the line with markers is their "
+        "mean, and n is their number. Epoch 0 is before training. After early stopping a training keeps its last score."
     )
     return [Picture("curves", pictures.curves(panels, name="curves"), caption, f"Learning curves. {caption}")]
 
@@ -154,8 +153,8 @@ def _warnings(results: Results) -> list[Block]:
 
 
 def _limits(results: Results) -> list[Block]:
-    """What a reader must not conclude."""
-    return [Items(list(caveats(results)))]
+    """What a reader must not conclude from the run."""
+    return [Items(list(limits(results)))]
 
 
 # Heading -> the blocks of the section; one without blocks is left out.

@@ -1,4 +1,4 @@
-"""The tables of a report: results in, blocks out. Computes no score; every number stands in the JSON files."""
+"""The tables of a report. Every number in them is in the JSON files; no score is computed here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHOWN_CHARACTERS = 120
 
 
 def settings(results: Results) -> list[Block]:
-    """Return what was run on what, and closed below it every setting, the tasks and the versions."""
+    """Return the experiment and its backbone and, folded, all settings, tasks and versions."""
     backbone = {f"backbone {key}": value for key, value in results.backbone.items()}
     run = {"suite": results.suite, "command": results.command, **backbone}
     blocks: list[Block] = [Table("What was run.", ["", "value"], _listed(run), numbers=False)]
@@ -76,7 +76,7 @@ def _task(name: str, info: Mapping[str, Json]) -> list[Entry]:
 
 
 def main(results: Results) -> list[Block]:
-    """Return the main table: a row per method, every score, and what it took."""
+    """Return the main table: a row per method with every score, then :data:`COLUMNS`."""
     scores = results.overall
     shown = in_order(name for one in scores.values() for name in one)
     if not shown:
@@ -97,8 +97,8 @@ def main(results: Results) -> list[Block]:
     part = "reported" if results.agreement is not None else "test"
     caption = (
         f"Scores on the {part} part ({of}; n counts {results.overall_unit}), with 95 % intervals; ★ marks the best of "
-        "a column; sd is the standard deviation over seeds; tried is the number of settings that the development part "
-        "chose from."
+        "a column; sd is the standard deviation over seeds; tried is the number of settings that were compared "
+        "on the development part."
     )
     return [Table(caption, ["method", *map(called, shown), *COLUMNS], rows)]
 
@@ -123,7 +123,7 @@ COLUMNS: Mapping[str, Callable[[Results, str], Entry]] = {"tried": _tried, "mean
 
 
 def by_type(results: Results) -> list[Block]:
-    """Return the scores of each type of relation, where there are several tasks."""
+    """Return the scores for each type of relation, if there are several tasks."""
     if len(results.tasks) < 2 or not results.by_type:
         return []
     score, types = results.primary, results.by_type
@@ -134,8 +134,8 @@ def by_type(results: Results) -> list[Block]:
 
 
 def per_task(results: Results) -> list[Block]:
-    """Return the score of every method on every task, where there are several; tasks with metrics of their own have a
-    row for each of these.
+    """Return the score of every method on every task, if there are several. A task with its own metrics has a row for
+    each of them.
     """
     if len(results.tasks) < 2:
         return []
@@ -157,20 +157,21 @@ def per_task(results: Results) -> list[Block]:
 
 
 def agreement(results: Results) -> list[Block]:
-    """Return how far the development score of what was chosen says what the reported score will be."""
+    """Return how well the development score of the chosen settings predicts the reported score."""
     found = results.agreement
     if found is None or not found.cells:
         return []
     said = (
-        "Nothing can be said of how the two go together"
+        "Its rank correlation with the reported score cannot be computed here"
         if found.correlation is None
-        else f"Their rank correlation over runs, each task's means taken off, is {found.correlation:.2f}"
+        else f"Its rank correlation with the reported score, after each task's means are subtracted, is "
+        f"{found.correlation:.2f}"
     )
-    gap = "" if found.mean_gap is None else f", and their mean difference {points(found.mean_gap)} points"
+    gap = "" if found.mean_gap is None else f", and their mean difference is {points(found.mean_gap)} points"
     text = (
         "Epochs, learning rates and examples in context are chosen by the development score. "
-        f"{said} (n = {len(found.cells):,}){gap}. With a correlation near zero, choosing by so few rows is little "
-        "better than drawing lots."
+        f"{said} (n = {len(found.cells):,} runs){gap}. With a correlation near zero, choosing by so few rows is little "
+        "better than chance."
     )
     rows = [
         [
@@ -182,13 +183,13 @@ def agreement(results: Results) -> list[Block]:
         ]
         for one in found.cells
     ]
-    caption = "Shares of rows answered rightly by what was chosen, run by run."
+    caption = "Shares of rows that the chosen setting answered correctly, for each run."
     columns = ["task", "method", "development", "reported", "difference in points"]
     return [Text(text), Fold(f"Every run, {len(rows):,}", [Table(caption, columns, rows)])]
 
 
 def control(results: Results) -> list[Block]:
-    """Return what the same method reaches where the backbone knows nothing."""
+    """Return the scores of the same methods on a backbone with random weights, which knows nothing."""
     score, scores = results.primary, results.overall
     rows = []
     for method in results.controls:
@@ -201,14 +202,14 @@ def control(results: Results) -> list[Block]:
     also = f" Always giving the majority answer reaches {phrase(common, results.overall_unit)}." if common else ""
     return [
         Text(
-            "A backbone with random weights has read nothing, so whatever a method scores on it was learned from the "
-            f"training facts alone: which answers are frequent, and which words hint at them.{also} Only what the "
-            "pretrained backbone adds to that can be knowledge that the prompt recalled."
+            "A backbone with random weights has read no text, so a method's score on it was learned from the training "
+            f"{results.unit} alone: which answers are frequent, and which words hint at them.{also} Only what the "
+            "pretrained backbone adds to this score can be knowledge that the prompt recalls."
         ),
         Table(
             f"{called(score)} with the pretrained backbone and with random weights; the n of scores counts "
             f"{results.overall_unit}.",
-            ["method", "pretrained", "random weights (training facts alone)", "difference in points"],
+            ["method", "pretrained", f"random weights (training {results.unit} alone)", "difference in points"],
             rows,
         ),
     ]
@@ -226,13 +227,13 @@ def differences(results: Results) -> list[Block]:
         rows.append([Entry(pair), *columns, Entry(reading(first) if first is not None else "–")])
     caption = (
         "Differences in percentage points, with 95 % intervals of the paired difference (both methods answered the "
-        f"same {results.unit}). The last column says where the interval of {called(shown[0])} lies."
+        f"same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
     )
     return [Table(caption, ["difference", *map(called, shown), "interval"], rows)]
 
 
 def wordings(results: Results) -> list[Block]:
-    """Return how far the wordings of a relation lie apart, and the score of every wording."""
+    """Return the spread between the wordings of a relation, and the score of every wording."""
     score = called(results.primary)
     rows, folds = [], []
     for name, relation in results.paraphrases.items():
@@ -253,14 +254,14 @@ def wordings(results: Results) -> list[Block]:
         caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {results.unit}."
         folds.append(Fold(f"The wordings of {title}", [Table(caption, ["wording", *methods], every)]))
     caption = (
-        f"How far the wordings of a relation lie apart ({score}); the interval and n of every wording stand below."
+        f"Spread of {score} between the wordings of a relation. The tables below have each wording's interval and n."
     )
     columns = ["relation", "method", "wordings", "min", "max", "range in points", "sd in points"]
     return [Table(caption, columns, rows), *folds]
 
 
 def changes(results: Results) -> list[Block]:
-    """Some answers that learning the prompt mended, and some that it broke, of every task."""
+    """Return, for every task, some answers that the learned prompt gained and some that it lost."""
     written, learned = results.pair
     folds: list[Block] = []
     for task in results.tasks:
@@ -279,8 +280,8 @@ def changes(results: Results) -> list[Block]:
     if not folds:
         return []
     rule = (
-        f"Right with {learned} and wrong with {written}, or the other way round, each with its lowest seed. Nobody "
-        f"chose the {SHOWN_ANSWERS} shown: they come first when the records are ordered by their SHA-256."
+        f"Gained answers are right with {learned} and wrong with {written}; lost ones the other way round. Each method "
+        f"is taken with its lowest seed. The {SHOWN_ANSWERS} shown are the first when records are sorted by SHA-256."
     )
     return [Text(rule), *folds]
 
@@ -299,7 +300,7 @@ def _changed(pairs: list[tuple[AnsweredRow, AnsweredRow]], caption: str, names: 
 
 
 def _by_record(results: Results, cell: CellRecord | None) -> dict[str, AnsweredRow]:
-    """A cell's answers by their record; equal records are told apart by their order."""
+    """Return record -> answer of a cell. Equal records are distinguished by their order."""
     seen: Counter[str] = Counter()
     found: dict[str, AnsweredRow] = {}
     path = results.folder_of(cell) / PREDICTIONS_FILE if cell is not None else None
@@ -325,7 +326,7 @@ def _of(found: Mapping[str, Mapping[str, ScoreWithSpread]], method: str, score: 
 
 
 def _shown(value: Json | None) -> str:
-    """Write a setting: text as it is, anything else as JSON."""
+    """Return a setting as text: a text as it is, anything else as JSON."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,9 +1,8 @@
-"""Filling a template: record -> token ids, slot positions and scored positions, unpadded. Knows no model, and
-tokenizers only as a protocol.
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded.
 
 The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
 follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
-itself writes it, never in a record; only fields without ``!`` are shortened.
+itself writes it, never in a record; only fields without ``!`` are truncated to the context length.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ptuning.template.segments import ANCHOR_WORD, FILLS_MASKS, LITERAL, TARGET,
 
 logger = logging.getLogger(__name__)
 
-# What stands at a slot's place until its vector is written in; any id would do, since its embedding is overwritten.
+# Token id at a slot; any id would do, since the slot's vector replaces its embedding.
 SLOT_PLACEHOLDER = 0
-# What a position of a filled template is, beside literal text, "field NAME" and the target.
+# The names of positions of a filled template, besides literal text, "field NAME" and the target.
 SPECIAL, SLOT = "special", "slot"
-# And where the decoder's side begins; that takes no position.
+# Start of the decoder's side; takes no position.
 TURN = "turn"
 
 
@@ -35,15 +34,14 @@ class Example:
     """One filled template as token ids, unpadded.
 
     Args:
-        token_ids: The row; :data:`SLOT_PLACEHOLDER` at the slots. Of an encoder-decoder model first what the encoder
-            reads, then what the decoder does.
-        slot_positions: Where slot vectors are written, in template order.
-        logit_positions: Where the model's logits score ``target_ids`` (for whoever writes from left to right one before
-            each token).
-        target_ids: The scored ids, followed by the stop token if the example teaches to stop.
-        own_tokens: How many of ``target_ids`` are the target's own, without the stop token.
-        shortened: Whether a field was shortened to fit.
-        encoder_tokens: How many of ``token_ids`` an encoder reads; 0 without one.
+        token_ids: The row, with :data:`SLOT_PLACEHOLDER` at the slots. For an encoder-decoder model, the encoder's part
+            and then the decoder's.
+        slot_positions: The positions of the slots, in template order.
+        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
+        target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
+        own_tokens: Number of ``target_ids`` without the stop token.
+        shortened: Whether a field was truncated to fit.
+        encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
     """
 
     token_ids: Ids
@@ -57,7 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is to be filled in; without a target, room is kept for ``target_tokens`` tokens of it."""
+    """A record to fill in; without a target, ``target_tokens`` tokens are reserved for it."""
 
     record: Record
     target: str | None
@@ -77,7 +75,7 @@ class _Slots:
 
 
 _Piece = Literal | Field | Target | Turn | _Special | _Slots
-_Fixed = Turn | _Special | _Slots  # what text is cut at
+_Fixed = Turn | _Special | _Slots  # text is cut at these
 _Part = TextRun | _Fixed
 
 
@@ -85,16 +83,15 @@ class BoundTemplate:
     """A template together with the tokenizer and kind of one backbone.
 
     Args:
-        template: The template; what stands behind the target is dropped with a notice where nobody sees it: for a
-            causal model, and behind ``[>]``.
-        tokenizer: The backbone's tokenizer.
-        kind: What kind of language model it is.
-        multiline: Whether targets may hold line breaks. If not, a causal model's answer ends with its line; a break
-            is what models write there anyway, so a prompt learns it in fewer steps than the end of the text.
+        template: The template. Text behind the target is dropped with a notice for a causal model, and behind ``[>]``.
+        tokenizer: The tokenizer of the backbone.
+        kind: The kind of language model.
+        multiline: Whether targets may contain line breaks. If not, a causal model's answer ends with its line: models
+            tend to write a line break there anyway, so a prompt learns it in fewer steps than the end of the text.
 
     Raises:
         TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
-            stands in the template of a model without a decoder's side.
+            is in the template of a model without a decoder's side.
     """
 
     def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
@@ -112,11 +109,10 @@ class BoundTemplate:
         self.kind = kind
         self.multiline = multiline
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
-        self.stop_id = self._stop_id()
+        self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
 
     def _stop_id(self) -> int | None:
-        """Return what a target is taught to end with: what the model writes there anyway."""
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
             return self.tokenizer.gap.end_id
         if self.kind != "causal" or self.multiline or self.tokenizer.line_end_id is None:
@@ -125,7 +121,7 @@ class BoundTemplate:
 
     @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
-        """For each slot, in template order, the token whose embedding it starts at; None for a random start."""
+        """For each slot, in template order, the token whose embedding it starts from; None for a random start."""
         return tuple(start for piece in self._pieces if isinstance(piece, _Slots) for start in piece.start_ids)
 
     @property
@@ -134,11 +130,7 @@ class BoundTemplate:
         return len(self.slot_start_ids)
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
-        """Check that the record has every field of the template.
-
-        Raises:
-            TemplateError: At the first field it lacks; names the record's fields.
-        """
+        """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
@@ -152,16 +144,10 @@ class BoundTemplate:
         with_stop: bool = False,
         source: str = "record",
     ) -> list[Example]:
-        """Fill the template with records and their targets.
+        """Fill the template with N records and their targets; by default each record's own.
 
-        Args:
-            records: N records.
-            targets: N targets; by default each record's own.
-            with_stop: Whether the stop token of a model that writes follows the target among the scored tokens.
-            source: What the records are called in messages.
-
-        Returns:
-            N examples, in the order of the records.
+        With ``with_stop`` the stop token is scored after the target, for a model that writes; ``source`` is the name of
+        the records in messages.
 
         Raises:
             TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
@@ -179,26 +165,17 @@ class BoundTemplate:
         return self._build(rows)
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
-        """Fill the template without targets, with room for ``target_tokens`` tokens at their place: for a causal model
-        up to the target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        """Fill the template without targets, with room for ``target_tokens`` tokens: for a causal model up to the
+        target (as for a decoder), for a masked one with that many masks. ``target_ids`` is empty; errors as for
+        :meth:`examples`.
         """
-        return self._build(
-            [
-                _Row(record, None, f"{source} {number}", target_tokens=target_tokens)
-                for number, record in enumerate(records, start=1)
-            ]
-        )
+        named = [(f"{source} {number}", record) for number, record in enumerate(records, start=1)]
+        return self._build([_Row(record, None, where, target_tokens=target_tokens) for where, record in named])
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
         ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
-        The id of a slot is its start's, None if it starts at random.
-
-        Raises:
-            TemplateError: As for :meth:`examples`.
+        The id of a slot is its start's, None if it starts at random. Errors as for :meth:`examples`.
         """
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None)
@@ -214,14 +191,14 @@ class BoundTemplate:
         return shown
 
     def _prepare(self) -> tuple[_Piece, ...]:
-        """Take special tokens out of literals, tokenise the words of slots, and give spaces to what follows them."""
+        """Split special tokens off literals, tokenise the words of slots, and move spaces to the piece after them."""
         prepared: list[_Piece] = []
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Literal):
                 behind_turn = bool(prepared) and isinstance(prepared[-1], Turn)
                 prepared += self._split_specials(piece.text.removeprefix(" ") if behind_turn else piece.text)
             elif isinstance(piece, Turn):
-                _take_space(prepared)  # a space on either side of it belongs to the mark
+                _take_space(prepared)  # a space on either side belongs to the mark
                 prepared.append(piece)
             elif isinstance(piece, Slots):
                 _take_space(prepared)
@@ -265,9 +242,8 @@ class BoundTemplate:
         return examples
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
-        """Cut a filled record at its slots and special tokens, fields without ``!`` cut to ``limit`` characters.
-
-        Only the target is a segment of its own, unless every piece is to be ``named``.
+        """Cut a filled record at its slots and special tokens; truncate fields without ``!`` to ``limit`` characters.
+        Only the target is its own segment, unless ``named``: then every piece is.
         """
         parts: list[_Part] = []
         for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
@@ -324,10 +300,8 @@ class BoundTemplate:
         for part, span in spans:
             if part == TURN:
                 if not ids:
-                    raise self.template.error(
-                        "the encoder needs something to read; put text, a field or a slot in front of [>]",
-                        self.template.turn or 0,
-                    )
+                    message = "the encoder needs something to read; put text, a field or a slot before [>]"
+                    raise self.template.error(message, self.template.turn or 0)
                 encoder_tokens = len(ids)
             if part == SLOT:
                 slots += range(len(ids), len(ids) + len(span))
@@ -343,13 +317,11 @@ class BoundTemplate:
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
             if not ids:
-                raise self.template.error(
-                    "a causal model needs something in front of [Y]; put text, a field or a slot there",
-                    len(self.template.pieces) - 1,
-                )
+                message = "a causal model needs something before [Y]; put text, a field or a slot there"
+                raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and self.stop_id is not None:
                 target_ids = (*target_ids, self.stop_id)
-            # Each logit stands one before the token it scores, so the last one is never read.
+            # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
         return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens)
@@ -364,7 +336,7 @@ class BoundTemplate:
         return max(own + ahead, example.encoder_tokens) <= self.tokenizer.max_tokens
 
     def _limit(self, row: _Row) -> int:
-        """Return to how many characters, at most, all fields without ``!`` must be cut for the row to fit."""
+        """Return the most characters to which fields without ``!`` can be truncated so that the row fits."""
         bare = self._fill(row, 0)
         fields = [piece for piece in self._pieces if isinstance(piece, Field)]
         if not self._fits(row, bare):
@@ -388,14 +360,14 @@ class BoundTemplate:
 
 @functools.lru_cache(maxsize=1024)
 def _notice_dropped(pattern: str, dropped: str, reader: str) -> None:
-    """Say once per template what its reader does not get to see; a lone full stop is no news to anybody."""
+    """Warn once per template about text that the model will not see. A lone full stop is logged at INFO only."""
     if dropped:
         level = logging.WARNING if any(map(str.isalnum, dropped)) else logging.INFO
-        logger.log(level, "a %s cannot see what stands behind [Y]; dropped '%s' from '%s'", reader, dropped, pattern)
+        logger.log(level, "a %s cannot see what comes after [Y]; dropped '%s' from '%s'", reader, dropped, pattern)
 
 
 def _take_space(pieces: list[_Piece]) -> str:
-    """Take the space off the end of the last literal and return it."""
+    """Remove the space at the end of the last literal and return it."""
     last = pieces[-1] if pieces else None
     if not isinstance(last, Literal) or not last.text.endswith(" "):
         return ""

@@ -1,6 +1,4 @@
-"""Label words: which words stand for which label (the verbalizer); and how a closed set of answers is scored. Knows no
-model.
-"""
+"""Label words: which words mean which label (the verbalizer), and how a closed set of answers is scored."""
 
 from __future__ import annotations
 
@@ -12,10 +10,11 @@ from ptuning.errors import LabelWordError, RecordError, closest
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate, Example
 
-# A text of several tokens scores its total log-probability, or the mean over its tokens.
+# The score of a text of several tokens: its total log-probability, or the mean over its tokens.
 Normalise = Literal["sum", "mean"]
-# What an empty record's fields hold. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
+# The fields of an empty record. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
 EMPTY_TEXT = "N/A"
+EXAMPLE = '"positive=great,good;negative=terrible"'
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Scoring:
 
     Args:
         normalise: By total log-probability (``sum``), or by its mean over a text's tokens (``mean``).
-        calibrate: Whether what an empty record would score is taken off.
-        keep: Fields that an empty record keeps, since they hold one of a few words and no content.
+        calibrate: Whether the score that each answer gets for an empty record is subtracted.
+        keep: Fields that an empty record keeps, since they hold one of a few words rather than content.
     """
 
     normalise: Normalise = "sum"
@@ -33,7 +32,7 @@ class Scoring:
     keep: Collection[str] = ()
 
     def empty_record(self, record: Record) -> Record:
-        """Return a record with nothing in it; fields that hold nothing stay so."""
+        """Return a record without content; empty fields stay empty."""
         return {name: text if name in self.keep or not text else EMPTY_TEXT for name, text in record.items()}
 
 
@@ -42,13 +41,9 @@ PLAIN = Scoring()
 
 @dataclass(frozen=True)
 class LabelWords:
-    """The words of each label, keyed by the label's name.
+    """The words of each label, by the label's name.
 
-    Args:
-        words: Label name -> one or more words.
-
-    Raises:
-        LabelWordError: If there are fewer than two labels, a label has no words, or a word stands for two labels.
+    Raises a LabelWordError if there are fewer than two labels, a label has no words, or a word is given for two labels.
     """
 
     words: Mapping[str, tuple[str, ...]]
@@ -63,25 +58,21 @@ class LabelWords:
             for word in words:
                 if word in owner:
                     raise LabelWordError(
-                        f"the word '{word}' stands twice, for '{owner[word]}' and '{label}'; each label "
-                        "needs words of its own"
+                        f"the word '{word}' is given twice, for '{owner[word]}' and '{label}'; each label "
+                        "needs its own words"
                     )
                 owner[word] = label
 
     @classmethod
     def parse(cls, text: str) -> LabelWords:
-        """Parse ``positive=great,good;negative=terrible``.
-
-        Raises:
-            LabelWordError: If it is malformed.
-        """
+        """Parse ``positive=great,good;negative=terrible``; raise a LabelWordError if it is malformed."""
         words: dict[str, tuple[str, ...]] = {}
         for part in filter(str.strip, text.split(";")):
             label, equals, listed = part.partition("=")
             if not equals:
                 raise LabelWordError(f"label words '{part.strip()}' have no '='; write them as in {EXAMPLE}")
             if label.strip() in words:
-                raise LabelWordError(f"label '{label.strip()}' stands twice in the label words")
+                raise LabelWordError(f"label '{label.strip()}' is given twice in the label words")
             words[label.strip()] = tuple(word.strip() for word in listed.split(","))
         return cls(words)
 
@@ -96,24 +87,16 @@ class LabelWords:
         return tuple((index, word) for index, words in enumerate(self.words.values()) for word in words)
 
     def label_of(self, record: Record, *, where: str) -> int:
-        """Return the index of a record's label.
-
-        Raises:
-            RecordError: If the record's target is no label.
-        """
+        """Return the index of a record's label; raise a RecordError if its target is not a label."""
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
             raise RecordError(
-                f"{where}: '{label}' is none of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
+                f"{where}: '{label}' is not one of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
             )
         return self.labels.index(label)
 
     def check_records(self, records: Records) -> None:
-        """Check that every record has one of the labels.
-
-        Raises:
-            RecordError: At the first that has not.
-        """
+        """Raise a RecordError at the first record without one of the labels."""
         for number, record in enumerate(records, start=1):
             self.label_of(record, where=f"{records.name}, record {number}")
 
@@ -122,10 +105,8 @@ class LabelWords:
         return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Check the words' token ids as they stand in a filled template, and return a line per word.
-
-        Raises:
-            LabelWordError: If two labels' words have equal ids, or a word is unknown to the tokenizer.
+        """Check the words' token ids in a filled template, and return a line per word. Equal ids of two labels' words,
+        and a word that is unknown to the tokenizer, are a LabelWordError.
         """
         lines = []
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
@@ -144,6 +125,3 @@ class LabelWords:
                 )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
-
-
-EXAMPLE = '"positive=great,good;negative=terrible"'

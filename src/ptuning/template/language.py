@@ -1,13 +1,13 @@
-"""The template language: parse a pattern into pieces, write pieces as a pattern. Knows no tokenizer and no model.
+"""The template language: parse a pattern into pieces, write pieces as a pattern.
 
-Grammar (every token of it):
-    ``[P]`` ``[P*3]``   one / three slots, started at random
+Grammar:
+    ``[P]`` ``[P*3]``   one / three slots (virtual tokens), started at random
     ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
                         literal brackets
-    ``{name}``          the record's field, may be shortened; ``{name!}`` never is
+    ``{name}``          the record's field, may be truncated; ``{name!}`` never is
     ``[X]``             short for ``{x}``
     ``[Y]``             the target, exactly one
-    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, in front of ``[Y]``
+    ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, before ``[Y]``
     ``[[`` ``{{``       literal opening brackets
     anything else       literal text
 """
@@ -15,7 +15,7 @@ Grammar (every token of it):
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ptuning.errors import TemplateError
@@ -28,14 +28,14 @@ DEFAULT_FRONT_SLOTS = 3
 
 @dataclass(frozen=True)
 class Literal:
-    """Text that stands in every filled template (the paper's anchors)."""
+    """Text that is the same in every filled template (the paper's anchors)."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the record; ``keep`` means that it is never shortened."""
+    """A field of the record; with ``keep`` it is never truncated."""
 
     name: str
     keep: bool = False
@@ -62,22 +62,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where an encoder-decoder model's template turns to the decoder's side: what follows is read by the decoder."""
+    """Start of the decoder's side in a template for an encoder-decoder model."""
 
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
+BRACKETS: Mapping[str, Piece] = {"X": Field("x"), "Y": Target(), ">": Turn(), "P": Slots(1)}
 
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed pattern.
+    """A parsed pattern: pieces in order, exactly one of them the target; neighbouring literals are joined.
 
-    Args:
-        pieces: The pieces in order, exactly one of them the target; neighbouring literals are joined.
-
-    Raises:
-        TemplateError: If there is not exactly one target, if the target's own field is also an input, or if ``[>]``
-            stands twice or behind the target.
+    Raises a TemplateError if there is not exactly one target, if the target's own field is also an input, or if ``[>]``
+    is there twice or behind the target.
 
     Example:
         >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
@@ -96,29 +93,23 @@ class Template:
         if len(turns) > 1:
             raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
         if turns and turns[0] > targets[0]:
-            raise self.error("[>] stands behind [Y], but the target is always on the decoder's side", turns[0])
+            raise self.error("[>] comes after [Y], but the target is always on the decoder's side", turns[0])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
 
     @classmethod
     def parse(cls, pattern: str) -> Template:
-        """Parse a pattern.
-
-        Raises:
-            TemplateError: With the pattern, a caret at the column, and what was expected.
-        """
+        """Parse a pattern; a TemplateError shows it with a caret at the column, and what was expected."""
         return cls(tuple(_joined(_scan(pattern))))
 
     @classmethod
     def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
-        """Make the learned template of a manual one: its words become slots that start at them.
+        """Make a learned template from a manual one: its words become slots that start from them.
 
-        ``about``, a noun such as "country", stands in front as ``[P:The country:]``. Without it, a manual template
-        that begins with a field gets three random slots in front, since slots on both sides learn better.
-
-        Raises:
-            TemplateError: If the manual template is malformed or has slots already.
+        ``about``, a noun such as "country", goes in front as ``[P:The country:]``. Without it, a manual template that
+        begins with a field gets three random slots in front, since slots on both sides learn better. Raises a
+        TemplateError if the manual template is malformed or has slots already.
 
         Example:
             >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
@@ -139,7 +130,7 @@ class Template:
 
     @property
     def has_slots(self) -> bool:
-        """Whether anything in the template is learned; a template without slots is a manual prompt."""
+        """Whether the template has slots; without, it is a manual prompt."""
         return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
 
     @property
@@ -158,8 +149,7 @@ class Template:
         return Template(self.pieces[:end]), render(self.pieces[end:])
 
     def without_slots(self) -> Template:
-        """Return the template with the words that slots start at in their place; slots that start at random are left
-        out, and a space beside them.
+        """Return the template with words in place of the slots that start at them, and without random slots.
 
         Example:
             >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
@@ -188,7 +178,7 @@ class Template:
 
 
 def render(pieces: Iterable[Piece]) -> str:
-    """Write pieces as a pattern; ``Template.parse`` reads the same pieces back."""
+    """Write pieces as a pattern, from which ``Template.parse`` reads the same pieces."""
     written = []
     for piece in pieces:
         match piece:
@@ -234,14 +224,8 @@ def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
     if end < 0:
         raise TemplateError(f"unclosed bracket; {EXPECTED}", pattern=pattern, column=start)
     inside = pattern[start + 1 : end]
-    if inside == "X":
-        return Field("x"), end + 1
-    if inside == "Y":
-        return Target(), end + 1
-    if inside == ">":
-        return Turn(), end + 1
-    if inside == "P":
-        return Slots(1), end + 1
+    if inside in BRACKETS:
+        return BRACKETS[inside], end + 1
     counted = re.fullmatch(r"P\*([0-9]+)", inside)
     if counted is None:
         raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
@@ -259,18 +243,12 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
             text.append(pattern[at])
             at += 2
         elif pattern[at] == "[":
-            raise TemplateError(
-                "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them",
-                pattern=pattern,
-                column=start,
-            )
+            message = "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them"
+            raise TemplateError(message, pattern=pattern, column=start)
         elif pattern[at] == "]":
             if not "".join(text).strip():
-                raise TemplateError(
-                    "[P:words] without words; write [P] for one slot that starts at random",
-                    pattern=pattern,
-                    column=start,
-                )
+                message = "[P:words] without words; write [P] for one slot that starts at random"
+                raise TemplateError(message, pattern=pattern, column=start)
             return TextSlots("".join(text)), at + 1
         else:
             text.append(pattern[at])
@@ -281,16 +259,14 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
 def _field(pattern: str, start: int) -> tuple[Field, int]:
     end = pattern.find("}", start)
     if end < 0:
-        raise TemplateError(
-            "unclosed brace; expected {field} or {field!}, and {{ for a literal brace", pattern=pattern, column=start
-        )
+        message = "unclosed brace; expected {field} or {field!}, and {{ for a literal brace"
+        raise TemplateError(message, pattern=pattern, column=start)
     inside = pattern[start + 1 : end]
     keep = inside.endswith("!")
     name = inside[:-1] if keep else inside
     if not name.strip() or name != name.strip() or "{" in name or "[" in name:
-        raise TemplateError(
-            "a field's name stands in braces; expected {field} or {field!}", pattern=pattern, column=start
-        )
+        message = "a field's name goes in braces; expected {field} or {field!}"
+        raise TemplateError(message, pattern=pattern, column=start)
     return Field(name, keep), end + 1
 
 
@@ -308,13 +284,11 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
 def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
     turned: list[Piece] = []
     for piece in pieces:
-        # Punctuation alone stays an anchor: it holds the sentence together and has no wording to learn.
+        # Punctuation alone stays an anchor: it holds the sentence together, and there is no wording to learn.
         if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
             turned.append(piece)
             continue
         words = piece.text.strip()
         before, after = piece.text.split(words, 1)
-        turned += [Literal(before)] if before else []
-        turned.append(TextSlots(words))
-        turned += [Literal(after)] if after else []
+        turned += [piece for piece in (Literal(before), TextSlots(words), Literal(after)) if piece.text]
     return turned

@@ -25,7 +25,7 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
-from ptuning.provenance import about_data, versions
+from ptuning.provenance import described, versions
 from ptuning.records import Record
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run
@@ -275,7 +275,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.words
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {
-        name: about_data(
+        name: described(
             questions,
             kept=len(prepared.items[name]),
             dropped=len(questions) - len(prepared.items[name]),

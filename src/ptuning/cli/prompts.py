@@ -1,0 +1,232 @@
+"""`ptuning eval`, `predict` and `inspect`: score a prompt, answer with it, and look inside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ptuning.cli import terminal
+from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
+from ptuning.cli.options import (
+    BackboneOption,
+    CalibrateOption,
+    CandidatesOption,
+    DeviceOption,
+    DtypeOption,
+    FieldOption,
+    ForceOption,
+    JsonOption,
+    NormaliseOption,
+    PromptArgument,
+    TaskOption,
+    WithoutOption,
+    check_calibrate,
+    normalise_of,
+)
+from ptuning.errors import ConfigError
+from ptuning.metrics import called
+from ptuning.provenance import described
+from ptuning.template.segments import FILLS_MASKS
+
+if TYPE_CHECKING:
+    from ptuning.data.questions import Questions
+    from ptuning.prompt.inspect import Inspection, Neighbour
+    from ptuning.prompt.predict import Prediction
+    from ptuning.prompt.prompt import Prompt
+    from ptuning.prompt.score import Result
+    from ptuning.records import Records
+
+# Number of records that are answered between two steps of the progress bar.
+PREDICTED_ROWS = 64
+# Neighbours of a slot on the terminal; JSON holds all.
+SHOWN_NEIGHBOURS = 3
+
+
+def evaluate(
+    prompt: PromptArgument,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
+    candidates: CandidatesOption = None,
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    without: WithoutOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a prompt on records, with 95 % intervals.
+
+    Example: ptuning eval capitals --data capitals:test
+    """
+    from ptuning.data.questions import as_questions
+    from ptuning.records import require_targets
+
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    if candidates is not None:
+        chosen.check_open()
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
+    rows = data_of(data, field, chosen.task, part="val")
+    require_targets(as_questions(rows).records)
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.prompt.predict import PromptModel
+    from ptuning.prompt.score import score_prompt
+
+    with terminal.bar() as report:
+        model = PromptModel(loaded, force=force)
+        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, calibrate=calibrate, report=report)
+    _show_scores(prompt, rows, found, as_json=as_json)
+
+
+def predict(
+    prompt: PromptArgument,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
+    candidates: CandidatesOption = None,
+    top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
+    task: TaskOption = None,
+    calibrate: CalibrateOption = None,
+    normalise: NormaliseOption = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    without: WithoutOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Answer a text or records; with --json one object per line.
+
+    Example: ptuning predict capitals Kenya
+    """
+    from ptuning.data.questions import Questions, as_questions
+
+    chosen = prompt_of(prompt, task_of(task), without=without)
+    closed = candidates is not None or chosen.answer_space.is_closed
+    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    if max_tokens is not None and closed:
+        raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
+    how = normalise_of(normalise, closed=closed)
+    rows = as_questions(data_to_answer(chosen, text, data, field))
+    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.progress import Progress
+    from ptuning.prompt.predict import PromptModel
+
+    model, found = PromptModel(loaded, force=force), []
+    with terminal.bar() as report:
+        for at in range(0, len(rows), PREDICTED_ROWS):
+            part = Questions(rows[at : at + PREDICTED_ROWS])
+            found += model.predict(
+                part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
+            )
+            report(Progress("predict", len(found), len(rows), rows.name))
+    if loaded.kind not in FILLS_MASKS:
+        found = [replace(one, tokens=None) for one in found]  # only a model that fills masks chooses a length
+    _show_predictions(rows.records, found, as_json=as_json)
+
+
+def inspect(
+    prompt: PromptArgument,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
+    backbone: BackboneOption = None,
+    field: FieldOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Look inside a prompt: the tokens nearest to each slot, and (with --data) whether they mean anything.
+
+    Example: ptuning inspect capitals --data capitals:dev
+    """
+    chosen = prompt_of(prompt)
+    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
+    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    from ptuning.prompt.inspect import inspect_prompt
+
+    with terminal.bar() as report:
+        found = inspect_prompt(loaded, chosen, data=rows, force=force, report=report)
+    _show_inspection(chosen, found, as_json=as_json)
+
+
+def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
+    """Print scores with their intervals."""
+    if as_json:
+        terminal.print_json(
+            {
+                "prompt": name,
+                "data": described(data),
+                **found.to_json(),
+            }
+        )
+        return
+    terminal.heading(f"{name} on {data.name}, n = {len(data)}")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("score")
+    table.add_column("value  [95 % interval]")
+    for metric, score in found.scores.items():
+        table.add_row(called(metric), escape(terminal.interval(score)))
+    terminal.results().print(table)
+    terminal.line(f"loss {found.loss:.3f}")
+    if found.missing:
+        terminal.line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
+
+
+def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
+    """Print one answer per line, or one JSON object per line."""
+    for record, prediction in zip(data, found, strict=True):
+        if as_json:
+            typer.echo(json.dumps({"record": dict(record), **prediction.to_json()}, ensure_ascii=False))
+        elif len(prediction.candidates) > 1:
+            typer.echo("\t".join(f"{terminal.visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
+        elif prediction.tokens is not None:
+            count = f"{prediction.tokens} token{'s' * (prediction.tokens != 1)}"
+            typer.echo(f"{terminal.visible(prediction.text)}\t({count})")
+        else:
+            typer.echo(terminal.visible(prediction.text))
+
+
+def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
+    """Print the nearest tokens of each slot."""
+    if as_json:
+        terminal.print_json({"template": str(prompt.template), **found.to_json()})
+        return
+    terminal.heading(str(prompt.template))
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
+        table.add_column(name)
+    for index, view in enumerate(found.slots):
+        start = "random" if view.start is None else terminal.quoted(view.start)
+        table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
+    console = terminal.results()
+    console.print(table)
+    console.print(
+        f"For scale: two tokens lie {found.token_distance:.2f} apart (median), a token and its nearest "
+        f"{found.neighbour_distance:.2f}; a token's norm is {found.token_norm:.2f}."
+    )
+    if not found.scores:
+        console.print("Before reading meaning into these tokens: --data FILE scores them in the slots' place.")
+        return
+    learned, nearest = found.scores["as learned"], found.scores["nearest tokens"]
+    console.print(f"score of the slots as learned            {escape(terminal.interval(learned))}, n = {learned.n}")
+    console.print(f"score with the nearest token in each     {escape(terminal.interval(nearest))}")
+    if nearest.high < learned.value:
+        console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
+
+
+def _listed(neighbours: Sequence[Neighbour]) -> str:
+    """Return one neighbour per line: a table would break lines at the spaces that tokens begin with."""
+    return escape("\n".join(f"{terminal.quoted(one.token)} {one.value:.2f}" for one in neighbours[:SHOWN_NEIGHBOURS]))

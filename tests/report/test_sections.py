@@ -1,0 +1,85 @@
+"""The sections of a report, their order, and the main result in sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ptuning.report.results_file import read_results
+from ptuning.report.sections import build_page
+from ptuning.report.write import write_report
+from tests.report.conftest import change, headings, page_of, save
+
+
+def test_the_order_of_the_sections(lama: Path, tmp_path: Path) -> None:
+    assert headings(lama) == [
+        "Settings",
+        "Scores",
+        "By type of relation",
+        "Every task",
+        "Written against learned",
+        "Random weights: what the training facts teach alone",
+        "Differences",
+        "Wordings",
+        "Learning curves",
+        "Answers gained and lost",
+        "What this run cannot show",
+    ]
+
+
+def test_one_task_is_told_once(compare: Path) -> None:
+    assert headings(compare) == [
+        "Settings",
+        "Scores",
+        "Random weights: what the training facts teach alone",
+        "Differences",
+        "Learning curves",
+        "Answers gained and lost",
+        "What this run cannot show",
+    ]
+    page = page_of(compare)
+    assert "Methods compared: P36 (capital), smollm2-135m" in page.text
+    assert "n counts records" in page.text
+    assert not (compare / "pictures" / "dots.svg").exists()
+
+
+def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
+    results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
+    best = results["macro"]["p-tuning"]["p_at_1"]
+    answer = build_page(read_results(lama)).answer
+    shown = f"{100 * best['value']:.1f}\N{NO-BREAK SPACE}%"
+    assert answer.startswith(f"Of 5 methods, p-tuning is best: P@1 {shown} (95 % interval ")
+    difference = "The difference p-tuning − manual is +25.0 points (95 % interval +21.0 to +28.4, n = 120)"
+    assert f"{difference}; its interval is above zero." in answer
+    assert "With manual, the scores of one relation's wordings differ by up to 37.1 points" in answer
+    change(lama, lambda found: found["differences"]["p-tuning - manual"]["p_at_1"].update(low=-0.01))
+    answer = build_page(read_results(lama)).answer
+    assert "its interval includes zero, so this run shows no difference." in answer
+
+
+def test_a_report_on_unfinished_work_says_so_first(lama: Path) -> None:
+    def undo(results: dict[str, Any]) -> None:
+        results["cells"][2] |= {"status": "failed", "error": "no <room> | on disk"}
+        results["cells"][7] |= {"status": "waiting", "seconds": 0.0}
+
+    assert "Not complete" not in page_of(lama).text
+    change(lama, undo)
+    page = page_of(lama)
+    warning = "Not complete: of 30 runs, 1 failed and 1 still to run."
+    assert page.text.index(warning) < page.text.index("Of 5 methods")
+    assert "P36 (capital), manual, seed 0: failed: no <room> | on disk" in page.text
+    assert "P36 (capital), p-tuning, seed 1: still to run" in page.text
+    assert warning in (lama / "report.md").read_text(encoding="utf-8").split("##")[0]
+
+
+def test_nothing_finished_and_nothing_optional_still_is_a_report(tmp_path: Path) -> None:
+    save(tmp_path, {"format_version": 1, "suite": "lama", "cells": [], "tasks": {}})
+    page = page_of(tmp_path)
+    assert "No method has finished yet" in page.text
+    assert headings(tmp_path) == ["Settings", "What this run cannot show"]
+
+
+def test_cells_without_tasks_still_are_a_report(lama: Path) -> None:
+    change(lama, lambda found: found.update(tasks={}))
+    assert write_report(lama).is_file()

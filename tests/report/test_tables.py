@@ -1,0 +1,104 @@
+"""The tables of a report: each number in them is in the JSON files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptuning.report.write import write_report
+from tests.report.conftest import METHODS, ROWS, SCORES, TRAINED, change, page_of
+
+
+def numbers_in(value: object) -> Iterator[float]:
+    """Every number of a JSON value."""
+    if isinstance(value, dict):
+        for one in value.values():
+            yield from numbers_in(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from numbers_in(one)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def test_every_number_in_a_table_is_in_the_files(lama: Path) -> None:
+    results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
+    known = {"95", "10"}
+    for number in numbers_in(results):
+        known |= {f"{100 * number:.1f}".lstrip("-"), f"{number:,}"}
+    for method in METHODS:
+        seconds = [cell["seconds"] for cell in results["cells"] if cell["method"] == method]
+        known |= {f"{sum(seconds) / len(seconds):,.1f}", str(len(seconds))}
+    tables = [table for table in page_of(lama).tables if "P@1" in table[0] or "manual" in table[0] or "min" in table[0]]
+    assert len(tables) > 5
+    found = 0
+    for table in tables:
+        for row in table[1:]:
+            for cell in row[1:]:
+                for number in re.findall(r"\d[\d,]*\.?\d*", cell.replace("<", " city ").split(" city ")[0]):
+                    assert number.rstrip(",") in known, (number, cell)
+                    found += 1
+    assert found > 300
+
+
+def test_every_score_has_its_interval_and_n(lama: Path) -> None:
+    """The table of the spread between wordings is an exception: the tables below it have the intervals and n."""
+    for table in page_of(lama).tables:
+        for row in table[1:] if "min" not in table[0] else []:
+            for cell in row:
+                if "%" in cell:
+                    assert re.fullmatch(r".*%( ★)?, (\[\d+\.\d, \d+\.\d\]|no interval), n = \d+(, sd .*)?", cell), cell
+
+
+def test_the_main_table_holds_the_means_of_every_method(lama: Path) -> None:
+    results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
+    table = next(table for table in page_of(lama).tables if "tried" in table[0])
+    assert table[0] == ["method", "P@1", "P@10", "MRR", "exact match", "tried", "mean seconds"]
+    assert [row[0].split(",")[0] for row in table[1:]] == list(METHODS)
+    for row, method in zip(table[1:], METHODS, strict=True):
+        for cell, name in zip(row[1:5], SCORES, strict=True):
+            one = results["macro"][method].get(name)
+            if one is None:
+                assert cell == "–"
+                continue
+            best = max(scores[name]["value"] for scores in results["macro"].values() if name in scores)
+            spread = f", sd {100 * one['std']:.1f}, 2 seeds" if one["std"] else ""
+            assert cell == (
+                f"{100 * one['value']:.1f}\N{NO-BREAK SPACE}%{' ★' if one['value'] == best else ''}, "
+                f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}], n = 3{spread}"
+            )
+        assert row[5] == ("4" if method in TRAINED else "1")
+
+
+def test_one_wording_that_has_run_has_no_spread(lama: Path) -> None:
+    """Its standard deviation is null; once that was taken for a damaged file."""
+    spread = {"min": 0.25, "max": 0.25, "range": 0.0, "std": None, "patterns": 1}
+    change(lama, lambda found: found["paraphrases"]["P36"]["spread"].update(manual=spread))
+    write_report(lama)
+    text = (lama / "report.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "25.0 %" in line and "| manual | 1 |" in line)
+    assert line.endswith("| 25.0 % | 25.0 % | 0.0 | – |")
+
+
+def test_answers_gained_and_lost_are_those_of_the_files(compare: Path) -> None:
+    def hits(method: str) -> dict[str, bool]:
+        path = compare / "cells" / "P36" / method / "seed-0" / "predictions.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {row["record"]["x"]: row["hit"] for row in rows}
+
+    before, after = hits("manual"), hits("p-tuning")
+    gained = {name for name in before if after[name] and not before[name]}
+    lost = {name for name in before if before[name] and not after[name]}
+    page = page_of(compare)
+    assert f"P36 (capital): {len(gained)} gained and {len(lost)} lost of {ROWS} records" in page.text
+    tables = [table for table in page.tables if table[0] == ["record", "target", "manual", "p-tuning"]]
+    assert [len(table) - 1 for table in tables] == [10, 10]
+    assert {row[0] for row in tables[0][1:]} < gained
+    assert {row[0] for row in tables[1][1:]} < lost
+
+
+def test_a_single_value_has_no_interval(lama: Path) -> None:
+    table = next(table for table in page_of(lama).tables if table[0] == ["method", "1-1", "N-1"])
+    assert all("no interval, n = 1" in row[1] and "[" in row[2] for row in table[1:])
