@@ -20,7 +20,7 @@ from ptuning.provenance import VERSION
 
 
 class _Group(TyperGroup):
-    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`stoppable`."""
+    """Ends at Ctrl-C with a message and no traceback. Training stops in :func:`ptuning.cli.signals.stoppable`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,7 +31,7 @@ class _Group(TyperGroup):
 
 
 def main() -> None:
-    """Run the command line; errors of the user end with exit code 2 and one message."""
+    """Run the command line. An error of the user prints one message and exits with code 2."""
     try:
         _app()(prog_name="ptuning")
     except PTuningError as error:
@@ -40,11 +40,11 @@ def main() -> None:
         terminal.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as in "| head"
+        sys.stderr.close()  # the reader of our output is gone, as in "| head"
         sys.exit(1)
     except OSError as error:
-        # A file or a disk behind the output, in a place where no module expects trouble. What is still to be written
-        # goes nowhere: Python would try once more at its end, and fail with a code of its own.
+        # Such as a full disk behind the standard output. Redirect the rest of the output to nowhere: otherwise Python
+        # tries to write it at its end, fails, and exits with its own code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
 

@@ -35,7 +35,7 @@ def records_of(source: str, field: Sequence[str] | None) -> Records:
 
 
 def task_of(name: str | None) -> TaskFile | None:
-    """Load the task that is asked for, if any."""
+    """Load a task, if one is named."""
     if name is None:
         return None
     from ptuning.data.task_files import load_task
@@ -46,13 +46,11 @@ def task_of(name: str | None) -> TaskFile | None:
 def data_of(
     source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
 ) -> Records | Questions:
-    """Read data: a file or shipped facts; with a task one of its files, a folder (of which ``part`` is taken), or a
-    part of a folder as ``DIR:PART``.
-    """
+    """Read data: a file or shipped facts; with a task a file, a folder (``part`` of it), or a part as ``DIR:PART``."""
     if task is None:
         return records_of(source, field)
     if field:
-        raise ConfigError("--field goes without a task; where fields stand in a row is said by the task file")
+        raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
     from ptuning.data.task_files import find_split
 
     path, (folder, colon, named) = Path(source), source.rpartition(":")
@@ -71,7 +69,7 @@ def data_of(
 
 
 def dev_part(data: str, task: TaskFile | None) -> Questions | None:
-    """Read the development part beside a task's training part, if ``data`` is a folder that has one."""
+    """Read the development part of a task's data, if ``data`` is a folder that has one."""
     from ptuning.data.task_files import find_split
 
     if task is None or not Path(data).is_dir():
@@ -93,9 +91,9 @@ def training_spec(
     """Read the task, the template and the data of one training.
 
     Args:
-        asked: What it is asked for.
+        asked: Its inputs and settings.
         option: Prefix of the names of inputs, in messages.
-        once: Called with a source and its part, and with what reads it; may return what was read before.
+        once: Called with a key (source and part) and a function that reads it; may return an earlier result instead.
     """
     from ptuning.training.spec import TrainSpec
 
