@@ -40,8 +40,8 @@ class TrainConfig:
         dropout: Of the prompt encoder.
         start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small adapters
-            on its linear layers.
+        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
+            adapters on its linear layers.
         backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
         backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.

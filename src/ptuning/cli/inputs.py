@@ -160,15 +160,15 @@ def template_of(
     *,
     option: str = "--",
 ) -> Template:
-    """Return the template to learn: the one that is given, one made of a manual one, or a task's by its number.
+    """Return the template to learn: the given one, one made from a manual template, or a task's by its number.
 
     Args:
-        task: The task that is asked for, if any.
+        task: The task, if there is one.
         template: A template with slots.
         manual: A manual template.
         about: With ``manual``: what is asked for.
         pattern: Number of the task's template, from 1.
-        option: What stands in front of the names of what is given, in messages.
+        option: Prefix of the names of inputs, in messages.
 
     Raises:
         ConfigError: If these do not go together.
@@ -195,7 +195,7 @@ def template_of(
 def data_to_answer(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
 ) -> Records | Questions:
-    """Read what is to be answered: a text, data, or the standard input; by the prompt's task where it has one."""
+    """Read the records to answer: a text, data, or the standard input; with the prompt's task, if it has one."""
     from ptuning.data.reading import raw_rows, read_rows
     from ptuning.records import Records
 

@@ -259,7 +259,7 @@ def _rank(trainer: Trainer) -> tuple[float, float]:
 
 
 def _needed_bytes(trainer: Trainer) -> int:
-    """Return the bytes that a run needs on disk while it trains. A new file is written before the old one is removed."""
+    """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
     starts = trainer.config.starts
     encoder = 4 * sum(weight.numel() for weight in trainer.learner.encoder.parameters())
     backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
