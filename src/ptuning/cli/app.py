@@ -43,8 +43,7 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output is gone, as in "| head"
         sys.exit(1)
     except OSError as error:
-        # Such as a full disk behind the standard output. Redirect the rest of the output to nowhere: otherwise Python
-        # tries to write it at its end, fails, and exits with its own code.
+        # Python would try to write the rest of the output once more at its end, and fail with another exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
 
@@ -95,7 +94,6 @@ GROUPS: Mapping[str, str] = {
 
 
 def _app() -> typer.Typer:
-    """Return the command line with all its commands."""
     app = typer.Typer(
         cls=_Group,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",

@@ -93,7 +93,8 @@ def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetProm
 
     given = cast("dict[str, Any]", entry.inputs)
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
-    labels = LabelWords(words) if isinstance(words := given.get("labels"), dict) else words
+    labels = given.get("labels")
+    labels = LabelWords(labels) if isinstance(labels, dict) else labels
     asked = options.Asked({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
 
     def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:

@@ -46,7 +46,7 @@ def task_of(name: str | None) -> TaskFile | None:
 def data_of(
     source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
 ) -> Records | Questions:
-    """Read data: a file or shipped facts; with a task a file, a folder (``part`` of it), or a part as ``DIR:PART``."""
+    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``."""
     if task is None:
         return records_of(source, field)
     if field:
@@ -120,24 +120,22 @@ def training_spec(
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
-    Leave out a part of it if asked to.
 
-    A task that is given goes in front of the one that the prompt was made for.
+    The given task comes before the prompt's own. The part named by ``without`` is left out.
     """
     with terminal.waiting("starting"):
         from ptuning.prompt.prompt import Prompt
 
-    if source.startswith("manual:"):
-        template = source.removeprefix("manual:").strip()
-        numbered = task is not None and (not template or template.isdecimal())
-        if task is not None and numbered:
-            found = Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
-        else:
-            found = Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
-        return found if without is None else found.without(without)
-    found = Prompt.load(source)
+    is_manual = source.startswith("manual:")
+    if is_manual:
+        template = source.removeprefix("manual:").lstrip()
+        is_number = not template or template.strip().isdecimal()
+        given = pattern_of(task.manual, task, int(template or 1)) if task is not None and is_number else template
+        found = Prompt.manual(given, task=task)
+    else:
+        found = Prompt.load(source)
     found = found if without is None else found.without(without)
-    if task is None:
+    if task is None or is_manual:
         return found
     if found.task is not None and found.task.name != task.name:
         raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
@@ -162,13 +160,7 @@ def template_of(
 ) -> Template:
     """Return the template to learn: the given one, one made from a manual template, or a task's by its number.
 
-    Args:
-        task: The task, if there is one.
-        template: A template with slots.
-        manual: A manual template.
-        about: With ``manual``: what is asked for.
-        pattern: Number of the task's template, from 1.
-        option: Prefix of the names of inputs, in messages.
+    In messages ``option`` comes before the names of these.
 
     Raises:
         ConfigError: If these do not go together.
@@ -195,7 +187,7 @@ def template_of(
 def data_to_answer(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
 ) -> Records | Questions:
-    """Read the records to answer: a text, data, or the standard input; with the prompt's task, if it has one."""
+    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
     from ptuning.data.reading import raw_rows, read_rows
     from ptuning.records import Records
 

@@ -150,7 +150,7 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
 
 
 def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
-    """Return the settings of what is trained besides the slots; each mode has its own learning rate."""
+    """Return the settings of what is trained besides the slots; each way to train has its own learning rate."""
     if backbone_lr is None:
         return {"tune": tune, "keep": keep}
     if tune == "frozen":
@@ -181,11 +181,7 @@ def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool)
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
-    """Read texts of the form ``NAME=VALUE``.
-
-    Raises:
-        ConfigError: If one is not of that form; says what was ``expected``.
-    """
+    """Read texts of the form ``NAME=VALUE``; an error says what was ``expected``."""
     found = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -196,12 +192,7 @@ def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
 
 
 def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
-    """Return the error for an option of the command line that does not exist.
-
-    Args:
-        name: The option as written.
-        options: Those that exist. If ``--set`` is one of them, settings without an option are suggested too.
-    """
+    """Return the error for an option that does not exist. If ``--set`` exists, settings are suggested, too."""
     dashed = [option for option in options if option.startswith("-")]
     settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
     hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)

@@ -282,7 +282,7 @@ class Suite:
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
-        """Return everything that the result of a cell depends on."""
+        """Return what the result of a cell depends on."""
         job, method = self.jobs[cell.task], self.methods[cell.method]
         task, parts = job.task_of(cell.seed), self._parts(job, cell.seed)
         if job.unlabelled is not None:
