@@ -16,8 +16,7 @@ import ptuning.method.tuned
 import ptuning.training.run
 from ptuning.cli import experiments, terminal
 from ptuning.cli.terminal import duration
-from ptuning.experiment.cells import CellResult
-from ptuning.experiment.dry_run import CellEstimate
+from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Solution
@@ -60,7 +59,7 @@ def failing() -> Iterator[None]:
 
     METHODS.register("failing", describe="of a test")(fit)
     yield
-    del METHODS._methods["failing"]
+    del METHODS["failing"]
 
 
 def compare(llama: str, *options: object) -> tuple[object, ...]:

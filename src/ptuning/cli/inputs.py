@@ -90,10 +90,8 @@ def training_spec(
 ) -> TrainSpec:
     """Read the task, the template and the data of one training.
 
-    Args:
-        asked: Its inputs and settings.
-        option: Prefix of the names of inputs, in messages.
-        once: Called with a key (source and part) and a function that reads it; may return an earlier result instead.
+    ``option`` is the prefix of the names of inputs in messages. ``once`` is called with a source and its part, and with
+    what reads it; it may return what was read before.
     """
     from ptuning.training.spec import TrainSpec
 

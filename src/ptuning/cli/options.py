@@ -66,10 +66,8 @@ StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from diffe
 class Asked:
     """The inputs and settings of one training, before anything is read.
 
-    Args:
-        inputs: ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``calibrate``
-            and ``field``, as given; one that is None or missing was not given.
-        config: The settings.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
+    ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -109,11 +107,7 @@ def training(
 
 
 def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the parameters of a function to a command as options, and pass the function's result as the first argument.
-
-    Args:
-        options: Such as :func:`training`.
-    """
+    """Give a command the parameters of a function as options, and what that returns as its first argument."""
     shared = inspect.signature(options, eval_str=True).parameters
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:

@@ -88,7 +88,6 @@ def lama(
 
 
 def _pair(relation: Relation, learned: Template | None) -> tuple[Template, Template]:
-    """Return a relation's manual template and the one to learn."""
     if relation.template is None:
         raise TemplateError(
             f"{relation.name} has no manual template ({relation.source}); leave it out with --relations"
@@ -112,20 +111,9 @@ def relation_job(
     seed: int = 0,
     templates: Sequence[Template] = (),
 ) -> Job:
-    """Return the job of a relation, with its facts filtered and split.
+    """Return the job of a relation, with its facts filtered and split. The arguments are those of :func:`lama`.
 
-    Args:
-        relation: The relation.
-        pair: Its manual template and the one to learn.
-        backbone: The backbone whose tokens count.
-        name: Name of the task.
-        limit: Maximum number of facts.
-        train_size: Learn from a seeded draw of this many of them.
-        targets: ``token`` or ``any``.
-        vocabulary: A closed set of answers.
-        seed: Seed of the split.
-        templates: Further templates in which an object must be one token, so that several tasks over the same relation
-            have the same facts.
+    Objects must also be one token in each of ``templates``, so that several tasks over a relation have the same facts.
 
     Raises:
         ConfigError: If ``targets`` is neither.

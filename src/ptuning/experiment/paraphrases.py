@@ -84,15 +84,7 @@ def paraphrases(
 def wording_jobs(
     relation: Relation, patterns: Mapping[str, str], *, backbone: Backbone, limit: int | None, seed: int
 ) -> list[Job]:
-    """Return a job for each wording of a relation, all with the same facts.
-
-    Args:
-        relation: The relation.
-        patterns: Name of the task -> manual template.
-        backbone: The backbone whose tokens count.
-        limit: Maximum number of facts.
-        seed: Seed of the split.
-    """
+    """Return a job for each wording of a relation (name of the task -> manual template), all with the same facts."""
     # Without the relation's label, which would help every wording alike: only the words of the wording count.
     pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, patterns.values())]
     every = [template for pair in pairs for template in pair]
@@ -122,10 +114,7 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
 
 def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
     """Return for each relation the scores of its wordings and, per method, the spread between the wordings.
-
-    Args:
-        results: With a task for each wording.
-        patterns: Relation -> task -> its wording.
+    ``patterns`` is relation -> task -> wording.
     """
     found = {}
     for relation, wordings in patterns.items():
