@@ -34,14 +34,9 @@ STATE_FILE = "fleet.json"
 
 @dataclass(frozen=True)
 class Member:
-    """A prompt to be trained.
+    """A prompt to be trained: at most ``epochs`` passes over ``train``; the best one on ``dev`` is chosen.
 
-    Args:
-        name: Its name, unlike all others.
-        make: Returns its trainer, which uses the given KV cache.
-        train: Items to learn from.
-        dev: Items for choosing the best epoch.
-        epochs: Most passes over ``train``.
+    ``make`` returns its trainer, which uses the given KV cache.
     """
 
     name: str
@@ -74,8 +69,8 @@ class Fleet:
     development part. When a prompt finishes, the next one starts.
 
     Which prompts train together decides how sums are rounded. So a checkpoint holds all of them at one moment, and a
-    resumed fleet continues with the same prompts. Those that finished after that moment are trained to their end again,
-    with the same result.
+    resumed fleet continues with the same prompts. Those that finished after that moment finish again, with the same
+    result.
 
     Args:
         backbone: The frozen backbone.
@@ -116,10 +111,7 @@ class Fleet:
         self._finished: list[str] = []
 
     def resume(self) -> list[str] | None:
-        """Read the checkpoint, so that :meth:`run` continues from it.
-
-        Returns:
-            The names of the prompts that were done; None if there is no checkpoint.
+        """Return the names of the prompts that the checkpoint lists as done; None if there is none.
 
         Raises:
             TrainingError: If it is damaged.
@@ -136,11 +128,9 @@ class Fleet:
         self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
         """Train, from the start or from the checkpoint, and yield each prompt that ends: its trainer, or its error.
-        Prompts that were released are skipped.
 
-        Args:
-            report: Called with progress.
-            should_stop: Asked after every step, and after every pass that fills the KV cache.
+        Prompts that were released are skipped. ``should_stop`` is asked after every step, and after every pass that
+        fills the KV cache.
 
         Raises:
             Interrupted: If ``should_stop`` returned true; a checkpoint was written.
@@ -203,7 +193,6 @@ class Fleet:
         report: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
-        """Return a prompt in training, from its start or from the checkpoint."""
         trainer = member.make(prefix_cache)
         if trainer.learner.accelerator.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
@@ -306,7 +295,6 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Advance a prompt to its next step; return its trainer or its error if there is none."""
     try:
         one.step = next(one.course)
     except StopIteration:
