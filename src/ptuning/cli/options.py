@@ -106,6 +106,7 @@ def training(
     return Asked({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 
 
+@functools.cache
 def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the parameters of a function as options, and what that returns as its first argument."""
     shared = inspect.signature(options, eval_str=True).parameters
