@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import Asked, BackboneOption, DeviceOption, DtypeOption, JsonOption, takes, training
+from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption, JsonOption, TrainInputs, takes, training
 
 if TYPE_CHECKING:
     from ptuning.training.estimate import Forecast
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @takes(training)
 def estimate(
-    asked: Asked,
+    asked: TrainInputs,
     as_json: JsonOption = False,
     backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.options import Asked, fields_of
+from ptuning.cli.options import TrainInputs, fields_of
 from ptuning.errors import ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
 
 
 def training_spec(
-    asked: Asked,
+    asked: TrainInputs,
     *,
     option: str = "--",
     once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),

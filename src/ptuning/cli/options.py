@@ -63,7 +63,7 @@ StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from diffe
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
     ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
@@ -98,18 +98,23 @@ def training(
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
-) -> Asked:
+) -> TrainInputs:
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
-    return Asked({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+    return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 
 
 @functools.cache
+def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function; the same objects for every command that takes them."""
+    return inspect.signature(options, eval_str=True).parameters
+
+
 def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the parameters of a function as options, and what that returns as its first argument."""
-    shared = inspect.signature(options, eval_str=True).parameters
+    shared = _parameters(options)
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]

@@ -88,12 +88,7 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
 
 
 def question_items(
-    bound: BoundTemplate,
-    questions: Questions,
-    answers: AnswerSpace,
-    *,
-    with_stop: bool = False,
-    labelled: bool = True,
+    bound: BoundTemplate, questions: Questions, answers: AnswerSpace, *, with_stop: bool = False, labelled: bool = True
 ) -> list[Item]:
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 

@@ -151,16 +151,11 @@ def load_demo(out: Path) -> DemoResult:
         raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
     scores = {name: one.at(EXACT_MATCH).to(Score) for name, one in listed.table().items()}
     rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
+    answers = [
+        Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
+    ]
     prompt = Prompt.load(out / PROMPT_FOLDER)
     common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
-    return DemoResult(
-        prompt=prompt,
-        record=record,
-        scores=scores,
-        described={"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)},
-        answers=[
-            Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
-        ],
-        folder=out,
-        size_bytes=(out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size,
-    )
+    ways = {"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)}
+    size = (out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size
+    return DemoResult(prompt, record, scores, ways, answers, out, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ class OneToken:
 
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
-        keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
+        keep = [True] * len(records) if self._words is None else are_listed(records, self._words)
         for bound in self._bound if records else ():
             for number, record in enumerate(records, start=1):
                 bound.check_fields(record, where=f"record {number}")
@@ -58,15 +58,10 @@ class OneToken:
         return keep
 
 
-class Listed:
-    """Tells which records have a target that is in a list of words."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = frozenset(words)
-
-    def __call__(self, records: Sequence[Record]) -> list[bool]:
-        """Return for each record whether it is kept."""
-        return [row[TARGET_FIELD].strip() in self._words for row in records]
+def are_listed(records: Sequence[Record], words: Collection[str]) -> list[bool]:
+    """Return for each record whether its target is in a list of words."""
+    known = frozenset(words)
+    return [row[TARGET_FIELD].strip() in known for row in records]
 
 
 def read_vocabulary(vocabulary: str | Path | None) -> Vocabulary:

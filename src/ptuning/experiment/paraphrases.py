@@ -14,7 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.lama import relation_job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
@@ -66,19 +66,13 @@ def paraphrases(
         jobs += wording_jobs(relation, named, backbone=plan.backbone, limit=limit, seed=split_seed)
     if not jobs:
         raise RecordError(f"{data}: none of the relations has two wordings; is there a folder of paraphrases?")
-    settings: dict[str, Json] = {
-        "data": str(data),
-        "wordings": wordings,
-        "limit": limit,
-        "split_seed": split_seed,
-        "template": "made of each wording",
-    }
-    return run_jobs(
-        jobs,
-        plan=plan,
-        settings=settings,
-        more=lambda results, _: replace(results, paraphrases=compare_wordings(results, patterns)),
-    )
+    settings: dict[str, Json] = {"data": str(data), "wordings": wordings, "limit": limit, "split_seed": split_seed}
+    settings["template"] = "made of each wording"
+
+    def more(results: Results, _: Sequence[CellResult]) -> Results:
+        return replace(results, paraphrases=compare_wordings(results, patterns))
+
+    return run_jobs(jobs, plan=plan, settings=settings, more=more)
 
 
 def wording_jobs(

@@ -108,10 +108,9 @@ class Suite:
             folder = self.out / cell.folder
             saved = _saved_identity(folder)
             if saved is None:
-                # It is missing or damaged, and will be made again.
                 if overwrite:
                     shutil.rmtree(folder, ignore_errors=True)
-                continue
+                continue  # it is missing or damaged, and will be made again
             try:
                 check_identity(self.identity(cell), saved, where=cell.folder)
             except TrainingError as error:

@@ -101,11 +101,13 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         model = PromptModel(setup.backbone).for_prompt(prompt)
         for number in range(1, len(tried) + 1) if tune == "tuned" else ():
             shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
-    return answering(task, setup, model, prompt, closed=task.vocabulary, **_tries(tried), **_noted(records[best]))
+    return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
 
 
-def _tune_head(task: Task, setup: Setup) -> Solution:
-    """Train a copy of the backbone with a classification head per learning rate, and answer with the best one."""
+def _fine_tune(task: Task, setup: Setup) -> Solution:
+    """Train all weights on the fields and the target alone; with a classification head for labels and choices."""
+    if not task.answer_space.is_closed:
+        return _learn(task, setup, bare(task.manual), tune="tuned")
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
     for factor in tried_factors(setup.tries):
@@ -116,13 +118,13 @@ def _tune_head(task: Task, setup: Setup) -> Solution:
             best = model
         del model  # keeps at most two copies of the backbone in memory
     assert best is not None
-    prompt = str(best.bound.template)
-    return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
+    return Solution(best.answer, {**_noted(tried, best.record), "prompt": str(best.bound.template)})
 
 
-def _noted(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the part of a training's record that a cell keeps, with a warning if its guesses were stuck."""
-    kept = {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
+def _noted(tried: Sequence[dict[str, Json]], record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the record of a cell: what was tried, and the history of the best training, and a warning if stuck."""
+    kept: dict[str, Json] = {"tried": list(tried), "chosen": tried[_best(tried)]}
+    kept |= {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
     text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
     return {**kept, **({"warnings": [text]} if text else {})}
 
@@ -144,17 +146,6 @@ def _best(tried: Sequence[dict[str, Json]]) -> int:
     """Return the index of the highest development score; on a tie of the lowest loss, then of the earliest try."""
     keys = [(cast("float", one["dev_score"]), -cast("float", one["dev_loss"])) for one in tried]
     return keys.index(max(keys))
-
-
-def _tries(tried: Sequence[dict[str, Json]]) -> dict[str, Json]:
-    return {"tried": list(tried), "chosen": tried[_best(tried)]}
-
-
-def _fine_tune(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target alone; with a classification head for labels and choices."""
-    if task.answer_space.is_closed:
-        return _tune_head(task, setup)
-    return _learn(task, setup, bare(task.manual), tune="tuned")
 
 
 def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for: tuple[str, ...] = ()) -> Method:

@@ -98,19 +98,20 @@ def train_fleet(
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
-    runs = _runs(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
-    results: dict[str, TrainResult] = {}
-    failed: dict[str, str] = {}
+    runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
+    results, failed = dict[str, TrainResult](), dict[str, str]()
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
-    for name, outcome in fleet_runs(
+    ended = fleet_runs(
         runs, checkpoint=checkpoint, at_once=at_once, resume=resume, report=report, should_stop=should_stop
-    ):
+    )
+    for name, outcome in ended:
         if isinstance(outcome, TrainResult):
             results[name] = outcome
         else:
             failed[name] = str(outcome)
         if on_prompt is not None:
             on_prompt(name, outcome)
+    results = {name: results[name] for name in runs if name in results}
     record: dict[str, Json] = {
         "format_version": FORMAT_VERSION,
         "command": command,
@@ -122,10 +123,10 @@ def train_fleet(
     }
     if folder is not None:
         write_json(folder / FLEET_FILE, record)
-    return FleetResult({name: results[name] for name in runs if name in results}, failed, record)
+    return FleetResult(results, failed, record)
 
 
-def _runs(
+def _prepared(
     prompts: Sequence[FleetPrompt],
     backbone: Backbone,
     folder: Path | None,
@@ -134,7 +135,7 @@ def _runs(
     overwrite: bool,
     command: str | None,
 ) -> dict[str, TrainingRun]:
-    """Return name -> run of all prompts, checked."""
+    """Return name -> run of every prompt, each checked and bound, so that nothing is written if one cannot be used."""
     if not prompts:
         raise ConfigError("the fleet has no prompts")
     if folder is not None and not (resume or overwrite):
