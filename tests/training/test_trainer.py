@@ -24,6 +24,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
+from ptuning.engine import batch as batch_module
 from ptuning.engine import evaluate, prefix_cache
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
@@ -736,7 +737,7 @@ def test_stops_between_passes_that_fill_the_prefix_cache(
     """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
-    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 1)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 1)
     passes: list[int] = []
     real = PrefixCache._run
 
@@ -755,7 +756,7 @@ def test_stops_between_passes_that_fill_the_prefix_cache(
     assert passes == [1, 1, 1]
     assert (tmp_path / CHECKPOINT_FILE).is_file()
     assert not found.learner.prefix_cache.tokens
-    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
     assert without_seconds(resumed) == without_seconds(whole)

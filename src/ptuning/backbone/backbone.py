@@ -174,8 +174,11 @@ class Backbone:
 
         if self.kind != "causal":
             return False
-        start = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        memory = self._remember(self.embed(start), mask=torch.ones_like(start), positions=start)
+        at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        start = at[None]  # (1, 1)
+        _, memory = self.run(
+            self.embed(start), mask=torch.ones_like(start), positions=start, rows=at, cols=at, keep=True
+        )
         if memory is None or type(memory.cache) is not transformers.DynamicCache:
             return False
         return all(
@@ -266,13 +269,9 @@ class Backbone:
 
     def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
         """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`; pads go on the right."""
-        memory = self._remember(embeddings, mask=mask, positions=positions)
+        at = torch.zeros(1, dtype=torch.int64, device=embeddings.device)  # a head may fail on no position at all
+        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=at, cols=at, keep=True)
         assert memory is not None
-        return memory
-
-    def _remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory | None:
-        start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)  # a head may fail on no position at all
-        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep=True)
         return memory
 
 

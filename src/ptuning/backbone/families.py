@@ -25,29 +25,16 @@ COLUMNS = ("family", "class", "kind", "slots", "answers", "shared prefix", "pads
 
 @dataclass(frozen=True)
 class Family:
-    """A family of language models.
-
-    Args:
-        family: Its name.
-        head: The class in transformers.
-        kind: The kind of language model.
-        listed: Whether the package has code for it; the others work because loading finds out what they need.
-        slots: Where slots can be.
-        answers: Whether it writes answers or fills masks.
-        shared_prefix: Whether a prefix that the rows of a batch share runs once.
-        own_width: Whether slots have a different width than the layers (ELECTRA).
-        pads: Which side of a row takes pads.
-        note: What is special about it.
-    """
+    """A family of language models: its class in transformers, and what the tests found that it supports."""
 
     family: str
     head: str
     kind: str
-    listed: bool
+    listed: bool  # the package has code for it; the others work because loading finds out what they need
     slots: str
     answers: str
     shared_prefix: bool
-    own_width: bool
+    own_width: bool  # slots have a different width than the layers (ELECTRA)
     pads: str
     note: str = ""
 

@@ -26,11 +26,7 @@ NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it
 NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
     "causal": NEEDED,
     "masked": NEEDED,
-    "permuted": {
-        **NEEDED,
-        "perm_mask": "so targets cannot be hidden",
-        "target_mapping": "so none can be asked for",
-    },
+    "permuted": {**NEEDED, "perm_mask": "so targets cannot be hidden", "target_mapping": "so none can be asked for"},
     "encoder-decoder": {**NEEDED, "decoder_inputs_embeds": "so slots on the decoder's side cannot be filled"},
 }
 
@@ -160,12 +156,7 @@ class Forward:
                 "past_key_values": None if memory is None else memory.cache,
             }
         logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
-        if cache is None or not keep:
-            return logits, None
-        if memory is None:
-            return logits, Memory(cache, encoded, encoded_mask)
-        memory.cache = cache
-        return logits, memory
+        return logits, Memory(cache, encoded, encoded_mask) if keep and cache is not None else None
 
     def _run(
         self, model: PreTrainedModel, inputs: dict[str, object], embeddings: Tensor, asked: _Asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -154,18 +155,15 @@ def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], di
     return read_all
 
 
-def _rank(value: Unchecked) -> int:
-    return value.whole(least=1)
-
-
+_RANK = functools.partial(Unchecked.whole, least=1)
 # The keys of peft's config that are read, and how. peft adapts linear modules and also parameters that hold all experts
 # of a layer; a module that stacks two others has a rank of its own.
 READ: Mapping[str, Callable[[Unchecked], object]] = {
     "target_modules": Unchecked.texts,
     "target_parameters": Unchecked.texts,
-    "r": _rank,
+    "r": _RANK,
     "lora_alpha": _scale,
-    "rank_pattern": _by_pattern(_rank),
+    "rank_pattern": _by_pattern(_RANK),
     "alpha_pattern": _by_pattern(_scale),
     "fan_in_fan_out": Unchecked.flag,
 }

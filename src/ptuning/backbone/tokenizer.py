@@ -149,10 +149,9 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
                 "transformers; use a causal, a masked or another encoder-decoder language model"
             )
         return "encoder-decoder"
-    named = list(getattr(config, "architectures", None) or [])
     forward: Kind = "permuted" if has_mask and _is_permuted(model_type) else "causal"
     heads: dict[str, Kind] = {str(causal.get(model_type)): forward, str(masked.get(model_type)): "masked"}
-    for architecture in named:
+    for architecture in getattr(config, "architectures", None) or []:
         if architecture in heads:
             return heads[architecture]
     # No known head is named. The family decides; if it has both heads (BERT), the mask token does.

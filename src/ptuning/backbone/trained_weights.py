@@ -109,10 +109,14 @@ class TrainedWeights:
             other = backbone.copy(share=True)
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
-            other.trained = self.mark
-            return other
-        other = backbone.copy()
-        own = _saved_tensors(other)
+        else:
+            other = backbone.copy()
+            self._put_into(other)
+        other.trained = self.mark
+        return other
+
+    def _put_into(self, backbone: Backbone) -> None:
+        own = _saved_tensors(backbone)
         left = set(self.tensors)
         with torch.no_grad():
             for name, weight in own.items():
@@ -122,22 +126,16 @@ class TrainedWeights:
                     raise PromptError(f"the trained weights lack the key '{name}' of '{backbone.name}'")
                 if kept is None:
                     continue
-                fits = kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)
-                if not fits:
+                if not (kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)):
                     raise PromptError(
                         f"the trained weights have a wrong shape at '{name}': {tuple(kept.shape)}, and "
                         f"'{backbone.name}' has {tuple(weight.shape)}"
                     )
-                if rows is None:
-                    weight.copy_(kept)
-                else:
-                    weight[rows.to(weight.device)] = kept.to(weight.device)
+                weight[... if rows is None else rows.to(weight.device)] = kept.to(weight.device)
         if left:
             raise PromptError(
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
             )
-        other.trained = self.mark
-        return other
 
     def save(self, folder: Path) -> dict[str, Json]:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.

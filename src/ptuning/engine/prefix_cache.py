@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import psutil
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import MAX_BATCH_TOKENS, collate
+from ptuning.engine.batch import batches, collate
 from ptuning.engine.learned import Learned
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
@@ -69,9 +68,7 @@ class PrefixCache:
     def __enter__(self) -> PrefixCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -96,8 +93,7 @@ class PrefixCache:
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
 
-        ``report`` is called after every pass with the number of tokens done, and of all. If it raises, what was
-        computed stays, and the rest is computed when it is needed.
+        ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
         texts = [cacheable_ids(example) for example in examples]
         if not self.pays(texts):
@@ -114,7 +110,6 @@ class PrefixCache:
         """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""
         self.is_used = True
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
-        wanted.sort(key=len)
         budget = self.budget()
         total, done, left_out = sum(map(len, wanted)), 0, 0
         for group in text_groups(wanted):
@@ -178,7 +173,7 @@ class PrefixCache:
                 found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in text_groups(sorted(missing, key=len)):
+        for group in text_groups(missing):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
@@ -226,13 +221,7 @@ def row_behind(example: Example, start: int) -> Example:
     )
 
 
-def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Yield texts that share a forward pass within its bounds; they come in order of length, shortest first."""
-    group: list[Ids] = []
-    for ids in ordered:
-        if group and (len(group) + 1) * len(ids) > MAX_BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(ids)
-    if group:
-        yield group
+def text_groups(texts: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Yield texts that share a forward pass within its bounds, the shortest first."""
+    for chosen in batches([[Example(ids, (), (), (), 0)] for ids in texts]):
+        yield [texts[index] for index in chosen]

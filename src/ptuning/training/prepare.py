@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.answer_space import TRAIN_CHOICES
+from ptuning.data.answer_space import TRAIN_CHOICES, AnswerSpace
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions, with_few_choices
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, choice_items, label_items, target_items
+from ptuning.engine.objective import Item, question_items
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
@@ -77,10 +77,9 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
 
     def items_of(questions: Questions) -> list[Item]:
         if words is not None:
-            return label_items(bound, questions.records, words, scoring=scoring)
-        if questions.has_choices:
-            return choice_items(bound, questions, scoring=scoring)
-        return target_items(bound, questions.records, with_stop=config.learn_to_stop)
+            return question_items(bound, as_questions(questions.records), AnswerSpace(words, scoring=scoring))
+        answers = AnswerSpace(own_choices=questions.has_choices, scoring=scoring)
+        return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
 
     items = {name: items_of(questions) for name, questions in parts.items()}
     if spec.dev is None:
