@@ -64,7 +64,7 @@ StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from diffe
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """What one training is asked for, before anything is read.
+    """The inputs and settings of one training, before anything is read.
 
     ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
     ``calibrate`` and ``field``; one that is None or missing was not given.
@@ -99,7 +99,7 @@ def training(
     set_: SetOption = None,
     field: FieldOption = None,
 ) -> TrainInputs:
-    """Return what the options of a training ask for; for :func:`takes`."""
+    """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}

@@ -50,7 +50,8 @@ def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Calla
         if word.ident is not None:
             word.join()
         # --overwrite would start anew.
-        words = [word for word in sys.argv[1:] if word not in ("--overwrite", again)] + ([again] if again else [])
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        words += [again] if again and again not in words else []
         command = f"{terminal.program()} {shlex.join(words)}"
         kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE) if (out / name).exists()), None)
         terminal.stopped(str(error) or "stopped at once", kept, command)

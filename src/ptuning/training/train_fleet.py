@@ -69,7 +69,7 @@ def train_fleet(
 ) -> FleetResult:
     """Train many prompts together on one frozen backbone, with different data, templates, seeds, settings or encoders.
 
-    Each prompt gets the result that it would get alone, up to rounding: they share forward passes, and nothing else.
+    Each prompt gets the result that it would get alone, up to rounding: prompts share passes, and nothing else.
 
     Args:
         prompts: The prompts, in the order in which they start.
@@ -101,6 +101,7 @@ def train_fleet(
             failed[name] = str(outcome)
         if on_prompt is not None:
             on_prompt(name, outcome)
+    results = {name: results[name] for name in runs if name in results}
     record: dict[str, Json] = {
         "format_version": FORMAT_VERSION,
         "command": command,
@@ -112,35 +113,7 @@ def train_fleet(
     }
     if folder is not None:
         write_json(folder / FLEET_FILE, record)
-    return FleetResult({name: results[name] for name in runs if name in results}, failed, record)
-
-
-def _runs(
-    prompts: Sequence[FleetPrompt],
-    backbone: Backbone,
-    folder: Path | None,
-    *,
-    resume: bool,
-    overwrite: bool,
-    command: str | None,
-) -> dict[str, TrainingRun]:
-    """Return name -> run of all prompts, checked."""
-    if not prompts:
-        raise ConfigError("the fleet has no prompts")
-    if folder is not None and not (resume or overwrite):
-        check_free(folder, overwrite=False)
-    runs: dict[str, TrainingRun] = {}
-    for prompt in prompts:
-        _check_name(prompt.name, runs)
-        runs[prompt.name] = run_of(
-            prompt,
-            backbone,
-            out=folder / prompt.name if folder is not None else None,
-            resume=resume and folder is not None,
-            overwrite=overwrite,
-            command=command,
-        )
-    return runs
+    return FleetResult(results, failed, record)
 
 
 def _prepared(
