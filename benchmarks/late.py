@@ -42,6 +42,7 @@ from benchmarks.material import (
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.data.splits import draw_records, split_records
 from ptuning.engine.evaluate import evaluate
@@ -51,7 +52,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.records import Records
 from ptuning.template.labels import LabelWords
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 ENDING = "In short, this country lies in"
 LATE = f"{{text}} [P:{ENDING}] [Y]"

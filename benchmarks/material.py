@@ -16,6 +16,7 @@ import torch
 from benchmarks.common import Settings
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import Dtype, load_backbone
+from ptuning.config import TrainConfig
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import SPLITS, load_records, shipped_facts
@@ -27,7 +28,7 @@ from ptuning.records import Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 # Three slots in front and three behind, as in the paper; the peer has all six in front.
 FACTS_TEMPLATE = "[P*3] [X] [P*3] [Y]"

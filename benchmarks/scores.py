@@ -24,12 +24,13 @@ from benchmarks.material import backbone_of, bind, items_of, mean_tokens, synchr
 from benchmarks.peer import MISSING, Peer, is_installed, rows_of
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.data.splits import split_records
 from ptuning.progress import Progress
 from ptuning.records import Records
 from ptuning.template.language import Template
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 EPOCHS = 6
 BATCH = 16

@@ -28,10 +28,11 @@ from benchmarks.material import (
     train_seconds,
 )
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
 from ptuning.engine import passes
 from ptuning.training import encoder
 from ptuning.training import step as steps
-from ptuning.training.trainer import TrainConfig, Trainer
+from ptuning.training.trainer import Trainer
 
 MARK = "stage: "
 # In the order of a step; the body runs inside of "backbone", and what else happens there is the head.

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ptuning.template.language import Template as Template
     from ptuning.training.estimate import estimate as estimate
     from ptuning.training.run import train as train
-    from ptuning.training.train_fleet import FleetPrompt as FleetPrompt
+    from ptuning.training.spec import FleetPrompt as FleetPrompt
     from ptuning.training.train_fleet import train_fleet as train_fleet
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
-    "FleetPrompt": "training.train_fleet",
+    "FleetPrompt": "training.spec",
     "LabelWords": "template.labels",
     "Prompt": "prompt.prompt",
     "PromptModel": "prompt.predict",

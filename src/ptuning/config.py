@@ -7,12 +7,9 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from ptuning.errors import ConfigError, closest
-
-if TYPE_CHECKING:
-    from ptuning.files import Json
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 RandomStart = Literal["random", "vocabulary"]
@@ -22,18 +19,6 @@ Keep = Literal["difference", "whole"]
 # Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
 # of today's code.
 RECIPE = 4
-# Settings that came after results were first written down, and change nothing at their default: a result that does not
-# mention one was made with its default.
-LATER_SETTINGS = (
-    "backbone_weight_decay",
-    "lora_lr",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "keep",
-    "cache_memory",
-    "checkpointing",
-)
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -153,12 +138,6 @@ class TrainConfig:
             if name not in known:
                 raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
         return cls(**values)  # type: ignore[arg-type]  # the constructor checks the types
-
-
-def without_later_defaults(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return settings without those of :data:`LATER_SETTINGS` at their default, to be compared with older ones."""
-    defaults = TrainConfig().to_json()
-    return {name: value for name, value in settings.items() if name not in LATER_SETTINGS or value != defaults[name]}
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:

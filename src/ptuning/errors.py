@@ -1,16 +1,4 @@
-"""The errors of the package, one class for each thing that can be wrong.
-
-PTuningError
-├── FileError        a file or folder
-├── RecordError      a data file, or a record in it
-├── TemplateError    a template
-├── LabelWordError   label words
-├── TaskError        a task file
-├── BackboneError    a backbone
-├── PromptError      a prompt
-├── ConfigError      a setting
-└── TrainingError    a training run
-"""
+"""The errors of the package, one subclass of PTuningError for each thing that can be wrong."""
 
 from __future__ import annotations
 
@@ -78,11 +66,6 @@ class TrainingError(PTuningError):
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the known name most similar to ``name``, or an empty string.
-
-    Args:
-        name: The unknown name.
-        known: All known names.
-    """
+    """Return " Did you mean 'x'?" for the known name most similar to an unknown one, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""

@@ -1,7 +1,7 @@
 """Reading and writing files, and checking what is in them.
 
 Writing is atomic: a file is written under a temporary name and then renamed, so that a reader never sees half of it.
-Nothing is overwritten unless the caller says so. :class:`Unchecked` is the one way to take values out of JSON or TOML.
+Whatever cannot be read or written is a :class:`FileError`. :class:`Unchecked` takes values out of JSON or TOML.
 """
 
 from __future__ import annotations
@@ -91,11 +91,7 @@ class Unchecked:
         return self.value
 
     def table(self, *, known: Collection[str] | None = None) -> dict[str, Unchecked]:
-        """Return a mapping of names to values.
-
-        Args:
-            known: The names that are allowed; all if None.
-        """
+        """Return a mapping of names to values; with ``known``, names that are not among them are errors."""
         for name in self.mapping():
             if known is not None and name not in known:
                 key = f"{self.path}.{name}" if self.path else name
@@ -164,7 +160,6 @@ class Unchecked:
         return kind(**given)
 
     def _as(self, kind: Any) -> Any:
-        """Read the value as a type of :meth:`to`."""
         origin, of = get_origin(kind), [one for one in get_args(kind) if one is not NoneType]
         if origin in (Union, UnionType):
             # A union of several types is Json, which may be anything.
@@ -191,12 +186,7 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``. It replaces ``path`` if the block succeeds, so that no reader, even after
-    a kill, finds half a file.
-
-    Raises:
-        FileError: If it cannot be written; no temporary file remains.
-    """
+    """Yield a temporary path beside ``path``, which replaces ``path`` if the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -211,11 +201,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically, with :func:`replacing`.
-
-    Raises:
-        FileError: If it cannot be written; no temporary file remains.
-    """
+    """Write a file atomically, with :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -236,11 +222,7 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Json]]) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        FileError: If it cannot be read.
-    """
+    """Read a whole file."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -248,12 +230,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
-    """Read a whole UTF-8 text file, with or without a byte order mark.
-
-    Raises:
-        FileError: If it cannot be read.
-        PTuningError: Of the class ``error``, if it is not UTF-8.
-    """
+    """Read a whole UTF-8 text file, with or without a byte order mark; ``error`` is raised if it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
@@ -261,11 +238,7 @@ def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
 
 
 def read_json(path: Path) -> dict[str, Json]:
-    """Read a JSON object.
-
-    Raises:
-        FileError: If the file cannot be read or holds no JSON object.
-    """
+    """Read a JSON object."""
     try:
         value = json.loads(read_bytes(path).decode("utf-8"))
     except ValueError as error:
@@ -276,13 +249,7 @@ def read_json(path: Path) -> dict[str, Json]:
 
 
 def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked:
-    """Read TOML.
-
-    Args:
-        text: The TOML.
-        where: The file it is from, for messages.
-        error: The class of all errors about it.
-    """
+    """Read TOML; ``where`` starts the messages of all errors about it, and ``error`` is their class."""
     try:
         return Unchecked(tomllib.loads(text), where, error)
     except tomllib.TOMLDecodeError as wrong:
@@ -290,11 +257,7 @@ def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked
 
 
 def read_json_lines(path: Path) -> list[dict[str, Json]]:
-    """Read what :func:`write_json_lines` wrote.
-
-    Raises:
-        FileError: If the file cannot be read, or a line holds no JSON object.
-    """
+    """Read what :func:`write_json_lines` wrote."""
     try:
         # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
         rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
@@ -306,10 +269,10 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
 
 
 def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
-    """Remove temporary files that killed processes left in a folder.
+    """Remove temporary files that killed processes left in a folder, which may be missing.
 
     Args:
-        folder: The folder; it may be missing.
+        folder: The folder.
         names: Beginnings of the names of the files that were written.
         older_seconds: Only files at least this old are removed; younger ones may still be in use.
     """
@@ -328,11 +291,7 @@ def sha256(data: bytes) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file that may be larger than memory.
-
-    Raises:
-        FileError: If it cannot be read.
-    """
+    """Return the SHA-256 of a file that may be larger than memory."""
     found = hashlib.sha256()
     try:
         with path.open("rb") as handle:
@@ -344,11 +303,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Check that ``folder`` may be written: it does not exist, is empty, or ``overwrite`` is set.
-
-    Raises:
-        FileError: If it is a file, or it is not empty and ``overwrite`` is not set.
-    """
+    """Check that ``folder`` may be written: it does not exist, is empty, or ``overwrite`` is set."""
     try:
         is_folder = folder.is_dir()
         in_the_way = folder.exists() and not is_folder
@@ -365,11 +320,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk of ``folder`` has enough free space, before any work is done.
-
-    Raises:
-        FileError: If fewer than ``needed_bytes`` are free.
-    """
+    """Check that the disk of ``folder`` has enough free space, before any work is done."""
     parent = folder
     while not os.path.exists(parent):
         parent = parent.parent
@@ -382,11 +333,7 @@ def check_room(folder: Path, needed_bytes: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        FileError: If it cannot be created.
-    """
+    """Create a folder and its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -395,9 +342,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder``. It replaces ``folder`` if the block succeeds.
-
-    If the block raises, the temporary folder is removed and ``folder`` stays as it was.
+    """Yield a temporary folder beside ``folder``, which replaces ``folder`` if the block succeeds.
 
     Raises:
         FileError: If ``folder`` is not empty and ``overwrite`` is not set, or if it cannot be written.

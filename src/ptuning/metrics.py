@@ -20,14 +20,10 @@ from ptuning.statistics import Ratios, Values, blend, grouped
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one record.
+    """The answer to one record, and whether it is the target (``hit``).
 
-    Args:
-        text: The answer.
-        hit: Whether it is the record's target.
-        rank: One-based rank of the target among the possible answers, 0 if it is not among them; None if they were not
-            ranked.
-        log_prob: Natural log-probability of the answer, where there is one.
+    ``rank`` is the one-based rank of the target among the possible answers, 0 if it is not among them, None if they
+    were not ranked. ``log_prob`` is the natural log-probability of the answer, where there is one.
     """
 
     text: str
@@ -60,8 +56,8 @@ class Metric:
     Args:
         name: Its name in task files and ``results.json``.
         shown_as: Its name in tables.
-        compute: N answers and their N questions -> a value per row or group, or sums over them. A task that names no
-            metrics has no questions: there the right answers are known from hits and ranks only.
+        compute: N answers and their N questions -> a value per row or group, or sums over them. Without questions, the
+            right answers are known from hits and ranks only.
         in_task_files: Whether ``metrics`` of a task file may name it.
         by_default: Whether tasks that name no metrics have it, as LAMA's relations do.
         needs_ranks: Whether the target's rank of every answer must be known.
@@ -99,13 +95,11 @@ def macro_f1(predictions: Sequence[str], targets: Sequence[str]) -> Ratios:
 
     Source: Wang et al. (2019), SuperGLUE, section 3 (CB).
     """
-    labels = sorted({*predictions, *targets})
-    return _f1_counts(predictions, targets, labels)
+    return _f1_counts(predictions, targets, sorted({*predictions, *targets}))
 
 
 def f1_of(label: str, predictions: Sequence[str], targets: Sequence[str], groups: Sequence[str]) -> Ratios:
-    """Return the F1 of one label over all rows, with the rows of a group added up: the answers to one question are not
-    independent draws.
+    """Return the F1 of one label over all rows, with the rows of a group added up: they are not independent draws.
 
     Source: Khashabi et al. (2018), MultiRC, section 4.1 (F1a).
     """
@@ -125,9 +119,8 @@ def normalised(text: str) -> str:
 
     Source: Rajpurkar et al. (2016), SQuAD, section 6.1.
 
-    Example:
-        >>> normalised("The  U.S. Senate,")
-        'us senate'
+    >>> normalised("The  U.S. Senate,")
+    'us senate'
     """
     bare = "".join(sign for sign in text.lower() if sign not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
@@ -156,10 +149,8 @@ def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
 def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[float]:
     if not asked:
         return _hits(answers, asked)
-    hits = [
-        max(float(answer.hit), exact_match(answer.text, row.right)) for answer, row in zip(answers, asked, strict=True)
-    ]
-    return all_right(hits, _groups(asked))
+    pairs = zip(answers, asked, strict=True)
+    return all_right([max(float(one.hit), exact_match(one.text, row.right)) for one, row in pairs], _groups(asked))
 
 
 def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
@@ -195,8 +186,7 @@ def _groups(asked: Sequence[Asked]) -> list[str]:
 
 # Share of answers that are right, chosen from a closed set, and written.
 ACCURACY, EXACT_MATCH = "accuracy", "exact_match"
-# The label whose F1 over all answers is MultiRC's F1a.
-POSITIVE = "true"
+POSITIVE = "true"  # the label whose F1 over all answers is MultiRC's F1a
 
 # All metrics by name, in the order of tables.
 METRICS: Mapping[str, Metric] = {
@@ -240,12 +230,10 @@ METRICS: Mapping[str, Metric] = {
         Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
     )
 }
-# The mean of a task's own metrics, which a mean over tasks counts.
-TASK_SCORE = "score"
+TASK_SCORE = "score"  # the mean of a task's own metrics, which a mean over tasks counts
 # Names of scores in the order of tables, and in that of results.json: the ones by default first.
 SCORES = (TASK_SCORE, *METRICS)
 RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name].by_default))
-# Names that task files may use.
 TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
 
 
@@ -257,8 +245,7 @@ def score_values(
     Args:
         answers: N answers.
         questions: Their N questions; needed for ``metrics``.
-        metrics: Names of the task's own metrics. Without any, those that tasks have by default, as far as the answers
-            are ranked.
+        metrics: Names of the task's own metrics. Without any, the default ones, as far as the answers are ranked.
 
     Raises:
         TaskError: If there is no such metric.
@@ -294,9 +281,7 @@ def in_order(scores: Iterable[str]) -> list[str]:
 
 
 def primary(scores: Iterable[str]) -> str:
-    """Return the score to show where there is room for one: a task's own, else the first primary metric, else the first
-    of those given.
-    """
+    """Return the score to show where there is room for one: a task's own, else a primary metric, else the first."""
     present = list(scores)
     chosen = (name for name in SCORES if name in present and (name == TASK_SCORE or METRICS[name].primary))
     return next(chosen, present[0] if present else TASK_SCORE)

@@ -24,10 +24,10 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import TrainingError
 from ptuning.progress import Interrupted
 from ptuning.records import Record
-from ptuning.training.memory import LiveTensors
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, bound, items_of
 from tests.families import FAMILIES, TEMPLATE, TWO_SIDED, backbone_of, own_copy
+from tests.live_tensors import LiveTensors
 
 LONG: list[Record] = [{"x": f"the movie {index} was great and a good film", "y": "yes"} for index in range(4)]
 INSTRUCTION = "[P:The capital of Kenya is Nairobi. The capital of] [X] is [P] [Y]"
@@ -107,9 +107,9 @@ def test_training_learns_the_same_to_the_bit(name: str, tune: str) -> None:
         pytest.importorskip("peft")
     plain, saving = (trained(own_copy(name), tune=tune, checkpointing=on) for on in (False, True))
     assert torch.equal(plain.best_vectors, saving.best_vectors)
-    assert torch.equal(plain.vectors(), saving.vectors())
-    assert bool(plain.weights) == (tune != "frozen")
-    for one, other in zip(plain.weights.values(), saving.weights.values(), strict=True):
+    assert torch.equal(plain.learner.vectors(), saving.learner.vectors())
+    assert bool(plain.learner.weights) == (tune != "frozen")
+    for one, other in zip(plain.learner.weights.values(), saving.learner.weights.values(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -148,10 +148,10 @@ def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Pat
     config = TrainConfig.from_json({"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99})
     filled = bound(backbone, template)
     trainer = Trainer(backbone, filled, config=config)
-    start = trainer.vectors().detach().clone()
+    start = trainer.learner.vectors().detach().clone()
     items = items_of(backbone, template, RECORDS)
     trainer.fit(items, items[:2])
-    vectors = trainer.vectors().detach()
+    vectors = trainer.learner.vectors().detach()
     assert trainer.state.step == 4
     assert bool((vectors != start).any(dim=1).all())
     assert digest(backbone) == before

@@ -24,10 +24,10 @@ import pytest
 import safetensors.torch
 
 import ptuning.backbone.loading
-import ptuning.training.run
 from ptuning import Prompt
 from ptuning.cli import app, prompts, terminal
 from ptuning.progress import Progress
+from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
 
 FACTS = [
@@ -1086,8 +1086,8 @@ def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 
 def interrupting(number: int, *, times: int, at: Callable[[Progress], bool]) -> Callable[..., object]:
-    """Return a stand-in for ``runs.train`` that sends this process signals when a progress report says so."""
-    real = ptuning.training.run.train
+    """Return a stand-in for ``TrainingRun.train`` that sends this process signals when a progress report says so."""
+    real = TrainingRun.train
     left = times
 
     def train(*args: Any, report: Callable[[Progress], None], **named: Any) -> object:
@@ -1108,9 +1108,7 @@ def test_a_signal_ends_the_step_and_keeps_the_run(
     number: int, code: int, llama: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(
-        ptuning.training.run, "train", interrupting(number, times=1, at=lambda now: now.stage == "train")
-    )
+    monkeypatch.setattr(TrainingRun, "train", interrupting(number, times=1, at=lambda now: now.stage == "train"))
     args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
     done = call("train", *args, "--resume")
     assert done.code == code
@@ -1122,17 +1120,13 @@ def test_a_signal_ends_the_step_and_keeps_the_run(
 def test_a_second_ctrl_c_stops_at_once(llama: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ptuning.training.run, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "train")
-        )
+        patch.setattr(TrainingRun, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "train"))
         done = call("train", *args)
     assert (done.code, done.out) == (130, "")
     assert done.err.splitlines()[-1] == "stopped at once; nothing was written"
     assert not Path("out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ptuning.training.run, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "epoch")
-        )
+        patch.setattr(TrainingRun, "train", interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "epoch"))
         done = call("train", *args)
     assert done.code == 130
     assert "stopped at once; out/checkpoint is kept, go on with:\n" in done.err

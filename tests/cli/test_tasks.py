@@ -195,7 +195,7 @@ def test_bad_input(llama: str) -> None:
 
 
 def test_the_list_names_each_task_with_its_kind_of_answers(printed: Callable[[], tuple[str, str]]) -> None:
-    tasks.show_list(shipped_tasks())
+    tasks.list_tasks()
     out, _ = printed()
     for task in shipped_tasks():
         assert any(line.startswith(task.name) for line in out.splitlines())
@@ -205,7 +205,7 @@ def test_the_list_names_each_task_with_its_kind_of_answers(printed: Callable[[],
 
 def test_a_task_is_shown_with_its_file(printed: Callable[[], tuple[str, str]]) -> None:
     task = load_task("RTE")
-    tasks.show_file(task)
+    tasks.show_task("RTE")
     out, _ = printed()
     assert task.text.strip() in out
     assert f"pattern 2  manual   {task.manual[1]}" in out

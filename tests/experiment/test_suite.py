@@ -33,7 +33,6 @@ from ptuning.records import Record, Records
 from ptuning.report.results_file import Cell, Results
 from ptuning.template.language import Template
 from ptuning.training import fleet, step, train_fleet
-from ptuning.training.trainer import Trainer
 from tests.conftest import WARM
 
 MANUAL = "The capital of [X] is [Y] ."
@@ -336,9 +335,9 @@ def test_prompts_of_several_tasks_are_trained_at_once(
     sizes: list[int] = []
     real = step._run
 
-    def spy(chunks: Sequence[step.Chunk]) -> None:
+    def spy(chunks: Sequence[step.Chunk]) -> dict[step.Chunk, torch.Tensor]:
         sizes.append(len(chunks))
-        real(chunks)
+        return real(chunks)
 
     monkeypatch.setattr(step, "_run", spy)
     together = list(suite(causal, tmp_path / "together", counts=(5, 12, 8)).run())
@@ -376,17 +375,17 @@ def test_stopped_while_several_tasks_train_it_goes_on_exactly(
 def test_one_tasks_bad_loss_fails_its_cell_alone(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Trainer.end_step
+    real = step.Learner.finish
 
-    def end(self: Trainer, group: Sequence[Any], *, seconds: float) -> None:
-        if self.state.step == 3:  # which the first task never takes
-            raise TrainingError("the loss is no number any more")
-        real(self, group, seconds=seconds)
+    def finish(self: step.Learner, taken: step.Step, losses: Sequence[torch.Tensor]) -> float:
+        if taken.number == 3:  # which the first task never takes
+            raise TrainingError("the loss became nan")
+        return real(self, taken, losses)
 
-    monkeypatch.setattr(Trainer, "end_step", end)
+    monkeypatch.setattr(step.Learner, "finish", finish)
     found = {one.cell.task: one for one in suite(causal, tmp_path, counts=(4, 12)).run()}
     assert {name: one.status for name, one in found.items()} == {"task-4": "done", "task-12": "failed"}
-    assert "no number" in str(found["task-12"].error)
+    assert "became nan" in str(found["task-12"].error)
 
 
 def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
@@ -397,7 +396,7 @@ def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
     def full(_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(fleet, "take_step", full)
+    monkeypatch.setattr(fleet, "take_steps", full)
     found = list(suite(causal, tmp_path, counts=(5, 12)).run())
     assert [one.status for one in found] == ["done", "done"]
     assert "at once failed: out of memory" in caplog.text

@@ -1,4 +1,4 @@
-"""SuperGLUE on tiny models and made-up folders: parts, draws, scores, what the server takes, going on after a kill."""
+"""SuperGLUE on tiny models and made-up folders: parts, draws, scores, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -288,46 +288,9 @@ def test_the_majority_of_choices_is_the_place_that_is_right_most_often(
     assert all(row["prediction"] == row["choices"][1] for row in rows)
 
 
-def test_what_the_server_takes(causal: Backbone, few: Path, whole: Path, tmp_path: Path) -> None:
-    def served(out: str, task: str, method: str = "majority") -> list[Any]:
-        path = tmp_path / out / "server" / method / "seed-0" / f"{task}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-    run(causal, few, tmp_path / "few", methods=("majority", "manual"))
-    assert served("few", "COPA") == [{"idx": at, "label": 0} for at in range(30, 39)]
-    assert served("few", "WSC") == [{"idx": at, "label": "True"} for at in range(30, 39)]
-    assert served("few", "ReCoRD")[0] == {"idx": 20, "label": "Kenya"}
-    assert {row["label"] for row in served("few", "CB", "manual")} <= {"entailment", "contradiction", "neutral"}
-    run(causal, whole, tmp_path / "whole", methods=("majority", "manual"))
-    assert [row["idx"] for row in served("whole", "CB")] == [50, 51, 52, 53]  # the test part, not the validation part
-    first = served("whole", "MultiRC")[0]
-    assert first == {
-        "idx": 30,
-        "passage": {
-            "questions": [
-                {"idx": 300 + q, "answers": [{"idx": 3000 + 10 * q + a, "label": 0} for a in range(2)]}
-                for q in range(2)
-            ]
-        },
-    }
-    note = (tmp_path / "whole/server/README.md").read_text(encoding="utf-8")
-    assert "CB: the test split" in note
-    assert "MultiRC: the part that is reported here" in note
-
-
-def test_yes_and_no_as_the_server_writes_them(causal: Backbone, tmp_path: Path) -> None:
-    rows = [{"question": f"is {at} good", "passage": "a film", "label": at % 3 > 0, "idx": at} for at in range(9)]
-    lines(tmp_path / "data/BoolQ/train.jsonl", rows)
-    lines(tmp_path / "data/BoolQ/val.jsonl", rows[:3])
-    run(causal, tmp_path / "data", tmp_path / "out")
-    text = (tmp_path / "out/server/majority/seed-0/BoolQ.jsonl").read_text(encoding="utf-8")
-    assert text.splitlines()[0] == '{"idx": 0, "label": "true"}'
-
-
 def test_a_draw_of_rows_is_nothing_to_hand_in(causal: Backbone, whole: Path, tmp_path: Path) -> None:
     found = run(causal, whole, tmp_path / "out", tasks="CB", limit=3)
     assert found.tasks["CB"]["majority"]["score"].n == 3
-    assert not (tmp_path / "out/server").exists()
     assert not (tmp_path / "out/cells/CB/majority/seed-0/unlabelled.jsonl").exists()
 
 
@@ -418,21 +381,6 @@ def test_two_files_of_one_name(causal: Backbone, few: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="two task files have the name one"):
         run(causal, few, tmp_path / "out", tasks=f"{tmp_path}/one.toml,{tmp_path}/other.toml")
     assert [file.name for file in asked_tasks(few, "CB,CB")] == ["CB"]
-
-
-def test_files_for_the_server_are_of_the_answers_that_are_there(causal: Backbone, few: Path, tmp_path: Path) -> None:
-    server, cell = tmp_path / "out" / "server", tmp_path / "out" / "cells" / "CB" / "majority" / "seed-0"
-    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), server=True)
-    whole = (server / "majority" / "seed-0" / "CB.jsonl").read_text(encoding="utf-8")
-    # Other tasks into the same folder, and a damaged cell, which is made again.
-    run(causal, few, tmp_path / "out", tasks="COPA", methods=("majority",), server=True)
-    assert "CB: of an earlier run into this folder" in (server / "README.md").read_text(encoding="utf-8")
-    name = "unlabelled.jsonl" if (cell / "unlabelled.jsonl").is_file() else "predictions.jsonl"
-    (cell / name).write_text("{\n", encoding="utf-8")
-    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), server=True)
-    assert (server / "majority" / "seed-0" / "CB.jsonl").read_text(encoding="utf-8") == whole
-    run(causal, few, tmp_path / "out", tasks="CB", methods=("majority",), pattern=2, overwrite=True, server=False)
-    assert not server.exists()
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from ptuning.config import LATER_SETTINGS, TrainConfig, without_later_defaults
+from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
 
 CHANGED = TrainConfig(
@@ -133,12 +133,3 @@ def test_whole_weights_are_kept_of_a_tuned_backbone_only() -> None:
     for tune in ("frozen", "lora"):
         with pytest.raises(ConfigError, match="'keep' is 'whole'; it must be difference where tune is not tuned"):
             TrainConfig.from_json({"keep": "whole", "tune": tune})
-
-
-def test_later_settings_at_their_default_are_left_out_of_comparisons() -> None:
-    """A run that was written down before they were there is one with their defaults."""
-    now = TrainConfig(lora_rank=4, epochs=2).to_json()
-    older = {name: value for name, value in now.items() if name not in LATER_SETTINGS}
-    assert without_later_defaults(now) == {**older, "lora_rank": 4}
-    assert without_later_defaults(older) == older
-    assert set(LATER_SETTINGS) < set(now)

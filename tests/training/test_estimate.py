@@ -1,76 +1,83 @@
-"""The estimate of a run: every part of it adds up, follows the settings, and agrees with what training takes."""
+"""The estimate of a run: its parts add up, it follows the settings, and nothing is learned or left."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ptuning
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.engine import prefix_cache
 from ptuning.errors import RecordError, TemplateError
+from ptuning.progress import Progress
+from ptuning.records import Record
 from ptuning.training import estimate as module
-from ptuning.training.estimate import Forecast, estimate
-from ptuning.training.trial import Seen
+from ptuning.training.estimate import Forecast, estimate, sampled
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import TrainSpec
 from tests.conftest import RECORDS, WARM
 
-SEEN = Seen(
-    kept_seconds=3.0,
-    kept_bytes=1000,
-    epoch_seconds=10.0,
-    dev_seconds=2.0,
-    answer_seconds=4.0,
-    written_seconds=1e-9,
-    gradients=50,
-    optimizer=100,
-    activations=200,
-    trial_bytes=300,
-    peak=10**10,
-    steps=5,
-    longest_pass=(4, 20),
-)
+LATE = "{x} and {x} [P:is] [P*2] [Y]"
+FACTS: list[Record] = [
+    {"x": "city " + "and France " * (index % 5), "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(23)
+]
 
 
-def estimated(backbone: Backbone, **settings: Any) -> Forecast:
+def estimated(backbone: Backbone, template: str = WARM, **settings: Any) -> Forecast:
     config = TrainConfig.from_json({"epochs": 2, "batch_size": 2, **settings})
-    return estimate(WARM, RECORDS, backbone=backbone, dev=RECORDS, config=config)
+    return estimate(template, RECORDS, backbone=backbone, dev=RECORDS, config=config)
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "try_out", lambda run, trainer, report: SEEN)
-    monkeypatch.setattr("ptuning.training.trial.clock", lambda: 0.0)
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all that is timed take a second."""
+    monkeypatch.setattr(module, "clock", lambda: 0.0)
+    monkeypatch.setattr(module, "timed", lambda work: (work(), 1.0)[1])
 
 
-@pytest.mark.usefixtures("seen")
+@pytest.mark.usefixtures("ticking")
 def test_seconds_add_up(causal: Backbone) -> None:
-    found = estimated(causal).seconds
-    assert found.saving < 0.1
-    assert found.total == pytest.approx(3.0 + 2 * 10.0 + 3 * 2.0 + 4.0 + found.saving)
+    one = estimated(causal)
+    found = one.seconds
+    assert found.epoch == one.steps == 3
+    assert found.dev == 1.0
+    assert found.answers == 2.0  # scored once more, and written
+    assert found.total == pytest.approx(2 * 3.0 + 3 * 1.0 + found.saving + 2.0)
     several = estimated(causal, starts=3).seconds
-    assert several.total == pytest.approx(3.0 + 3 * (26.0 + several.saving) + 4.0)
+    assert several.total == pytest.approx(3 * (9.0 + several.saving) + 2.0)
 
 
-@pytest.mark.usefixtures("seen")
-def test_bytes_add_up_to_what_was_seen_with_all_that_is_kept(causal: Backbone) -> None:
+def test_bytes_add_up(causal: Backbone) -> None:
     found = estimated(causal).memory
-    assert found.training == SEEN.peak - SEEN.trial_bytes + SEEN.kept_bytes
-    assert found.peak == found.training
+    assert replace(found, before=0).peak == found.training
     assert replace(found, before=2 * found.training).peak == 2 * found.training
-    assert found.constant_part == 1000
     assert found.weights == pytest.approx(4 * causal.parameters, rel=0.01)  # and what it keeps besides weights
-    several = estimated(causal, starts=2).memory
-    assert several.training - found.training == several.other_starts > 0
+    assert (found.constant_part, found.on_disk, found.other_starts) == (0, 0, 0)
+    assert estimated(causal, starts=2).memory.other_starts > 0
 
 
-@pytest.mark.usefixtures("seen")
-def test_what_does_not_fit_into_memory_is_on_the_disk(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kv_cache_is_counted_for_all_rows(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    monkeypatch.setattr(module, "TIMED_STEPS", 1)
+    monkeypatch.setattr(module, "SCORED", 1)
+    spec = TrainSpec(LATE, FACTS[:15], dev=FACTS[15:], config=TrainConfig(epochs=2, batch_size=2))
+    run = TrainingRun(prepare(spec, causal))
+    cache = run.trainer(0).learner.prefix_cache
+    assert cache.prepare([row for items in run.items.values() for item in items for row in item.inputs])
+    found = module.estimate_spec(spec, causal)
+    assert found.memory.constant_part == pytest.approx(cache.memory_bytes, rel=0.01)
+    assert found.seconds.constant_part > 0
     monkeypatch.setattr("ptuning.engine.prefix_cache.free_bytes", lambda _: 800)
-    found = estimated(causal, cache_memory=0.5).memory
-    assert (found.constant_part, found.on_disk) == (400, 600)
+    small = module.estimate_spec(replace(spec, config=TrainConfig(epochs=2, batch_size=2, cache_memory=0.5)), causal)
+    assert small.memory.constant_part == 400
+    assert small.memory.on_disk == pytest.approx(cache.memory_bytes - 400, rel=0.01)
 
 
 def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:
@@ -102,4 +109,54 @@ def test_a_tuned_backbone_takes_a_copy_gradients_and_moments(causal: Backbone) -
     size = 4 * causal.parameters
     assert tuned.trained - frozen.trained == size
     assert tuned.gradients - frozen.gradients == size
-    assert tuned.optimizer - frozen.optimizer >= 2 * size
+    assert tuned.optimizer - frozen.optimizer == 2 * size
+
+
+@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
+def test_nothing_is_learned_and_nothing_is_left(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
+) -> None:
+    if tune == "lora":
+        pytest.importorskip("peft")
+    made = []
+    real = TrainingRun.trainer
+
+    def watch(self: TrainingRun, number: int, **named: Any) -> Any:
+        trainer = real(self, number, **named)
+        weights = {name: one.clone() for name, one in trainer.learner.weights.items()}
+        made.append((trainer.learner, trainer.learner.vectors(), weights))
+        return trainer
+
+    monkeypatch.setattr(TrainingRun, "trainer", watch)
+    monkeypatch.chdir(tmp_path)
+    state = torch.random.get_rng_state()
+    estimated(causal, tune=tune)
+    ((learner, vectors, weights),) = made
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(learner.vectors(), vectors)
+    assert all(torch.equal(one, weights[name]) for name, one in learner.weights.items())
+    assert all(weight.grad is None for weight in learner.parameters())
+    assert not any(module.training for module in learner.backbone.model.modules())
+    assert not learner.prefix_cache.tokens
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_pass_of_all_epochs_is_taken(causal: Backbone) -> None:
+    spec = TrainSpec(WARM, FACTS[:15], dev=FACTS[15:], config=TrainConfig(epochs=2, batch_size=4))
+    found = module.estimate_spec(spec, causal)
+    items = prepare(spec, causal).items["train"]
+    assert found.longest_pass == (4, max(len(row.token_ids) for item in items for row in item.inputs))
+    assert found.steps == 4
+
+
+def test_a_sample_is_spread_over_the_costs() -> None:
+    assert sampled([7.0], float, 5) == [7.0]
+    assert sampled([2.0, 1.0], float, 5) == [1.0, 2.0]
+    assert sampled([float(index * 7 % 10) for index in range(10)], float, 5) == [1.0, 3.0, 5.0, 7.0, 9.0]
+
+
+def test_progress_ends_where_it_was_to(causal: Backbone) -> None:
+    found: list[Progress] = []
+    estimate(WARM, RECORDS, backbone=causal, report=found.append)
+    assert {one.stage for one in found} == {"estimate"}
+    assert found[-1].done == found[-1].total == len(found)

@@ -53,7 +53,7 @@ from ptuning.records import Record, as_records
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
 from ptuning.training.checkpoint import CHECKPOINT_FILE
-from ptuning.training.run import Run, TrainResult, train
+from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
 
@@ -372,7 +372,7 @@ def test_a_learning_rate_that_overflows_is_an_error_of_training(lr: float, causa
 def test_slots_that_nothing_sees_are_refused(causal: Backbone, tmp_path: Path) -> None:
     """A causal model reads nothing behind [Y]: that used to be a traceback, or a prompt that could not be loaded."""
     for tune in ("frozen", "tuned", "lora"):
-        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' stand behind \[Y\]"):
+        with pytest.raises(TemplateError, match=r"all slots of '\[X\] \[Y\] \[P\*3\]' come after \[Y\]"):
             run(causal, tmp_path / tune, template="[X] [Y] [P*3]", settings={"tune": tune})
         assert not (tmp_path / tune).exists()
 
@@ -537,8 +537,8 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
     assert len(ids) == len(set(ids)) == len(FACTS)
     assert not any(parts.tokens or parts.is_used for parts in made)
 
-    real = Run.trainer
-    monkeypatch.setattr(Run, "trainer", lambda one, number, *, checkpoint, prefix_cache: real(one, number))
+    real = TrainingRun.trainer
+    monkeypatch.setattr(TrainingRun, "trainer", lambda one, number, *, checkpoint, prefix_cache: real(one, number))
     own = run(causal, tmp_path / "own", template=LATE, settings={"starts": 3})
     assert len(ids) == 4 * len(FACTS)
     assert timeless(own.record) == timeless(shared.record)
@@ -762,7 +762,7 @@ def test_a_resume_in_another_mode_names_the_difference(causal: Backbone, tmp_pat
         run(causal, tmp_path, settings=LORA, should_stop=after(2))
     with pytest.raises(TrainingError, match=r"tune was lora and is frozen"):
         run(causal, tmp_path, resume=True)
-    with pytest.raises(TrainingError, match=r"lora_rank was None and is 4"):
+    with pytest.raises(TrainingError, match=r"lora_rank was 8 and is 4"):
         run(causal, tmp_path, resume=True, settings={**LORA, "lora_rank": 4})
 
 
@@ -834,7 +834,7 @@ def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, m
     """The record says so; what is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.training.run.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.training.prepare.PASS_TOKENS", 1)
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
     sizes = [one.record["settings"] for one in (whole, small)]
     assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]

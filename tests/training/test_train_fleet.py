@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
 from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
 from ptuning.training.run import TrainResult, train
-from ptuning.training.train_fleet import FLEET_FILE, FleetPrompt, FleetResult, train_fleet
+from ptuning.training.spec import FleetPrompt
+from ptuning.training.step import Learner, Step
+from ptuning.training.train_fleet import FLEET_FILE, FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model
 
@@ -107,9 +109,9 @@ def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: 
     sizes: list[int] = []
     real = step._run
 
-    def spy(chunks: Any) -> None:
+    def spy(chunks: Any) -> Any:
         sizes.append(len(chunks))
-        real(chunks)
+        return real(chunks)
 
     monkeypatch.setattr(step, "_run", spy)
     prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [P:is] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(4)]
@@ -122,6 +124,10 @@ def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: 
 def trainer(backbone: Backbone, template: str, records: list[Record], **settings: Any) -> tuple[Trainer, Any]:
     config = replace(FAST, **settings)
     return Trainer(backbone, bound(backbone, template), config=config), items_of(backbone, template, records)
+
+
+def step_of(one: Trainer, items: Any) -> step.Step:
+    return step.Step(one.learner, items, number=0, epoch=1, rate=1.0)
 
 
 def test_gradients_equal_those_alone(backbone: Backbone) -> None:
@@ -138,10 +144,12 @@ def test_gradients_equal_those_alone(backbone: Backbone) -> None:
             trainer(backbone, "[P] {x} [P*3] [Y]", TEXTS[:3], seed=3, encoder="none"),
         ]
         for one, _ in pairs:
-            one.end_step = lambda *_, **__: None  # type: ignore[method-assign]  # gradients stay as they are
+            one.learner.finish = lambda *_: 0.0  # type: ignore[method-assign]  # gradients stay as they are
         for groups in [pairs] if together else [[pair] for pair in pairs]:
-            step.take_step(groups)
-        gradients = [weight.grad for one, _ in pairs for weight in one.encoder.parameters() if weight.grad is not None]
+            step.take_steps([step_of(*pair) for pair in groups])
+        gradients = [
+            weight.grad for one, _ in pairs for weight in one.learner.encoder.parameters() if weight.grad is not None
+        ]
         (found if together else wanted).extend(gradients)
     assert len(found) == len(wanted) > 3
     for got, other in zip(found, wanted, strict=True):
@@ -152,14 +160,14 @@ def test_gradients_equal_those_alone(backbone: Backbone) -> None:
 def test_encoders_do_not_fill_the_memory(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide ones are trained with fewer others beside them; one always is."""
     most: list[int] = []
-    real = step.take_step
+    real = step.take_steps
 
     def spy(groups: Any) -> Any:
         most.append(len(groups))
         return real(groups)
 
-    monkeypatch.setattr(fleet, "take_step", spy)
-    weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].trainable_parameters
+    monkeypatch.setattr(fleet, "take_steps", spy)
+    weights = trainer(causal, "[P*2] [X] [Y]", FACTS)[0].learner.trainable_parameters
     prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in range(5)]
     for room, expected in ((2.5, 2), (0.5, 1), (99, 5)):
         total = room * weights * fleet.BYTES_PER_WEIGHT / fleet.STATE_SHARE
@@ -176,18 +184,20 @@ def test_little_is_padded_and_a_shared_prefix_stays_shared(causal: Backbone, mon
     long = [trainer(causal, "[P] {x} [P] [Y]", TEXTS, seed=seed) for seed in range(2)]
     prefix = trainer(causal, "[P*50] [X] [Y]", FACTS)
     groups = [long[0], short[0], prefix, short[1], long[1], short[2]]
-    chunks = [chunk for one, items in groups for chunk in one.begin_step(items[:2])]
-    found = [[chunk.trainer for chunk in together] for together in step.joined(chunks)]
-    assert found == [[prefix[0]], [one for one, _ in short], [one for one, _ in long]]
+    chunks = [chunk for one, items in groups for chunk in step_of(one, items[:2]).chunks()]
+    found = [[chunk.learner for chunk in together] for together in step.joined(chunks)]
+    assert found == [[prefix[0].learner], [one.learner for one, _ in short], [one.learner for one, _ in long]]
 
 
 def test_one_prompts_bad_loss_does_not_end_the_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Trainer.note_loss
+    real = Learner.finish
 
-    def note(self: Trainer, value: torch.Tensor) -> None:
-        real(self, value * float("nan") if self.config.seed == 7 and self.state.step == 2 else value)
+    def finish(self: Learner, step: Step, losses: Sequence[torch.Tensor]) -> float:
+        return real(
+            self, step, [one * float("nan") for one in losses] if (self.config.seed, step.number) == (7, 2) else losses
+        )
 
-    monkeypatch.setattr(Trainer, "note_loss", note)
+    monkeypatch.setattr(Learner, "finish", finish)
     prompts = [FleetPrompt(f"seed-{n}", "[P*2] [X] [Y]", FACTS, config=replace(FAST, seed=n)) for n in (0, 7, 1)]
     told: dict[str, object] = {}
     found = train_fleet(prompts, backbone=causal, on_prompt=told.__setitem__)
@@ -212,7 +222,9 @@ def test_a_stopped_fleet_goes_on_exactly(
 ) -> None:
     """Invariant *Resume is exact*, in the middle of a fleet: equal bytes, and prompts end and begin in between."""
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
-    prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY]
+    prompts = [
+        replace(one, config=replace(one.settings, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY
+    ]
     whole = train_fleet(prompts, backbone=causal, out=tmp_path / "whole", at_once=3)
     with pytest.raises(Interrupted, match="prompts done"):
         train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, should_stop=after(stop))
@@ -248,7 +260,7 @@ def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Pat
     """Nothing of its checkpoint is gone on from, whatever the settings."""
     with pytest.raises(Interrupted):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, should_stop=after(2))
-    other = [replace(EVERY[0], config=replace(EVERY[0].config, lr=0.02))]
+    other = [replace(EVERY[0], config=replace(EVERY[0].settings, lr=0.02))]
     found = train_fleet(other, backbone=causal, out=tmp_path, overwrite=True)
     torch.testing.assert_close(vectors(found.results["plain"]), vectors(alone(other[0], causal)), rtol=0, atol=0)
 
@@ -277,7 +289,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.config, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
+        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
     subprocess.run([sys.executable, script, tmp_path / "whole"], check=True, timeout=300)

@@ -42,7 +42,7 @@ from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
 from ptuning.training.checkpoint import CHECKPOINT_FILE
-from ptuning.training.step import Chunk, measure_ceiling
+from ptuning.training.step import Chunk, Step, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
@@ -61,7 +61,7 @@ def make_trainer(backbone: Backbone, folder: Path | None = None, **settings: Any
 
 def fit(found: Trainer, *, stop_after: int | None = None, records: list[Record] | None = None) -> Trainer:
     """Train on a few facts, or stop after some steps."""
-    items = items_of(found.backbone, TEMPLATE, records or FACTS)
+    items = items_of(found.learner.backbone, TEMPLATE, records or FACTS)
     found.fit(items, items[:4], should_stop=None if stop_after is None else lambda: found.state.step >= stop_after)
     return found
 
@@ -116,7 +116,7 @@ def test_before_the_first_step_a_warm_prompt_is_the_manual_one(backbone: Backbon
     template = "[P:The capital of] [X] [P:is] [Y]"
     config = TrainConfig.from_json({"encoder": kind})
     filled = bound(backbone, template)
-    vectors = Trainer(backbone, filled, config=config).vectors()
+    vectors = Trainer(backbone, filled, config=config).learner.vectors()
     prompt = Prompt(filled.template, vectors, BackboneId.of(backbone))
     model = PromptModel(backbone)
     manual = model.target_logits(RECORDS, Prompt.manual("The capital of [X] is [Y]"))
@@ -129,22 +129,22 @@ def test_before_the_first_step_a_warm_prompt_is_the_manual_one(backbone: Backbon
 def test_one_step_with_every_encoder_and_start(causal: Backbone, kind: str, start: str) -> None:
     """Every value of these settings trains: after one small step every vector has moved, and is float32."""
     found = make_trainer(causal, encoder=kind, start=start, lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
-    before = found.vectors()
+    before = found.learner.vectors()
     fit(found)
-    moved = (found.vectors() - before).abs().amax(dim=-1)
+    moved = (found.learner.vectors() - before).abs().amax(dim=-1)
     assert found.state.step == 1
     assert (moved > 0).all()
-    assert found.vectors().dtype == torch.float32
+    assert found.learner.vectors().dtype == torch.float32
 
 
 def test_one_small_step_under_a_bfloat16_backbone(model_folder: Callable[[str], Path]) -> None:
     """Vectors are float32 under a bfloat16 backbone: in bfloat16 a step of 1e-4 would be lost."""
     backbone = load_backbone(str(model_folder("llama")), dtype="bfloat16", device="cpu")
     found = make_trainer(backbone, encoder="none", lr=1e-4, epochs=1, batch_size=16, warmup_fraction=0.0)
-    before = found.vectors()
+    before = found.learner.vectors()
     fit(found)
     assert found.best_vectors.dtype == torch.float32
-    assert ((found.vectors() - before).abs().amax(dim=-1) > 0).all()
+    assert ((found.learner.vectors() - before).abs().amax(dim=-1) > 0).all()
 
 
 def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_gradients_under_bfloat16(model_folder: Callable[[str], Path]) -> None:
     """Slots' gradients are finite and float32, and have the direction of those under a float32 backbone."""
     folder = str(model_folder("llama"))
     whole, half = (load_backbone(folder, dtype=kind, device="cpu") for kind in ("float32", "bfloat16"))
-    start = make_trainer(whole).vectors()
+    start = make_trainer(whole).learner.vectors()
     one, other = slot_gradient(whole, start), slot_gradient(half, start)
     assert other.dtype == torch.float32
     assert other.isfinite().all()
@@ -170,13 +170,13 @@ def test_gradients_under_bfloat16(model_folder: Callable[[str], Path]) -> None:
 
 def test_the_gradient_reaches_every_slot(backbone: Backbone) -> None:
     """Invariant *Loss position = scored position*: the loss reaches the slot in front of the target, too."""
-    gradient = slot_gradient(backbone, make_trainer(backbone).vectors())
+    gradient = slot_gradient(backbone, make_trainer(backbone).learner.vectors())
     assert (gradient.abs().amax(dim=-1) > 1e-6).all()
 
 
 def test_gradients_do_not_depend_on_checkpointing(causal: Backbone) -> None:
     """Checkpointing in transformers hooks into the embedding layer, and ready-made embeddings pass it by."""
-    start = make_trainer(causal).vectors()
+    start = make_trainer(causal).learner.vectors()
     one = slot_gradient(causal, start)
     enable = getattr(causal.model, "activation_checkpointing_enable", causal.model.gradient_checkpointing_enable)
     for reentrant in (True, False):
@@ -223,7 +223,7 @@ def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens:
     assert items[0].choices[0].own_tokens == tokens
     found = learn(backbone, template, items, enough=lambda found: found.state.best_score == 1.0)
     assert found.state.start["dev_score"] == 0.0
-    prompt = Prompt(found.bound.template, found.best_vectors, BackboneId.of(backbone))
+    prompt = Prompt(found.learner.bound.template, found.best_vectors, BackboneId.of(backbone))
     answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, max_tokens=tokens)[0]
     if backbone.kind == "causal":
         assert answer.text == target
@@ -239,7 +239,7 @@ def test_a_causal_prompt_learns_to_stop() -> None:
     answers: list[str] = []
 
     def enough(found: Trainer) -> bool:
-        prompt = Prompt(found.bound.template, found.vectors(), BackboneId.of(backbone))
+        prompt = Prompt(found.learner.bound.template, found.learner.vectors(), BackboneId.of(backbone))
         answers.append(PromptModel(backbone).predict([{"x": "Kenya"}], prompt)[0].text)
         return answers[-1] == "yes"
 
@@ -281,7 +281,7 @@ def test_resume_is_exact(causal: Backbone, tmp_path: Path, kind: str, dropout: f
     assert again.load()
     assert again.state.step == stop_after
     fit(again)
-    assert torch.equal(again.vectors(), whole.vectors())
+    assert torch.equal(again.learner.vectors(), whole.learner.vectors())
     assert torch.equal(again.best_vectors, whole.best_vectors)
     assert without_seconds(again) == without_seconds(whole)
     assert again.state.start == whole.state.start
@@ -305,7 +305,9 @@ def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -
 
 def test_dropout_changes_what_is_learned(causal: Backbone) -> None:
     """Invariant *Resume is exact* would hold for a dropout that is never on."""
-    assert not torch.equal(fit(make_trainer(causal, dropout=0.3)).vectors(), fit(make_trainer(causal)).vectors())
+    assert not torch.equal(
+        fit(make_trainer(causal, dropout=0.3)).learner.vectors(), fit(make_trainer(causal)).learner.vectors()
+    )
 
 
 def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,10 +411,10 @@ def test_checkpoints_inside_an_epoch(causal: Backbone, tmp_path: Path, monkeypat
 
 def test_same_seed_same_vectors(backbone: Backbone) -> None:
     """Invariant *Seeds are separate*: bit-equal, whatever the global generator did; another seed differs."""
-    one = fit(make_trainer(backbone, dropout=0.2)).vectors()
+    one = fit(make_trainer(backbone, dropout=0.2)).learner.vectors()
     torch.manual_seed(99)
-    assert torch.equal(fit(make_trainer(backbone, dropout=0.2)).vectors(), one)
-    assert not torch.equal(fit(make_trainer(backbone, dropout=0.2, seed=1)).vectors(), one)
+    assert torch.equal(fit(make_trainer(backbone, dropout=0.2)).learner.vectors(), one)
+    assert not torch.equal(fit(make_trainer(backbone, dropout=0.2, seed=1)).learner.vectors(), one)
 
 
 def test_training_leaves_the_global_generator_alone(causal: Backbone) -> None:
@@ -430,13 +432,13 @@ def test_the_length_of_the_template_leaves_the_data_order_unchanged(
     Every record comes once per epoch.
     """
     orders: list[list[str]] = []
-    real = Trainer.begin_step
+    real = Step.chunks
 
-    def spy(self: Trainer, group: list[Item]) -> list[Chunk]:
-        orders[-1].extend(names[id(item)] for item in group)
-        return real(self, group)
+    def spy(self: Step) -> list[Chunk]:
+        orders[-1].extend(names[id(item)] for item in self.items)
+        return real(self)
 
-    monkeypatch.setattr(Trainer, "begin_step", spy)
+    monkeypatch.setattr(Step, "chunks", spy)
     for template, settings in (
         ("[P] [X] [Y]", {}),
         ("[P*9] [X] [P:is] [Y]", {}),
@@ -475,7 +477,7 @@ def test_accumulation_does_not_change_the_loss(backbone: Backbone, settings: dic
     for one, other in zip(whole.state.history, parts.state.history, strict=True):
         assert math.isclose(one["train_loss"], other["train_loss"], abs_tol=1e-5)
         assert math.isclose(one["dev_loss"], other["dev_loss"], abs_tol=1e-5)
-    torch.testing.assert_close(whole.vectors(), parts.vectors(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.learner.vectors(), parts.learner.vectors(), atol=1e-5, rtol=0)
 
 
 def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
@@ -524,11 +526,11 @@ def test_two_processes_learn_what_one_learns(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = fit(make_trainer(causal, dropout=0.2)).vectors()
+    alone = fit(make_trainer(causal, dropout=0.2)).learner.vectors()
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.equal(*both)
     torch.testing.assert_close(both[0], alone, atol=1e-5, rtol=0)
-    assert float((alone - make_trainer(causal).vectors()).abs().max()) > 1e-3
+    assert float((alone - make_trainer(causal).learner.vectors()).abs().max()) > 1e-3
 
 
 def script_evaluations(monkeypatch: pytest.MonkeyPatch, found: Trainer, outcomes: list[tuple[float, float]]) -> None:
@@ -556,9 +558,9 @@ def test_the_choice_rule(
     """
     found = make_trainer(causal, epochs=3)
     script_evaluations(monkeypatch, found, outcomes)
-    vectors = [found.vectors()]
+    vectors = [found.learner.vectors()]
     items = items_of(causal, TEMPLATE, FACTS)
-    found.fit(items, items, report=lambda p: vectors.append(found.vectors()) if p.stage == "epoch" else None)
+    found.fit(items, items, report=lambda p: vectors.append(found.learner.vectors()) if p.stage == "epoch" else None)
     assert found.state.chosen_epoch == chosen
     assert (found.state.best_score, found.state.best_loss) == outcomes[chosen]
     assert torch.equal(found.best_vectors, vectors[chosen])
@@ -589,7 +591,7 @@ def test_a_loss_that_is_no_number(causal: Backbone) -> None:
     """Training stops at once, and says what may help."""
     found = make_trainer(causal)
     with torch.no_grad():
-        found.encoder.start.fill_(torch.nan)
+        found.learner.encoder.start.fill_(torch.nan)
     items = items_of(causal, TEMPLATE, FACTS)
     with pytest.raises(TrainingError, match=r"development loss became nan in epoch 0; use a lower learning rate"):
         found.fit(items, items)
@@ -601,8 +603,8 @@ def test_a_loss_that_is_no_number(causal: Backbone) -> None:
 def test_vectors_that_become_no_numbers_are_not_chosen(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that breaks the vectors at the end of an epoch is seen before they are saved."""
     found = make_trainer(causal, encoder="none", epochs=1, batch_size=7)
-    before = found.vectors()
-    monkeypatch.setattr(found.optimizer, "step", lambda: found.encoder.free.data.fill_(torch.inf))
+    before = found.learner.vectors()
+    monkeypatch.setattr(found.learner.optimizer, "step", lambda: found.learner.encoder.free.data.fill_(torch.inf))
     with pytest.raises(TrainingError, match=r"development loss became nan in epoch 1"):
         fit(found)
     assert torch.equal(found.best_vectors, before)
@@ -619,7 +621,7 @@ def test_dev_data_chooses_and_does_not_train(causal: Backbone) -> None:
     one, other = make_trainer(causal), make_trainer(causal)
     one.fit(items, items[:2])
     other.fit(items, items[5:])
-    assert torch.equal(one.vectors(), other.vectors())
+    assert torch.equal(one.learner.vectors(), other.learner.vectors())
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -639,10 +641,10 @@ def test_gradients_are_clipped(causal: Backbone, monkeypatch: pytest.MonkeyPatch
     found = make_trainer(causal, max_grad_norm=1e-3, encoder="none")
 
     def note() -> None:
-        assert found.encoder.free.grad is not None
-        norms.append(float(found.encoder.free.grad.norm()))
+        assert found.learner.encoder.free.grad is not None
+        norms.append(float(found.learner.encoder.free.grad.norm()))
 
-    monkeypatch.setattr(found.optimizer, "step", note)
+    monkeypatch.setattr(found.learner.optimizer, "step", note)
     fit(found)
     assert max(norms) <= 1e-3 * 1.001
 
@@ -710,12 +712,12 @@ def test_the_prefix_cache_changes_nothing_but_rounding(causal: Backbone, monkeyp
     kept, whole = fit_late(causal), fit_late(causal, cache_memory=0.0)
     assert kept.cached["tokens"] > 0
     assert not any(whole.cached.values())
-    assert not torch.equal(kept.vectors(), kept.encoder.start)
-    torch.testing.assert_close(kept.vectors(), whole.vectors(), rtol=0, atol=1e-4)
+    assert not torch.equal(kept.learner.vectors(), kept.learner.encoder.start)
+    torch.testing.assert_close(kept.learner.vectors(), whole.learner.vectors(), rtol=0, atol=1e-4)
     assert [row["dev_loss"] for row in kept.state.history] == pytest.approx(
         [row["dev_loss"] for row in whole.state.history], abs=1e-4
     )
-    assert not kept.prefix_cache.is_used  # and nothing is kept beyond the run
+    assert not kept.learner.prefix_cache.is_used  # and nothing is kept beyond the run
 
 
 def test_resume_with_a_prefix_cache_is_exact(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -752,7 +754,7 @@ def test_stops_between_passes_that_fill_the_prefix_cache(
         found.fit(items, items[:4], should_stop=lambda: next(asked))
     assert passes == [1, 1, 1]
     assert (tmp_path / CHECKPOINT_FILE).is_file()
-    assert not found.prefix_cache.tokens
+    assert not found.learner.prefix_cache.tokens
     monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
@@ -782,10 +784,10 @@ def test_dropout_is_the_backbones_own_where_it_learns(
 
     monkeypatch.setattr(steps, "target_logits", watch)
     found = fit(make_trainer(masked, tune=tune, epochs=1))
-    assert set(seen) == {(tune != "frozen", len(found.weights))}
-    assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.weights)
-    assert (found.backbone is masked) == (tune == "frozen")
-    assert not any(one.training for one in found.backbone.model.modules())
+    assert set(seen) == {(tune != "frozen", len(found.learner.weights))}
+    assert {"frozen": 0, "tuned": len(list(masked.model.parameters()))}.get(tune, 26) == len(found.learner.weights)
+    assert (found.learner.backbone is masked) == (tune == "frozen")
+    assert not any(one.training for one in found.learner.backbone.model.modules())
 
 
 @pytest.mark.parametrize("tune", ["tuned", "lora"])
@@ -798,9 +800,9 @@ def test_the_backbone_learns_at_a_rate_of_its_own(causal: Backbone, tune: str) -
         "weight_decay": 0.75,
     }
     found = make_trainer(causal, tune=tune, **settings)
-    groups = [(group["lr"], group["weight_decay"]) for group in found.optimizer.param_groups]
+    groups = [(group["lr"], group["weight_decay"]) for group in found.learner.optimizer.param_groups]
     assert groups == [(0.01, 0.75), *([(0.25, 0.125), (0.25, 0.0)] if tune == "tuned" else [(0.5, 0.0)])]
-    assert all(weight.ndim > 1 for weight in found.optimizer.param_groups[1]["params"])
+    assert all(weight.ndim > 1 for weight in found.learner.optimizer.param_groups[1]["params"])
 
 
 def test_large_checkpoints_are_written_less_often(causal: Backbone) -> None:

@@ -43,8 +43,7 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output has gone, as in "| head"
         sys.exit(1)
     except OSError as error:
-        # A file or a disk behind the output, in a place where no module expects trouble. What is still to be written
-        # goes nowhere: Python would try once more at its end, and fail with a code of its own.
+        # Python would try to write the rest of the output once more at its end, and fail with another exit code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
 
@@ -95,7 +94,6 @@ GROUPS: Mapping[str, str] = {
 
 
 def _app() -> typer.Typer:
-    """Return the command line with all its commands."""
     app = typer.Typer(
         cls=_Group,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ptuning.backbone import sources
-from ptuning.backbone.families import COLUMNS, TESTED, Family, families
+from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
 from ptuning.cli.options import BackboneOption, JsonOption
 from ptuning.errors import RecordError
@@ -36,19 +34,15 @@ def data(
     from ptuning.data.reading import load_records, shipped_facts
 
     if name is None:
-        show_facts(shipped_facts())
+        _show_facts(shipped_facts())
         return
     for row in load_records(name if ":" in name else f"{name}:{split}"):
         typer.echo(json.dumps(dict(row), ensure_ascii=False))
 
 
-def show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
-    """Print the shipped facts."""
+def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
     terminal.heading("shipped facts; NAME:train, NAME:dev and NAME:test work wherever a data file does")
-    # As narrow as it can be: the manual templates are for copying and should not be wrapped at 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("name", "records", "manual template (--manual)", "--about"):
-        table.add_column(name)
+    table = terminal.table("name", "records", "manual template (--manual)", "--about", narrow=True)
     for name, entry in known.items():
         rows = cast("Mapping[str, int]", entry["rows"])
         counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
@@ -82,32 +76,20 @@ def show_template(
         from ptuning.template.fill import BoundTemplate
 
         tokenizer, kind = load_tokenizer(name)
-    show_positions(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
+    _show_positions(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
 
 
-def show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
-    """Print each position of a filled template."""
-    rows = [
-        (index, part, token, None if token is None else tokenizer.token(token))
-        for index, (part, token) in enumerate(positions)
-    ]
+def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
+    texts = [None if token is None else tokenizer.token(token) for _, token in positions]
+    rows = [(index, *position, text) for index, (position, text) in enumerate(zip(positions, texts, strict=True))]
     if as_json:
-        terminal.print_json(
-            [{"position": index, "part": part, "token_id": token, "token": text} for index, part, token, text in rows]
-        )
+        terminal.print_json([dict(zip(("position", "part", "token_id", "token"), row, strict=True)) for row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("position", "part", "id", "token"):
-        table.add_column(name)
+    table = terminal.table("position", "part", "id", "token")
     for index, part, token, text in rows:
         shown = "random start" if text is None else terminal.quoted(text) + (" (start)" if part == "slot" else "")
-        table.add_row(
-            str(index),
-            escape(part),
-            "" if token is None else str(token),
-            escape(shown),
-            style={"slot": "green", "target": "bold"}.get(part, ""),
-        )
+        style = {"slot": "green", "target": "bold"}.get(part, "")
+        table.add_row(str(index), escape(part), "" if token is None else str(token), escape(shown), style=style)
     terminal.results().print(table)
 
 
@@ -116,19 +98,13 @@ def backbones(as_json: JsonOption = False) -> None:
 
     Example: ptuning backbones --json
     """
-    show_families(families(), as_json=as_json)
-
-
-def show_families(rows: Sequence[Family], *, as_json: bool) -> None:
-    """Print the table of backbones."""
+    rows = families()
     if as_json:
         listed: list[dict[str, Json]] = [{**row.to_json(), "tested": [*TESTED]} for row in rows]
         terminal.print_json(listed)
         return
     terminal.heading(f"families that the tests run ({', '.join(TESTED)}); any other works, or is refused with a reason")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in SHOWN_COLUMNS:
-        table.add_column(name)
+    table = terminal.table(*SHOWN_COLUMNS, narrow=True)
     for row in rows:
         table.add_row(*(escape(cell) for name, cell in zip(COLUMNS, row.cells, strict=True) if name in SHOWN_COLUMNS))
     terminal.results().print(table)

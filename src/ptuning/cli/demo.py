@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load
@@ -52,17 +50,13 @@ def demo(
 def show(result: DemoResult) -> None:
     """Print what the demo found."""
     terminal.heading(f"country -> capital: exact match on {result.scores['manual'].n} test countries")
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("method", "prompt", "exact match  [95 % interval]"):
-        table.add_column(name)
+    table = terminal.table("method", "prompt", "exact match  [95 % interval]")
     for name, score in result.scores.items():
         style = terminal.mark(name == "p-tuning")
         table.add_row(name, escape(result.described[name]), escape(terminal.interval(score)), style=style)
     terminal.results().print(table)
     terminal.heading("five of them")
-    shown = Table(box=box.SIMPLE_HEAD)
-    for name in ("country", "capital", "manual prompt says", "learned prompt says"):
-        shown.add_column(name)
+    shown = terminal.table("country", "capital", "manual prompt says", "learned prompt says")
     for answer in result.answers:
         texts = (answer.subject, answer.target, answer.before, answer.after)
         shown.add_row(*(escape(terminal.visible(text)) for text in texts))

@@ -10,66 +10,18 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, task_of, template_of, training_parts
-from ptuning.cli.options import (
-    SETTINGS,
-    AboutOption,
-    BackboneLrOption,
-    BackboneOption,
-    BatchSizeOption,
-    CacheMemoryOption,
-    CalibrateOption,
-    DeviceOption,
-    DevOption,
-    DtypeOption,
-    EncoderOption,
-    EpochsOption,
-    FieldOption,
-    JsonOption,
-    KeepOption,
-    LabelsOption,
-    LrOption,
-    ManualOption,
-    PatternOption,
-    SeedOption,
-    SetOption,
-    StartsOption,
-    TaskOption,
-    TemplateOption,
-    TrainOption,
-    TuneOption,
-    config_of,
-    tune_options,
-)
+from ptuning.cli.inputs import load, training_spec
+from ptuning.cli.options import Asked, BackboneOption, DeviceOption, DtypeOption, JsonOption, takes, training
 
 if TYPE_CHECKING:
     from ptuning.training.estimate import Forecast
 
 
+@takes(training)
 def estimate(
-    data: TrainOption,
-    template: TemplateOption = None,
-    manual: ManualOption = None,
-    about: AboutOption = None,
-    task: TaskOption = None,
-    pattern: PatternOption = None,
-    dev: DevOption = None,
-    backbone: BackboneOption = None,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    batch_size: BatchSizeOption = SETTINGS.batch_size,
-    lr: LrOption = SETTINGS.lr,
-    tune: TuneOption = SETTINGS.tune,
-    backbone_lr: BackboneLrOption = None,
-    keep: KeepOption = SETTINGS.keep,
-    starts: StartsOption = SETTINGS.starts,
-    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
-    seed: SeedOption = SETTINGS.seed,
-    labels: LabelsOption = None,
-    calibrate: CalibrateOption = None,
-    set_: SetOption = None,
-    field: FieldOption = None,
+    asked: Asked,
     as_json: JsonOption = False,
+    backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -77,27 +29,12 @@ def estimate(
 
     Example: ptuning estimate --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]"
     """
-    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"cache_memory": cache_memory}
-    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    asked = task_of(task)
-    parsed = template_of(asked, template, manual, about, pattern)
-    rows, dev_rows = training_parts(data, dev, field, asked)
+    spec = training_spec(asked)
     loaded = load(backbone, dtype=dtype, device=device)
     with terminal.bar() as report:
-        from ptuning.training.estimate import estimate as forecast
+        from ptuning.training.estimate import estimate_spec
 
-        found = forecast(
-            parsed,
-            rows,
-            backbone=loaded,
-            dev=dev_rows,
-            config=config,
-            labels=labels,
-            task=asked,
-            calibrate=calibrate,
-            report=report,
-        )
+        found = estimate_spec(spec, loaded, report=report)
     show(found, as_json=as_json)
 
 

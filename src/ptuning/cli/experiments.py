@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import (
@@ -45,37 +43,30 @@ else:
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
 
-OutOption = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")]
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts: its release, or a folder per relation.")]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
-MethodsOption = Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")]
-SeedsOption = Annotated[int, typer.Option(metavar="N", help="Trainings with different seeds.", min=1)]
-TriesOption = Annotated[int, typer.Option(metavar="N", help="Settings each trained method tries.", min=1)]
-TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
 VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", help="Closed set of answers.")]
-EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")]
-SeedOption = Annotated[int, typer.Option(metavar="N", help="The first seed.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split of relations in one file.")]
 
 
 @contextmanager
 def _planned(
-    out: OutOption,
-    methods: MethodsOption = None,
-    seeds: SeedsOption = 1,
-    tries: TriesOption = 1,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")],
+    methods: Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Trainings with different seeds.", min=1)] = 1,
+    tries: Annotated[int, typer.Option(metavar="N", help="Settings each trained method tries.", min=1)] = 1,
     starts: StartsOption = SETTINGS.starts,
     control: ControlOption = None,
     encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    seed: SeedOption = SETTINGS.seed,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")] = SETTINGS.epochs,
+    seed: Annotated[int, typer.Option(metavar="N", help="The first seed.")] = SETTINGS.seed,
     set_: SetOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
     backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",
@@ -113,10 +104,8 @@ def _planned(
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:
-    """Return a decorator for a command that takes a plan: it adds the options of :func:`_planned` and prints results.
-
-    Args:
-        **defaults: Defaults of these options that differ from the others' ones.
+    """Return a decorator for a command that takes a plan: it adds the options of :func:`_planned`, with other defaults
+    where they are given, and prints results.
     """
 
     def decorate(command: Callable[..., Results]) -> Callable[..., None]:
@@ -289,22 +278,20 @@ def show_cell(result: CellResult, number: int, total: int) -> None:
         terminal.say(f"{where}failed: {result.error}")
         return
     name = result.primary
-    terminal.say(
-        f"{where}{called(name)} {terminal.interval(result.score(name))}, n = {result.n}, {result.seconds:.0f} s"
-    )
+    score = terminal.interval(result.score(name))
+    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s")
 
 
 def show_estimates(found: Sequence[CellEstimate]) -> None:
-    """Print the cells of a dry run with the time they will take, one line per method, and the sum."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("method", "cells", "finished", "estimated time"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    """Print the cells of a dry run with their estimated times, one line per method, and the sum."""
+    table = terminal.table("method")
+    for name in ("cells", "finished", "estimated time"):
+        table.add_column(name, justify="right")
     left = [one for one in found if not one.is_finished]
     for method in dict.fromkeys(one.cell.method for one in found):
         own = [one for one in found if one.cell.method == method]
-        finished = sum(one.is_finished for one in own)
-        time = _time([one for one in own if not one.is_finished])
-        table.add_row(escape(method), str(len(own)), str(finished), time)
+        waiting = [one for one in own if not one.is_finished]
+        table.add_row(escape(method), str(len(own)), str(len(own) - len(waiting)), _time(waiting))
     terminal.results().print(table)
     for one in found:
         time = "finished" if one.is_finished else _time([one])
@@ -315,7 +302,6 @@ def show_estimates(found: Sequence[CellEstimate]) -> None:
 
 
 def _time(cells: Sequence[CellEstimate]) -> str:
-    """Return the estimated time of cells that are to be run."""
     known = [one.seconds for one in cells if one.seconds is not None]
     if len(known) == len(cells):
         return terminal.duration(sum(known))
@@ -349,8 +335,7 @@ def _table(rows: Mapping[str, Scores], title: str) -> None:
     terminal.heading(title)
     present = in_order(name for scores in rows.values() for name in scores)
     first, names = present[0], _columns(present, rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("method")
+    table = terminal.table("method")
     for name in names:
         table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
     # Beside two scores with their intervals there is no room for more.
@@ -364,12 +349,12 @@ def _table(rows: Mapping[str, Scores], title: str) -> None:
         main = scores[first]
         if spread:
             cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
-        table.add_row(escape(method), *cells, str(main.n), style="bold green" if main.value == best else "")
+        table.add_row(escape(method), *cells, str(main.n), style=terminal.mark(main.value == best))
     terminal.results().print(table)
 
 
 def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
-    """Return means over tasks without a metric that all of them happen to have, which the mean score counts already."""
+    """Return means over tasks without metrics that the mean score counts already."""
     return {
         method: {name: value for name, value in scores.items() if name == TASK_SCORE or TASK_SCORE not in scores}
         for method, scores in rows.items()
@@ -377,8 +362,8 @@ def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
-    """Return the scores that a table shows, so that a row fits into 80 columns: P@10 is for the report, and one column
-    is enough where P@1 is exact match. Of a task's own metrics and their mean the metrics are shown, if they fit.
+    """Return the scores that a table shows, so that a row fits into 80 columns. One column is enough where P@1 is exact
+    match. A task's own metrics are shown if they fit, and their mean otherwise.
     """
     if present[0] == TASK_SCORE:
         return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]

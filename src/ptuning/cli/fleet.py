@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ptuning.files import Json
     from ptuning.training.fleet_file import FleetEntry, FleetFile
     from ptuning.training.run import TrainResult
-    from ptuning.training.train_fleet import FleetPrompt, FleetResult
+    from ptuning.training.spec import FleetPrompt
+    from ptuning.training.train_fleet import FleetResult
 
 
 def fleet(
@@ -88,37 +89,21 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
 
 def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
     from ptuning.template.labels import LabelWords
-    from ptuning.training.train_fleet import FleetPrompt
+    from ptuning.training.spec import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)
-    config = TrainConfig.from_json(entry.settings)
-    task = inputs.task_of(given.get("task"))
-    template = inputs.template_of(
-        task, *(given.get(name) for name in ("template", "manual", "about", "pattern")), option=""
-    )
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
+    labels = given.get("labels")
+    labels = LabelWords(labels) if isinstance(labels, dict) else labels
+    asked = options.Asked({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
 
-    def once(source: str, name: str, reader: Callable[[], Any]) -> Any:
-        key = (source, tuple(renamed), given.get("task"), name)
+    def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
+        key = (*part, tuple(renamed), given.get("task"))
         if key not in read:
             read[key] = reader()
         return read[key]
 
-    def part(source: str, name: str) -> Any:
-        return once(source, name, lambda: inputs.data_of(source, renamed, task, part=name))
-
-    data = given["data"]
-    dev = part(given["dev"], "dev") if "dev" in given else once(data, "beside", lambda: inputs.dev_part(data, task))
-    return FleetPrompt(
-        entry.name,
-        template,
-        part(data, "train"),
-        dev=dev,
-        config=config,
-        labels=LabelWords(labels) if isinstance(labels := given.get("labels"), dict) else labels,
-        task=task,
-        calibrate=given.get("calibrate"),
-    )
+    return FleetPrompt(entry.name, **vars(inputs.training_spec(asked, option="", once=once)))
 
 
 def show_prompt(name: str, outcome: TrainResult | Exception) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.options import fields_of
+from ptuning.cli.options import Asked, fields_of
 from ptuning.errors import ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
+    from ptuning.training.spec import TrainSpec
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
@@ -45,9 +46,7 @@ def task_of(name: str | None) -> TaskFile | None:
 def data_of(
     source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
 ) -> Records | Questions:
-    """Read data: a file or shipped facts; with a task one of its files, a folder (of which ``part`` is taken), or a
-    part of a folder as ``DIR:PART``.
-    """
+    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``."""
     if task is None:
         return records_of(source, field)
     if field:
@@ -83,34 +82,60 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
     return task.read(path)
 
 
-def training_parts(
-    data: str, dev: str | None, field: Sequence[str] | None, task: TaskFile | None
-) -> tuple[Records | Questions, Records | Questions | None]:
-    """Read what is learned from, and what is chosen by: what is named, or what stands beside a task's training part."""
-    train = data_of(data, field, task, part="train")
-    return train, data_of(dev, field, task, part="dev") if dev is not None else dev_part(data, task)
+def training_spec(
+    asked: Asked,
+    *,
+    option: str = "--",
+    once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),
+) -> TrainSpec:
+    """Read the task, the template and the data of one training.
+
+    Args:
+        asked: What it is asked for.
+        option: Prefix of the names of inputs, in messages.
+        once: Called with a source and its part, and with what reads it; may return what was read before.
+    """
+    from ptuning.training.spec import TrainSpec
+
+    given = asked.inputs
+    data, dev, field = given["data"], given.get("dev"), given.get("field")
+    task = task_of(given.get("task"))
+    named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
+    template = template_of(task, *named, option=option)
+    train_rows = once((data, "train"), lambda: data_of(data, field, task, part="train"))
+    if dev is None:
+        dev_rows = once((data, "beside"), lambda: dev_part(data, task))
+    else:
+        dev_rows = once((dev, "dev"), lambda: data_of(dev, field, task, part="dev"))
+    return TrainSpec(
+        template,
+        train_rows,
+        dev=dev_rows,
+        config=asked.config,
+        labels=given.get("labels"),
+        task=task,
+        calibrate=given.get("calibrate"),
+    )
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
-    Leave out a part of it if asked to.
 
-    A task that is given goes in front of the one that the prompt was made for.
+    The given task comes before the prompt's own. The part named by ``without`` is left out.
     """
     with terminal.waiting("starting"):
         from ptuning.prompt.prompt import Prompt
 
-    if source.startswith("manual:"):
-        template = source.removeprefix("manual:").strip()
-        numbered = task is not None and (not template or template.isdecimal())
-        if task is not None and numbered:
-            found = Prompt.manual(pattern_of(task.manual, task, int(template or 1)), task=task)
-        else:
-            found = Prompt.manual(source.removeprefix("manual:").lstrip(), task=task)
-        return found if without is None else found.without(without)
-    found = Prompt.load(source)
+    is_manual = source.startswith("manual:")
+    if is_manual:
+        template = source.removeprefix("manual:").lstrip()
+        is_number = not template or template.strip().isdecimal()
+        given = pattern_of(task.manual, task, int(template or 1)) if task is not None and is_number else template
+        found = Prompt.manual(given, task=task)
+    else:
+        found = Prompt.load(source)
     found = found if without is None else found.without(without)
-    if task is None:
+    if task is None or is_manual:
         return found
     if found.task is not None and found.task.name != task.name:
         raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
@@ -135,13 +160,7 @@ def template_of(
 ) -> Template:
     """Return the template to learn: the one that is given, one made of a manual one, or a task's by its number.
 
-    Args:
-        task: The task that is asked for, if any.
-        template: A template with slots.
-        manual: A manual template.
-        about: With ``manual``: what is asked for.
-        pattern: Number of the task's template, from 1.
-        option: What stands in front of the names of what is given, in messages.
+    In messages ``option`` comes before the names of these.
 
     Raises:
         ConfigError: If these do not go together.
@@ -168,7 +187,7 @@ def template_of(
 def data_to_answer(
     prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
 ) -> Records | Questions:
-    """Read what is to be answered: a text, data, or the standard input; by the prompt's task where it has one."""
+    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
     from ptuning.data.reading import raw_rows, read_rows
     from ptuning.records import Records
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -55,28 +58,78 @@ PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
 WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
-# Of a training run.
-TrainOption = Annotated[
-    str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")
-]
-DevOption = Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")]
-TemplateOption = Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')]
-ManualOption = Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")]
-AboutOption = Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")]
-PatternOption = Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")]
-LabelsOption = Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')]
 EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
-EpochsOption = Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")]
-BatchSizeOption = Annotated[int, typer.Option(metavar="N", help="Records per pass.")]
-LrOption = Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")]
-TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")]
-BackboneLrOption = Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")]
-KeepOption = Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
-CacheMemoryOption = Annotated[
-    float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
-]
-SeedOption = Annotated[int, typer.Option(metavar="N", help="Of everything random.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one training is asked for, before anything is read.
+
+    Args:
+        inputs: ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``calibrate``
+            and ``field``, as given; one that is None or missing was not given.
+        config: The settings.
+    """
+
+    inputs: Mapping[str, Any]
+    config: TrainConfig
+
+
+def training(
+    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")],
+    template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
+    manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
+    about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
+    task: TaskOption = None,
+    pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
+    dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
+    encoder: EncoderOption = SETTINGS.encoder,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
+    lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
+    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
+    starts: StartsOption = SETTINGS.starts,
+    cache_memory: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
+    ] = SETTINGS.cache_memory,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
+    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    calibrate: CalibrateOption = None,
+    set_: SetOption = None,
+    field: FieldOption = None,
+) -> Asked:
+    """Return what the options of a training ask for; for :func:`takes`."""
+    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
+    config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
+    named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
+    return Asked({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+
+
+def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that are the parameters of a function, and what that returns as its first argument.
+
+    Args:
+        options: Such as :func:`training`.
+    """
+    shared = inspect.signature(options, eval_str=True).parameters
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        every = sorted([*shared.values(), *own], key=lambda one: one.default is not one.empty)
+
+        @functools.wraps(command)
+        def run(**given: object) -> None:
+            asked = options(**{name: given.pop(name) for name in shared})
+            command(asked, **given)
+
+        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in every}
+        return run
+
+    return decorated
 
 
 def command_line() -> str:
@@ -97,7 +150,7 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
 
 
 def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
-    """Return the settings of what is trained besides the slots; each way to train has a learning rate of its own."""
+    """Return the settings of what is trained besides the slots; each way to train has its own learning rate."""
     if backbone_lr is None:
         return {"tune": tune, "keep": keep}
     if tune == "frozen":
@@ -128,11 +181,7 @@ def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool)
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
-    """Read texts of the form ``NAME=VALUE``.
-
-    Raises:
-        ConfigError: If one is not of that form; says what was ``expected``.
-    """
+    """Read texts of the form ``NAME=VALUE``; an error says what was ``expected``."""
     found = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -143,12 +192,7 @@ def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:
 
 
 def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
-    """Return the error for an option of the command line that does not exist.
-
-    Args:
-        name: The option as written.
-        options: Those that exist; where ``--set`` is among them, settings without an option are suggested, too.
-    """
+    """Return the error for an option that does not exist. If ``--set`` exists, settings are suggested, too."""
     dashed = [option for option in options if option.startswith("-")]
     settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
     hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)

@@ -8,28 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from ptuning.cli import terminal
+from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
-from ptuning.cli.options import (
-    BackboneOption,
-    CalibrateOption,
-    CandidatesOption,
-    DeviceOption,
-    DtypeOption,
-    FieldOption,
-    ForceOption,
-    JsonOption,
-    NormaliseOption,
-    PromptArgument,
-    TaskOption,
-    WithoutOption,
-    check_calibrate,
-    normalise_of,
-)
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
 from ptuning.provenance import described
@@ -50,19 +32,19 @@ SHOWN_NEIGHBOURS = 3
 
 
 def evaluate(
-    prompt: PromptArgument,
+    prompt: options.PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
-    candidates: CandidatesOption = None,
-    task: TaskOption = None,
-    calibrate: CalibrateOption = None,
-    normalise: NormaliseOption = None,
-    backbone: BackboneOption = None,
-    field: FieldOption = None,
-    without: WithoutOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    candidates: options.CandidatesOption = None,
+    task: options.TaskOption = None,
+    calibrate: options.CalibrateOption = None,
+    normalise: options.NormaliseOption = None,
+    backbone: options.BackboneOption = None,
+    field: options.FieldOption = None,
+    without: options.WithoutOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
 ) -> None:
     """Score a prompt on records, with 95 % intervals.
 
@@ -74,8 +56,8 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
-    check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
+    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = options.normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -90,22 +72,22 @@ def evaluate(
 
 
 def predict(
-    prompt: PromptArgument,
+    prompt: options.PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
-    candidates: CandidatesOption = None,
+    candidates: options.CandidatesOption = None,
     top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
-    task: TaskOption = None,
-    calibrate: CalibrateOption = None,
-    normalise: NormaliseOption = None,
-    backbone: BackboneOption = None,
-    field: FieldOption = None,
-    without: WithoutOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    task: options.TaskOption = None,
+    calibrate: options.CalibrateOption = None,
+    normalise: options.NormaliseOption = None,
+    backbone: options.BackboneOption = None,
+    field: options.FieldOption = None,
+    without: options.WithoutOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
 ) -> None:
     """Answer a text or records; with --json one object per line.
 
@@ -115,10 +97,10 @@ def predict(
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
-    check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
-    how = normalise_of(normalise, closed=closed)
+    how = options.normalise_of(normalise, closed=closed)
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
@@ -139,14 +121,14 @@ def predict(
 
 
 def inspect(
-    prompt: PromptArgument,
+    prompt: options.PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
-    backbone: BackboneOption = None,
-    field: FieldOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    backbone: options.BackboneOption = None,
+    field: options.FieldOption = None,
+    force: options.ForceOption = False,
+    as_json: options.JsonOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
 ) -> None:
     """Look inside a prompt: the tokens nearest to each slot, and (with --data) whether they mean anything.
 
@@ -163,20 +145,11 @@ def inspect(
 
 
 def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
-    """Print scores with their intervals."""
     if as_json:
-        terminal.print_json(
-            {
-                "prompt": name,
-                "data": described(data),
-                **found.to_json(),
-            }
-        )
+        terminal.print_json({"prompt": name, "data": described(data), **found.to_json()})
         return
     terminal.heading(f"{name} on {data.name}, n = {len(data)}")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("score")
-    table.add_column("value  [95 % interval]")
+    table = terminal.table("score", "value  [95 % interval]")
     for metric, score in found.scores.items():
         table.add_row(called(metric), escape(terminal.interval(score)))
     terminal.results().print(table)
@@ -200,14 +173,11 @@ def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bo
 
 
 def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
-    """Print the nearest tokens of each slot."""
     if as_json:
         terminal.print_json({"template": str(prompt.template), **found.to_json()})
         return
     terminal.heading(str(prompt.template))
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("slot", "started at", "norm", "nearest by cosine", "nearest by distance"):
-        table.add_column(name)
+    table = terminal.table("slot", "started at", "norm", "nearest by cosine", "nearest by distance")
     for index, view in enumerate(found.slots):
         start = "random" if view.start is None else terminal.quoted(view.start)
         table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
@@ -33,7 +30,11 @@ def list_tasks() -> None:
     """
     from ptuning.data.task_files import shipped_tasks
 
-    show_list(shipped_tasks())
+    terminal.heading("shipped tasks; --task NAME, or --task FILE for one of your own")
+    table = terminal.table("name", "answers", "what is asked", narrow=True)
+    for one in shipped_tasks():
+        table.add_row(one.name, one.answer_space.described, escape(one.about))
+    terminal.results().print(table)
 
 
 def show_task(task: TaskArgument) -> None:
@@ -43,7 +44,13 @@ def show_task(task: TaskArgument) -> None:
     """
     from ptuning.data.task_files import load_task
 
-    show_file(load_task(task))
+    found = load_task(task)
+    terminal.heading(f"{found.name}, version {found.version}: {found.about}")
+    for number, (manual, learned) in enumerate(zip(found.manual, found.learned, strict=True), start=1):
+        terminal.line(f"pattern {number}  manual   {manual}")
+        terminal.line(f"           learned  {learned}")
+    terminal.line("")
+    terminal.line(found.text.strip())
 
 
 def check_task(
@@ -83,32 +90,10 @@ def check_task(
     terminal.line(f"fine with the tokenizer of {name}")
 
 
-def show_list(found: Sequence[TaskFile]) -> None:
-    """Print the shipped tasks."""
-    terminal.heading("shipped tasks; --task NAME, or --task FILE for one of your own")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("name", "answers", "what is asked"):
-        table.add_column(name)
-    for one in found:
-        table.add_row(one.name, one.answer_space.described, escape(one.about))
-    terminal.results().print(table)
-
-
-def show_file(found: TaskFile) -> None:
-    """Print a task: its templates, and its file as a model for another."""
-    terminal.heading(f"{found.name}, version {found.version}: {found.about}")
-    for number, (manual, learned) in enumerate(zip(found.manual, found.learned, strict=True), start=1):
-        terminal.line(f"pattern {number}  manual   {manual}")
-        terminal.line(f"           learned  {learned}")
-    terminal.line("")
-    terminal.line(found.text.strip())
-
-
 def show_findings(found: TaskFile, checked: Findings) -> None:
     """Print the facts and doubts of a check; its problems are in the error."""
-    terminal.heading(
-        f"{found.name}, version {found.version}: {found.answer_space.described}, {len(found.manual)} patterns"
-    )
+    what = found.answer_space.described
+    terminal.heading(f"{found.name}, version {found.version}: {what}, {len(found.manual)} patterns")
     for fact in checked.facts:
         terminal.line(f"  {fact}")
     for doubt in checked.doubts:

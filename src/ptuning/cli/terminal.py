@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from ptuning.backbone import sources
 
@@ -62,7 +64,7 @@ def waiting(text: str) -> Iterator[None]:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Show that a backbone is loaded, and say so where it is converted first, which takes longer."""
+    """Show that a backbone is loaded; if it is converted first, which takes longer, say so."""
     text = f"loading {name}"
     if name in sources.KNOWN and not sources.is_cached(name):
         text = f"converting {name} for the first time, about 20 seconds"
@@ -77,9 +79,13 @@ def bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    def say_epoch(progress: Progress) -> None:
+        if progress.stage == "epoch":
+            say(f"epoch {progress.done}/{progress.total}: {progress.note}")
+
     console = _errors()
     if not console.is_terminal:
-        yield lambda progress: _say_epoch(progress) if progress.stage == "epoch" else None
+        yield say_epoch
         return
     fields = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note")]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], TimeRemainingColumn())
@@ -90,7 +96,7 @@ def bar() -> Iterator[Callable[[Progress], None]]:
 
         def report(progress: Progress) -> None:
             if progress.stage == "epoch":
-                _say_epoch(progress)
+                say_epoch(progress)
                 return
             live.update(
                 tasks[progress.stage],
@@ -103,10 +109,6 @@ def bar() -> Iterator[Callable[[Progress], None]]:
             live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
 
         yield report
-
-
-def _say_epoch(progress: Progress) -> None:
-    say(f"epoch {progress.done}/{progress.total}: {progress.note}")
 
 
 def program() -> str:
@@ -135,6 +137,14 @@ def _errors() -> Console:
 def results() -> Console:
     """The one console of the standard output; a script that draws it may record what it prints."""
     return Console(highlight=False, emoji=False)
+
+
+def table(*columns: str, narrow: bool = False) -> Table:
+    """Return an empty table; a ``narrow`` one leaves room for long texts that should not be wrapped at 80 columns."""
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1), show_edge=not narrow)
+    for name in columns:
+        found.add_column(name)
+    return found
 
 
 def heading(text: str) -> None:

@@ -12,37 +12,8 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, task_of, template_of, training_parts
-from ptuning.cli.options import (
-    SETTINGS,
-    AboutOption,
-    BackboneLrOption,
-    BackboneOption,
-    BatchSizeOption,
-    CacheMemoryOption,
-    CalibrateOption,
-    DeviceOption,
-    DevOption,
-    DtypeOption,
-    EncoderOption,
-    EpochsOption,
-    FieldOption,
-    KeepOption,
-    LabelsOption,
-    LrOption,
-    ManualOption,
-    PatternOption,
-    SeedOption,
-    SetOption,
-    StartsOption,
-    TaskOption,
-    TemplateOption,
-    TrainOption,
-    TuneOption,
-    command_line,
-    config_of,
-    tune_options,
-)
+from ptuning.cli.inputs import load, training_spec
+from ptuning.cli.options import Asked, BackboneOption, DeviceOption, DtypeOption, command_line, takes, training
 from ptuning.cli.signals import stoppable
 
 if TYPE_CHECKING:
@@ -50,33 +21,14 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
 
 
+@takes(training)
 def train(
-    data: TrainOption,
+    asked: Asked,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
-    template: TemplateOption = None,
-    manual: ManualOption = None,
-    about: AboutOption = None,
-    task: TaskOption = None,
-    pattern: PatternOption = None,
-    dev: DevOption = None,
-    backbone: BackboneOption = None,
-    encoder: EncoderOption = SETTINGS.encoder,
-    epochs: EpochsOption = SETTINGS.epochs,
-    batch_size: BatchSizeOption = SETTINGS.batch_size,
-    lr: LrOption = SETTINGS.lr,
-    tune: TuneOption = SETTINGS.tune,
-    backbone_lr: BackboneLrOption = None,
-    keep: KeepOption = SETTINGS.keep,
-    starts: StartsOption = SETTINGS.starts,
-    cache_memory: CacheMemoryOption = SETTINGS.cache_memory,
-    seed: SeedOption = SETTINGS.seed,
-    labels: LabelsOption = None,
-    calibrate: CalibrateOption = None,
-    set_: SetOption = None,
-    field: FieldOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
+    backbone: BackboneOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -88,36 +40,20 @@ def train(
     """
     from ptuning.files import check_free
 
-    chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"cache_memory": cache_memory}
-    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    asked = task_of(task)
-    parsed = template_of(asked, template, manual, about, pattern)
     check_free(out, overwrite=overwrite or resume)
-    rows, dev_rows = training_parts(data, dev, field, asked)
-    if template is None:
-        terminal.say(f"learned template: {parsed}")
+    spec = training_spec(asked)
+    if asked.inputs["template"] is None:
+        terminal.say(f"learned template: {spec.template}")
     loaded = load(backbone, dtype=dtype, device=device)
     with stoppable(out, again="--resume") as (report, should_stop):
-        from ptuning.training.run import train as run
+        from ptuning.training.prepare import prepare
+        from ptuning.training.run import TrainingRun
 
-        result = run(
-            parsed,
-            rows,
-            backbone=loaded,
-            dev=dev_rows,
-            config=config,
-            labels=labels,
-            task=asked,
-            calibrate=calibrate,
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            report=report,
-            should_stop=should_stop,
-            ceiling=measure_ceiling,
-            command=command_line(),
+        prepared = prepare(spec, loaded)
+        run = TrainingRun(
+            prepared, out=out, resume=resume, overwrite=overwrite, ceiling=measure_ceiling, command=command_line()
         )
+        result = run.train(report=report, should_stop=should_stop)
     show(result)
 
 

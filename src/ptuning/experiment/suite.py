@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import RECIPE, TrainConfig, without_later_defaults
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import CellResult, Job, answered_rows, digest
@@ -29,10 +29,9 @@ from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import described, versions
 from ptuning.report.cell_files import read_answers, write_answers
 from ptuning.report.results_file import FORMAT_VERSION, Cell
-from ptuning.training.checkpoint import check_identity
-from ptuning.training.run import Run
-from ptuning.training.run_folder import IRRELEVANT_SETTINGS
-from ptuning.training.train_fleet import can_train_together, fleet_runs
+from ptuning.training.identity import check_identity, identity
+from ptuning.training.run import TrainingRun
+from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class Suite:
             return
         going.tell(next(cell for cell in cells if cell not in done))
         place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
-        runs: dict[str, Run] = {}
+        runs: dict[str, TrainingRun] = {}
         owners: dict[str, Cell] = {}
         for cell in cells:
             if cell not in done:
@@ -215,7 +214,7 @@ class Suite:
             place.parent.rmdir()
 
     def _ended(
-        self, runs: Mapping[str, Run], owners: Mapping[str, Cell], place: Path, going: _Going
+        self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
     ) -> Iterator[CellResult]:
         """Train runs together, and yield each cell when all of its runs have ended."""
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
@@ -241,13 +240,13 @@ class Suite:
             else:
                 yield done or self._run(cell, going, seconds=seconds[cell])
 
-    def _prompts(self, cell: Cell, going: _Going) -> dict[str, Run]:
+    def _prompts(self, cell: Cell, going: _Going) -> dict[str, TrainingRun]:
         """Return name -> training, for all trainings of a cell."""
         make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
         assert make is not None, f"{cell.method} does not train together with others"
         setup, folder = self._setup(cell, going), self.out / cell.folder
         return {
-            f"{cell.task} {prompt.name}": prompt.run(setup.backbone, out=folder / prompt.name, resume=True)
+            f"{cell.task} {prompt.name}": run_of(prompt, setup.backbone, out=folder / prompt.name, resume=True)
             for prompt in make(task, setup)
         }
 
@@ -283,28 +282,30 @@ class Suite:
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
-        """Return everything that the result of a cell depends on."""
-        job, settings = self.jobs[cell.task], without_later_defaults(self.config.to_json())
-        task, method = job.task_of(cell.seed), self.methods[cell.method]
-        found: dict[str, Json] = {
-            **{f"{part} data (sha256)": digest(data) for part, data in self._parts(job, cell.seed).items()},
+        """Return what the result of a cell depends on."""
+        job, method = self.jobs[cell.task], self.methods[cell.method]
+        task, parts = job.task_of(cell.seed), self._parts(job, cell.seed)
+        if job.unlabelled is not None:
+            parts["unlabelled"] = job.unlabelled
+        settings: dict[str, Json] = dict(self.config.to_json()) if method.trained else {}
+        found = identity(
+            {**settings, "seed": cell.seed},
+            {part: digest(data) for part, data in parts.items()},
+            fingerprint=self.backbone.fingerprint,
+            recipe=RECIPE if method.trained else None,
+            task_file=task.file.text if task.file is not None else None,
+        )
+        found |= {
             "manual template": str(task.manual),
             "template": str(task.template),
             "possible answers (sha256)": sha256("\n".join(task.vocabulary or task.objects).encode()),
             "restricted": task.vocabulary is not None,
             "single token": task.single_token,
-            "seed": cell.seed,
-            "backbone fingerprint": self.backbone.fingerprint,
         }
-        if task.file is not None:
-            found["task file (sha256)"] = sha256(task.file.text.encode())
-        if job.unlabelled is not None:
-            found["unlabelled data (sha256)"] = digest(job.unlabelled)
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
         if method.trained:
-            kept = {name: value for name, value in settings.items() if name not in (*IRRELEVANT_SETTINGS, "seed")}
-            found |= {**kept, "tries": self.tries, "recipe of training": RECIPE}
+            found["tries"] = self.tries
         return found
 
     def _parts(self, job: Job, seed: int) -> dict[str, Questions]:

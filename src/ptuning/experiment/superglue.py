@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,6 @@ from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
-from ptuning.experiment.superglue_server import SERVER_FOLDER, write_server_files
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
@@ -59,7 +57,7 @@ def superglue(
         pattern: The number of the task's pattern to use, from 1. No pattern is chosen by its score.
         limit: Report on a seeded draw of about this many rows.
         tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``tuned`` all weights, ``lora`` adapters.
-        server: Whether to answer the test split, if there is one, and to write files for the benchmark's server.
+        server: Whether to answer the test split, if there is one, for the benchmark's server.
         **options: ``out``, ``backbone`` and the others of :class:`Plan`. The default of ``seeds`` is 3 here.
 
     Returns:
@@ -89,24 +87,13 @@ def superglue(
     ]
     counts = {"few_shot": few_shot, "pattern": pattern, "limit": limit}
     settings: dict[str, Json] = {"data": str(data), **counts, "tune of p-tuning": tune}
-    results = run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
-    if not plan.dry_run:
-        _write_for_server(results, jobs, plan, server=server, is_draw=limit is not None)
-    return results
+    return run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
 
 
 def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 2:
             raise ConfigError(f"{name} is {value}; it must be 2 or more")
-
-
-def _write_for_server(results: Results, jobs: Sequence[Job], plan: Plan, *, server: bool, is_draw: bool) -> None:
-    """Write the files for the benchmark's server, if they are wanted."""
-    if plan.overwrite:
-        shutil.rmtree(results.folder / SERVER_FOLDER, ignore_errors=True)  # its answers may be gone
-    if server:
-        write_server_files(results, [job for job in jobs if job.task.name in TASKS], is_draw=is_draw)
 
 
 def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:

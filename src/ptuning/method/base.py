@@ -21,7 +21,7 @@ from ptuning.records import Record
 from ptuning.template.language import Template
 
 if TYPE_CHECKING:
-    from ptuning.training.train_fleet import FleetPrompt
+    from ptuning.training.spec import FleetPrompt
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
-from ptuning.training.run import in_small_passes
+from ptuning.training.prepare import in_small_passes
 from ptuning.training.trainer import Trainer
 
 # Standard deviation of the start values, as in most classification models of transformers.
@@ -148,13 +148,13 @@ class HeadModel:
         train, dev = (head_items(self.bound, part, answers) for part in parts)
         trainer = Trainer(copy, self.bound, config=in_small_passes(config, train) if answers.has_choices else config)
         trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
-        self.backbone = trainer.backbone
+        self.backbone = trainer.learner.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss
         self.record: Mapping[str, Json] = {
             "start": dict(trainer.state.start),
             "history": [dict(epoch) for epoch in trainer.state.history],
             "chosen_epoch": trainer.state.chosen_epoch,
-            "trainable_parameters": trainer.trainable_parameters,
+            "trainable_parameters": trainer.learner.trainable_parameters,
         }
 
     def answer(self, questions: Questions) -> list[Answer]:

@@ -26,8 +26,9 @@ from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Field, Literal, Piece, Target, Template
-from ptuning.training.run import train
-from ptuning.training.train_fleet import FleetPrompt
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import FleetPrompt
 
 # Factors of the configured learning rate, in the order they are tried; a single try takes the first.
 # Source: docs/decisions.md, decision 14 (what was tried).
@@ -91,22 +92,12 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
-            result = train(
-                one.template,
-                one.data,
-                dev=one.dev,
-                task=one.task,
-                backbone=setup.backbone,
-                config=one.config,
-                out=folder / one.name,
-                resume=True,
-                report=setup.report,
-                should_stop=setup.should_stop,
-                constants=prefix_cache,
+            result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
+                report=setup.report, should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
             records.append(result.record)
             score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
-            rate = getattr(one.config, setting)
+            rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # frees its weights before the next copy of the backbone is made
         best = _best(tried)

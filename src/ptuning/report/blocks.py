@@ -93,8 +93,7 @@ class Page:
     sections: Sequence[Section]
 
 
-# Shown for a single value, which has no spread to compute an interval from.
-NO_INTERVAL = "no interval"
+NO_INTERVAL = "no interval"  # of a single value
 
 
 def reading(score: Score) -> str:
@@ -136,9 +135,9 @@ def entry(score: Score | None, *, best: bool = False) -> Entry:
 
 def difference(score: Score | None) -> Entry:
     """Return a difference in points with its interval and n."""
-    return (
-        Entry("–") if score is None else Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"])
-    )
+    if score is None:
+        return Entry("–")
+    return Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"])
 
 
 def phrase(score: Score, unit: str, *, signed: bool = False) -> str:

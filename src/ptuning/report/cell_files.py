@@ -16,13 +16,8 @@ from ptuning.report.results_file import AGAIN
 class AnsweredRow:
     """A row of a test part with the answer of a method.
 
-    Args:
-        record: The record.
-        target: Its right answer; None where labels are not known.
-        answer: The answer.
-        idx: Its number or numbers in the data set, where it has any.
-        group: What it is scored together with, if anything.
-        choices: The texts to choose among, where the row brings them.
+    ``target`` is None where labels are not known, ``idx`` the row's number or numbers in the data set, and ``group``
+    what it is scored together with. ``choices`` are the texts to choose among, where the row brings them.
     """
 
     record: Mapping[str, str]
@@ -64,11 +59,7 @@ class AnsweredRow:
 
 
 def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:
-    """Write ``predictions.jsonl``.
-
-    Raises:
-        FileError: If it cannot be written.
-    """
+    """Write ``predictions.jsonl``."""
     write_json_lines(path, (row.to_json() for row in rows))
 
 
@@ -85,11 +76,7 @@ def read_answers(path: Path) -> list[AnsweredRow]:
 def read_curve(folder: Path) -> list[tuple[int, float]] | None:
     """Read the learning curve of a cell: (epoch, development score) pairs, in which epoch 0 is the start.
 
-    Args:
-        folder: The cell's folder.
-
-    Returns:
-        None if there is no ``run.json``, and an empty list if nothing was trained.
+    It is None if there is no ``run.json``, and empty if nothing was trained.
 
     Raises:
         FileError: If ``run.json`` is damaged.

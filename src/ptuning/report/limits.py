@@ -9,8 +9,7 @@ from ptuning.report.blocks import counted
 from ptuning.report.cell_files import read_curve
 from ptuning.report.results_file import WRITTEN, Results
 
-# With fewer rows than this, an interval is about ten points wide on either side. With fewer tasks, a mean says little
-# about other tasks.
+# With fewer rows than this, an interval is about ten points wide on either side.
 SMALL_ROWS, SMALL_TASKS = 100, 10
 
 
@@ -61,11 +60,9 @@ def _sizes(results: Results) -> Iterator[str]:
         )
     if 1 < len(results.tasks) < SMALL_TASKS:
         yield f"A mean over {len(results.tasks)} tasks says little about tasks that are not among them."
-    dropped = 0.0
-    for info in results.task_info.values():
-        reasons = info.get("dropped")
-        numbers = reasons.values() if isinstance(reasons, Mapping) else ()
-        dropped += sum(number for number in numbers if isinstance(number, int | float))
+    reasons = [info.get("dropped") for info in results.task_info.values()]
+    numbers = [number for one in reasons if isinstance(one, Mapping) for number in one.values()]
+    dropped = sum(number for number in numbers if isinstance(number, int | float))
     if dropped:
         yield (
             f"{counted(int(dropped), 'row')} were dropped before anything was scored, for the reasons under Settings: "
@@ -91,7 +88,6 @@ def _comparison(results: Results) -> Iterator[str]:
 
 
 def _choices(results: Results) -> Iterator[str]:
-    """Limits of a benchmark with labels and few rows to choose settings by."""
     yield (
         "Scores are on the validation part, whose labels are known. Only the benchmark's server can score its test "
         "part."
@@ -102,24 +98,19 @@ def _choices(results: Results) -> Iterator[str]:
             f"{', '.join(on_dev)}: there is no validation part, so scores are on the few rows of the development part; "
             "do not compare them with scores from elsewhere."
         )
-    few = [name for name, rows in _rows_to_choose_by(results).items() if rows < SMALL_ROWS]
+    few = []
+    for name, info in results.task_info.items():
+        data = info.get("data")
+        dev = data.get("dev") if isinstance(data, Mapping) else None
+        rows = dev.get("rows") if isinstance(dev, Mapping) else None
+        if isinstance(rows, int | float) and rows < SMALL_ROWS:
+            few.append(name)
     if few:
         yield (
             f"Fewer than {SMALL_ROWS} rows to choose settings by in {', '.join(few[:8])}: those choices are partly "
             "chance (see how well development and reported scores agree)."
         )
     yield "Each task has one pattern and one set of label words; with others the order of the methods may differ."
-
-
-def _rows_to_choose_by(results: Results) -> dict[str, float]:
-    found = {}
-    for name, info in results.task_info.items():
-        data = info.get("data")
-        dev = data.get("dev") if isinstance(data, Mapping) else None
-        rows = dev.get("rows") if isinstance(dev, Mapping) else None
-        if isinstance(rows, int | float):
-            found[name] = rows
-    return found
 
 
 def _form(results: Results) -> Iterator[str]:

@@ -32,13 +32,9 @@ INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
 
 
 def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], unit: str, name: str) -> str:
-    """Draw two scores per row as dots joined by a line, with their intervals as whiskers.
+    """Draw two scores per row as dots joined by a line, with their intervals as whiskers. Ids begin with ``name``.
 
-    Args:
-        rows: Label, first and second score, from top to bottom.
-        names: Names of the two scores.
-        unit: Label of the axis.
-        name: Name of the picture; its ids begin with it.
+    ``rows`` has labels with a first and a second score from top to bottom, ``names`` names these, ``unit`` the axis.
     """
     with _canvas(name, height=0.42 * len(rows) + 1.2) as (figure, svg):
         axes = figure.subplots()
@@ -49,7 +45,7 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
                 axes.plot((100 * score.low, 100 * score.high), (at, at), color=COLOURS[series], linewidth=1.6, zorder=2)
                 _mark(axes, [score.value], at, series=series)
         _legend(figure, axes, names)
-        _rows(axes, [label for label, _, _ in rows])
+        _rows(axes, [_short(label) for label, _, _ in rows])
         axes.set_xlabel(f"{unit}, % (whiskers: 95 % interval)")
     return svg[0]
 
@@ -57,10 +53,7 @@ def dots(rows: Sequence[tuple[str, Score, Score]], *, names: tuple[str, str], un
 def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: str, name: str) -> str:
     """Draw one dot per value, in a strip per row and series. A line joins the lowest and highest dot of a strip.
 
-    Args:
-        rows: Label and series name -> values, from top to bottom.
-        unit: Label of the axis.
-        name: Name of the picture; its ids begin with it.
+    ``rows`` has labels with series name -> values from top to bottom, and ``unit`` labels the axis.
     """
     names = list(dict.fromkeys(series for _, strip in rows for series in strip))
     step = 0.7 / max(1, len(names))
@@ -73,20 +66,13 @@ def strips(rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], *, unit: s
                 axes.plot(ends, (at, at), color=GREY, linewidth=0.9, zorder=1)
                 _mark(axes, values, at, series=series)
         _legend(figure, axes, names)
-        _rows(axes, [label for label, _ in rows])
+        _rows(axes, [_short(label) for label, _ in rows])
         axes.set_xlabel(f"{unit}, % (a dot per wording)")
     return svg[0]
 
 
 def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name: str) -> str:
-    """Draw learning curves: a panel per method, with a thin line per training and their mean.
-
-    A training that ended by early stopping keeps its last score, so that the mean is always over all trainings.
-
-    Args:
-        panels: Method -> trainings -> (epoch, score) pairs.
-        name: Name of the picture; its ids begin with it.
-    """
+    """Draw learning curves, (epoch, score) pairs: a panel per method, with a thin line per training and their mean."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     with _canvas(name, height=1.75 * lines + 0.5) as (figure, svg):
@@ -108,9 +94,7 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
 
 
 def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """Return the mean over trainings per epoch, from the first epoch that all have. A training that stopped keeps its
-    last score.
-    """
+    """Return the mean per epoch, from the first that all have. After early stopping a training keeps its last score."""
     epochs = sorted({epoch for points in trainings for epoch, _ in points})
     first = max(min(epoch for epoch, _ in points) for points in trainings)
     return [
@@ -156,7 +140,7 @@ def _own_ids(svg: str, name: str) -> str:
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
     """Label rows from top to bottom, with a light line between them."""
-    axes.set_yticks(range(len(labels)), [_short(label, LABEL_CHARACTERS) for label in labels])
+    axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(visible=True, axis="x")
@@ -167,7 +151,6 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _mark(axes: Axes, values: Sequence[float], at: float, *, series: int, label: str | None = None) -> None:
-    """Draw the dots of a series at one height."""
     colour, marker, hollow = (items[series % len(items)] for items in (COLOURS, MARKERS, HOLLOW))
     axes.plot(
         [100 * value for value in values],
@@ -184,7 +167,6 @@ def _mark(axes: Axes, values: Sequence[float], at: float, *, series: int, label:
 
 
 def _legend(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """Name the series above the drawing."""
     for series, called in enumerate(names):
         _mark(axes, [], 0.0, series=series, label=called)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
@@ -194,6 +176,6 @@ def _percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
     return [epoch for epoch, _ in points], [100 * value for _, value in points]
 
 
-def _short(text: str, most: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= most else f"{flat[: most - 1]}…"
+def _short(label: str) -> str:
+    flat = " ".join(label.split())
+    return flat if len(flat) <= LABEL_CHARACTERS else f"{flat[: LABEL_CHARACTERS - 1]}…"

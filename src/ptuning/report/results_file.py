@@ -19,8 +19,7 @@ from ptuning.names import LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
-# What a reader should do about a damaged file.
-AGAIN = "run the benchmark again"
+AGAIN = "run the benchmark again"  # the advice about a damaged file
 CELLS_FOLDER = "cells"
 Status = Literal["done", "failed", "waiting"]
 # The methods of the written prompt. A run that lacks the first is compared with the second.
@@ -31,10 +30,7 @@ WRITTEN = (MANUAL, "manual-restricted")
 class ScoreWithSpread(Score):
     """A mean with its 95 % interval over ``n`` rows or tasks, and its spread over seeds.
 
-    Args:
-        std: Standard deviation over the seeds; None for a single one.
-        seeds: How many trainings the mean is over.
-        lowest: The lowest score of a seed; None for a single one.
+    ``std`` is the standard deviation over the seeds and ``lowest`` the lowest of their scores; None for a single seed.
     """
 
     std: float | None = None
@@ -65,7 +61,6 @@ class CellRecord(Cell):
     """The outcome of a cell.
 
     Args:
-        status: ``done``, ``failed`` or ``waiting``.
         scores: Name of a score -> value on the test part.
         n: Number of test records, or of groups of them that are scored together.
         seconds: Time taken by the start that finished it.
@@ -104,10 +99,8 @@ class ChosenSetting(Cell):
 class Agreement:
     """How well the development score of a choice predicts its reported score.
 
-    Args:
-        cells: The choices of all cells that made one.
-        correlation: Rank correlation over cells after each task's means are subtracted; None where it is undefined.
-        mean_gap: Mean of the development share minus the reported one.
+    ``correlation`` is the rank correlation over cells after each task's means are subtracted, None where it is
+    undefined. ``mean_gap`` is the mean of the development share minus the reported one.
     """
 
     cells: Sequence[ChosenSetting]
@@ -132,13 +125,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class WordingSpread:
-    """How far apart the scores of a relation's wordings are.
-
-    Args:
-        min, max, range: Of the scores, as fractions.
-        std: Their standard deviation; None for a single wording.
-        patterns: How many wordings there are.
-    """
+    """How far apart the scores of a relation's wordings are, as fractions; ``std`` is None for a single wording."""
 
     min: float
     max: float
@@ -161,14 +148,11 @@ class Results:
 
     Args:
         suite: ``compare``, ``lama``, ``paraphrases`` or ``superglue``.
-        command: The command line.
         backbone: Name, fingerprint, size and the like of the backbone.
         settings: Every setting of the experiment and of training.
-        versions: Package -> version.
         task_info: Task -> templates, data and the like.
         methods: Method -> what it is.
         paraphrases: Relation -> its wordings, where they were compared.
-        agreement: How well development scores predict reported ones; None unless the experiment asks that.
         warnings: Warnings of trainings; None unless the experiment gathers them.
         cells: All cells, those waiting and failed included.
         tasks: Task -> method -> score on its test part.
@@ -280,10 +264,7 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """Read ``results.json``.
-
-    Args:
-        folder: The folder that holds it.
+    """Read ``results.json`` in a folder.
 
     Raises:
         FileError: If the file is missing, damaged, or of another format.

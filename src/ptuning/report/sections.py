@@ -39,7 +39,6 @@ def build_page(results: Results) -> Page:
 
 
 def _warning(results: Results) -> Fold | None:
-    """The cells that are missing from the tables, with the reasons."""
     left = [cell for cell in results.cells if cell.status != "done"]
     if not left:
         return None
@@ -58,7 +57,6 @@ def _warning(results: Results) -> Fold | None:
 
 
 def _answer(results: Results) -> Iterator[str]:
-    """The main result in sentences: the best method, the next one, and what learning the prompt changed."""
     score, unit = results.primary, results.overall_unit
     scores = {method: found[score] for method, found in results.overall.items() if score in found}
     ranked = sorted(scores, key=lambda method: -scores[method].value)
@@ -90,7 +88,6 @@ def _answer(results: Results) -> Iterator[str]:
 
 
 def _dots(results: Results) -> list[Block]:
-    """The scores of the written and of the learned prompt on every task."""
     written, learned = results.pair
     score = results.primary
     rows = [
@@ -112,7 +109,6 @@ def _dots(results: Results) -> list[Block]:
 
 
 def _wordings(results: Results) -> list[Block]:
-    """The spread of a relation's wordings, before and after learning."""
     if not results.paraphrases:
         return []
     rows = []
@@ -130,13 +126,11 @@ def _wordings(results: Results) -> list[Block]:
 
 
 def _curves(results: Results) -> list[Block]:
-    """The learning curves of every method that trains."""
     panels = {}
     for method in results.ordered(cell.method for cell in results.cells):
         found = [read_curve(results.folder_of(cell)) for cell in results.done(method)]
-        trainings = [curve for curve in found if curve]
-        if trainings:
-            panels[method] = trainings
+        if any(found):
+            panels[method] = [curve for curve in found if curve]
     if not panels:
         return []
     caption = (
@@ -147,14 +141,8 @@ def _curves(results: Results) -> list[Block]:
 
 
 def _warnings(results: Results) -> list[Block]:
-    """The warnings of trainings."""
     listed = [f"{one.task}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
     return [Items(listed)] if listed else []
-
-
-def _limits(results: Results) -> list[Block]:
-    """What a reader must not conclude from the run."""
-    return [Items(list(limits(results)))]
 
 
 # Heading -> the blocks of the section; one without blocks is left out.
@@ -171,5 +159,5 @@ SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Warnings": _warnings,
     "Learning curves": _curves,
     "Answers gained and lost": tables.changes,
-    "What this run cannot show": _limits,
+    "What this run cannot show": lambda results: [Items(list(limits(results)))],
 }

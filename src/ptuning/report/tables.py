@@ -25,7 +25,7 @@ from ptuning.report.blocks import (
     reading,
 )
 from ptuning.report.cell_files import AnsweredRow, read_answers
-from ptuning.report.results_file import CellRecord, Results, ScoreWithSpread
+from ptuning.report.results_file import CellRecord, Results, ScoreTable, ScoreWithSpread
 
 SHOWN_HASH_DIGITS = 12
 SHOWN_ANSWERS = 10
@@ -104,14 +104,12 @@ def main(results: Results) -> list[Block]:
 
 
 def _tried(results: Results, method: str) -> Entry:
-    """How many settings a method tried."""
     tried = sorted({cell.tried for cell in results.done(method)})
     lowest_to_highest = dict.fromkeys([*tried[:1], *tried[-1:]])
     return Entry(" to ".join(f"{number:,}" for number in lowest_to_highest) or "–")
 
 
 def _mean_seconds(results: Results, method: str) -> Entry:
-    """The mean time of a run."""
     seconds = [cell.seconds for cell in results.done(method)]
     if not seconds:
         return Entry("–")
@@ -134,9 +132,7 @@ def by_type(results: Results) -> list[Block]:
 
 
 def per_task(results: Results) -> list[Block]:
-    """Return the score of every method on every task, if there are several. A task with its own metrics has a row for
-    each of them.
-    """
+    """Return every method's score on every task, if there are several; a task's own metrics have a row each."""
     if len(results.tasks) < 2:
         return []
     score = results.primary
@@ -173,23 +169,17 @@ def agreement(results: Results) -> list[Block]:
         f"{said} (n = {len(found.cells):,} runs){gap}. With a correlation near zero, choosing by so few rows is little "
         "better than chance."
     )
-    rows = [
-        [
-            Entry(results.named(one.task)),
-            Entry(one.method),
-            Entry(percent(one.dev)),
-            Entry(percent(one.test)),
-            Entry(points(one.dev - one.test)),
-        ]
-        for one in found.cells
-    ]
+    rows = []
+    for one in found.cells:
+        texts = [results.named(one.task), one.method, percent(one.dev), percent(one.test), points(one.dev - one.test)]
+        rows.append(list(map(Entry, texts)))
     caption = "Shares of rows that the chosen setting answered correctly, for each run."
     columns = ["task", "method", "development", "reported", "difference in points"]
     return [Text(text), Fold(f"Every run, {len(rows):,}", [Table(caption, columns, rows)])]
 
 
 def control(results: Results) -> list[Block]:
-    """Return the scores of the same methods on a backbone with random weights, which knows nothing."""
+    """Return the scores of the same methods on a backbone with random weights."""
     score, scores = results.primary, results.overall
     rows = []
     for method in results.controls:
@@ -241,14 +231,7 @@ def wordings(results: Results) -> list[Block]:
         for method, spread in relation.spread.items():
             numbers = [percent(spread.min), percent(spread.max), decimal(spread.range)]
             std = decimal(spread.std) if spread.std is not None else "–"
-            rows.append(
-                [
-                    Entry(title),
-                    Entry(method),
-                    Entry(str(spread.patterns)),
-                    *map(Entry, [*numbers, std]),
-                ]
-            )
+            rows.append(list(map(Entry, [title, method, str(spread.patterns), *numbers, std])))
         methods = results.ordered(method for one in relation.patterns for method in one.scores)
         every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.patterns]
         caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {results.unit}."
@@ -261,7 +244,7 @@ def wordings(results: Results) -> list[Block]:
 
 
 def changes(results: Results) -> list[Block]:
-    """Return, for every task, some answers that the learned prompt gained and some that it lost."""
+    """Return some answers that the learned prompt gained and some that it lost, for every task."""
     written, learned = results.pair
     folds: list[Block] = []
     for task in results.tasks:
@@ -300,7 +283,7 @@ def _changed(pairs: list[tuple[AnsweredRow, AnsweredRow]], caption: str, names: 
 
 
 def _by_record(results: Results, cell: CellRecord | None) -> dict[str, AnsweredRow]:
-    """Return record -> answer of a cell. Equal records are distinguished by their order."""
+    """Return record -> answer of a cell; the n-th of equal records has its number in its key."""
     seen: Counter[str] = Counter()
     found: dict[str, AnsweredRow] = {}
     path = results.folder_of(cell) / PREDICTIONS_FILE if cell is not None else None
@@ -321,12 +304,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
-def _of(found: Mapping[str, Mapping[str, ScoreWithSpread]], method: str, score: str) -> ScoreWithSpread | None:
+def _of(found: ScoreTable, method: str, score: str) -> ScoreWithSpread | None:
     return found.get(method, {}).get(score)
 
 
 def _shown(value: Json | None) -> str:
-    """Return a setting as text: a text as it is, anything else as JSON."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -21,13 +21,7 @@ MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html``, ``report.md`` and ``pictures/`` from the JSON files of a benchmark.
-
-    Args:
-        folder: The folder that holds ``results.json``; an earlier report in it is replaced.
-
-    Returns:
-        The path of the page, which needs no other file.
+    """Write ``report.html``, ``report.md`` and ``pictures/`` from a benchmark's JSON files, and return the page's path.
 
     Raises:
         FileError: If a file is missing, damaged or of another format, or nothing can be written.
@@ -39,9 +33,8 @@ def write_report(folder: str | Path) -> Path:
         file: environment.get_template(f"{file}.jinja").render(page=page, folder=PICTURES_FOLDER)
         for file in (HTML_FILE, MARKDOWN_FILE)
     }
-    drawn = {
-        block.name: block.svg for section in page.sections for block in section.blocks if isinstance(block, Picture)
-    }
+    blocks = [block for section in page.sections for block in section.blocks]
+    drawn = {block.name: block.svg for block in blocks if isinstance(block, Picture)}
     out = results.folder / PICTURES_FOLDER
     make_folder(out)
     for name in PICTURES - drawn.keys():

@@ -19,6 +19,7 @@ from torch import Tensor
 from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
 from ptuning.files import Json, make_folder
+from ptuning.training.identity import check_identity
 
 CHECKPOINT_FILE = "state.safetensors"
 BEST_FILE = "best-{epoch}.safetensors"
@@ -72,22 +73,6 @@ def write_checkpoint(
         raise
 
 
-def read_identity(folder: Path) -> dict[str, Json] | None:
-    """Return what must be equal for a checkpoint to be gone on from; None if there is none.
-
-    Raises:
-        TrainingError: If it is damaged.
-    """
-    path = folder / CHECKPOINT_FILE
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="pt") as opened:
-            return dict(json.loads(opened.metadata()["identity"]))
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise damaged(folder, error) from error
-
-
 def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunState, dict[str, Tensor]] | None:
     """Read a checkpoint; None if there is none.
 
@@ -115,21 +100,6 @@ def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunS
 def damaged(folder: Path, error: Exception) -> TrainingError:
     """Return the error of a checkpoint that cannot be used."""
     return TrainingError(f"the checkpoint {folder / CHECKPOINT_FILE} is damaged ({error}); start anew with --overwrite")
-
-
-def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:
-    """Check that a run may go on from what was saved.
-
-    Raises:
-        TrainingError: If anything differs; shows what was saved and what is asked for now.
-    """
-    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    if names:
-        shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
-        raise TrainingError(
-            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
-            "--overwrite or in another folder"
-        )
 
 
 def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:

@@ -1,25 +1,51 @@
-"""What a training run will take, said before it starts: bytes and seconds. Leaves no file."""
+"""What a training run will take: a few of its own steps are timed and scaled up. Leaves no file."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
-from ptuning.data.task_files import TaskFile
+from ptuning.engine.evaluate import evaluate
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import Item, inputs_of
+from ptuning.engine.prefix_cache import cacheable_ids
 from ptuning.files import Json
-from ptuning.progress import OnProgress
+from ptuning.progress import OnProgress, Progress
+from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
-from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
-from ptuning.training import trial
-from ptuning.training.memory import peak_so_far, tensor_bytes
-from ptuning.training.run import Run
+from ptuning.training.checkpoint import RunState, write_checkpoint
+from ptuning.training.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes
+from ptuning.training.prepare import prepare
+from ptuning.training.run import TrainingRun
+from ptuning.training.spec import SpecOptions, TrainSpec
+from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE
-from ptuning.training.trial import Seen, try_out
+
+T = TypeVar("T")
+
+# How much is tried: optimizer steps, how often each until it has taken long enough, records that are scored and
+# answered, bytes that are written.
+TIMED_STEPS = 6
+ROUNDS = 3
+ENOUGH_SECONDS = 6.0
+SCORED = 64
+ANSWERED = 32
+WRITTEN_BYTES = 64_000_000
+
+# Processor time instead, where other work on the machine would disturb a comparison.
+clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -30,13 +56,13 @@ class Bytes:
         weights: The backbone, as it was loaded.
         trained: What is trained: the prompt encoder, and adapters or a float32 copy of the backbone.
         gradients: Of what is trained.
-        optimizer: Its moments.
+        optimizer: Both moments of AdamW.
         activations: The most that one pass, forward and backward, holds besides, logits included.
-        constant_part: Keys and values of what stands in front of the slots.
-        other_starts: The best prompt of earlier starts, where there are several.
-        rest: The process itself, its libraries, and what the allocator keeps; little on a GPU.
+        constant_part: KV cache of the text before the slots.
+        other_starts: The best prompt of earlier starts, if there are several.
+        rest: The process itself and its libraries; little on a GPU.
         before: The most that this process had taken before, as in loading the backbone.
-        on_disk: Keys and values that do not fit into memory.
+        on_disk: The part of the KV cache that does not fit into memory.
     """
 
     weights: int
@@ -68,12 +94,12 @@ class Seconds:
 
     Args:
         preparing: Filling the template with all records, and making encoder, optimizer and what is trained.
-        constant_part: Running what stands in front of the slots, once.
+        constant_part: Computing the KV cache, once.
         epoch: The steps of one epoch.
-        dev: Scoring the development part once; that is done before training and after every epoch.
+        dev: Scoring the development part once, which is done before training and after every epoch.
         saving: All checkpoints of a start.
         answers: Answering the development part with the chosen prompt in the end.
-        total: The whole run with all its starts, where it does not stop early.
+        total: The whole run with all its starts, without early stopping.
     """
 
     preparing: float
@@ -128,119 +154,211 @@ def estimate(
     data: Sequence[Record] | Questions,
     *,
     backbone: Backbone,
-    dev: Sequence[Record] | Questions | None = None,
-    config: TrainConfig | None = None,
-    labels: LabelWords | str | None = None,
-    task: TaskFile | None = None,
-    calibrate: bool | None = None,
     report: OnProgress | None = None,
+    **options: Unpack[SpecOptions],
 ) -> Forecast:
     """Say what :func:`ptuning.train` with the same arguments, and a folder for its files, will take.
 
-    A few of the run's own steps are taken, the longest among them, and a few passes over its development part; nothing
-    is learned from them. From there seconds grow with tokens, those of answers with records, those of checkpoints with
-    bytes.
-
     Args:
-        template: A pattern, or a template.
-        data: Records to learn from.
-        backbone: The frozen backbone.
-        dev: Records to choose by.
-        config: Settings.
-        labels: Label words.
-        task: The task that ``data`` belongs to.
-        calibrate: Whether labels and choices are calibrated.
+        template: As of :func:`ptuning.train`.
+        data: As of :func:`ptuning.train`.
+        backbone: As of :func:`ptuning.train`.
         report: Called with progress.
+        **options: As of :func:`ptuning.train`.
 
     Raises:
         PTuningError: As :func:`ptuning.train` does before it trains.
 
     Source: docs/decisions.md, decision 30.
     """
-    before = peak_so_far(backbone.device)
-    began = trial.clock()
-    run = Run(template, data, backbone=backbone, dev=dev, config=config, labels=labels, task=task, calibrate=calibrate)
-    filled = trial.clock()
-    trainer = run.trainer(0)
-    made = trial.clock()
-    encoder = tensor_bytes(trainer.encoder.parameters())
-    weights = tensor_bytes(trainer.weights.values())
-    budget = trainer.prefix_cache.budget()
-    seen = try_out(run, trainer, report=report or (lambda _: None))
+    return estimate_spec(TrainSpec(template, data, **options), backbone, report=report)
+
+
+def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | None = None) -> Forecast:
+    """Say what a training will take; as :func:`estimate`."""
+    before, began = peak_so_far(backbone.device), clock()
+    run = TrainingRun(prepare(spec, backbone))
+    filled = clock()
+    trial = _Trial(run, report or (lambda _: None))
+    made = clock()
+    with torch.random.fork_rng(), PeakMemory(backbone.device) as watched:
+        kept = trial.keep()
+        epoch, dev = trial.time_steps(), trial.time_scoring()
+        answers = dev + trial.time_answers()
+    memory = trial.bytes(watched.bytes, before)
+    byte = trial.time_writing()
+    config, encoder = run.config, tensor_bytes(trial.learner.encoder.parameters())
+    weights = memory.trained - encoder
+    checkpoint, best = byte * 3 * memory.trained, byte * weights
+    pause = max(config.checkpoint_seconds, SAVING_PAUSE * checkpoint if weights else 0.0, epoch / trial.steps_of_epoch)
+    # One after every epoch and some within; the best weights at every epoch, at worst, and in the prompt.
+    saving = (config.epochs + config.epochs * epoch // pause) * checkpoint + (config.epochs + 1) * best
+    start = made - filled + config.epochs * epoch + (config.epochs + 1) * dev + saving
+    total = filled - began + kept + config.starts * start + answers + best
     return Forecast(
         device=str(backbone.device),
         dtype=str(backbone.dtype).removeprefix("torch."),
-        tune=run.config.tune,
+        tune=config.tune,
         train_records=len(run.items["train"]),
         dev_records=len(run.items["dev"]),
-        steps=seen.steps,
-        epochs=run.config.epochs,
-        starts=run.config.starts,
-        longest_pass=seen.longest_pass,
-        memory=_bytes(seen, backbone, run.config, encoder=encoder, weights=weights, budget=budget, before=before),
-        seconds=_seconds(
-            seen, run.config, encoder=encoder, weights=weights, filling=filled - began, making=made - filled
-        ),
+        steps=trial.steps_of_epoch,
+        epochs=config.epochs,
+        starts=config.starts,
+        longest_pass=trial.longest_pass,
+        memory=memory,
+        seconds=Seconds(made - began, kept, epoch, dev, saving, answers, total),
     )
 
 
-def _bytes(
-    seen: Seen, backbone: Backbone, config: TrainConfig, *, encoder: int, weights: int, budget: int, before: int
-) -> Bytes:
-    """Put together what is in memory at once.
+class _Trial:
+    """Some steps of a run and some records of its development part, which are run to see what they take."""
 
-    Args:
-        seen: What was seen.
-        backbone: The backbone.
-        config: The settings.
-        encoder: Bytes of the prompt encoder.
-        weights: Bytes of what is trained of the backbone.
-        budget: Bytes that keys and values may take.
-        before: The most that the process had taken before.
+    def __init__(self, run: TrainingRun, report: OnProgress) -> None:
+        self.run, self.report, self.done = run, report, 0
+        trainer, config, train = run.trainer(0), run.config, run.items["train"]
+        self.trainer, self.learner = trainer, trainer.learner
+        size = config.batch_size * config.accumulation_steps
+        orders = [trainer.order(len(train), epoch=epoch) for epoch in range(1, config.epochs + 1)]
+        steps = [[train[i] for i in order[at : at + size]] for order in orders for at in range(0, len(train), size)]
+        self.steps_of_epoch = len(steps) // config.epochs
+        # The pass that takes the most memory is in the step that is taken first.
+        self.longest_step = max(steps, key=lambda items: max(rows * tokens for rows, tokens in self._passes(items)))
+        self.longest_pass = max(self._passes(self.longest_step), key=lambda shape: shape[0] * shape[1])
+        self.steps = sampled(steps, _tokens, TIMED_STEPS)
+        self.scored = sampled([[item] for item in run.items["dev"]], _tokens, SCORED)
+        self.every = inputs_of([*train, *run.items["dev"]])
+        self.kept_bytes = self.trial_bytes = 0
+        self.resident = taken_bytes(run.prepared.backbone.device)
+        self.planned = 1 + len(self.steps) + 3
+
+    def _passes(self, items: Sequence[Item]) -> list[tuple[int, int]]:
+        """Return rows and tokens of each pass of a step."""
+        size = self.run.config.batch_size
+        passes = [inputs_of(items[at : at + size]) for at in range(0, len(items), size)]
+        return [(len(rows), max(len(row.token_ids) for row in rows)) for rows in passes]
+
+    def _tell(self, note: str) -> None:
+        self.done += 1
+        self.report(Progress("estimate", self.done, self.planned, note))
+
+    def keep(self) -> float:
+        """Fill the KV cache for the rows to be tried; return the seconds that it takes for all rows."""
+        cache, learner = self.learner.prefix_cache, self.learner
+        learner.uses_prefix_cache = cache.pays([cacheable_ids(row) for row in self.every])
+        if not learner.uses_prefix_cache:
+            return 0.0
+        tried = inputs_of([item for items in (self.longest_step, *self.steps, *self.scored) for item in items])
+        every, texts = ({ids for ids in map(cacheable_ids, rows) if ids} for rows in (self.every, tried))
+        cache.keep([max(texts, key=len)])  # warms the machine up
+        warm, began = cache.tokens, clock()
+        cache.keep(texts)
+        spent = (clock() - began) / max(1, cache.tokens - warm)
+        tokens = sum(map(len, every))
+        self.trial_bytes = cache.memory_bytes
+        self.kept_bytes = (cache.memory_bytes + cache.disk_bytes) * tokens // cache.tokens
+        return spent * tokens
+
+    def time_steps(self) -> float:
+        """Return the seconds of the steps of an epoch; nothing is learned, as the learning rates are 0."""
+        learner = self.learner
+        if learner.weights:
+            learner.backbone.thaw(learner.weights.values())
+
+        def take(items: Sequence[Item]) -> float:
+            return timed(lambda: take_steps([Step(learner, items, number=0, epoch=1, rate=0.0)]))
+
+        take(self.longest_step)
+        self._tell("the longest step")
+        found: list[float] = []
+        for turn in range(ROUNDS):
+            for items in self.steps if sum(found) < ENOUGH_SECONDS else ():
+                found.append(take(items))
+                if not turn:
+                    self._tell("steps of different lengths")
+        learner.optimizer.zero_grad(set_to_none=True)
+        if learner.weights:
+            learner.backbone.freeze()
+        return statistics.mean(found) * self.steps_of_epoch
+
+    def time_scoring(self) -> float:
+        """Return the seconds of scoring the development part."""
+        items, learned = [item for one in self.scored for item in one], Learned(self.learner.vectors())
+        spent = timed(lambda: evaluate(self.learner.backbone, items, learned, cache=self.learner.cache))
+        self._tell("development part")
+        return spent * _tokens(self.run.items["dev"]) / _tokens(items)
+
+    def time_answers(self) -> float:
+        """Return the seconds of writing an answer to each record of the development part; labels and choices have none
+        to write.
+        """
+        run, items, spent = self.run, self.run.items["dev"], 0.0
+        if not items[0].answers:
+            model, prompt = PromptModel(self.learner.backbone), run.prompt(self.trainer)
+            some = sampled(range(len(items)), lambda at: items[at].tokens, ANSWERED)
+            asked = Questions([run.prepared.parts["dev"][at] for at in some])
+            spent = timed(lambda: model.predict(asked, prompt)) * len(items) / len(some)
+        self._tell("answers")
+        return spent
+
+    def time_writing(self) -> float:
+        """Return the seconds of writing a byte to a checkpoint, in the folder for temporary files."""
+        size, chosen = 0, dict[str, torch.Tensor]()
+        for index, weight in enumerate(self.learner.parameters()):
+            if not chosen or size + weight.nbytes <= WRITTEN_BYTES:
+                chosen[str(index)], size = weight, size + weight.nbytes
+        with tempfile.TemporaryDirectory(prefix="ptuning-estimate-") as folder:
+            spent = timed(lambda: write_checkpoint(Path(folder), RunState(), chosen, identity={}))
+        self._tell("disk")
+        return spent / size
+
+    def bytes(self, peak: int, before: int) -> Bytes:
+        """Return what is in memory.
+
+        Args:
+            peak: The most that was taken while steps were tried.
+            before: The most that the process had taken before.
+        """
+        learner, backbone = self.learner, self.run.prepared.backbone
+        weights = tensor_bytes([*backbone.model.parameters(), *backbone.model.buffers()])
+        trained = tensor_bytes(learner.parameters())
+        encoder = tensor_bytes(learner.encoder.parameters())
+        kept = min(self.kept_bytes, learner.prefix_cache.budget())
+        activations = max(0, peak - self.resident - 3 * trained - self.trial_bytes)
+        learner.prefix_cache.clear()
+        return Bytes(
+            weights=weights,
+            trained=trained,
+            gradients=trained,
+            optimizer=2 * trained,
+            activations=activations,
+            constant_part=kept,
+            # With the moments of its encoder; those of the backbone's weights are dropped.
+            other_starts=2 * encoder + trained if self.run.config.starts > 1 else 0,
+            rest=max(0, peak - weights - 4 * trained - activations - self.trial_bytes),
+            before=before,
+            on_disk=self.kept_bytes - kept,
+        )
+
+
+def sampled(work: Sequence[T], cost: Callable[[T], float], count: int) -> list[T]:
+    """Return the middle of so many equal parts of some work, in order of its cost.
+
+    Example:
+        >>> sampled([5, 1, 3, 2, 4, 6], cost=float, count=3)
+        [2, 4, 6]
     """
-    kept = min(seen.kept_bytes, budget)
-    own = tensor_bytes([*backbone.model.parameters(), *backbone.model.buffers()])
-    known = own + encoder + weights + seen.gradients + seen.optimizer + seen.activations + seen.trial_bytes
-    return Bytes(
-        weights=own,
-        trained=encoder + weights,
-        gradients=seen.gradients,
-        optimizer=seen.optimizer,
-        activations=seen.activations,
-        constant_part=kept,
-        # With the moments of its encoder; those of the backbone's weights are let go of.
-        other_starts=3 * encoder + weights if config.starts > 1 else 0,
-        rest=max(0, seen.peak - known),
-        before=before,
-        on_disk=seen.kept_bytes - kept,
-    )
+    ordered, count = sorted(work, key=cost), min(count, len(work))
+    return [ordered[(2 * part + 1) * len(ordered) // (2 * count)] for part in range(count)]
 
 
-def _seconds(seen: Seen, config: TrainConfig, *, encoder: int, weights: int, filling: float, making: float) -> Seconds:
-    """Put together how long a run takes.
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds of some work."""
+    began = clock()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - began
 
-    Args:
-        seen: What was seen.
-        config: The settings.
-        encoder: Bytes of the prompt encoder.
-        weights: Bytes of what is trained of the backbone.
-        filling: Seconds of filling the template, once.
-        making: Seconds of making a trainer, once per start.
-    """
-    checkpoint = seen.written_seconds * 3 * (encoder + weights)  # with both moments
-    best = seen.written_seconds * weights
-    pause = max(
-        config.checkpoint_seconds, SAVING_PAUSE * checkpoint if weights else 0.0, seen.epoch_seconds / seen.steps
-    )
-    # One after every epoch and some within; the best weights at every epoch, in the worst case, and in the prompt.
-    saving = (config.epochs + config.epochs * seen.epoch_seconds // pause) * checkpoint + (config.epochs + 1) * best
-    start = making + config.epochs * seen.epoch_seconds + (config.epochs + 1) * seen.dev_seconds + saving
-    return Seconds(
-        preparing=filling + making,
-        constant_part=seen.kept_seconds,
-        epoch=seen.epoch_seconds,
-        dev=seen.dev_seconds,
-        saving=saving,
-        answers=seen.answer_seconds,
-        total=filling + seen.kept_seconds + config.starts * start + seen.answer_seconds + best,
-    )
+
+def _tokens(items: Sequence[Item]) -> int:
+    return sum(len(row.token_ids) for row in inputs_of(items))

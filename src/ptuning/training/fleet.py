@@ -21,7 +21,7 @@ from ptuning.files import make_folder, read_json, write_json
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import Example
 from ptuning.training.memory import total_bytes
-from ptuning.training.step import take_step
+from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
 
 # How many prompts are in training at the same time; each has an encoder and an optimizer in memory.
@@ -55,12 +55,12 @@ class Member:
 
 @dataclass(eq=False)
 class _Live:
-    """A prompt in training, and the records of its next step."""
+    """A prompt in training, and its next step."""
 
     member: Member
     trainer: Trainer
-    course: Iterator[Sequence[Item]]
-    group: Sequence[Item] = ()
+    course: Iterator[Step]
+    step: Step | None = None
 
 
 @dataclass
@@ -165,7 +165,7 @@ class Fleet:
                         self._between({}, lambda: True)
                 if not self._live:
                     continue
-                failed = take_step([(one.trainer, one.group) for one in self._live])
+                failed = self._take_steps()
                 self._between(failed, should_stop)
                 if report is not None:
                     report(self._progress(work))
@@ -176,13 +176,24 @@ class Fleet:
         if self.checkpoint is not None:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
 
+    def _take_steps(self) -> dict[Trainer, TrainingError]:
+        """Take the next step of every prompt in training; return the errors of those that failed."""
+        failed: dict[Trainer, TrainingError] = {}
+        steps = [one.step for one in self._live if one.step is not None]
+        for one, step, outcome in zip(self._live, steps, take_steps(steps), strict=True):
+            if isinstance(outcome, TrainingError):
+                failed[one.trainer] = outcome
+            else:
+                one.trainer.count(step, outcome)
+        return failed
+
     def _has_room(self, *, goes_on: bool) -> bool:
         """Whether one more can be in training. Whatever was when a checkpoint was written is so again; and it is the
         device's whole memory that is asked for, so that a resumed fleet decides alike.
         """
         if not self._live or goes_on:
             return True
-        largest = max(one.trainer.trainable_parameters for one in self._live)
+        largest = max(one.trainer.learner.trainable_parameters for one in self._live)
         fits = (len(self._live) + 1) * largest * BYTES_PER_WEIGHT <= STATE_SHARE * total_bytes(self.backbone.device)
         return fits and len(self._live) < self.at_once
 
@@ -196,7 +207,7 @@ class Fleet:
     ) -> _Live:
         """Return a prompt that begins, or goes on."""
         trainer = member.make(prefix_cache)
-        if trainer.accelerator.num_processes > 1:
+        if trainer.learner.accelerator.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
         if member.name in folders and not trainer.load_from(folders[member.name]):
             raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")
@@ -297,17 +308,11 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Let a prompt go on to its next step; return its trainer or an error if there is none.
-
-    Raises:
-        Interrupted: If training is to stop.
-    """
+    """Let a prompt go on to its next step; return its trainer or an error if there is none."""
     try:
-        one.group = next(one.course)
+        one.step = next(one.course)
     except StopIteration:
         return one.trainer
-    except Interrupted:
-        raise
     except TrainingError as error:
         return error
     return None

@@ -1,19 +1,15 @@
-"""How much memory work takes: bytes of tensors, the most that are alive at a time, the peak of a process or a GPU."""
+"""How much memory work takes: bytes of tensors, and the peak of a process or a GPU."""
 
 from __future__ import annotations
 
 import sys
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # Time between two looks at the process; one takes some microseconds.
 LOOK_SECONDS = 0.002
@@ -23,47 +19,6 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes that tensors take, what they share counted once."""
     found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     return sum(found.values())
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors made in this context, forward and backward.
-
-    Attributes:
-        now: Bytes of those that are alive.
-        peak: The most that were alive at a time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        """Run an operation and count what it makes."""
-        given = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        found = func(*args, **(kwargs or {}))
-        for one in tree_leaves(found):
-            if isinstance(one, Tensor) and id(one.untyped_storage()) not in given:
-                self._add(one.untyped_storage())
-        return found
-
-    def _add(self, storage: Any) -> None:
-        if storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.now -= size
 
 
 class PeakMemory:
@@ -76,7 +31,6 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = 0
-        self._process = psutil.Process()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -102,7 +56,14 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.bytes = max(self.bytes, self._process.memory_info().rss)
+        self.bytes = max(self.bytes, taken_bytes(self.device))
+
+
+def taken_bytes(device: torch.device) -> int:
+    """Return the bytes that are taken now: by tensors on a GPU, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def total_bytes(device: torch.device) -> int:

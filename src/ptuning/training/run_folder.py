@@ -7,43 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ptuning.config import without_later_defaults
-from ptuning.errors import FileError
-from ptuning.files import Json, check_free, read_json, sha256, sweep
+from ptuning.files import Json, check_free, read_json, sweep
 from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
-from ptuning.training.checkpoint import check_identity
+from ptuning.training.identity import check_identity, identity_of_run
 
 OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
-# Settings that do not change what is trained, so that a run may be resumed with others.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
-
-
-def identity(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return what must be equal for a run to be resumed: settings, data, task and backbone.
-
-    Raises:
-        FileError: If the record is not one of a run.
-    """
-    settings, data, backbone = record.get("settings"), record.get("data"), record.get("backbone")
-    if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
-        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects; use --overwrite")
-    found: dict[str, Json] = {
-        name: value for name, value in without_later_defaults(settings).items() if name not in IRRELEVANT_SETTINGS
-    }
-    for part in ("train", "dev"):
-        listed = data.get(part)
-        found[data_key(part)] = listed.get("sha256") if isinstance(listed, Mapping) else None
-    task = record.get("task")
-    if isinstance(task, Mapping):
-        found["task file (sha256)"] = sha256(str(task.get("file")).encode("utf-8"))
-    found["backbone fingerprint"] = backbone.get("fingerprint")
-    found["recipe of training"] = record.get("recipe", 1)
-    return found
-
-
-def data_key(part: str) -> str:
-    """Return where the sha256 of a part of the data stands in a run's identity."""
-    return f"{part} data (sha256)"
 
 
 def checkpoint_folder(folder: Path, number: int) -> Path:
@@ -66,7 +34,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
     """
     if resume and (folder / RUN_FILE).is_file():
         record = read_json(folder / RUN_FILE)
-        check_identity(wanted, identity(record), where=str(folder))
+        check_identity(wanted, identity_of_run(record), where=str(folder))
         return record
     only_ours = folder.is_dir() and all(
         entry.name in OURS or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()

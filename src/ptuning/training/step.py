@@ -1,85 +1,251 @@
-"""An optimizer step of one prompt, or of many at once: the rows of all run in one pass. Knows no data, no epochs and no
-files.
+"""One optimizer step, from the items of one prompt or of several to weights that have moved.
+
+Read :func:`take_steps` first: it starts each prompt's step, runs the passes of all, and finishes each prompt's step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import recomputing
-from ptuning.config import TrainConfig
+from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
+from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import collate, shared_tokens
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, loss, score_choices
+from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
 from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache, cacheable_ids
 from ptuning.errors import TrainingError
 from ptuning.template.fill import BoundTemplate, Example
-from ptuning.training.checkpoint import RunState
-from ptuning.training.encoder import PromptEncoder
+from ptuning.training.encoder import PromptEncoder, start_vectors
 
-T = TypeVar("T", bound="InTraining")
-
-# Tokens of one pass with gradients over the rows of several prompts. More brings nothing on a processor and costs
-# memory; a GPU is not full with them. Source: docs/decisions.md, decision 28.
+# Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
+# more memory; a GPU is not busy with so few. Source: docs/decisions.md, decision 28.
 JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
-# Rows of different prompts run together if that takes at most so many times the tokens, pads included, that each
-# prompt's rows take alone.
+# Rows of different prompts share a pass while padding adds at most 25 % to the tokens of each prompt's rows.
 JOINT_PADDING = 1.25
 
 
-class InTraining(Protocol):
-    """A prompt in training, as far as its optimizer steps go (:class:`~ptuning.training.trainer.Trainer`)."""
-
-    backbone: Backbone
-    bound: BoundTemplate
-    config: TrainConfig
-    encoder: PromptEncoder
-    prefix_cache: PrefixCache
-    uses_prefix_cache: bool
-    state: RunState
-
-    def begin_step(self, group: Sequence[Item]) -> list[Chunk]:
-        """Return the passes of the next step."""
-        ...
-
-    def dropout_seed(self, at: int) -> int:
-        """Return the seed of what is drawn in a pass of the coming step."""
-        ...
-
-    def note_loss(self, value: Tensor) -> None:
-        """Take down the summed loss of a pass."""
-        ...
-
-    def end_step(self, group: Sequence[Item], *, seconds: float) -> None:
-        """Move the weights by the gradients that are there, and count the step."""
-        ...
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one prompt has run in one pass.
+class Learner:
+    """What learns: a prompt encoder, weights of the backbone if they are trained too, and the optimizer of both.
 
     Args:
-        trainer: Whose rows they are.
-        items: The records.
-        at: Index of the first one among those of the step, which seeds the pass's dropout.
-        total: What the losses of all passes of the step are divided by.
+        frozen: A frozen backbone; it does not change. :attr:`backbone` is this one, or the copy that is trained.
+        bound: The template, bound to the backbone.
+        config: The settings.
+        prefix_cache: KV cache that several prompts share; by default its own.
+
+    Attributes:
+        weights: Weights of the backbone that are trained, by name; none of a frozen one.
+        uses_prefix_cache: Whether rows run from their first slot onwards.
+
+    Raises:
+        TrainingError: If the backbone is not frozen.
     """
 
-    trainer: InTraining
+    def __init__(
+        self, frozen: Backbone, bound: BoundTemplate, *, config: TrainConfig, prefix_cache: PrefixCache | None = None
+    ) -> None:
+        if frozen.model.training or any(weight.requires_grad for weight in frozen.model.parameters()):
+            raise TrainingError(f"the backbone '{frozen.name}' is not frozen; call its freeze() first")
+        self.frozen, self.bound, self.config = frozen, bound, config
+        self.backbone = _to_train(frozen, config)
+        self.weights = trained_parameters(self.backbone, config.tune)
+        self.accelerator = Accelerator()
+        known = frozen.table_statistics
+        start = start_vectors(
+            bound.slot_start_ids,
+            table=frozen.table(),
+            mean=known.mean,
+            std=known.std,
+            how=config.start,
+            generator=self.generator("slot starts"),
+        )
+        with torch.random.fork_rng(devices=[]):  # torch's modules draw weights of their own before ours are written
+            self.encoder = PromptEncoder(
+                start,
+                reach=known.norm,
+                kind=config.encoder if bound.slots else "none",
+                dropout=config.dropout,
+                generator=self.generator("encoder weights"),
+            ).to(frozen.device)
+        self.optimizer = self._make_optimizer()
+        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.prefix_cache = prefix_cache or PrefixCache(self.backbone, memory_share=config.prefix_cache_share)
+        self.uses_prefix_cache = False
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW over the encoder, and over the backbone with a learning rate and decay of its own."""
+        config = self.config
+        groups: list[dict[str, list[nn.Parameter] | float]] = [
+            {"params": list(self.encoder.parameters()), "lr": config.lr}
+        ]
+        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
+        for is_matrix in (True, False):
+            weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
+            if weights:
+                groups.append({"params": weights, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
+        # Fused where it matters: other variants hold a second copy of all weights while they step.
+        fused = True if config.tune == "tuned" else None
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+
+    def generator(self, purpose: str, step: int = 0) -> torch.Generator:
+        """Return the random generator of one purpose, independent of all others and of what was drawn before."""
+        return torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, step))
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of weights of the prompt encoder, and of those of the backbone that are trained."""
+        return sum(weight.numel() for weight in self.parameters())
+
+    @property
+    def cache(self) -> PrefixCache | None:
+        """The KV cache, if rows run with it."""
+        return self.prefix_cache if self.uses_prefix_cache else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the weights that the optimizer moves."""
+        return [*self.encoder.parameters(), *self.weights.values()]
+
+    def trained_weights(self) -> TrainedWeights | None:
+        """Return what training has made of the backbone's weights; None if the backbone stayed frozen."""
+        if self.config.tune == "frozen":
+            return None
+        found = TrainedWeights.of(self.backbone, self.frozen, tune=self.config.tune, keep=self.config.keep)
+        self.backbone.trained = found.mark
+        return found
+
+    def vectors(self) -> Tensor:
+        """Return the slot vectors as they would be saved: (P, E) float32 on the CPU, dropout off."""
+        self.encoder.eval()
+        with torch.no_grad():
+            vectors: Tensor = self.encoder()  # (P, E)
+        return vectors.detach().float().cpu().clone()
+
+    def begin(self, rate: float) -> None:
+        """Set the learning rates to this share of their peaks, and drop the gradients of the last step."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate
+        self.encoder.train()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def finish(self, step: Step, losses: Sequence[Tensor]) -> float:
+        """Add up losses and gradients over all processes, and move the weights.
+
+        Args:
+            step: The step.
+            losses: The summed loss of each of its passes.
+
+        Returns:
+            The summed loss of the step.
+
+        Raises:
+            TrainingError: If the loss is NaN or infinite, or the step overflows.
+        """
+        summed = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=self.backbone.device)
+        if self.accelerator.num_processes > 1:
+            summed = self.accelerator.reduce(summed, "sum")
+            for weight in self.parameters():
+                gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
+                weight.grad = self.accelerator.reduce(gradient, "sum")
+        loss_sum = float(summed)
+        self.check_loss(loss_sum, f"the loss became {loss_sum} in epoch {step.epoch}")
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
+        try:
+            self.optimizer.step()
+        except (RuntimeError, OverflowError) as error:
+            if "overflow" not in str(error):
+                raise
+            raise TrainingError(f"step {step.number + 1} overflows ({error}); lower the learning rate") from error
+        return loss_sum
+
+    def check_loss(self, value: float, what: str) -> None:
+        """Check that a loss is a finite number.
+
+        Args:
+            value: The loss.
+            what: What happened if it is not, for the message.
+
+        Raises:
+            TrainingError: If it is NaN or infinite.
+        """
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (--lr), or float32 "
+                "(--dtype)"
+            )
+
+
+def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
+    """Return the backbone to train: the frozen one, or a copy of it, with adapters if it is to have some."""
+    if config.tune == "frozen":
+        return backbone
+    if config.tune == "tuned":
+        return backbone.copy()
+    return with_adapters(
+        backbone,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        seed=derived_seed(config.seed, "adapter weights"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An optimizer step that one learner is to take.
+
+    Args:
+        learner: Who takes it.
+        items: The records.
+        number: Its number, from 0; seeds its dropout.
+        epoch: The epoch it belongs to.
+        rate: Share of the peak learning rates.
+    """
+
+    learner: Learner
+    items: Sequence[Item]
+    number: int
+    epoch: int
+    rate: float
+
+    def chunks(self) -> list[Chunk]:
+        """Return the passes of this step (gradient accumulation), with the rows of this process."""
+        processes, rank = self.learner.accelerator.num_processes, self.learner.accelerator.process_index
+        size = self.learner.config.batch_size
+        parts = {at: self.items[at : at + size][rank::processes] for at in range(0, len(self.items), size)}
+        return [Chunk(self, items, at) for at, items in parts.items() if items]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The records that one prompt runs in one pass.
+
+    Args:
+        step: The step they belong to.
+        items: The records.
+        at: Index of the first one among those of the step, which seeds the pass's dropout.
+    """
+
+    step: Step
     items: Sequence[Item]
     at: int
-    total: float
+
+    @property
+    def learner(self) -> Learner:
+        """Whose rows they are."""
+        return self.step.learner
 
     @property
     def examples(self) -> list[Example]:
@@ -88,59 +254,85 @@ class Chunk:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest row, as far as it is run."""
-        cached = self.trainer.uses_prefix_cache
+        """Tokens of the longest row, without those that come from the KV cache."""
+        cached = self.learner.uses_prefix_cache
         return max(len(row.token_ids) - (len(cacheable_ids(row)) if cached else 0) for row in self.examples)
 
     @property
     def runs_prefix_once(self) -> bool:
-        """Whether what its rows begin with is run in one row, which rows of another prompt do not begin with."""
+        """Whether its rows share a prefix that is computed once, so that rows of another prompt cannot join them."""
         rows = self.examples
-        if self.trainer.uses_prefix_cache:
+        if self.learner.uses_prefix_cache:
             return False
-        return runs_prefix_once(self.trainer.backbone, rows=len(rows), shared=shared_tokens(rows))
+        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows))
+
+    def learned(self) -> Learned:
+        """Return the slot vectors with gradients, dropout drawn from this pass's own seed."""
+        torch.manual_seed(derived_seed(self.learner.config.seed, "dropout", self.step.number * 65_536 + self.at))
+        return Learned(self.learner.encoder())
 
 
-def take_step(groups: Sequence[tuple[T, Sequence[Item]]]) -> dict[T, TrainingError]:
-    """Take one optimizer step of every trainer, each with its own records.
+@dataclass(frozen=True)
+class Taken:
+    """An optimizer step that was taken.
+
+    Args:
+        loss_sum: The summed loss over all tokens (or items with classes).
+        loss_count: What it is divided by for the mean.
+        tokens: Tokens of all rows that this process ran.
+        seconds: Its share of the time of all steps that were taken together.
+    """
+
+    loss_sum: float
+    loss_count: float
+    tokens: int
+    seconds: float
+
+
+def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
+    """Take one optimizer step of every learner, each with its own records.
 
     The loss of each is the sum over all of its tokens divided once by their number, however its records are cut into
-    passes, spread over processes, or put together with those of others. Prompts that are trained together have one
-    frozen backbone, and one :class:`~ptuning.engine.prefix_cache.PrefixCache`.
+    passes, spread over processes, or joined with those of others. Prompts that are trained together have one frozen
+    backbone and one KV cache.
 
     Returns:
-        InTrainings whose loss is no number any more, each with what is to be said of it.
+        For each step what it did, or the error that ended it: its loss is NaN or infinite, or it overflows.
     """
     began = time.monotonic()
-    chunks = [chunk for trainer, group in groups for chunk in trainer.begin_step(group)]
-    run_passes(chunks)
-    tokens = {trainer: sum(item.tokens for item in group) for trainer, group in groups}
-    for trainer in tokens:
-        trainer.state.train_tokens += sum(
-            len(row.token_ids) for chunk in chunks if chunk.trainer is trainer for row in chunk.examples
-        )
-    failed: dict[T, TrainingError] = {}
-    everything = sum(tokens.values())
-    for trainer, group in groups:
-        seconds = (time.monotonic() - began) * tokens[trainer] / everything
+    for step in steps:
+        step.learner.begin(step.rate)
+    chunks = [chunk for step in steps for chunk in step.chunks()]
+    losses = run_passes(chunks)
+    weights = [sum(item.tokens for item in step.items) for step in steps]
+    outcomes: list[Taken | TrainingError] = []
+    for step, weight in zip(steps, weights, strict=True):
+        seconds = (time.monotonic() - began) * weight / sum(weights)
+        own = [chunk for chunk in chunks if chunk.step is step]
+        tokens = sum(len(row.token_ids) for chunk in own for row in chunk.examples)
         try:
-            trainer.end_step(group, seconds=seconds)
+            loss_sum = step.learner.finish(step, [losses[chunk] for chunk in own])
+            outcomes.append(Taken(loss_sum, loss_count(step.items), tokens, seconds))
         except TrainingError as error:
-            failed[trainer] = error
-    return failed
+            outcomes.append(error)
+    return outcomes
 
 
-def run_passes(chunks: Sequence[Chunk]) -> None:
-    """Run chunks, forward and backward, those together that may be: the gradients of a step."""
+def run_passes(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
+    """Run chunks forward and backward, which adds to the gradients; return the summed loss of each."""
+    losses: dict[Chunk, Tensor] = {}
     for together in joined(chunks):
-        _run(together)
+        losses |= _run(together)
+    return losses
 
 
 def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-    """Yield the chunks that run together: those of a prompt one after another, those of several prompts in one pass, as
-    long as little is padded, and nothing is lost that one prompt's rows have in common.
+    """Group chunks into passes.
+
+    Chunks of one prompt run one by one. Chunks of several prompts share a pass while little is padded
+    (:data:`JOINT_PADDING`). A chunk whose rows share a prefix runs alone, so that the prefix is computed once.
     """
-    if len({id(chunk.trainer) for chunk in chunks}) == 1:
+    if len({id(chunk.learner) for chunk in chunks}) == 1:
         yield from ([chunk] for chunk in chunks)
         return
     waiting: dict[bool, list[Chunk]] = {True: [], False: []}
@@ -148,7 +340,7 @@ def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         if chunk.runs_prefix_once:
             yield [chunk]
         else:
-            waiting[chunk.trainer.uses_prefix_cache].append(chunk)
+            waiting[chunk.learner.uses_prefix_cache].append(chunk)
     for found in waiting.values():
         yield from _bounded(sorted(found, key=lambda chunk: chunk.width))
 
@@ -159,7 +351,7 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
     rows = alone = 0
     for chunk in chunks:
         own, width = len(chunk.examples), chunk.width
-        limit = JOINT_TOKENS.get(chunk.trainer.backbone.device.type, JOINT_TOKENS_ELSEWHERE)
+        limit = JOINT_TOKENS.get(chunk.learner.backbone.device.type, JOINT_TOKENS_ELSEWHERE)
         padded = (rows + own) * width
         if together and (padded > limit or padded > JOINT_PADDING * (alone + own * width)):
             yield together
@@ -170,27 +362,23 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         yield together
 
 
-def _run(chunks: Sequence[Chunk]) -> None:
-    """Run chunks in one pass, forward and backward."""
-    first = chunks[0].trainer
+def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
+    """Run chunks in one pass, forward and backward; return the summed loss of each."""
+    first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
     with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
-        prompts = []
-        for chunk in chunks:
-            torch.manual_seed(chunk.trainer.dropout_seed(chunk.at))
-            prompts.append(Learned(chunk.trainer.encoder()))
+        prompts = [chunk.learned() for chunk in chunks]
         learned = Learned.join(prompts, rows=[number for number, part in enumerate(rows) for _ in part])
-        saves = any(chunk.trainer.config.checkpointing for chunk in chunks)
+        saves = any(chunk.learner.config.checkpointing for chunk in chunks)
         with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
-            cache = first.prefix_cache if first.uses_prefix_cache else None
-            logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=cache)
+            logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
     sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
-    losses = []
+    found: dict[Chunk, Tensor] = {}
     for chunk, own in zip(chunks, logits.split(sizes), strict=True):
-        value, _ = loss(chunk.items, score_choices(chunk.items, own))
-        chunk.trainer.note_loss(value.detach())
-        losses.append(value / chunk.total)
-    torch.stack(losses).sum().backward()
+        found[chunk], _ = loss(chunk.items, score_choices(chunk.items, own))
+    means = [value / loss_count(chunk.step.items) for chunk, value in found.items()]
+    torch.stack(means).sum().backward()
+    return {chunk: value.detach() for chunk, value in found.items()}
 
 
 def measure_ceiling(

@@ -5,26 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
-from ptuning.data.questions import Questions
-from ptuning.data.task_files import TaskFile
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, check_free, write_json
 from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
-from ptuning.records import Record
-from ptuning.template.labels import LabelWords
-from ptuning.template.language import Template
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
-from ptuning.training.run import FORMAT_VERSION, Run, TrainResult
+from ptuning.training.prepare import prepare
+from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
+from ptuning.training.spec import FleetPrompt
 from ptuning.training.trainer import Trainer
 
 FLEET_FILE = "fleet.json"
@@ -32,55 +28,25 @@ FLEET_FILE = "fleet.json"
 START = "#"
 
 
-@dataclass(frozen=True)
-class FleetPrompt:
-    """One prompt of a fleet: what :func:`ptuning.train` is asked for, and a name.
+def run_of(
+    prompt: FleetPrompt,
+    backbone: Backbone,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> TrainingRun:
+    """Return the run of a prompt, checked; arguments as of :func:`ptuning.train`.
 
-    Args:
-        name: Its name, which becomes a folder.
-        template, data, dev, config, labels, task, calibrate: As of :func:`ptuning.train`.
+    Raises:
+        PTuningError: If anything cannot be used; says which prompt's.
     """
-
-    name: str
-    template: str | Template
-    data: Sequence[Record] | Questions
-    dev: Sequence[Record] | Questions | None = None
-    config: TrainConfig = field(default_factory=TrainConfig)
-    labels: LabelWords | str | None = None
-    task: TaskFile | None = None
-    calibrate: bool | None = None
-
-    def run(
-        self,
-        backbone: Backbone,
-        *,
-        out: Path | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-        command: str | None = None,
-    ) -> Run:
-        """Return its run, checked; arguments as of :func:`ptuning.train`.
-
-        Raises:
-            PTuningError: If anything cannot be used; says which prompt's.
-        """
-        try:
-            return Run(
-                self.template,
-                self.data,
-                backbone=backbone,
-                dev=self.dev,
-                config=self.config,
-                labels=self.labels,
-                task=self.task,
-                calibrate=self.calibrate,
-                out=out,
-                resume=resume,
-                overwrite=overwrite,
-                command=command,
-            )
-        except PTuningError as error:
-            raise type(error)(f"prompt '{self.name}': {error}") from error
+    try:
+        prepared = prepare(prompt, backbone)
+        return TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, command=command)
+    except PTuningError as error:
+        raise type(error)(f"prompt '{prompt.name}': {error}") from error
 
 
 @dataclass(frozen=True)
@@ -138,10 +104,11 @@ def train_fleet(
     folder = Path(out) if out is not None else None
     if folder is not None and not (resume or overwrite):
         check_free(folder, overwrite=False)
-    runs: dict[str, Run] = {}
+    runs: dict[str, TrainingRun] = {}
     for prompt in prompts:
         _check_name(prompt.name, runs)
-        runs[prompt.name] = prompt.run(
+        runs[prompt.name] = run_of(
+            prompt,
             backbone,
             out=folder / prompt.name if folder is not None else None,
             resume=resume and folder is not None,
@@ -186,7 +153,7 @@ def can_train_together() -> bool:
 
 
 def fleet_runs(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, TrainingRun],
     *,
     checkpoint: Path | None = None,
     at_once: int = AT_ONCE,
@@ -221,7 +188,7 @@ def fleet_runs(
         shutil.rmtree(checkpoint, ignore_errors=True)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(
-        next(iter(runs.values())).backbone,
+        next(iter(runs.values())).prepared.backbone,
         [_member(name, run, number) for name, run in runs.items() for number in range(run.config.starts)],
         at_once=at_once,
         memory_share=max(run.config.cache_memory for run in runs.values()),
@@ -254,7 +221,7 @@ def _member_name(name: str, number: int) -> str:
     return f"{name}{START}{number}" if number else name
 
 
-def _member(name: str, run: Run, number: int) -> Member:
+def _member(name: str, run: TrainingRun, number: int) -> Member:
     def make(prefix_cache: PrefixCache) -> Trainer:
         return run.trainer(number, prefix_cache=prefix_cache if run.config.cache_memory else None)
 

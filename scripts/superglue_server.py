@@ -1,19 +1,26 @@
-"""Files for the SuperGLUE server: one per task, made from the answers of finished cells."""
+"""Write the files that SuperGLUE's server takes, from the folder of a finished ``ptuning superglue``.
+
+    python scripts/superglue_server.py FOLDER
+
+FOLDER gets server/METHOD/seed-N/TASK.jsonl for each finished cell of a SuperGLUE task: of the test split if it was
+answered, otherwise of the reported part. server/README.md says which. An earlier FOLDER/server is replaced.
+"""
 
 from __future__ import annotations
 
-import logging
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
-from ptuning.data.task_files import TaskFile
-from ptuning.experiment.cells import Job
+from ptuning.data.task_files import TaskFile, load_task
+from ptuning.errors import FileError, PTuningError
 from ptuning.experiment.suite import UNLABELLED_FILE
+from ptuning.experiment.superglue import SUITE, TASKS
 from ptuning.files import Json, make_folder, read_json_lines, write_json_lines, write_text
 from ptuning.names import PREDICTIONS_FILE
-from ptuning.report.results_file import Results
-
-logger = logging.getLogger(__name__)
+from ptuning.report.results_file import read_results
 
 SERVER_FOLDER = "server"
 FROM_TEST = "the test split, whose labels only the server knows"
@@ -28,35 +35,43 @@ tasks of the paper.
 """
 
 
-def write_server_files(results: Results, jobs: Sequence[Job], *, is_draw: bool) -> None:
-    """Write ``server/METHOD/seed-N/TASK.jsonl`` for each finished cell: of the test split if there is one, otherwise of
-    the reported part.
+def main() -> None:
+    """Write the files, or one line that says why they cannot be written."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        write_server_files(Path(sys.argv[1]))
+    except PTuningError as error:
+        sys.exit(f"error: {error}")
 
-    Args:
-        results: The results; their folder holds the answers.
-        jobs: The tasks of the benchmark.
-        is_draw: Whether only a draw of rows was answered. Nothing is written then, since it could not be handed in.
+
+def write_server_files(folder: Path) -> None:
+    """Write the files of all finished cells in a folder of results.
+
+    Raises:
+        FileError: If these are not results of SuperGLUE, or only a draw of the rows was answered.
     """
-    if is_draw:
-        logger.info("no files for the server: only a draw of the rows was answered")
-        return
-    found = {job.task.name: job for job in jobs}
-    for result in results.cells:
-        job = found.get(result.task)
-        if job is None or job.task.file is None or result.status != "done":
+    results = read_results(folder)
+    if results.suite != SUITE:
+        raise FileError(f"{folder} holds results of ptuning {results.suite}, not of ptuning {SUITE}")
+    if results.settings.get("limit") is not None:
+        raise FileError(f"{folder} holds answers to a draw of the rows (--limit), which cannot be handed in")
+    server = folder / SERVER_FOLDER
+    shutil.rmtree(server, ignore_errors=True)
+    sources: dict[str, str] = {}
+    for cell in results.cells:
+        if cell.task not in TASKS or cell.status != "done":
             continue
-        name = PREDICTIONS_FILE if job.unlabelled is None else UNLABELLED_FILE
-        rows = read_json_lines(results.folder / result.folder / name)
-        folder = results.folder / SERVER_FOLDER / result.method / f"seed-{result.seed}"
-        make_folder(folder)
-        write_json_lines(folder / f"{job.task.name}.jsonl", server_lines(job.task.file, rows))
-    if not (results.folder / SERVER_FOLDER).is_dir():
-        return
-    there = {path.stem for path in (results.folder / SERVER_FOLDER).rglob("*.jsonl")}
-    sources = [f"{name}: {FROM_REPORTED if job.unlabelled is None else FROM_TEST}" for name, job in found.items()]
-    sources += [f"{name}: of an earlier run into this folder" for name in sorted(there - found.keys())]
-    listed = "\n".join(f"- {source}" for source in sources)
-    write_text(results.folder / SERVER_FOLDER / "README.md", NOTE.format(sources=listed))
+        from_test = (results.folder_of(cell) / UNLABELLED_FILE).is_file()
+        rows = read_json_lines(results.folder_of(cell) / (UNLABELLED_FILE if from_test else PREDICTIONS_FILE))
+        place = server / cell.method / f"seed-{cell.seed}"
+        make_folder(place)
+        write_json_lines(place / f"{cell.task}.jsonl", server_lines(load_task(cell.task), rows))
+        sources[cell.task] = FROM_TEST if from_test else FROM_REPORTED
+    if not sources:
+        raise FileError(f"{folder} holds no finished cell of a SuperGLUE task")
+    listed = "\n".join(f"- {task}: {source}" for task, source in sources.items())
+    write_text(server / "README.md", NOTE.format(sources=listed))
 
 
 def server_lines(file: TaskFile, rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
@@ -98,3 +113,7 @@ def _nested(rows: Sequence[Mapping[str, Json]]) -> list[dict[str, Json]]:
         }
         for passage, questions in passages.items()
     ]
+
+
+if __name__ == "__main__":
+    main()

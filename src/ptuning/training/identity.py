@@ -1,0 +1,74 @@
+"""Identity of a result: what must be equal for a training to be resumed, or for a finished result to be reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ptuning.errors import FileError, TrainingError
+from ptuning.files import Json, sha256
+from ptuning.names import RUN_FILE
+
+# Settings that do not change the result, so that a training may be resumed with other values.
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
+
+
+def identity(
+    settings: Mapping[str, Json],
+    data: Mapping[str, Json],
+    *,
+    fingerprint: Json,
+    recipe: Json,
+    task_file: str | None = None,
+) -> dict[str, Json]:
+    """Return the identity of a result.
+
+    Args:
+        settings: Setting -> value; those of :data:`IRRELEVANT_SETTINGS` are left out.
+        data: Part of the data -> its SHA-256.
+        fingerprint: Of the backbone.
+        recipe: :data:`ptuning.config.RECIPE` of the code that trained; None where nothing is trained.
+        task_file: Text of the task file, if there is one.
+    """
+    found = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    found |= {f"{part} data (sha256)": digest for part, digest in data.items()}
+    if task_file is not None:
+        found["task file (sha256)"] = sha256(task_file.encode("utf-8"))
+    found["backbone fingerprint"] = fingerprint
+    if recipe is not None:
+        found["recipe of training"] = recipe
+    return found
+
+
+def identity_of_run(record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the identity of a training run from its ``run.json``.
+
+    Raises:
+        FileError: If the record is not one of a training run.
+    """
+    settings, data, backbone = record.get("settings"), record.get("data"), record.get("backbone")
+    if not (isinstance(settings, Mapping) and isinstance(data, Mapping) and isinstance(backbone, Mapping)):
+        raise FileError(f"{RUN_FILE} is damaged: its settings, data and backbone must be objects; use --overwrite")
+    parts = {name: data.get(name) for name in ("train", "dev")}
+    task = record.get("task")
+    return identity(
+        settings,
+        {name: part.get("sha256") if isinstance(part, Mapping) else None for name, part in parts.items()},
+        fingerprint=backbone.get("fingerprint"),
+        recipe=record.get("recipe"),
+        task_file=str(task.get("file")) if isinstance(task, Mapping) else None,
+    )
+
+
+def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where: str) -> None:
+    """Check that what was saved may be resumed or reused now.
+
+    Raises:
+        TrainingError: If anything differs; shows what was saved and what is asked for now.
+    """
+    names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if names:
+        shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
+        raise TrainingError(
+            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
+            "--overwrite or in another folder"
+        )

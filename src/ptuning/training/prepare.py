@@ -1,0 +1,153 @@
+"""From the description of a training to what the trainer reads: checks, the bound template, items of both parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import split_questions, with_few_choices
+from ptuning.data.task_files import TaskFile
+from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, label_items, target_items
+from ptuning.errors import ConfigError, FileError, TemplateError
+from ptuning.prompt.prompt import as_template
+from ptuning.records import TARGET_FIELD, require_targets
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.labels import LabelWords, Scoring
+from ptuning.template.language import Template
+from ptuning.training.spec import TrainSpec
+
+# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
+PASS_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that was checked and may start.
+
+    Args:
+        template: The template.
+        bound: The template, bound to the backbone.
+        backbone: The frozen backbone.
+        config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
+        words: Label words, for classification.
+        task: The task, if there is one.
+        scoring: How labels and choices are scored.
+        parts: The questions of ``train`` and ``dev``.
+        items: The items of ``train`` and ``dev``.
+        began: When preparing began, by the monotonic clock.
+    """
+
+    template: Template
+    bound: BoundTemplate
+    backbone: Backbone
+    config: TrainConfig
+    words: LabelWords | None
+    task: TaskFile | None
+    scoring: Scoring
+    parts: Mapping[str, Questions]
+    items: Mapping[str, Sequence[Item]]
+    began: float
+
+
+def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
+    """Check a training and fill its template with all records.
+
+    Raises:
+        PTuningError: If anything cannot be used.
+    """
+    began, config, task = time.monotonic(), spec.settings, spec.task
+    template = _trainable(as_template(spec.template), config)
+    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
+    if task is not None:
+        words = words or task.label_words
+    parts = {"train": as_questions(spec.data)}
+    if spec.dev is not None:
+        parts["dev"] = as_questions(spec.dev)
+    scoring = _scoring(task, spec.calibrate, closed=words is not None or parts["train"].has_choices)
+    for name, questions in parts.items():
+        _check(name, questions, words)
+    bound = _bound(template, parts["train"], backbone)
+    if words is not None:
+        words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
+
+    def items_of(questions: Questions) -> list[Item]:
+        if words is not None:
+            return label_items(bound, questions.records, words, scoring=scoring)
+        if questions.has_choices:
+            return choice_items(bound, questions, scoring=scoring)
+        return target_items(bound, questions.records, with_stop=config.learn_to_stop)
+
+    items = {name: items_of(questions) for name, questions in parts.items()}
+    if spec.dev is None:
+        parts, items = _set_aside(parts["train"], items["train"], config)
+    final = config
+    if parts["train"].has_choices:
+        items["train"] = items_of(with_few_choices(parts["train"], TRAIN_CHOICES, seed=config.seed))
+        final = in_small_passes(config, items["train"])
+    return Prepared(template, bound, backbone, final, words, task, scoring, parts, items, began)
+
+
+def _trainable(template: Template, config: TrainConfig) -> Template:
+    """Check that there is something to learn."""
+    if not template.has_slots and config.tune == "frozen":
+        raise TemplateError(
+            f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
+            "start from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
+        )
+    return template
+
+
+def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTemplate:
+    """Bind the template to the backbone, and check that the model sees its slots."""
+    multiline = any("\n" in record[TARGET_FIELD] for record in train.records)
+    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
+    if template.has_slots and not bound.slots:
+        raise TemplateError(
+            f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
+            "them; move them in front of it"
+        )
+    return bound
+
+
+def _check(name: str, questions: Questions, words: LabelWords | None) -> None:
+    """Check that a part has records, and each of them a target or a label."""
+    records = questions.records
+    if not records:
+        raise FileError(f"the {name} data ({records.name}) holds no records")
+    require_targets(records)
+    if words is not None:
+        words.check_records(records)
+
+
+def _set_aside(
+    questions: Questions, items: Sequence[Item], config: TrainConfig
+) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
+    """Split off a development part. All records were read before the split, so that errors give the right number."""
+    made = {id(one): item for one, item in zip(questions, items, strict=True)}
+    kept, aside = split_questions(questions, fraction=config.dev_fraction, seed=config.seed)
+    parts = {"train": kept, "dev": aside}
+    return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
+
+
+def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> Scoring:
+    """Return how labels and choices are scored: as the task says, unless asked otherwise."""
+    if calibrate and not closed:
+        raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
+    if task is None:
+        return Scoring(calibrate=bool(calibrate))
+    return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
+
+
+def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
+    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation).
+
+    What is learned stays the same.
+    """
+    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
+    while config.batch_size % rows:
+        rows -= 1
+    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))
