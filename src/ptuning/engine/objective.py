@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from ptuning.data.answer_space import TRAIN_CHOICES as TRAIN_CHOICES
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import Questions, as_questions
+from ptuning.data.questions import Questions
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
-from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
+from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids
 
 # Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
@@ -135,16 +134,6 @@ def question_items(
             )
         )
     return items
-
-
-def label_items(bound: BoundTemplate, records: Records, labels: LabelWords, *, scoring: Scoring = PLAIN) -> list[Item]:
-    """Return one item per record, with every label word as a choice."""
-    return question_items(bound, as_questions(records), AnswerSpace(labels, scoring=scoring))
-
-
-def choice_items(bound: BoundTemplate, questions: Questions, *, scoring: Scoring = PLAIN) -> list[Item]:
-    """Return one item per question, with every text of the row a choice."""
-    return question_items(bound, questions, AnswerSpace(own_choices=True, scoring=scoring))
 
 
 def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.splits import split_questions, with_few_choices
+from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import TRAIN_CHOICES, Item, choice_items, label_items, target_items
+from ptuning.engine.objective import Item, question_items
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
 from ptuning.template.fill import BoundTemplate
-from ptuning.template.labels import LabelWords, Scoring
+from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
 
@@ -33,9 +34,8 @@ class Prepared:
         bound: The template, bound to the backbone.
         backbone: The frozen backbone.
         config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
-        words: Label words, for classification.
         task: The task, if there is one.
-        scoring: How labels and choices are scored.
+        answer_space: The possible answers, and how they are scored.
         parts: The questions of ``train`` and ``dev``.
         items: The items of ``train`` and ``dev``.
         began: When preparing began, by the monotonic clock.
@@ -45,9 +45,8 @@ class Prepared:
     bound: BoundTemplate
     backbone: Backbone
     config: TrainConfig
-    words: LabelWords | None
     task: TaskFile | None
-    scoring: Scoring
+    answer_space: AnswerSpace
     parts: Mapping[str, Questions]
     items: Mapping[str, Sequence[Item]]
     began: float
@@ -61,34 +60,30 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
     template = _trainable(as_template(spec.template), config)
-    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
-    if task is not None:
-        words = words or task.label_words
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
-    scoring = _scoring(task, spec.calibrate, closed=words is not None or parts["train"].has_choices)
+    answers = _answer_space(spec, parts["train"])
     for name, questions in parts.items():
-        _check(name, questions, words)
+        if not questions:
+            raise FileError(f"the {name} data ({questions.name}) holds no records")
+        require_targets(questions.records)
+        answers.check(questions)
     bound = _bound(template, parts["train"], backbone)
-    if words is not None:
-        words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
+    if answers.words is not None:
+        answers.words.check_ids(bound, parts["train"][0].record, unknown_id=backbone.tokenizer.unknown_id)
 
     def items_of(questions: Questions) -> list[Item]:
-        if words is not None:
-            return label_items(bound, questions.records, words, scoring=scoring)
-        if questions.has_choices:
-            return choice_items(bound, questions, scoring=scoring)
-        return target_items(bound, questions.records, with_stop=config.learn_to_stop)
+        return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
 
     items = {name: items_of(questions) for name, questions in parts.items()}
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
     final = config
-    if parts["train"].has_choices:
-        items["train"] = items_of(with_few_choices(parts["train"], TRAIN_CHOICES, seed=config.seed))
+    if answers.has_choices:
+        items["train"] = items_of(answers.to_learn(parts["train"], seed=config.seed))
         final = in_small_passes(config, items["train"])
-    return Prepared(template, bound, backbone, final, words, task, scoring, parts, items, began)
+    return Prepared(template, bound, backbone, final, task, answers, parts, items, began)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:
@@ -113,16 +108,6 @@ def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTem
     return bound
 
 
-def _check(name: str, questions: Questions, words: LabelWords | None) -> None:
-    """Check that a part has records, and each of them a target or a label."""
-    records = questions.records
-    if not records:
-        raise FileError(f"the {name} data ({records.name}) holds no records")
-    require_targets(records)
-    if words is not None:
-        words.check_records(records)
-
-
 def _set_aside(
     questions: Questions, items: Sequence[Item], config: TrainConfig
 ) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
@@ -133,13 +118,14 @@ def _set_aside(
     return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
 
 
-def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> Scoring:
-    """Return how labels and choices are scored: as the task says, unless asked otherwise."""
-    if calibrate and not closed:
+def _answer_space(spec: TrainSpec, train: Questions) -> AnswerSpace:
+    """Return the possible answers: the given labels or the task's, else the choices that rows bring, else any text."""
+    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
+    of_task = spec.task.answer_space if spec.task is not None else AnswerSpace()
+    found = AnswerSpace(words or of_task.words, train.has_choices, of_task.scoring).scored(calibrate=spec.calibrate)
+    if spec.calibrate and not found.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
-    if task is None:
-        return Scoring(calibrate=bool(calibrate))
-    return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
+    return found
 
 
 def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:

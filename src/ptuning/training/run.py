@@ -238,21 +238,21 @@ class TrainingRun:
         """Return the prompt that a trainer has learned."""
         prepared = self.prepared
         longest = max(choice.own_tokens for item in self.items["train"] for choice in item.choices)
-        name = "accuracy" if self.items["dev"][0].answers else "exact_match"
+        answers, state = prepared.answer_space, trainer.state
         return Prompt(
             prepared.template,
             trainer.best_vectors if prepared.template.has_slots else None,
             BackboneId.of(trainer.learner.frozen),
-            label_words=prepared.words,
+            label_words=answers.words,
             target_tokens=longest,
             multiline=prepared.bound.multiline,
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
-            scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
+            scores={answers.score_name: state.best_score, "loss": state.best_loss},
             weights=trainer.learner.trained_weights(),
             task=prepared.task,
-            calibrate=prepared.scoring.calibrate,
-            normalise=prepared.scoring.normalise,
+            calibrate=answers.scoring.calibrate,
+            normalise=answers.scoring.normalise,
         )
 
 
@@ -272,7 +272,7 @@ def _needed_bytes(trainer: Trainer) -> int:
 
 def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     """Return the entries of ``run.json`` that are known before training starts."""
-    template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.words
+    template, config, backbone, answers = prepared.template, prepared.config, prepared.backbone, prepared.answer_space
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {
         name: described(
@@ -285,15 +285,15 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     }
     settings: dict[str, Json] = {
         "template": str(template),
-        "label_words": {label: list(listed) for label, listed in words.words.items()} if words else None,
+        "label_words": answers.words.to_json() if answers.words else None,
         **config.to_json(),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
     }
-    task, scoring, has_choices = prepared.task, prepared.scoring, prepared.parts["train"].has_choices
+    task, scoring = prepared.task, answers.scoring
     asked: dict[str, Json] = {}
-    if task is not None or has_choices or scoring.calibrate:
-        asked = {"task": task.to_json() if task else None, "choices": has_choices}
+    if task is not None or answers.has_choices or scoring.calibrate:
+        asked = {"task": task.to_json() if task else None, "choices": answers.has_choices}
         settings |= {"normalise": scoring.normalise, "calibrate": scoring.calibrate}
     return {
         "format_version": FORMAT_VERSION,
