@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.families import FAMILIES, examine  # noqa: E402 - the folder of the tests has to be found first
+from tests.families import FAMILIES, as_markdown, examine  # noqa: E402 - the folder of the tests has to be found first
 
-from ptuning.backbone.families import Family, as_markdown  # noqa: E402
+from ptuning.backbone.families import Family  # noqa: E402
 
 START, END = "<!-- table: scripts/build_backbones.py -->\n", "<!-- end -->\n"
 

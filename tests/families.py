@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.families import COLUMNS
 from ptuning.backbone.families import Family as Row
 from ptuning.prompt.predict import PromptModel
 from tests.conftest import CONTEXT, CORPUS, RECORDS, learned, make_tokenizer
@@ -372,3 +373,10 @@ def examine(name: str) -> Row:
 def own_copy(name: str) -> Backbone:
     """Return a copy of a family's backbone, to be changed."""
     return copy.deepcopy(built(name))
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return the table of docs/backbones.md."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    lines += [(name, f"`{head}`", *rest) for name, head, *rest in (row.cells for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 import ptuning
 import ptuning.engine.passes
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.families import COLUMNS, TESTED, as_markdown
+from ptuning.backbone.families import COLUMNS, TESTED
 from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
@@ -320,7 +320,7 @@ def test_the_table_says_what_the_models_do() -> None:
     rows = [families.examine(name) for name in FAMILIES]
     assert shipped() == rows, "run scripts/build_backbones.py"
     page = (Path(__file__).resolve().parents[2] / "docs" / "backbones.md").read_text(encoding="utf-8")
-    assert as_markdown(rows) in page, "run scripts/build_backbones.py"
+    assert families.as_markdown(rows) in page, "run scripts/build_backbones.py"
     assert all(len(row.cells) == len(COLUMNS) for row in rows)
     assert len({row.family for row in rows}) == len(rows)
 

@@ -12,18 +12,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import ptuning.method.tuned
-import ptuning.training.run
 from ptuning.cli import experiments, terminal
 from ptuning.cli.terminal import duration
-from ptuning.experiment.cells import CellResult
-from ptuning.experiment.dry_run import CellEstimate
+from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Solution
 from ptuning.method.registry import METHODS
 from ptuning.progress import Progress
 from ptuning.report.results_file import Cell, Results
+from ptuning.training.run import TrainingRun
 from tests.cli.test_app import call, fails, works
 from tests.cli.test_terminal import Screen
 from tests.experiment.test_compare import FACTS, LIST, ROWS, lines
@@ -60,7 +58,7 @@ def failing() -> Iterator[None]:
 
     METHODS.register("failing", describe="of a test")(fit)
     yield
-    del METHODS._methods["failing"]
+    del METHODS["failing"]
 
 
 def compare(llama: str, *options: object) -> tuple[object, ...]:
@@ -208,7 +206,7 @@ def test_results_of_other_settings_are_an_error_that_names_them(llama: str) -> N
 
 def interrupting(times: int, number: int = signal.SIGINT) -> Callable[..., object]:
     """Return a stand-in for training that sends this process signals at its first step."""
-    real, left = ptuning.training.run.train, times
+    real, left = TrainingRun.train, times
 
     def train(*args: Any, report: Callable[[Progress], None], **named: Any) -> object:
         def watch(progress: Progress) -> None:
@@ -229,7 +227,7 @@ def test_ctrl_c_in_a_cell_says_how_to_go_on_and_the_end_is_the_same(
 ) -> None:
     args = compare(llama, "--methods", "manual,p-tuning")
     with monkeypatch.context() as patch:
-        patch.setattr(ptuning.method.tuned, "train", interrupting(1, number))
+        patch.setattr(TrainingRun, "train", interrupting(1, number))
         done = call(*args)
     assert (done.code, done.out) == (code, "")
     assert "Traceback" not in done.err
@@ -250,7 +248,7 @@ def test_ctrl_c_in_a_cell_says_how_to_go_on_and_the_end_is_the_same(
 
 
 def test_a_second_ctrl_c_stops_at_once(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ptuning.method.tuned, "train", interrupting(2))
+    monkeypatch.setattr(TrainingRun, "train", interrupting(2))
     done = call(*compare(llama, "--methods", "p-tuning"))
     assert done.code == 130
     assert "stopped at once; out/results.json is kept, go on with:\n" in done.err
@@ -259,7 +257,7 @@ def test_a_second_ctrl_c_stops_at_once(llama: str, monkeypatch: pytest.MonkeyPat
 def test_an_interrupted_cell_is_not_mixed_with_other_settings(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It used to end as a failed cell that --overwrite did not mend."""
     with monkeypatch.context() as patch:
-        patch.setattr(ptuning.method.tuned, "train", interrupting(1))
+        patch.setattr(TrainingRun, "train", interrupting(1))
         assert call(*compare(llama, "--methods", "p-tuning")).code == 130
     other = compare(llama, "--methods", "p-tuning", "--encoder", "mlp")
     fails(*other, says=["made with other settings", "encoder was lstm and is mlp"])

@@ -13,7 +13,6 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.experiment.cells import Job
-from ptuning.experiment.dry_run import estimate_cells
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Task
 from ptuning.records import Record
@@ -33,7 +32,7 @@ def suite(backbone: Backbone, out: Path, methods: Sequence[str], *tasks: str, se
 
 
 def test_nothing_is_known_of_methods_without_a_finished_cell(causal: Backbone, tmp_path: Path) -> None:
-    found = estimate_cells(suite(causal, tmp_path / "out", ["majority", "p-tuning"]))
+    found = suite(causal, tmp_path / "out", ["majority", "p-tuning"]).estimates()
     assert [(one.cell.method, one.is_finished, one.seconds) for one in found] == [
         ("majority", False, None), ("p-tuning", False, None),
     ]  # fmt: skip
@@ -50,7 +49,7 @@ def test_finished_cells_give_the_times_of_the_others(
         record = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**record, "seconds": seconds}), encoding="utf-8")
     monkeypatch.setattr(Suite, "run", None)  # would raise if it were called
-    found = estimate_cells(suite(causal, tmp_path, ["manual", "in-context"], "P1", "P2", "P3", seeds=2))
+    found = suite(causal, tmp_path, ["manual", "in-context"], "P1", "P2", "P3", seeds=2).estimates()
     manual = [one for one in found if one.cell.method == "manual"]
     assert [(one.cell.task, one.is_finished, one.seconds) for one in manual] == [
         ("P1", True, 3.0), ("P2", True, 5.0), ("P3", False, 4.0),

@@ -8,7 +8,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.errors import TemplateError
-from ptuning.experiment.jobs import Listed, OneToken
+from ptuning.experiment.jobs import OneToken, are_listed
 from ptuning.template.language import Template
 from tests.conftest import bound
 
@@ -42,7 +42,7 @@ def test_the_token_for_unknown_text_is_no_answer(masked: Backbone) -> None:
 
 def test_targets_of_a_list(causal: Backbone) -> None:
     rows = [{"x": "Kenya", "y": y} for y in ("good", " yes ", "a good film")]
-    assert Listed(["yes", "a good film"])(rows) == [False, True, True]
+    assert are_listed(rows, ["yes", "a good film"]) == [False, True, True]
     keeps = OneToken(causal, [Template.parse("[X] is [Y]")], words=["yes", "a good film"])
     assert keeps([rows[0], {"x": "Kenya", "y": "yes"}, rows[2]]) == [False, True, False]
 

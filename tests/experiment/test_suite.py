@@ -70,7 +70,7 @@ def own_method() -> Iterator[Callable[..., None]]:
 
     yield add
     for name in set(METHODS) - before:
-        del METHODS._methods[name]
+        del METHODS[name]
 
 
 def test_what_a_comparison_leaves(causal: Backbone, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert "task broken seed 0 failed: one by none" in caplog.text
     saved = next(cell for cell in results_of(tmp_path)["cells"] if cell["method"] == "broken")
     assert (saved["status"], saved["error"], saved["n"]) == ("failed", "one by none", 0)
-    METHODS._methods.pop("broken")
+    METHODS.pop("broken")
     own_method("broken", lambda *_: Solution.of_ranking(lambda _: ["yes"]))
     assert run(causal, tmp_path, methods=["broken", "manual"]).failed == []
 
@@ -564,7 +564,7 @@ def test_what_a_cell_was_started_with_is_known_until_it_is_done(
     own_method("slow", fit, trained=True)
     with pytest.raises(Interrupted):
         run(causal, tmp_path / "out", methods=["slow"])
-    METHODS._methods.pop("slow")
+    METHODS.pop("slow")
     own_method("slow", lambda *_: Solution.of_ranking(lambda _: ["yes"]), trained=True)
     with pytest.raises(FileError, match="epochs was 2 and is 3"):
         run(causal, tmp_path / "out", methods=["slow"], config=replace(FAST, epochs=3))

@@ -251,7 +251,7 @@ def test_each_seed_of_a_few_shot_run_has_examples_of_its_own(causal: Backbone, f
             causal, few, tmp_path / "out", tasks="CB", methods=["looks", "manual", "majority"], few_shot=6, seeds=3
         )
     finally:
-        del METHODS._methods["looks"]
+        del METHODS["looks"]
     assert not found.failed
     assert len({str(rows) for rows in seen.values()}) == 3
     # The majority depends on what was drawn, a written prompt does not.
@@ -270,7 +270,7 @@ def test_no_method_sees_the_validation_part(causal: Backbone, few: Path, tmp_pat
     try:
         run(causal, few, tmp_path / "out", tasks="CB", methods=["curious"])
     finally:
-        del METHODS._methods["curious"]
+        del METHODS["curious"]
     assert all(str(row["premise"]) not in repr(seen) for row in cb(9, start=30))
     assert all(str(row["premise"]) in repr(seen) for row in [*cb(12), *cb(6, start=20)])
 

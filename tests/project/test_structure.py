@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ PACKAGE = ROOT / "src" / "ptuning"
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 MAX_FILES_AT_THE_TOP = 12
 MAX_MODULES_OF_A_ROOM = 14
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 12
 
 # `splits` imports `questions`.
 CIRCLE = "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from ptuning.data import splits\n"
@@ -76,6 +80,32 @@ def test_a_contract_finds_what_it_forbids(breach: str, tmp_path: Path) -> None:
     assert f"{contract} BROKEN" in done.stdout
 
 
+def parsed() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of lines of a function, signature included and docstring left out."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    return lines - ((first.end_lineno or 0) - first.lineno + 1 if documented else 0)
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return the number of a function's parameters without ``self`` and ``cls``."""
+    given = function.args
+    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
 def test_there_are_few_modules_in_a_room_and_few_files_at_the_top() -> None:
     """A room is read in an afternoon. One that is full is split, or holds something that belongs elsewhere."""
     modules = {room.name: len([path for path in room.glob("*.py") if path.stem != "__init__"]) for room in ROOMS}
@@ -107,3 +137,26 @@ def test_no_two_public_classes_have_one_name() -> None:
                 found.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert len(found) > 50
     assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def test_no_public_class_is_defined_twice() -> None:
+    """Two classes with one name are mixed up in messages, searches and imports."""
+    homes = defaultdict(list)
+    for path, tree in parsed():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes[node.name].append(str(path))
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    """A function fits a screen. Commands may take more parameters: each of their options is one."""
+    long, wide = [], []
+    for path, tree in parsed():
+        for function in functions(tree):
+            where = f"{path}: {function.name}"
+            if code_lines(function) > MAX_FUNCTION_LINES:
+                long.append(f"{where} has {code_lines(function)} lines")
+            if path.parts[0] != "cli" and parameters(function) > MAX_PARAMETERS:
+                wide.append(f"{where} takes {parameters(function)} parameters")
+    assert long + wide == []

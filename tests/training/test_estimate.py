@@ -91,12 +91,6 @@ def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:
     assert (values["train_records"], values["dev_records"], values["tune"]) == (5, 5, "frozen")
 
 
-def test_the_module_of_dry_runs_does_not_hide_it() -> None:
-    import ptuning.experiment.dry_run
-
-    assert callable(ptuning.estimate)
-
-
 def test_arguments_are_checked_as_training_checks_them(causal: Backbone) -> None:
     with pytest.raises(TemplateError, match="has no slots, so there is nothing to learn"):
         estimate("[X] is [Y]", RECORDS, backbone=causal)

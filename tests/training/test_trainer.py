@@ -24,6 +24,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
+from ptuning.engine import batch as batch_module
 from ptuning.engine import evaluate, prefix_cache
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
@@ -338,7 +339,7 @@ def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pyte
             seeds.append(real(seed, purpose, step))
         return real(seed, purpose, step)
 
-    monkeypatch.setattr(trainer, "derived_seed", spy)
+    monkeypatch.setattr(steps, "derived_seed", spy)
     fit(make_trainer(causal, batch_size=2, accumulation_steps=2))
     assert len(seeds) == len(set(seeds)) == 8
 
@@ -503,8 +504,8 @@ def test_two_processes_learn_what_one_learns(
         "from ptuning.backbone.loading import load_backbone\n"
         f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
         "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
-        "assert found.accelerator.num_processes == 2\n"
-        f"torch.save(found.vectors(), {str(tmp_path)!r} + f'/{{found.accelerator.process_index}}.pt')\n"
+        "assert found.learner.accelerator.num_processes == 2\n"
+        f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.accelerator.process_index}}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -736,7 +737,7 @@ def test_stops_between_passes_that_fill_the_prefix_cache(
     """Who asks to stop does not wait for the rest of a long pass, and what was to come is done by the next run."""
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     whole = fit_late(causal)
-    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 1)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 1)
     passes: list[int] = []
     real = PrefixCache._run
 
@@ -755,7 +756,7 @@ def test_stops_between_passes_that_fill_the_prefix_cache(
     assert passes == [1, 1, 1]
     assert (tmp_path / CHECKPOINT_FILE).is_file()
     assert not found.learner.prefix_cache.tokens
-    monkeypatch.setattr(prefix_cache, "MAX_BATCH_TOKENS", 4096)
+    monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 4096)
     resumed = fit_late(causal, tmp_path)
     assert torch.equal(resumed.best_vectors, whole.best_vectors)
     assert without_seconds(resumed) == without_seconds(whole)

@@ -36,13 +36,7 @@ class TableStatistics(NamedTuple):
 
 
 class Backbone:
-    """A language model with its tokenizer.
-
-    Args:
-        model: A language model of transformers with its head: causal, masked, permuted or encoder-decoder.
-        tokenizer: The tokenizer of the model; a copy of it is used.
-        name: Its known name, folder or hub id, for records and messages.
-        revision: Commit of the hub, or None.
+    """A language model with a copy of its tokenizer. ``name`` is its known name, folder or hub id.
 
     Raises:
         BackboneError: If the model is not a language model, or does not take embeddings as input.
@@ -70,7 +64,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """The device of the embedding table."""
+        """Device of the embedding table."""
         return self._table_weight.device
 
     @property
@@ -85,10 +79,7 @@ class Backbone:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the embedding table and hash of samples of every weight, 16 hexadecimal digits each.
-
-        Values are hashed as bfloat16, so that the fingerprint is the same in float32 and bfloat16.
-        """
+        """Hashes of the embedding table and of samples of every weight, all as bfloat16: the same for any dtype."""
         table = _as_bfloat16_bytes(self._table_weight)
         samples = []
         for weight in self.model.parameters():
@@ -140,9 +131,7 @@ class Backbone:
             weight.requires_grad_(True)
 
     def copy(self, *, share: bool = False) -> Backbone:
-        """Return a frozen copy to train: with its own weights in float32, or (``share``) with the same tensors in new
-        modules, to which adapters can be added.
-        """
+        """Return a frozen copy to train: with own float32 weights, or (``share``) the same tensors in new modules."""
         other = copy.copy(self)
         for name in ("fingerprint", "trained", "table_statistics"):
             other.__dict__.pop(name, None)
@@ -160,18 +149,11 @@ class Backbone:
         return beside_pads(other).shape[-1]
 
     def put_head(self, head: nn.Module) -> None:
-        """Replace the language-model head: ``head`` reads the hidden states at the asked positions.
-
-        Args:
-            head: (N, H) hidden states -> (N, K) logits; :meth:`run` then returns these.
-        """
+        """Replace the language-model head: ``head`` turns (N, H) hidden states into (N, K) logits."""
         self.model.add_module(HEAD, head)
 
     def with_random_weights(self, *, seed: int) -> Backbone:
-        """Return a frozen backbone of the same architecture with random weights.
-
-        Source: Zhong et al. (2021), section 3 (random controls).
-        """
+        """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed)
@@ -184,17 +166,19 @@ class Backbone:
     @functools.cached_property
     @torch.no_grad()
     def shares_prefix(self) -> bool:
-        """Whether rows can continue from a KV cache that they share (:meth:`run_prefix`).
+        """Whether rows can continue from a KV cache that they share. Found by running one token.
 
-        True for a causal model whose cache holds the keys and values of every token in every layer, and nothing else:
-        no sliding window, no recurrent state, no quantisation. Found by running one token.
+        The cache of a causal model must hold all keys and values and nothing else: no window, no recurrent state.
         """
         import transformers
 
         if self.kind != "causal":
             return False
-        start = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        memory = self._remember(self.embed(start), mask=torch.ones_like(start), positions=start)
+        at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        start = at[None]  # (1, 1)
+        _, memory = self.run(
+            self.embed(start), mask=torch.ones_like(start), positions=start, rows=at, cols=at, keep=True
+        )
         if memory is None or type(memory.cache) is not transformers.DynamicCache:
             return False
         return all(
@@ -204,22 +188,16 @@ class Backbone:
     @functools.cached_property
     @torch.no_grad()
     def pads_left(self) -> bool:
-        """Whether rows can have pads on the left. They cannot if positions count from the first pad (BART), or if a
-        recurrent state reads every column (RWKV). Found by running one row with pads and without.
+        """Whether rows can have pads on the left. Found by running one row with pads and without.
+
+        They cannot if positions count from the first pad (BART) or a recurrent state reads every column (RWKV).
         """
         if self.kind == "encoder-decoder":
             return False
         return same_logits(self, beside_pads(self, left=0), beside_pads(self, left=2))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the embeddings of token ids by the model's own call (scaled if the model scales them).
-
-        Args:
-            token_ids: (B, T) int64.
-
-        Returns:
-            (B, T, E) in the dtype of the embedding's output.
-        """
+        """Return the embeddings of (B, T) token ids by the model's own call, (B, T, E), scaled if the model scales."""
         embedded = self._embedding(token_ids)
         if not isinstance(embedded, Tensor):
             what = f"the input embeddings of {type(self.model).__name__} are not a tensor ({type(embedded).__name__})"
@@ -258,13 +236,11 @@ class Backbone:
             rows: (N,) int64; the rows of the wanted logits, in order.
             cols: (N,) int64; their columns.
             encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
-            memory: KV cache of earlier tokens. With an encoder it includes the encoder's output, and ``embeddings``
-                holds only the decoder's new tokens.
-            keep: Whether to return the KV cache for the next call.
+            memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
+            keep: Whether to return the KV cache, if the model has one.
 
         Returns:
-            (N, V) float32 logits over the tokenizer's vocabulary (the padding of the table is cut off), or (N, K) of
-            another head (:meth:`put_head`); and the KV cache, if asked for and if the model has one.
+            (N, V) float32 logits over the tokenizer's vocabulary, or (N, K) of another head; and the KV cache.
         """
         logits, memory = self._forward(
             self.model,
@@ -281,17 +257,9 @@ class Backbone:
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
-        """Run a prefix of B rows once, for a model that :attr:`shares_prefix`.
+        """Run a prefix of B rows once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`.
 
-        Gradients flow through the KV cache as through any other activation.
-
-        Args:
-            embeddings: (1, T, E); every position is a token or a slot.
-            positions: (1, T) int64; as for :meth:`run`.
-            rows: Number of rows B.
-
-        Returns:
-            KV cache of T tokens for B rows, as views of one row's: nothing is copied.
+        Returns the KV cache of T tokens for B rows, as views of one row's. Gradients flow through it.
         """
         memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)
         for layer in memory.cache.layers:
@@ -300,21 +268,10 @@ class Backbone:
         return memory
 
     def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
-        """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`.
-
-        Args:
-            embeddings: (B, T, E).
-            mask: (B, T) int64; pads on the right, where no token attends to them.
-            positions: (B, T) int64; as for :meth:`run`.
-        """
-        memory = self._remember(embeddings, mask=mask, positions=positions)
+        """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`; pads go on the right."""
+        at = torch.zeros(1, dtype=torch.int64, device=embeddings.device)  # a head may fail on no position at all
+        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=at, cols=at, keep=True)
         assert memory is not None
-        return memory
-
-    def _remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory | None:
-        """Run rows for their KV cache alone. One logit is computed, since a head may fail on no position at all."""
-        start = torch.zeros(1, dtype=torch.int64, device=embeddings.device)
-        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=start, cols=start, keep=True)
         return memory
 
 

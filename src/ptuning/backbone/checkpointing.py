@@ -1,7 +1,4 @@
-"""Activation checkpointing for any model with a list of layers.
-
-A layer's activations are dropped after the forward pass, and computed again in the backward pass.
-"""
+"""Activation checkpointing: drop a layer's activations after the forward pass, compute them again in the backward."""
 
 from __future__ import annotations
 
@@ -28,13 +25,7 @@ _lock = threading.Lock()
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model, in order: the members of its outermost lists of modules.
-
-    Example:
-        >>> blocks = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(1, 1)])) for _ in range(2)])
-        >>> len(layers_of(nn.Sequential(nn.Linear(1, 1), blocks)))
-        2
-    """
+    """Return the layers of a model, in order: the members of its outermost lists of modules."""
     found: list[nn.Module] = []
     for child in model.children():
         # A list of lists (Funnel) is not a layer, but holds some.
@@ -49,13 +40,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def recomputing(model: nn.Module, *, name: str) -> Iterator[None]:
     """Checkpoint the activations of each layer, for forward passes in this thread and block.
 
-    The backward pass, which may come after the block, runs each layer again: the same numbers with less memory, at the
-    price of one more forward pass. Transformers' own switch does nothing in evaluation mode, in which a frozen backbone
-    stays, and it drops the KV cache that rows continue from.
-
-    Args:
-        model: The model; other threads that run it at the same time are not affected.
-        name: What to call it in messages.
+    The backward pass may come after the block. Other threads that run the model are not affected. Transformers' own
+    switch does nothing in evaluation mode, in which a frozen backbone stays, and it drops the KV cache.
 
     Raises:
         TrainingError: If no layer of the model can be run again.
@@ -101,7 +87,6 @@ def _restore(layers: list[nn.Module]) -> None:
 
 
 def _forward(layer: nn.Module, *args: object, **named: object) -> object:
-    """Run a layer; drop its activations if this thread recomputes."""
     own = _replaced.get(layer, (0, None))[1]
     forward = own or MethodType(type(layer).forward, layer)
     seen = _runs.get()
@@ -114,11 +99,7 @@ def _forward(layer: nn.Module, *args: object, **named: object) -> object:
 
 
 class _Run:
-    """A layer's forward pass, which can run again.
-
-    The first run writes into the KV cache. Further runs write into a copy of the cache as it was before. Of that, only
-    this layer's own entries are kept.
-    """
+    """A layer's forward pass, which can run again: then on a copy of the KV cache as it was before the first run."""
 
     def __init__(self, forward: Callable[..., object], args: tuple[object, ...], named: dict[str, object]) -> None:
         self._forward = forward
@@ -142,9 +123,7 @@ def _is_cache(value: object) -> bool:
 
 
 def _state(cache: object) -> dict[str, Any]:
-    """Return the state of a cache, unaffected by later changes: attributes of its layers, the states of caches inside
-    it, and copies of its dicts.
-    """
+    """Copy what changes in a cache: its layers' attributes, its dicts, and the same of caches inside it."""
     found: dict[str, Any] = {}
     for name, value in vars(cache).items():
         if _is_cache(value):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -26,35 +25,22 @@ COLUMNS = ("family", "class", "kind", "slots", "answers", "shared prefix", "pads
 
 @dataclass(frozen=True)
 class Family:
-    """A family of language models.
-
-    Args:
-        family: Its name.
-        head: The class in transformers.
-        kind: ``causal``, ``masked``, ``permuted`` or ``encoder-decoder``.
-        listed: Whether the package has code for it; the others work because loading finds out what they need.
-        slots: Where slots can be.
-        answers: Whether it writes answers or fills masks.
-        shared_prefix: Whether a prefix that the rows of a batch share runs once.
-        own_width: Whether slots have a different width than the layers (ELECTRA).
-        pads: Which side of a row takes pads; for information only.
-        note: What is special about it.
-    """
+    """A family of language models: its class in transformers, and what the tests found that it supports."""
 
     family: str
     head: str
     kind: str
-    listed: bool
+    listed: bool  # the package has code for it; the others work because loading finds out what they need
     slots: str
     answers: str
     shared_prefix: bool
-    own_width: bool
+    own_width: bool  # slots have a different width than the layers (ELECTRA)
     pads: str
     note: str = ""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The cells of its row, under :data:`COLUMNS`."""
+        """Its row of the table, under :data:`COLUMNS`."""
         shared = "yes" if self.shared_prefix else "no"
         return (self.family, self.head, self.kind, self.slots, self.answers, shared, self.pads, self.note)
 
@@ -67,10 +53,3 @@ def families() -> list[Family]:
     """Return the families that the tests run, in the order of the table."""
     text = (resources.files("ptuning.backbone") / "families.json").read_text(encoding="utf-8")
     return [Family(**row) for row in json.loads(text)]
-
-
-def as_markdown(rows: Sequence[Family]) -> str:
-    """Return the table of docs/backbones.md."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
-    lines += [(name, f"`{head}`", *rest) for name, head, *rest in (row.cells for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"

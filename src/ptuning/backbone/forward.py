@@ -26,24 +26,14 @@ NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it
 NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
     "causal": NEEDED,
     "masked": NEEDED,
-    "permuted": {
-        **NEEDED,
-        "perm_mask": "so targets cannot be hidden",
-        "target_mapping": "so none can be asked for",
-    },
+    "permuted": {**NEEDED, "perm_mask": "so targets cannot be hidden", "target_mapping": "so none can be asked for"},
     "encoder-decoder": {**NEEDED, "decoder_inputs_embeds": "so slots on the decoder's side cannot be filled"},
 }
 
 
 @dataclass
 class Memory:
-    """The KV cache of B rows, for the next call.
-
-    Args:
-        cache: Keys and values of earlier tokens.
-        encoded: The output of the encoder, if there is one, with a (B, T_encoder, H) hidden state.
-        encoded_mask: (B, T_encoder) int64; 1 at the tokens of the encoder's side.
-    """
+    """The KV cache of B rows; and the encoder's output, (B, T_encoder, H), with its mask, (B, T_encoder) int64."""
 
     cache: Cache
     encoded: BaseModelOutput | None = None
@@ -75,7 +65,7 @@ class Memory:
 
 @dataclass
 class _Asked:
-    """The wanted positions, (N,) int64 each, and, after a hook has run, the hidden states there, (N, H)."""
+    """The wanted positions, (N,) int64 each, and, once the hook has run, the hidden states there, (N, H)."""
 
     rows: Tensor
     cols: Tensor
@@ -87,11 +77,6 @@ _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
 class Forward:
     """Runs a model of any kind. What the model takes is read from its class and its config, once.
-
-    Args:
-        model: A language model of transformers with its head.
-        kind: What kind of language model it is.
-        name: Its name in messages.
 
     Raises:
         BackboneError: If it does not take an input that its kind needs.
@@ -136,8 +121,7 @@ class Forward:
         """Run the model, or a copy of it; as :meth:`ptuning.backbone.backbone.Backbone.run`.
 
         A classification head reads the body's hidden states directly, without what language models do to them on the
-        way to words (T5's scale, BART's bias per word). A permuted model then sees the asked positions like all others,
-        since there is nothing to predict.
+        way to words (T5's scale, BART's bias per word).
 
         Raises:
             BackboneError: If there is a classification head, and the body does not return its hidden states.
@@ -147,7 +131,10 @@ class Forward:
         encoded = encoded_mask = None
         if self.kind == "encoder-decoder":
             if memory is None:
-                encoded, encoded_mask = _encode(model, embeddings[:, :encoder_tokens], mask[:, :encoder_tokens])
+                encoded_mask = mask[:, :encoder_tokens]
+                encoded = model.get_encoder()(
+                    inputs_embeds=embeddings[:, :encoder_tokens], attention_mask=encoded_mask, return_dict=True
+                )
             else:
                 encoded, encoded_mask = memory.encoded, memory.encoded_mask
             inputs: dict[str, object] = {
@@ -169,17 +156,11 @@ class Forward:
                 "past_key_values": None if memory is None else memory.cache,
             }
         logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
-        if cache is None or not keep:
-            return logits, None
-        if memory is None:
-            return logits, Memory(cache, encoded, encoded_mask)
-        memory.cache = cache
-        return logits, memory
+        return logits, Memory(cache, encoded, encoded_mask) if keep and cache is not None else None
 
     def _run(
         self, model: PreTrainedModel, inputs: dict[str, object], embeddings: Tensor, asked: _Asked
     ) -> tuple[Tensor, Cache | None]:
-        """Return the logits at the asked positions, (N, V) or (N, K) float32, and the KV cache if the model has one."""
         head = getattr(model, HEAD, None)
         if self.kind == "permuted" and head is None:
             hidden, mapping, asked.cols = _asked_targets(embeddings, asked.rows, asked.cols)
@@ -201,26 +182,11 @@ class Forward:
         return logits.float(), output.get("past_key_values")
 
 
-def _encode(model: PreTrainedModel, embeddings: Tensor, mask: Tensor) -> tuple[BaseModelOutput, Tensor]:
-    """Return the output of the encoder, with a (B, T_encoder, H) hidden state, and its mask."""
-    return model.get_encoder()(inputs_embeds=embeddings, attention_mask=mask, return_dict=True), mask
-
-
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the inputs that hide the asked positions from every position and ask for their tokens.
+    """Hide the asked positions from every position and ask for their tokens (Yang et al. 2019, section 2.3).
 
-    This is how permutation language models are trained.
-
-    Args:
-        embeddings: (B, T, E).
-        rows: (N,) int64, row by row.
-        cols: (N,) int64.
-
-    Returns:
-        perm_mask (B, T, T), 1 where a position must not see another; target_mapping (B, M, T), one row per asked
-        position; and for each asked position, which of the M rows it is, (N,) int64.
-
-    Source: Yang et al. (2019), section 2.3 (two-stream attention).
+    Returns perm_mask (B, T, T), 1 where a position must not see another; target_mapping (B, M, T), one row per asked
+    position; and for each asked position, which of the M rows it is, (N,) int64.
     """
     batch, width = embeddings.shape[:2]
     counts = torch.bincount(rows, minlength=batch)  # (B,)

@@ -22,10 +22,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 def pack_heads(model: PreTrainedModel) -> None:
     """Let a model's grouped-query attention use each head's keys and values without copying them, on a CPU.
 
-    Several query heads share one head of keys and values. With a mask, transformers copies keys and values once per
-    query head. Here the queries of a group become more queries of one head instead. That copies only queries, which are
-    few, while the KV cache of a long text is large. The numbers are the same up to rounding. Config and weights of the
-    model do not change.
+    With a mask, transformers copies keys and values once per query head. Here the queries of a group become more
+    queries of one head instead: few are copied, and the numbers are the same up to rounding.
 
     Source: Ainslie et al. (2023), arXiv:2305.13245 (grouped-query attention); docs/decisions.md, decision 31.
     """
@@ -54,19 +52,9 @@ def packed_attention(
     attention_mask: Tensor | None,
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as ``plain`` does; where it pays, the queries of a group become more queries of one head.
+    """Attend as ``plain`` (transformers' attention) does; where it pays, the queries of a group share one head.
 
-    Args:
-        plain: Transformers' attention.
-        module: The calling attention module.
-        query: (B, H, T, D).
-        key: (B, K, S, D); each of the K heads is shared by H / K query heads.
-        value: (B, K, S, D).
-        attention_mask: (B or 1, 1, T, S), or None.
-        options: Further arguments of ``plain``.
-
-    Returns:
-        (B, T, H, D), and the second result of ``plain``.
+    Takes queries (B, H, T, D), keys and values (B, K, S, D), and a mask (B or 1, 1, T, S). Returns (B, T, H, D) first.
     """
     heads, length = query.shape[1:3]
     if (
@@ -86,6 +74,5 @@ def packed_attention(
 
 
 def _groups(module: nn.Module) -> int:
-    """Return the number of query heads per head of keys and values; 1 if the module does not say."""
     groups = getattr(module, "num_key_value_groups", 1)
     return groups if isinstance(groups, int) else 1

@@ -26,16 +26,12 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
-    """Load a frozen language model.
+    """Load a language model, frozen and in evaluation mode.
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, or a hub id.
-        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU, and float32 on a CPU, where it is faster
-            unless the CPU multiplies bfloat16 tiles.
+        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU, and float32 on a CPU.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU if there is one.
-
-    Returns:
-        The backbone, frozen and in evaluation mode.
 
     Raises:
         BackboneError: If there is no such backbone, or if it is damaged, unsafe or of an unknown kind.
@@ -43,10 +39,7 @@ def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto",
     place = _device(device)
     weight_type = _dtype(dtype, place)
     name = str(name)
-    if name in sources.KNOWN:
-        folder, revision = str(_default_folder(name)), None
-    else:
-        folder, revision = find_backbone(name)
+    folder, revision = _find(name)
     model, tokenizer = _load(folder, name=name, dtype=weight_type)
     model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone = Backbone(model, tokenizer, name=name, revision=revision)
@@ -62,10 +55,14 @@ def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, 
         BackboneError: As :func:`load_backbone`.
     """
     name = str(name)
-    folder = str(_default_folder(name)) if name in sources.KNOWN else find_backbone(name)[0]
+    folder, _ = _find(name)
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
     decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
     return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
+
+
+def _find(name: str) -> tuple[str, str | None]:
+    return (str(_default_folder(name)), None) if name in sources.KNOWN else find_backbone(name)
 
 
 def _generation(folder: str) -> GenerationConfig | None:

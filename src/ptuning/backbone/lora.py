@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
@@ -29,14 +30,9 @@ PATTERN = re.compile(r"(\.\*\\\.)?\w+")
 
 
 def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Add new adapters to a model; untrained, they change nothing.
+    """Add new adapters to a model (its layers are replaced: pass a copy); untrained, they change nothing.
 
-    Args:
-        model: The model; its layers are replaced, so pass a copy.
-        rank: Rank of each adapter.
-        alpha: The output of an adapter is scaled by this, divided by the rank.
-        targets: ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
-        seed: Seed of the adapters' start values.
+    ``targets`` is ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
 
     Raises:
         ConfigError: If peft is missing.
@@ -45,7 +41,8 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     Source: Hu et al. (2021), section 4.1.
     """
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
-    config = _peft().LoraConfig(r=rank, lora_alpha=_whole(alpha), target_modules=chosen, inference_mode=True)
+    alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
+    config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -65,12 +62,7 @@ def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
 
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
-    """Add saved adapters to a model.
-
-    Args:
-        model: The model; its layers are replaced, so pass a copy.
-        config: From :func:`adapter_config`.
-        tensors: Weights of the trained adapters, by name.
+    """Add saved adapters to a model, with a config from :func:`adapter_config`. Its layers are replaced: pass a copy.
 
     Raises:
         ConfigError: If peft is missing.
@@ -104,12 +96,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
-    """Check that a model's adapters can be saved and loaded again.
-
-    Args:
-        model: The model with adapters.
-        other: The same model without adapters; its layers are replaced, so pass a copy.
-        targets: The layers that have adapters, for messages.
+    """Check that a model's adapters can be saved and loaded into a copy of the model without them (``other``).
 
     Raises:
         BackboneError: If they cannot be loaded, or differ when loaded.
@@ -147,10 +134,7 @@ def _inject(model: nn.Module, config: object) -> None:
 
 
 def _read_config(config: bytes) -> object:
-    """Return peft's description of saved adapters.
-
-    Only the keys of :data:`READ` are read, each with its type: other keys of a file could name code to be loaded.
-    """
+    """Read only the keys of :data:`READ`, each with its type: other keys of a file could name code to be loaded."""
     saved = Unchecked(json.loads(config), error=PromptError)
     values = {name: saved.at(name) for name in READ}
     given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
@@ -163,8 +147,6 @@ def _scale(value: Unchecked) -> object:
 
 
 def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], dict[str, object]]:
-    """Return the reader of a mapping from patterns of names to values."""
-
     def read_all(value: Unchecked) -> dict[str, object]:
         if not all(PATTERN.fullmatch(name) for name in value.mapping()):
             raise value.wrong("numbers by names of modules")
@@ -173,18 +155,15 @@ def _by_pattern(read: Callable[[Unchecked], object]) -> Callable[[Unchecked], di
     return read_all
 
 
-def _rank(value: Unchecked) -> int:
-    return value.whole(least=1)
-
-
+_RANK = functools.partial(Unchecked.whole, least=1)
 # The keys of peft's config that are read, and how. peft adapts linear modules and also parameters that hold all experts
 # of a layer; a module that stacks two others has a rank of its own.
 READ: Mapping[str, Callable[[Unchecked], object]] = {
     "target_modules": Unchecked.texts,
     "target_parameters": Unchecked.texts,
-    "r": _rank,
+    "r": _RANK,
     "lora_alpha": _scale,
-    "rank_pattern": _by_pattern(_rank),
+    "rank_pattern": _by_pattern(_RANK),
     "alpha_pattern": _by_pattern(_scale),
     "fan_in_fan_out": Unchecked.flag,
 }
@@ -196,8 +175,3 @@ def _peft() -> ModuleType:
     if find_spec("peft") is None:
         raise ConfigError("adapters (lora) need the package peft; install it with: pip install peft")
     return import_module("peft")
-
-
-def _whole(alpha: float) -> float:
-    """Return a whole number as an int, as peft writes its own default."""
-    return int(alpha) if alpha == int(alpha) else alpha

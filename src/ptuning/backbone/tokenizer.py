@@ -24,11 +24,8 @@ SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id
 class TextTokenizer:
     """A transformers tokenizer for templates: it adds no special tokens, and special text in records is plain text.
 
-    Args:
-        tokenizer: The tokenizer; a copy of it is used.
-        max_tokens: Longest row that the model takes.
-        rows: Number of ids that the model can embed, if known; special tokens beyond it are ignored.
-        decoder_ids: The ids that a decoder starts with (:func:`decoder_start`).
+    ``max_tokens`` is the longest row of the model, and ``rows`` the number of ids that it can embed, if known: special
+    tokens beyond are ignored.
 
     Raises:
         BackboneError: If the tokenizer's special tokens cannot be told apart from text.
@@ -71,10 +68,9 @@ class TextTokenizer:
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
-        """Return a text's ids with special tokens that appear in the text spelled out letter by letter.
+        """Spell special tokens out that appear in the text: a unigram vocabulary finds them like any other piece.
 
-        A unigram vocabulary holds special tokens like other pieces and finds them in any text. Special tokens that do
-        not appear in the text (the bytes of an unknown letter) stay.
+        Special tokens that do not appear in the text (the bytes of an unknown letter) stay.
         """
         if self._reserved.isdisjoint(ids):
             return ids
@@ -112,7 +108,6 @@ class TextTokenizer:
         return ids[0] if len(ids) == 1 and ids[0] != self.unknown_id and self.ends_line(ids[0]) else None
 
     def _find_gap(self, rows: int | None) -> Gap:
-        """Return what an encoder-decoder model expects at a gap: its mask token, its sentinels, or nothing."""
         if self.mask_id is not None:
             return Gap((self.mask_id,))
         vocabulary = self._tokenizer.get_vocab()
@@ -154,10 +149,9 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
                 "transformers; use a causal, a masked or another encoder-decoder language model"
             )
         return "encoder-decoder"
-    named = list(getattr(config, "architectures", None) or [])
     forward: Kind = "permuted" if has_mask and _is_permuted(model_type) else "causal"
     heads: dict[str, Kind] = {str(causal.get(model_type)): forward, str(masked.get(model_type)): "masked"}
-    for architecture in named:
+    for architecture in getattr(config, "architectures", None) or []:
         if architecture in heads:
             return heads[architecture]
     # No known head is named. The family decides; if it has both heads (BERT), the mask token does.
@@ -171,7 +165,6 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
 
 
 def _is_permuted(model_type: str) -> bool:
-    """Whether a model that continues text takes a permutation mask and a target mapping (XLNet)."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -185,9 +178,7 @@ def _is_permuted(model_type: str) -> bool:
 def decoder_start(config: object, generation: object) -> Ids:
     """Return the ids that a decoder reads before it writes: its start token, and its forced first token, if any.
 
-    Args:
-        config: The model's config.
-        generation: Its generation config, if it has one; it takes precedence.
+    They are read from the model's generation config, if it has one, before its config.
 
     Raises:
         BackboneError: If an encoder-decoder model names no start token.

@@ -37,14 +37,9 @@ def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
-    """Return a frozen copy of a backbone with new LoRA adapters. Checks that it runs and can be saved and loaded.
+    """Return a frozen copy of a backbone with new adapters (:func:`~ptuning.backbone.lora.add_adapters`).
 
-    Args:
-        backbone: Does not change; the copy shares its weights.
-        rank: As the others, for :func:`ptuning.backbone.lora.add_adapters`.
-        alpha: The output of an adapter is scaled by this, divided by the rank.
-        targets: The layers that get adapters.
-        seed: Seed of the adapters' start values.
+    It shares the weights. It is checked that it runs, and that its adapters can be saved and loaded.
 
     Raises:
         ConfigError: If peft is missing.
@@ -63,14 +58,10 @@ def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, 
 
 @dataclass(frozen=True, eq=False)
 class TrainedWeights:
-    """Trained weights, and all that is needed to put them into the frozen backbone again.
+    """Trained weights by name, float32, and all that is needed to put them into the frozen backbone again.
 
-    Args:
-        tune: ``tuned`` or ``lora``.
-        keep: For ``tuned``: ``difference`` holds the weights that changed, ``whole`` all of them.
-        fingerprint: Fingerprint of the backbone with these weights.
-        tensors: The weights by name, float32, of any shape.
-        files: Other files to save with them: the adapter config, or the config and tokenizer of a whole model.
+    ``keep`` says for tuned weights whether only those that changed are saved. ``fingerprint`` is that of the backbone
+    with these weights. ``files`` are the adapter config, or the config and tokenizer of a whole model.
     """
 
     tune: Tune
@@ -83,14 +74,7 @@ class TrainedWeights:
 
     @classmethod
     def of(cls, trained: Backbone, frozen: Backbone, *, tune: Tune, keep: Keep) -> TrainedWeights:
-        """Return the trained weights of a backbone, sharing its memory.
-
-        Args:
-            trained: The backbone with the trained weights.
-            frozen: The backbone that training started from.
-            tune: ``tuned`` or ``lora``.
-            keep: Which tuned weights to keep: ``difference`` or ``whole``.
-        """
+        """Return the trained weights of a backbone that was a copy of ``frozen``, sharing its memory."""
         tensors = {name: weight.detach() for name, weight in trained_parameters(trained, tune).items()}
         if tune == "lora":
             files = {lora.CONFIG_FILE: lora.adapter_config(trained.model, backbone=frozen.name)}
@@ -125,10 +109,14 @@ class TrainedWeights:
             other = backbone.copy(share=True)
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
-            other.trained = self.mark
-            return other
-        other = backbone.copy()
-        own = _saved_tensors(other)
+        else:
+            other = backbone.copy()
+            self._put_into(other)
+        other.trained = self.mark
+        return other
+
+    def _put_into(self, backbone: Backbone) -> None:
+        own = _saved_tensors(backbone)
         left = set(self.tensors)
         with torch.no_grad():
             for name, weight in own.items():
@@ -138,22 +126,16 @@ class TrainedWeights:
                     raise PromptError(f"the trained weights lack the key '{name}' of '{backbone.name}'")
                 if kept is None:
                     continue
-                fits = kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)
-                if not fits:
+                if not (kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)):
                     raise PromptError(
                         f"the trained weights have a wrong shape at '{name}': {tuple(kept.shape)}, and "
                         f"'{backbone.name}' has {tuple(weight.shape)}"
                     )
-                if rows is None:
-                    weight.copy_(kept)
-                else:
-                    weight[rows.to(weight.device)] = kept.to(weight.device)
+                weight[... if rows is None else rows.to(weight.device)] = kept.to(weight.device)
         if left:
             raise PromptError(
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"
             )
-        other.trained = self.mark
-        return other
 
     def save(self, folder: Path) -> dict[str, Json]:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
@@ -173,11 +155,7 @@ class TrainedWeights:
 
     @classmethod
     def load(cls, folder: Path, about: Unchecked) -> TrainedWeights:
-        """Read the weights back. Their values are read from disk when they are used.
-
-        Args:
-            folder: The folder they were written to.
-            about: The entry that :meth:`save` returned.
+        """Read what :meth:`save` wrote, with the entry that it returned; values are read when they are used.
 
         Raises:
             FileError: If a file cannot be read.
@@ -203,12 +181,7 @@ class TrainedWeights:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file without a copy of it in memory.
-
-    Args:
-        path: The file.
-        tensors: Tensors by name; those on another device or not contiguous are copied.
-        texts: Metadata for its header.
+    """Write a safetensors file with ``texts`` in its header, without a copy of it in memory.
 
     Raises:
         FileError: If it cannot be written; nothing is left behind.
@@ -241,7 +214,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _saved_tensors(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the tensors of a saved model: its weights (tied ones once) and the buffers that are saved with it."""
+    """Return the weights of a model, tied ones once, and the buffers that are saved with it."""
     weights = {name: weight.detach() for name, weight in backbone.model.named_parameters()}
     buffers = dict(backbone.model.named_buffers())
     return weights | {name: one for name, one in backbone.model.state_dict().items() if name in buffers}
@@ -275,7 +248,7 @@ def _rows_fit(kept: Tensor, rows: Tensor, weight: Tensor) -> bool:
 
 
 def _model_files(backbone: Backbone) -> dict[str, bytes]:
-    """Return the files that, beside the weights, make a folder a transformers model: config and tokenizer."""
+    """Return config and tokenizer, which beside the weights make a folder a transformers model."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         folder = Path(name)
         config = copy.deepcopy(backbone.model.config)

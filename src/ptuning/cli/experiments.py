@@ -28,8 +28,7 @@ from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, 
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellResult
-    from ptuning.experiment.dry_run import CellEstimate
+    from ptuning.experiment.cells import CellEstimate, CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.results_file import Results, Scores

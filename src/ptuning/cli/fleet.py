@@ -95,7 +95,7 @@ def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetProm
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
     labels = given.get("labels")
     labels = LabelWords(labels) if isinstance(labels, dict) else labels
-    asked = options.Asked({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
+    asked = options.TrainInputs({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
 
     def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
         key = (*part, tuple(renamed), given.get("task"))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import Asked, BackboneOption, DeviceOption, DtypeOption, command_line, takes, training
+from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption, TrainInputs, command_line, takes, training
 from ptuning.cli.signals import stoppable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @takes(training)
 def train(
-    asked: Asked,
+    asked: TrainInputs,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,

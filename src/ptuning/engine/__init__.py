@@ -3,5 +3,5 @@
 Padding, writing learned vectors in (injection), reuse of the KV cache, logits at target positions, losses, and
 generation. It must not know files, epochs or optimizers.
 
-Read first: ``learned``, ``batch``, ``prefix_cache``, ``passes``, ``objective``, ``evaluate``, ``generate``.
+Read first: ``learned``, ``batch``, ``passes``, ``prefix_cache``, ``objective``, ``evaluate``, ``generate``.
 """

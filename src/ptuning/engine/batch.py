@@ -29,13 +29,13 @@ class Batch:
 
     Args:
         token_ids: (B, T) int64; zero at pads and slots, which only the mask and the slot positions tell apart.
-        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. No token id ever stands for a pad.
+        mask: (B, T) int64; 1 at tokens and slots, 0 at pads.
         positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
         slot_rows, slot_cols: (S,) int64; the positions of slots.
         slot_index: (S,) int64; for each of them, the row of the (P, E) slot vectors that goes there.
         logit_rows, logit_cols: (N,) int64; the scored positions, row by row.
-        counts: Number of scored positions of each row; they add up to N.
-        shared_tokens: Number of leading columns that are the same in every row (:func:`shared_tokens`).
+        counts: Number of scored positions of each row.
+        shared_tokens: Number of leading columns that are the same in every row.
         encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
     """
 
@@ -63,12 +63,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "right") -> Batch:
-    """Pad examples to one batch. Pads go at the ends of whole rows, never between slots and text.
-
-    Args:
-        examples: B examples, in order.
-        learned: What the rows' prompts bring; says how many slots each row has, and where its vectors are.
-        pad_side: The side of the pads; an encoder's and a decoder's part are each padded on the right.
+    """Pad B examples to one batch, on one side of whole rows; encoder and decoder parts are each padded on the right.
 
     Raises:
         PromptError: If a row has another number of slot positions than its prompt has slots.
@@ -114,10 +109,7 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
     """Count the leading tokens and slots that are the same in all rows.
 
     They end before the first scored position, so that each row has at least one position of its own behind them.
-
-    Args:
-        examples: Rows, unpadded.
-        learned: What the rows' prompts bring; without it all rows have the same prompt.
+    Without ``learned`` all rows have the same prompt.
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
@@ -146,10 +138,7 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
 def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
     """Yield indices of inputs that share a forward pass: of similar length, and within its bounds.
 
-    Args:
-        inputs: For each index, the rows that must share a pass.
-        prefix: Number of leading tokens of all rows that run once for a batch, by
-            :func:`ptuning.engine.passes.prefix_tokens`.
+    ``inputs`` holds for each index the rows that must share a pass. The first ``prefix`` tokens of all rows run once.
     """
     longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]
     chosen: list[int] = []

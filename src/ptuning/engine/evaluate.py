@@ -18,13 +18,9 @@ from ptuning.progress import OnProgress, Progress
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss, and one hit or miss per record, in the order of the records.
+    """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
 
-    Args:
-        loss: The mean loss per target token, or per record with classes.
-        hits: 1.0 or 0.0 per record.
-        guesses: The most likely class of each record; empty without classes.
-        log_probs: The natural log-probability of that class among all classes.
+    With classes also the most likely class of each record, and its natural log-probability among all classes.
     """
 
     loss: float
@@ -48,19 +44,7 @@ def evaluate(
     report: OnProgress | None = None,
     note: str = "",
 ) -> Evaluation:
-    """Score items with one prompt. Items of similar length share a batch, so that it needs little padding.
-
-    Args:
-        backbone: The language model.
-        items: What to score.
-        learned: What their one prompt brings.
-        cache: KV cache of the text before the first slots, where there is one.
-        report: Called after every batch.
-        note: Shown with the progress.
-
-    Returns:
-        Mean loss, a hit or a miss per item, and its most likely class with its log-probability, in order.
-    """
+    """Score items with one prompt, in batches of similar length; ``report`` is called with ``note`` after each."""
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
     guesses: dict[int, int] = {}

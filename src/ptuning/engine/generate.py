@@ -37,19 +37,9 @@ def write_answers(
     max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Answer records with what the model writes.
+    """Answer records with what the model writes, with one prompt and a beam search of ``width`` beams.
 
-    Args:
-        backbone: The language model.
-        bound: The template, bound to it.
-        records: N records; their targets are ignored.
-        learned: What the one prompt of all records brings.
-        width: How many answers to keep, and the width of the beam search.
-        max_tokens: Longest answer.
-        pad_side: The side of the pads for a masked model.
-
-    Returns:
-        For each record, up to ``width`` answers, best first.
+    Returns for each record up to ``width`` answers of at most ``max_tokens``, best first. Targets are ignored.
     """
     if backbone.kind in FILLS_MASKS:
         return _fill_masks(backbone, bound, records, learned, top_k=width, max_tokens=max_tokens, pad_side=pad_side)
@@ -71,10 +61,7 @@ def write_answers(
 
 
 def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[int]]:
-    """Yield indices of examples that can be continued in one batch: all, if the model takes pads on the left.
-
-    Otherwise the part that is continued (the row, or the decoder's part of it) must need no pads: it has one length.
-    """
+    """Group examples that can be continued in one batch: all, or without pads on the left those of one length."""
     groups: dict[int, list[int]] = {}
     for index, example in enumerate(examples):
         own = 0 if backbone.pads_left else len(example.token_ids) - example.encoder_tokens
@@ -96,18 +83,7 @@ def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> 
 class _BeamSearch:
     """Beam search over B rows, W beams each; all grow by one token a step. Width 1 is greedy decoding.
 
-    The KV cache holds what was read, so the slots are read once, with the text. A model without a KV cache reads whole
-    rows again for every token.
-
-    Args:
-        backbone: The language model.
-        bound: The template, bound to it.
-        examples: B rows, up to where the answer goes.
-        learned: What their prompts bring.
-        width: Number of beams W.
-
-    Raises:
-        BackboneError: If a model with an encoder keeps no KV cache.
+    A model without a KV cache reads whole rows again for every token.
     """
 
     def __init__(
@@ -186,7 +162,7 @@ class _BeamSearch:
         return logits
 
     def _follow(self, beams: Tensor) -> None:
-        """Let beam i go on from what beam (at first: row) ``beams[i]`` has read, (B * W,) int64."""
+        """Let beam i go on from what beam ``beams[i]`` (at first: row) has read."""
         if self._memory is not None:
             self._memory.reorder(beams)
         else:
@@ -203,12 +179,7 @@ class _Ending:
         self.stop_ids = {self.tokenizer.stop_id, self.tokenizer.gap.end_id} - {None}
 
     def reached(self, texts: Sequence[Sequence[Sequence[int]]], tokens: Tensor) -> Tensor:
-        """Return which beams ended with their last token: (B, W) bool.
-
-        Args:
-            texts: Token ids of W beams for each of B rows.
-            tokens: (B, W) int64; the result goes to its device.
-        """
+        """Return which of the W beams for each of B rows ended with their last token, (B, W) bool."""
         ends = [[self._ends(ids) for ids in row] for row in texts]
         return torch.tensor(ends, dtype=torch.bool, device=tokens.device)
 
@@ -228,7 +199,7 @@ class _Ending:
 
 
 def _different(written: Iterable[Written]) -> list[Written]:
-    """Keep the best of answers with the same text: two beams may end the same text in different ways."""
+    """Keep the best of the answers with the same text, which two beams may end in different ways."""
     kept: dict[str, Written] = {}
     for one in written:
         kept.setdefault(one.text, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from torch import Tensor
 class Learned:
     """What one prompt, or the several prompts of a batch, bring to a pass.
 
-    Everything that a prompt has learned outside of the backbone's weights belongs here: an encoder or a saved prompt
-    makes it, and :func:`ptuning.engine.passes.run_pass` uses it. Everything between the two hands on this one object.
+    All that a prompt learns outside of the backbone's weights belongs here; ``engine.passes.run_pass`` uses it.
 
     Args:
         vectors: (P, E) float32; the slot vectors of all prompts, one prompt below the other.
@@ -39,12 +39,7 @@ class Learned:
 
     @classmethod
     def join(cls, prompts: Sequence[Learned], *, rows: Sequence[int]) -> Learned:
-        """Return what several prompts bring to one batch.
-
-        Args:
-            prompts: One or more; each is one prompt.
-            rows: For each row of the batch, the index of its prompt.
-        """
+        """Return what several prompts bring to one batch, of whose rows each names its prompt by index."""
         if len(prompts) == 1:
             return prompts[0]
         vectors = torch.cat([one.vectors for one in prompts])  # (P, E)
@@ -62,5 +57,5 @@ class Learned:
         """Return for each of B rows the number of its prompt's slots, and where they begin in ``vectors``."""
         if self.rows is None:
             return [len(self.vectors)] * rows, [0] * rows
-        starts = [sum(self.slots[:prompt]) for prompt in range(len(self.slots))]
+        starts = [0, *accumulate(self.slots)]
         return [self.slots[prompt] for prompt in self.rows], [starts[prompt] for prompt in self.rows]

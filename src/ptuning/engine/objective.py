@@ -67,8 +67,7 @@ def inputs_of(items: Iterable[Item]) -> list[Example]:
 def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
     """Turn examples of one record into their different inputs, and one choice per example.
 
-    Candidates that differ in their last token only (for a masked model: that have the same length) share an input, so
-    all single-token candidates together cost one row.
+    Candidates that differ in their last token only (for a masked model: of the same length) share an input.
     """
     inputs: dict[tuple[Ids, Ids, Ids], int] = {}
     kept: list[Example] = []
@@ -89,21 +88,11 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
 
 
 def question_items(
-    bound: BoundTemplate,
-    questions: Questions,
-    answers: AnswerSpace,
-    *,
-    with_stop: bool = False,
-    labelled: bool = True,
+    bound: BoundTemplate, questions: Questions, answers: AnswerSpace, *, with_stop: bool = False, labelled: bool = True
 ) -> list[Item]:
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
-    Args:
-        bound: The template.
-        questions: N questions.
-        answers: What they can be answered with.
-        with_stop: Whether a written target is followed by a token that ends it.
-        labelled: Whether items know their right classes; if not, a closed space does not look at targets.
+    A written target gets a stop token ``with_stop``. Items of a closed space have their right classes if ``labelled``.
 
     Raises:
         RecordError: If a question cannot be answered, or its target is not an answer.
@@ -137,7 +126,7 @@ def question_items(
 
 
 def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
-    """Yield the examples of each record's texts; an error names the record, not the position among all texts."""
+    """Yield the examples of each record's texts; an error names the record."""
     repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
     try:
         examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
@@ -179,15 +168,7 @@ class Scored:
 
 
 def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
-    """Score the choices of items from the logits of their inputs.
-
-    Args:
-        items: Items whose inputs were the rows of a batch, one item after the other.
-        logits: (N, V) float32; the scored positions of those rows, row by row.
-
-    Returns:
-        The log-probabilities of the choices, item by item.
-    """
+    """Score the choices of items from the (N, V) float32 logits at the scored positions of their inputs, in order."""
     rows: list[int] = []
     ids: list[int] = []
     choice_of: list[int] = []
@@ -224,14 +205,9 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
 def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     """Return one score per item and class: the log of the mean probability of the class's words.
 
-    With calibration, each word's probability is divided by its probability after an empty record.
-
-    Args:
-        items: I items with the same scoring, with up to K classes and up to C choices each.
-        scored: The log-probabilities of their choices.
-
-    Returns:
-        (I, K) unnormalised log-probabilities; minus infinity where an item lacks a class.
+    With calibration, each word's probability is divided by its probability after an empty record. The I items have the
+    same scoring, and up to K classes and C choices each. Returns (I, K) unnormalised log-probabilities; minus infinity
+    where an item lacks a class.
 
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
@@ -252,9 +228,8 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
 def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
     """Return the loss of items as (sum, count). Divide once, by the count of the whole optimizer step.
 
-    Without classes: the negative log-likelihood of the target's tokens, counted in tokens; the stop token weighs
-    :data:`STOP_WEIGHT`. With classes: the cross-entropy, counted in items: minus the log of the total probability of
-    the right classes.
+    Without classes: the negative log-likelihood of the target, counted in tokens; the stop token weighs
+    :data:`STOP_WEIGHT`. With classes: minus the log of the right classes' total probability, counted in items.
 
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
@@ -282,11 +257,7 @@ def loss_count(items: Sequence[Item]) -> float:
 
 
 def hits(items: Sequence[Item], scored: Scored) -> list[float]:
-    """Return 1.0 for each item answered correctly: exact match of the target's own tokens, or a right class.
-
-    A target is a hit if greedy decoding would write it: each of its tokens is the most likely one given those before
-    it. What the model would write after the target does not matter.
-    """
+    """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right."""
     if not items[0].answers:
         return [float(value) for value in scored.correct.tolist()]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()

@@ -22,15 +22,7 @@ MIN_SAVED_TOKENS = 48
 
 
 def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
-    """Write slot vectors into the embeddings of a batch. No other function does that.
-
-    Args:
-        embeddings: (B, T, E) in the backbone's dtype.
-        vectors: (P, E) float32; the slot vectors of all prompts in the batch, one below the other.
-        batch: Which vector goes where.
-
-    Returns:
-        (B, T, E), a new tensor; the vectors are cast to its dtype.
+    """Write the (P, E) slot vectors into a copy of the (B, T, E) embeddings, in their dtype. Nothing else does that.
 
     Raises:
         PromptError: If the batch needs more vectors than there are.
@@ -47,14 +39,9 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass over B rows with N scored positions.
+    """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
 
-    Args:
-        batch: The rows as they were run, on the backbone's device.
-        embeddings: (B, T, E), slot vectors written in.
-        logits: (N, V) float32 at the scored positions, row by row.
-        memory: Keys and values for the next call of :meth:`~ptuning.backbone.backbone.Backbone.run`, if asked for and
-            if the model has a KV cache.
+    ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one.
     """
 
     batch: Batch
@@ -71,15 +58,7 @@ def target_logits(
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
 ) -> Tensor:
-    """Run rows and return the logits that score their targets, (N, V) float32, row by row.
-
-    Args:
-        backbone: The language model.
-        examples: B rows with N scored positions.
-        learned: What the rows' prompts bring.
-        cache: KV cache of the text before the first slots, where there is one.
-        pad_side: The side of the pads.
-    """
+    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row."""
     return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
 
 
@@ -94,17 +73,9 @@ def run_pass(
 ) -> Pass:
     """Run rows through the backbone with what their prompts bring: every pass of this package is made here.
 
-    It also decides what need not be computed for each row: text before the first slot comes from the prefix cache if
-    there is one in use; otherwise a prefix that all rows share is computed once. The logits and gradients are the same
-    (but for rounding), since in a causal model no token changes those before it.
-
-    Args:
-        backbone: The language model.
-        examples: B rows with N scored positions.
-        learned: What the rows' prompts bring.
-        cache: KV cache of the text before the first slots, where there is one.
-        pad_side: The side of the pads.
-        keep: Whether to keep all keys and values to go on from; then no prefix is shared.
+    Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share is
+    computed once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for
+    rounding, since in a causal model no token changes those before it.
     """
     past = None
     if cache is not None and cache.is_used and not backbone.model.training:
@@ -121,17 +92,9 @@ def run_pass(
 def run_embeddings(
     backbone: Backbone, embeddings: Tensor, batch: Batch, *, past: Past | None = None, keep: bool = False
 ) -> tuple[Tensor, Memory | None]:
-    """Run the embeddings of a batch, behind what is cached of its rows, or a shared prefix once where that pays.
+    """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays.
 
-    Args:
-        backbone: The language model.
-        embeddings: (B, T, E), slots written in.
-        batch: On the backbone's device; N scored positions.
-        past: Keys and values of the tokens before each row.
-        keep: Whether to keep all keys and values to go on from; then no prefix is shared.
-
-    Returns:
-        (N, V) float32 logits, row by row; and the keys and values, if they are kept.
+    Returns (N, V) float32 logits, row by row; and the KV cache, if asked for (``keep``; then no prefix is shared).
     """
     rows, shared, memory, mask, positions = len(batch.counts), 0, None, batch.mask, batch.positions
     if past is not None:
@@ -161,12 +124,6 @@ def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
 
 
 def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
-    """Count the leading tokens that all rows share and a pass would run once (for ``batches``).
-
-    Args:
-        backbone: The language model.
-        examples: Rows.
-        learned: What the rows' prompts bring; without it all rows have the same prompt.
-    """
+    """Count the leading tokens that all rows share and a pass would run once (for ``batches``)."""
     shared = shared_tokens(examples, learned)
     return shared if shared and backbone.shares_prefix else 0

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import psutil
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import MAX_BATCH_TOKENS, collate
+from ptuning.engine.batch import batches, collate
 from ptuning.engine.learned import Learned
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
@@ -47,13 +46,9 @@ class PrefixCache:
     """Keys and values of the text before each row's first slot, for a frozen causal backbone.
 
     Slots do not change them and no gradient flows through them. So they are computed once, in passes of their own, and
-    training and development rows then run from their first slot onwards. The token ids of a text are its key: rows that
-    begin with the same text share an entry. Use the cache as a context manager, which drops everything at the end.
-
-    Args:
-        backbone: The language model.
-        memory_share: Share of the free memory that the cache may take. Entries beyond it go to files, and entries for
-            which the disk has no room are computed anew in each step. 0 turns the cache off.
+    rows then run from their first slot onwards. The token ids of a text are its key. Entries beyond ``memory_share`` of
+    the free memory (0 turns the cache off) go to files, and those for which the disk has no room are computed anew in
+    each step. As a context manager, the cache drops everything at the end.
 
     Source: docs/decisions.md, decision 27.
     """
@@ -73,9 +68,7 @@ class PrefixCache:
     def __enter__(self) -> PrefixCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -98,15 +91,9 @@ class PrefixCache:
             file.unlink(missing_ok=True)
 
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
-        """Fill the cache for rows, if that :meth:`pays`.
+        """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
 
-        Args:
-            examples: All rows that will be run.
-            report: Called after every pass with the number of tokens done, and of all. If it raises, what was computed
-                stays, and the rest is computed when it is needed.
-
-        Returns:
-            Whether it pays, so that these rows should run from their first slot onwards.
+        ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
         texts = [cacheable_ids(example) for example in examples]
         if not self.pays(texts):
@@ -115,24 +102,14 @@ class PrefixCache:
         return True
 
     def pays(self, texts: Sequence[Ids]) -> bool:
-        """Whether the backbone can use cached texts, and they are long enough to be worth caching.
-
-        Args:
-            texts: The text before the first slot of each row (:func:`cacheable_ids`).
-        """
+        """Whether the backbone can use cached texts (:func:`cacheable_ids` of each row), and they are worth caching."""
         enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
         return bool(self._memory_share) and enough and self.backbone.shares_prefix
 
     def keep(self, texts: Iterable[Ids], *, report: Told | None = None) -> None:
-        """Compute and keep the keys and values of texts.
-
-        Args:
-            texts: As for :meth:`pays`.
-            report: As for :meth:`prepare`.
-        """
+        """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""
         self.is_used = True
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
-        wanted.sort(key=len)
         budget = self.budget()
         total, done, left_out = sum(map(len, wanted)), 0, 0
         for group in text_groups(wanted):
@@ -173,7 +150,7 @@ class PrefixCache:
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
     def _write(self, ids: Ids, part: Tensor) -> bool:
-        """Write an entry to a file if the disk has room; return whether it has."""
+        """Write an entry to a file, and return whether the disk has room."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="ptuning-cache-")
         if shutil.disk_usage(self._folder.name).free < part.nbytes + SPARED_DISK_BYTES:
@@ -196,17 +173,14 @@ class PrefixCache:
                 found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in text_groups(sorted(missing, key=len)):
+        for group in text_groups(missing):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
     def past(self, texts: Sequence[Ids]) -> Past:
-        """Return the keys and values of the texts before B rows' first slots, put together for one pass.
+        """Return the keys and values of each row's text (:func:`cacheable_ids`; at least one is not empty) for a pass.
 
         Shorter texts get pads on the left, so that all end in the same column.
-
-        Args:
-            texts: The text of each row (:func:`cacheable_ids`); at least one is not empty.
         """
         parts = self._find(dict.fromkeys(ids for ids in texts if ids))
         width = max(map(len, texts))
@@ -247,13 +221,7 @@ def row_behind(example: Example, start: int) -> Example:
     )
 
 
-def text_groups(ordered: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Yield texts that share a forward pass within its bounds; they come in order of length, shortest first."""
-    group: list[Ids] = []
-    for ids in ordered:
-        if group and (len(group) + 1) * len(ids) > MAX_BATCH_TOKENS:
-            yield group
-            group = []
-        group.append(ids)
-    if group:
-        yield group
+def text_groups(texts: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Yield texts that share a forward pass within its bounds, the shortest first."""
+    for chosen in batches([[Example(ids, (), (), (), 0)] for ids in texts]):
+        yield [texts[index] for index in chosen]

@@ -25,7 +25,7 @@ class Job:
         test: The questions that scores are reported on.
         info: The task's entry in ``task_info`` of ``results.json``.
         type: Its type; scores are averaged over each type as well.
-        by_seed: Seed -> the task with the training and development parts that the seed draws.
+        by_seed: Seed -> the task with the parts that the seed draws.
         unlabelled: Rows without labels that are answered as well, for a benchmark's server.
     """
 
@@ -58,9 +58,9 @@ class CellResult:
         tried: How many settings were compared on the development part.
         error: Why it failed.
         was_there: Whether it was finished before.
-        hits: Share of the test records answered rightly, whatever the scores are.
+        hits: Share of the test records answered correctly, whatever the scores are.
         dev_score: The same share on the development part for the chosen setting; None where nothing was chosen.
-        warnings: What a reader should know about its training.
+        warnings: Warnings about its training.
     """
 
     cell: Cell
@@ -101,6 +101,15 @@ class CellResult:
             run=self.cell.folder,
             error=self.error,
         )
+
+
+@dataclass(frozen=True)
+class CellEstimate:
+    """A cell before a run, with the seconds it took or will take; None if no cell of its method is finished yet."""
+
+    cell: Cell
+    is_finished: bool
+    seconds: float | None
 
 
 def digest(data: Questions) -> str:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ptuning.data.splits import draw_records, split_records
 from ptuning.errors import RecordError
-from ptuning.experiment.jobs import Listed, OneToken, fact_job, read_vocabulary, template_pair
+from ptuning.experiment.jobs import OneToken, are_listed, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.tuned import bare
@@ -72,7 +72,7 @@ def compare(
     single = all(all(one_token(rows)) for rows in parts.values())
     closed = read_vocabulary(vocabulary)
     for part, rows in parts.items() if isinstance(closed, tuple) else ():
-        missing = Listed(closed or ())(rows).count(False)
+        missing = are_listed(rows, closed or ()).count(False)
         if missing:
             logger.warning("%d of %d %s targets are not in %s: never right", missing, len(rows), part, vocabulary)
     rows_read = sum(map(len, parts.values()))

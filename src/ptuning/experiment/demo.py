@@ -46,16 +46,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo, as it is shown.
-
-    Args:
-        prompt: The learned prompt.
-        record: The contents of ``run.json``.
-        scores: Method -> exact match on the test part.
-        described: Method -> its template, or a description.
-        answers: A few test records with the answers before and after learning.
-        folder: The folder of the files.
-        size_bytes: Size of the slot vectors on disk.
+    """The result of the demo, as it is shown: scores are exact match on the test part by method, ``described`` says how
+    each method asks, ``record`` is the contents of ``run.json``, and the size is that of the slot vectors on disk.
     """
 
     prompt: Prompt
@@ -79,16 +71,7 @@ def run_demo(
 ) -> DemoResult:
     """Train on the training part, choose on the development part, score the test part once, and leave the files.
 
-    A stopped demo is resumed, and a finished one is read back. Neither happens with ``overwrite``.
-
-    Args:
-        out: Folder of the run.
-        backbone: The language model.
-        config: Settings; the defaults otherwise.
-        overwrite: Replace whatever run is in ``out``.
-        report: Called with progress.
-        should_stop: Called after every step; if it returns true, the demo stops.
-        command: The command line, for the record.
+    A stopped demo is resumed, and a finished one is read back. Instead, ``overwrite`` replaces any run in ``out``.
 
     Raises:
         FileError: If ``out`` holds files of another run.
@@ -168,16 +151,11 @@ def load_demo(out: Path) -> DemoResult:
         raise FileError(f"the demo in {out} is not finished; run it with: ptuning demo --out {out}")
     scores = {name: one.at(EXACT_MATCH).to(Score) for name, one in listed.table().items()}
     rows: list[Any] = list(read_json_lines(out / PREDICTIONS_FILE)[:SHOWN_RECORDS])
+    answers = [
+        Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
+    ]
     prompt = Prompt.load(out / PROMPT_FOLDER)
     common = majority([row["y"] for row in load_records(f"{FACTS}:train")])
-    return DemoResult(
-        prompt=prompt,
-        record=record,
-        scores=scores,
-        described={"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)},
-        answers=[
-            Answers(row["record"]["x"], row["target"], row["manual"]["prediction"], row["prediction"]) for row in rows
-        ],
-        folder=out,
-        size_bytes=(out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size,
-    )
+    ways = {"majority": f"always '{common}'", "manual": MANUAL, "p-tuning": str(prompt.template)}
+    size = (out / PROMPT_FOLDER / VECTORS_FILE).stat().st_size
+    return DemoResult(prompt, record, scores, ways, answers, out, size)

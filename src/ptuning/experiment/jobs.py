@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,26 +26,20 @@ Vocabulary = tuple[str, ...] | Literal["objects"] | None
 
 
 class OneToken:
-    """Tells which records have a target of one known token in each of several templates, the condition of LAMA.
-
-    Args:
-        backbone: The backbone whose tokens count.
-        templates: The templates; the target must be one token in each of them.
-        words: If given, the target must also be one of these texts.
+    """Tells which records have a target of one known token in each of several templates, the condition of LAMA. With
+    ``words`` the target must also be one of them.
     """
 
     def __init__(
         self, backbone: Backbone, templates: Sequence[Template], *, words: Sequence[str] | None = None
     ) -> None:
-        self._bound = [
-            BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind) for template in templates
-        ]
+        self._bound = [BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
         self._words = frozenset(words) if words is not None else None
         self._unknown_id = backbone.tokenizer.unknown_id
 
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
-        keep = [self._words is None or row[TARGET_FIELD].strip() in self._words for row in records]
+        keep = [True] * len(records) if self._words is None else are_listed(records, self._words)
         for bound in self._bound if records else ():
             for number, record in enumerate(records, start=1):
                 bound.check_fields(record, where=f"record {number}")
@@ -64,15 +58,10 @@ class OneToken:
         return keep
 
 
-class Listed:
-    """Tells which records have a target that is in a list of words."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words = frozenset(words)
-
-    def __call__(self, records: Sequence[Record]) -> list[bool]:
-        """Return for each record whether it is kept."""
-        return [row[TARGET_FIELD].strip() in self._words for row in records]
+def are_listed(records: Sequence[Record], words: Collection[str]) -> list[bool]:
+    """Return for each record whether its target is in a list of words."""
+    known = frozenset(words)
+    return [row[TARGET_FIELD].strip() in known for row in records]
 
 
 def read_vocabulary(vocabulary: str | Path | None) -> Vocabulary:
@@ -81,9 +70,9 @@ def read_vocabulary(vocabulary: str | Path | None) -> Vocabulary:
     Raises:
         FileError: If the file cannot be read.
     """
-    if vocabulary is None or vocabulary == OBJECTS:
-        return None if vocabulary is None else OBJECTS
-    return read_words(str(vocabulary))
+    if vocabulary is None:
+        return None
+    return OBJECTS if vocabulary == OBJECTS else read_words(str(vocabulary))
 
 
 def template_pair(
@@ -113,26 +102,14 @@ def fact_job(
 ) -> Job:
     """Return the job of a task whose records are facts.
 
-    Args:
-        name: Name of the task.
-        parts: Its records: ``train``, ``dev`` and ``test``.
-        pair: The manual template and the one to learn.
-        vocabulary: A closed set of answers.
-        single_token: Whether every target is one token.
-        info: Further entries of the task's description; ``type`` is also the job's type.
+    ``parts`` are ``train``, ``dev`` and ``test``. ``pair`` is the manual template and the one to learn. ``info`` is
+    added to the task's description, and its ``type`` is the job's type.
     """
     objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary
-    task = Task(
-        name,
-        as_questions(parts["train"]),
-        as_questions(parts["dev"]),
-        *pair,
-        objects,
-        closed,
-        single_token=single_token,
-    )
+    train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
+    task = Task(name, train, dev, *pair, objects, closed, single_token=single_token)
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
     about: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
     kind = info.get("type")
-    return Job(task, as_questions(parts["test"]), {**about, **info}, kind if isinstance(kind, str) else None)
+    return Job(task, test, {**about, **info}, kind if isinstance(kind, str) else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,10 +12,10 @@ from typing_extensions import Unpack
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
-from ptuning.data.splits import draw_records, split_relation
+from ptuning.data.splits import Keeps, draw_records, split_relation
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.experiment.cells import Job
-from ptuning.experiment.jobs import Listed, OneToken, Vocabulary, fact_job, read_vocabulary, template_pair
+from ptuning.experiment.jobs import OneToken, Vocabulary, are_listed, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.tuned import bare
@@ -88,7 +89,6 @@ def lama(
 
 
 def _pair(relation: Relation, learned: Template | None) -> tuple[Template, Template]:
-    """Return a relation's manual template and the one to learn."""
     if relation.template is None:
         raise TemplateError(
             f"{relation.name} has no manual template ({relation.source}); leave it out with --relations"
@@ -112,20 +112,9 @@ def relation_job(
     seed: int = 0,
     templates: Sequence[Template] = (),
 ) -> Job:
-    """Return the job of a relation, with its facts filtered and split.
+    """Return the job of a relation, with its facts filtered and split. The arguments are those of :func:`lama`.
 
-    Args:
-        relation: The relation.
-        pair: Its manual template and the one to learn.
-        backbone: The backbone whose tokens count.
-        name: Name of the task.
-        limit: Maximum number of facts.
-        train_size: Learn from a seeded draw of this many of them.
-        targets: ``token`` or ``any``.
-        vocabulary: A closed set of answers.
-        seed: Seed of the split.
-        templates: Further templates in which an object must be one token, so that several tasks over the same relation
-            have the same facts.
+    Objects must also be one token in each of ``templates``, so that several tasks over a relation have the same facts.
 
     Raises:
         ConfigError: If ``targets`` is neither.
@@ -134,13 +123,13 @@ def relation_job(
     if targets not in get_args(Targets):
         raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")
     words = vocabulary if isinstance(vocabulary, tuple) else None
-    keeps: OneToken | Listed | None = None
+    keeps: Keeps | None = None
     reason = "object is not one token"
     if targets == "token":
         keeps = OneToken(backbone, [*pair, bare(pair[0]), *templates], words=words)
         reason += " of the vocabulary" if words else ""
     elif words is not None:
-        keeps, reason = Listed(words), "object is not in the vocabulary"
+        keeps, reason = partial(are_listed, words=words), "object is not in the vocabulary"
     split = split_relation(relation, keeps=keeps, reason=reason, seed=seed, limit=limit)
     parts = {"train": draw_records(split.train, train_size, seed=seed), "dev": split.dev, "test": split.test}
     info: dict[str, Json] = {

@@ -14,7 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.lama import relation_job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
@@ -66,33 +66,19 @@ def paraphrases(
         jobs += wording_jobs(relation, named, backbone=plan.backbone, limit=limit, seed=split_seed)
     if not jobs:
         raise RecordError(f"{data}: none of the relations has two wordings; is there a folder of paraphrases?")
-    settings: dict[str, Json] = {
-        "data": str(data),
-        "wordings": wordings,
-        "limit": limit,
-        "split_seed": split_seed,
-        "template": "made of each wording",
-    }
-    return run_jobs(
-        jobs,
-        plan=plan,
-        settings=settings,
-        more=lambda results, _: replace(results, paraphrases=compare_wordings(results, patterns)),
-    )
+    settings: dict[str, Json] = {"data": str(data), "wordings": wordings, "limit": limit, "split_seed": split_seed}
+    settings["template"] = "made of each wording"
+
+    def more(results: Results, _: Sequence[CellResult]) -> Results:
+        return replace(results, paraphrases=compare_wordings(results, patterns))
+
+    return run_jobs(jobs, plan=plan, settings=settings, more=more)
 
 
 def wording_jobs(
     relation: Relation, patterns: Mapping[str, str], *, backbone: Backbone, limit: int | None, seed: int
 ) -> list[Job]:
-    """Return a job for each wording of a relation, all with the same facts.
-
-    Args:
-        relation: The relation.
-        patterns: Name of the task -> manual template.
-        backbone: The backbone whose tokens count.
-        limit: Maximum number of facts.
-        seed: Seed of the split.
-    """
+    """Return a job for each wording of a relation (name of the task -> manual template), all with the same facts."""
     # Without the relation's label, which would help every wording alike: only the words of the wording count.
     pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, patterns.values())]
     every = [template for pair in pairs for template in pair]
@@ -122,10 +108,7 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
 
 def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
     """Return for each relation the scores of its wordings and, per method, the spread between the wordings.
-
-    Args:
-        results: With a task for each wording.
-        patterns: Relation -> task -> its wording.
+    ``patterns`` is relation -> task -> wording.
     """
     found = {}
     for relation, wordings in patterns.items():

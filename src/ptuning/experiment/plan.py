@@ -12,8 +12,7 @@ from typing_extensions import Required, TypedDict, Unpack
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CellResult, Job
-from ptuning.experiment.dry_run import CellEstimate, estimate_cells
+from ptuning.experiment.cells import CellEstimate, CellResult, Job
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, check_free, make_folder
@@ -125,9 +124,8 @@ class Plan:
         chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
         names = [method.name for method in chosen]
         if self.control:
-            names += [
-                f"{method.name}{RANDOM_WEIGHTS}" for method in chosen if method.trained and "@" not in method.name
-            ]
+            trained = [method.name for method in chosen if method.trained and "@" not in method.name]
+            names += [name + RANDOM_WEIGHTS for name in trained]
         plain = list(METHODS)
         return sorted(set(names), key=lambda name: ("@" in name, plain.index(name.partition("@")[0])))
 
@@ -141,11 +139,7 @@ def run_jobs(
 ) -> Results:
     """Run all cells. ``results.json`` is written after each of them, the report at the end.
 
-    Args:
-        jobs: The tasks.
-        plan: How to run them.
-        settings: The settings of this suite only, for the record.
-        more: Adds the entries of ``results.json`` of this suite only to the results of the cells.
+    ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
 
     Raises:
         FileError: If the folder holds other files, or results that were made with other settings.
@@ -164,7 +158,7 @@ def run_jobs(
     collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
-            plan.watch.on_estimate(estimate_cells(suite))
+            plan.watch.on_estimate(suite.estimates())
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
     _check_folder(plan.out)
     suite.check(overwrite=plan.overwrite)
@@ -192,11 +186,7 @@ def run_jobs(
 
 
 def _check_folder(out: Path) -> None:
-    """Check that a folder is new, empty, or a folder of results.
-
-    Raises:
-        FileError: If it holds other files.
-    """
+    """Check that a folder is new, empty, or a folder of results; raise a FileError otherwise."""
     if (out / RESULTS_FILE).is_file() or (out / CELLS_FOLDER).is_dir():
         return
     check_free(out, overwrite=True)

@@ -17,12 +17,8 @@ from ptuning.statistics import Score, Values, difference, mean_difference, mean_
 
 @dataclass
 class Collector:
-    """Computes the tables of finished cells, and keeps those that do not change.
-
-    Args:
-        empty: The results before any cell has finished.
-        methods: Names of the methods in the order of the tables.
-        types: Task -> its type, None where there is none.
+    """Computes the tables of finished cells, starting from results without cells. The methods are in the order of the
+    tables; types are those of the tasks.
     """
 
     empty: Results

@@ -19,9 +19,9 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.experiment.cells import CellResult, Job, answered_rows, digest
+from ptuning.experiment.cells import CellEstimate, CellResult, Job, answered_rows, digest
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json
-from ptuning.method.base import Method, Setup
+from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
@@ -47,7 +47,7 @@ FLEETS_FOLDER = "fleets"
 
 @dataclass
 class _Going:
-    """The state of one run of a suite: its callbacks, and how many cells are finished."""
+    """One run of a suite: its callbacks, and how many cells are finished."""
 
     report: OnProgress | None
     should_stop: Callable[[], bool] | None
@@ -55,22 +55,12 @@ class _Going:
     done: int = 0
 
     def tell(self, cell: Cell) -> None:
-        """Report which cell is next."""
         if self.report is not None:
             self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
 
 
 class Suite:
-    """The cells of a comparison in one folder.
-
-    Args:
-        out: The folder.
-        jobs: The tasks.
-        methods: Names of methods, in the order of the tables.
-        seeds: Number of seeds. Methods that draw nothing run with the first one only.
-        backbone: The frozen backbone of all cells.
-        config: Training settings; its seed is the first one.
-        tries: Number of settings that a trained method tries.
+    """The cells of a comparison in a folder; the arguments are as in :class:`ptuning.experiment.plan.Plan`.
 
     Raises:
         ConfigError: If a method is unknown.
@@ -118,10 +108,9 @@ class Suite:
             folder = self.out / cell.folder
             saved = _saved_identity(folder)
             if saved is None:
-                # It is missing or damaged, and will be made again.
                 if overwrite:
                     shutil.rmtree(folder, ignore_errors=True)
-                continue
+                continue  # it is missing or damaged, and will be made again
             try:
                 check_identity(self.identity(cell), saved, where=cell.folder)
             except TrainingError as error:
@@ -134,10 +123,7 @@ class Suite:
                 shutil.rmtree(self.out / FLEETS_FOLDER, ignore_errors=True)
 
     def run(
-        self,
-        *,
-        report: OnProgress | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[CellResult]:
         """Run the cells that are not finished, and yield the result of every cell.
 
@@ -158,7 +144,6 @@ class Suite:
             report(Progress("suite", len(cells), len(cells), ""))
 
     def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
-        """Run cells of one method and seed, one after another."""
         for cell in cells:
             going.tell(cell)
             done = self.load(cell)
@@ -167,7 +152,6 @@ class Suite:
             yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
-        """Whether the method of these cells trains several prompts, and they can be trained together."""
         several = len(cells) * self.tries * self.config.starts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
@@ -241,7 +225,6 @@ class Suite:
                 yield done or self._run(cell, going, seconds=seconds[cell])
 
     def _prompts(self, cell: Cell, going: _Going) -> dict[str, TrainingRun]:
-        """Return name -> training, for all trainings of a cell."""
         make, task = self.methods[cell.method].prompts, self.jobs[cell.task].task_of(cell.seed)
         assert make is not None, f"{cell.method} does not train together with others"
         setup, folder = self._setup(cell, going), self.out / cell.folder
@@ -265,17 +248,25 @@ class Suite:
         except (PTuningError, ValueError, KeyError, TypeError):
             return None
 
+    def estimates(self) -> list[CellEstimate]:
+        """Return all cells. Those that wait are estimated by the mean time of their method's finished cells."""
+        taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell)) is not None}
+        times: dict[str, list[float]] = {}
+        for cell, seconds in taken.items():
+            times.setdefault(cell.method, []).append(seconds)
+        means = {method: sum(listed) / len(listed) for method, listed in times.items()}
+        return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in self.cells]
+
     def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
-        """Return the result of a finished cell, from its answers and the record of its method."""
         job = self.jobs[cell.task]
-        chosen = record.get("chosen")
+        chosen, tried = record.get("chosen"), record.get("tried")
         dev_score = chosen.get("dev_score") if isinstance(chosen, Mapping) else None
         return CellResult(
             cell,
             "done",
             score_values(answers, job.test, job.metrics),
             seconds,
-            len(_list(record.get("tried"))),
+            len(tried) if isinstance(tried, list) and tried else 1,
             hits=sum(answer.hit for answer in answers) / len(answers),
             dev_score=dev_score if isinstance(dev_score, float) else None,
             warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
@@ -284,7 +275,7 @@ class Suite:
     def identity(self, cell: Cell) -> dict[str, Json]:
         """Return what the result of a cell depends on."""
         job, method = self.jobs[cell.task], self.methods[cell.method]
-        task, parts = job.task_of(cell.seed), self._parts(job, cell.seed)
+        task, parts = job.task_of(cell.seed), self._parts(cell)
         if job.unlabelled is not None:
             parts["unlabelled"] = job.unlabelled
         settings: dict[str, Json] = dict(self.config.to_json()) if method.trained else {}
@@ -308,8 +299,9 @@ class Suite:
             found["tries"] = self.tries
         return found
 
-    def _parts(self, job: Job, seed: int) -> dict[str, Questions]:
-        task = job.task_of(seed)
+    def _parts(self, cell: Cell) -> dict[str, Questions]:
+        job = self.jobs[cell.task]
+        task = job.task_of(cell.seed)
         return {"train": task.train, "dev": task.dev, "test": job.test}
 
     def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
@@ -329,14 +321,13 @@ class Suite:
         return CellResult(cell, "failed", seconds=seconds, error=str(error) or type(error).__name__)
 
     def _start(self, cell: Cell) -> None:
-        """Write the identity of a cell that starts."""
         make_folder(self.out / cell.folder)
         sweep(self.out / cell.folder, (RUN_FILE, PREDICTIONS_FILE, STARTED_FILE, UNLABELLED_FILE))
         write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
 
     def _setup(self, cell: Cell, going: _Going) -> Setup:
         return Setup(
-            self._backbone_of(self.methods[cell.method], cell.seed),
+            self._backbone_of(cell),
             config=self.config,
             seed=cell.seed,
             tries=self.tries,
@@ -346,34 +337,32 @@ class Suite:
         )
 
     def _fit(self, cell: Cell, setup: Setup, began: float) -> CellResult:
-        job, method, folder = self.jobs[cell.task], self.methods[cell.method], self.out / cell.folder
+        job, folder = self.jobs[cell.task], self.out / cell.folder
         self._start(cell)
-        solution = method.fit(job.task_of(cell.seed), setup)
+        solution = self.methods[cell.method].fit(job.task_of(cell.seed), setup)
         answers = solution.answer(job.test)
         if job.unlabelled is not None:
             write_answers(folder / UNLABELLED_FILE, answered_rows(job.unlabelled, solution.answer(job.unlabelled)))
         result = self._result(cell, answers, solution.record, time.monotonic() - began)
         write_answers(folder / PREDICTIONS_FILE, answered_rows(job.test, answers))
-        write_json(folder / RUN_FILE, self._record(cell, job, method, result, dict(solution.record)))
+        write_json(folder / RUN_FILE, self._record(cell, result, solution.record))
         (folder / STARTED_FILE).unlink(missing_ok=True)
         return result
 
-    def _backbone_of(self, method: Method, seed: int) -> Backbone:
-        if not method.name.endswith(RANDOM_WEIGHTS):
+    def _backbone_of(self, cell: Cell) -> Backbone:
+        if not cell.method.endswith(RANDOM_WEIGHTS):
             return self.backbone
-        if self._random is None or self._random[0] != seed:
-            self._random = seed, self.backbone.with_random_weights(seed=seed)
+        if self._random is None or self._random[0] != cell.seed:
+            self._random = cell.seed, self.backbone.with_random_weights(seed=cell.seed)
         return self._random[1]
 
-    def _record(
-        self, cell: Cell, job: Job, method: Method, result: CellResult, more: Mapping[str, Json]
-    ) -> dict[str, Json]:
+    def _record(self, cell: Cell, result: CellResult, more: Mapping[str, Json]) -> dict[str, Json]:
         return {
             "format_version": FORMAT_VERSION,
             **dataclasses.asdict(cell),
-            "describe": method.describe,
+            "describe": self.methods[cell.method].describe,
             "identity": self.identity(cell),
-            "data": {part: described(data) for part, data in self._parts(job, cell.seed).items()},
+            "data": {part: described(data) for part, data in self._parts(cell).items()},
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "settings": dict(self.config.to_json()),
             "versions": dict(versions()),
@@ -394,7 +383,3 @@ def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
         if isinstance(saved, Mapping):
             return saved
     return None
-
-
-def _list(value: Json) -> Sequence[Json]:
-    return value if isinstance(value, list) and value else [None]

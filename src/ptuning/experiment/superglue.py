@@ -71,7 +71,9 @@ def superglue(
     options.setdefault("seeds", SEEDS)
     options["methods"] = chosen_methods(options.get("methods"), tune=tune)
     plan = Plan.of(SUITE, **options)
-    _check_counts(few_shot=few_shot, limit=limit)
+    for name, value in {"few_shot": few_shot, "limit": limit}.items():
+        if value is not None and value < 2:
+            raise ConfigError(f"{name} is {value}; it must be 2 or more")
     jobs = [
         task_job(
             file,
@@ -88,12 +90,6 @@ def superglue(
     counts = {"few_shot": few_shot, "pattern": pattern, "limit": limit}
     settings: dict[str, Json] = {"data": str(data), **counts, "tune of p-tuning": tune}
     return run_jobs(jobs, plan=plan, settings=settings, more=with_agreement_and_warnings)
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 2:
-            raise ConfigError(f"{name} is {value}; it must be 2 or more")
 
 
 def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
@@ -148,17 +144,10 @@ def task_job(
     server: bool = True,
     dev_fraction: float = 0.2,
 ) -> Job:
-    """Return a task with the parts that its folder has.
+    """Return a task with the parts that its folder has. The arguments are those of :func:`superglue`.
 
-    Args:
-        file: The task.
-        folder: The folder of its data, or the folder that contains it.
-        seeds: Seeds of the cells. What all seeds share is drawn by the first one.
-        few_shot: Learn from this many examples, and choose by as many others.
-        pattern: The number of the task's pattern to use, from 1.
-        limit: Report on a seeded draw of about this many rows.
-        server: Whether the test split is answered as well.
-        dev_fraction: Share of the training part that is set aside if there is no part to choose by.
+    The first of ``seeds`` draws what all seeds share. Without a part to choose by, a share of ``dev_fraction`` of the
+    training part is set aside.
 
     Raises:
         PTuningError: If a part is missing, a row cannot be read, or there are too few rows to draw from.
@@ -177,7 +166,8 @@ def task_job(
     drawn, how = _to_learn(file, train, to_choose, few_shot=few_shot, seeds=seeds, dev_fraction=dev_fraction)
     test = draw_questions(reported, limit, seed=0)
     how += f"; reported on the {where}" + (f", {len(test)} of {len(reported)} rows" if limit is not None else "")
-    tasks = {seed: _task(file, *parts, pattern=pattern) for seed, parts in drawn.items()}
+    pair, labels = (file.manual[pattern - 1], file.learned[pattern - 1]), file.answer_space.labels
+    tasks = {seed: Task(file.name, *parts, *pair, labels, file=file) for seed, parts in drawn.items()}
     task = tasks[seeds[0]]
     parts = {"train": task.train, "dev": task.dev, "test": test}
     unlabelled = _optional(file, folder, "test", labelled=False) if server and limit is None else None
@@ -208,23 +198,15 @@ def _to_learn(
     seeds: Sequence[int],
     dev_fraction: float,
 ) -> tuple[dict[int, tuple[Questions, Questions]], str]:
-    """Return the training and development part of each seed (of the first one only, if all have the same), and how
-    they were made.
-    """
+    """Return seed -> training and development part (of the first seed only, if all have the same), and their origin."""
     if few_shot is not None:
         pool = Questions([*train, *(dev or [])], name=train.name)
         how = f"{few_shot} examples to learn from and {few_shot} to choose by, drawn anew by each seed"
-        labels = file.label_words.labels if file.label_words is not None else ()
-        return {seed: draw_few(pool, few_shot, labels, seed=seed) for seed in seeds}, how
+        return {seed: draw_few(pool, few_shot, file.answer_space.labels, seed=seed) for seed in seeds}, how
     if dev is not None:
         return {seeds[0]: (train, dev)}, "training and development part as given"
     how = f"{dev_fraction:.0%} of the training part set aside to choose by, seed {seeds[0]}"
     return {seeds[0]: split_questions(train, fraction=dev_fraction, seed=seeds[0])}, how
-
-
-def _task(file: TaskFile, train: Questions, dev: Questions, *, pattern: int) -> Task:
-    labels = file.label_words.labels if file.label_words is not None else ()
-    return Task(file.name, train, dev, file.manual[pattern - 1], file.learned[pattern - 1], labels, file=file)
 
 
 def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True) -> Questions | None:
@@ -236,12 +218,11 @@ def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True
 
 
 def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -> Results:
-    """Return the results with the entries of this suite only: how well the development score predicts the reported one,
-    and the warnings of trainings.
+    """Return the results with the entries of this suite only: the agreement of development and reported scores, and the
+    warnings of trainings.
 
-    Both scores are shares of rows answered correctly, whatever the metrics of the task are. The correlation is over all
-    cells that chose a setting. Each task's means are subtracted first, because it is no agreement that some tasks are
-    easier than others.
+    Both scores are shares of rows answered correctly. Each task's means are subtracted before the correlation, because
+    that some tasks are easier than others is not agreement.
     """
     chosen = [
         ChosenSetting(**vars(one.cell), dev=one.dev_score, test=one.hits)

@@ -1,8 +1,8 @@
-"""The contestants of a comparison: majority, manual prompt, in-context examples, P-tuning, fine-tuning and LoRA.
+"""The methods of a comparison: majority, manual prompt, in-context examples, P-tuning, fine-tuning and LoRA.
 
-One file a method, one list of all. This room must not import benchmarks, cells or reports.
+One file a method, and one list of all (``registry``). This room must not import comparisons or reports.
 
-Read first: ``base``, ``registry``, then a method such as ``majority``.
+Read first: ``base``, ``registry``, then a method such as ``majority``; ``tuned`` holds all that train.
 """
 
 from __future__ import annotations

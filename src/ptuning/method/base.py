@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,10 +69,9 @@ class Setup:
         backbone: The frozen backbone. A method must not change it.
         config: Training settings.
         seed: Seed of everything random in this fit.
-        tries: Number of settings (learning rates) that a trained method tries. It keeps the best on the development
-            part.
+        tries: Number of settings (learning rates) to try; the best on the development part is kept.
         folder: Where a method may keep files, such as its prompt; None for nowhere.
-        report: Progress callback.
+        report: Called with progress.
         should_stop: Called regularly; if it returns true, training raises :class:`ptuning.progress.Interrupted`.
     """
 
@@ -90,10 +89,9 @@ class Solution:
     """A fitted method.
 
     Args:
-        answer: Returns one answer per question. It may read targets to compute ranks only; they may be missing if the
-            task comes from a task file.
-        record: What the method did, for ``run.json``: the settings it ``tried`` with their development scores, and the
-            ``chosen`` one.
+        answer: Returns one answer per question. Targets may be missing; they are read only to compute ranks.
+        record: The entries of ``run.json``: the settings ``tried`` with their development scores, and the ``chosen``
+            one.
     """
 
     answer: Callable[[Questions], list[Answer]]
@@ -107,7 +105,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to solve a task, with everything that comparisons, tables and reports need to know about it.
+    """A way to solve a task.
 
     Args:
         name: Such as ``p-tuning``. It names folders.
@@ -115,15 +113,13 @@ class Method:
         fit: Fits on the training and development part of a task.
         trained: Whether it trains weights. Only then ``tries`` and the control with random weights apply.
         learns_slots: Whether it learns a prompt. Reports compare the first such method with the manual prompt.
-        tune: What it trains of the backbone (``frozen``: only the slots); None for a method that does not say. Methods
-            that train less run first.
+        tune: What it trains of the backbone; None if unknown. Methods that train less run first.
         seeded: Whether its result depends on the seed. Other methods run once.
-        reads_train: Whether it reads the training or development part. If not, it runs once even where each seed draws
-            its own parts.
+        reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
         open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
-        prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that the prompts of many tasks
-            can be trained together beforehand (as a fleet). None if it has no such trainings.
+        prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
+            many tasks beforehand.
     """
 
     name: str
@@ -139,7 +135,7 @@ class Method:
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
 
 
-class Methods(Mapping[str, Method]):
+class Methods(dict[str, Method]):
     """Methods by name, in the order of tables. :meth:`register` adds one of your own.
 
     Example:
@@ -147,9 +143,6 @@ class Methods(Mapping[str, Method]):
         ... def last_word(task, setup):
         ...     return Solution.of_ranking(lambda record: [record["x"].split()[-1]])
     """
-
-    def __init__(self, methods: Sequence[Method] = ()) -> None:
-        self._methods = {method.name: method for method in methods}
 
     def register(
         self,
@@ -167,13 +160,13 @@ class Methods(Mapping[str, Method]):
         Raises:
             ConfigError: If the name is taken, or cannot be the name of a folder.
         """
-        if name in self._methods or name == ALL_METHODS:
+        if name in self or name == ALL_METHODS:
             raise ConfigError(f"there is a method '{name}' already; choose another name")
         if not is_folder_name(name):
             raise ConfigError(f"'{name}' is not a valid name for a method; use letters, digits, '-' and '+'")
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
-            self._methods[name] = Method(
+            self[name] = Method(
                 name, describe, fit, trained, learns_slots, seeded=seeded, reads_train=reads_train, prompts=prompts
             )
             return fit
@@ -187,9 +180,9 @@ class Methods(Mapping[str, Method]):
             ConfigError: If there is no such method; the message suggests the closest name.
         """
         plain, sign, control = name.partition("@")
-        if plain not in self._methods:
-            raise ConfigError(f"unknown method '{plain}'.{closest(plain, self._methods)} Known: {', '.join(self)}")
-        method = self._methods[plain]
+        if plain not in self:
+            raise ConfigError(f"unknown method '{plain}'.{closest(plain, self)} Known: {', '.join(self)}")
+        method = self[plain]
         if not sign:
             return method
         if f"@{control}" != RANDOM_WEIGHTS or not method.trained:
@@ -201,12 +194,3 @@ class Methods(Mapping[str, Method]):
     def default_for(self, suite: str) -> list[str]:
         """Return the names of the methods that a comparison runs if none are named."""
         return [name for name, method in self.items() if suite in method.default_for]
-
-    def __getitem__(self, name: str) -> Method:
-        return self._methods[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._methods)
-
-    def __len__(self) -> int:
-        return len(self._methods)

@@ -1,7 +1,7 @@
 """Fine-tuning with a classification head: a linear layer on one hidden state, instead of label words (a verbalizer).
 
-The head replaces the language model's own head. Batches, logits at the scored positions and losses over classes are
-therefore the same as for prompts. The head reads the position that transformers' classification models read.
+The head replaces the language model's own head, so batches, logits and losses over classes are the same as for
+prompts. It reads the position that transformers' classification models read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ptuning.template.segments import Kind
 from ptuning.training.prepare import in_small_passes
 from ptuning.training.trainer import Trainer
 
-# Standard deviation of the start values, as in most classification models of transformers.
+# Standard deviation of the start values. Source: most classification models of transformers.
 START_SCALE = 0.02
 # Name of the field that holds a row's choice; task files cannot use this name.
 CHOICE = "a row's choice"
@@ -49,12 +49,7 @@ class Head(nn.Linear):
 
 
 def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
-    """Return a float32 copy of a backbone whose language model head is replaced by a new head over classes.
-
-    Args:
-        backbone: The backbone; it does not change.
-        classes: Number of classes; 1 for one logit per choice.
-        seed: Seed of the head's start values.
+    """Return a float32 copy of a backbone with a new head: a logit per class, or for 1 class a logit per choice.
 
     Raises:
         BackboneError: If the backbone does not expose the hidden states that its head reads.
@@ -70,9 +65,7 @@ def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
 
 
 def head_template(task: Task, *, kind: Kind) -> Template:
-    """Return the template with a task's fields, followed by a row's choice, and no words. An encoder-decoder model gets
-    all of it on the encoder's side.
-    """
+    """Return the template of a task's fields and a row's choice, without words; all on an encoder's side, if any."""
     kept = {piece.name for piece in task.manual.pieces if isinstance(piece, Field) and piece.keep}
     names = [*task.manual.fields, *([CHOICE] if task.answer_space.has_choices else [])]
     pieces = [piece for name in names for piece in (Field(name, name in kept or name == CHOICE), Literal(" "))]
@@ -80,13 +73,7 @@ def head_template(task: Task, *, kind: Kind) -> Template:
 
 
 def head_items(bound: BoundTemplate, questions: Questions, answers: AnswerSpace) -> list[Item]:
-    """Return one item per question: one input whose classes are the labels, or one input per choice.
-
-    Args:
-        bound: The bound template of :func:`head_template`.
-        questions: N questions, with or without their labels.
-        answers: Labels, or the choices that each row brings.
-    """
+    """Return one item per question: one input whose classes are the labels, or one input per choice."""
     rows = [filled for question in questions for filled in _filled(question, answers)]
     filled = bound.contexts(rows, source=questions.name)
     examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
@@ -102,7 +89,6 @@ def head_items(bound: BoundTemplate, questions: Questions, answers: AnswerSpace)
 
 
 def _filled(question: Question, answers: AnswerSpace) -> list[Record]:
-    """Return the records that are the inputs of a question."""
     if not answers.has_choices:
         return [question.record]
     return [{**question.record, CHOICE: text} for text in question.choices]
@@ -130,19 +116,12 @@ def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example
 
 
 class HeadModel:
-    """A copy of a backbone with a classification head, trained on a task.
-
-    Args:
-        task: The task, with label words or choices.
-        setup: The backbone, and the callbacks of the training.
-        config: Settings of this training.
-    """
+    """A copy of a backbone with a classification head, trained on a task that has labels or choices."""
 
     def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
         self.answer_space = answers = task.answer_space
-        copy = with_head(
-            setup.backbone, len(answers.labels) or 1, seed=derived_seed(config.seed, "classification head")
-        )
+        seed = derived_seed(config.seed, "classification head")
+        copy = with_head(setup.backbone, len(answers.labels) or 1, seed=seed)
         self.bound = BoundTemplate(head_template(task, kind=copy.kind), tokenizer=copy.tokenizer, kind=copy.kind)
         parts = (answers.to_learn(task.train, seed=config.seed), task.dev)
         train, dev = (head_items(self.bound, part, answers) for part in parts)

@@ -16,8 +16,7 @@ from ptuning.template.language import Field, Literal, Piece, Target, Template
 # Numbers of examples to try, and how often each number is drawn. Each combination is one tried setting.
 IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
 IN_CONTEXT_DRAWS = 3
-# Limit on the tokens of examples and question together, even for backbones that can read more: time grows with them,
-# and small models answer worse after very long contexts.
+# Most tokens of examples and question together: small models answer worse after very long contexts.
 IN_CONTEXT_TOKENS = 2048
 
 
@@ -43,10 +42,8 @@ def in_context(task: Task, setup: Setup) -> Solution:
             "has nothing to show"
         )
     found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
-    scores = [one["dev_score"] for one in tried]
-    return Solution(
-        found.answer, {"tried": list(tried), "chosen": tried[scores.index(best[0])], "prompt": str(best[1])}
-    )
+    chosen = next(one for one in tried if one["dev_score"] == best[0])
+    return Solution(found.answer, {"tried": list(tried), "chosen": chosen, "prompt": str(best[1])})
 
 
 def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Template]]:
@@ -68,9 +65,7 @@ def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Templat
 
 
 def example_counts(task: Task, setup: Setup) -> list[int]:
-    """Return the numbers of examples to try: those of :data:`IN_CONTEXT_EXAMPLES` that fit in front of the longest
-    training record, so that examples cause no truncation of questions. The smallest number is always tried.
-    """
+    """Return the numbers of examples that fit in front of the longest training record; always the smallest one."""
     bound = Prompt.manual(task.manual).bind(setup.backbone)
     records = [task.answer_space.spoken(row.record) for row in task.train]
     lengths = [len(example.token_ids) + example.own_tokens for example in bound.examples(records)]
@@ -80,8 +75,8 @@ def example_counts(task: Task, setup: Setup) -> list[int]:
 
 
 def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
-    """Return a manual template with filled-in examples in front: one per line for a causal model, separated by spaces
-    otherwise, because tokenizers of masked models drop line breaks.
+    """Return a manual template with filled-in examples in front, one per line for a causal model. Tokenizers of masked
+    models drop line breaks, so these get spaces.
     """
     end = "\n" if kind == "causal" else " "
     shown = "".join(filled(manual.pieces, record) + end for record in examples)
@@ -94,15 +89,13 @@ def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) ->
 
 def filled(pieces: Sequence[Piece], record: Record) -> str:
     """Return the text of a manual template filled with a record's fields and target."""
-    parts = []
+    texts = []
     for piece in pieces:
         if isinstance(piece, Literal):
-            parts.append(piece.text)
-        elif isinstance(piece, Field):
-            parts.append(record[piece.name])
-        elif isinstance(piece, Target):
-            parts.append(record[TARGET_FIELD])
-    return "".join(parts)
+            texts.append(piece.text)
+        elif isinstance(piece, Field | Target):
+            texts.append(record[piece.name if isinstance(piece, Field) else TARGET_FIELD])
+    return "".join(texts)
 
 
 IN_CONTEXT = Method(

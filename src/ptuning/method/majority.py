@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ptuning.data.questions import Questions
+from ptuning.data.questions import Question
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.metrics import Answer
 from ptuning.records import TARGET_FIELD
@@ -25,17 +25,12 @@ def _majority_place(task: Task) -> Solution:
     counts = Counter(place for row in task.train for place in row.answers)
     places = sorted(counts, key=lambda place: (-counts[place], place))
 
-    def answer(questions: Questions) -> list[Answer]:
-        ordered = [
-            [row.choices[place] for place in (*places, *range(len(row.choices))) if place < len(row.choices)]
-            for row in questions
-        ]
-        return [
-            Answer.of_ranked(list(dict.fromkeys(texts)), row.right)
-            for texts, row in zip(ordered, questions, strict=True)
-        ]
+    def ranked(row: Question) -> Answer:
+        count = len(row.choices)
+        texts = [row.choices[place] for place in (*places, *range(count)) if place < count]
+        return Answer.of_ranked(list(dict.fromkeys(texts)), row.right)
 
-    return Solution(answer, {"answer": f"choice {places[0] + 1}"})
+    return Solution(lambda questions: list(map(ranked, questions)), {"answer": f"choice {places[0] + 1}"})
 
 
 MAJORITY = Method(

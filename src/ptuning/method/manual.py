@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ptuning.data.questions import Questions
+from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.metrics import Answer
 from ptuning.names import MANUAL
@@ -31,7 +32,13 @@ def manual_restricted(task: Task, setup: Setup) -> Solution:
 def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
     """Return the solution that asks the frozen backbone with a template without slots."""
     prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task))
-    model, is_written = PromptModel(setup.backbone), task.is_written and closed is None
+    return answering(task, setup, PromptModel(setup.backbone), prompt, closed=closed)
+
+
+def answering(
+    task: Task, setup: Setup, model: PromptModel, prompt: Prompt, *, closed: Sequence[str] | None, **record: Json
+) -> Solution:
+    """Return the solution that answers with a prompt, manual or learned."""
 
     def answer(questions: Questions) -> list[Answer]:
         return answer_records(
@@ -40,11 +47,11 @@ def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Seq
             questions,
             closed=closed,
             single_token=task.single_token,
-            max_tokens=target_tokens(task, setup) if is_written else None,
+            max_tokens=target_tokens(task, setup) if task.is_written and closed is None else None,
             report=setup.report,
         )
 
-    return Solution(answer, {"prompt": str(template)})
+    return Solution(answer, {**record, "prompt": str(prompt.template)})
 
 
 def is_multiline(task: Task) -> bool:

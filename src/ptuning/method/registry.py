@@ -9,6 +9,6 @@ from ptuning.method.manual import MANUAL_PROMPT, MANUAL_RESTRICTED
 from ptuning.method.tuned import TUNED
 
 # In the order of tables.
-METHODS = Methods([MAJORITY, MANUAL_PROMPT, MANUAL_RESTRICTED, IN_CONTEXT, *TUNED])
+METHODS = Methods({one.name: one for one in (MAJORITY, MANUAL_PROMPT, MANUAL_RESTRICTED, IN_CONTEXT, *TUNED)})
 # Its public name.
 methods = METHODS

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.config import Tune
-from ptuning.data.questions import Questions
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
-from ptuning.method.manual import target_tokens
-from ptuning.metrics import Answer
+from ptuning.method.manual import answering
 from ptuning.names import ALONG, LEARNED, MANUAL
-from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Field, Literal, Piece, Target, Template
@@ -65,24 +62,23 @@ def tried_factors(tries: int) -> Sequence[float]:
 
 
 def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[FleetPrompt]:
-    """Return one training per tried learning rate, named after the folder of its files.
-
-    Without slots there is one start only: further starts would differ in the order of the data and in nothing else.
-    """
-    setting, found = RATES[tune], []
+    """Return one training per tried learning rate, named after the folder of its files."""
+    setting = RATES[tune]
+    # Without slots, further starts would differ in the order of the data only.
     starts = setup.config.starts if template.has_slots else 1
     same = replace(setup.config, seed=setup.seed, tune=tune, keep="difference", starts=starts)
-    for number, factor in enumerate(tried_factors(setup.tries), start=1):
-        rate = getattr(setup.config, setting) * factor
-        config = replace(same, **{setting: rate})
-        found.append(FleetPrompt(f"try-{number}", template, task.train, task.dev, config=config, task=task.file))
-    return found
+    rates = [getattr(setup.config, setting) * factor for factor in tried_factors(setup.tries)]
+    return [
+        FleetPrompt(
+            f"try-{number}", template, task.train, task.dev, config=replace(same, **{setting: rate}), task=task.file
+        )
+        for number, rate in enumerate(rates, start=1)
+    ]
 
 
 def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solution:
     """Train with each learning rate, as ``ptuning train`` does, and answer with the one best on the development part.
-
-    The files of the trainings stay, except those that hold all weights of a backbone.
+    Only files that hold all weights of a backbone are removed.
     """
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
@@ -105,13 +101,13 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         model = PromptModel(setup.backbone).for_prompt(prompt)
         for number in range(1, len(tried) + 1) if tune == "tuned" else ():
             shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
-    return _solution(task, setup, model, prompt, {**_tries(tried), **_noted(records[best])})
+    return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
 
 
-def _tune_head(task: Task, setup: Setup) -> Solution:
-    """Train a copy of the backbone with a classification head per learning rate, and answer with the one best on the
-    development part.
-    """
+def _fine_tune(task: Task, setup: Setup) -> Solution:
+    """Train all weights on the fields and the target alone; with a classification head for labels and choices."""
+    if not task.answer_space.is_closed:
+        return _learn(task, setup, bare(task.manual), tune="tuned")
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
     for factor in tried_factors(setup.tries):
@@ -122,23 +118,20 @@ def _tune_head(task: Task, setup: Setup) -> Solution:
             best = model
         del model  # keeps at most two copies of the backbone in memory
     assert best is not None
-    prompt = str(best.bound.template)
-    return Solution(best.answer, {**_tries(tried), **_noted(best.record), "prompt": prompt})
+    return Solution(best.answer, {**_noted(tried, best.record), "prompt": str(best.bound.template)})
 
 
-def _noted(record: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the part of a training's record that a cell keeps, with a warning if its guesses were stuck."""
-    kept = {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
+def _noted(tried: Sequence[dict[str, Json]], record: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the record of a cell: what was tried, and the history of the best training, and a warning if stuck."""
+    kept: dict[str, Json] = {"tried": list(tried), "chosen": tried[_best(tried)]}
+    kept |= {name: record[name] for name in ("start", "history", "chosen_epoch", "trainable_parameters")}
     text = stuck(cast("Sequence[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])]))
     return {**kept, **({"warnings": [text]} if text else {})}
 
 
 def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
-    """Return a warning if several evaluations in a row guessed the same class for every row of the development part,
-    and not every row has that class.
-
-    Args:
-        evaluations: The evaluation of the start, then those of the epochs.
+    """Return a warning if several evaluations in a row (of the start, then of each epoch) guessed the same class for
+    every row of the development part, and not every row has that class.
     """
     longest = run = 0
     for one in evaluations:
@@ -149,48 +142,13 @@ def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
     return f"{longest} evaluations in a row guessed one class for every row of the development part"
 
 
-def _solution(task: Task, setup: Setup, model: PromptModel, prompt: Prompt, record: dict[str, Json]) -> Solution:
-    def answer(questions: Questions) -> list[Answer]:
-        return answer_records(
-            model,
-            prompt,
-            questions,
-            closed=task.vocabulary,
-            single_token=task.single_token,
-            max_tokens=target_tokens(task, setup) if task.is_written else None,
-            report=setup.report,
-        )
-
-    return Solution(answer, {**record, "prompt": str(prompt.template)})
-
-
 def _best(tried: Sequence[dict[str, Json]]) -> int:
     """Return the index of the highest development score; on a tie of the lowest loss, then of the earliest try."""
     keys = [(cast("float", one["dev_score"]), -cast("float", one["dev_loss"])) for one in tried]
     return keys.index(max(keys))
 
 
-def _tries(tried: Sequence[dict[str, Json]]) -> dict[str, Json]:
-    return {"tried": list(tried), "chosen": tried[_best(tried)]}
-
-
-def _fine_tune(task: Task, setup: Setup) -> Solution:
-    """Train all weights on the fields and the target, without words around them; with a classification head if answers
-    are labels or choices.
-    """
-    if task.answer_space.is_closed:
-        return _tune_head(task, setup)
-    return _learn(task, setup, bare(task.manual), tune="tuned")
-
-
-def _with_template(
-    name: str,
-    describe: str,
-    *,
-    learns_slots: bool,
-    tune: Tune,
-    default_for: tuple[str, ...] = (),
-) -> Method:
+def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for: tuple[str, ...] = ()) -> Method:
     """Return the method that trains on a task's learned template (``learns_slots``) or on its manual one."""
 
     def template(task: Task) -> Template:
@@ -203,7 +161,7 @@ def _with_template(
         return _tried(task, setup, template(task), tune=tune)
 
     return Method(
-        name,
+        (LEARNED if learns_slots else MANUAL) + ALONG[tune],
         describe,
         fit,
         trained=True,
@@ -219,10 +177,9 @@ def _with_template(
 # together with the prompt, and FT with a head); Hu et al. (2021), section 4 (LoRA).
 TUNED = (
     _with_template(
-        LEARNED,
+        "frozen",
         "the learned prompt, backbone frozen",
         learns_slots=True,
-        tune="frozen",
         default_for=("compare", "lama", "paraphrases", "superglue"),
     ),
     Method(
@@ -235,19 +192,9 @@ TUNED = (
         default_for=("superglue",),
     ),
     _with_template(
-        MANUAL + ALONG["tuned"],
-        "the manual prompt, all weights trained (MP+FT)",
-        learns_slots=False,
-        tune="tuned",
-        default_for=("superglue",),
+        "tuned", "the manual prompt, all weights trained (MP+FT)", learns_slots=False, default_for=("superglue",)
     ),
-    _with_template(
-        LEARNED + ALONG["tuned"], "the learned prompt, all weights trained along", learns_slots=True, tune="tuned"
-    ),
-    _with_template(
-        MANUAL + ALONG["lora"], "the manual prompt, adapters trained (LoRA)", learns_slots=False, tune="lora"
-    ),
-    _with_template(
-        LEARNED + ALONG["lora"], "the learned prompt, adapters trained along", learns_slots=True, tune="lora"
-    ),
+    _with_template("tuned", "the learned prompt, all weights trained along", learns_slots=True),
+    _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
+    _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
 )

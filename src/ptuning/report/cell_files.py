@@ -64,11 +64,7 @@ def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:
 
 
 def read_answers(path: Path) -> list[AnsweredRow]:
-    """Read what :func:`write_answers` wrote.
-
-    Raises:
-        FileError: If the file is missing or damaged.
-    """
+    """Read what :func:`write_answers` wrote; raise FileError if it is missing or damaged."""
     rows = enumerate(read_json_lines(path), start=1)
     return [AnsweredRow.from_json(Unchecked(row, f"{path}, row {at} is damaged", advice=AGAIN)) for at, row in rows]
 
@@ -77,9 +73,6 @@ def read_curve(folder: Path) -> list[tuple[int, float]] | None:
     """Read the learning curve of a cell: (epoch, development score) pairs, in which epoch 0 is the start.
 
     It is None if there is no ``run.json``, and empty if nothing was trained.
-
-    Raises:
-        FileError: If ``run.json`` is damaged.
     """
     if not (folder / RUN_FILE).is_file():
         return None

@@ -187,11 +187,7 @@ class Results:
 
     @classmethod
     def from_json(cls, value: Unchecked, *, folder: Path = Path()) -> Results:
-        """Read what :meth:`to_json` returned.
-
-        Raises:
-            FileError: If a part is missing or is not what it must be.
-        """
+        """Read what :meth:`to_json` returned; raise FileError if a part is missing or is not what it must be."""
         missing = [name for name in ("suite", "cells", "tasks") if name not in value.mapping()]
         if missing:
             raise value.failure(f"it has no {', '.join(missing)}")
@@ -264,11 +260,7 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """Read ``results.json`` in a folder.
-
-    Raises:
-        FileError: If the file is missing, damaged, or of another format.
-    """
+    """Read ``results.json`` in a folder; raise FileError if it is missing, damaged, or of another format."""
     path = Path(folder) / RESULTS_FILE
     if not path.is_file():
         raise FileError(f"there is no {path}; a report is built from the folder that a benchmark wrote")

@@ -23,11 +23,7 @@ TITLES = {
 
 
 def build_page(results: Results) -> Page:
-    """Return the page of a report.
-
-    Raises:
-        FileError: If a file of a cell is damaged.
-    """
+    """Return the page of a report; raise FileError if a file of a cell is damaged."""
     tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), "task")
     about = results.backbone.get("name")
     return Page(

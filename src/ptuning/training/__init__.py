@@ -1,7 +1,8 @@
-"""Learning prompts.
+"""Learning prompts: from the description of a training to a saved prompt.
 
-The prompt encoder, the optimizer step, the training loop with early stopping, checkpoints, one run, many runs at once
-(a fleet), and what a run will cost. It must not know methods that a comparison puts beside it.
+The description (``TrainSpec``), the prompt encoder, the optimizer step, the training loop with early stopping,
+checkpoints, one run, many runs at once (a fleet), and what a run will cost. It must not know the methods that a
+comparison puts beside it.
 
-Read first: ``encoder``, ``step``, ``trainer``, ``checkpoint``, ``run``, ``train_fleet``.
+Read first: ``spec``, ``prepare``, ``encoder``, ``step``, ``trainer``, ``checkpoint``, ``run``, ``train_fleet``.
 """

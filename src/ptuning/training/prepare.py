@@ -17,7 +17,7 @@ from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
 from ptuning.template.fill import BoundTemplate
-from ptuning.template.labels import LabelWords
+from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
 
@@ -34,8 +34,8 @@ class Prepared:
         bound: The template, bound to the backbone.
         backbone: The frozen backbone.
         config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
+        answers: What rows are answered with: labels, choices or text.
         task: The task, if there is one.
-        answer_space: The possible answers, and how they are scored.
         parts: The questions of ``train`` and ``dev``.
         items: The items of ``train`` and ``dev``.
         began: When preparing began, by the monotonic clock.
@@ -45,8 +45,8 @@ class Prepared:
     bound: BoundTemplate
     backbone: Backbone
     config: TrainConfig
+    answers: AnswerSpace
     task: TaskFile | None
-    answer_space: AnswerSpace
     parts: Mapping[str, Questions]
     items: Mapping[str, Sequence[Item]]
     began: float
@@ -60,18 +60,18 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
     template = _trainable(as_template(spec.template), config)
+    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
+    if task is not None:
+        words = words or task.label_words
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
-    answers = _answer_space(spec, parts["train"])
+    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
     for name, questions in parts.items():
-        if not questions:
-            raise FileError(f"the {name} data ({questions.name}) holds no records")
-        require_targets(questions.records)
-        answers.check(questions)
+        _check(name, questions, answers)
     bound = _bound(template, parts["train"], backbone)
-    if answers.words is not None:
-        answers.words.check_ids(bound, parts["train"][0].record, unknown_id=backbone.tokenizer.unknown_id)
+    if words is not None:
+        words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
 
     def items_of(questions: Questions) -> list[Item]:
         return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -80,10 +80,10 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
     final = config
-    if answers.has_choices:
+    if parts["train"].has_choices:
         items["train"] = items_of(answers.to_learn(parts["train"], seed=config.seed))
         final = in_small_passes(config, items["train"])
-    return Prepared(template, bound, backbone, final, task, answers, parts, items, began)
+    return Prepared(template, bound, backbone, final, answers, task, parts, items, began)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:
@@ -108,6 +108,15 @@ def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTem
     return bound
 
 
+def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
+    """Check that a part has records, and each of them a target or a label."""
+    records = questions.records
+    if not records:
+        raise FileError(f"the {name} data ({records.name}) holds no records")
+    require_targets(records)
+    answers.check(questions)
+
+
 def _set_aside(
     questions: Questions, items: Sequence[Item], config: TrainConfig
 ) -> tuple[dict[str, Questions], dict[str, list[Item]]]:
@@ -118,14 +127,15 @@ def _set_aside(
     return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
 
 
-def _answer_space(spec: TrainSpec, train: Questions) -> AnswerSpace:
-    """Return the possible answers: the given labels or the task's, else the choices that rows bring, else any text."""
-    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
-    of_task = spec.task.answer_space if spec.task is not None else AnswerSpace()
-    found = AnswerSpace(words or of_task.words, train.has_choices, of_task.scoring).scored(calibrate=spec.calibrate)
-    if spec.calibrate and not found.is_closed:
+def _answers(
+    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None
+) -> AnswerSpace:
+    """Return what rows are answered with; scored as the task says, unless asked otherwise."""
+    scoring = task.answer_space.scoring if task is not None else PLAIN
+    answers = AnswerSpace(words, train.has_choices, scoring).scored(calibrate=calibrate)
+    if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
-    return found
+    return answers
 
 
 def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
