@@ -1,4 +1,4 @@
-"""The settings of a training run, each with its one default. Light to import: the command line shows them in --help."""
+"""Hyperparameters of a training run, each with its one default. Loads no torch, since --help shows them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ RandomStart = Literal["random", "vocabulary"]
 Tune = Literal["frozen", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
 
-# Raised whenever the same settings come to learn something else, so that no older result or checkpoint is taken for one
-# of today's code.
+# Version of the training code. Raise it when the same settings give another result, so that older results and
+# checkpoints are neither reused nor resumed.
 RECIPE = 4
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -30,34 +30,35 @@ class TrainConfig:
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
-        accumulation_steps: Passes per optimizer step; the loss is that of one batch of their product.
+        accumulation_steps: Passes per optimizer step (gradient accumulation); the loss is that of one batch of their
+            product.
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW.
-        warmup_fraction: Share of the steps in which the learning rate rises; it then falls linearly to zero.
+        warmup_fraction: Share of the steps in which the learning rate rises; after that it falls linearly to zero.
         max_grad_norm: Gradients are clipped to this norm.
         encoder: ``lstm`` (the paper's), ``mlp`` or ``none`` (free vectors).
         dropout: Of the prompt encoder.
-        start: What ``[P]`` slots start at: ``random`` or ``vocabulary``.
-        starts: How many prompts are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` every weight of the backbone along with them, ``lora`` small
+        start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
+        starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
+        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
             adapters on its linear layers.
-        backbone_lr: Peak learning rate of the backbone's weights where they are tuned.
-        backbone_weight_decay: Of AdamW for the backbone's matrices where they are tuned; biases and norms do not decay.
+        backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
+        backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.
         lora_rank: Rank of each adapter.
-        lora_alpha: What an adapter adds is scaled by this, divided by the rank.
+        lora_alpha: The output of an adapter is multiplied by this and divided by the rank.
         lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice for the architecture), or
             names of modules with commas between them.
-        keep: How tuned weights are saved: ``difference`` holds those that changed, and needs the frozen backbone;
+        keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
             ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
-        patience: Epochs after which training stops if neither development score nor loss got better.
-        dev_fraction: Share of the training data set aside where no development data is given.
-        seed: One seed; start values, data order, dropout and split each draw from their own generator made of it.
-        checkpoint_seconds: Time between checkpoints inside an epoch; one is written after every epoch anyway.
-        cache_memory: Share of the free memory that keys and values in front of the first slots may take; 0 for none.
-        checkpointing: Whether each layer's activations are dropped and computed again for the gradients: less memory,
-            more time, the same result.
+        patience: Epochs without a better development score or loss after which training stops (early stopping).
+        dev_fraction: Share of the training data that is split off if no development data is given.
+        seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
+        checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
+        cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
+        checkpointing: Activation checkpointing: activations are dropped and computed again for the gradients. Less
+            memory, more time, the same result.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.
@@ -123,7 +124,7 @@ class TrainConfig:
         return self.cache_memory if self.tune == "frozen" else 0.0
 
     def to_json(self) -> dict[str, int | float | str | bool]:
-        """Return the settings as they stand in ``run.json``."""
+        """Return the settings as in ``run.json``."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -141,24 +142,24 @@ class TrainConfig:
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:
-    """Check that a setting has its type; a whole number is a number too, and true is none."""
+    """Check that a setting has its type. A whole number is a number too; true is not a number."""
     fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"setting '{name}' is {value!r}; it must be {TYPE_NAMES[wanted]}")
 
 
 def listed_names(names: Sequence[str] | str) -> list[str]:
-    """Return names given one by one, or in one text with commas between them."""
+    """Return names given as a list, or as one text with commas."""
     given = names.split(",") if isinstance(names, str) else names
     return [name.strip() for name in given if name.strip()]
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0) -> int:
-    """Return a seed for one purpose; draws for other purposes do not move it."""
+    """Return the seed of one purpose. It does not depend on draws for other purposes."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def start_seed(seed: int, number: int) -> int:
-    """Return the seed of one of several starts; the first is what it would be alone."""
+    """Return the seed of one of several starts; the first start has the seed of a single one."""
     return derived_seed(seed, "start", number) if number else seed

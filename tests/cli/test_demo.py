@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import ptuning
-import ptuning.experiment.demo
 from ptuning.cli import terminal
+from ptuning.training.run import TrainingRun
 from tests.cli.test_app import QUICK, WARM, call, fails, interrupting, record_of, works
 
 
@@ -61,9 +61,8 @@ def test_a_second_demo_shows_the_first_again(llama: str, caplog: pytest.LogCaptu
 
 
 def test_a_stopped_demo_says_how_to_go_on(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ptuning.experiment.demo, "train", interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
-    )
+    at_a_step = interrupting(signal.SIGINT, times=1, at=lambda now: now.stage == "train")
+    monkeypatch.setattr(TrainingRun, "train", at_a_step)
     done = call("demo", "--out", "out", "--overwrite", "--backbone", llama, "--set", "epochs=1")
     assert done.code == 130
     # Without --overwrite, with which it would begin anew.

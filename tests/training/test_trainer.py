@@ -339,7 +339,7 @@ def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pyte
             seeds.append(real(seed, purpose, step))
         return real(seed, purpose, step)
 
-    monkeypatch.setattr(trainer, "derived_seed", spy)
+    monkeypatch.setattr(steps, "derived_seed", spy)
     fit(make_trainer(causal, batch_size=2, accumulation_steps=2))
     assert len(seeds) == len(set(seeds)) == 8
 
@@ -504,8 +504,8 @@ def test_two_processes_learn_what_one_learns(
         "from ptuning.backbone.loading import load_backbone\n"
         f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
         "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
-        "assert found.accelerator.num_processes == 2\n"
-        f"torch.save(found.vectors(), {str(tmp_path)!r} + f'/{{found.accelerator.process_index}}.pt')\n"
+        "assert found.learner.accelerator.num_processes == 2\n"
+        f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.accelerator.process_index}}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

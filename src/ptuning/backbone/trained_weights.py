@@ -126,16 +126,12 @@ class TrainedWeights:
                     raise PromptError(f"the trained weights lack the key '{name}' of '{backbone.name}'")
                 if kept is None:
                     continue
-                fits = kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)
-                if not fits:
+                if not (kept.shape == weight.shape if rows is None else _rows_fit(kept, rows, weight)):
                     raise PromptError(
                         f"the trained weights have a wrong shape at '{name}': {tuple(kept.shape)}, and "
                         f"'{backbone.name}' has {tuple(weight.shape)}"
                     )
-                if rows is None:
-                    weight.copy_(kept)
-                else:
-                    weight[rows.to(weight.device)] = kept.to(weight.device)
+                weight[... if rows is None else rows.to(weight.device)] = kept.to(weight.device)
         if left:
             raise PromptError(
                 f"the trained weights hold the key '{min(left)}', which '{backbone.name}' has no place for"

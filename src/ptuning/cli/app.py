@@ -20,7 +20,7 @@ from ptuning.provenance import VERSION
 
 
 class _Group(TyperGroup):
-    """Ends Ctrl-C with a word and no traceback; what training does with it is in :func:`stoppable`."""
+    """Ends at Ctrl-C with a message and no traceback. Training stops in :func:`ptuning.cli.signals.stoppable`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,7 +31,7 @@ class _Group(TyperGroup):
 
 
 def main() -> None:
-    """Run the command line; errors of the user end with exit code 2 and one message."""
+    """Run the command line. An error of the user prints one message and exits with code 2."""
     try:
         _app()(prog_name="ptuning")
     except PTuningError as error:
@@ -40,7 +40,7 @@ def main() -> None:
         terminal.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as in "| head"
+        sys.stderr.close()  # the reader of our output is gone, as in "| head"
         sys.exit(1)
     except OSError as error:
         # Python would try to write the rest of the output once more at its end, and fail with another exit code.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import typer
 from rich import box
 from rich.table import Table
 
@@ -41,7 +40,7 @@ def estimate(
 def show(found: Forecast, *, as_json: bool) -> None:
     """Print what a training run will take."""
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
+        terminal.print_json(found.to_json())
         return
     memory, seconds = found.memory, found.seconds
     rows, tokens = found.longest_pass
@@ -49,10 +48,7 @@ def show(found: Forecast, *, as_json: bool) -> None:
         f"{found.train_records} records, {found.steps} steps an epoch, the longest pass {rows} x {tokens} tokens; "
         f"{found.dev_records} records to choose by; {found.tune} on {found.device} in {found.dtype}"
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("memory")
-    table.add_column("MB", justify="right")
-    parts = {
+    sizes = {
         "backbone": memory.weights,
         "what is trained": memory.trained,
         "its gradients": memory.gradients,
@@ -62,29 +58,31 @@ def show(found: Forecast, *, as_json: bool) -> None:
         "the best of earlier starts": memory.other_starts,
         "process and allocator": memory.rest,
     }
-    for name, size in parts.items():
-        if size:
-            table.add_row(name, _megabytes(size))
-    table.add_row("training", _megabytes(memory.training), style="bold")
-    table.add_row("peak, loading included", _megabytes(memory.peak), style="bold")
-    terminal.results().print(table)
+    sums = {"training": _megabytes(memory.training), "peak, loading included": _megabytes(memory.peak)}
+    _table(("memory", "MB"), {name: _megabytes(size) for name, size in sizes.items() if size}, sums)
     if memory.on_disk:
-        terminal.line(
-            f"{_megabytes(memory.on_disk)} MB of the kept text do not fit and go to the disk, which takes longer"
-        )
-    times = Table(box=box.SIMPLE_HEAD)
-    times.add_column("time")
-    times.add_column("", justify="right")
-    times.add_row("preparing", terminal.duration(seconds.preparing + seconds.constant_part))
-    times.add_row("training, per epoch", terminal.duration(seconds.epoch))
-    scored = found.starts * (found.epochs + 1)
-    times.add_row(f"scoring the development part, each of {scored} times", terminal.duration(seconds.dev))
-    times.add_row("checkpoints", terminal.duration(seconds.saving))
-    times.add_row("answers in the end", terminal.duration(seconds.answers))
-    starts = f", {found.starts} starts" if found.starts > 1 else ""
-    times.add_row(f"all of it: {found.epochs} epochs{starts}", terminal.duration(seconds.total), style="bold")
-    terminal.results().print(times)
+        spilled = _megabytes(memory.on_disk)
+        terminal.line(f"{spilled} MB of the kept text do not fit and go to the disk, which takes longer")
+    scored, starts = found.starts * (found.epochs + 1), f", {found.starts} starts" if found.starts > 1 else ""
+    times = {
+        "preparing": seconds.preparing + seconds.constant_part,
+        "training, per epoch": seconds.epoch,
+        f"scoring the development part, each of {scored} times": seconds.dev,
+        "checkpoints": seconds.saving,
+        "answers in the end": seconds.answers,
+    }
+    total = {f"all of it: {found.epochs} epochs{starts}": terminal.duration(seconds.total)}
+    _table(("time", ""), {name: terminal.duration(value) for name, value in times.items()}, total)
     terminal.line("at most: training stops early if nothing gets better. Nothing was trained or written")
+
+
+def _table(columns: tuple[str, str], rows: Mapping[str, str], sums: Mapping[str, str]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(columns[0])
+    table.add_column(columns[1], justify="right")
+    for name, text in {**rows, **sums}.items():
+        table.add_row(name, text, style="bold" if name in sums else "")
+    terminal.results().print(table)
 
 
 def _megabytes(size: int) -> str:

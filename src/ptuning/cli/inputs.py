@@ -35,7 +35,7 @@ def records_of(source: str, field: Sequence[str] | None) -> Records:
 
 
 def task_of(name: str | None) -> TaskFile | None:
-    """Load the task that is asked for, if any."""
+    """Load a task, if one is named."""
     if name is None:
         return None
     from ptuning.data.task_files import load_task
@@ -50,7 +50,7 @@ def data_of(
     if task is None:
         return records_of(source, field)
     if field:
-        raise ConfigError("--field goes without a task; where fields stand in a row is said by the task file")
+        raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
     from ptuning.data.task_files import find_split
 
     path, (folder, colon, named) = Path(source), source.rpartition(":")
@@ -69,7 +69,7 @@ def data_of(
 
 
 def dev_part(data: str, task: TaskFile | None) -> Questions | None:
-    """Read the development part beside a task's training part, if ``data`` is a folder that has one."""
+    """Read the development part of a task's data, if ``data`` is a folder that has one."""
     from ptuning.data.task_files import find_split
 
     if task is None or not Path(data).is_dir():
@@ -156,7 +156,7 @@ def template_of(
     *,
     option: str = "--",
 ) -> Template:
-    """Return the template to learn: the one that is given, one made of a manual one, or a task's by its number.
+    """Return the template to learn: the given one, one made from a manual template, or a task's by its number.
 
     In messages ``option`` comes before the names of these.
 

@@ -29,14 +29,14 @@ SETTINGS = TrainConfig()
 
 
 class Command(TyperCommand):
-    """Names the closest option or setting to an unknown one."""
+    """A command that names the closest option or setting for an unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse, and turn an unknown option into an error that says what was meant."""
+        """Parse; for an unknown option raise an error that names the closest one."""
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            # The error's class lies in click, or in a copy of click inside of typer, depending on typer's release.
+            # The error's class is in click, or in typer's copy of click, depending on typer's release.
             name = getattr(error, "option_name", None)
             if name is None or not hasattr(error, "possibilities"):
                 raise
@@ -64,7 +64,7 @@ StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from diffe
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """What one training is asked for, before anything is read.
+    """The inputs and settings of one training, before anything is read.
 
     ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
     ``calibrate`` and ``field``; one that is None or missing was not given.
@@ -99,7 +99,7 @@ def training(
     set_: SetOption = None,
     field: FieldOption = None,
 ) -> TrainInputs:
-    """Return what the options of a training ask for; for :func:`takes`."""
+    """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
@@ -138,7 +138,7 @@ def command_line() -> str:
 
 
 def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
-    """Return the settings given; those not given keep the default of ``TrainConfig``."""
+    """Return the settings from options and from ``--set``; the others have the defaults of ``TrainConfig``."""
     given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
     values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
     for name, text in values.items():
@@ -164,7 +164,7 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
-    """Return how answers of several tokens are scored, None for as the prompt says; it goes with a closed set only."""
+    """Return how answers of several tokens are scored; None leaves it to the prompt. Only a closed set has a choice."""
     if value not in ("sum", "mean", None):
         raise ConfigError(f"--normalise is sum or mean, not '{value}'")
     if value == "mean" and not closed:
@@ -175,7 +175,7 @@ def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
 
 
 def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
-    """Check that there is something to calibrate: label words or choices, and no candidates in their place."""
+    """Check that there is something to calibrate: label words or choices, not candidates."""
     if calibrate and (candidates or not prompt.answer_space.is_closed):
         raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
 

@@ -24,11 +24,16 @@ SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 1
 
 @contextlib.contextmanager
 def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
-    """Show progress; turn Ctrl-C or a termination into a checkpoint and a word on how to go on (``again``)."""
+    """Show progress, and stop at a signal: yield a progress callback and a check whether to stop.
+
+    Args:
+        out: Folder of the work, which may hold a checkpoint.
+        again: Option that continues it, for the message.
+    """
     from ptuning.progress import Interrupted
 
     asked: list[int] = []
-    # Said by a thread: the signal may come in the middle of drawing the progress bar.
+    # A thread prints this, because the signal may come while the progress bar is drawn.
     word = Thread(target=terminal.say, args=("stopping after this step; once more to stop at once",))
 
     def note(number: int, _: object) -> None:
@@ -44,8 +49,9 @@ def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Calla
     except (Interrupted, KeyboardInterrupt) as error:
         if word.ident is not None:
             word.join()
-        # With --overwrite it would start anew.
-        words = [word for word in sys.argv[1:] if word not in ("--overwrite", again)] + ([again] if again else [])
+        # --overwrite would start anew.
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        words += [again] if again and again not in words else []
         command = f"{terminal.program()} {shlex.join(words)}"
         kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE) if (out / name).exists()), None)
         terminal.stopped(str(error) or "stopped at once", kept, command)

@@ -93,8 +93,7 @@ class PrefixCache:
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
 
-        ``report`` is called after every pass with the number of tokens done, and of all. If it raises, what was
-        computed stays, and the rest is computed when it is needed.
+        ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
         texts = [cacheable_ids(example) for example in examples]
         if not self.pays(texts):

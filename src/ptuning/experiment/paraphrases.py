@@ -105,7 +105,7 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
 
 
 def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
-    """Return relation -> its wordings' scores and their spread per method; ``patterns`` is relation -> task -> wording."""
+    """Return relation -> scores of its wordings, and spread per method; ``patterns``: relation -> task -> wording."""
     found = {}
     for relation, wordings in patterns.items():
         rows: list[Wording] = []

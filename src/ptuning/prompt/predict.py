@@ -194,8 +194,8 @@ class PromptModel:
     ) -> list[list[Candidate]]:
         """Score the labels of a prompt, or the choices that each question brings, for N records or questions.
 
-        The defaults of ``normalise`` (see :meth:`rank`) and ``calibrate`` (subtract the scores for an empty record) are the
-        prompt's. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
+        The defaults of ``normalise`` (see :meth:`rank`) and ``calibrate`` (subtract the scores for an empty record) are
+        the prompt's. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
 
         Raises:
             PromptError: If the prompt has neither label words nor choices.

@@ -1,4 +1,4 @@
-"""The checkpoint of a training run: where it stands and its tensors, in one file. Knows no training."""
+"""Checkpoint of a training run: its state and tensors in one file, and the backbone's best weights beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEST_FILE = "best-{epoch}.safetensors"
 
 @dataclass
 class RunState:
-    """Where a run stands; together with the tensors all that a checkpoint holds."""
+    """Where a run is. With the tensors this is the whole content of a checkpoint."""
 
     epoch: int = 1
     position: int = 0  # records of the current epoch's order that were used
@@ -48,12 +48,12 @@ class RunState:
 def write_checkpoint(
     folder: Path, state: RunState, tensors: Mapping[str, Tensor], *, identity: Mapping[str, Json]
 ) -> None:
-    """Write a checkpoint, replacing an earlier one in the same moment.
+    """Write a checkpoint; it replaces an earlier one atomically.
 
     Args:
-        folder: Where it goes; created if need be.
-        state: Where the run stands.
-        tensors: Whatever else is needed to go on.
+        folder: The folder for it; created if need be.
+        state: Where the run is.
+        tensors: Weights, optimizer states and the best vectors.
         identity: What must be equal for the run to be resumed.
 
     Raises:
@@ -66,7 +66,7 @@ def write_checkpoint(
     try:
         write_tensors(folder / CHECKPOINT_FILE, plain, texts={**texts, "sha256": _digest(plain, texts)})
     except FileError:
-        # A first checkpoint that does not fit on the disk must not leave a folder in the way of the next attempt.
+        # A first checkpoint that does not fit on the disk must not leave a folder, which would stop the next attempt.
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -111,12 +111,12 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 
 class KeptWeights:
-    """The best weights so far, set aside on disk: a third copy in memory (beside gradients and the two moments of the
-    optimizer) would bound the size of a backbone that can be tuned.
+    """The best weights of the backbone so far, kept on disk. A further copy in memory, beside gradients and optimizer
+    states, would limit the size of a backbone that can be tuned.
 
     Args:
-        folder: Where they lie, beside a checkpoint that says of which epoch they are; without one in the system's place
-            for temporary files, until :meth:`close`.
+        folder: Their folder, beside a checkpoint that names their epoch; by default a temporary one until
+            :meth:`close`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -124,7 +124,7 @@ class KeptWeights:
         self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
 
     def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Write the weights of an epoch beside those of earlier ones.
+        """Write the weights of an epoch beside those of earlier epochs.
 
         Raises:
             FileError: If they cannot be written.
@@ -133,13 +133,13 @@ class KeptWeights:
         write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
 
     def forget_others(self, *, epoch: int) -> None:
-        """Remove the weights of all epochs but one, once nothing names them any more."""
+        """Remove the weights of all other epochs, once no checkpoint names them."""
         for file in self._folder.glob(BEST_FILE.format(epoch="*")):
             if file != self._file(epoch):
                 file.unlink(missing_ok=True)
 
     def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Put the weights of an epoch back.
+        """Load the weights of an epoch.
 
         Raises:
             PromptError: If their file is damaged, or of another backbone.
@@ -152,7 +152,7 @@ class KeptWeights:
                 weight.copy_(kept[name])
 
     def close(self) -> None:
-        """Remove what was kept for the time of the training only."""
+        """Remove the temporary folder, if there is one."""
         if self._temporary is not None:
             self._temporary.cleanup()
 

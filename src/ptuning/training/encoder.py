@@ -1,6 +1,4 @@
-"""The prompt encoder: the module that makes slot vectors while a prompt is trained, and what slots start at. Knows no
-template pieces and no data; is thrown away after training.
-"""
+"""The prompt encoder, which computes slot vectors during training and is dropped afterwards, and the start values."""
 
 from __future__ import annotations
 

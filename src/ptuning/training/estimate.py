@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -42,7 +41,7 @@ ROUNDS = 3
 ENOUGH_SECONDS = 6.0
 SCORED = 64
 ANSWERED = 32
-WRITTEN_BYTES = 64_000_000
+WRITTEN_BYTES = 32_000_000
 
 # Processor time instead, where other work on the machine would disturb a comparison.
 clock: Callable[[], float] = time.perf_counter
@@ -79,8 +78,7 @@ class Bytes:
     @property
     def training(self) -> int:
         """The most that training takes, the process included."""
-        values: dict[str, int] = dataclasses.asdict(self)
-        return sum(values.values()) - self.before - self.on_disk
+        return int(sum(vars(self).values())) - self.before - self.on_disk
 
     @property
     def peak(self) -> int:
@@ -113,17 +111,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training run will take.
-
-    Args:
-        device, dtype, tune: Where it trains, in which type, and what.
-        train_records, dev_records: Records of both parts.
-        steps: Optimizer steps of an epoch.
-        epochs, starts: How often.
-        longest_pass: Rows and tokens of the longest pass, pads included.
-        memory: In bytes.
-        seconds: In seconds.
-    """
+    """What a training run will take: the size of the run (``longest_pass`` in rows and tokens), bytes and seconds."""
 
     device: str
     dtype: str
@@ -139,14 +127,10 @@ class Forecast:
 
     def to_json(self) -> dict[str, Json]:
         """Return all of it by name; memory with its sums, ``training`` and ``peak``."""
-        rows, tokens = self.longest_pass
+        values: dict[str, Json] = {name: value for name, value in vars(self).items() if isinstance(value, (int, str))}
         sums = {"training": self.memory.training, "peak": self.memory.peak}
-        return {
-            **{name: value for name, value in vars(self).items() if isinstance(value, (int, str))},
-            "longest_pass": {"rows": rows, "tokens": tokens},
-            "memory_bytes": {**dataclasses.asdict(self.memory), **sums},
-            "seconds": dataclasses.asdict(self.seconds),
-        }
+        values["longest_pass"] = dict(zip(("rows", "tokens"), self.longest_pass, strict=True))
+        return {**values, "memory_bytes": {**vars(self.memory), **sums}, "seconds": dict(vars(self.seconds))}
 
 
 def estimate(
@@ -185,13 +169,10 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
         kept = trial.keep()
         epoch, dev = trial.time_steps(), trial.time_scoring()
         answers = dev + trial.time_answers()
-    memory = trial.bytes(watched.bytes, before)
-    byte = trial.time_writing()
-    config, encoder = run.config, tensor_bytes(trial.learner.encoder.parameters())
-    weights = memory.trained - encoder
-    checkpoint, best = byte * 3 * memory.trained, byte * weights
-    pause = max(config.checkpoint_seconds, SAVING_PAUSE * checkpoint if weights else 0.0, epoch / trial.steps_of_epoch)
-    # One after every epoch and some within; the best weights at every epoch, at worst, and in the prompt.
+    memory, config = trial.bytes(watched.bytes, before), run.config
+    checkpoint, best = trial.time_saving()
+    pause = max(config.checkpoint_seconds, SAVING_PAUSE * checkpoint if best else 0.0, epoch / trial.steps_of_epoch)
+    # A checkpoint after every epoch and some within; the best weights after every epoch, at worst, and in the prompt.
     saving = (config.epochs + config.epochs * epoch // pause) * checkpoint + (config.epochs + 1) * best
     start = made - filled + config.epochs * epoch + (config.epochs + 1) * dev + saving
     total = filled - began + kept + config.starts * start + answers + best
@@ -300,16 +281,13 @@ class _Trial:
         self._tell("answers")
         return spent
 
-    def time_writing(self) -> float:
-        """Return the seconds of writing a byte to a checkpoint, in the folder for temporary files."""
-        size, chosen = 0, dict[str, torch.Tensor]()
-        for index, weight in enumerate(self.learner.parameters()):
-            if not chosen or size + weight.nbytes <= WRITTEN_BYTES:
-                chosen[str(index)], size = weight, size + weight.nbytes
+    def time_saving(self) -> tuple[float, float]:
+        """Return the seconds of writing a checkpoint, with both moments, and of writing the backbone's best weights."""
+        written = {"zeros": torch.zeros(WRITTEN_BYTES // 4)}
         with tempfile.TemporaryDirectory(prefix="ptuning-estimate-") as folder:
-            spent = timed(lambda: write_checkpoint(Path(folder), RunState(), chosen, identity={}))
+            byte = timed(lambda: write_checkpoint(Path(folder), RunState(), written, identity={})) / WRITTEN_BYTES
         self._tell("disk")
-        return spent / size
+        return byte * 3 * tensor_bytes(self.learner.parameters()), byte * tensor_bytes(self.learner.weights.values())
 
     def bytes(self, peak: int, before: int) -> Bytes:
         """Return what is in memory.

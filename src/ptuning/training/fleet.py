@@ -1,6 +1,4 @@
-"""Training many prompts at once on one frozen backbone: who is in training, who is next, and where a killed fleet goes
-on. Knows no runs and no files but its checkpoint.
-"""
+"""Scheduler of a fleet: trains many prompts together on one frozen backbone, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ from ptuning.training.memory import total_bytes
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
 
-# How many prompts are in training at the same time; each has an encoder and an optimizer in memory.
+# Most prompts that train at the same time; each has an encoder and an optimizer in memory.
 AT_ONCE = 16
-# Of the device's memory, what the encoders of prompts in training may take, so that wide ones do not fill it.
+# Share of the device's memory for encoders and optimizer states, so that those of wide backbones do not fill it.
 STATE_SHARE = 0.25
-# Of each weight there is its gradient and two moments, float32.
+# Each weight has a gradient and two moments beside it, all float32.
 BYTES_PER_WEIGHT = 16
-# The state of a fleet: which prompts are done, which are in training, and in which folder theirs lie.
+# The state of a fleet: which prompts are done, which are in training, and the folder of each checkpoint.
 STATE_FILE = "fleet.json"
 
 
@@ -40,10 +38,10 @@ class Member:
 
     Args:
         name: Its name, unlike all others.
-        make: Returns its trainer, which is to share the keys and values that are given.
+        make: Returns its trainer, which uses the given KV cache.
         train: Items to learn from.
-        dev: Items to choose by.
-        epochs: How many passes over ``train`` it takes at most.
+        dev: Items for choosing the best epoch.
+        epochs: Most passes over ``train``.
     """
 
     name: str
@@ -65,30 +63,30 @@ class _Live:
 
 @dataclass
 class _State:
-    """What the checkpoint says; folders by name of those that go on from there, in their order."""
+    """Contents of the checkpoint: name -> folder of each prompt in training, in order; names of those done."""
 
     live: dict[str, str] = field(default_factory=dict)
     finished: list[str] = field(default_factory=list)
 
 
 class Fleet:
-    """Prompts that train together: the rows of all of them run in one pass, and each keeps its own encoder, optimizer,
-    data order and development part. One that ends makes room for the next.
+    """Prompts that train together. Their rows share passes; each prompt has its own encoder, optimizer, data order and
+    development part. When a prompt finishes, the next one starts.
 
-    Who is in training together decides how sums are rounded. So the checkpoint is of all of them at one moment, and
-    a killed fleet goes on from there with the same ones, those included that ended after that moment: they are trained
-    to their end once more, and come out as they did.
+    Which prompts train together decides how sums are rounded. So a checkpoint holds all of them at one moment, and a
+    resumed fleet continues with the same prompts. Those that finished after that moment are trained to their end again,
+    with the same result.
 
     Args:
         backbone: The frozen backbone.
-        members: The prompts, in the order in which they begin.
-        at_once: How many are in training at the same time.
+        members: The prompts, in the order in which they start.
+        at_once: Most prompts that train at the same time.
         memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
-        checkpoint: Folder of the checkpoint, or None to keep none.
-        checkpoint_seconds: Time between checkpoints; they take a twentieth of the time at most.
+        checkpoint: Folder of the checkpoint; None writes none.
+        checkpoint_seconds: Time between checkpoints, which take at most a twentieth of the time.
 
     Raises:
-        ConfigError: If two prompts have one name, or none may be in training.
+        ConfigError: If two prompts have the same name, or ``at_once`` is below 1.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Fleet:
         checkpoint_seconds: float,
     ) -> None:
         if at_once < 1:
-            raise ConfigError(f"{at_once} prompts are to be trained at once; it must be 1 or more")
+            raise ConfigError(f"at_once is {at_once}; it must be 1 or more")
         self.members = {member.name: member for member in members}
         if len(self.members) < len(members):
             raise ConfigError("two prompts of a fleet have the same name")
@@ -113,12 +111,12 @@ class Fleet:
         self._pause = checkpoint_seconds
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
         self._live: list[_Live] = []
-        # Prompts that have ended, and that nobody has written down yet.
+        # Prompts that have finished, but whose results are not yet written.
         self._ended: dict[str, Trainer] = {}
         self._finished: list[str] = []
 
     def resume(self) -> list[str] | None:
-        """Read the checkpoint, so that :meth:`run` goes on from there.
+        """Read the checkpoint, so that :meth:`run` continues from it.
 
         Returns:
             The names of the prompts that were done; None if there is no checkpoint.
@@ -130,22 +128,22 @@ class Fleet:
         return None if state is None else [name for name in state.finished if name in self.members]
 
     def release(self, name: str) -> None:
-        """Take a prompt for done: it was written down, and is not trained again."""
+        """Mark a prompt as done: its result is written, and it is not trained again."""
         self._ended.pop(name, None)
         self._finished.append(name)
 
     def run(
         self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        """Train, or go on from the checkpoint, and yield each prompt that has ended: its trainer, or the error that
-        ended it. Those that were released are not among them.
+        """Train, from the start or from the checkpoint, and yield each prompt that ends: its trainer, or its error.
+        Prompts that were released are skipped.
 
         Args:
             report: Called with progress.
-            should_stop: Asked after every step, and after every pass over the text in front of the slots.
+            should_stop: Asked after every step, and after every pass that fills the KV cache.
 
         Raises:
-            Interrupted: If ``should_stop`` said so; a checkpoint was written.
+            Interrupted: If ``should_stop`` returned true; a checkpoint was written.
             TrainingError: If several processes train, or the checkpoint is of other settings.
         """
         state = self._read() or _State()
@@ -161,7 +159,7 @@ class Fleet:
                     one = self._begin(waiting.popleft(), prefix_cache, folders, report, should_stop)
                     try:
                         yield from self._go_on([one], {}, work)
-                    except Interrupted:  # before its first step: it begins anew, with those that wait
+                    except Interrupted:  # before its first step: it starts anew when resumed
                         self._between({}, lambda: True)
                 if not self._live:
                     continue
@@ -188,8 +186,8 @@ class Fleet:
         return failed
 
     def _has_room(self, *, goes_on: bool) -> bool:
-        """Whether one more can be in training. Whatever was when a checkpoint was written is so again; and it is the
-        device's whole memory that is asked for, so that a resumed fleet decides alike.
+        """Whether one more prompt may start. A prompt of the checkpoint always may, and the device's total memory
+        counts, not the free one, so that a resumed fleet decides in the same way.
         """
         if not self._live or goes_on:
             return True
@@ -205,7 +203,7 @@ class Fleet:
         report: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
-        """Return a prompt that begins, or goes on."""
+        """Return a prompt in training, from its start or from the checkpoint."""
         trainer = member.make(prefix_cache)
         if trainer.learner.accelerator.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
@@ -216,12 +214,12 @@ class Fleet:
             if report is not None and progress.stage in ("dev", "cache"):
                 report(replace(progress, note=f"{member.name}: {progress.note}"))
 
-        return _Live(member, trainer, trainer.course(member.train, member.dev, report=told, should_stop=should_stop))
+        return _Live(member, trainer, trainer.steps(member.train, member.dev, report=told, should_stop=should_stop))
 
     def _go_on(
         self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        """Let prompts go on to their next step, and yield those that have none."""
+        """Advance prompts to their next step, and yield those that have ended."""
         still: list[_Live] = [one for one in self._live if one not in ones]
         ended: list[tuple[str, Trainer | TrainingError]] = []
         for one in ones:
@@ -237,7 +235,7 @@ class Fleet:
         yield from ended
 
     def _between(self, failed: Mapping[Trainer, TrainingError], should_stop: Callable[[], bool] | None) -> None:
-        """Write a checkpoint if it is time, or training is to stop."""
+        """Write a checkpoint if it is due or training is to stop; then stop."""
         stops = should_stop is not None and should_stop()
         pause = max(self._pause, SAVING_PAUSE * self._saving_seconds)
         if self.checkpoint is not None and (stops or time.monotonic() - self._saved_at > pause):
@@ -271,7 +269,7 @@ class Fleet:
             ) from error
 
     def _save(self, trainers: Mapping[str, Trainer]) -> None:
-        """Write the state of all at this moment: their files first, and then, in one move, that they count."""
+        """Write a checkpoint of all prompts: their files first, then the state file that makes them count."""
         began = time.monotonic()
         taken = {entry.name for entry in self._folder.iterdir()} if self._folder.is_dir() else set()
         place = next(name for name in map("at-{}".format, itertools.count()) if name not in taken)
@@ -293,7 +291,7 @@ class Fleet:
 
 @dataclass
 class _Work:
-    """Records to be read in all, and those of prompts that have ended."""
+    """Records that are read in all, and those of prompts that have ended."""
 
     total: int
     ended: int = 0
@@ -308,7 +306,7 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Let a prompt go on to its next step; return its trainer or an error if there is none."""
+    """Advance a prompt to its next step; return its trainer or its error if there is none."""
     try:
         one.step = next(one.course)
     except StopIteration:

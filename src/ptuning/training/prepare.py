@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.data.answer_space import TRAIN_CHOICES, AnswerSpace
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.splits import split_questions, with_few_choices
+from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, question_items
 from ptuning.errors import ConfigError, FileError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
 from ptuning.template.fill import BoundTemplate
-from ptuning.template.labels import LabelWords, Scoring
+from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
 
@@ -34,9 +34,8 @@ class Prepared:
         bound: The template, bound to the backbone.
         backbone: The frozen backbone.
         config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
-        words: Label words, for classification.
+        answers: What rows are answered with: labels, choices or text.
         task: The task, if there is one.
-        scoring: How labels and choices are scored.
         parts: The questions of ``train`` and ``dev``.
         items: The items of ``train`` and ``dev``.
         began: When preparing began, by the monotonic clock.
@@ -46,9 +45,8 @@ class Prepared:
     bound: BoundTemplate
     backbone: Backbone
     config: TrainConfig
-    words: LabelWords | None
+    answers: AnswerSpace
     task: TaskFile | None
-    scoring: Scoring
     parts: Mapping[str, Questions]
     items: Mapping[str, Sequence[Item]]
     began: float
@@ -68,17 +66,14 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
-    scoring = _scoring(task, spec.calibrate, closed=words is not None or parts["train"].has_choices)
+    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
     for name, questions in parts.items():
-        _check(name, questions, words)
+        _check(name, questions, answers)
     bound = _bound(template, parts["train"], backbone)
     if words is not None:
         words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
 
     def items_of(questions: Questions) -> list[Item]:
-        if words is not None:
-            return question_items(bound, as_questions(questions.records), AnswerSpace(words, scoring=scoring))
-        answers = AnswerSpace(own_choices=questions.has_choices, scoring=scoring)
         return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
 
     items = {name: items_of(questions) for name, questions in parts.items()}
@@ -86,9 +81,9 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         parts, items = _set_aside(parts["train"], items["train"], config)
     final = config
     if parts["train"].has_choices:
-        items["train"] = items_of(with_few_choices(parts["train"], TRAIN_CHOICES, seed=config.seed))
+        items["train"] = items_of(answers.to_learn(parts["train"], seed=config.seed))
         final = in_small_passes(config, items["train"])
-    return Prepared(template, bound, backbone, final, words, task, scoring, parts, items, began)
+    return Prepared(template, bound, backbone, final, answers, task, parts, items, began)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:
@@ -113,14 +108,13 @@ def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTem
     return bound
 
 
-def _check(name: str, questions: Questions, words: LabelWords | None) -> None:
+def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
     """Check that a part has records, and each of them a target or a label."""
     records = questions.records
     if not records:
         raise FileError(f"the {name} data ({records.name}) holds no records")
     require_targets(records)
-    if words is not None:
-        words.check_records(records)
+    answers.check(questions)
 
 
 def _set_aside(
@@ -133,13 +127,15 @@ def _set_aside(
     return parts, {name: [made[id(one)] for one in part] for name, part in parts.items()}
 
 
-def _scoring(task: TaskFile | None, calibrate: bool | None, *, closed: bool) -> Scoring:
-    """Return how labels and choices are scored: as the task says, unless asked otherwise."""
-    if calibrate and not closed:
+def _answers(
+    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None
+) -> AnswerSpace:
+    """Return what rows are answered with; scored as the task says, unless asked otherwise."""
+    scoring = task.answer_space.scoring if task is not None else PLAIN
+    answers = AnswerSpace(words, train.has_choices, scoring).scored(calibrate=calibrate)
+    if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
-    if task is None:
-        return Scoring(calibrate=bool(calibrate))
-    return Scoring(task.normalise, task.calibrate if calibrate is None else calibrate, task.closed_fields)
+    return answers
 
 
 def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:

@@ -46,8 +46,8 @@ class TrainResult:
 
     Args:
         prompt: The chosen prompt.
-        record: What stands in ``run.json``.
-        folder: Where the files lie, or None.
+        record: Content of ``run.json``.
+        folder: The folder of its files, or None.
     """
 
     prompt: Prompt
@@ -81,7 +81,7 @@ def train(
         resume: Continue from the checkpoint in ``out``; a finished run is returned as it is.
         overwrite: Replace an earlier run in ``out``.
         report: Called with progress.
-        should_stop: Asked after every step, and after every pass over the text before the slots.
+        should_stop: Asked after every step, and after every pass that fills the KV cache.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
         constants: KV cache that several runs share, which the caller clears; by default the starts of this run share
@@ -94,7 +94,7 @@ def train(
 
     Raises:
         PTuningError: Of the stage at fault; before training starts, with nothing written.
-        Interrupted: If ``should_stop`` said so; a checkpoint was written.
+        Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     prepared = prepare(TrainSpec(template, data, **options), backbone)
     run = TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, ceiling=ceiling, command=command)
@@ -194,7 +194,7 @@ class TrainingRun:
         return found
 
     def clear(self) -> None:
-        """Remove the run that this one replaces, and what killed ones left half written: once it is known to start."""
+        """Remove the run that this one replaces and half-written files, once it is certain that training starts."""
         if self.folder is not None:
             clear_folder(self.folder, replaces=self._replaces)
 
@@ -202,28 +202,27 @@ class TrainingRun:
         return checkpoint_folder(self.folder, number) if self.folder is not None else None
 
     def add(self, number: int, trainer: Trainer) -> None:
-        """Take in a start that was trained; the best on the development part is the run's, of equal ones the first."""
+        """Add a start that was trained. The best one on the development part is kept, the first of equal ones."""
         self._starts[number] = _start(trainer)
         if self._best is None or (_rank(trainer), -number) > (_rank(self._best[1]), -self._best[0]):
             self._best = number, trainer
 
     @property
     def is_trained(self) -> bool:
-        """Whether all starts are in."""
+        """Whether all starts were trained."""
         return len(self._starts) == self.config.starts
 
-    def result(self, *, seconds: float | None = None, more: Mapping[str, Json] | None = None) -> TrainResult:
-        """Return what was learned, and write it to the folder, if there is one.
+    def result(self, *, more: Mapping[str, Json] | None = None) -> TrainResult:
+        """Return the result, and write it to the folder, if there is one.
 
         Args:
-            seconds: How long it took; by default the time since it was prepared.
             more: Further entries of the record.
         """
         assert self._best is not None, "nothing was trained"
         (_, best), prepared, record = self._best, self.prepared, dict(self.record)
         prompt = self.prompt(best)
-        taken = time.monotonic() - prepared.began + self._seconds_before if seconds is None else seconds
-        record |= {**_outcome(best, seconds=taken), **(more or {})}
+        seconds = time.monotonic() - prepared.began + self._seconds_before
+        record |= {**_outcome(best, seconds=seconds), **(more or {})}
         if self.config.starts > 1:
             record["starts"] = [self._starts[number] for number in sorted(self._starts)]
         if self._ceiling:
@@ -238,21 +237,20 @@ class TrainingRun:
         """Return the prompt that a trainer has learned."""
         prepared = self.prepared
         longest = max(choice.own_tokens for item in self.items["train"] for choice in item.choices)
-        name = "accuracy" if self.items["dev"][0].answers else "exact_match"
         return Prompt(
             prepared.template,
             trainer.best_vectors if prepared.template.has_slots else None,
             BackboneId.of(trainer.learner.frozen),
-            label_words=prepared.words,
+            label_words=prepared.answers.words,
             target_tokens=longest,
             multiline=prepared.bound.multiline,
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
-            scores={name: trainer.state.best_score, "loss": trainer.state.best_loss},
+            scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
             weights=trainer.learner.trained_weights(),
             task=prepared.task,
-            calibrate=prepared.scoring.calibrate,
-            normalise=prepared.scoring.normalise,
+            calibrate=prepared.answers.scoring.calibrate,
+            normalise=prepared.answers.scoring.normalise,
         )
 
 
@@ -261,18 +259,18 @@ def _rank(trainer: Trainer) -> tuple[float, float]:
 
 
 def _needed_bytes(trainer: Trainer) -> int:
-    """Return the room that a run takes on disk while it goes on. A file is written beside the one that it replaces."""
+    """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
     starts = trainer.config.starts
     encoder = 4 * sum(weight.numel() for weight in trainer.learner.encoder.parameters())
     backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
-    # Of each start the encoder with both moments, and the backbone's best weights; of the one in training also the
-    # backbone's weights with both moments, twice; and in the end the prompt's.
+    # Each start: the encoder with both moments, and the backbone's best weights. The start in training: the backbone's
+    # weights with both moments, twice. In the end: the prompt's weights.
     return FILES_BYTES + starts * 8 * encoder + (starts + 1 + 2 * 3 + 1) * backbone
 
 
 def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     """Return the entries of ``run.json`` that are known before training starts."""
-    template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.words
+    template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.answers.words
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {
         name: described(
@@ -290,7 +288,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
     }
-    task, scoring, has_choices = prepared.task, prepared.scoring, prepared.parts["train"].has_choices
+    task, scoring, has_choices = prepared.task, prepared.answers.scoring, prepared.answers.own_choices
     asked: dict[str, Json] = {}
     if task is not None or has_choices or scoring.calibrate:
         asked = {"task": task.to_json() if task else None, "choices": has_choices}
@@ -312,7 +310,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
 
 
 def method_name(template: Template, tune: Tune) -> str:
-    """Return what it is called to train a template's slots, or a manual template, together with the backbone or not."""
+    """Return the name of the method that trains this template in this mode."""
     return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
 
 
@@ -350,7 +348,7 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
     dev, items = prepared.parts["dev"], prepared.items["dev"]
     backbone = best.learner.backbone
     found = evaluate(backbone, items, Learned(best.best_vectors), cache=best.learner.cache)
-    # Scoring labels and choices has chosen among them; a written answer is still to be written.
+    # Labels and choices were chosen by scoring them. Other answers must be written.
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)

@@ -1,4 +1,4 @@
-"""The folder of a training run: what belongs to it, what must be equal for it to be gone on with, and clearing it."""
+"""Folder of a training run: its files, the check before a run writes into it, and clearing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
 
 
 def checkpoint_folder(folder: Path, number: int) -> Path:
-    """Return where the checkpoint of one of several starts lies, from 0."""
+    """Return the checkpoint folder of one of several starts, from 0."""
     return folder / CHECKPOINT_FOLDER / (f"start-{number}" if number else "")
 
 
@@ -25,12 +25,13 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
     Args:
         folder: The folder of the run.
         wanted: The run's identity.
-        resume: Whether it goes on with what lies there.
-        overwrite: Whether it replaces what lies there.
+        resume: Whether it continues the run that is there.
+        overwrite: Whether it replaces the run that is there.
 
     Raises:
-        FileError: If something stands there that is to be neither, or the record cannot be read.
-        TrainingError: If the finished run is another one.
+        FileError: If the folder holds other files, or a run that is neither to be resumed nor replaced, or the record
+            cannot be read.
+        TrainingError: If the finished run has another identity.
     """
     if resume and (folder / RUN_FILE).is_file():
         record = read_json(folder / RUN_FILE)
@@ -44,11 +45,11 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
 
 
 def clear_folder(folder: Path, *, replaces: bool) -> None:
-    """Remove what killed processes left half written, and the earlier run, if another one takes its place."""
+    """Remove the half-written files of killed processes, and the earlier run if it is to be replaced."""
     sweep(folder, OURS)
     if not replaces:
         return
-    # The record goes first: without it nobody takes the rest for a finished run.
+    # The record goes first: without it the rest does not count as a finished run.
     for name in (RUN_FILE, PREDICTIONS_FILE):
         with contextlib.suppress(FileNotFoundError):
             (folder / name).unlink()

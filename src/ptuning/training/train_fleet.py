@@ -1,4 +1,4 @@
-"""Runs of a fleet, from data to files: every prompt leaves what it would leave alone, and one table names them all."""
+"""A fleet, from data to files: a folder for each prompt, as it would get alone, and ``fleet.json`` that lists them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.trainer import Trainer
 
 FLEET_FILE = "fleet.json"
-# Stands between a prompt's name and the number of its start, where it has several.
+# Between a prompt's name and the number of its start, if it has several starts.
 START = "#"
 
 
@@ -55,8 +55,8 @@ class FleetResult:
 
     Args:
         results: Name -> what was learned, in the order asked for.
-        failed: Name -> why it came to nothing.
-        record: What stands in ``fleet.json``.
+        failed: Name -> why it failed.
+        record: Content of ``fleet.json``.
     """
 
     results: Mapping[str, TrainResult]
@@ -77,16 +77,16 @@ def train_fleet(
     on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
     command: str | None = None,
 ) -> FleetResult:
-    """Train many prompts at once on one frozen backbone: other data, templates, seeds, settings or encoders.
+    """Train many prompts together on one frozen backbone, with different data, templates, seeds, settings or encoders.
 
-    Each comes out as if it were trained alone, but for rounding: prompts share forward passes, and nothing else.
+    Each prompt gets the result that it would get alone, up to rounding: prompts share passes, and nothing else.
 
     Args:
-        prompts: The prompts, in the order in which they begin.
+        prompts: The prompts, in the order in which they start.
         backbone: From :func:`ptuning.load_backbone`; it does not change.
         out: Folder with a folder for each prompt; without it nothing is written.
-        at_once: How many are in training at the same time.
-        resume: Go on from the checkpoint in ``out``; finished prompts are not trained again.
+        at_once: Most prompts that train at the same time.
+        resume: Continue from the checkpoint in ``out``; finished prompts are not trained again.
         overwrite: Replace an earlier fleet in ``out``.
         report: Called with progress.
         should_stop: Asked after every step.
@@ -95,7 +95,7 @@ def train_fleet(
 
     Raises:
         PTuningError: Of the stage at fault; before training starts, with nothing written.
-        Interrupted: If ``should_stop`` said so; a checkpoint was written.
+        Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
     runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
@@ -155,7 +155,7 @@ def _prepared(
 
 
 def can_train_together() -> bool:
-    """Whether prompts can be trained at once here: in one process they can, several share one prompt's rows."""
+    """Whether prompts can train together: only in a single process; several processes share the rows of one prompt."""
     return bool(PartialState().num_processes == 1)
 
 
@@ -168,20 +168,20 @@ def fleet_runs(
     report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
-    """Train runs together, and yield each one that has ended: its result, written down, or the error that ended it.
-    Those that were finished before come first.
+    """Train runs together, and yield each one that has ended: its result, which was written, or its error. Runs that
+    were finished before come first.
 
     Args:
-        runs: Name -> run; all of one frozen backbone.
+        runs: Name -> run; all have the same frozen backbone.
         checkpoint: Folder of the fleet's checkpoint.
-        at_once: How many prompts are in training at the same time.
-        resume: Go on from the checkpoint; otherwise one that is there is dropped.
+        at_once: Most prompts that train at the same time.
+        resume: Continue from the checkpoint; otherwise an existing one is removed.
         report: Called with progress.
         should_stop: Asked after every step.
 
     Raises:
-        ConfigError: If a run trains more than slots.
-        Interrupted: If ``should_stop`` said so.
+        ConfigError: If a run trains weights of the backbone.
+        Interrupted: If ``should_stop`` returned true.
     """
     _check_frozen(runs)
     for run in runs.values():
@@ -199,7 +199,7 @@ def fleet_runs(
     )
     done = fleet.resume() if resume else None
     for name, run in runs.items():
-        # With a checkpoint a prompt must have been done when that was written: who trains together decides rounding.
+        # A checkpoint must list the prompt as done: which prompts train together decides rounding.
         if run.finished is not None and (done is None or _member_name(name, 0) in done):
             for member in (member for member, owner in owners.items() if owner == name):
                 fleet.release(member)
@@ -228,7 +228,7 @@ def _check_frozen(runs: Mapping[str, TrainingRun]) -> None:
 
 
 def _member_name(name: str, number: int) -> str:
-    """Return what one of several starts of a prompt is called in the fleet."""
+    """Return the name of one of several starts of a prompt in the fleet."""
     return f"{name}{START}{number}" if number else name
 
 
@@ -240,15 +240,17 @@ def _member(name: str, run: TrainingRun, number: int) -> Member:
 
 
 def _check_name(name: str, taken: Collection[str]) -> None:
-    """Check that a name can be a folder of its own."""
+    """Check that a name is new and can be a folder's."""
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
     if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
-        raise ConfigError(f"'{name}' is no name for a prompt: it becomes a folder; use letters, digits and - _ . + =")
+        raise ConfigError(
+            f"'{name}' is not a name for a prompt: it becomes a folder; use letters, digits and - _ . + ="
+        )
 
 
 def _line(name: str, result: TrainResult | None, error: str | None) -> dict[str, Json]:
-    """Return what ``fleet.json`` says of a prompt."""
+    """Return the entry of a prompt in ``fleet.json``."""
     if result is None:
         return {"name": name, "status": "failed", "error": error}
     record = result.record

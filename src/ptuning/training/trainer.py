@@ -1,5 +1,6 @@
-"""Training a prompt: fit, evaluate, choose, stop early, checkpoint, resume exactly. Sees the training and development
-parts only; knows no files but its checkpoint.
+"""Training loop of one prompt: epochs, evaluation, choice of the best epoch, early stopping, checkpoints, exact resume.
+
+It sees the training and the development part only, never the test part.
 """
 
 from __future__ import annotations
@@ -27,24 +28,28 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.training.checkpoint import KeptWeights, RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.training.step import Learner, Step, Taken, take_steps
 
-# A checkpoint that holds weights of the backbone is written inside an epoch after so many times what writing it takes.
+# A checkpoint with weights of the backbone is written within an epoch only after this many times what writing it takes.
 SAVING_PAUSE = 20.0
 
 CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
 
 
 class Trainer:
-    """Trains the slot vectors of one template: alone, or with a copy of the backbone, all of it or adapters on it.
+    """Trains the slot vectors of one template, alone or together with a copy of the backbone or adapters on it.
 
     Args:
-        backbone: A frozen backbone, of which nothing changes. :attr:`backbone` is what is trained: this one, or a copy
-            that holds the chosen weights in the end.
+        backbone: A frozen backbone; it does not change.
         bound: The template, bound to the backbone.
         config: The settings.
-        checkpoint: Folder of the checkpoint, or None to keep none.
-        identity: What a checkpoint must agree on to be resumed: template, data, backbone, settings.
+        checkpoint: Folder of the checkpoint; None writes none.
+        identity: What must be equal for a checkpoint to be resumed: template, data, backbone, settings.
         prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
             :meth:`fit`.
+
+    Attributes:
+        learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
+        state: Where training is.
+        best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
 
     Raises:
         TrainingError: If the backbone is not frozen.
@@ -79,25 +84,25 @@ class Trainer:
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
-        """Train to the end, or from where a loaded checkpoint stands.
+        """Train to the end, from the start or from a loaded checkpoint.
 
-        The start is scored too and may be chosen, so that a learned prompt is never worse on the development part
-        than what it started from.
+        The start values are scored too and may be chosen. So a learned prompt is never worse on the development part
+        than its start.
 
         Args:
             train: Items to learn from.
-            dev: Items to choose by.
+            dev: Items for choosing the best epoch and for early stopping.
             report: Called after every batch.
-            should_stop: Asked after every step, and after every pass over the text in front of the slots.
+            should_stop: Asked after every step, and after every pass that fills the KV cache.
 
         Raises:
-            Interrupted: If ``should_stop`` said so; a checkpoint was written.
-            TrainingError: If the loss is no number any more.
+            Interrupted: If ``should_stop`` returned true; a checkpoint was written.
+            TrainingError: If the loss is NaN or infinite.
         """
         self.kept = KeptWeights(self.checkpoint) if self.learner.weights else None
         try:
             with contextlib.nullcontext() if self._shares_prefix_cache else self.learner.prefix_cache:
-                for step in self.course(train, dev, report=report, should_stop=should_stop):
+                for step in self.steps(train, dev, report=report, should_stop=should_stop):
                     (outcome,) = take_steps([step])
                     if isinstance(outcome, TrainingError):
                         raise outcome
@@ -126,10 +131,10 @@ class Trainer:
 
     @property
     def place(self) -> str:
-        """Where training stands, in words."""
+        """Where training is, in words."""
         return f"epoch {self.state.epoch} of {self.config.epochs}, after {self.state.step} steps"
 
-    def course(
+    def steps(
         self,
         train: Sequence[Item],
         dev: Sequence[Item],
@@ -143,14 +148,13 @@ class Trainer:
 
         Args:
             train: Items to learn from.
-            dev: Items to choose by.
+            dev: Items for choosing the best epoch and for early stopping.
             report: Called with progress.
-            should_stop: Asked after every pass over the text in front of the slots; between steps it is the caller's
-                to ask.
+            should_stop: Asked after every pass that fills the KV cache. Between steps the caller asks.
 
         Raises:
-            Interrupted: If ``should_stop`` said so; a checkpoint was written.
-            TrainingError: If the loss is no number any more.
+            Interrupted: If ``should_stop`` returned true; a checkpoint was written.
+            TrainingError: If the loss on the development part is NaN or infinite.
         """
         tell = report or (lambda _: None)
 
@@ -192,14 +196,14 @@ class Trainer:
         return max(self.config.checkpoint_seconds, SAVING_PAUSE * self._saving_seconds if self.learner.weights else 0.0)
 
     def _take_best(self, kept: KeptWeights) -> None:
-        """Put the chosen weights into the backbone, and let go of what training needed besides."""
+        """Load the weights of the best epoch into the backbone, and drop the state of the optimizer."""
         self.learner.accelerator.wait_for_everyone()
         try:
             kept.restore(self.learner.weights, epoch=self.state.chosen_epoch)
         except PromptError as error:
             raise TrainingError(f"{error}; start anew with --overwrite") from error
-        self.learner.accelerator.wait_for_everyone()  # nobody removes the file while another one reads it
-        self.learner.backbone.__dict__.pop("fingerprint", None)  # of the weights as they were
+        self.learner.accelerator.wait_for_everyone()  # no process removes the file while another reads it
+        self.learner.backbone.__dict__.pop("fingerprint", None)  # it was that of the weights before
         self.learner.backbone.freeze()
         self.learner.optimizer.state.clear()
 
@@ -215,7 +219,7 @@ class Trainer:
             yield Step(self.learner, items, state.step, state.epoch, factor)
 
     def order(self, records: int, *, epoch: int) -> list[int]:
-        """Return the order in which an epoch, from 1, reads so many records."""
+        """Return the shuffled order in which an epoch, from 1, reads this many records."""
         order: list[int] = torch.randperm(records, generator=self.learner.generator("data order", epoch)).tolist()
         return order
 
@@ -254,7 +258,7 @@ class Trainer:
             }
         )
         self._consider(found, epoch=state.epoch)
-        # A falling loss is better, too: scores of few records tie, and the last epochs take the smallest steps.
+        # Early stopping waits while the loss falls, too: scores of few records tie, and late epochs take small steps.
         losses = [state.start["dev_loss"], *(epoch["dev_loss"] for epoch in state.history)]
         waited = state.epoch - max(state.chosen_epoch, losses.index(min(losses)))
         state.done = state.epoch == self.config.epochs or waited >= self.config.patience
@@ -262,7 +266,7 @@ class Trainer:
         state.position, state.epoch_loss_sum, state.epoch_loss_count, state.epoch_seconds = 0, 0.0, 0.0, 0.0
 
     def _consider(self, found: Evaluation, *, epoch: int) -> None:
-        """Keep the vectors if they are the best so far, by :data:`CHOICE_RULE`."""
+        """Keep the vectors and weights if they are the best so far, by :data:`CHOICE_RULE`."""
         self.learner.check_loss(found.loss, f"the development loss became {found.loss} in epoch {epoch}")
         if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
@@ -274,11 +278,11 @@ class Trainer:
 
     @property
     def _writes(self) -> bool:
-        """Whether this process writes into the checkpoint's folder, or into one of its own."""
+        """Whether this process writes: the main process into a checkpoint's folder, each one into its own."""
         return self.checkpoint is None or bool(self.learner.accelerator.is_main_process)
 
     def save_to(self, folder: Path) -> None:
-        """Write all that is needed to go on into a folder."""
+        """Write everything that is needed to resume into a folder."""
         write_checkpoint(folder, self.state, self._tensors(), identity=self.identity)
 
     def save(self) -> None:
@@ -292,7 +296,7 @@ class Trainer:
         self._saving_seconds = self._saved_at - began
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds besides the state. A finished run needs no backbone's weights but the best."""
+        """Return the tensors of a checkpoint. A finished run has its best weights in files of their own."""
         tensors = {f"encoder.{name}": value for name, value in self.learner.encoder.state_dict().items()}
         tensors["best_vectors"] = self.best_vectors
         if self.learner.weights and self.state.done:
@@ -303,7 +307,7 @@ class Trainer:
         return tensors
 
     def load(self) -> bool:
-        """Go on from the checkpoint; return whether there is one.
+        """Load the checkpoint; return whether there is one.
 
         Raises:
             TrainingError: As :meth:`load_from`.
@@ -311,7 +315,7 @@ class Trainer:
         return self.checkpoint is not None and self.load_from(self.checkpoint)
 
     def load_from(self, folder: Path) -> bool:
-        """Go on from what :meth:`save_to` wrote; return whether there is anything.
+        """Load what :meth:`save_to` wrote; return whether there is anything.
 
         Raises:
             TrainingError: If it is damaged, or belongs to a run with other settings, data or backbone (says which).
@@ -346,12 +350,12 @@ class Trainer:
 
 
 def _guessed(found: Evaluation) -> dict[str, int]:
-    """Return how many different classes were guessed, where there are classes: one alone is a sign of a stuck model."""
+    """Return the number of different classes that were guessed; a single one is a sign of a stuck model."""
     return {"guessed_classes": len(set(found.guesses))} if found.guesses else {}
 
 
 def rate(step: int, total_steps: int, *, warmup_fraction: float) -> float:
-    """Return the learning rate's factor at a step: linear warm-up, then linear decay to zero."""
+    """Return the share of the peak learning rate at a step: linear warm-up, then linear decay to zero."""
     warmup = math.ceil(total_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
