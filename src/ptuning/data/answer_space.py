@@ -22,14 +22,10 @@ TRAIN_CHOICES = 10
 
 @dataclass(frozen=True)
 class AnswerSpace:
-    """What rows are answered with: labels, choices of their own, or with neither any text that the model writes.
+    """What rows are answered with: labels with their ``words``, choices of their own, or text that the model writes.
 
     Labels and choices are closed: an answer is one of K classes, and each class has one or more texts that are scored.
-
-    Args:
-        words: Label -> words; None if there are no labels.
-        own_choices: Whether each row brings its own choices. Label words come first.
-        scoring: How texts are scored.
+    Label words come before choices.
     """
 
     words: LabelWords | None = None

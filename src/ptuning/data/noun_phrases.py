@@ -23,9 +23,8 @@ def noun_phrases(text: str) -> list[str]:
     """Return what looks like a noun phrase: names (neighbouring words with capitals), and up to three words behind an
     article or a possessive. Some are wrong, and some are missing; they serve as distractors.
 
-    Example:
-        >>> noun_phrases("The man lifted Bob because he was strong.")
-        ['The man', 'Bob']
+    >>> noun_phrases("The man lifted Bob because he was strong.")
+    ['The man', 'Bob']
     """
     found: list[str] = []
     for clause in re.split(r"[,;:!?\"()]+|(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)\.", text):
@@ -40,9 +39,7 @@ def noun_phrases(text: str) -> list[str]:
 
 
 def other_phrases(text: str, *, than: Iterable[str]) -> list[str]:
-    """Return the noun phrases of a text that share no word with the given ones; without any, single words that may be
-    one.
-    """
+    """Return the noun phrases that share no word with the given ones; without any, single words that may be one."""
     taken = {word for phrase in than for word in _words(phrase)} - DETERMINERS
     found = [phrase for phrase in noun_phrases(text) if not taken & set(_words(phrase))]
     if found:
@@ -56,7 +53,6 @@ def _words(text: str) -> list[str]:
 
 
 def _phrase(words: list[str], at: int) -> int:
-    """Return the number of words of the phrase that begins here; 0 if none does."""
     first = words[at].lower()
     if first in DETERMINERS:
         rest = 0

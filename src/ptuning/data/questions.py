@@ -21,12 +21,10 @@ LABEL = RowPath(("label",), (), "label")
 class Question:
     """One row of a task.
 
-    Args:
-        record: Field -> text; :data:`TARGET_FIELD` holds the label or a right choice, unless the row was read without.
-        choices: The texts to choose among in this row; empty if the task has label words.
-        answers: The places of the right choices; there may be several.
-        group: The name of the group that is scored together: MultiRC's question, ReCoRD's query.
-        idx: The row's number in the file, for the files that a benchmark's server takes.
+    ``record`` maps fields to texts; :data:`TARGET_FIELD` holds the label or a right choice, unless the row was read
+    without. ``answers`` are the places of the right ones among the row's ``choices``, if it has any. Rows of a
+    ``group`` are scored together: MultiRC's question, ReCoRD's query. ``idx`` is the row's number in the file, for the
+    files that a benchmark's server takes.
     """
 
     record: Record
@@ -67,14 +65,9 @@ class Questions(list[Question]):
 class ChoiceSource:
     """Paths to a row's choices, and to the right ones among them.
 
-    Args:
-        texts: Paths to texts.
-        spans: Path to objects with the ``start`` and ``end`` of characters in ``of``; the character at ``end`` is the
-            span's last.
-        of: Path to the text that the spans cut from.
-        phrases: Path to a text whose noun phrases are choices as well.
-        right: Path to the right answer: a choice's number (from 0), the text of one or more, or true for the first and
-            false for any but the first.
+    Choices are the ``texts``; the ``spans`` of the text ``of``, objects with the ``start`` and ``end`` of characters
+    (the one at ``end`` is the last); and the noun phrases of the text at ``phrases``. ``right`` is a choice's number
+    (from 0), the text of one or more, or true for the first and false for any but the first.
     """
 
     texts: tuple[RowPath, ...] = ()
@@ -140,9 +133,7 @@ class Reader:
     idx: Mapping[str, RowPath] = field(default_factory=dict)
 
     def read(self, rows: Iterable[Row], *, labelled: bool = True) -> Iterator[Question]:
-        """Yield the questions of rows, each given as (file and line, row); raise a RecordError at one that does not
-        fit.
-        """
+        """Yield the questions of rows, given as (file and line, row); raise a RecordError at one that does not fit."""
         for where, row in rows:
             # Plain JSON, whatever the file's format gave: a date or bytes become the text that Python shows.
             text = json.dumps(row, ensure_ascii=False, default=str)

@@ -27,14 +27,11 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
-    """Read records from a data file or from the shipped facts.
+    """Read records from a data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), or shipped facts as ``NAME:split``.
 
     Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
-    is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``.
-
-    Args:
-        source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv or .parquet, or shipped facts as ``NAME:split``.
-        fields: New field name -> name in the file, such as ``{"y": "answer"}``.
+    is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``. ``fields`` maps new names of
+    fields to those in the file, such as ``{"y": "answer"}``.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.

@@ -105,11 +105,8 @@ def read_relations(folder: str | Path, *, which: Sequence[str] = (EVERYTHING,)) 
     """Read relations in one of the two layouts of this module's docstring, in natural order (P17 before P103).
 
     ``folder`` is a folder, or one file with the facts of one relation; ``which`` has names (``P36``), types (``1-1``,
-    ``N-1``, ``N-M``) or ``all``. A relation without facts is left out with a notice.
-
-    Raises:
-        FileError: If the folder holds no relations.
-        RecordError: If a row cannot be read (it names file and line), or if a relation of ``which`` is not there.
+    ``N-1``, ``N-M``) or ``all``. A relation without facts is left out with a notice. A folder without relations is a
+    FileError; a row that cannot be read, or a relation of ``which`` that is not there, is a RecordError.
     """
     layout = find_layout(folder)
     relations = []
@@ -151,7 +148,6 @@ def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Return a sort key in which P17 comes before P103."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
@@ -226,7 +222,6 @@ def _is_sentence(row: Mapping[str, object]) -> bool:
 
 
 def _sentence(row: Mapping[str, object]) -> str:
-    """Return LAMA's ``masked_sentences`` as one text, or the hub's ``masked_sentence``."""
     sentences = row.get("masked_sentences", row.get("masked_sentence"))
     return " ".join(map(str, sentences)) if isinstance(sentences, list) else str(sentences or "")
 
@@ -246,9 +241,7 @@ def subject_of(record: Record) -> str:
 
 
 def find_layout(folder: str | Path) -> Layout:
-    """Find the files of a folder of relations, or of one file with a relation's facts; facts are not read yet. A
-    FileError lists what was looked for and what was found.
-    """
+    """Find the files of a folder of relations, or of one file of facts; a FileError lists what was looked for."""
     path = Path(folder)
     is_file = os.path.isfile(path)  # unlike Path.is_file, False for a name that cannot be a path
     if not is_file and not os.path.isdir(path):

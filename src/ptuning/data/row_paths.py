@@ -28,9 +28,7 @@ REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
 
 @dataclass(frozen=True)
 class RowPath:
-    """The path to a text in a row: names (a list has ``[]`` behind it), (name, argument) of each repair, and as
-    written.
-    """
+    """The path to a text in a row: names (a list has ``[]`` behind it), (name, argument) of repairs, and as written."""
 
     names: tuple[str, ...]
     repairs: tuple[tuple[str, str], ...] = ()
@@ -40,9 +38,8 @@ class RowPath:
     def parse(cls, text: str) -> RowPath:
         """Parse a path with its repairs; raises a TaskError if it is malformed, or a repair is unknown.
 
-        Example:
-            >>> RowPath.parse("target.span1_text|no_full_stop").names
-            ('target', 'span1_text')
+        >>> RowPath.parse("target.span1_text|no_full_stop").names
+        ('target', 'span1_text')
         """
         path, *repairs = text.split("|")
         names = tuple(name.strip() for name in path.split("."))

@@ -137,15 +137,9 @@ def split_relation(
     as they are, but a fact is dropped if its subject is in a later part too. A missing part is drawn from the training
     part's subjects.
 
-    Args:
-        relation: The relation.
-        keeps: Decides for N facts which to keep; all by default.
-        reason: Why it drops the others.
-        seed: Seed of the draws.
-        limit: Keep at most this many facts in all, of drawn subjects and in the proportions of the parts.
-
-    Raises:
-        RecordError: If there is no training part, or a part is empty (it says why).
+    ``keeps`` decides for N facts which to keep, and ``reason`` is why it drops the others. ``limit`` is the largest
+    number of facts in all, of drawn subjects and in the proportions of the parts. Without a training part, or with an
+    empty part, it raises a RecordError that says why.
     """
     if limit is not None and limit < len(SPLITS):
         raise RecordError(f"{relation.name}: a limit of {limit} facts; the three parts need at least one each")
@@ -169,7 +163,6 @@ def split_relation(
 
 
 def _shuffled(names: Iterable[str], draw: str) -> list[str]:
-    """Return different names in an order that depends on the names and the draw alone."""
     ordered = sorted(set(names))
     random.Random(draw).shuffle(ordered)
     return ordered
@@ -212,7 +205,6 @@ def _in_turns(units: Sequence[list[Question]], labels: Sequence[str]) -> Iterato
 
 
 def _subjects(records: Iterable[Record], *, seed: int) -> list[str]:
-    """Return the subjects of facts in a seeded order that depends on nothing else about the facts."""
     return _shuffled({subject_of(record) for record in records} - {""}, f"relation {seed}")
 
 

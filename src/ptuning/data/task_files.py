@@ -137,9 +137,7 @@ class TaskFile:
     def read(self, path: str | Path, *, labelled: bool = True) -> Questions:
         """Read a data file in any of the formats of :func:`ptuning.load_records`, with its labels if ``labelled``.
 
-        Raises:
-            FileError: If it cannot be read.
-            RecordError: If a row does not fit the task; it names file, line and what is missing.
+        A FileError if it cannot be read; a RecordError, with file and line, if a row does not fit the task.
         """
         path = Path(path)
         if not path.suffix and not path.exists():
@@ -184,15 +182,10 @@ def shipped_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> TaskFile:
-    """Load a shipped task by its name, or a task file.
+    """Load a shipped task by its name, or a task file; a FileError if there is neither, a TaskError if it is malformed.
 
-    Raises:
-        FileError: If there is neither.
-        TaskError: If the file is malformed.
-
-    Example:
-        >>> load_task("RTE").label_words.labels
-        ('entailment', 'not_entailment')
+    >>> load_task("RTE").label_words.labels
+    ('entailment', 'not_entailment')
     """
     known = {name.lower(): name for name in shipped_names()}
     wanted = str(name_or_path)
@@ -209,9 +202,10 @@ def load_task(name_or_path: str | Path) -> TaskFile:
 
 
 def find_split(folder: Path, task: TaskFile, split: str) -> Path:
-    """Find the file of one part of a task's data, in a folder or in the task's folder inside; a FileError lists the
-    names that were looked for. ``split`` is ``train``, ``dev``, ``val``, ``test``, or the name of a file without its
-    ending.
+    """Find the file of one part of a task's data, in a folder or in the task's folder inside.
+
+    ``split`` is ``train``, ``dev``, ``val``, ``test``, or the name of a file without its ending. A FileError lists the
+    names that were looked for.
     """
     stems = task.files.get(split, (split,))
     if not folder.is_dir():
@@ -234,7 +228,6 @@ def _folder() -> Traversable:
 
 
 def _name(task: Unchecked) -> str:
-    """Return the task's name, which becomes the name of a folder; a TaskError if it cannot."""
     name = task.at("name").text(blank=False)
     if not is_folder_name(name, spaces=True):
         raise TaskError(
@@ -263,7 +256,6 @@ def _patterns(task: Unchecked) -> tuple[tuple[Template, ...], tuple[Template, ..
 
 
 def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> Reader:
-    """Return the reader of the task's rows, from its label words and the fields that its patterns use."""
     used = tuple(dict.fromkeys(used))
     values = _values(task, words)
     own = _paths(task.at("fields", {}))
@@ -297,7 +289,6 @@ def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> R
 
 
 def _metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
-    """Return the names of the task's metrics; a TaskError if one is unknown or does not fit the labels."""
     names = _texts(task.at("metrics", ["accuracy"]))
     if not names:
         raise TaskError(f"'metrics' is empty; name one or more of {', '.join(TASK_METRICS)}, or leave the key out")
@@ -311,7 +302,6 @@ def _metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
 
 
 def _files(task: Unchecked) -> dict[str, tuple[str, ...]]:
-    """Return part -> names of its files without their endings."""
     files = _named_texts(task.at("files", {}), known=tuple(SPLIT_FILES))
     for part, names in files.items():
         for name in names:
@@ -350,7 +340,6 @@ def _choices(task: Unchecked, label: RowPath) -> ChoiceSource | None:
 
 
 def _lists(rows: str) -> tuple[RowPath, ...]:
-    """Return the paths of all lists on the way to the innermost one."""
     if not rows:
         return ()
     path = RowPath.parse(rows)

@@ -40,7 +40,6 @@ def targets_of(data: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _lists(path: Path) -> list[list[str]]:
-    """Return the lists of words in a file; none if it is data."""
     suffix = path.suffix.lower()
     if suffix == ".json":
         return _json_lists(path)
@@ -69,6 +68,5 @@ def _json_lists(path: Path) -> list[list[str]]:
 
 
 def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
-    """Return the words that all lists have, in the first one's order."""
     first, *others = [dict.fromkeys(word.strip() for word in one) for one in lists]
     return [word for word in first if word and all(word in other for other in others)]

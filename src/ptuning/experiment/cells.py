@@ -18,15 +18,11 @@ from ptuning.statistics import Score, Values, rows_of, summary, value_of
 
 @dataclass(frozen=True)
 class Job:
-    """A task with its test part, which no method sees.
+    """A task with its ``test`` part, which no method sees.
 
-    Args:
-        task: The task.
-        test: The questions that scores are reported on.
-        info: The task's entry in ``task_info`` of ``results.json``.
-        type: Its type; scores are averaged over each type as well.
-        by_seed: Seed -> the task with the parts that the seed draws.
-        unlabelled: Rows without labels that are answered as well, for a benchmark's server.
+    ``info`` is the task's entry in ``task_info`` of ``results.json``. Scores are averaged over each ``type`` as well.
+    ``by_seed`` has the tasks with the parts that a seed draws. The ``unlabelled`` rows are answered as well, for a
+    benchmark's server.
     """
 
     task: Task

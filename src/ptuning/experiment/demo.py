@@ -140,11 +140,7 @@ def _score_test(
 
 
 def load_demo(out: Path) -> DemoResult:
-    """Read a finished demo from its files.
-
-    Raises:
-        FileError: If there is no finished demo in ``out``.
-    """
+    """Read a finished demo from its files; a FileError if there is none in ``out``."""
     record = read_json(out / RUN_FILE)
     listed = Unchecked(record, f"{out / RUN_FILE} is damaged").at("scores")
     if listed.value is None:

@@ -26,9 +26,7 @@ Vocabulary = tuple[str, ...] | Literal["objects"] | None
 
 
 class OneToken:
-    """Tells which records have a target of one known token in each of several templates, the condition of LAMA. With
-    ``words`` the target must also be one of them.
-    """
+    """Whether records have a target of one known token in each of several templates, and one of ``words`` if given."""
 
     def __init__(
         self, backbone: Backbone, templates: Sequence[Template], *, words: Sequence[str] | None = None
@@ -65,11 +63,7 @@ def are_listed(records: Sequence[Record], words: Collection[str]) -> list[bool]:
 
 
 def read_vocabulary(vocabulary: str | Path | None) -> Vocabulary:
-    """Return the words of a vocabulary file; ``objects`` and None stay as they are.
-
-    Raises:
-        FileError: If the file cannot be read.
-    """
+    """Return the words of a vocabulary file; ``objects`` and None stay as they are."""
     if vocabulary is None:
         return None
     return OBJECTS if vocabulary == OBJECTS else read_words(str(vocabulary))
@@ -80,8 +74,7 @@ def template_pair(
 ) -> tuple[Template, Template]:
     """Return the manual template and the template to learn. Without the latter, the manual one is turned into it.
 
-    Raises:
-        TemplateError: If the manual template has slots, or the template to learn has none.
+    A TemplateError if the manual template has slots, or the template to learn has none.
     """
     if manual.has_slots:
         raise TemplateError(f"the manual template '{manual}' has slots; give it as the template to learn (--template)")
@@ -100,10 +93,10 @@ def fact_job(
     single_token: bool,
     info: Mapping[str, Json],
 ) -> Job:
-    """Return the job of a task whose records are facts.
+    """Return the job of a task whose records are facts, in the ``parts`` ``train``, ``dev`` and ``test``.
 
-    ``parts`` are ``train``, ``dev`` and ``test``. ``pair`` is the manual template and the one to learn. ``info`` is
-    added to the task's description, and its ``type`` is the job's type.
+    ``pair`` is the manual template and the one to learn. ``info`` is added to the task's description; its ``type`` is
+    the job's type.
     """
     objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary

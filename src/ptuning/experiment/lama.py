@@ -115,10 +115,7 @@ def relation_job(
     """Return the job of a relation, with its facts filtered and split. The arguments are those of :func:`lama`.
 
     Objects must also be one token in each of ``templates``, so that several tasks over a relation have the same facts.
-
-    Raises:
-        ConfigError: If ``targets`` is neither.
-        RecordError: If a part has no facts left.
+    A ConfigError if ``targets`` is neither; a RecordError if a part has no facts left.
     """
     if targets not in get_args(Targets):
         raise ConfigError(f"targets is '{targets}'; it must be {' or '.join(get_args(Targets))}")

@@ -89,9 +89,7 @@ def wording_jobs(
 
 
 def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
-    """Return the distinct wordings of a relation, its own template first. A causal model can use only those that have
-    all fields in front of the target.
-    """
+    """Return a relation's wordings, its own first; a causal model can use those with all fields before the target."""
     found: dict[str, str] = {}
     for pattern in (relation.template, *relation.paraphrases):
         if pattern is None:
@@ -107,9 +105,7 @@ def usable_wordings(relation: Relation, *, kind: str) -> list[str]:
 
 
 def compare_wordings(results: Results, patterns: Mapping[str, Mapping[str, str]]) -> dict[str, RelationWordings]:
-    """Return for each relation the scores of its wordings and, per method, the spread between the wordings.
-    ``patterns`` is relation -> task -> wording.
-    """
+    """Return relation -> scores of its wordings, and spread per method; ``patterns``: relation -> task -> wording."""
     found = {}
     for relation, wordings in patterns.items():
         rows: list[Wording] = []

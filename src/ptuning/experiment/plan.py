@@ -27,13 +27,11 @@ from ptuning.report.write import write_report
 
 @dataclass(frozen=True)
 class Watch:
-    """Callbacks of a comparison: progress, finished cells, and a check whether to stop.
+    """Callbacks of a comparison.
 
-    Args:
-        report: Called with progress inside a cell.
-        should_stop: Called regularly; if it returns true, :class:`ptuning.progress.Interrupted` is raised.
-        on_cell: Called with the result of each cell, its number from 1, and the number of cells.
-        on_estimate: Called with the cells of a dry run.
+    ``report`` gets the progress inside a cell. If ``should_stop``, which is called regularly, returns true,
+    :class:`ptuning.progress.Interrupted` is raised. ``on_cell`` gets the result of each cell, its number from 1, and
+    the number of cells; ``on_estimate`` the cells of a dry run.
     """
 
     report: OnProgress | None = None
@@ -107,11 +105,7 @@ class Plan:
 
     @classmethod
     def of(cls, suite: str, **options: Unpack[PlanOptions]) -> Plan:
-        """Return the plan of keyword arguments; those that are missing or None get their defaults.
-
-        Raises:
-            ConfigError: As of :class:`Plan`.
-        """
+        """Return the plan of keyword arguments; those that are missing or None get their defaults."""
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if "out" in given:
             given["out"] = Path(given["out"])
@@ -140,10 +134,7 @@ def run_jobs(
     """Run all cells. ``results.json`` is written after each of them, the report at the end.
 
     ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
-
-    Raises:
-        FileError: If the folder holds other files, or results that were made with other settings.
-        Interrupted: If ``should_stop`` returned true.
+    A FileError if the folder holds other files, or results that were made with other settings.
     """
     suite = Suite(
         plan.out,
@@ -186,7 +177,6 @@ def run_jobs(
 
 
 def _check_folder(out: Path) -> None:
-    """Check that a folder is new, empty, or a folder of results; raise a FileError otherwise."""
     if (out / RESULTS_FILE).is_file() or (out / CELLS_FOLDER).is_dir():
         return
     check_free(out, overwrite=True)
@@ -195,7 +185,6 @@ def _check_folder(out: Path) -> None:
 
 
 def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Results:
-    """Return the results before any cell has finished."""
     backbone = plan.backbone
     return Results(
         plan.suite,

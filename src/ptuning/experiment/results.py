@@ -17,9 +17,7 @@ from ptuning.statistics import Score, Values, difference, mean_difference, mean_
 
 @dataclass
 class Collector:
-    """Computes the tables of finished cells, starting from results without cells. The methods are in the order of the
-    tables; types are those of the tasks.
-    """
+    """Computes the tables of finished cells, from results without cells; methods are in the order of the tables."""
 
     empty: Results
     methods: Sequence[str]

@@ -60,11 +60,7 @@ class _Going:
 
 
 class Suite:
-    """The cells of a comparison in a folder; the arguments are as in :class:`ptuning.experiment.plan.Plan`.
-
-    Raises:
-        ConfigError: If a method is unknown.
-    """
+    """The cells of a comparison in a folder; the arguments are as in :class:`ptuning.experiment.plan.Plan`."""
 
     def __init__(
         self,
@@ -101,8 +97,7 @@ class Suite:
     def check(self, *, overwrite: bool) -> None:
         """Check that the cells in the folder were made with these settings; with ``overwrite`` remove the others.
 
-        Raises:
-            FileError: If a cell was made with other settings, data or backbone; the message says what differs.
+        A FileError says what differs: settings, data or backbone.
         """
         for cell in self.cells:
             folder = self.out / cell.folder
@@ -127,10 +122,8 @@ class Suite:
     ) -> Iterator[CellResult]:
         """Run the cells that are not finished, and yield the result of every cell.
 
-        A cell that fails is logged and yielded as failed; the others go on.
-
-        Raises:
-            Interrupted: If ``should_stop`` returned true.
+        A cell that fails is logged and yielded as failed; the others go on. When ``should_stop`` says so, it is
+        interrupted (:class:`ptuning.progress.Interrupted`).
         """
         cells = self.cells
         going = _Going(report, should_stop, len(cells))
@@ -200,7 +193,6 @@ class Suite:
     def _ended(
         self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
     ) -> Iterator[CellResult]:
-        """Train runs together, and yield each cell when all of its runs have ended."""
         waiting = {cell: [name for name, owner in owners.items() if owner == cell] for cell in owners.values()}
         seconds = dict.fromkeys(waiting, 0.0)
         failed: dict[Cell, PTuningError] = {}
@@ -305,7 +297,6 @@ class Suite:
         return {"train": task.train, "dev": task.dev, "test": job.test}
 
     def _run(self, cell: Cell, going: _Going, *, seconds: float = 0.0) -> CellResult:
-        """Run a cell. ``seconds`` have been spent on it before."""
         began = time.monotonic() - seconds
         try:
             return self._fit(cell, self._setup(cell, going), began)

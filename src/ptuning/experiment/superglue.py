@@ -93,11 +93,7 @@ def superglue(
 
 
 def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
-    """Return names of methods, where ``p-tuning`` is the method that trains its prompt together with ``tune``.
-
-    Raises:
-        ConfigError: If ``tune`` is unknown.
-    """
+    """Return names of methods, where ``p-tuning`` is the method that trains its prompt together with ``tune``."""
     learned = {method.tune: method.name for method in METHODS.values() if method.learns_slots and method.tune}
     if tune not in learned:
         raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(get_args(Tune))}")
@@ -111,9 +107,8 @@ def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[s
 def asked_tasks(data: Path, tasks: Sequence[str] | str) -> list[TaskFile]:
     """Return the named tasks; ``all`` stands for the SuperGLUE tasks that have a folder.
 
-    Raises:
-        FileError: If a task is unknown, or no task has a folder.
-        ConfigError: If no task is named, or two task files have the same name.
+    A FileError if a task is unknown, or no task has a folder; a ConfigError if no task is named, or two task files have
+    the same name.
     """
     asked = listed_names(tasks)
     if asked != ["all"]:
@@ -148,9 +143,6 @@ def task_job(
 
     The first of ``seeds`` draws what all seeds share. Without a part to choose by, a share of ``dev_fraction`` of the
     training part is set aside.
-
-    Raises:
-        PTuningError: If a part is missing, a row cannot be read, or there are too few rows to draw from.
     """
     if not 1 <= pattern <= len(file.manual):
         raise ConfigError(f"pattern is {pattern}, and the task {file.name} has {len(file.manual)}; give 1 or more")
@@ -218,11 +210,10 @@ def _optional(file: TaskFile, folder: Path, split: str, *, labelled: bool = True
 
 
 def with_agreement_and_warnings(results: Results, cells: Sequence[CellResult]) -> Results:
-    """Return the results with the entries of this suite only: the agreement of development and reported scores, and the
-    warnings of trainings.
+    """Return the results with the agreement of development and reported scores, and the warnings of trainings.
 
-    Both scores are shares of rows answered correctly. Each task's means are subtracted before the correlation, because
-    that some tasks are easier than others is not agreement.
+    Scores are shares of rows answered correctly. Each task's means are subtracted before the correlation, because that
+    some tasks are easier than others is not agreement.
     """
     chosen = [
         ChosenSetting(**vars(one.cell), dev=one.dev_score, test=one.hits)

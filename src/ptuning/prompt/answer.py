@@ -33,19 +33,11 @@ def answer_records(
     max_tokens: int | None = None,
     report: OnProgress | None = None,
 ) -> list[Answer]:
-    """Answer records, and rank each target among the possible answers.
+    """Answer N records, and rank each target among the possible answers. Written answers have no rank.
 
-    Args:
-        model: The backbone in use.
-        prompt: The prompt, learned or manual. If it has label words or choices, these are the possible answers.
-        records: N records with targets, or questions. If the prompt has labels or choices, targets may be missing.
-        closed: The possible answers; None for all tokens (with ``single_token``), or for any text.
-        single_token: Whether all targets are one token each.
-        max_tokens: Largest number of tokens of a written answer.
-        report: Called with progress.
-
-    Returns:
-        N answers. Written ones have no rank: nothing else was scored to compare the target with.
+    If the prompt has label words or choices, these are the possible answers, and targets may be missing. Else they are
+    ``closed``, or with ``single_token`` (all targets are one token each) all tokens, or any text of up to
+    ``max_tokens``.
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
@@ -71,9 +63,7 @@ def answer_records(
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among candidates that are sorted by score. On a tie the right one ranks last. If none is right,
-    the answer is a miss of rank 0.
-    """
+    """Return the answer among sorted candidates. On a tie the right one ranks last; if none is right, the rank is 0."""
     others = [one for one in found if one.text.strip() not in right]
     own = next((one for one in found if one.text.strip() in right), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
@@ -131,16 +121,8 @@ def _only_token(item: Item) -> int:
 def token_ids_of(
     bound: BoundTemplate, records: Records, texts: Sequence[str], *, unknown_id: int | None = None
 ) -> Tensor:
-    """Return the token ids of the texts that are one token in a filled template, (C,) int64, each once.
-
-    Args:
-        bound: The template.
-        records: The first one fills the template.
-        texts: The texts.
-        unknown_id: The token for everything that the tokenizer does not know, which is not a text's own token.
-
-    Raises:
-        RecordError: If there are none.
+    """Return the token ids of the texts that are one token in a template filled from the first record, (C,) int64, each
+    once. ``unknown_id`` is nobody's own token. A RecordError if there are none.
     """
     examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
     single = (example.target_ids[0] for example in examples if example.own_tokens == 1)

@@ -44,15 +44,12 @@ class SlotView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The slots of a prompt beside the tokens of the vocabulary.
+    """The slots of a prompt in template order, beside the tokens of the vocabulary.
 
-    Args:
-        slots: One view per slot, in template order.
-        token_distance: Median Euclidean distance between two tokens of the vocabulary.
-        neighbour_distance: Median distance of a token to its nearest other token.
-        token_norm: Median norm of a token's embedding.
-        scores: With data: the score ``as learned``, and that of the ``nearest tokens`` by cosine in the slots' place.
-            If they differ much, the nearest tokens do not say what the prompt means.
+    ``token_distance`` is the median Euclidean distance between two tokens, ``neighbour_distance`` that of a token to
+    its nearest other, ``token_norm`` the median norm of an embedding. With data, ``scores`` has the score ``as
+    learned`` and that of the ``nearest tokens`` by cosine in the slots' place. If they differ much, the nearest tokens
+    do not say what the prompt means.
     """
 
     slots: tuple[SlotView, ...]
@@ -97,8 +94,7 @@ def inspect_prompt(
 ) -> Inspection:
     """Find the tokens nearest to each slot. With data, score the prompt with these tokens in the slots' place.
 
-    Raises:
-        PromptError: If the prompt has no slots, or belongs to another backbone.
+    A PromptError if the prompt has no slots, or belongs to another backbone.
     """
     if prompt.slot_vectors is None:
         raise PromptError("a manual prompt has no slots to inspect")

@@ -46,13 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one record.
-
-    Args:
-        text: The likeliest candidate, label or written answer.
-        candidates: The likeliest candidates, best first; the first is the answer.
-        tokens: Number of tokens of a written answer; None for candidates and labels.
-    """
+    """The answer to one record: the likeliest of ``candidates``, which are sorted. Written answers have ``tokens``."""
 
     text: str
     candidates: tuple[Candidate, ...]
@@ -72,10 +66,8 @@ class Prediction:
 class PromptModel:
     """A backbone that answers with prompts, any of them in one batch.
 
-    Args:
-        backbone: The language model. It does not change.
-        force: Accept prompts of another backbone of the same width.
-        pad_side: Side of a batch's padding, if the backbone allows both. Answers do not depend on it.
+    ``force`` accepts prompts of another backbone of the same width. ``pad_side`` is the side of a batch's padding, if
+    the backbone allows both; answers do not depend on it.
 
     Example:
         >>> model = PromptModel(load_backbone())                                            # doctest: +SKIP
@@ -114,14 +106,7 @@ class PromptModel:
 
     @torch.no_grad()
     def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
-        """Return the logits that score each record's target.
-
-        Args:
-            records: N records with targets.
-            prompts: One prompt for all rows, or one per row.
-
-        Returns:
-            N tensors of shape (target tokens, V), float32, on the CPU.
+        """Return the logits that score the targets of N records: N float32 tensors (target tokens, V) on the CPU.
 
         Raises:
             PromptError: If a prompt belongs to another backbone, or there is not one prompt per record.
@@ -154,13 +139,9 @@ class PromptModel:
         *,
         normalise: Normalise = "sum",
     ) -> list[list[Candidate]]:
-        """Score a closed set of answers for each record.
+        """Score a closed set of C different answers for each of N records, whose targets are not read.
 
-        Args:
-            records: N records. Their targets are not read.
-            prompts: One for all rows, or one per row.
-            candidates: C different texts.
-            normalise: Rank by total log-probability (``sum``), or by its mean over a candidate's tokens (``mean``).
+        Answers are ranked by total log-probability (``sum``), or by its mean over the tokens of an answer (``mean``).
 
         Returns:
             N lists of C candidates, best first; on a tie in the given order.
@@ -211,16 +192,10 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[list[Candidate]]:
-        """Score the labels of a prompt, or the choices that each question brings. Their probabilities add up to 1.
+        """Score the labels of a prompt, or the choices that each question brings, for N records or questions.
 
-        Args:
-            records: N records, or questions.
-            prompt: The prompt.
-            normalise: How texts of several tokens are scored; by default as the prompt says.
-            calibrate: Whether to subtract the scores for an empty record; by default as the prompt says.
-
-        Returns:
-            N lists of the labels or choices, best first.
+        The defaults of ``normalise`` (see :meth:`rank`) and ``calibrate`` (subtract the scores for an empty record) are
+        the prompt's. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
 
         Raises:
             PromptError: If the prompt has neither label words nor choices.
@@ -250,26 +225,20 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[Prediction]:
-        """Answer records.
+        """Answer N records, or questions of a task. Their targets are not read.
 
         With candidates, labels or choices, the answer is the likeliest of them. Else a causal model generates text
         (beam search of width ``top_k``), and a masked model fills 1, 2, ... masks and takes the length whose tokens are
         likeliest on average.
 
         Args:
-            records: N records, or questions of a task. Their targets are not read.
+            records: N records or questions.
             prompt: One for all rows, or one per row.
             candidates: A closed set of answers, instead of the prompt's own.
             top_k: Number of candidates to return.
-            max_tokens: Largest number of tokens of a written answer; by default that of the longest training target
-                plus 2.
-            normalise: How answers of several tokens are scored; by default as the prompt says, and the sum for
-                candidates.
-            calibrate: Whether to subtract from labels and choices their scores for an empty record; by default as the
-                prompt says.
-
-        Returns:
-            N predictions.
+            max_tokens: Limit of a written answer; by default the tokens of the longest training target plus 2.
+            normalise: As in :meth:`rank` and :meth:`classify`.
+            calibrate: As in :meth:`classify`.
         """
         if not records:
             return []
@@ -334,13 +303,10 @@ def rank_classes(
     *,
     prefix: int = 0,
 ) -> list[list[Candidate]]:
-    """Return the classes of each item with their log-probabilities, best first.
+    """Return the classes of each of N items with their log-probabilities, best first.
 
-    Args:
-        items: N items.
-        names: The names of each item's classes.
-        run: Returns the logits of a batch of inputs, (M, V) at their M scored positions.
-        prefix: Number of leading tokens that all inputs share.
+    ``names`` are those of each item's classes. ``run`` returns the logits of a batch of inputs, (M, V) at their M
+    scored positions. ``prefix`` is the number of leading tokens that all inputs share.
     """
     found: list[list[Candidate]] = [[]] * len(items)
     for chosen in batches([item.inputs for item in items], prefix=prefix):
@@ -356,7 +322,6 @@ def rank_classes(
 def _candidate_items(
     records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
 ) -> list[Item]:
-    """Return an item per record that scores every candidate."""
     items: dict[int, Item] = {}
     width = len(candidates)
     for bound, indices in groups:

@@ -27,12 +27,8 @@ DEFAULT_TARGET_TOKENS = 8
 
 @dataclass(frozen=True)
 class BackboneId:
-    """The identity of the backbone that a prompt belongs to.
-
-    Args:
-        name: Known name, folder or hub id.
-        revision: Commit on the hub, or None.
-        fingerprint: See :attr:`ptuning.backbone.backbone.Backbone.fingerprint`.
+    """The identity of the backbone that a prompt belongs to: known name, folder or hub id; commit on the hub, or None;
+    and :attr:`ptuning.backbone.backbone.Backbone.fingerprint`.
     """
 
     name: str
@@ -112,8 +108,7 @@ class Prompt:
     def manual(
         cls, template: str | Template, *, label_words: LabelWords | None = None, task: TaskFile | None = None
     ) -> Prompt:
-        """Make a manual prompt from a template without slots. It fits any backbone. With a task it has the task's label
-        words and scoring.
+        """Make a manual prompt from a template without slots, for any backbone; with a task's label words and scoring.
 
         Raises:
             TemplateError: If the pattern is malformed.
@@ -133,8 +128,7 @@ class Prompt:
     def from_token_ids(cls, template: str | Template, slot_token_ids: Sequence[int], backbone: Backbone) -> Prompt:
         """Make a prompt whose slots hold the embeddings of given tokens, in template order.
 
-        Raises:
-            PromptError: If there are more or fewer ids than slots, or an id is outside the vocabulary.
+        A PromptError if there are more or fewer ids than slots, or an id is outside the vocabulary.
         """
         parsed = as_template(template)
         slots = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind).slots
@@ -165,11 +159,7 @@ class Prompt:
         return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
 
     def check_open(self) -> None:
-        """Check that it can answer among candidates.
-
-        Raises:
-            ConfigError: If it has a closed set of answers already.
-        """
+        """Raise a ConfigError if it has a closed set of answers, and so cannot answer among candidates."""
         if self.answer_space.is_closed:
             what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
@@ -181,12 +171,8 @@ class Prompt:
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
 
-        Args:
-            backbone: The backbone to use the prompt with.
-            force: Accept another backbone of the same width. The answers may be worthless.
-
-        Raises:
-            PromptError: If the prompt belongs to another backbone, or its shape does not fit.
+        ``force`` accepts another backbone of the same width; the answers may be worthless. A PromptError if the prompt
+        belongs to another backbone, or its shape does not fit.
         """
         bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
         if self.weights is not None and not self._is_adapted(backbone):
@@ -211,16 +197,10 @@ class Prompt:
         return bound
 
     def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:
-        """Return the backbone to use the prompt with: a frozen copy with the prompt's trained weights. A prompt without
-        weights uses the given backbone itself, and so does a backbone that has them already.
+        """Return the backbone to use the prompt with: a frozen copy with the prompt's trained weights, if it has any.
 
-        Args:
-            backbone: The frozen backbone that the prompt was trained on, or a copy with the prompt's weights. It does
-                not change.
-            force: Accept another backbone of the same shapes. The answers may be worthless.
-
-        Raises:
-            PromptError: If the prompt belongs to another backbone, or its weights do not fit.
+        A backbone that has them already is returned itself. ``force`` accepts another backbone of the same shapes; the
+        answers may be worthless. A PromptError if the prompt belongs to another backbone, or its weights do not fit.
         """
         if self.weights is None or self._is_adapted(backbone):
             return backbone
@@ -230,14 +210,10 @@ class Prompt:
         return self.weights.into(backbone)
 
     def without(self, part: str) -> Prompt:
-        """Return the prompt without one of its parts, for an ablation.
+        """Return the prompt without one of its parts, for an ablation; a PromptError if there is no such part.
 
-        Args:
-            part: ``slots``: slots that started at words become these words, and random ones are left out;
-                ``backbone``: the backbone stays frozen.
-
-        Raises:
-            PromptError: If there is no such part.
+        Without ``slots``, those that started at words become these words, and random ones are left out; without
+        ``backbone``, the backbone stays frozen.
         """
         if part == "slots" and self.slot_vectors is not None:
             return replace(self, template=self.template.without_slots(), slot_vectors=None)
@@ -270,10 +246,8 @@ class Prompt:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the prompt's folder: vectors, trained weights, manifest, and a card for people.
 
-        Equal prompts give equal bytes.
-
-        Raises:
-            FileError: If the folder is taken and ``overwrite`` is not set, or it cannot be written.
+        Equal prompts give equal bytes. A FileError if the folder is taken and ``overwrite`` is not set, or it cannot be
+        written.
         """
         vectors, weights = self.slot_vectors, self.weights
         write_prompt(Path(folder), self._manifest(), vectors=vectors, weights=weights, overwrite=overwrite)
@@ -295,7 +269,7 @@ class Prompt:
     def _manifest(self) -> dict[str, Json]:
         return {
             "template": str(self.template),
-            "label_words": {k: list(v) for k, v in self.label_words.words.items()} if self.label_words else None,
+            "label_words": self.label_words.to_json() if self.label_words else None,
             "task": self.task.to_json() if self.task else None,
             "choices": self.answer_space.has_choices,
             "calibrate": self.calibrate,

@@ -56,19 +56,13 @@ def score_prompt(
     calibrate: bool | None = None,
     report: OnProgress | None = None,
 ) -> Result:
-    """Score a prompt on records.
+    """Score a prompt on records with targets, or on questions of a task.
 
     Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
     a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
-    Args:
-        model: The backbone in use.
-        data: Records with targets, or questions of a task.
-        prompt: The prompt, learned or manual.
-        candidates: A closed set of answers to rank as well. On a tie the target ranks last.
-        normalise: How answers of several tokens are scored; by default as the prompt says.
-        calibrate: Whether to subtract the scores for an empty record; by default as the prompt says.
-        report: Called with progress.
+    ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise`` and
+    ``calibrate`` are as in :meth:`PromptModel.classify`.
 
     Raises:
         RecordError: If there are no records, or one lacks its target.
@@ -94,7 +88,6 @@ def score_prompt(
 
 
 def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Evaluation) -> dict[str, Score]:
-    """Return the scores by the metrics of the prompt's task, if it has one."""
     if prompt.task is None:
         return {}
     said = guessed(prompt, questions, found) or model.predict(questions.records, prompt)
@@ -106,19 +99,12 @@ def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Ev
 def _rank(
     model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise
 ) -> list[Answer]:
-    """Return the likeliest candidate for each record, and the rank of its target."""
     ranked = model.rank(records, prompt, candidates, normalise=normalise)
     return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
-    """Return the likeliest labels or choices, which scoring has found already; an empty list for written answers.
-
-    Args:
-        prompt: The prompt.
-        questions: N questions.
-        found: Their scores.
-    """
+    """Return the likeliest labels or choices, which scoring has found already; an empty list for written answers."""
     if not found.guesses:
         return []
     names = map(prompt.answer_space.names, questions)

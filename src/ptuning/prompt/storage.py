@@ -44,13 +44,8 @@ REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of a prompt's folder, whose files are whole and fit each other.
-
-    Args:
-        manifest: The content of ``prompt.json``.
-        vectors: (P, E) slot vectors; None if there are no slots.
-        weights: Trained weights of the backbone, if there are any.
-        where: The manifest's path, for messages about its values.
+    """The content of a prompt's folder, whose files are whole and fit each other: the manifest, (P, E) slot vectors and
+    trained weights if there are any, and the manifest's path for messages about its values.
     """
 
     manifest: Mapping[str, Json]
@@ -69,15 +64,8 @@ def write_prompt(
 ) -> None:
     """Write a prompt's folder. Equal prompts give equal bytes.
 
-    Args:
-        folder: The folder.
-        about: The manifest without what follows from the files: format version, checksums and versions of packages.
-        vectors: (P, E) slot vectors, if there are slots.
-        weights: Trained weights of the backbone, if there are any.
-        overwrite: Whether to replace what the folder holds.
-
-    Raises:
-        FileError: If the folder is taken and ``overwrite`` is not set, or it cannot be written.
+    ``about`` is the manifest without what follows from the files: format version, checksums and versions of packages.
+    A FileError if the folder is taken and ``overwrite`` is not set, or it cannot be written.
     """
     kept = vectors if vectors is not None else torch.zeros(0, 0)
     data = safetensors.torch.save({VECTORS_KEY: kept.contiguous()}, {"format": "pt"})
@@ -96,9 +84,7 @@ def write_prompt(
 def read_prompt(folder: str | Path) -> Stored:
     """Read a prompt's folder, or that of the training run which holds one, and check its files.
 
-    Raises:
-        FileError: If it is not a prompt's folder or cannot be read.
-        PromptError: If a file is cut off or was changed, a key is missing, or a shape is wrong.
+    Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
     """
     path = Path(folder)
     if not (path / MANIFEST_FILE).is_file() and (path / PROMPT_FOLDER / MANIFEST_FILE).is_file():
@@ -154,7 +140,6 @@ def _read_vectors(data: bytes, where: Path) -> Tensor:
 
 
 def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_bytes: int) -> str:
-    """Return the Markdown page that tells people what the prompt is and how to use it."""
     backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
     words = cast("Mapping[str, list[str]] | None", manifest["label_words"])
     task = cast("Mapping[str, Json] | None", manifest["task"])

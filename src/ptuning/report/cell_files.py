@@ -70,10 +70,7 @@ def read_answers(path: Path) -> list[AnsweredRow]:
 
 
 def read_curve(folder: Path) -> list[tuple[int, float]] | None:
-    """Read the learning curve of a cell: (epoch, development score) pairs, in which epoch 0 is the start.
-
-    It is None if there is no ``run.json``, and empty if nothing was trained.
-    """
+    """Read a cell's learning curve: (epoch, development score), epoch 0 being the start; None without ``run.json``."""
     if not (folder / RUN_FILE).is_file():
         return None
     value = Unchecked(read_json(folder / RUN_FILE), f"{folder / RUN_FILE} is damaged", advice=AGAIN)

@@ -139,7 +139,6 @@ def _own_ids(svg: str, name: str) -> str:
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Label rows from top to bottom, with a light line between them."""
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(labels) - 0.5, -0.5)

@@ -28,10 +28,7 @@ WRITTEN = (MANUAL, "manual-restricted")
 
 @dataclass(frozen=True)
 class ScoreWithSpread(Score):
-    """A mean with its 95 % interval over ``n`` rows or tasks, and its spread over seeds.
-
-    ``std`` is the standard deviation over the seeds and ``lowest`` the lowest of their scores; None for a single seed.
-    """
+    """A mean with its 95 % interval over ``n`` rows or tasks, and its deviation and lowest score over several seeds."""
 
     std: float | None = None
     seeds: int = 1
@@ -58,15 +55,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellRecord(Cell):
-    """The outcome of a cell.
+    """The outcome of a cell: scores on the test part by name, and the fields of a cell's result.
 
-    Args:
-        scores: Name of a score -> value on the test part.
-        n: Number of test records, or of groups of them that are scored together.
-        seconds: Time taken by the start that finished it.
-        tried: How many settings were compared on the development part.
-        run: Folder of its files, relative to that of the results.
-        error: Why it failed.
+    ``n`` is the number of test records, or of groups of them that are scored together, ``seconds`` the time taken by
+    the start that finished it, ``tried`` how many settings were compared on the development part, and ``run`` the
+    folder of its files, relative to that of the results.
     """
 
     status: Status

@@ -23,8 +23,7 @@ MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html``, ``report.md`` and ``pictures/`` from a benchmark's JSON files, and return the page's path.
 
-    Raises:
-        FileError: If a file is missing, damaged or of another format, or nothing can be written.
+    A FileError if a file is missing, damaged or of another format, or nothing can be written.
     """
     results = read_results(folder)
     page = build_page(results)
