@@ -48,8 +48,6 @@ class Member:
 
 @dataclass(eq=False)
 class _Live:
-    """A prompt in training, and its next step."""
-
     member: Member
     trainer: Trainer
     course: Iterator[Step]
@@ -73,8 +71,6 @@ class Fleet:
     result.
 
     Args:
-        backbone: The frozen backbone.
-        members: The prompts, in the order in which they start.
         at_once: Most prompts that train at the same time.
         memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
         checkpoint: Folder of the checkpoint; None writes none.
@@ -208,7 +204,6 @@ class Fleet:
     def _go_on(
         self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        """Advance prompts to their next step, and yield those that have ended."""
         still: list[_Live] = [one for one in self._live if one not in ones]
         ended: list[tuple[str, Trainer | TrainingError]] = []
         for one in ones:

@@ -97,7 +97,6 @@ def _replaced(own: Mapping[str, object]) -> Sequence[str]:
 
 
 def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
-    """Yield the prompts of one table: several if a value is a list."""
     table = given.table(known=(*INPUTS, *SETTINGS))
     if "data" not in table:
         raise given.failure('it has no data to learn from, as in data = "train.jsonl"')
@@ -115,7 +114,7 @@ def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
 
 
 def _short(value: object, at: int) -> str:
-    """Return how a prompt's name shows a value of a list: as it is, or as its number where a folder name forbids it."""
+    """Return how a prompt's name shows a value of a list: by its number where a folder name forbids the value."""
     text = str(value)
     return text if text.replace(".", "").replace("-", "").isalnum() and len(text) <= 16 else str(at + 1)
 

@@ -245,7 +245,6 @@ def _needed_bytes(trainer: Trainer) -> int:
 
 
 def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
-    """Return the entries of ``run.json`` that are known before training starts."""
     template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.answers.words
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {

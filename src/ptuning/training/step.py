@@ -38,8 +38,6 @@ class Learner:
 
     Args:
         frozen: A frozen backbone; it does not change. :attr:`backbone` is this one, or the copy that is trained.
-        bound: The template, bound to the backbone.
-        config: The settings.
         prefix_cache: KV cache that several prompts share; by default its own.
 
     Attributes:
@@ -82,7 +80,6 @@ class Learner:
         self.uses_prefix_cache = False
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW over the encoder, and over the backbone with a learning rate and decay of its own."""
         config = self.config
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
@@ -138,11 +135,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def finish(self, step: Step, losses: Sequence[Tensor]) -> float:
-        """Add up losses and gradients over all processes, and move the weights.
-
-        Args:
-            step: The step.
-            losses: The summed loss of each of its passes. Their sum is returned.
+        """Add up the losses of a step's passes and the gradients over all processes, move the weights, return the loss.
 
         Raises:
             TrainingError: If the loss is NaN or infinite, or the step overflows.
@@ -189,12 +182,7 @@ def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """An optimizer step that one learner is to take with some records.
-
-    Args:
-        number: Its number, from 0; seeds its dropout.
-        rate: Share of the peak learning rates.
-    """
+    """An optimizer step of one learner. ``number``, from 0, seeds its dropout; ``rate`` is a share of the peaks."""
 
     learner: Learner
     items: Sequence[Item]
@@ -212,11 +200,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The records of a step that one prompt runs in one pass.
-
-    Args:
-        at: Index of the first one among those of the step, which seeds the pass's dropout.
-    """
+    """Records that one prompt runs in one pass. ``at``, the index of the first in its step, seeds its dropout."""
 
     step: Step
     items: Sequence[Item]
@@ -254,13 +238,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Taken:
-    """An optimizer step that was taken.
+    """An optimizer step that was taken: its summed loss, and what that is divided by for the mean.
 
-    Args:
-        loss_sum: The summed loss over all tokens (or items with classes).
-        loss_count: What it is divided by for the mean.
-        tokens: Tokens of all rows that this process ran.
-        seconds: Its share of the time of all steps that were taken together.
+    ``tokens`` are those of all rows that this process ran; ``seconds`` is its share of the time of the joint steps.
     """
 
     loss_sum: float
@@ -338,7 +318,6 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
-    """Run chunks in one pass, forward and backward; return the summed loss of each."""
     first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
     with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):

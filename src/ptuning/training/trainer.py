@@ -35,9 +35,6 @@ class Trainer:
     """Trains the slot vectors of one template, alone or together with a copy of the backbone or adapters on it.
 
     Args:
-        backbone: A frozen backbone; it does not change.
-        bound: The template, bound to the backbone.
-        config: The settings.
         checkpoint: Folder of the checkpoint; None writes none.
         identity: What must be equal for a checkpoint to be resumed: template, data, backbone, settings.
         prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
@@ -45,7 +42,6 @@ class Trainer:
 
     Attributes:
         learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
-        state: Where training is.
         best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
     """
 
