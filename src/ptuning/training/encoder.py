@@ -12,8 +12,7 @@ from ptuning.config import EncoderKind, RandomStart
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
-# How much of the embedding table's spread is in a random start around its mean. Noise as large as real embeddings
-# drowns the text around it (docs/decisions.md, decision 3).
+# Share of the embedding table's spread in a random start: more drowns the text (docs/decisions.md, decision 3).
 RANDOM_START_NOISE = 0.1
 # How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
 # weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.

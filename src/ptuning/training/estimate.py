@@ -34,8 +34,7 @@ from ptuning.training.trainer import SAVING_PAUSE
 
 T = TypeVar("T")
 
-# How much is tried: optimizer steps, how often each until it has taken long enough, records that are scored and
-# answered, bytes that are written.
+# How much is tried: steps, how often each until it took long enough, records scored and answered, bytes written.
 TIMED_STEPS = 6
 ROUNDS = 3
 ENOUGH_SECONDS = 6.0

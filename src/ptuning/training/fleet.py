@@ -102,8 +102,7 @@ class Fleet:
         self._pause = checkpoint_seconds
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
         self._live: list[_Live] = []
-        # Prompts that have finished, but whose results are not yet written.
-        self._ended: dict[str, Trainer] = {}
+        self._ended: dict[str, Trainer] = {}  # finished, but their results are not yet written
         self._finished: list[str] = []
 
     def resume(self) -> list[str] | None:

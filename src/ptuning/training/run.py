@@ -120,8 +120,7 @@ class TrainingRun:
         self.folder = Path(out) if out is not None else None
         self.finished: TrainResult | None = None
         self._resume, self._replaces, self._ceiling = resume, overwrite and not resume, ceiling
-        # Seconds of training before this run was resumed.
-        self._seconds_before = 0.0
+        self._seconds_before = 0.0  # of training, before this run was resumed
         self._best: tuple[int, Trainer] | None = None
         self._starts: dict[int, dict[str, Json]] = {}
         if self.folder is not None:

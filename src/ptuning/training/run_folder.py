@@ -39,7 +39,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
 
 
 def clear_folder(folder: Path, *, replaces: bool) -> None:
-    """Remove the half-written files of killed processes, and the earlier run if it is to be replaced."""
+    """Remove half-written files of killed processes, and the earlier run if it is to be replaced."""
     sweep(folder, OURS)
     if not replaces:
         return
