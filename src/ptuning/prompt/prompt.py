@@ -267,7 +267,7 @@ class Prompt:
     def _manifest(self) -> dict[str, Json]:
         return {
             "template": str(self.template),
-            "label_words": {k: list(v) for k, v in self.label_words.words.items()} if self.label_words else None,
+            "label_words": self.label_words.to_json() if self.label_words else None,
             "task": self.task.to_json() if self.task else None,
             "choices": self.answer_space.has_choices,
             "calibrate": self.calibrate,

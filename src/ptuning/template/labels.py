@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ptuning.errors import LabelWordError, RecordError, closest
+from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate, Example
 
@@ -75,6 +76,10 @@ class LabelWords:
                 raise LabelWordError(f"label '{label.strip()}' is given twice in the label words")
             words[label.strip()] = tuple(word.strip() for word in listed.split(","))
         return cls(words)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the words as a manifest and a record hold them."""
+        return {label: list(words) for label, words in self.words.items()}
 
     @property
     def labels(self) -> tuple[str, ...]:

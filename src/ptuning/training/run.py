@@ -283,7 +283,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     }
     settings: dict[str, Json] = {
         "template": str(template),
-        "label_words": {label: list(listed) for label, listed in words.words.items()} if words else None,
+        "label_words": words.to_json() if words else None,
         **config.to_json(),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "device": str(backbone.device),
