@@ -83,9 +83,9 @@ class Relation:
     """One relation and its facts.
 
     ``name`` is that in the data, such as ``P36``, ``place_of_birth`` or ``ConceptNet``; ``label`` what it is called,
-    such as ``capital``; and ``type`` one of ``1-1``, ``N-1`` and ``N-M``. ``parts`` is ``{"facts": ...}`` for facts that
-    are not divided yet, else the given ones of train, dev and test. ``paraphrases`` are other templates of the same
-    meaning, in the order of their file. ``source`` is the file or the folder of the facts.
+    such as ``capital``; and ``type`` one of ``1-1``, ``N-1`` and ``N-M``. ``parts`` is ``{"facts": ...}`` for facts
+    that are not divided yet, else the given ones of train, dev and test. ``paraphrases`` are other templates of the
+    same meaning, in the order of their file. ``source`` is the file or the folder of the facts.
     """
 
     name: str
