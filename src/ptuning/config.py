@@ -46,7 +46,7 @@ class TrainConfig:
         lora_lr: Peak learning rate of adapters.
         lora_rank: Rank of each adapter.
         lora_alpha: The output of an adapter is multiplied by this and divided by the rank.
-        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice), or module names with commas.
+        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice), or names with commas.
         keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
             ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
