@@ -25,12 +25,12 @@ TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; a ConfigError names one that has a wrong type or is out of range.
+    """Settings of a training run; each has its one default here.
 
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
-        accumulation_steps: Passes per optimizer step; the loss is that of one large batch (gradient accumulation).
+        accumulation_steps: Passes per optimizer step (gradient accumulation), with the loss of one larger batch.
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW.
         warmup_fraction: Share of the steps in which the learning rate rises; after that it falls linearly to zero.
@@ -39,13 +39,14 @@ class TrainConfig:
         dropout: Of the prompt encoder.
         start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` also the whole backbone, ``lora`` also small adapters on it.
+        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
+            adapters on its linear layers.
         backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
         backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.
         lora_rank: Rank of each adapter.
         lora_alpha: The output of an adapter is multiplied by this and divided by the rank.
-        lora_targets: ``all-linear``, ``default`` (peft's choice), or names of modules with commas between them.
+        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice), or names with commas.
         keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
             ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
@@ -54,7 +55,10 @@ class TrainConfig:
         seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
         checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
         cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
-        checkpointing: Activation checkpointing: less memory, more time, the same result.
+        checkpointing: Activation checkpointing (recomputing them): less memory, more time, the same result.
+
+    Raises:
+        ConfigError: If a value has a wrong type or is out of range; names the setting.
     """
 
     epochs: int = 6
@@ -122,7 +126,11 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> TrainConfig:
-        """Read settings back; a ConfigError names an unknown one (and the closest), or a value of a wrong type."""
+        """Read settings back.
+
+        Raises:
+            ConfigError: If a setting is unknown (names the closest one) or its value has a wrong type.
+        """
         known = {item.name: item.default for item in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
