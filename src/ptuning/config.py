@@ -30,8 +30,7 @@ class TrainConfig:
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
-        accumulation_steps: Passes per optimizer step (gradient accumulation); the loss is that of one batch of their
-            product.
+        accumulation_steps: Passes per optimizer step (gradient accumulation), with the loss of one larger batch.
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW.
         warmup_fraction: Share of the steps in which the learning rate rises; after that it falls linearly to zero.
@@ -47,8 +46,7 @@ class TrainConfig:
         lora_lr: Peak learning rate of adapters.
         lora_rank: Rank of each adapter.
         lora_alpha: The output of an adapter is multiplied by this and divided by the rank.
-        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice for the architecture), or
-            names of modules with commas between them.
+        lora_targets: Which layers get an adapter: ``all-linear``, ``default`` (peft's choice), or names with commas.
         keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
             ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
@@ -57,8 +55,7 @@ class TrainConfig:
         seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
         checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
         cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
-        checkpointing: Activation checkpointing: activations are dropped and computed again for the gradients. Less
-            memory, more time, the same result.
+        checkpointing: Activation checkpointing (recomputing them): less memory, more time, the same result.
 
     Raises:
         ConfigError: If a value has a wrong type or is out of range; names the setting.

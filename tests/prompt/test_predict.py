@@ -24,7 +24,7 @@ from ptuning.engine.batch import Side
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
 from ptuning.template.fill import Example
@@ -666,3 +666,11 @@ def test_a_prompt_of_choices_needs_rows_that_bring_them(causal: Backbone) -> Non
     for rows in (RECORDS, CHOICE_TASK.read_rows(ROWS).records):
         with pytest.raises(RecordError, match="has no choices to choose among; read the rows with their task"):
             PromptModel(causal).predict(rows, choosing(causal))
+
+
+def test_a_prediction_as_json() -> None:
+    """Texts and log-probabilities, and the number of tokens where the answer was written."""
+    found = Prediction("Nairobi", (Candidate("Nairobi", -0.5), Candidate("Lima", -2.0)))
+    rows = [{"text": "Nairobi", "log_prob": -0.5}, {"text": "Lima", "log_prob": -2.0}]
+    assert found.to_json() == {"prediction": "Nairobi", "candidates": rows}
+    assert replace(found, tokens=3).to_json() == {"prediction": "Nairobi", "candidates": rows, "tokens": 3}

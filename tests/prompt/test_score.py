@@ -13,8 +13,9 @@ from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import ConfigError, RecordError
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.score import prediction_rows, score_prompt
+from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
+from ptuning.statistics import Score
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, bound, learned
 
@@ -185,3 +186,12 @@ def test_a_task_has_scores_of_its_own_metrics(causal: Backbone) -> None:
     assert found.scores["macro_f1"].value == pytest.approx(sum(f1) / 2)
     pairs = [found.hits[at] * found.hits[at + 1] for at in range(0, 12, 2)]
     assert found.scores["exact_match"].value == pytest.approx(sum(pairs) / 6)
+
+
+def test_a_result_as_json() -> None:
+    result = Result({"accuracy": Score(0.5, 0.2, 0.8, 4)}, 1.25, (1.0, 0.0, 1.0, 0.0), missing=1)
+    assert result.to_json() == {
+        "scores": {"accuracy": {"value": 0.5, "low": 0.2, "high": 0.8, "n": 4}},
+        "loss": 1.25,
+        "targets_not_among_candidates": 1,
+    }

@@ -223,13 +223,14 @@ class Backbone:
         memory: Memory | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, Memory | None]:
-        """Run the model: float32 logits at the asked positions, (N, V) or another head's (N, K), and the KV cache.
+        """Return asked float32 logits, (N, V) of the tokenizer's vocabulary or (N, K) of a head; and the KV cache.
 
         Args:
             embeddings: (B, T, E).
             mask: (B, T_all) int64; 1 at tokens, remembered ones included.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
-            rows, cols: (N,) int64; the positions of the wanted logits, in order.
+            rows: (N,) int64; the rows of the wanted logits, in order.
+            cols: (N,) int64; their columns.
             encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.

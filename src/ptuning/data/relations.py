@@ -82,14 +82,10 @@ class Layout:
 class Relation:
     """One relation and its facts.
 
-    Args:
-        name: Its name in the data, such as ``P36``, ``place_of_birth`` or ``ConceptNet``.
-        template: Its manual template; None if none was found.
-        label: What it is called, such as ``capital``; None if not known.
-        type: ``1-1``, ``N-1`` or ``N-M``; None if not known.
-        parts: ``{"facts": ...}`` for facts that are not divided yet, else the given ones of train, dev and test.
-        paraphrases: Other templates of the same meaning, in the order of their file.
-        source: The file or the folder of the facts.
+    ``name`` is that in the data, such as ``P36``, ``place_of_birth`` or ``ConceptNet``; ``label`` what it is called,
+    such as ``capital``; and ``type`` one of ``1-1``, ``N-1`` and ``N-M``. ``parts`` is ``{"facts": ...}`` for facts
+    that are not divided yet, else the given ones of train, dev and test. ``paraphrases`` are other templates of the
+    same meaning, in the order of their file. ``source`` is the file or the folder of the facts.
     """
 
     name: str

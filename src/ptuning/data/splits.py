@@ -173,7 +173,6 @@ def _share(count: int, fraction: float) -> int:
 
 
 def _units(questions: Questions, key: Callable[[Question], str]) -> dict[str, list[Question]]:
-    """Return the rows that stay together, by their key; rows with a group by that."""
     units: dict[str, list[Question]] = {}
     for row in questions:
         units.setdefault(key(row) if row.group is None else f"group {row.group}", []).append(row)
@@ -209,7 +208,6 @@ def _subjects(records: Iterable[Record], *, seed: int) -> list[str]:
 
 
 def _placed(relation: Relation, *, seed: int) -> tuple[Parts, str]:
-    """Return the facts of each part before any is dropped, and how the parts were made."""
     if set(relation.parts) == {FACTS}:
         facts = relation.parts[FACTS]
         subjects = _subjects(facts, seed=seed)

@@ -46,17 +46,11 @@ class Job:
 class CellResult:
     """The result of a cell, with the values that scores and intervals are computed from.
 
-    Args:
-        cell: The cell.
-        status: ``done``, ``failed`` or ``waiting``.
-        values: Name of a score -> its values, one for each test record or group of them.
-        seconds: Time taken by the start that finished it.
-        tried: How many settings were compared on the development part.
-        error: Why it failed.
-        was_there: Whether it was finished before.
-        hits: Share of the test records answered correctly, whatever the scores are.
-        dev_score: The same share on the development part for the chosen setting; None where nothing was chosen.
-        warnings: Warnings about its training.
+    ``status`` is ``done``, ``failed`` or ``waiting``; ``was_there`` says that it was finished before. ``values`` maps a
+    score to its values, one for each test record or group of them. ``seconds`` is the time taken by the start that
+    finished it, ``tried`` how many settings were compared on the development part. ``hits`` is the share of the test
+    records answered correctly, whatever the scores are, and ``dev_score`` that of the development part for the chosen
+    setting; None where nothing was chosen.
     """
 
     cell: Cell

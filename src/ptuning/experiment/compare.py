@@ -47,11 +47,8 @@ def compare(
         name: Name of the task.
         **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
-    Returns:
-        All scores. The files are in ``out``.
-
-    Raises:
-        PTuningError: If the data or the settings cannot be used; nothing has been run then.
+    Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
+    has been run then.
     """
     plan = Plan.of("compare", **options)
     config = plan.config

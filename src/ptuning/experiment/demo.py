@@ -71,12 +71,9 @@ def run_demo(
 ) -> DemoResult:
     """Train on the training part, choose on the development part, score the test part once, and leave the files.
 
-    A stopped demo is resumed, and a finished one is read back. Instead, ``overwrite`` replaces any run in ``out``.
-
-    Raises:
-        FileError: If ``out`` holds files of another run.
-        TrainingError: If ``out`` holds another run, or a demo with other settings.
-        Interrupted: If ``should_stop`` returned true; the next call resumes.
+    A stopped demo is resumed (``should_stop`` raises Interrupted), and a finished one is read back. Instead,
+    ``overwrite`` replaces any run in ``out``. A FileError if ``out`` holds files of another run; a TrainingError if it
+    holds another run, or a demo with other settings.
     """
     is_run = any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FOLDER))
     if not overwrite and not is_run and any((out / name).exists() for name in OURS):

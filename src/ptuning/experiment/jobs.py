@@ -95,8 +95,7 @@ def fact_job(
 ) -> Job:
     """Return the job of a task whose records are facts, in the ``parts`` ``train``, ``dev`` and ``test``.
 
-    ``pair`` is the manual template and the one to learn. ``info`` is added to the task's description; its ``type`` is
-    the job's type.
+    ``pair`` is the manual template and the one to learn; ``info`` is added to the task's description.
     """
     objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary

@@ -51,11 +51,8 @@ def lama(
         split_seed: Seed of the split of relations that come in one file.
         **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
-    Returns:
-        All scores. The files are in ``out``.
-
-    Raises:
-        PTuningError: If the data or the settings cannot be used; nothing has been run then.
+    Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
+    has been run then.
 
     Source: Liu et al. (2021), section 4.1; Petroni et al. (2019), section 4.
     """

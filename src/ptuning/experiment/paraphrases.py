@@ -44,11 +44,8 @@ def paraphrases(
         split_seed: Seed of the split of relations that come in one file.
         **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
-    Returns:
-        All scores. ``paraphrases`` holds the spread of each relation. The files are in ``out``.
-
-    Raises:
-        PTuningError: If the data or the settings cannot be used; nothing has been run then.
+    Returns all scores; ``paraphrases`` holds the spread of each relation, and the files are in ``out``. A PTuningError
+    if the data or the settings cannot be used; nothing has been run then.
 
     Source: Liu et al. (2021), table 1 (P17); Elazar et al. (2021), ParaRel.
     """

@@ -74,8 +74,7 @@ class Plan:
         command: The command line, for the record.
         watch: Callbacks.
 
-    Raises:
-        ConfigError: If a method is unknown, or a setting cannot be used in a comparison.
+    A ConfigError if a method is unknown, or a setting cannot be used in a comparison.
     """
 
     suite: str

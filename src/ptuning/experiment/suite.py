@@ -149,7 +149,7 @@ class Suite:
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
     def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
-        """Run cells of one method and seed, training their prompts together. Yield them in the order they finish."""
+        """Train the prompts of one method and seed together, and yield their cells in the order they finish."""
         done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
         yield from done.values()
         if len(done) == len(cells):

@@ -60,11 +60,8 @@ def superglue(
         server: Whether to answer the test split, if there is one, for the benchmark's server.
         **options: ``out``, ``backbone`` and the others of :class:`Plan`. The default of ``seeds`` is 3 here.
 
-    Returns:
-        All scores. The files are in ``out``.
-
-    Raises:
-        PTuningError: If the data or the settings cannot be used; nothing has been run then.
+    Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
+    has been run then.
 
     Source: Liu et al. (2021), section 4.2; Schick and Schuetze (2021), arXiv:2009.07118, for the few-shot setting.
     """

@@ -108,9 +108,8 @@ class PromptModel:
     def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
         """Return the logits that score the targets of N records: N float32 tensors (target tokens, V) on the CPU.
 
-        Raises:
-            PromptError: If a prompt belongs to another backbone, or there is not one prompt per record.
-            RecordError: If a record has no target.
+        A PromptError if a prompt belongs to another backbone, or there is not one prompt per record; a RecordError if a
+        record has no target.
         """
         each, data = _per_row(prompts, len(records)), as_records(records)
         return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
@@ -142,13 +141,9 @@ class PromptModel:
         """Score a closed set of C different answers for each of N records, whose targets are not read.
 
         Answers are ranked by total log-probability (``sum``), or by its mean over the tokens of an answer (``mean``).
+        Returns N lists of C candidates, best first; on a tie in the given order.
 
-        Returns:
-            N lists of C candidates, best first; on a tie in the given order.
-
-        Raises:
-            RecordError: If there are no candidates, or two that are equal.
-            ConfigError: If ``normalise`` is neither.
+        A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
         """
         _check_candidates(candidates)
         if normalise not in ("sum", "mean"):
@@ -197,9 +192,7 @@ class PromptModel:
         The defaults of ``normalise`` (see :meth:`rank`) and ``calibrate`` (subtract the scores for an empty record) are
         the prompt's. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
 
-        Raises:
-            PromptError: If the prompt has neither label words nor choices.
-            RecordError: If the prompt's choices are missing.
+        A PromptError if the prompt has neither label words nor choices; a RecordError if a row lacks its choices.
         """
         answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
         if not answers.is_closed:
@@ -225,20 +218,14 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[Prediction]:
-        """Answer N records, or questions of a task. Their targets are not read.
+        """Answer N records, or questions of a task, whose targets are not read, with one prompt for all or one per row.
 
         With candidates, labels or choices, the answer is the likeliest of them. Else a causal model generates text
         (beam search of width ``top_k``), and a masked model fills 1, 2, ... masks and takes the length whose tokens are
-        likeliest on average.
+        likeliest on average. ``max_tokens`` limits written answers; by default 2 more than the longest training target.
 
-        Args:
-            records: N records or questions.
-            prompt: One for all rows, or one per row.
-            candidates: A closed set of answers, instead of the prompt's own.
-            top_k: Number of candidates to return.
-            max_tokens: Limit of a written answer; by default the tokens of the longest training target plus 2.
-            normalise: As in :meth:`rank` and :meth:`classify`.
-            calibrate: As in :meth:`classify`.
+        ``candidates`` replace the prompt's own answers, and the ``top_k`` best are returned. ``normalise`` and
+        ``calibrate`` are as in :meth:`rank` and :meth:`classify`.
         """
         if not records:
             return []

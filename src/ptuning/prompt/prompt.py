@@ -110,9 +110,7 @@ class Prompt:
     ) -> Prompt:
         """Make a manual prompt from a template without slots, for any backbone; with a task's label words and scoring.
 
-        Raises:
-            TemplateError: If the pattern is malformed.
-            PromptError: If it has slots.
+        A TemplateError if the pattern is malformed; a PromptError if it has slots.
         """
         if task is None:
             return cls(as_template(template), label_words=label_words)
@@ -254,7 +252,7 @@ class Prompt:
 
     @classmethod
     def load(cls, folder: str | Path) -> Prompt:
-        """Read a prompt's folder.
+        """Read a prompt's folder, or that of the training run which holds one.
 
         Raises:
             FileError: If it is not a prompt's folder or cannot be read.

@@ -24,12 +24,10 @@ from ptuning.template.labels import Normalise
 class Result:
     """Scores of a prompt on some records.
 
-    Args:
-        scores: Name -> score: ``exact_match``, or ``accuracy`` with label words or choices, and a task's own metrics;
-            with candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them.
-        loss: Negative log-likelihood in nats per target token, or per record with label words or choices.
-        hits: 1.0 or 0.0 per record, for the first score.
-        missing: Number of records whose target is not a candidate. They count as misses.
+    ``scores`` has ``exact_match``, or ``accuracy`` with label words or choices, and a task's own metrics; with
+    candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them. ``loss`` is the negative log-likelihood in nats
+    per target token, or per record with label words or choices. ``hits`` are 1.0 or 0.0 per record, for the first
+    score. ``missing`` counts the records whose target is not a candidate; they are misses.
     """
 
     scores: Mapping[str, Score]
@@ -62,11 +60,8 @@ def score_prompt(
     a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise`` and
-    ``calibrate`` are as in :meth:`PromptModel.classify`.
-
-    Raises:
-        RecordError: If there are no records, or one lacks its target.
-        ConfigError: If candidates are given to a prompt with label words or choices.
+    ``calibrate`` are as in :meth:`PromptModel.classify`. A RecordError if there are no records, or one lacks its
+    target; a ConfigError if candidates are given to a prompt with label words or choices.
     """
     if candidates is not None:
         prompt.check_open()

@@ -62,10 +62,9 @@ def write_prompt(
     weights: TrainedWeights | None,
     overwrite: bool,
 ) -> None:
-    """Write a prompt's folder. Equal prompts give equal bytes.
+    """Write a prompt's folder; errors are those of :meth:`ptuning.prompt.prompt.Prompt.save`.
 
     ``about`` is the manifest without what follows from the files: format version, checksums and versions of packages.
-    A FileError if the folder is taken and ``overwrite`` is not set, or it cannot be written.
     """
     kept = vectors if vectors is not None else torch.zeros(0, 0)
     data = safetensors.torch.save({VECTORS_KEY: kept.contiguous()}, {"format": "pt"})

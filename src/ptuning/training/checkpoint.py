@@ -50,11 +50,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint; it replaces an earlier one atomically.
 
-    Args:
-        folder: The folder for it; created if need be.
-        state: Where the run is.
-        tensors: Weights, optimizer states and the best vectors.
-        identity: What must be equal for the run to be resumed.
+    ``tensors`` are weights, optimizer states and the best vectors. A run is resumed only if its ``identity`` is equal.
 
     Raises:
         FileError: If it cannot be written.
@@ -111,12 +107,10 @@ def _digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 
 class KeptWeights:
-    """The best weights of the backbone so far, kept on disk. A further copy in memory, beside gradients and optimizer
-    states, would limit the size of a backbone that can be tuned.
+    """The best weights of the backbone so far, on disk, since a further copy in memory would limit the backbone's size.
 
     Args:
-        folder: Their folder, beside a checkpoint that names their epoch; by default a temporary one until
-            :meth:`close`.
+        folder: Their folder, beside a checkpoint that names their epoch; by default a temporary one.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -124,11 +118,7 @@ class KeptWeights:
         self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
 
     def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Write the weights of an epoch beside those of earlier epochs.
-
-        Raises:
-            FileError: If they cannot be written.
-        """
+        """Write the weights of an epoch beside those of earlier epochs."""
         make_folder(self._folder)
         write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
 
@@ -139,11 +129,7 @@ class KeptWeights:
                 file.unlink(missing_ok=True)
 
     def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Load the weights of an epoch.
-
-        Raises:
-            PromptError: If their file is damaged, or of another backbone.
-        """
+        """Load the weights of an epoch; raise a PromptError if their file is damaged or of another backbone."""
         kept = read_tensors(self._file(epoch))
         if kept.keys() != weights.keys() or any(kept[name].shape != weights[name].shape for name in kept):
             raise PromptError(f"{self._file(epoch)} holds the weights of another backbone")

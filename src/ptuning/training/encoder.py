@@ -12,8 +12,7 @@ from ptuning.config import EncoderKind, RandomStart
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
-# How much of the embedding table's spread is in a random start around its mean. Noise as large as real embeddings
-# drowns the text around it (docs/decisions.md, decision 3).
+# Share of the embedding table's spread in a random start: more drowns the text (docs/decisions.md, decision 3).
 RANDOM_START_NOISE = 0.1
 # How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
 # weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.
@@ -24,10 +23,9 @@ class PromptEncoder(nn.Module):
     r"""h_i = start_i + reach * bend(scale * W unit(f_i)), f_i = ReLU(V [LSTM forward(e_0..e_i) : backward(e_i..e_m)]).
 
     The slots of one template are one sequence in template order. The last layer starts at zero, so that before the
-    first step the slot vectors are exactly their starts: a warm-started prompt *is* the sentence it starts from.
-    ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within ``reach`` of its start and makes steps alike for all
-    backbones, whose embeddings differ in size by a factor of a hundred; ``unit`` gives the features of a slot a root
-    mean square of 1, so that steps do not grow with them.
+    first step the slot vectors are exactly their starts. ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within
+    ``reach`` of its start and makes steps alike for all backbones; ``unit`` gives the features of a slot a root mean
+    square of 1, so that steps do not grow with them.
 
     Args:
         start: (P, E) float32; what the slots start at.
@@ -100,7 +98,7 @@ def start_vectors(
     how: RandomStart,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return what the slots start at.
+    """Return what the slots start at, (P, E) float32.
 
     Args:
         start_ids: P token ids; None where a slot starts at random.
@@ -110,9 +108,6 @@ def start_vectors(
         how: ``random`` draws each vector around the table's mean, with :data:`RANDOM_START_NOISE` of its spread per
             dimension; ``vocabulary`` takes the embedding of a random token.
         generator: Draws the random starts.
-
-    Returns:
-        (P, E) float32.
     """
     table = table.cpu()
     random = [index for index, token in enumerate(start_ids) if token is None]

@@ -34,8 +34,7 @@ from ptuning.training.trainer import SAVING_PAUSE
 
 T = TypeVar("T")
 
-# How much is tried: optimizer steps, how often each until it has taken long enough, records that are scored and
-# answered, bytes that are written.
+# How much is tried: steps, how often each until it took long enough, records scored and answered, bytes written.
 TIMED_STEPS = 6
 ROUNDS = 3
 ENOUGH_SECONDS = 6.0
@@ -111,7 +110,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training run will take: the size of the run (``longest_pass`` in rows and tokens), bytes and seconds."""
+    """What a training run will take; ``longest_pass`` is in rows and tokens."""
 
     device: str
     dtype: str
@@ -142,13 +141,6 @@ def estimate(
     **options: Unpack[SpecOptions],
 ) -> Forecast:
     """Say what :func:`ptuning.train` with the same arguments, and a folder for its files, will take.
-
-    Args:
-        template: As of :func:`ptuning.train`.
-        data: As of :func:`ptuning.train`.
-        backbone: As of :func:`ptuning.train`.
-        report: Called with progress.
-        **options: As of :func:`ptuning.train`.
 
     Raises:
         PTuningError: As :func:`ptuning.train` does before it trains.
@@ -192,7 +184,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
 
 
 class _Trial:
-    """Some steps of a run and some records of its development part, which are run to see what they take."""
+    """Some steps of a run and some records of its development part, run to see what they take."""
 
     def __init__(self, run: TrainingRun, report: OnProgress) -> None:
         self.run, self.report, self.done = run, report, 0
@@ -213,7 +205,6 @@ class _Trial:
         self.planned = 1 + len(self.steps) + 3
 
     def _passes(self, items: Sequence[Item]) -> list[tuple[int, int]]:
-        """Return rows and tokens of each pass of a step."""
         size = self.run.config.batch_size
         passes = [inputs_of(items[at : at + size]) for at in range(0, len(items), size)]
         return [(len(rows), max(len(row.token_ids) for row in rows)) for rows in passes]
@@ -240,7 +231,7 @@ class _Trial:
         return spent * tokens
 
     def time_steps(self) -> float:
-        """Return the seconds of the steps of an epoch; nothing is learned, as the learning rates are 0."""
+        """Return the seconds of an epoch's steps; with learning rates of 0, nothing is learned."""
         learner = self.learner
         if learner.weights:
             learner.backbone.thaw(learner.weights.values())
@@ -269,9 +260,7 @@ class _Trial:
         return spent * _tokens(self.run.items["dev"]) / _tokens(items)
 
     def time_answers(self) -> float:
-        """Return the seconds of writing an answer to each record of the development part; labels and choices have none
-        to write.
-        """
+        """Return the seconds of writing answers to the development part; labels and choices are not written."""
         run, items, spent = self.run, self.run.items["dev"], 0.0
         if not items[0].answers:
             model, prompt = PromptModel(self.learner.backbone), run.prompt(self.trainer)
@@ -282,7 +271,7 @@ class _Trial:
         return spent
 
     def time_saving(self) -> tuple[float, float]:
-        """Return the seconds of writing a checkpoint, with both moments, and of writing the backbone's best weights."""
+        """Return the seconds of writing a checkpoint, with both moments, and the backbone's best weights."""
         written = {"zeros": torch.zeros(WRITTEN_BYTES // 4)}
         with tempfile.TemporaryDirectory(prefix="ptuning-estimate-") as folder:
             byte = timed(lambda: write_checkpoint(Path(folder), RunState(), written, identity={})) / WRITTEN_BYTES
@@ -290,12 +279,7 @@ class _Trial:
         return byte * 3 * tensor_bytes(self.learner.parameters()), byte * tensor_bytes(self.learner.weights.values())
 
     def bytes(self, peak: int, before: int) -> Bytes:
-        """Return what is in memory.
-
-        Args:
-            peak: The most that was taken while steps were tried.
-            before: The most that the process had taken before.
-        """
+        """Return what is in memory; ``peak`` was taken while steps were tried, ``before`` earlier in this process."""
         learner, backbone = self.learner, self.run.prepared.backbone
         weights = tensor_bytes([*backbone.model.parameters(), *backbone.model.buffers()])
         trained = tensor_bytes(learner.parameters())

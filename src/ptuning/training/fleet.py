@@ -34,14 +34,9 @@ STATE_FILE = "fleet.json"
 
 @dataclass(frozen=True)
 class Member:
-    """A prompt to be trained.
+    """A prompt to be trained: at most ``epochs`` passes over ``train``; the best one on ``dev`` is chosen.
 
-    Args:
-        name: Its name, unlike all others.
-        make: Returns its trainer, which uses the given KV cache.
-        train: Items to learn from.
-        dev: Items for choosing the best epoch.
-        epochs: Most passes over ``train``.
+    ``make`` returns its trainer, which uses the given KV cache.
     """
 
     name: str
@@ -53,8 +48,6 @@ class Member:
 
 @dataclass(eq=False)
 class _Live:
-    """A prompt in training, and its next step."""
-
     member: Member
     trainer: Trainer
     course: Iterator[Step]
@@ -74,12 +67,10 @@ class Fleet:
     development part. When a prompt finishes, the next one starts.
 
     Which prompts train together decides how sums are rounded. So a checkpoint holds all of them at one moment, and a
-    resumed fleet continues with the same prompts. Those that finished after that moment are trained to their end again,
-    with the same result.
+    resumed fleet continues with the same prompts. Those that finished after that moment finish again, with the same
+    result.
 
     Args:
-        backbone: The frozen backbone.
-        members: The prompts, in the order in which they start.
         at_once: Most prompts that train at the same time.
         memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
         checkpoint: Folder of the checkpoint; None writes none.
@@ -111,15 +102,11 @@ class Fleet:
         self._pause = checkpoint_seconds
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
         self._live: list[_Live] = []
-        # Prompts that have finished, but whose results are not yet written.
-        self._ended: dict[str, Trainer] = {}
+        self._ended: dict[str, Trainer] = {}  # finished, but their results are not yet written
         self._finished: list[str] = []
 
     def resume(self) -> list[str] | None:
-        """Read the checkpoint, so that :meth:`run` continues from it.
-
-        Returns:
-            The names of the prompts that were done; None if there is no checkpoint.
+        """Return the names of the prompts that the checkpoint lists as done; None if there is none.
 
         Raises:
             TrainingError: If it is damaged.
@@ -136,11 +123,9 @@ class Fleet:
         self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
         """Train, from the start or from the checkpoint, and yield each prompt that ends: its trainer, or its error.
-        Prompts that were released are skipped.
 
-        Args:
-            report: Called with progress.
-            should_stop: Asked after every step, and after every pass that fills the KV cache.
+        Prompts that were released are skipped. ``should_stop`` is asked after every step, and after every pass that
+        fills the KV cache.
 
         Raises:
             Interrupted: If ``should_stop`` returned true; a checkpoint was written.
@@ -203,7 +188,6 @@ class Fleet:
         report: OnProgress | None,
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
-        """Return a prompt in training, from its start or from the checkpoint."""
         trainer = member.make(prefix_cache)
         if trainer.learner.accelerator.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
@@ -219,7 +203,6 @@ class Fleet:
     def _go_on(
         self, ones: Sequence[_Live], failed: Mapping[Trainer, TrainingError], work: _Work
     ) -> Iterator[tuple[str, Trainer | TrainingError]]:
-        """Advance prompts to their next step, and yield those that have ended."""
         still: list[_Live] = [one for one in self._live if one not in ones]
         ended: list[tuple[str, Trainer | TrainingError]] = []
         for one in ones:
@@ -306,7 +289,6 @@ def _records(member: Member) -> int:
 
 
 def _advance(one: _Live) -> Trainer | TrainingError | None:
-    """Advance a prompt to its next step; return its trainer or its error if there is none."""
     try:
         one.step = next(one.course)
     except StopIteration:

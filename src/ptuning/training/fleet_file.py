@@ -1,7 +1,4 @@
-"""The file of a fleet: TOML with default settings and a table for each prompt.
-
-docs/fleets.md describes the keys.
-"""
+"""The file of a fleet: TOML with default settings and a table for each prompt. docs/fleets.md describes the keys."""
 
 from __future__ import annotations
 
@@ -47,13 +44,7 @@ PATHS = ("data", "dev", "task")
 
 @dataclass(frozen=True)
 class FleetEntry:
-    """One prompt of the file.
-
-    Args:
-        name: Its name.
-        inputs: The keys of :data:`INPUTS` that are given.
-        settings: The settings of :class:`~ptuning.config.TrainConfig` that are given.
-    """
+    """One prompt: its name, the keys of :data:`INPUTS` that are given, and the settings that are given."""
 
     name: str
     inputs: Mapping[str, object]
@@ -62,13 +53,7 @@ class FleetEntry:
 
 @dataclass(frozen=True)
 class FleetFile:
-    """The content of the file.
-
-    Args:
-        entries: The prompts, in their order.
-        backbone: The backbone, or None for the default one.
-        at_once: How many prompts train at the same time, or None for the default.
-    """
+    """The content of the file. Without a backbone or ``at_once`` the defaults apply."""
 
     entries: Sequence[FleetEntry]
     backbone: str | None = None
@@ -112,7 +97,6 @@ def _replaced(own: Mapping[str, object]) -> Sequence[str]:
 
 
 def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
-    """Yield the prompts of one table: several if a value is a list."""
     table = given.table(known=(*INPUTS, *SETTINGS))
     if "data" not in table:
         raise given.failure('it has no data to learn from, as in data = "train.jsonl"')
@@ -130,7 +114,7 @@ def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
 
 
 def _short(value: object, at: int) -> str:
-    """Return how a prompt's name shows a value of a list: as it is, or as its number where a folder name forbids it."""
+    """Return how a prompt's name shows a value of a list: by its number where a folder name forbids the value."""
     text = str(value)
     return text if text.replace(".", "").replace("-", "").isalnum() and len(text) <= 16 else str(at + 1)
 

@@ -20,14 +20,11 @@ def identity(
     recipe: Json,
     task_file: str | None = None,
 ) -> dict[str, Json]:
-    """Return the identity of a result.
+    """Return the identity of a result: settings but for :data:`IRRELEVANT_SETTINGS`, and SHA-256 of each part of the
+    data.
 
-    Args:
-        settings: Setting -> value; those of :data:`IRRELEVANT_SETTINGS` are left out.
-        data: Part of the data -> its SHA-256.
-        fingerprint: Of the backbone.
-        recipe: :data:`ptuning.config.RECIPE` of the code that trained; None where nothing is trained.
-        task_file: Text of the task file, if there is one.
+    ``fingerprint`` is the backbone's, ``recipe`` :data:`ptuning.config.RECIPE` of the code that trained (None where
+    nothing is trained), and ``task_file`` the text of the task file, if there is one.
     """
     found = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
     found |= {f"{part} data (sha256)": digest for part, digest in data.items()}

@@ -24,8 +24,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 class PeakMemory:
     """Watches the memory of a device while this context lasts: of a GPU what torch holds there, else the process.
 
-    Attributes:
-        bytes: The most that was taken at a time.
+    ``bytes`` is the most that was taken at a time.
     """
 
     def __init__(self, device: torch.device) -> None:

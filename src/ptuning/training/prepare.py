@@ -27,17 +27,11 @@ PASS_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training that was checked and may start.
+    """A training that was checked and may start, with the questions (``parts``) and items of ``train`` and ``dev``.
 
     Args:
-        template: The template.
-        bound: The template, bound to the backbone.
-        backbone: The frozen backbone.
         config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
         answers: What rows are answered with: labels, choices or text.
-        task: The task, if there is one.
-        parts: The questions of ``train`` and ``dev``.
-        items: The items of ``train`` and ``dev``.
         began: When preparing began, by the monotonic clock.
     """
 
@@ -87,7 +81,6 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:
-    """Check that there is something to learn."""
     if not template.has_slots and config.tune == "frozen":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
@@ -109,7 +102,6 @@ def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTem
 
 
 def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
-    """Check that a part has records, and each of them a target or a label."""
     records = questions.records
     if not records:
         raise FileError(f"the {name} data ({records.name}) holds no records")
@@ -139,10 +131,7 @@ def _answers(
 
 
 def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation).
-
-    What is learned stays the same.
-    """
+    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation), with equal results."""
     rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
     while config.batch_size % rows:
         rows -= 1

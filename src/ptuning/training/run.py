@@ -42,13 +42,7 @@ FILES_BYTES = 5_000_000
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves.
-
-    Args:
-        prompt: The chosen prompt.
-        record: Content of ``run.json``.
-        folder: The folder of its files, or None.
-    """
+    """What a training run leaves: the chosen prompt, the content of ``run.json``, and the folder, if there is one."""
 
     prompt: Prompt
     record: Mapping[str, Json]
@@ -84,13 +78,8 @@ def train(
         should_stop: Asked after every step, and after every pass that fills the KV cache.
         ceiling: Whether to measure the speed of a bare forward and backward pass as well.
         command: The command line, for the record.
-        constants: KV cache that several runs share, which the caller clears; by default the starts of this run share
-            one.
-        **options: ``dev``, ``config``, ``labels``, ``task`` and ``calibrate``, as of
-            :class:`~ptuning.training.spec.TrainSpec`.
-
-    Returns:
-        The chosen prompt and the record of the run.
+        constants: KV cache that several runs share, which the caller clears.
+        **options: As of :class:`~ptuning.training.spec.TrainSpec`.
 
     Raises:
         PTuningError: Of the stage at fault; before training starts, with nothing written.
@@ -102,11 +91,7 @@ def train(
 
 
 class TrainingRun:
-    """A training run with its folder and its record.
-
-    Args:
-        prepared: The training, from :func:`~ptuning.training.prepare.prepare`.
-        out, resume, overwrite, ceiling, command: As of :func:`train`.
+    """A training run with its folder and its record; arguments as of :func:`train`.
 
     Attributes:
         record: What ``run.json`` says before training starts.
@@ -135,8 +120,7 @@ class TrainingRun:
         self.folder = Path(out) if out is not None else None
         self.finished: TrainResult | None = None
         self._resume, self._replaces, self._ceiling = resume, overwrite and not resume, ceiling
-        # Seconds of training before this run was resumed.
-        self._seconds_before = 0.0
+        self._seconds_before = 0.0  # of training, before this run was resumed
         self._best: tuple[int, Trainer] | None = None
         self._starts: dict[int, dict[str, Json]] = {}
         if self.folder is not None:
@@ -171,12 +155,7 @@ class TrainingRun:
     def trainer(
         self, number: int, *, checkpoint: Path | None = None, prefix_cache: PrefixCache | None = None
     ) -> Trainer:
-        """Return the trainer of one of several starts, from 0.
-
-        Args:
-            number: Which start.
-            checkpoint: Folder of its checkpoint.
-            prefix_cache: KV cache that prompts share which are trained together.
+        """Return the trainer of one of several starts, from 0; ``prefix_cache`` is for prompts that train together.
 
         Raises:
             FileError: If there is no room for the run's files.
@@ -213,11 +192,7 @@ class TrainingRun:
         return len(self._starts) == self.config.starts
 
     def result(self, *, more: Mapping[str, Json] | None = None) -> TrainResult:
-        """Return the result, and write it to the folder, if there is one.
-
-        Args:
-            more: Further entries of the record.
-        """
+        """Return the result, and write it to the folder, if there is one; ``more`` goes into the record."""
         assert self._best is not None, "nothing was trained"
         (_, best), prepared, record = self._best, self.prepared, dict(self.record)
         prompt = self.prompt(best)
@@ -269,7 +244,6 @@ def _needed_bytes(trainer: Trainer) -> int:
 
 
 def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
-    """Return the entries of ``run.json`` that are known before training starts."""
     template, config, backbone, words = prepared.template, prepared.config, prepared.backbone, prepared.answers.words
     streams = ("slot starts", "encoder weights", "data order", "dropout")
     data: dict[str, Json] = {

@@ -22,16 +22,10 @@ def checkpoint_folder(folder: Path, number: int) -> Path:
 def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, overwrite: bool) -> dict[str, Json] | None:
     """Check that a run may be written; return the record of a finished one that is to be resumed.
 
-    Args:
-        folder: The folder of the run.
-        wanted: The run's identity.
-        resume: Whether it continues the run that is there.
-        overwrite: Whether it replaces the run that is there.
-
     Raises:
         FileError: If the folder holds other files, or a run that is neither to be resumed nor replaced, or the record
             cannot be read.
-        TrainingError: If the finished run has another identity.
+        TrainingError: If the finished run does not have the ``wanted`` identity.
     """
     if resume and (folder / RUN_FILE).is_file():
         record = read_json(folder / RUN_FILE)
@@ -45,7 +39,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
 
 
 def clear_folder(folder: Path, *, replaces: bool) -> None:
-    """Remove the half-written files of killed processes, and the earlier run if it is to be replaced."""
+    """Remove half-written files of killed processes, and the earlier run if it is to be replaced."""
     sweep(folder, OURS)
     if not replaces:
         return

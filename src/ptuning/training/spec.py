@@ -31,8 +31,7 @@ class TrainSpec:
     """One training: the template, the data and the settings.
 
     Args:
-        template: A pattern with slots, such as ``[P:The capital of] [X] [P:is] [Y]``. It may have none where the
-            backbone is trained (``tune``).
+        template: A pattern such as ``[P:The capital of] [X] [P:is] [Y]``; without slots where the backbone is trained.
         data: Records to learn from, with targets, or questions of a task.
         dev: Records for early stopping and for choosing the best epoch; by default a seeded share of ``data``.
         config: Hyperparameters; by default those of :class:`~ptuning.config.TrainConfig`.

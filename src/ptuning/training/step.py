@@ -1,7 +1,4 @@
-"""One optimizer step, from the items of one prompt or of several to weights that have moved.
-
-Read :func:`take_steps` first: it starts each prompt's step, runs the passes of all, and finishes each prompt's step.
-"""
+"""One optimizer step of one prompt or of several. Read :func:`take_steps` first."""
 
 from __future__ import annotations
 
@@ -41,8 +38,6 @@ class Learner:
 
     Args:
         frozen: A frozen backbone; it does not change. :attr:`backbone` is this one, or the copy that is trained.
-        bound: The template, bound to the backbone.
-        config: The settings.
         prefix_cache: KV cache that several prompts share; by default its own.
 
     Attributes:
@@ -85,7 +80,6 @@ class Learner:
         self.uses_prefix_cache = False
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Return AdamW over the encoder, and over the backbone with a learning rate and decay of its own."""
         config = self.config
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
@@ -141,14 +135,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def finish(self, step: Step, losses: Sequence[Tensor]) -> float:
-        """Add up losses and gradients over all processes, and move the weights.
-
-        Args:
-            step: The step.
-            losses: The summed loss of each of its passes.
-
-        Returns:
-            The summed loss of the step.
+        """Add up the losses of a step's passes and the gradients over all processes, move the weights, return the loss.
 
         Raises:
             TrainingError: If the loss is NaN or infinite, or the step overflows.
@@ -171,15 +158,7 @@ class Learner:
         return loss_sum
 
     def check_loss(self, value: float, what: str) -> None:
-        """Check that a loss is a finite number.
-
-        Args:
-            value: The loss.
-            what: What happened if it is not, for the message.
-
-        Raises:
-            TrainingError: If it is NaN or infinite.
-        """
+        """Raise a TrainingError if a loss is NaN or infinite; ``what`` says what happened then."""
         if not math.isfinite(value):
             raise TrainingError(
                 f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (--lr), or float32 "
@@ -188,7 +167,6 @@ class Learner:
 
 
 def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
-    """Return the backbone to train: the frozen one, or a copy of it, with adapters if it is to have some."""
     if config.tune == "frozen":
         return backbone
     if config.tune == "tuned":
@@ -204,15 +182,7 @@ def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """An optimizer step that one learner is to take.
-
-    Args:
-        learner: Who takes it.
-        items: The records.
-        number: Its number, from 0; seeds its dropout.
-        epoch: The epoch it belongs to.
-        rate: Share of the peak learning rates.
-    """
+    """An optimizer step of one learner. ``number``, from 0, seeds its dropout; ``rate`` is a share of the peaks."""
 
     learner: Learner
     items: Sequence[Item]
@@ -230,13 +200,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The records that one prompt runs in one pass.
-
-    Args:
-        step: The step they belong to.
-        items: The records.
-        at: Index of the first one among those of the step, which seeds the pass's dropout.
-    """
+    """Records that one prompt runs in one pass. ``at``, the index of the first in its step, seeds its dropout."""
 
     step: Step
     items: Sequence[Item]
@@ -274,13 +238,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Taken:
-    """An optimizer step that was taken.
+    """An optimizer step that was taken: its summed loss, and what that is divided by for the mean.
 
-    Args:
-        loss_sum: The summed loss over all tokens (or items with classes).
-        loss_count: What it is divided by for the mean.
-        tokens: Tokens of all rows that this process ran.
-        seconds: Its share of the time of all steps that were taken together.
+    ``tokens`` are those of all rows that this process ran; ``seconds`` is its share of the time of the joint steps.
     """
 
     loss_sum: float
@@ -290,14 +250,11 @@ class Taken:
 
 
 def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
-    """Take one optimizer step of every learner, each with its own records.
+    """Take one optimizer step of every learner; return what each step did, or the error that ended it.
 
     The loss of each is the sum over all of its tokens divided once by their number, however its records are cut into
     passes, spread over processes, or joined with those of others. Prompts that are trained together have one frozen
     backbone and one KV cache.
-
-    Returns:
-        For each step what it did, or the error that ended it: its loss is NaN or infinite, or it overflows.
     """
     began = time.monotonic()
     for step in steps:
@@ -327,10 +284,8 @@ def run_passes(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
 
 
 def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-    """Group chunks into passes.
-
-    Chunks of one prompt run one by one. Chunks of several prompts share a pass while little is padded
-    (:data:`JOINT_PADDING`). A chunk whose rows share a prefix runs alone, so that the prefix is computed once.
+    """Group chunks into passes. Those of one prompt run one by one; those of several prompts share a pass while little
+    is padded (:data:`JOINT_PADDING`). A chunk whose rows share a prefix runs alone, so that it is computed once.
     """
     if len({id(chunk.learner) for chunk in chunks}) == 1:
         yield from ([chunk] for chunk in chunks)
@@ -363,7 +318,6 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
-    """Run chunks in one pass, forward and backward; return the summed loss of each."""
     first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
     with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
@@ -386,9 +340,8 @@ def measure_ceiling(
 ) -> float:
     """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
 
-    The embeddings are the leaves: no encoder, no slots written in, no optimizer. Logits are computed where training
-    computes them, and a shared prefix runs once, so the ceiling is not lowered by work that training skips. Rows run
-    whole, so training from the first slot onwards may be faster than this.
+    The embeddings are the leaves: no encoder, no slots, no optimizer. Logits are computed where training computes them,
+    and a shared prefix runs once. Rows run whole, so training from the first slot onwards may be faster than this.
     """
     learned = Learned(torch.zeros(slots, backbone.width))  # says where slots are; its values are not used
     tokens, spent, began = 0, 0.0, time.monotonic()

@@ -37,11 +37,7 @@ def run_of(
     overwrite: bool = False,
     command: str | None = None,
 ) -> TrainingRun:
-    """Return the run of a prompt, checked; arguments as of :func:`ptuning.train`.
-
-    Raises:
-        PTuningError: If anything cannot be used; says which prompt's.
-    """
+    """Return the run of a prompt, checked; arguments as of :func:`ptuning.train`. An error names the prompt."""
     try:
         prepared = prepare(prompt, backbone)
         return TrainingRun(prepared, out=out, resume=resume, overwrite=overwrite, command=command)
@@ -51,13 +47,7 @@ def run_of(
 
 @dataclass(frozen=True)
 class FleetResult:
-    """What a fleet leaves.
-
-    Args:
-        results: Name -> what was learned, in the order asked for.
-        failed: Name -> why it failed.
-        record: Content of ``fleet.json``.
-    """
+    """What a fleet leaves: results by name, in the order asked for, errors by name, and ``fleet.json``."""
 
     results: Mapping[str, TrainResult]
     failed: Mapping[str, str]
@@ -135,7 +125,7 @@ def _prepared(
     overwrite: bool,
     command: str | None,
 ) -> dict[str, TrainingRun]:
-    """Return name -> run of every prompt, each checked and bound, so that nothing is written if one cannot be used."""
+    """Return name -> run, all of them checked before anything is written."""
     if not prompts:
         raise ConfigError("the fleet has no prompts")
     if folder is not None and not (resume or overwrite):
@@ -155,7 +145,7 @@ def _prepared(
 
 
 def can_train_together() -> bool:
-    """Whether prompts can train together: only in a single process; several processes share the rows of one prompt."""
+    """Whether prompts can train together. Several processes share the rows of one prompt instead."""
     return bool(PartialState().num_processes == 1)
 
 
@@ -169,15 +159,7 @@ def fleet_runs(
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
     """Train runs together, and yield each one that has ended: its result, which was written, or its error. Runs that
-    were finished before come first.
-
-    Args:
-        runs: Name -> run; all have the same frozen backbone.
-        checkpoint: Folder of the fleet's checkpoint.
-        at_once: Most prompts that train at the same time.
-        resume: Continue from the checkpoint; otherwise an existing one is removed.
-        report: Called with progress.
-        should_stop: Asked after every step.
+    were finished before come first. Unless they ``resume``, an existing checkpoint is removed.
 
     Raises:
         ConfigError: If a run trains weights of the backbone.
@@ -228,7 +210,6 @@ def _check_frozen(runs: Mapping[str, TrainingRun]) -> None:
 
 
 def _member_name(name: str, number: int) -> str:
-    """Return the name of one of several starts of a prompt in the fleet."""
     return f"{name}{START}{number}" if number else name
 
 
@@ -240,7 +221,6 @@ def _member(name: str, run: TrainingRun, number: int) -> Member:
 
 
 def _check_name(name: str, taken: Collection[str]) -> None:
-    """Check that a name is new and can be a folder's."""
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
     if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
@@ -250,7 +230,6 @@ def _check_name(name: str, taken: Collection[str]) -> None:
 
 
 def _line(name: str, result: TrainResult | None, error: str | None) -> dict[str, Json]:
-    """Return the entry of a prompt in ``fleet.json``."""
     if result is None:
         return {"name": name, "status": "failed", "error": error}
     record = result.record

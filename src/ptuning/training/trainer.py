@@ -1,7 +1,4 @@
-"""Training loop of one prompt: epochs, evaluation, choice of the best epoch, early stopping, checkpoints, exact resume.
-
-It sees the training and the development part only, never the test part.
-"""
+"""Training loop of one prompt: epochs, choice of the best epoch, early stopping, checkpoints and exact resume."""
 
 from __future__ import annotations
 
@@ -38,9 +35,6 @@ class Trainer:
     """Trains the slot vectors of one template, alone or together with a copy of the backbone or adapters on it.
 
     Args:
-        backbone: A frozen backbone; it does not change.
-        bound: The template, bound to the backbone.
-        config: The settings.
         checkpoint: Folder of the checkpoint; None writes none.
         identity: What must be equal for a checkpoint to be resumed: template, data, backbone, settings.
         prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
@@ -48,11 +42,7 @@ class Trainer:
 
     Attributes:
         learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
-        state: Where training is.
         best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
-
-    Raises:
-        TrainingError: If the backbone is not frozen.
     """
 
     def __init__(
@@ -84,19 +74,14 @@ class Trainer:
         report: OnProgress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
-        """Train to the end, from the start or from a loaded checkpoint.
+        """Train to the end on ``train``, from the start or from a loaded checkpoint; ``dev`` decides on the best epoch.
 
         The start values are scored too and may be chosen. So a learned prompt is never worse on the development part
         than its start.
 
-        Args:
-            train: Items to learn from.
-            dev: Items for choosing the best epoch and for early stopping.
-            report: Called after every batch.
-            should_stop: Asked after every step, and after every pass that fills the KV cache.
-
         Raises:
-            Interrupted: If ``should_stop`` returned true; a checkpoint was written.
+            Interrupted: If ``should_stop`` returned true after a step or a pass that fills the KV cache; a checkpoint
+                was written.
             TrainingError: If the loss is NaN or infinite.
         """
         self.kept = KeptWeights(self.checkpoint) if self.learner.weights else None
@@ -143,14 +128,8 @@ class Trainer:
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Step]:
         """Yield each optimizer step, from the start or from a loaded checkpoint, and score the development part between
-        epochs. The caller must take the step (:func:`~ptuning.training.step.take_steps`) and :meth:`count` it before it
-        asks for the next.
-
-        Args:
-            train: Items to learn from.
-            dev: Items for choosing the best epoch and for early stopping.
-            report: Called with progress.
-            should_stop: Asked after every pass that fills the KV cache. Between steps the caller asks.
+        epochs. The caller must take the step (:func:`~ptuning.training.step.take_steps`) and :meth:`count` it before
+        it asks for the next. Between steps the caller asks ``should_stop``.
 
         Raises:
             Interrupted: If ``should_stop`` returned true; a checkpoint was written.
@@ -208,7 +187,6 @@ class Trainer:
         self.learner.optimizer.state.clear()
 
     def _epoch(self, train: Sequence[Item]) -> Iterator[Step]:
-        """Yield the epoch's remaining optimizer steps."""
         state, config = self.state, self.config
         order = self.order(len(train), epoch=state.epoch)
         group_size = config.batch_size * config.accumulation_steps
@@ -307,11 +285,7 @@ class Trainer:
         return tensors
 
     def load(self) -> bool:
-        """Load the checkpoint; return whether there is one.
-
-        Raises:
-            TrainingError: As :meth:`load_from`.
-        """
+        """Load the checkpoint, as :meth:`load_from`; return whether there is one."""
         return self.checkpoint is not None and self.load_from(self.checkpoint)
 
     def load_from(self, folder: Path) -> bool:
