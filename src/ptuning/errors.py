@@ -7,11 +7,7 @@ from collections.abc import Iterable
 
 
 class PTuningError(Exception):
-    """Base of every error that a user can cause and fix.
-
-    The message says what is wrong, with which value, where, and what to do. The command line prints it without a
-    traceback and ends with exit code 2.
-    """
+    """Base of every error that a user can cause and fix. The command line prints it and ends with exit code 2."""
 
 
 class FileError(PTuningError):
@@ -23,12 +19,8 @@ class RecordError(PTuningError):
 
 
 class TemplateError(PTuningError):
-    """A template is malformed, or does not fit a record or the backbone's context.
-
-    Args:
-        message: What is wrong and what to do.
-        pattern: The template as written. It is shown with a caret if ``column`` is given.
-        column: Zero-based column of the problem in ``pattern``.
+    """A template is malformed, or does not fit a record or the backbone's context. The message shows ``pattern`` with a
+    caret at ``column``, which is zero-based, if it is given.
     """
 
     def __init__(self, message: str, *, pattern: str | None = None, column: int | None = None) -> None:

@@ -1,8 +1,4 @@
-"""Reading and writing files, and checking what is in them.
-
-Writing is atomic: a file is written under a temporary name and then renamed, so that a reader never sees half of it.
-Whatever cannot be read or written is a :class:`FileError`. :class:`Unchecked` takes values out of JSON or TOML.
-"""
+"""Atomic writing (a temporary file is renamed), reading, and :class:`Unchecked` for values of JSON or TOML."""
 
 from __future__ import annotations
 
@@ -39,22 +35,15 @@ SHOWN_CHARACTERS = 60  # of a wrong value in a message
 
 @dataclass(frozen=True)
 class Unchecked:
-    """A value from JSON or TOML before any check. Each method checks it and returns it with its type.
+    """A value from JSON or TOML before any check. Each method checks it and returns it with its type. Messages begin
+    with ``where`` and end with ``advice``; ``path`` has the keys to the value, ``#2`` for the second one of a list.
 
-    Args:
-        value: The value.
-        where: Starts each message: the file, or the part of it.
-        error: The class of the errors.
-        advice: Ends each message: what to do.
-        path: The keys that lead to the value; ``#2`` is the second one of a list.
-
-    Example:
-        >>> found = Unchecked({"name": "RTE", "files": {"dev": ["dev32"]}}, where="rte.toml")
-        >>> found.at("name").text(), found.at("files").at("dev").texts()
-        ('RTE', ['dev32'])
-        >>> found.at("files").at("dev").whole()
-        Traceback (most recent call last):
-        ptuning.errors.FileError: rte.toml: 'files.dev' must be a whole number, and is ["dev32"]
+    >>> found = Unchecked({"name": "RTE", "files": {"dev": ["dev32"]}}, where="rte.toml")
+    >>> found.at("name").text(), found.at("files").at("dev").texts()
+    ('RTE', ['dev32'])
+    >>> found.at("files").at("dev").whole()
+    Traceback (most recent call last):
+    ptuning.errors.FileError: rte.toml: 'files.dev' must be a whole number, and is ["dev32"]
     """
 
     value: object
@@ -144,12 +133,8 @@ class Unchecked:
         return float(found)
 
     def to(self, kind: type[T], **given: object) -> T:
-        """Read a data class. The type of a field says what its value must be; what is missing or null is its default.
-
-        Args:
-            kind: A data class of texts, numbers, flags, ``Literal``, ``Json``, other data classes, and of mappings,
-                lists and ``| None`` of these.
-            given: Fields that are not read.
+        """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
+        be texts, numbers, flags, ``Literal``, ``Json``, data classes, and mappings, lists and ``| None`` of these.
         """
         hints = get_type_hints(kind)
         for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a data class
@@ -269,12 +254,8 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
 
 
 def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
-    """Remove temporary files that killed processes left in a folder, which may be missing.
-
-    Args:
-        folder: The folder.
-        names: Beginnings of the names of the files that were written.
-        older_seconds: Only files at least this old are removed; younger ones may still be in use.
+    """Remove temporary files that killed processes left in a folder, which may be missing. ``names`` are the
+    beginnings of the written files' names; files younger than ``older_seconds`` stay, since they may be in use.
     """
     beginnings = tuple(f".{name}" for name in names)
     for path in folder.glob(".*") if folder.is_dir() else ():
@@ -342,11 +323,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder``, which replaces ``folder`` if the block succeeds.
-
-    Raises:
-        FileError: If ``folder`` is not empty and ``overwrite`` is not set, or if it cannot be written.
-    """
+    """Yield a temporary folder beside ``folder`` that replaces it if the block succeeds; see :func:`check_free`."""
     if folder.is_symlink():
         folder = folder.resolve()
     check_free(folder, overwrite=overwrite)

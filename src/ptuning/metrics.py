@@ -1,8 +1,4 @@
-"""The table of metrics: what each is called, what it needs, and how it is computed from answers.
-
-To add a metric, add one entry to :data:`METRICS`. Task files may then name it, and ``eval``, the tables and the report
-show it.
-"""
+"""The table of metrics. One more entry in :data:`METRICS`, and task files, ``eval``, tables and reports have it."""
 
 from __future__ import annotations
 
@@ -54,16 +50,13 @@ class Metric:
     """A way to score answers. Values lie in [0, 1], and higher is better.
 
     Args:
-        name: Its name in task files and ``results.json``.
-        shown_as: Its name in tables.
+        name: Its name in task files and ``results.json``; ``shown_as`` in tables.
         compute: N answers and their N questions -> a value per row or group, or sums over them. Without questions, the
             right answers are known from hits and ranks only.
-        in_task_files: Whether ``metrics`` of a task file may name it.
         by_default: Whether tasks that name no metrics have it, as LAMA's relations do.
         needs_ranks: Whether the target's rank of every answer must be known.
         needs_label: A label that the task must have.
         primary: Whether it is the one to show where there is room for one. The first such in the table counts.
-        only_in_report: Whether the terminal's tables leave it out.
     """
 
     name: str
@@ -78,10 +71,7 @@ class Metric:
 
 
 def precision_at(k: int, ranks: Sequence[int]) -> list[float]:
-    """Return 1.0 for each rank within the first ``k`` (P@k per row); rank 0 means that the target was not ranked.
-
-    Source: Petroni et al. (2019), LAMA, section 4.
-    """
+    """Return P@k per row; rank 0 was not ranked. Source: Petroni et al. (2019), LAMA, section 4."""
     return [float(0 < rank <= k) for rank in ranks]
 
 
@@ -91,18 +81,12 @@ def reciprocal_ranks(ranks: Sequence[int]) -> list[float]:
 
 
 def macro_f1(predictions: Sequence[str], targets: Sequence[str]) -> Ratios:
-    """Return the F1 of every label that is predicted or right somewhere; their mean is the macro F1.
-
-    Source: Wang et al. (2019), SuperGLUE, section 3 (CB).
-    """
+    """Return F1 per label that is predicted or right. Source: Wang et al. (2019), SuperGLUE, section 3 (CB)."""
     return _f1_counts(predictions, targets, sorted({*predictions, *targets}))
 
 
 def f1_of(label: str, predictions: Sequence[str], targets: Sequence[str], groups: Sequence[str]) -> Ratios:
-    """Return the F1 of one label over all rows, with the rows of a group added up: they are not independent draws.
-
-    Source: Khashabi et al. (2018), MultiRC, section 4.1 (F1a).
-    """
+    """Return a label's F1 over all rows, added up by group. Source: Khashabi et al. (2018), MultiRC, section 4.1."""
     return grouped(_f1_counts(predictions, targets, [label]), groups)
 
 
@@ -127,18 +111,12 @@ def normalised(text: str) -> str:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of a prediction's words against those of the closest right answer.
-
-    Source: Zhang et al. (2018), ReCoRD, section 5.1.
-    """
+    """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
     return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if a prediction is one of the right answers, both :func:`normalised`.
-
-    Source: Zhang et al. (2018), ReCoRD, section 5.1.
-    """
+    """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
     return float(normalised(prediction) in map(normalised, answers))
 
 
@@ -180,7 +158,6 @@ def _targets(asked: Sequence[Asked]) -> list[str]:
 
 
 def _groups(asked: Sequence[Asked]) -> list[str]:
-    """Return the group of each row; a row without one is a group of its own."""
     return [f"row {at}" if row.group is None else f"group {row.group}" for at, row in enumerate(asked)]
 
 
@@ -188,7 +165,6 @@ def _groups(asked: Sequence[Asked]) -> list[str]:
 ACCURACY, EXACT_MATCH = "accuracy", "exact_match"
 POSITIVE = "true"  # the label whose F1 over all answers is MultiRC's F1a
 
-# All metrics by name, in the order of tables.
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -240,15 +216,8 @@ TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_
 def score_values(
     answers: Sequence[Answer], questions: Sequence[Asked] | None = None, metrics: Sequence[str] = ()
 ) -> dict[str, Values]:
-    """Return score -> values of a task.
-
-    Args:
-        answers: N answers.
-        questions: Their N questions; needed for ``metrics``.
-        metrics: Names of the task's own metrics. Without any, the default ones, as far as the answers are ranked.
-
-    Raises:
-        TaskError: If there is no such metric.
+    """Return score -> values of N answers; ``metrics`` of the task's own need the N questions, and a TaskError names an
+    unknown one. Without ``metrics``, the default ones count, as far as the answers are ranked.
     """
     if not metrics or questions is None:
         is_ranked = all(answer.rank is not None for answer in answers)

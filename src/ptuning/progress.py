@@ -8,12 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run, for a progress bar.
-
-    Args:
-        stage: ``train``, ``dev``, ``cache`` (the KV cache of the text before the slots), or ``epoch`` at its end.
-        done, total: Records of this stage; tokens for ``cache``; epochs for ``epoch``.
-        note: A few words, such as the epoch and the loss.
+    """The progress of a run. ``stage`` is ``train``, ``dev``, ``cache`` (the KV cache of the text before the slots), or
+    ``epoch`` at its end; ``done`` and ``total`` count its records, the tokens for ``cache``, the epochs for ``epoch``.
     """
 
     stage: str

@@ -46,11 +46,7 @@ def check_text(text: str, *, where: str, what: str = "the row") -> None:
 
 
 def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
-    """Return a row's scalar values as text, with the aliases of :data:`ALIASES` filled in.
-
-    Raises:
-        RecordError: If the row is not a mapping or a field name is not text.
-    """
+    """Return scalar values as text, with :data:`ALIASES`; a RecordError for no mapping, or a name that is no text."""
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
     record: dict[str, str] = {}

@@ -17,7 +17,6 @@ BOOTSTRAP_BATCH_VALUES = 2_000_000
 # With fewer values, percentile intervals of a bootstrap are too narrow: of intervals that should hold the mean in 95
 # cases of 100, those over 3 values do in 75 and those over 8 in 88. Source: docs/decisions.md, decision 15.
 FEW_VALUES = 30
-# The lowest and highest possible values.
 SCORE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
 
 
@@ -37,11 +36,8 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Ratios:
-    """A score that is the mean over K classes of a ratio of sums over G rows (F1), rather than a mean over rows.
-
-    Args:
-        over: (G, K) numerators, summed over the rows.
-        under: (G, K) denominators, summed over the rows; classes whose sum is 0 are left out.
+    """The mean over K classes of a ratio of sums over G rows (F1): ``over`` are the (G, K) numerators, ``under`` the
+    (G, K) denominators. Classes whose denominators sum to 0 are left out.
     """
 
     over: np.ndarray
@@ -147,7 +143,6 @@ def _resampled(compute: Callable[[np.ndarray], np.ndarray], rows: int, bounds: t
 
 
 def _students(mean: float, error: float, n: int, bounds: tuple[float, float]) -> Score:
-    """Return a mean with Student's interval from its standard error."""
     from scipy import stats
 
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
@@ -155,10 +150,8 @@ def _students(mean: float, error: float, n: int, bounds: tuple[float, float]) ->
 
 
 def score(values: Sequence[float], *, seed: int = 0) -> Score:
-    """Return the mean of per-row values with a 95 % interval; raise a ValueError if there are none.
-
-    Zeros and ones are a proportion and get Wilson's interval, which is not empty even at 0 of 20, where a bootstrap
-    would be certain. Other values get that of :func:`mean_score`. Source: Wilson (1927), through ``scipy.stats``.
+    """Return the mean of per-row values with a 95 % interval, Wilson's (1927) for zeros and ones: it is not empty at 0
+    of 20, where a bootstrap would be. Others get that of :func:`mean_score`. Without values, raise a ValueError.
     """
     import numpy as np
     from scipy import stats  # takes half a second to load

@@ -37,9 +37,7 @@ class TableStatistics(NamedTuple):
 
 class Backbone:
     """A language model with a copy of its tokenizer. ``name`` is its known name, folder or hub id.
-
-    Raises:
-        BackboneError: If the model is not a language model, or does not take embeddings as input.
+    Raises BackboneError if the model is not a language model, or does not take embeddings as input.
     """
 
     trained: object | None = None  # the trained weights that were put into it, if any
@@ -167,7 +165,6 @@ class Backbone:
     @torch.no_grad()
     def shares_prefix(self) -> bool:
         """Whether rows can continue from a KV cache that they share. Found by running one token.
-
         The cache of a causal model must hold all keys and values and nothing else: no window, no recurrent state.
         """
         import transformers
@@ -189,7 +186,6 @@ class Backbone:
     @torch.no_grad()
     def pads_left(self) -> bool:
         """Whether rows can have pads on the left. Found by running one row with pads and without.
-
         They cannot if positions count from the first pad (BART) or a recurrent state reads every column (RWKV).
         """
         if self.kind == "encoder-decoder":
@@ -227,7 +223,7 @@ class Backbone:
         memory: Memory | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, Memory | None]:
-        """Run the model and return logits at the asked positions only.
+        """Return asked float32 logits, (N, V) of the tokenizer's vocabulary or (N, K) of a head; and the KV cache.
 
         Args:
             embeddings: (B, T, E).
@@ -238,9 +234,6 @@ class Backbone:
             encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.
-
-        Returns:
-            (N, V) float32 logits over the tokenizer's vocabulary, or (N, K) of another head; and the KV cache.
         """
         logits, memory = self._forward(
             self.model,
@@ -257,8 +250,7 @@ class Backbone:
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
-        """Run a prefix of B rows once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`.
-
+        """Run a prefix once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`.
         Returns the KV cache of T tokens for B rows, as views of one row's. Gradients flow through it.
         """
         memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)

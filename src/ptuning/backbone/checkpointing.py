@@ -40,12 +40,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def recomputing(model: nn.Module, *, name: str) -> Iterator[None]:
     """Checkpoint the activations of each layer, for forward passes in this thread and block.
 
-    The backward pass may come after the block. Other threads that run the model are not affected. Transformers' own
-    switch does nothing in evaluation mode, in which a frozen backbone stays, and it drops the KV cache.
-
-    Raises:
-        TrainingError: If no layer of the model can be run again.
-
+    The backward pass may come after the block. Transformers' own switch does nothing in evaluation mode, in which a
+    frozen backbone stays, and it drops the KV cache. Raises TrainingError if no layer of the model can be run again.
     Source: Chen et al. (2016), section 4; docs/decisions.md, decision 29.
     """
     layers = list(dict.fromkeys(layers_of(model)))
@@ -118,7 +114,6 @@ class _Run:
 
 
 def _is_cache(value: object) -> bool:
-    """Whether it is a KV cache of transformers, which changes as layers run."""
     return callable(getattr(value, "update", None)) and callable(getattr(value, "reorder_cache", None))
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import Cache, DynamicLayer, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutput
 
-# The module that replaces a model's own head, if there is one.
 HEAD = "classification_head"
 # The inputs that a model must take, and what goes wrong without them.
 NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
@@ -77,9 +76,7 @@ _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
 class Forward:
     """Runs a model of any kind. What the model takes is read from its class and its config, once.
-
-    Raises:
-        BackboneError: If it does not take an input that its kind needs.
+    Raises BackboneError if it does not take an input that its kind needs.
     """
 
     def __init__(self, model: PreTrainedModel, *, kind: Kind, name: str) -> None:
@@ -120,12 +117,8 @@ class Forward:
     ) -> tuple[Tensor, Memory | None]:
         """Run the model, or a copy of it; as :meth:`ptuning.backbone.backbone.Backbone.run`.
 
-        A classification head reads the body's hidden states directly, without what language models do to them on the
-        way to words (T5's scale, BART's bias per word).
-
-        Raises:
-            BackboneError: If there is a classification head, and the body does not return its hidden states.
-
+        A classification head reads the body's hidden states directly, without T5's scale or BART's bias per word.
+        Raises BackboneError if the body does not return them.
         Source: docs/decisions.md, decision 6 (a hook on the body gathers before the head runs).
         """
         encoded = encoded_mask = None
@@ -184,9 +177,7 @@ class Forward:
 
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Hide the asked positions from every position and ask for their tokens (Yang et al. 2019, section 2.3).
-
-    Returns perm_mask (B, T, T), 1 where a position must not see another; target_mapping (B, M, T), one row per asked
-    position; and for each asked position, which of the M rows it is, (N,) int64.
+    Returns perm_mask (B, T, T), 1 where hidden; target_mapping (B, M, T); each asked position's row of the M, (N,).
     """
     batch, width = embeddings.shape[:2]
     counts = torch.bincount(rows, minlength=batch)  # (B,)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The attention of transformers that this one replaces.
 ATTENTION = "sdpa"
 # Marks the attention modules of backbones; other models in the process keep transformers' attention.
 MARK = "_ptuning_packs_heads"
@@ -20,11 +19,8 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def pack_heads(model: PreTrainedModel) -> None:
-    """Let a model's grouped-query attention use each head's keys and values without copying them, on a CPU.
-
-    With a mask, transformers copies keys and values once per query head. Here the queries of a group become more
-    queries of one head instead: few are copied, and the numbers are the same up to rounding.
-
+    """Let grouped-query attention use each head's keys and values without the copies that transformers makes, on a CPU.
+    The queries of a group become more queries of one head; the numbers are the same up to rounding.
     Source: Ainslie et al. (2023), arXiv:2305.13245 (grouped-query attention); docs/decisions.md, decision 31.
     """
     grouped = [module for module in model.modules() if _groups(module) > 1]
@@ -53,7 +49,6 @@ def packed_attention(
     **options: object,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as ``plain`` (transformers' attention) does; where it pays, the queries of a group share one head.
-
     Takes queries (B, H, T, D), keys and values (B, K, S, D), and a mask (B or 1, 1, T, S). Returns (B, T, H, D) first.
     """
     heads, length = query.shape[1:3]

@@ -49,11 +49,7 @@ def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto",
 
 
 def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, Kind]:
-    """Load what templates need from a backbone, without its weights.
-
-    Raises:
-        BackboneError: As :func:`load_backbone`.
-    """
+    """Load what templates need from a backbone, without its weights; errors as :func:`load_backbone`."""
     name = str(name)
     folder, _ = _find(name)
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
@@ -123,7 +119,6 @@ def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
 
 
 def _default_folder(name: str) -> Path:
-    """Return the folder of the default backbone in the cache; the first time, convert it."""
 
     def convert(gguf: Path, target: Path) -> None:
         import transformers

@@ -20,7 +20,6 @@ from ptuning.files import Unchecked
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# peft's names of adapter weights begin with its wrapper.
 PREFIX = "base_model.model."
 ADAPTER = "default"
 # The remedy for adapters that do not work: attention's linear modules take them in nearly every model.
@@ -33,11 +32,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     """Add new adapters to a model (its layers are replaced: pass a copy); untrained, they change nothing.
 
     ``targets`` is ``all-linear``, ``default`` (peft's choice for the architecture), or names with commas between them.
-
-    Raises:
-        ConfigError: If peft is missing.
-        BackboneError: If the model has no such layers.
-
+    Raises ConfigError if peft is missing, and BackboneError if the model has no such layers.
     Source: Hu et al. (2021), section 4.1.
     """
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
@@ -63,10 +58,7 @@ def adapter_config(model: nn.Module, *, backbone: str) -> bytes:
 
 def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tensor]) -> None:
     """Add saved adapters to a model, with a config from :func:`adapter_config`. Its layers are replaced: pass a copy.
-
-    Raises:
-        ConfigError: If peft is missing.
-        PromptError: If they do not fit the model.
+    Raises ConfigError if peft is missing, and PromptError if they do not fit the model.
     """
     try:
         with torch.random.fork_rng(devices=[]):  # their start values are overwritten
@@ -97,9 +89,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
     """Check that a model's adapters can be saved and loaded into a copy of the model without them (``other``).
-
-    Raises:
-        BackboneError: If they cannot be loaded, or differ when loaded.
+    Raises BackboneError if they cannot be loaded, or differ when loaded.
     """
     saved = adapter_config(model, backbone="")
     what = f"adapters of {type(model).__name__} (lora_targets {targets}) could not be loaded again"

@@ -15,10 +15,8 @@ LONG_ROW = 67
 @torch.no_grad()
 def check_reading(backbone: Backbone) -> None:
     """Check that a model reads its input and nothing else.
-
-    Raises:
-        BackboneError: If it treats embeddings in another way than token ids or takes only embeddings of tokens, if it
-            reads pads, if a causal model sees later tokens, or if an encoder-decoder model has two embedding tables.
+    Raises BackboneError if it treats embeddings unlike token ids or takes only embeddings of tokens, if it reads pads,
+    if a causal model sees later tokens, or if an encoder-decoder model has two embedding tables.
     """
     called = f"{backbone.name}: {type(backbone.model).__name__}"
     ids = probe_ids(backbone)[None]  # (1, 3)

@@ -44,12 +44,8 @@ def is_cached(name: str) -> bool:
 
 def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
     """Return the folder of a known backbone. The first time, ``convert`` gets the weights file and a folder to fill.
-
-    If two processes convert at the same time, the first to finish wins. The folder appears whole or not at all.
-
-    Raises:
-        BackboneError: If the package with the weights is not installed.
-        FileError: If the copy cannot be written.
+    The folder appears whole or not at all; of two processes that convert at the same time, the first to finish wins.
+    Raises BackboneError if the package with the weights is missing, and FileError if the copy cannot be written.
     """
     folder = _cache_folder(name)
     if _is_whole(folder):
@@ -109,9 +105,7 @@ def _weights_file(name: str) -> Path:
 
 def find_backbone(name: str) -> tuple[str, str | None]:
     """Return the folder of a backbone, local or from the hub, and its hub revision, if any.
-
-    Raises:
-        BackboneError: If there is neither; the message names the known names.
+    Raises BackboneError if there is neither; the message names the known names.
     """
     path = Path(name).expanduser()
     if name.strip() and path.is_dir():

@@ -24,11 +24,8 @@ SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id
 class TextTokenizer:
     """A transformers tokenizer for templates: it adds no special tokens, and special text in records is plain text.
 
-    ``max_tokens`` is the longest row of the model, and ``rows`` the number of ids that it can embed, if known: special
-    tokens beyond are ignored.
-
-    Raises:
-        BackboneError: If the tokenizer's special tokens cannot be told apart from text.
+    ``max_tokens`` is the model's longest row; special tokens beyond ``rows``, the ids that it can embed, are ignored.
+    Raises BackboneError if the special tokens cannot be told apart from text.
     """
 
     def __init__(
@@ -68,10 +65,7 @@ class TextTokenizer:
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
-        """Spell special tokens out that appear in the text: a unigram vocabulary finds them like any other piece.
-
-        Special tokens that do not appear in the text (the bytes of an unknown letter) stay.
-        """
+        """Spell special tokens out that appear in the text; others (the bytes of an unknown letter) stay."""
         if self._reserved.isdisjoint(ids):
             return ids
         spelled: list[int] = []
@@ -119,7 +113,6 @@ class TextTokenizer:
         return Gap()
 
     def _probe_specials(self) -> tuple[Ids, Ids, int]:
-        """Find out where the tokenizer puts special tokens, and which segment id a single sentence gets."""
         bare = self.encode(["a"])[0]
         whole = self._tokenizer("a", verbose=False)
         ids = list(whole["input_ids"])
@@ -131,11 +124,7 @@ class TextTokenizer:
 
 
 def kind_of(config: object, *, has_mask: bool) -> Kind:
-    """Return what kind of language model a model is, by its config.
-
-    Raises:
-        BackboneError: If it is not a language model.
-    """
+    """Return what kind of language model it is, by its config; raises BackboneError if it is none."""
     from transformers.models.auto import modeling_auto
 
     model_type = str(getattr(config, "model_type", ""))
@@ -177,11 +166,7 @@ def _is_permuted(model_type: str) -> bool:
 
 def decoder_start(config: object, generation: object) -> Ids:
     """Return the ids that a decoder reads before it writes: its start token, and its forced first token, if any.
-
-    They are read from the model's generation config, if it has one, before its config.
-
-    Raises:
-        BackboneError: If an encoder-decoder model names no start token.
+    The generation config comes first. Raises BackboneError if an encoder-decoder model names no start token.
     """
     if not getattr(config, "is_encoder_decoder", False):
         return ()

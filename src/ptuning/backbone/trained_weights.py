@@ -25,7 +25,6 @@ DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
-# What TrainedWeights may hold.
 TRAINED: tuple[Tune, ...] = ("tuned", "lora")
 
 
@@ -37,14 +36,9 @@ def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter
 
 
 def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, seed: int) -> Backbone:
-    """Return a frozen copy of a backbone with new adapters (:func:`~ptuning.backbone.lora.add_adapters`).
-
-    It shares the weights. It is checked that it runs, and that its adapters can be saved and loaded.
-
-    Raises:
-        ConfigError: If peft is missing.
-        BackboneError: If the model has no such layers, does not run with adapters on them, or if the adapters cannot be
-            saved and loaded.
+    """Return a frozen copy that shares the weights, with new adapters (:func:`~ptuning.backbone.lora.add_adapters`).
+    Raises ConfigError if peft is missing, and BackboneError if the model has no such layers, does not run with adapters
+    on them, or if the adapters cannot be saved and loaded.
     """
     other = backbone.copy(share=True)
     lora.add_adapters(other.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
@@ -59,7 +53,6 @@ def with_adapters(backbone: Backbone, *, rank: int, alpha: float, targets: str, 
 @dataclass(frozen=True, eq=False)
 class TrainedWeights:
     """Trained weights by name, float32, and all that is needed to put them into the frozen backbone again.
-
     ``keep`` says for tuned weights whether only those that changed are saved. ``fingerprint`` is that of the backbone
     with these weights. ``files`` are the adapter config, or the config and tokenizer of a whole model.
     """
@@ -101,9 +94,7 @@ class TrainedWeights:
         """Return a frozen copy of a backbone with these weights; the given one does not change.
 
         With adapters the copy shares all other weights; with tuned weights it is a full copy in float32.
-
-        Raises:
-            PromptError: If a key is missing or unknown, or a shape does not fit this backbone.
+        Raises PromptError if a key is missing or unknown, or a shape does not fit this backbone.
         """
         if self.tune == "lora":
             other = backbone.copy(share=True)
@@ -139,9 +130,7 @@ class TrainedWeights:
 
     def save(self, folder: Path) -> dict[str, Json]:
         """Write the weights into a folder, and return the entry for the manifest that :meth:`load` needs.
-
-        Raises:
-            FileError: If a file cannot be written.
+        Raises FileError if a file cannot be written.
         """
         for name, data in self.files.items():
             write_bytes(folder / name, data)
@@ -156,10 +145,8 @@ class TrainedWeights:
     @classmethod
     def load(cls, folder: Path, about: Unchecked) -> TrainedWeights:
         """Read what :meth:`save` wrote, with the entry that it returned; values are read when they are used.
-
-        Raises:
-            FileError: If a file cannot be read.
-            PromptError: If one is cut off or was changed; of the class of ``about``, if that is not what it must be.
+        Raises FileError if a file cannot be read, and PromptError if one is cut off or was changed; an error of
+        ``about``'s class, if that is not what it must be.
         """
         hashes = {name: one.text() for name, one in about.at("sha256").table().items()}
         tune, keep = about.at("tune").one_of(TRAINED), about.at("keep").one_of(get_args(Keep))
@@ -182,9 +169,7 @@ class TrainedWeights:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file with ``texts`` in its header, without a copy of it in memory.
-
-    Raises:
-        FileError: If it cannot be written; nothing is left behind.
+    Raises FileError if it cannot be written; nothing is left behind.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
@@ -199,10 +184,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[s
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; values are read from disk when they are used.
-
-    Raises:
-        FileError: If it cannot be read.
-        PromptError: If it is cut off or damaged.
+    Raises FileError if it cannot be read, and PromptError if it is cut off or damaged.
     """
     try:
         with path.open("rb"), safetensors.safe_open(path, framework="pt") as opened:
@@ -248,7 +230,6 @@ def _rows_fit(kept: Tensor, rows: Tensor, weight: Tensor) -> bool:
 
 
 def _model_files(backbone: Backbone) -> dict[str, bytes]:
-    """Return config and tokenizer, which beside the weights make a folder a transformers model."""
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
         folder = Path(name)
         config = copy.deepcopy(backbone.model.config)

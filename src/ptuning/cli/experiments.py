@@ -103,9 +103,7 @@ def _planned(
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:
-    """Return a decorator for a command that takes a plan: it adds the options of :func:`_planned`, with other defaults
-    where they are given, and prints results.
-    """
+    """Return a decorator that adds the options of :func:`_planned`, with other defaults, and prints results."""
 
     def decorate(command: Callable[..., Results]) -> Callable[..., None]:
         own, shared = (dict(inspect.signature(one, eval_str=True).parameters) for one in (command, _planned))
@@ -361,9 +359,7 @@ def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
 
 
 def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
-    """Return the scores that a table shows, so that a row fits into 80 columns. One column is enough where P@1 is exact
-    match. A task's own metrics are shown if they fit, and their mean otherwise.
-    """
+    """Return the scores that fit into 80 columns: a task's own or their mean, and P@1 only once."""
     if present[0] == TASK_SCORE:
         return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
     same = all(scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values())

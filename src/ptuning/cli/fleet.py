@@ -72,11 +72,7 @@ def fleet(
 
 
 def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
-    """Read the templates, settings and data that the prompts of a fleet name; a file that several name is read once.
-
-    Raises:
-        PTuningError: If one cannot be used; names the prompt.
-    """
+    """Read what the prompts of a fleet name, each file once; an error names the prompt."""
     read: dict[tuple[object, ...], Any] = {}
     found = []
     for entry in asked.entries:

@@ -88,10 +88,8 @@ def training_spec(
     option: str = "--",
     once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),
 ) -> TrainSpec:
-    """Read the task, the template and the data of one training.
-
-    ``option`` is the prefix of the names of inputs in messages. ``once`` is called with a source and its part, and with
-    what reads it; it may return what was read before.
+    """Read the task, the template and the data of one training. ``option`` precedes names in messages; ``once`` gets a
+    source, its part and what reads it, and may return what was read before.
     """
     from ptuning.training.spec import TrainSpec
 
@@ -117,9 +115,8 @@ def training_spec(
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
-    """Load a prompt, or make a manual one of ``manual:TEMPLATE``; with a task also of ``manual:N``, its pattern N.
-
-    The given task comes before the prompt's own. The part named by ``without`` is left out.
+    """Load a prompt, less its part ``without``, or make a manual one of ``manual:TEMPLATE`` or, with a task,
+    ``manual:N``. The given task comes before the prompt's own.
     """
     with terminal.waiting("starting"):
         from ptuning.prompt.prompt import Prompt
@@ -156,14 +153,7 @@ def template_of(
     *,
     option: str = "--",
 ) -> Template:
-    """Return the template to learn: the given one, one made from a manual template, or a task's by its number.
-
-    In messages ``option`` comes before the names of these.
-
-    Raises:
-        ConfigError: If these do not go together.
-        TemplateError: If a template is malformed.
-    """
+    """Return the template to learn: as given, from a manual one, or a task's; a ConfigError if these clash."""
     from ptuning.template.language import Template
 
     if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):

@@ -108,7 +108,6 @@ def training(
 
 @functools.cache
 def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a function; the same objects for every command that takes them."""
     return inspect.signature(options, eval_str=True).parameters
 
 

@@ -159,7 +159,6 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
 
 
 def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
-    """Print one answer per line, or one JSON object per line."""
     for record, prediction in zip(data, found, strict=True):
         if as_json:
             typer.echo(json.dumps({"record": dict(record), **prediction.to_json()}, ensure_ascii=False))

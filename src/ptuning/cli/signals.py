@@ -24,12 +24,7 @@ SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 1
 
 @contextlib.contextmanager
 def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
-    """Show progress, and stop at a signal: yield a progress callback and a check whether to stop.
-
-    Args:
-        out: Folder of the work, which may hold a checkpoint.
-        again: Option that continues it, for the message.
-    """
+    """Yield a progress callback and a check whether to stop; a message names the option ``again`` that continues."""
     from ptuning.progress import Interrupted
 
     asked: list[int] = []

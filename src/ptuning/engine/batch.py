@@ -33,8 +33,7 @@ class Batch:
         positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
         slot_rows, slot_cols: (S,) int64; the positions of slots.
         slot_index: (S,) int64; for each of them, the row of the (P, E) slot vectors that goes there.
-        logit_rows, logit_cols: (N,) int64; the scored positions, row by row.
-        counts: Number of scored positions of each row.
+        logit_rows, logit_cols: (N,) int64; the scored positions, row by row; ``counts`` has their number in each row.
         shared_tokens: Number of leading columns that are the same in every row.
         encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
     """
@@ -64,9 +63,7 @@ class Batch:
 
 def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "right") -> Batch:
     """Pad B examples to one batch, on one side of whole rows; encoder and decoder parts are each padded on the right.
-
-    Raises:
-        PromptError: If a row has another number of slot positions than its prompt has slots.
+    Raises PromptError if a row has another number of slot positions than its prompt has slots.
     """
     lengths = np.array([len(example.token_ids) for example in examples])
     encoder = np.array([example.encoder_tokens for example in examples])
@@ -106,10 +103,9 @@ def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "
 
 
 def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -> int:
-    """Count the leading tokens and slots that are the same in all rows.
+    """Count the leading tokens and slots that are the same in all rows; without ``learned`` they have the same prompt.
 
     They end before the first scored position, so that each row has at least one position of its own behind them.
-    Without ``learned`` all rows have the same prompt.
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
@@ -137,7 +133,6 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
 
 def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator[list[int]]:
     """Yield indices of inputs that share a forward pass: of similar length, and within its bounds.
-
     ``inputs`` holds for each index the rows that must share a pass. The first ``prefix`` tokens of all rows run once.
     """
     longest = [max((len(example.token_ids) for example in row), default=0) for row in inputs]

@@ -19,7 +19,6 @@ from ptuning.progress import OnProgress, Progress
 @dataclass(frozen=True)
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
-
     With classes also the most likely class of each record, and its natural log-probability among all classes.
     """
 

@@ -38,7 +38,6 @@ def write_answers(
     pad_side: Side,
 ) -> list[list[Written]]:
     """Answer records with what the model writes, with one prompt and a beam search of ``width`` beams.
-
     Returns for each record up to ``width`` answers of at most ``max_tokens``, best first. Targets are ignored.
     """
     if backbone.kind in FILLS_MASKS:
@@ -81,10 +80,7 @@ def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> 
 
 
 class _BeamSearch:
-    """Beam search over B rows, W beams each; all grow by one token a step. Width 1 is greedy decoding.
-
-    A model without a KV cache reads whole rows again for every token.
-    """
+    """Beam search over B rows, W beams each; all grow by one token a step. Width 1 is greedy decoding."""
 
     def __init__(
         self, backbone: Backbone, bound: BoundTemplate, examples: Sequence[Example], learned: Learned, *, width: int
@@ -101,7 +97,6 @@ class _BeamSearch:
         self._best, self._tokens = torch.log_softmax(first.logits, dim=-1).topk(width, dim=-1)  # (B, W) each
         self._texts = [[[int(token)] for token in row] for row in self._tokens.tolist()]
         row_of_beam = torch.arange(self._rows, device=backbone.device).repeat_interleave(width)  # (B * W,)
-        # The answer continues the row, or the decoder's part of it.
         self._mask = batch.mask[:, batch.encoder_tokens :][row_of_beam]  # (B * W, T)
         self._positions = self._mask.sum(dim=1)  # (B * W,)
         self._follow(row_of_beam)
@@ -238,7 +233,6 @@ def _fill_masks(
 
 
 def _with_masks(bound: BoundTemplate, records: Mapping[int, Record], count: int) -> dict[int, Example]:
-    """Fill the template with ``count`` masks, for the records that leave enough room."""
     try:
         return dict(zip(records, bound.contexts(list(records.values()), target_tokens=count), strict=True))
     except TemplateError:

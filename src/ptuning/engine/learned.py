@@ -12,9 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What one prompt, or the several prompts of a batch, bring to a pass.
-
-    All that a prompt learns outside of the backbone's weights belongs here; ``engine.passes.run_pass`` uses it.
+    """What one prompt, or the several prompts of a batch, bring to a pass: all that is learned outside of the backbone.
 
     Args:
         vectors: (P, E) float32; the slot vectors of all prompts, one prompt below the other.

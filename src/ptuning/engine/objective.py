@@ -35,15 +35,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Item:
-    """One record ready to be scored.
+    """One record ready to be scored: its different ``inputs``, and how ``normalise`` treats choices of several tokens.
 
     Args:
-        inputs: The different rows that the model reads for it.
         choices: The texts to score: the target alone, or every candidate, label word or choice of the row.
         classes: Class of each choice: its label, for label words; otherwise each choice is a class of its own.
         answers: The right classes (one, for label words); empty without classes.
         empty: For calibration: the same choices, scored after inputs made from an empty record.
-        normalise: How choices of several tokens are scored.
     """
 
     inputs: tuple[Example, ...]
@@ -66,7 +64,6 @@ def inputs_of(items: Iterable[Item]) -> list[Example]:
 
 def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Choice, ...]]:
     """Turn examples of one record into their different inputs, and one choice per example.
-
     Candidates that differ in their last token only (for a masked model: of the same length) share an input.
     """
     inputs: dict[tuple[Ids, Ids, Ids], int] = {}
@@ -93,9 +90,7 @@ def question_items(
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
     A written target gets a stop token ``with_stop``. Items of a closed space have their right classes if ``labelled``.
-
-    Raises:
-        RecordError: If a question cannot be answered, or its target is not an answer.
+    Raises RecordError if a question cannot be answered, or its target is not an answer.
     """
     records, scoring = questions.records, answers.scoring
     if not answers.is_closed:
@@ -126,7 +121,6 @@ def question_items(
 
 
 def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
-    """Yield the examples of each record's texts; an error names the record."""
     repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
     try:
         examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
@@ -151,10 +145,9 @@ class Scored:
     """Log-probabilities of the choices of several items, C choices and M scored tokens in all.
 
     Args:
-        log_probs: (C,) float32, differentiable; total log-probability of each choice's own tokens.
+        log_probs: (C,) float32, differentiable; total log-probability of each choice's own ``lengths`` tokens.
         all_log_probs: (C,) float32; the same, including the stop token if it is scored.
         correct: (C,) bool; whether every own token is the most likely one given those before it (exact match).
-        lengths: (C,) float32; number of own tokens.
         token_count: Number of scored tokens; a stop token counts :data:`STOP_WEIGHT`.
         per_item: Number of choices of each item; those of an empty record, if any, come last.
     """
@@ -205,10 +198,8 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
 def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     """Return one score per item and class: the log of the mean probability of the class's words.
 
-    With calibration, each word's probability is divided by its probability after an empty record. The I items have the
-    same scoring, and up to K classes and C choices each. Returns (I, K) unnormalised log-probabilities; minus infinity
-    where an item lacks a class.
-
+    With calibration, each word's probability is divided by its probability after an empty record. Returns (I, K)
+    unnormalised log-probabilities of I items of the same scoring; minus infinity where an item lacks a class.
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
     values = scored.log_probs / scored.lengths if items[0].normalise == "mean" else scored.log_probs
@@ -230,7 +221,6 @@ def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
 
     Without classes: the negative log-likelihood of the target, counted in tokens; the stop token weighs
     :data:`STOP_WEIGHT`. With classes: minus the log of the right classes' total probability, counted in items.
-
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
     if not items[0].answers:

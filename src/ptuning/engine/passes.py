@@ -23,9 +23,7 @@ MIN_SAVED_TOKENS = 48
 
 def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     """Write the (P, E) slot vectors into a copy of the (B, T, E) embeddings, in their dtype. Nothing else does that.
-
-    Raises:
-        PromptError: If the batch needs more vectors than there are.
+    Raises PromptError if the batch needs more vectors than there are.
     """
     if not len(batch.slot_rows):
         return embeddings
@@ -40,7 +38,6 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
 @dataclass(frozen=True)
 class Pass:
     """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
-
     ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one.
     """
 
@@ -73,9 +70,8 @@ def run_pass(
 ) -> Pass:
     """Run rows through the backbone with what their prompts bring: every pass of this package is made here.
 
-    Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share is
-    computed once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for
-    rounding, since in a causal model no token changes those before it.
+    Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share runs
+    once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for rounding.
     """
     past = None
     if cache is not None and cache.is_used and not backbone.model.training:
@@ -93,7 +89,6 @@ def run_embeddings(
     backbone: Backbone, embeddings: Tensor, batch: Batch, *, past: Past | None = None, keep: bool = False
 ) -> tuple[Tensor, Memory | None]:
     """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays.
-
     Returns (N, V) float32 logits, row by row; and the KV cache, if asked for (``keep``; then no prefix is shared).
     """
     rows, shared, memory, mask, positions = len(batch.counts), 0, None, batch.mask, batch.positions

@@ -1,7 +1,4 @@
-"""KV cache for the text before the first slot.
-
-That text never changes during training, so its keys and values are computed once and reused in every epoch.
-"""
+"""KV cache for the text before the first slot: it never changes in training, so it is computed once."""
 
 from __future__ import annotations
 
@@ -29,7 +26,6 @@ logger = logging.getLogger(__name__)
 # Each step copies the cached keys and values of its rows together, so caching short texts does not pay.
 # Source: docs/decisions.md, decision 27.
 MIN_PREFIX_TOKENS = 8
-# The cache leaves this much of the disk free.
 SPARED_DISK_BYTES = 2 << 30
 
 Told = Callable[[int, int], None]
@@ -43,13 +39,11 @@ class Past(NamedTuple):
 
 
 class PrefixCache:
-    """Keys and values of the text before each row's first slot, for a frozen causal backbone.
+    """Keys and values of the text before each row's first slot, by its token ids, for a frozen causal backbone.
 
-    Slots do not change them and no gradient flows through them. So they are computed once, in passes of their own, and
-    rows then run from their first slot onwards. The token ids of a text are its key. Entries beyond ``memory_share`` of
-    the free memory (0 turns the cache off) go to files, and those for which the disk has no room are computed anew in
-    each step. As a context manager, the cache drops everything at the end.
-
+    Slots do not change them and no gradient flows through them. So they are computed once, and rows then run from their
+    first slot onwards. Entries beyond ``memory_share`` of the free memory (0 turns the cache off) go to files, and
+    those without room on the disk are computed anew in each step. As a context manager, it drops everything at the end.
     Source: docs/decisions.md, decision 27.
     """
 
@@ -60,7 +54,6 @@ class PrefixCache:
         self.disk_bytes = 0
         self._memory_share = memory_share
         self._memory: dict[Ids, Tensor] = {}
-        # File of each text, and its size.
         self._disk: dict[Ids, tuple[Path, int]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
@@ -92,7 +85,6 @@ class PrefixCache:
 
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
-
         ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
         texts = [cacheable_ids(example) for example in examples]
@@ -179,7 +171,6 @@ class PrefixCache:
 
     def past(self, texts: Sequence[Ids]) -> Past:
         """Return the keys and values of each row's text (:func:`cacheable_ids`; at least one is not empty) for a pass.
-
         Shorter texts get pads on the left, so that all end in the same column.
         """
         parts = self._find(dict.fromkeys(ids for ids in texts if ids))

@@ -1,8 +1,4 @@
-"""The template language, and how a template becomes token ids.
-
-Parsing patterns, tokenising text across slots as one string, truncating long records to the context, and label words
-(the verbalizer). It must not know a model: a tokenizer comes in as the protocol
-:class:`~ptuning.template.segments.Tokenizer`.
+"""The template language, and how a template becomes token ids. It must not know a model, only a tokenizer.
 
 Read first: ``language``, ``segments``, ``fill``, ``labels``.
 """

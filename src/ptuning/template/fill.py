@@ -1,9 +1,4 @@
-"""Filling a template: record -> token ids, slot positions and scored positions, unpadded.
-
-The rules (docs/templates.md): text between two slots is tokenised as one string; a space belongs to the piece that
-follows it; the target's ids are those it has in the filled sentence; a special token is one only where the template
-itself writes it, never in a record; only fields without ``!`` are truncated to the context length.
-"""
+"""Filling a template: record -> token ids, slot positions and scored positions, unpadded (docs/templates.md)."""
 
 from __future__ import annotations
 
@@ -34,8 +29,7 @@ class Example:
     """One filled template as token ids, unpadded.
 
     Args:
-        token_ids: The row, with :data:`SLOT_PLACEHOLDER` at the slots. For an encoder-decoder model, the encoder's part
-            and then the decoder's.
+        token_ids: With :data:`SLOT_PLACEHOLDER` at the slots; the encoder's part, if any, comes first.
         slot_positions: The positions of the slots, in template order.
         logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
         target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
@@ -80,18 +74,11 @@ _Part = TextRun | _Fixed
 
 
 class BoundTemplate:
-    """A template together with the tokenizer and kind of one backbone.
+    """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
 
-    Args:
-        template: The template. Text behind the target is dropped with a notice for a causal model, and behind ``[>]``.
-        tokenizer: The tokenizer of the backbone.
-        kind: The kind of language model.
-        multiline: Whether targets may contain line breaks. If not, a causal model's answer ends with its line: models
-            tend to write a line break there anyway, so a prompt learns it in fewer steps than the end of the text.
-
-    Raises:
-        TemplateError: If the words of ``[P:words]`` have no tokens, a masked model has no mask token, or ``[>]``
-            is in the template of a model without a decoder's side.
+    Unless targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
+    there anyway, so a prompt learns it in fewer steps than the end of the text. Raises a TemplateError if the words of
+    ``[P:words]`` have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
     def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
@@ -144,14 +131,9 @@ class BoundTemplate:
         with_stop: bool = False,
         source: str = "record",
     ) -> list[Example]:
-        """Fill the template with N records and their targets; by default each record's own.
-
-        With ``with_stop`` the stop token is scored after the target, for a model that writes; ``source`` is the name of
-        the records in messages.
-
-        Raises:
-            TemplateError: If a record lacks a field, or slots, literals, target and kept fields do not fit.
-            RecordError: If a target is missing or has no tokens.
+        """Fill the template with N records and their targets; by default each record's own. ``with_stop`` scores the
+        stop token as well. Raises a TemplateError if a record lacks a field, or slots, literals, target and kept fields
+        do not fit; a RecordError with the name of the ``source`` if a target is missing or has no tokens.
         """
         if targets is None:
             targets = [record.get(TARGET_FIELD, "") for record in records]
@@ -242,9 +224,7 @@ class BoundTemplate:
         return examples
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
-        """Cut a filled record at its slots and special tokens; truncate fields without ``!`` to ``limit`` characters.
-        Only the target is its own segment, unless ``named``: then every piece is.
-        """
+        """Cut a record, truncated to ``limit``, at slots, special tokens and the target; if ``named``, everywhere."""
         parts: list[_Part] = []
         for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
             if is_fixed:

@@ -20,12 +20,8 @@ EXAMPLE = '"positive=great,good;negative=terrible"'
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a closed set of answers is scored.
-
-    Args:
-        normalise: By total log-probability (``sum``), or by its mean over a text's tokens (``mean``).
-        calibrate: Whether the score that each answer gets for an empty record is subtracted.
-        keep: Fields that an empty record keeps, since they hold one of a few words rather than content.
+    """How a closed set of answers is scored: by total log-probability or its mean over tokens, less the score for an
+    empty record if ``calibrate``. ``keep`` are fields that hold one of a few words, which an empty record keeps.
     """
 
     normalise: Normalise = "sum"
@@ -42,10 +38,7 @@ PLAIN = Scoring()
 
 @dataclass(frozen=True)
 class LabelWords:
-    """The words of each label, by the label's name.
-
-    Raises a LabelWordError if there are fewer than two labels, a label has no words, or a word is given for two labels.
-    """
+    """The words of each label. Fewer than two labels, no words, or a word of two labels are a LabelWordError."""
 
     words: Mapping[str, tuple[str, ...]]
 
@@ -110,9 +103,7 @@ class LabelWords:
         return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Check the words' token ids in a filled template, and return a line per word. Equal ids of two labels' words,
-        and a word that is unknown to the tokenizer, are a LabelWordError.
-        """
+        """Return a line per word with its ids; unknown words and equal ids of two labels are a LabelWordError."""
         lines = []
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
         for (label, word), example in zip(self.flat, self.examples(bound, record), strict=True):

@@ -71,14 +71,11 @@ BRACKETS: Mapping[str, Piece] = {"X": Field("x"), "Y": Target(), ">": Turn(), "P
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed pattern: pieces in order, exactly one of them the target; neighbouring literals are joined.
+    """A parsed pattern: pieces in order, neighbouring literals joined. Raises a TemplateError if there is not exactly
+    one target, if its own field is also an input, or if ``[>]`` is there twice or behind the target.
 
-    Raises a TemplateError if there is not exactly one target, if the target's own field is also an input, or if ``[>]``
-    is there twice or behind the target.
-
-    Example:
-        >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
-        ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
+    >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
+    ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
     """
 
     pieces: tuple[Piece, ...]
@@ -107,15 +104,12 @@ class Template:
     def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
         """Make a learned template from a manual one: its words become slots that start from them.
 
-        ``about``, a noun such as "country", goes in front as ``[P:The country:]``. Without it, a manual template that
-        begins with a field gets three random slots in front, since slots on both sides learn better. Raises a
-        TemplateError if the manual template is malformed or has slots already.
+        ``about``, a noun, goes in front. Without it, a manual template that begins with a field gets three random slots
+        in front, since slots on both sides learn better. Source: docs/decisions.md, decision 34 (six LAMA relations).
+        Raises a TemplateError if the manual template is malformed or has slots already.
 
-        Example:
-            >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
-            '[P:The country:] [X] [P:is located in] [Y]'
-
-        Source: docs/decisions.md, decision 34 (six LAMA relations).
+        >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
+        '[P:The country:] [X] [P:is located in] [Y]'
         """
         parsed = cls.parse(manual)
         for index, piece in enumerate(parsed.pieces):
@@ -151,9 +145,8 @@ class Template:
     def without_slots(self) -> Template:
         """Return the template with words in place of the slots that start at them, and without random slots.
 
-        Example:
-            >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
-            '[X] is [Y]'
+        >>> str(Template.parse("[P*3] [X] [P:is] [P] [Y]").without_slots())
+        '[X] is [Y]'
         """
         left: list[Piece] = []
         for piece in self.pieces:

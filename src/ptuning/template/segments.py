@@ -52,10 +52,8 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TextRun:
-    """Text that is tokenised as one string: (name, text) segments in order, of which at most one is the :data:`TARGET`.
-
-    If ``is_open``, the target is unknown and its text is :data:`ANCHOR_WORD`. ``lead`` is a word that is added at the
-    front and cut off again; see :meth:`behind_slots`.
+    """Text that is tokenised as one string: (name, text) segments, of which at most one is the :data:`TARGET`; its text
+    is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is a word in front that is cut off again; see :meth:`behind_slots`.
     """
 
     segments: tuple[tuple[str, str], ...]
@@ -68,9 +66,7 @@ class TextRun:
         return list(itertools.accumulate((text for _, text in self.segments), initial=self.lead))[1:]
 
     def behind_slots(self) -> TextRun:
-        """Return the run as it goes on behind slots: not at the beginning of a text, which some tokenizers mark. Only a
-        word that is glued to the slots begins anew.
-        """
+        """Return the run behind slots, not as a text's beginning. Only a word glued to the slots begins anew."""
         return self if self.prefixes[-1][:1].isalnum() else replace(self, lead=ANCHOR_WORD)
 
 
@@ -91,10 +87,8 @@ class Encoded(dict[str, Ids]):
 
     def cut(self, run: TextRun) -> list[tuple[str, Ids]]:
         """Return (name, ids) of a run's segments. A token belongs to the segment in which it ends, but one that begins
-        in the target belongs to the target. A target that is not known has no ids.
-
-        The cuts are found by tokenising ever longer prefixes of the text rather than by character offsets, which
-        tokenizers trim and normalise in different ways.
+        in the target is the target's; an unknown target has no ids. The cuts come from ever longer prefixes rather
+        than character offsets, which tokenizers trim and normalise in different ways.
         """
         *inner, whole = run.prefixes
         ids = self[whole]
