@@ -126,11 +126,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> TrainConfig:
-        """Read settings back.
-
-        Raises:
-            ConfigError: If a setting is unknown (names the closest one) or its value has a wrong type.
-        """
+        """Read settings back; a ConfigError names an unknown one (and the closest), or a value of a wrong type."""
         known = {item.name: item.default for item in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
