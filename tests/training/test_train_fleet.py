@@ -335,7 +335,7 @@ def test_errors_name_the_prompt_and_write_nothing(causal: Backbone, tmp_path: Pa
     for bad, error, what in (
         (replace(good, name="bad", data=[{"x": "a", "y": ""}]), RecordError, "prompt 'bad'"),
         (replace(good, name="bad", template="[P] {z} [Y]"), PTuningError, "prompt 'bad'.*'z'"),
-        (replace(good, name="a/b"), ConfigError, "'a/b' is no name"),
+        (replace(good, name="a/b"), ConfigError, "'a/b' is not a name"),
         (good, ConfigError, "two prompts of the fleet are named 'plain'"),
         (replace(good, name="bad", config=replace(FAST, tune="tuned")), ConfigError, "'bad': tune is tuned"),
     ):
