@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from typing import Protocol
 
 # The one place of the version; pyproject.toml reads it from here.
@@ -12,6 +10,9 @@ VERSION = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
+    import platform
+    from importlib import metadata  # not needed by `import ptuning`, which must be quick
+
     packages = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
     found = {name: metadata.version(name) for name in packages}
     return {"ptuning": VERSION, "python": platform.python_version(), **found}

@@ -1,7 +1,6 @@
 """From files to questions: data files, the shipped facts, task files, LAMA's relations, word lists and seeded splits.
 
-It must not load a model or train. A tokenizer comes in as the protocol
-:class:`~ptuning.template.segments.Tokenizer`.
+It must not load a model or train. A tokenizer comes in as the protocol ``Tokenizer`` of ``template.segments``.
 
 Read first: ``reading``, ``questions``, ``splits``; then ``task_files`` or ``relations``.
 """
