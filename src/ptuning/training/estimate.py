@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -241,16 +240,16 @@ class _Trial:
 
         take(self.longest_step)
         self._tell("the longest step")
-        found: list[float] = []
+        spent, tokens = 0.0, 0
         for turn in range(ROUNDS):
-            for items in self.steps if sum(found) < ENOUGH_SECONDS else ():
-                found.append(take(items))
+            for items in self.steps if spent < ENOUGH_SECONDS else ():
+                spent, tokens = spent + take(items), tokens + _tokens(items)
                 if not turn:
                     self._tell("steps of different lengths")
         learner.optimizer.zero_grad(set_to_none=True)
         if learner.weights:
             learner.backbone.freeze()
-        return statistics.mean(found) * self.steps_of_epoch
+        return spent * _tokens(self.run.items["train"]) / tokens
 
     def time_scoring(self) -> float:
         """Return the seconds of scoring the development part."""

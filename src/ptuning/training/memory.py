@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Iterable
-from types import TracebackType
 
 import psutil
 import torch
 from torch import Tensor
 
 # Time between two looks at the process; one takes some microseconds.
-LOOK_SECONDS = 0.002
+LOOK_SECONDS = 0.005
+# This process: to look it up takes longer than to read its memory.
+_process = functools.cache(psutil.Process)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -40,9 +42,7 @@ class PeakMemory:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
             return
@@ -62,7 +62,7 @@ def taken_bytes(device: torch.device) -> int:
     """Return the bytes that are taken now: by tensors on a GPU, else by this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    return int(_process().memory_info().rss)
 
 
 def total_bytes(device: torch.device) -> int:
