@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -89,25 +88,6 @@ def fails(*args: object, says: Sequence[str], stdin: bytes = b"") -> str:
         assert part in message, f"'{part}' is not in: {message}"
     assert everything_in(Path.cwd()) == before
     return message
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in an empty folder, and leave the logger's level as it was."""
-    monkeypatch.chdir(tmp_path)
-    level = logging.getLogger("ptuning").level
-    yield
-    logging.getLogger("ptuning").setLevel(level)
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
-
-
-@pytest.fixture(scope="module")
-def bert(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("bert"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,22 +11,6 @@ import pytest
 import ptuning
 from ptuning.data.reading import shipped_facts
 from tests.cli.test_app import WARM, fails, works
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
-
-
-@pytest.fixture(scope="module")
-def bert(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("bert"))
 
 
 def test_data_lists_the_shipped_facts() -> None:

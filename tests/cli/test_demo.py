@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ import ptuning
 from ptuning.cli import terminal
 from ptuning.training.run import TrainingRun
 from tests.cli.test_app import QUICK, WARM, call, fails, interrupting, record_of, works
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
 
 
 def test_demo_prints_what_a_person_wants_to_see(llama: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,16 +22,6 @@ FOUND = Forecast(
     longest_pass=(8, 17), memory=SIZES,
     seconds=Seconds(preparing=1.0, constant_part=2.0, epoch=45.0, dev=4.0, saving=5.0, answers=6.0, total=310.0),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ptuning.experiment.suite import Suite
 from ptuning.method.base import Solution
 from ptuning.method.registry import METHODS
 from ptuning.progress import Progress
-from ptuning.report.results_file import Cell, Results
+from ptuning.report.results_file import Cell, MethodInfo, Results
 from ptuning.training.run import TrainingRun
 from tests.cli.test_app import call, fails, works
 from tests.cli.test_terminal import Screen
@@ -42,11 +42,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(tmp_path / "LAMA" / "TREx" / "P36.jsonl", ROWS)
     lines(tmp_path / "LAMA" / "TREx" / "P17.jsonl", ROWS[:10])
     lines(tmp_path / "LAMA" / "paraphrases" / "P36.jsonl", [{"pattern": pattern} for pattern in PATTERNS])
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
 
 
 @pytest.fixture
@@ -329,7 +324,8 @@ def done(task: str, method: str, hits: Sequence[float], **more: object) -> CellR
 def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None) -> Results:
     kinds = types or {cell.cell.task: None for cell in cells}
     names = ["majority", "manual", "p-tuning"]
-    return Collector(Results("lama", folder=Path("runs/x")), names, kinds).collect(cells)
+    methods = {name: MethodInfo(learns_slots=name == "p-tuning") for name in names}
+    return Collector(Results("lama", folder=Path("runs/x"), methods=methods), names, kinds).collect(cells)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,6 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines(folder / "kinds.jsonl", [{"x": row["x"], "kind": ("good", "bad")[n % 2]} for n, row in enumerate(FACTS[:8])])
     (folder / "fleet.toml").write_text(CONFIG, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def llama(model_folder: Callable[[str], Path]) -> str:
-    return str(model_folder("llama"))
 
 
 def fleet(llama: str, *options: object) -> tuple[object, ...]:

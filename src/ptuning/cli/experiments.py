@@ -120,10 +120,7 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
                 if found.failed:
                     raise typer.Exit(1)
 
-        every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *shared.values())]
-        run.__annotations__ = {one.name: one.annotation for one in every}
-        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        return run
+        return options.signed(run, [*own.values(), *shared.values()])
 
     return decorate
 
@@ -307,8 +304,6 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 
 def show_results(found: Results) -> None:
     """Print the main table, the differences, and where everything lies."""
-    from ptuning.method.registry import METHODS
-
     if len(found.tasks) > 1:
         _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
         for kind, scores in found.by_type.items():
@@ -317,8 +312,8 @@ def show_results(found: Results) -> None:
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{name} (n = {unit})")
     for name, differences in found.differences.items():
-        method = METHODS.get(name.partition(" - ")[0])
-        if method is not None and method.learns_slots:
+        method = name.partition(" - ")[0]
+        if method not in found.controls and found.methods[method].learns_slots:
             first = primary(differences)
             score = differences[first]
             where = f"[{score.low:+.3f}, {score.high:+.3f}]"

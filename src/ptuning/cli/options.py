@@ -124,11 +124,17 @@ def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Cal
             asked = options(**{name: given.pop(name) for name in shared})
             command(asked, **given)
 
-        run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in every}
-        return run
+        return signed(run, every)
 
     return decorated
+
+
+def signed(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """Give a command the parameters that Typer makes its options of."""
+    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in every}
+    return run
 
 
 def command_line() -> str:
