@@ -1,4 +1,4 @@
-"""Attention and heads of backbones: the numbers of transformers' own, without copies, and in float32 where it matters."""
+"""Attention and heads of backbones: the numbers of transformers' own, without copies, in float32 where it matters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ptuning.backbone.attention import ATTENTION, FLOAT32_KEYS, MARK, attend
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
-from ptuning.backbone.attention import ATTENTION, FLOAT32_KEYS, MARK, attend
 
 ROWS, GROUPS, KEY_HEADS, WIDTH = 3, 3, 2, 8
 
@@ -150,9 +150,7 @@ def test_short_rows_in_half_precision_attend_in_float32(
     assert seen == [computed_in or dtype]
     assert found.dtype == dtype
     wide = mask.float() if additive else mask
-    expected, _ = sdpa_attention_forward(
-        grouped_module(), *(tensor.float() for tensor in halves), wide, scaling=0.3
-    )
+    expected, _ = sdpa_attention_forward(grouped_module(), *(tensor.float() for tensor in halves), wide, scaling=0.3)
     torch.testing.assert_close(found, expected.to(dtype), rtol=2e-2, atol=1e-2)
     if computed_in is not None:
         assert torch.equal(found, expected.to(dtype)), "nothing but the result may be rounded"
