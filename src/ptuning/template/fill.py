@@ -239,7 +239,7 @@ class BoundTemplate:
         return examples
 
     def _fill(self, rows: Sequence[_Row], limit: int | None = None) -> list[Example]:
-        """Fill rows, whose fields without ``!`` are truncated to ``limit`` characters; all texts are encoded at once."""
+        """Fill rows, whose fields without ``!`` are cut to ``limit`` characters; texts are encoded in one call."""
         filled = [self._parts(row, limit=limit) for row in rows]
         encoded = self._encode(part for parts in filled for part in parts)
         return [self._example(row, self._spans(parts, encoded)) for row, parts in zip(rows, filled, strict=True)]
