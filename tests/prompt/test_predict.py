@@ -283,6 +283,19 @@ def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: st
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_candidates_of_a_long_record_are_compared_behind_one_text(backbone: Backbone) -> None:
+    """The record is cut for its longest candidate, so a short one does not see more of it than the others."""
+    prompt, words = learned(backbone, TEMPLATE), "a " * 120
+    whole, texts = bound(backbone, TEMPLATE), [CANDIDATES]
+    cuts: list[Record] = [{"x": words[:length]} for length in range(len(words))]
+    fitting = [cut for cut in cuts if not any(one.shortened for one in whole.answers([cut], texts)[0])]
+    model = PromptModel(backbone)
+    found, expected = (model.rank([record], prompt, CANDIDATES)[0] for record in ({"x": words}, fitting[-1]))
+    assert [one.text for one in found] == [one.text for one in expected]
+    assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], abs=1e-4)
+
+
 def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
     """``top_k`` of the ranked ones; more than there are is all of them."""
     prompt = learned(backbone, TEMPLATE)

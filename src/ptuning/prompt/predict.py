@@ -310,11 +310,9 @@ def _candidate_items(
     records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
 ) -> list[Item]:
     items: dict[int, Item] = {}
-    width = len(candidates)
     for bound, indices in groups:
-        repeated = [records[index] for index in indices for _ in candidates]
-        examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
-        items |= {index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)}
+        filled = bound.answers([records[index] for index in indices], [candidates] * len(indices))
+        items |= {index: candidate_item(examples) for index, examples in zip(indices, filled, strict=True)}
     return [items[index] for index in range(len(records))]
 
 

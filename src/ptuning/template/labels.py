@@ -100,7 +100,7 @@ class LabelWords:
 
     def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
-        return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
+        return bound.answers([record], [[word for _, word in self.flat]])[0]
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
         """Return a line per word with its ids; unknown words and equal ids of two labels are a LabelWordError."""
