@@ -137,7 +137,7 @@ def test_short_rows_in_half_precision_attend_in_float32(
 ) -> None:
     """torch's backward pass for attention in bfloat16 takes four to eight times as long on a processor."""
     tensors, mask = inputs(queries=4, keys=keys)
-    halves = tuple(tensor.detach().to(dtype) for tensor in tensors)
+    query, key, value = (tensor.detach().to(dtype) for tensor in tensors)
     if additive:
         mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     seen: list[torch.dtype] = []
@@ -146,11 +146,11 @@ def test_short_rows_in_half_precision_attend_in_float32(
         seen.append(query.dtype)
         return sdpa_attention_forward(module, query, *given, **options)
 
-    found, _ = attend(plain, grouped_module(), *halves, mask, scaling=0.3)
+    found, _ = attend(plain, grouped_module(), query, key, value, mask, scaling=0.3)
     assert seen == [computed_in or dtype]
     assert found.dtype == dtype
     wide = mask.float() if additive else mask
-    expected, _ = sdpa_attention_forward(grouped_module(), *(tensor.float() for tensor in halves), wide, scaling=0.3)
+    expected, _ = sdpa_attention_forward(grouped_module(), query.float(), key.float(), value.float(), wide, scaling=0.3)
     torch.testing.assert_close(found, expected.to(dtype), rtol=2e-2, atol=1e-2)
     if computed_in is not None:
         assert torch.equal(found, expected.to(dtype)), "nothing but the result may be rounded"

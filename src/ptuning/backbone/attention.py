@@ -55,12 +55,13 @@ def attend(
     """
     if query.device.type != "cpu" or not getattr(module, MARK, False) or options.get("position_bias") is not None:
         return plain(module, query, key, value, attention_mask, **options)
-    if query.dtype in HALF and key.shape[2] <= FLOAT32_KEYS:
+    given = query.dtype
+    if given in HALF and key.shape[2] <= FLOAT32_KEYS:
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
-        wide = (query.float(), key.float(), value.float())
-        found, weights = attend(plain, module, *wide, attention_mask, **options)
-        return found.to(query.dtype), weights
+        query, key, value = query.float(), key.float(), value.float()
+        found, weights = attend(plain, module, query, key, value, attention_mask, **options)
+        return found.to(given), weights
     heads, length, groups = query.shape[1], query.shape[2], _groups(module)
     if (
         groups == 1

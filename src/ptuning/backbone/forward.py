@@ -105,7 +105,8 @@ class Forward:
         take_over(model)
         output = model.get_output_embeddings()
         if type(output) is nn.Linear:
-            output.forward = MethodType(_head_forward, output)  # a method, so that a copy of it made later runs itself
+            # A method, so that a copy of it made later runs itself.
+            output.forward = MethodType(_head_forward, output)  # type: ignore[method-assign]
 
     def __call__(
         self,

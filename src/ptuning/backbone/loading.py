@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -124,7 +124,7 @@ def _load(folder: str, kind: Kind, *, name: str, dtype: torch.dtype) -> PreTrain
             f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
             f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
         )
-    return model
+    return cast("PreTrainedModel", model)
 
 
 def _default_folder(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,8 +47,8 @@ def automatic(device: torch.device, config: PretrainedConfig) -> Chosen:
         return Chosen(torch.float32, f"bfloat16 is not measured on {device.type}")
     if not has_units():
         return Chosen(torch.float32, "the processor has no units for bfloat16")
-    if config.dtype != torch.bfloat16:
-        stored = short_name(config.dtype or torch.float32)
+    stored = short_name(config.dtype or torch.float32)
+    if stored != short_name(torch.bfloat16):
         return Chosen(torch.float32, f"the weights are stored in {stored}, and bfloat16 would round them")
     faster = speed_up(config)
     if faster < WORTH:
@@ -57,8 +58,8 @@ def automatic(device: torch.device, config: PretrainedConfig) -> Chosen:
 
 def has_units() -> bool:
     """Whether this processor has units for products in bfloat16."""
-    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.8 and later
-    return bool(ask) and any(ask().get(unit) for unit in UNITS)
+    ask: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.8 and later
+    return any(ask().get(unit) for unit in UNITS)
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
@@ -71,7 +72,7 @@ def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def short_name(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype | str) -> str:
     """Return the name of a number format, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
