@@ -111,15 +111,6 @@ def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyP
         assert list(row.record) == ["text"]  # type: ignore[union-attr]
 
 
-def test_only_closed_answers_are_calibrated() -> None:
-    prompt = inputs.prompt_of("manual:", write_task())
-    options.check_calibrate(True, prompt, candidates=False)
-    options.check_calibrate(None, Prompt.manual("[X] is [Y]"), candidates=True)
-    for one, candidates in ((prompt, True), (Prompt.manual("[X] is [Y]"), False)):
-        with pytest.raises(ConfigError, match="--calibrate is for label words and a task's choices"):
-            options.check_calibrate(True, one, candidates=candidates)
-
-
 def test_candidates() -> None:
     Path("words.txt").write_text("\ufeffLima\n\nParis \nLima\n", encoding="utf-8")
     Path("facts.csv").write_text("x,answer\na,no\nb,yes\nc,no\n", encoding="utf-8")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ptuning.errors import LabelWordError, RecordError, closest
+from ptuning.errors import ConfigError, LabelWordError, RecordError, closest
 from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate, Example
@@ -27,6 +27,10 @@ class Scoring:
     normalise: Normalise = "sum"
     calibrate: bool = False
     keep: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.normalise not in get_args(Normalise):
+            raise ConfigError(f"normalise (--normalise) is sum or mean, not '{self.normalise}'")
 
     def empty_record(self, record: Record) -> Record:
         """Return a record without content; empty fields stay empty."""
