@@ -942,7 +942,14 @@ def test_bad_input_of_eval(run_folder: Path, label_run: Path, data: Path, tmp_pa
     fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, record 1: no target"])
     args = ("--data", data / "dev.jsonl")
     fails("eval", label_run, *args, "--candidates", "train", says=["label words, which are all its answers"])
-    fails("eval", run_folder, *args, "--normalise", "mean", says=["normalise (--normalise) goes with a closed set", "--candidates"])
+    fails(
+        "eval",
+        run_folder,
+        *args,
+        "--normalise",
+        "mean",
+        says=["normalise (--normalise) goes with a closed set", "--candidates"],
+    )
     fails("eval", run_folder, *args, "--candidates", "train", "--normalise", "max", says=["sum or mean, not 'max'"])
     fails("eval", "manual:[X] is [Y]", *args, "--candidates", "train", "--backbone", llama,
           says=["--candidates train needs the prompt's run.json"])  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.cli import inputs, options
+from ptuning.cli import inputs
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.prompt.prompt import Prompt

@@ -53,12 +53,15 @@ def test_how_answers_are_scored() -> None:
     for one, asked, message in (
         (closed, {"normalise": "max", "calibrate": None, "candidates": False}, "is sum or mean, not 'max'"),
         (prompt, {"normalise": "mean", "calibrate": None, "candidates": False}, "goes with a closed set of answers"),
-        (prompt, {"normalise": None, "calibrate": True, "candidates": False}, "is for label words and a task's choices"),
+        (
+            prompt,
+            {"normalise": None, "calibrate": True, "candidates": False},
+            "is for label words and a task's choices",
+        ),
         (closed, {"normalise": None, "calibrate": True, "candidates": True}, "is for label words and a task's choices"),
     ):
         with pytest.raises(ConfigError, match=message):
             options.scoring_of(one, **asked)  # type: ignore[arg-type]
-
 
 
 def test_the_command_line_can_be_given_again() -> None:

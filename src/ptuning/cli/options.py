@@ -168,9 +168,7 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def scoring_of(
-    prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool
-) -> Normalise | None:
+def scoring_of(prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool) -> Normalise | None:
     """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
     Raises ConfigError as :meth:`ptuning.data.answer_space.AnswerSpace.scored`.
     """
