@@ -61,7 +61,7 @@ def test_how_answers_are_scored() -> None:
         (closed, {"normalise": None, "calibrate": True, "candidates": True}, "is for label words and a task's choices"),
     ):
         with pytest.raises(ConfigError, match=message):
-            options.scoring_of(one, **asked)  # type: ignore[arg-type]
+            options.scoring_of(one, **asked)
 
 
 def test_the_command_line_can_be_given_again() -> None:

@@ -59,7 +59,7 @@ def test_a_setting_that_is_wrong_or_would_change_nothing_is_an_error() -> None:
         (CHOICES, {"calibrate": True, "candidates": True}, "is for label words and a task's choices"),
     ):
         with pytest.raises(ConfigError, match=message):
-            space.scored(**asked)  # type: ignore[arg-type]
+            space.scored(**asked)
     assert WRITTEN.scored(normalise="mean", candidates=True).scoring.normalise == "mean"
     assert WRITTEN.scored(normalise="sum", calibrate=False) == WRITTEN
 
