@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
+from ptuning.backbone.randomness import own_draws
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
@@ -157,8 +158,7 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.manual_seed(seed)
+        with own_draws(seed=seed), quiet():
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
         other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
 from ptuning.files import Unchecked
@@ -38,8 +39,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
     alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
     config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_draws(seed=seed):
         try:
             _inject(model, config)
         except ValueError as error:
@@ -61,7 +61,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     Raises ConfigError if peft is missing, and PromptError if they do not fit the model.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # their start values are overwritten
+        with own_draws():  # their start values are overwritten
             _inject(model, _read_config(config))
     except (PromptError, TypeError, ValueError) as error:
         raise PromptError(
