@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
+from ptuning.backbone.number_format import short_name
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
@@ -41,6 +42,7 @@ class Backbone:
     """
 
     trained: object | None = None  # the trained weights that were put into it, if any
+    dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -115,6 +117,8 @@ class Backbone:
             "fingerprint": self.fingerprint,
             "kind": self.kind,
             "parameters": self.parameters,
+            "dtype": short_name(self.dtype),
+            "dtype_reason": self.dtype_reason,
         }
 
     def freeze(self) -> None:
