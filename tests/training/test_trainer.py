@@ -155,7 +155,12 @@ def test_a_trainer_takes_the_rows_of_the_table_that_its_slots_start_at(
     asked: list[int] = []
     real = Backbone.vectors_of
     make_trainer(causal)  # the statistics of the table are found once
-    monkeypatch.setattr(Backbone, "vectors_of", lambda own, ids: asked.append(len(ids)) or real(own, ids))
+
+    def counted(own: Backbone, ids: Tensor) -> Tensor:
+        asked.append(len(ids))
+        return real(own, ids)
+
+    monkeypatch.setattr(Backbone, "vectors_of", counted)
     for start in ("random", "vocabulary"):
         found = make_trainer(causal, start=start)
         assert sum(asked) == found.learner.bound.slots
