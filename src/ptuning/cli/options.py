@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typer.core import TyperCommand
 
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
+from ptuning.files import parse_json
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -148,7 +148,7 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
     values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
     for name, text in values.items():
         with contextlib.suppress(ValueError):
-            values[name] = json.loads(text)
+            values[name] = parse_json(text)
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
