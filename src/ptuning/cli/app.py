@@ -16,8 +16,9 @@ from typer.core import TyperGroup
 from ptuning.cli import data, demo, estimate, experiments, fleet, prompts, tasks, terminal, train
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
-from ptuning.errors import PTuningError
+from ptuning.errors import ConfigError, PTuningError
 from ptuning.provenance import VERSION
+from ptuning.records import check_text
 
 # The number of the signal that ends a program whose output nobody reads on, as in "| head"; Windows has no name for it.
 SIGPIPE = 13
@@ -41,6 +42,8 @@ def main() -> None:
     """Run the command line. An error of the user prints one message and exits with code 2."""
     _prepare_streams()
     try:
+        for number, argument in enumerate(sys.argv[1:], start=1):
+            check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
         try:
             _app()(prog_name="ptuning")
         finally:
