@@ -144,6 +144,11 @@ class Scored:
     token_count: float
     per_item: tuple[int, ...]
 
+    @property
+    def means(self) -> Tensor:
+        """(C,) float32; the mean log-probability of each choice's own tokens."""
+        return self.log_probs / self.lengths
+
 
 def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
     """Score the choices of items from the (N, V) float32 logits at the scored positions of their inputs, in order."""
@@ -187,7 +192,7 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     unnormalised log-probabilities of I items of the same scoring; minus infinity where an item lacks a class.
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
-    values = scored.log_probs / scored.lengths if items[0].normalise == "mean" else scored.log_probs
+    values = scored.means if items[0].normalise == "mean" else scored.log_probs
     parts = values.split(scored.per_item)
     if items[0].empty:
         parts = tuple(part[: len(part) // 2] - part[len(part) // 2 :] for part in parts)
