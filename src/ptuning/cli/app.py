@@ -7,24 +7,34 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ptuning.cli import data, demo, estimate, experiments, fleet, prompts, tasks, terminal, train
+from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.errors import ConfigError, PTuningError
-from ptuning.provenance import VERSION
+from ptuning.provenance import VERSION, versions
 from ptuning.records import check_text
 
 # The number of the signal that ends a program whose output nobody reads on, as in "| head"; Windows has no name for it.
 SIGPIPE = 13
 
 
-class _Group(TyperGroup):
+class _Commands(TyperGroup):
+    """A group of commands, whose help has them under titles."""
+
+    def format_help(self, ctx: Any, formatter: object) -> None:  # noqa: ARG002
+        names = self.list_commands(ctx)
+        titled = {title: [name for name in names if name in listed] for title, listed in TITLES.items()}
+        print_help(self, ctx, titled if ctx.parent is None else {"Commands": names})
+
+
+class _Program(_Commands):
     """Ends at Ctrl-C with a message and no traceback. Training stops in :func:`ptuning.cli.signals.stoppable`."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -83,14 +93,17 @@ def _fail(text: str, error: Exception) -> None:
 
 
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave; with -v also those of torch and others.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices, and errors in full.")] = False,
 ) -> None:
     """Options of every command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if version:
-        typer.echo(f"ptuning {VERSION}")
+        found = versions() if verbose else {"ptuning": VERSION}
+        typer.echo("\n".join(f"{name} {number}" for name, number in found.items()))
         raise typer.Exit
 
 
@@ -115,6 +128,12 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "task show": tasks.show_task,
     "task check": tasks.check_task,
 }
+# The titles under which --help lists them.
+TITLES: Mapping[str, Sequence[str]] = {
+    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "fleet", "demo"),
+    "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
+    "Look first": ("data", "backbones", "template", "task", "estimate"),
+}
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",
     "task": "Look at the shipped tasks, and check a task file.",
@@ -123,18 +142,17 @@ GROUPS: Mapping[str, str] = {
 
 def _app() -> typer.Typer:
     app = typer.Typer(
-        cls=_Group,
+        cls=_Program,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(common)
     groups = {"": app}
     for name, about in GROUPS.items():
-        groups[name] = typer.Typer(help=about, no_args_is_help=True)
+        groups[name] = typer.Typer(cls=_Commands, help=about, no_args_is_help=True)
         app.add_typer(groups[name], name=name)
     for words, command in COMMANDS.items():
         group, _, name = words.rpartition(" ")
