@@ -21,7 +21,7 @@ from ptuning.backbone.backbone import seeded
 >>>>>>> main
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Unchecked
+from ptuning.files import Unchecked, parse_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -146,7 +146,7 @@ def _inject(model: nn.Module, config: object) -> None:
 
 def _read_config(config: bytes) -> object:
     """Read only the keys of :data:`READ`, each with its type: other keys of a file could name code to be loaded."""
-    saved = Unchecked(json.loads(config), error=PromptError)
+    saved = Unchecked(parse_json(config.decode()), error=PromptError)
     values = {name: saved.at(name) for name in READ}
     given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
     return _peft().LoraConfig(**given, inference_mode=True)
