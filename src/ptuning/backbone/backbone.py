@@ -166,11 +166,7 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-<<<<<<< HEAD
         with own_draws(seed=seed), quiet():
-=======
-        with seeded(seed), quiet():
->>>>>>> main
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
         other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
@@ -306,16 +302,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generator that modules draw their first weights from, for a block. It is that of the processor: seeding
-    torch as a whole would also seed each GPU's, which the caller may be drawing from.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextlib.contextmanager

@@ -14,11 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from ptuning.backbone.randomness import own_draws
-=======
-from ptuning.backbone.backbone import seeded
->>>>>>> main
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
 from ptuning.files import Unchecked, parse_json
@@ -43,11 +39,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
     alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
     config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
-<<<<<<< HEAD
     with own_draws(seed=seed):
-=======
-    with seeded(seed):
->>>>>>> main
         try:
             _inject(model, config)
         except ValueError as error:
@@ -69,11 +61,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     Raises ConfigError if peft is missing, and PromptError if they do not fit the model.
     """
     try:
-<<<<<<< HEAD
-        with own_draws():  # their start values are overwritten
-=======
         with torch.device("meta"):  # shapes without memory: a damaged config may ask for any rank
->>>>>>> main
             _inject(model, _read_config(config))
     except (PromptError, TypeError, ValueError, RuntimeError) as error:
         raise PromptError(
