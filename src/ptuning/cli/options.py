@@ -11,11 +11,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
+from ptuning.backbone.sources import DTYPES, LoadOptions
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
+T = TypeVar("T")
 
 
 class Command(TyperCommand):
@@ -43,9 +45,6 @@ class Command(TyperCommand):
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
 
 
-BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
-DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
@@ -60,6 +59,64 @@ WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", hel
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
+
+
+# How a backbone is found and loaded; options of one group of the help.
+_machine = functools.partial(typer.Option, rich_help_panel="Machine")
+BackboneOption = Annotated[str | None, _machine(metavar="B", help="Known name, local folder, GGUF file or hub id.")]
+RevisionOption = Annotated[str | None, _machine(metavar="R", help="Branch, tag or commit on the hub.")]
+TrustOption = Annotated[bool, _machine("--trust-remote-code", help="Run code that comes with the backbone.")]
+
+
+@dataclass(frozen=True)
+class AskedBackbone:
+    """The backbone that a command line asks for: its name, if it gives one, and how it is loaded."""
+
+    name: str | None
+    options: LoadOptions
+
+
+def backbone_options(
+    backbone: BackboneOption = None,
+    dtype: Annotated[str, _machine(metavar="D", help=f"{', '.join(DTYPES)}.")] = "auto",
+    device: Annotated[str, _machine(metavar="D", help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device_map: Annotated[
+        str | None, _machine(metavar="M", help="Spread over devices: auto, balanced, ... or JSON, module to device.")
+    ] = None,
+    revision: RevisionOption = None,
+    attn_implementation: Annotated[str | None, _machine(metavar="A", help="Attention: sdpa, eager, ...")] = None,
+    trust_remote_code: TrustOption = False,
+) -> AskedBackbone:
+    """Collect the options of a backbone; commands take them with :func:`takes`."""
+    options = LoadOptions(
+        dtype=dtype,
+        device=device,
+        device_map=_map_of(device_map),
+        revision=revision,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return AskedBackbone(backbone, options)
+
+
+def tokenizer_options(
+    backbone: BackboneOption = None, revision: RevisionOption = None, trust_remote_code: TrustOption = False
+) -> AskedBackbone:
+    """Collect the options of a backbone of which only the tokenizer is read."""
+    return AskedBackbone(backbone, LoadOptions(revision=revision, trust_remote_code=trust_remote_code))
+
+
+def _map_of(text: str | None) -> str | dict[str, str | int] | None:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map is not valid JSON: {error}") from error
+    for name, place in found.items():
+        if not isinstance(place, str | int) or isinstance(place, bool):
+            raise ConfigError(f"--device-map: '{name}' must be a device such as cpu, disk or 0, and is {place!r}")
+    return cast("dict[str, str | int]", found)
 
 
 @dataclass(frozen=True)
@@ -111,25 +168,30 @@ def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Paramete
     return inspect.signature(options, eval_str=True).parameters
 
 
-def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the parameters of a function as options, and what that returns as its first argument."""
-    shared = _parameters(options)
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        every = sorted([*shared.values(), *own], key=lambda one: one.default is not one.empty)
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
 
         @functools.wraps(command)
-        def run(**given: object) -> None:
-            asked = options(**{name: given.pop(name) for name in shared})
-            command(asked, **given)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
 
-        return signed(run, every)
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
 
     return decorated
 
 
-def signed(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
     """Give a command the parameters that Typer makes its options of."""
     every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]

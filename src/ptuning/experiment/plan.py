@@ -190,7 +190,6 @@ def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Re
         command=plan.command,
         backbone={
             **backbone.to_json(),
-            "dtype": str(backbone.dtype).removeprefix("torch."),
             "device": str(backbone.device),
         },
         settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
