@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from ptuning.errors import RecordError
+from ptuning.errors import PTuningError, RecordError
 from ptuning.files import sha256
 
 Record = Mapping[str, str]
@@ -37,16 +37,20 @@ def as_records(data: Sequence[Record]) -> Records:
     return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
 
 
-def check_text(text: str, *, where: str, what: str = "the row") -> None:
-    """Raise a RecordError if a text holds half a character, as broken JSON may: no tokenizer or file takes it."""
+def check_text(text: str, *, where: str, what: str = "the row", error: type[PTuningError] = RecordError) -> None:
+    """Raise an ``error`` if a text holds half a character: no tokenizer or file takes it. Broken JSON may have one, and
+    a command line that is not UTF-8.
+    """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{where}: {what} holds half a character (a lone surrogate)") from error
+    except UnicodeEncodeError as found:
+        raise error(f"{where}: {what} holds half a character (a lone surrogate); write it in UTF-8") from found
 
 
 def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
-    """Return scalar values as text, with :data:`ALIASES`; a RecordError for no mapping, or a name that is no text."""
+    """Return scalar values as text, with :data:`ALIASES`; the target without the white space around it, which would be
+    learned with it. A RecordError for no mapping, or a name that is no text.
+    """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
     record: dict[str, str] = {}
@@ -62,6 +66,8 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
         source = next((other for other in others if other in record), None)
         if name not in record and source is not None:
             record[name] = record[source]
+    if TARGET_FIELD in record:
+        record[TARGET_FIELD] = record[TARGET_FIELD].strip()
     return record
 
 

@@ -798,6 +798,25 @@ def test_a_manual_template_with_slots(data: Path) -> None:
     fails("train", "--data", data / "train.jsonl", "--manual", WARM, "--out", "out", says=["slots", "^ column 1"])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("template", "show", "caf\udce9 [X] [Y]"),
+        ("template", "show", "[X] [Y]", "--record", '{"x": "caf\udce9"}'),
+        ("predict", "manual:[X] [Y]", "caf\udce9"),
+        ("caf\udce9",),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_one_error(arguments: Sequence[str]) -> None:
+    """As of $'caf\\xe9' in a shell: no tokenizer and no file takes it."""
+    found = call(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        f"error: the command line: argument {len(arguments)} holds half a character (a lone surrogate); write it in "
+        "UTF-8\n"
+    )
+
+
 def test_values_of_a_wrong_type_and_missing_options_end_with_2_too(data: Path) -> None:
     for args in (["train", "--epochs", "two"], ["train", "--out", "out"], ["trian"], ["predict", "p", "--top-k", "0"]):
         done = call(*args)
@@ -942,7 +961,14 @@ def test_bad_input_of_eval(run_folder: Path, label_run: Path, data: Path, tmp_pa
     fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, record 1: no target"])
     args = ("--data", data / "dev.jsonl")
     fails("eval", label_run, *args, "--candidates", "train", says=["label words, which are all its answers"])
-    fails("eval", run_folder, *args, "--normalise", "mean", says=["--normalise goes with a closed set", "--candidates"])
+    fails(
+        "eval",
+        run_folder,
+        *args,
+        "--normalise",
+        "mean",
+        says=["normalise (--normalise) goes with a closed set", "--candidates"],
+    )
     fails("eval", run_folder, *args, "--candidates", "train", "--normalise", "max", says=["sum or mean, not 'max'"])
     fails("eval", "manual:[X] is [Y]", *args, "--candidates", "train", "--backbone", llama,
           says=["--candidates train needs the prompt's run.json"])  # fmt: skip
@@ -963,7 +989,7 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
         "Kenya",
         "--normalise",
         "mean",
-        says=["--normalise goes with a closed set", "--candidates"],
+        says=["normalise (--normalise) goes with a closed set", "--candidates"],
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.cli import inputs, options
+from ptuning.cli import inputs
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError
 from ptuning.prompt.prompt import Prompt
@@ -109,15 +109,6 @@ def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyP
     for source in ("-", "d/val.jsonl"):
         (row,) = inputs.data_to_answer(prompt, None, source, None)
         assert list(row.record) == ["text"]  # type: ignore[union-attr]
-
-
-def test_only_closed_answers_are_calibrated() -> None:
-    prompt = inputs.prompt_of("manual:", write_task())
-    options.check_calibrate(True, prompt, candidates=False)
-    options.check_calibrate(None, Prompt.manual("[X] is [Y]"), candidates=True)
-    for one, candidates in ((prompt, True), (Prompt.manual("[X] is [Y]"), False)):
-        with pytest.raises(ConfigError, match="--calibrate is for label words and a task's choices"):
-            options.check_calibrate(True, one, candidates=candidates)
 
 
 def test_candidates() -> None:

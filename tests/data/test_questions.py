@@ -27,6 +27,12 @@ def test_labels_go_by_name_whatever_the_file_has() -> None:
     assert [one.record["y"] for one in read(LABELLED, *rows)] == ["true", "false", "true"]
 
 
+def test_white_space_around_a_label_or_target_is_not_part_of_it() -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "label": "1 "}, {"text": "a", "label": "true\n"}]
+    assert [one.record["y"] for one in read(LABELLED, *rows)] == ["true", "true"]
+    assert read(Reader({}), {"label": " two\nlines\n"})[0].record["y"] == "two\nlines"
+
+
 def test_a_label_outside_of_the_task_names_line_and_labels() -> None:
     with pytest.raises(RecordError, match=r"f.jsonl, line 2: the label is '2', and the task's \[values\] have 1, 0"):
         read(LABELLED, {"text": "a", "label": 1}, {"text": "a", "label": 2})

@@ -283,6 +283,19 @@ def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: st
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_candidates_of_a_long_record_are_compared_behind_one_text(backbone: Backbone) -> None:
+    """The record is cut for its longest candidate, so a short one does not see more of it than the others."""
+    prompt, words = learned(backbone, TEMPLATE), "a " * 120
+    whole, texts = bound(backbone, TEMPLATE), [CANDIDATES]
+    cuts: list[Record] = [{"x": words[:length]} for length in range(len(words))]
+    fitting = [cut for cut in cuts if not any(one.shortened for one in whole.answers([cut], texts)[0])]
+    model = PromptModel(backbone)
+    found, expected = (model.rank([record], prompt, CANDIDATES)[0] for record in ({"x": words}, fitting[-1]))
+    assert [one.text for one in found] == [one.text for one in expected]
+    assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], abs=1e-4)
+
+
 def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
     """``top_k`` of the ranked ones; more than there are is all of them."""
     prompt = learned(backbone, TEMPLATE)
@@ -405,8 +418,13 @@ def test_zero_records(backbone: Backbone) -> None:
         (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
         (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
-        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "it must be sum or mean"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "is sum or mean, not 'max'"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' is given twice"),
+        (lambda m, p: m.predict(RECORDS, p, ["yes", "no"], normalise="avg"), ConfigError, "is sum or mean, not 'avg'"),
+        (lambda m, p: m.predict(RECORDS, p, ["yes", "no"], calibrate=True), ConfigError, "is for label words"),
+        (lambda m, p: m.predict(RECORDS, p, normalise="mean"), ConfigError, "goes with a closed set of answers"),
+        (lambda m, p: m.predict(RECORDS, p, calibrate=True), ConfigError, "is for label words and a task's choices"),
+        (lambda m, p: m.classify(RECORDS, with_labels(p), normalise="avg"), ConfigError, "is sum or mean, not 'avg'"),
         (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, [p]), PromptError, "1 prompts for 5 records"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
+from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
 from ptuning.backbone.probes import beside_pads, check_reading, same_logits
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
@@ -44,6 +45,7 @@ class Backbone:
     """
 
     trained: object | None = None  # the trained weights that were put into it, if any
+    dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -151,7 +153,7 @@ class Backbone:
     def loaded(self) -> dict[str, str]:
         """What it was loaded with: ``dtype``, ``attn_implementation``, and ``quantization`` if there is one."""
         config = self.model.config
-        found = {"dtype": str(self.dtype).removeprefix("torch.")}
+        found = {"dtype": short_name(self.dtype)}
         if isinstance(attention := getattr(config, "_attn_implementation", None), str):
             found["attn_implementation"] = attention
         if (quantized := getattr(config, "quantization_config", None)) is not None:
@@ -168,6 +170,7 @@ class Backbone:
             "kind": self.kind,
             "parameters": self.parameters,
             **self.loaded,
+            "dtype_reason": self.dtype_reason,
         }
 
     def freeze(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
@@ -21,6 +23,8 @@ from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
 CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=True (--trust-remote-code)"
@@ -43,7 +47,9 @@ def load_backbone(
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, a GGUF file, or a hub id.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` is bfloat16 on a CUDA GPU, else float32.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the fastest one that loses nothing
+            on the device (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says
+            why.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``auto`` takes a GPU (CUDA, then Apple's) if there is one.
         device_map: Instead of a device, where each module goes, as transformers takes it: ``auto`` for all GPUs and
             then the memory, or a mapping from modules to devices, ``cpu`` and ``disk`` included.
@@ -58,7 +64,7 @@ def load_backbone(
             a wrong value.
     """
     asked = LoadOptions(
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=short_name(dtype),
         device=str(device),
         device_map=device_map,
         revision=revision,
@@ -71,10 +77,22 @@ def load_backbone(
     _check_attention(asked.attn_implementation)
     name = str(name)
     folder, found_revision = _find(name, asked)
-    model, tokenizer = _load(folder, name, asked, _dtype(asked.dtype, place))
-    if asked.device_map is None:
-        model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+    config, tokenizer, kind = _read_tokenizer(folder, name, asked)
+    chosen = _chosen(asked.dtype) or automatic(place, config)
+    warn_if_slow(chosen.dtype, place)
+    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
+    is_placed = asked.device_map is not None
+    # float16 has a smaller range than the other formats, so the fingerprint is taken of the weights as they are stored.
+    is_halved = chosen.dtype == torch.float16 and not is_placed
+    stored = config.dtype or torch.float32
+    model = _load(folder, kind, name, asked, dtype=stored if is_halved else chosen.dtype)
     backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
+    backbone.dtype_reason = chosen.reason
+    if is_halved:
+        logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
+        model.half()
+    if not is_placed:
+        model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone.freeze()
     check_reading(backbone)
     return backbone
@@ -134,15 +152,12 @@ def _read_tokenizer(
         return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 
-def _load(
-    folder: str, name: str, asked: LoadOptions, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer. Weights come from safetensors, never from pickles, and no code of the folder is run
-    that was not asked for.
+def _load(folder: str, kind: Kind, name: str, asked: LoadOptions, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run that was not
+    asked for.
     """
     import transformers
 
-    _, tokenizer, kind = _read_tokenizer(folder, name, asked)
     auto = {
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
@@ -165,7 +180,7 @@ def _load(
             f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
             f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
         )
-    return model, tokenizer
+    return cast("PreTrainedModel", model)
 
 
 def _convert(gguf: Path, folder: Path, *, name: str) -> None:
@@ -202,7 +217,7 @@ def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:
         matrices = [tensor for tensor in GGUFReader(gguf).tensors if len(tensor.shape) > 1]
     except Exception as error:
         raise BackboneError(
-            f"cannot read the weights of {name}: {gguf} is not a whole GGUF file ({error}); it is cut off or damaged"
+            f"cannot read the weights of {name}: {gguf.name} is not a whole GGUF file, but cut off or damaged ({error})"
         ) from error
     exact = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
     return torch.float32 if all(one.tensor_type in exact for one in matrices) else torch.bfloat16
@@ -228,12 +243,9 @@ def _devices() -> list[str]:
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *apple]
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
+def _chosen(name: str) -> Chosen | None:
+    """Return the number format that is asked for; None for ``auto``."""
+    return None if name == "auto" else Chosen(getattr(torch, name), "it was asked for")
 
 
 def _check_attention(name: str | None) -> None:

@@ -6,7 +6,7 @@ Hooks of accelerate on the modules move inputs between devices, and read offload
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,11 @@ def run_on(module: nn.Module) -> torch.device | None:
     """Return the device on which a module is run by a hook; None without one."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return None if device is None else torch.device(device)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., object]) -> None:
+    """Let a module run another function, inside of the hook that moves its inputs and weights, if it has one."""
+    setattr(module, "_old_forward" if run_on(module) is not None else "forward", forward)
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from ptuning.backbone.attention import HALF
 from ptuning.backbone.forward import Memory
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError
@@ -166,6 +167,6 @@ def probe_ids(backbone: Probed) -> Tensor:
 
 def same_logits(backbone: Probed, one: Tensor, other: Tensor) -> bool:
     """Whether logits are equal up to rounding in the backbone's dtype."""
-    tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
+    tolerance = 2e-2 if backbone.dtype in HALF else 1e-4
     scale = max(1.0, float(one.abs().max()))
     return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

@@ -15,8 +15,9 @@ from typer.core import TyperGroup
 from ptuning.cli import data, demo, estimate, experiments, fleet, prompts, tasks, terminal, train
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
-from ptuning.errors import PTuningError
+from ptuning.errors import ConfigError, PTuningError
 from ptuning.provenance import VERSION
+from ptuning.records import check_text
 
 
 class _Group(TyperGroup):
@@ -33,6 +34,8 @@ class _Group(TyperGroup):
 def main() -> None:
     """Run the command line. An error of the user prints one message and exits with code 2."""
     try:
+        for number, argument in enumerate(sys.argv[1:], start=1):
+            check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
         _app()(prog_name="ptuning")
     except PTuningError as error:
         _fail(str(error), error)

@@ -230,21 +230,13 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
-    """Return how answers of several tokens are scored; None leaves it to the prompt. Only a closed set has a choice."""
-    if value not in ("sum", "mean", None):
-        raise ConfigError(f"--normalise is sum or mean, not '{value}'")
-    if value == "mean" and not closed:
-        raise ConfigError(
-            "--normalise goes with a closed set of answers: --candidates, label words, or a task's choices"
-        )
-    return cast("Normalise | None", value)
-
-
-def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
-    """Check that there is something to calibrate: label words or choices, not candidates."""
-    if calibrate and (candidates or not prompt.answer_space.is_closed):
-        raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
+def scoring_of(prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool) -> Normalise | None:
+    """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
+    Raises ConfigError as :meth:`ptuning.data.answer_space.AnswerSpace.scored`.
+    """
+    how = cast("Normalise | None", normalise)
+    prompt.answer_space.scored(normalise=how, calibrate=calibrate, candidates=candidates)
+    return how
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:

@@ -56,8 +56,7 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = options.normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -97,10 +96,9 @@ def predict(
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
-    how = options.normalise_of(normalise, closed=closed)
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)

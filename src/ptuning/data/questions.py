@@ -161,7 +161,7 @@ class Reader:
         return Question(record, choices, answers, _joined(group), self._idx(context, where=where))
 
     def _label(self, context: Context, *, where: str) -> str:
-        text = self._valued(TARGET_FIELD, self.label.text(context, where=where), where=where)
+        text = self._valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
         if self.labels and text not in self.labels:
             raise RecordError(
                 f"{where}: the label '{text}' is outside of the task, which has {', '.join(self.labels)}."

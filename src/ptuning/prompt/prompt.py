@@ -119,17 +119,22 @@ class Prompt:
 
     @classmethod
     def manual(
-        cls, template: str | Template, *, label_words: LabelWords | None = None, task: TaskFile | None = None
+        cls,
+        template: str | Template,
+        *,
+        label_words: LabelWords | Mapping[str, Sequence[str]] | str | None = None,
+        task: TaskFile | None = None,
     ) -> Prompt:
         """Make a manual prompt from a template without slots, for any backbone; with a task's label words and scoring.
 
-        A TemplateError if the pattern is malformed; a PromptError if it has slots.
+        A TemplateError if the pattern is malformed; a LabelWordError if label words are; a PromptError if it has slots.
         """
+        words = LabelWords.of(label_words) if label_words is not None else None
         if task is None:
-            return cls(as_template(template), label_words=label_words)
+            return cls(as_template(template), label_words=words)
         return cls(
             as_template(template),
-            label_words=label_words or task.label_words,
+            label_words=words or task.label_words,
             task=task,
             calibrate=task.calibrate,
             normalise=task.normalise,
@@ -307,7 +312,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         Template.parse(manifest.at("template").text()),
         found.vectors,
         manifest.optional("backbone", BackboneId.from_json),
-        LabelWords({label: tuple(listed.texts()) for label, listed in words.items()}) if words else None,
+        LabelWords({label: listed.texts() for label, listed in words.items()}) if words else None,
         target_tokens=manifest.at("target_tokens", DEFAULT_TARGET_TOKENS).whole(),
         multiline=manifest.at("multiline", default=False).flag(),
         method=manifest.at("method").text(),

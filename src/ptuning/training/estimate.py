@@ -13,6 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import short_name
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
@@ -169,7 +170,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
     total = filled - began + kept + config.starts * start + answers + best
     return Forecast(
         device=str(backbone.device),
-        dtype=str(backbone.dtype).removeprefix("torch."),
+        dtype=short_name(backbone.dtype),
         tune=config.tune,
         train_records=len(run.items["train"]),
         dev_records=len(run.items["dev"]),

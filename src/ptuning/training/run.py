@@ -13,6 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import short_name
 from ptuning.config import RECIPE, Tune, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
@@ -259,7 +260,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "template": str(template),
         "label_words": words.to_json() if words else None,
         **config.to_json(),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "dtype": short_name(backbone.dtype),
         "device": str(backbone.device),
     }
     task, scoring, has_choices = prepared.task, prepared.answers.scoring, prepared.answers.own_choices
