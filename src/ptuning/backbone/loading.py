@@ -84,8 +84,8 @@ def load_backbone(
     is_placed = asked.device_map is not None
     # float16 has a smaller range than the other formats, so the fingerprint is taken of the weights as they are stored.
     is_halved = chosen.dtype == torch.float16 and not is_placed
-    stored = config.dtype or torch.float32
-    model = _load(folder, kind, name, asked, dtype=stored if is_halved else chosen.dtype)
+    dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
+    model = _load(folder, kind, name, asked, dtype=dtype)
     backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
     backbone.dtype_reason = chosen.reason
     if is_halved:
