@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, file_sha256, publish_folder, sweep, write_json
+from ptuning.files import check_room, file_sha256, parse_json, publish_folder, sweep, write_json
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -158,7 +157,7 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in full length; a truncated copy is made anew."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        sizes = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
@@ -31,6 +33,9 @@ JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts share a pass while padding adds at most 25 % to the tokens of each prompt's rows.
 JOINT_PADDING = 1.25
+# Variables of the environment that tell accelerate how it was launched.
+LAUNCHER = "ACCELERATE_"
+RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Learner:
@@ -45,7 +50,7 @@ class Learner:
         uses_prefix_cache: Whether rows run from their first slot onwards.
 
     Raises:
-        TrainingError: If the backbone is not frozen.
+        TrainingError: If the backbone is not frozen, or accelerate cannot start with the variables of this environment.
     """
 
     def __init__(
@@ -56,11 +61,12 @@ class Learner:
         self.frozen, self.bound, self.config = frozen, bound, config
         self.backbone = _to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.tune)
-        self.accelerator = Accelerator()
+        self.accelerator = _accelerator()
         known = frozen.table_statistics
         start = start_vectors(
             bound.slot_start_ids,
-            table=frozen.table(),
+            vectors_of=frozen.vectors_of,
+            vocabulary=frozen.vocabulary,
             mean=known.mean,
             std=known.std,
             how=config.start,
@@ -164,6 +170,19 @@ class Learner:
                 f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (--lr), or float32 "
                 "(--dtype)"
             )
+
+
+def _accelerator() -> Accelerator:
+    """Return accelerate's entry, which reads the environment: launchers may leave variables behind that do not fit."""
+    try:
+        return Accelerator()
+    except (ImportError, RuntimeError, ValueError) as error:
+        AcceleratorState._reset_state(reset_partial_state=True)  # so that it can be tried again
+        found = sorted(name for name in os.environ if name.startswith(LAUNCHER) or name in RANKS)
+        raise TrainingError(
+            f"accelerate cannot start with the environment's {', '.join(found) or 'settings'}: {error}; unset what an "
+            "earlier launcher left there, or start with: accelerate launch -m ptuning"
+        ) from error
 
 
 def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
