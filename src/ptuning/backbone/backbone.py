@@ -17,6 +17,7 @@ from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
 from ptuning.backbone.probes import beside_pads, check_reading, same_logits
+from ptuning.backbone.randomness import own_draws
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError
 from ptuning.files import Json, sha256
@@ -224,7 +225,7 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-        with seeded(seed), quiet():
+        with own_draws(seed=seed), quiet():
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
         nn.Module.to(other.model, self.dtype)  # a model on several devices has another ``to``
@@ -361,13 +362,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generator that modules draw their first weights from, for a block. It is that of the processor: seeding
-    torch as a whole would also seed each GPU's, which the caller may be drawing from.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
