@@ -42,5 +42,15 @@ def named(report: OnProgress | None, name: str) -> OnProgress | None:
     return lambda now: report(replace(now, name=f"{name}/{now.name}" if now.name else name))
 
 
+def each(*reports: OnProgress) -> OnProgress:
+    """Return a callback that calls several."""
+
+    def report(now: Progress) -> None:
+        for one in reports:
+            one(now)
+
+    return report
+
+
 class Interrupted(Exception):
     """Training was asked to stop. It has written a checkpoint if there is a folder for it."""

@@ -69,7 +69,7 @@ class TrainingLog:
 
     def __call__(self, progress: Progress) -> None:
         """Log the numbers of a progress, if it has any."""
-        if not progress.numbers or not PartialState().is_main_process:
+        if not (self.trackers and progress.numbers and PartialState().is_main_process):
             return
         name, step = progress.name, int(progress.numbers["step"])
         if name not in self._open:
@@ -97,7 +97,8 @@ class TrainingLog:
             self._close_oldest()
         found = self._open[name] = []
         parts = list(filter(None, name.split("/")))
-        folder, title = self.folder.joinpath(*map(_folder_name, parts)), "/".join((self.folder.resolve().parent.name, *parts))
+        folder = self.folder.joinpath(*map(_folder_name, parts))
+        title = "/".join((self.folder.resolve().parent.name, *parts))
         for tracker in self.trackers:
             _works(lambda one=tracker: found.append(one.begin(folder, title, step, self.settings)))  # type: ignore[misc]
 
@@ -140,7 +141,7 @@ def _known(name: str, *, together: bool) -> _Tracker:
     return found
 
 
-class _Csv(GeneralTracker):
+class _Csv(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
     """A table with a line per step and per epoch. Lines of steps that come again are dropped."""
 
     name = "csv"
@@ -174,7 +175,7 @@ def _step_of(line: str) -> float:
     return int(first) if first.isdecimal() else float("inf")
 
 
-class _WandB(WandBTracker):  # type: ignore[misc]  # accelerate has no types
+class _WandB(WandBTracker):  # type: ignore[misc]
     def log(self, values: dict[str, float], step: int | None = None, **named: object) -> None:
         """Log numbers of a step that has none yet: a resumed run has those of its first process."""
         if step is None or step >= self.run.step:
