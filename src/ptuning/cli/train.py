@@ -47,9 +47,8 @@ def train(
     spec = training_spec(asked)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")
-    log = TrainingLog(
-        log_to or (), out / LOG_FOLDER, settings={"template": str(spec.template), **spec.settings.to_json()}
-    )
+    settings = {"template": str(spec.template), **spec.settings.to_json()}
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=settings)
     loaded = load(backbone)
     with stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.prepare import prepare
