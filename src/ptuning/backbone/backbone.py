@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, original_lengths
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
 from ptuning.template.segments import Kind
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Held by a pass of a model that turns to other positions: they are one tensor for all threads that run it.
+_turning = threading.RLock()
 # Number of values of each weight in the fingerprint, besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
 
@@ -43,6 +46,8 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
+    turn: int | None = None
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -61,6 +66,7 @@ class Backbone:
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
+        self.turn = self._find_turn(original_lengths(model.config))
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +178,45 @@ class Backbone:
         other.name = f"{self.name} with random weights (seed {seed})"
         return other
 
+    @torch.no_grad()
+    def _find_turn(self, lengths: Iterable[int]) -> int | None:
+        """Return the one of some lengths at which the model turns (:attr:`turn`). Found by running three tokens,
+        spread over a short row's positions, beside a row with a long row's last position, and beside one without.
+        Raises BackboneError if a long row is read by the length of another one.
+        """
+        for length in lengths if self.kind != "encoder-decoder" else ():
+            if not 3 <= length < self.tokenizer.max_tokens:
+                continue
+            with running(f"{self.name}: {type(self.model).__name__} cannot read a row of {length + 1} tokens"):
+                short, long = length - 1, length  # last positions
+                turns = not same_logits(self, self._beside(short, 2), self._beside(short, long))
+                longest = self.tokenizer.max_tokens - 1
+                depends = not same_logits(self, self._beside(long, long), self._beside(long, longest))
+            if depends:
+                raise BackboneError(
+                    f"{self.name}: {type(self.model).__name__} reads rows of more than {length} tokens by the longest "
+                    "row beside them, so an answer would depend on its company; set max_position_embeddings in its "
+                    f"config.json to {length}"
+                )
+            if turns:
+                return length
+        return None
+
+    def _beside(self, last: int, other: int) -> Tensor:
+        """Return the logits of a row that ends at the position ``last``, (2, V), beside one that ends at ``other``."""
+        ids = probe_ids(self).expand(2, 3)
+        at = torch.tensor([[0, last // 2, last], [0, 1, other]], device=self.device)
+        first = torch.zeros(2, dtype=torch.int64, device=self.device)
+        cols = torch.tensor([1, 2], device=self.device)
+        with evaluating(self.model):
+            return self.run(self.embed(ids), mask=torch.ones_like(ids), positions=at, rows=first, cols=cols)[0]
+
+    def side(self, length: int) -> bool:
+        """Whether a row of this many tokens is read with the positions of long rows. Only rows of one side may share a
+        pass, and keys and values serve no row of the other side.
+        """
+        return self.turn is not None and length > self.turn
+
     @functools.cached_property
     @torch.no_grad()
     def shares_prefix(self) -> bool:
@@ -250,18 +295,19 @@ class Backbone:
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.
         """
-        logits, memory = self._forward(
-            self.model,
-            embeddings,
-            mask=mask,
-            positions=positions,
-            rows=rows,
-            cols=cols,
-            segment_id=self.tokenizer.segment_id,
-            encoder_tokens=encoder_tokens,
-            memory=memory,
-            keep=keep,
-        )
+        with _turning if self.turn is not None else contextlib.nullcontext():
+            logits, memory = self._forward(
+                self.model,
+                embeddings,
+                mask=mask,
+                positions=positions,
+                rows=rows,
+                cols=cols,
+                segment_id=self.tokenizer.segment_id,
+                encoder_tokens=encoder_tokens,
+                memory=memory,
+                keep=keep,
+            )
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
@@ -301,6 +347,18 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a block; afterwards each of its modules is in the mode that it was in."""
+    modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 @contextlib.contextmanager
