@@ -5,7 +5,9 @@ The invariants that tests name are those of docs/invariants.md.
 
 from __future__ import annotations
 
+import functools
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import Mock
@@ -17,6 +19,7 @@ from torch import Tensor
 
 import ptuning.engine.passes
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.forward import Forward
 from ptuning.config import TrainConfig
 from ptuning.engine import prefix_cache
 from ptuning.engine.learned import Learned
@@ -120,13 +123,13 @@ def test_a_model_that_names_an_original_length_need_not_turn() -> None:
 
 def test_a_model_is_asked_in_evaluation_mode_and_keeps_its_own() -> None:
     """Dropout would look like a turn; and whoever owns the model finds it as it was."""
-    model = longrope().model
-    model.config.attention_dropout = 0.9
+    rope = {**LONGROPE["rope_parameters"], "long_factor": LONGROPE["rope_parameters"]["short_factor"]}
+    model = made("Phi3ForCausalLM", **{**LONGROPE, "rope_parameters": rope, "resid_pdrop": 0.9}).model
     model.train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert Backbone(model, tokenizer_of("llama"), name="some model").turn == TURN
+    assert Backbone(model, tokenizer_of("llama"), name="some model").turn is None
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -234,25 +237,27 @@ def test_training_reads_every_row_as_if_alone(share: float, monkeypatch: pytest.
     assert one_loss == pytest.approx(other_loss, abs=1e-4)
 
 
-def test_threads_do_not_turn_each_other() -> None:
-    """Invariant *Alone or in company*: the positions in use are one tensor of the model, and threads share it."""
+def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant *Alone or in company*: the positions in use are one tensor of the model, so passes wait in turn."""
     backbone = longrope()
-    prompt = learned(backbone, EARLY)
-    wanted = [PromptModel(backbone).target_logits([record], prompt)[0] for record in RECORDS]
-    wrong: list[int] = []
+    prompt, real = learned(backbone, EARLY), Forward.__call__
+    running: list[int] = []
 
-    def ask(index: int) -> None:
-        for _ in range(30):
-            found = PromptModel(backbone).target_logits([RECORDS[index]], prompt)[0]
-            if not torch.allclose(found, wanted[index], rtol=0, atol=1e-4):
-                wrong.append(index)
+    def slowly(*given: Any, **more: Any) -> Any:
+        running.append(running[-1] + 1 if running else 1)
+        time.sleep(0.01)
+        found = real(*given, **more)
+        running.append(running[-1] - 1)
+        return found
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in (0, len(RECORDS) - 1)]
+    monkeypatch.setattr(Forward, "__call__", slowly)
+    ask = functools.partial(PromptModel(backbone).target_logits, RECORDS, prompt)
+    threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert max(running) == 1
 
 
 def answered(backbone: Backbone, prompt: Prompt, record: Record, *, tokens: int) -> list[int]:
