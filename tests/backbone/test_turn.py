@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 
 import ptuning.engine.passes
+from ptuning.backbone import probes
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Forward
 from ptuning.config import TrainConfig
@@ -148,8 +149,8 @@ def test_dynamic_positions_are_read_as_far_as_they_stay() -> None:
 
 def test_long_rows_that_change_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pass could read two of them; the message says what to set."""
-    real = Backbone._beside
-    monkeypatch.setattr(Backbone, "_beside", lambda own, last, other: real(own, last, other) + 100 * other)
+    real = probes._beside
+    monkeypatch.setattr(probes, "_beside", lambda own, last, other: real(own, last, other) + 100 * other)
     with pytest.raises(
         BackboneError, match=r"some model: Phi3ForCausalLM reads rows of more than 32 tokens by the longest .* to 32"
     ):

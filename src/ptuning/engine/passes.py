@@ -12,6 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens
 from ptuning.engine.learned import Learned
+from ptuning.engine.memory import in_parts
 from ptuning.engine.prefix_cache import Past, PrefixCache, row_behind
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
@@ -56,17 +57,30 @@ def target_logits(
     pad_side: Side = "right",
 ) -> Tensor:
     """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row.
-    Rows that may not share a pass (:meth:`ptuning.backbone.backbone.Backbone.side`) run in two.
+    Rows that may not share a pass (:meth:`ptuning.backbone.backbone.Backbone.side`) run in several, and so do rows for
+    which the memory of the device is too small, without gradients.
     """
-    groups = one_sided([len(example.token_ids) for example in examples], backbone.side)
-    if len(groups) == 1:
-        return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
+    lengths = [len(example.token_ids) for example in examples]
+
+    def run(part: Sequence[int]) -> Tensor:
+        rows = [examples[index] for index in part]
+        return run_pass(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
+
+    def run_side(side: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            return run(side)
+        found = in_parts(
+            lambda part: run([side[at] for at in part]), [lengths[index] for index in side], backbone=backbone
+        )
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    sides = one_sided(lengths, backbone.side)
+    if len(sides) == 1:
+        return run_side(sides[0])
     parts: dict[int, Tensor] = {}
-    for group in groups:
-        rows = [examples[index] for index in group]
-        logits = run_pass(backbone, rows, learned.take(group), cache=cache, pad_side=pad_side).logits
-        counts = [len(example.logit_positions) for example in rows]
-        parts |= dict(zip(group, logits.split(counts), strict=True))
+    for side in sides:
+        counts = [len(examples[index].logit_positions) for index in side]
+        parts |= dict(zip(side, run_side(side).split(counts), strict=True))
     return torch.cat([parts[index] for index in range(len(examples))])
 
 
