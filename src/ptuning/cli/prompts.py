@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -159,7 +158,7 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
 def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
     for record, prediction in zip(data, found, strict=True):
         if as_json:
-            typer.echo(json.dumps({"record": dict(record), **prediction.to_json()}, ensure_ascii=False))
+            terminal.print_json({"record": dict(record), **prediction.to_json()}, indent=None)
         elif len(prediction.candidates) > 1:
             typer.echo("\t".join(f"{terminal.visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif prediction.tokens is not None:
