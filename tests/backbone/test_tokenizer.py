@@ -17,7 +17,7 @@ from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of
 from ptuning.errors import BackboneError
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
-from ptuning.template.segments import Gap, Kind, Text
+from ptuning.template.segments import Gap, Kind, MarkedText
 from tests.conftest import CONTEXT, CORPUS, make_tokenizer
 from tests.families import tokenizer_of, unigram
 
@@ -340,7 +340,7 @@ def test_a_tokenizer_without_offsets_keeps_markup_and_text_apart() -> None:
     tokenizer = TextTokenizer(raw, max_tokens=99)
     assert not raw.is_fast
     mark = "<extra_id_3>"
-    text = Text(f"a{mark}b", ((0, 14),)) + Text(f"{mark}b") + Text(mark, ((0, 12),))
+    text = MarkedText(f"a{mark}b", ((0, 14),)) + MarkedText(f"{mark}b") + MarkedText(mark, ((0, 12),))
     letters, a, b = tokenizer.encode([mark, "a", "b"])
     special = [tokenizer.special_ids[mark]]
     assert tokenizer.encode_markup([text]) == [[*a, *special, *b, *letters, *b, *special]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, Text, TextRun
+from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, MarkedText, TextRun
 
 
 class Words:
@@ -35,7 +35,7 @@ class Words:
         self.calls.append(list(texts))
         return [[self.id_of(word) for word in re.findall(r"\n+\Z| ?\w+\.?|\n| ?[^\w\s]| ", text)] for text in texts]
 
-    def encode_markup(self, texts: Sequence[Text]) -> list[list[int]]:
+    def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
         raise NotImplementedError
 
     def id_of(self, word: str) -> int:
@@ -45,7 +45,7 @@ class Words:
 
 
 def run_of(*segments: tuple[str, str], is_open: bool = False) -> TextRun:
-    return TextRun(tuple((name, Text(text)) for name, text in segments), is_open=is_open)
+    return TextRun(tuple((name, MarkedText(text)) for name, text in segments), is_open=is_open)
 
 
 def cut(run: TextRun) -> tuple[list[tuple[str, list[str]]], Words]:
@@ -100,11 +100,11 @@ def test_a_target_that_grows_together_with_the_text_behind_it_leaves_none_of_its
 def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
     """A word in front is cut off again, or left out where it has grown together with the text."""
     run = run_of((LITERAL, " is "), (TARGET, "so")).behind_slots()
-    assert run.prefixes == [Text("a is "), Text("a is so")]
+    assert run.prefixes == [MarkedText("a is "), MarkedText("a is so")]
     assert cut(run)[0] == [(LITERAL, [" is"]), (TARGET, [" so"])]
-    assert run_of((LITERAL, "s it")).behind_slots().lead == Text("")
+    assert run_of((LITERAL, "s it")).behind_slots().lead == MarkedText("")
     merged = run_of((LITERAL, ". It "), (TARGET, "so")).behind_slots()
-    assert merged.lead == Text("a")
+    assert merged.lead == MarkedText("a")
     assert cut(merged)[0] == [(LITERAL, [".", " It"]), (TARGET, [" so"])]
     spaces = run_of((LITERAL, " "), (TARGET, "so")).behind_slots()
     assert cut(spaces)[0] == [(LITERAL, []), (TARGET, [" so"])]
@@ -113,5 +113,5 @@ def test_text_behind_slots_is_tokenised_as_it_goes_on() -> None:
 def test_a_text_that_was_not_foreseen_is_encoded_when_asked_for() -> None:
     words = Words()
     encoded = Encoded(words, [])
-    assert encoded[Text("new")] == encoded[Text("new")] == (0,)
+    assert encoded[MarkedText("new")] == encoded[MarkedText("new")] == (0,)
     assert words.calls == [[], ["new"]]

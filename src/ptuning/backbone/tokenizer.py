@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
-from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, Text
+from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class TextTokenizer:
         encoded = self._tokenizer(list(texts), split_special_tokens=True, **BARE)
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
-    def encode_markup(self, texts: Sequence[Text]) -> list[list[int]]:
+    def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
         """Return the token ids of texts whose markup has special tokens, as the tokenizer itself gives them: with the
         white space that it drops beside one, and without a mark of a text's beginning behind one. Special tokens that
         stand elsewhere are spelled out.
@@ -78,7 +78,7 @@ class TextTokenizer:
         """A copy that finds special tokens: a tokenizer that did now one and now the other would mix threads up."""
         return copy.deepcopy(self._tokenizer)
 
-    def _own_specials(self, text: Text, encoded: BatchEncoding, row: int) -> list[int]:
+    def _own_specials(self, text: MarkedText, encoded: BatchEncoding, row: int) -> list[int]:
         """Return the ids of an encoded text; special tokens outside of its markup are spelled out."""
         ids: list[int] = []
         in_order = (name.span() for name in self._names.finditer(text.characters))  # where there are no offsets

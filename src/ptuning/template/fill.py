@@ -21,7 +21,7 @@ from ptuning.template.segments import (
     Encoded,
     Ids,
     Kind,
-    Text,
+    MarkedText,
     TextRun,
     Tokenizer,
 )
@@ -76,7 +76,7 @@ class _Slots:
 
 
 _Fixed = Turn | _Slots  # text is cut at these
-_Piece = Text | Field | Target | _Fixed
+_Piece = MarkedText | Field | Target | _Fixed
 _Part = TextRun | _Fixed
 
 
@@ -189,7 +189,7 @@ class BoundTemplate:
                 shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
                 shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
-        literals = [piece.characters for piece in self._pieces if isinstance(piece, Text)]
+        literals = [piece.characters for piece in self._pieces if isinstance(piece, MarkedText)]
         written = {i for token, i in self.tokenizer.special_ids.items() if any(token in text for text in literals)}
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
@@ -217,14 +217,14 @@ class BoundTemplate:
                 prepared.append(piece)
         return tuple(prepared)
 
-    def _literal(self, text: str) -> Text:
+    def _literal(self, text: str) -> MarkedText:
         is_markup = any(token in text for token in self.tokenizer.special_ids)
-        return Text(text, ((0, len(text)),) if is_markup else ())
+        return MarkedText(text, ((0, len(text)),) if is_markup else ())
 
     def _starts(self, words: str, *, behind: _Piece | None) -> Ids:
         """Return the ids of the words of slots as they are behind another piece; a word glued to a word begins anew."""
-        run = TextRun(((LITERAL, Text(words)),))
-        if isinstance(behind, Text) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
+        run = TextRun(((LITERAL, MarkedText(words)),))
+        if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
             run = replace(run, lead=behind)
         elif behind is not None and not isinstance(behind, Turn):
             run = run.behind_slots()
@@ -233,7 +233,7 @@ class BoundTemplate:
     def _opening(self) -> Ids:
         """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once."""
         first, ids = self._pieces[0], self.tokenizer.prefix_ids
-        written = Encoded(self.tokenizer, [])[first] if isinstance(first, Text) and first.markup else ()
+        written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
         return () if written[: len(ids)] == ids else ids
 
     def _build(self, groups: Iterable[Sequence[_Row]]) -> list[Example]:
@@ -266,16 +266,16 @@ class BoundTemplate:
             if is_fixed:
                 parts += [piece for piece in pieces if isinstance(piece, _Fixed)]
                 continue
-            segments: list[tuple[str, Text]] = []
+            segments: list[tuple[str, MarkedText]] = []
             for piece in pieces:
-                if isinstance(piece, Text):
+                if isinstance(piece, MarkedText):
                     segments.append((LITERAL, piece))
                 elif isinstance(piece, Field):
                     text = row.record[piece.name]
                     text = text if piece.keep else text[:limit]
-                    segments.append((f"field {piece.name}" if named else LITERAL, Text(text)))
+                    segments.append((f"field {piece.name}" if named else LITERAL, MarkedText(text)))
                 else:
-                    segments.append((TARGET, Text(ANCHOR_WORD if row.target is None else row.target)))
+                    segments.append((TARGET, MarkedText(ANCHOR_WORD if row.target is None else row.target)))
             joined = tuple(
                 (part, sum((text for _, text in same), start=NOTHING))
                 for part, same in itertools.groupby(segments, itemgetter(0))
@@ -394,7 +394,7 @@ def _notice_dropped(pattern: str, dropped: str, reader: str) -> None:
 def _take_space(pieces: list[_Piece]) -> str:
     """Remove the space at the end of the last literal and return it."""
     last = pieces[-1] if pieces else None
-    if not isinstance(last, Text) or not last.characters.endswith(" "):
+    if not isinstance(last, MarkedText) or not last.characters.endswith(" "):
         return ""
     pieces[-1:] = [last.removesuffix(" ")] if last.characters != " " else []
     return " "

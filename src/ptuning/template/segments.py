@@ -33,7 +33,7 @@ class Gap:
     end_id: int | None = None
 
 
-class Text(NamedTuple):
+class MarkedText(NamedTuple):
     """Characters, and the (start, end) spans of ``markup``: what a template wrote there with special tokens in it. Only
     these special tokens are such, also where a record writes the same.
     """
@@ -41,17 +41,17 @@ class Text(NamedTuple):
     characters: str
     markup: tuple[tuple[int, int], ...] = ()
 
-    def __add__(self, other: Text) -> Text:  # type: ignore[override]  # one text, not a longer tuple
+    def __add__(self, other: MarkedText) -> MarkedText:  # type: ignore[override]  # one text, not a longer tuple
         if not other.markup:
-            return Text(self.characters + other.characters, self.markup)
+            return MarkedText(self.characters + other.characters, self.markup)
         shift = len(self.characters)
         moved = tuple((start + shift, end + shift) for start, end in other.markup)
-        return Text(self.characters + other.characters, (*self.markup, *moved))
+        return MarkedText(self.characters + other.characters, (*self.markup, *moved))
 
-    def removesuffix(self, suffix: str) -> Text:
+    def removesuffix(self, suffix: str) -> MarkedText:
         """Return the text without an ending, if it has that."""
         left = self.characters.removesuffix(suffix)
-        return Text(left, tuple((start, min(end, len(left))) for start, end in self.markup))
+        return MarkedText(left, tuple((start, min(end, len(left))) for start, end in self.markup))
 
     def has_markup(self, start: int, end: int) -> bool:
         """Whether what stands from ``start`` to ``end``, but for white space around it, is a part of the markup."""
@@ -60,7 +60,7 @@ class Text(NamedTuple):
         return any(first <= start and start + len(name) <= last for first, last in self.markup)
 
 
-NOTHING = Text("")
+NOTHING = MarkedText("")
 
 
 class Tokenizer(Protocol):
@@ -81,7 +81,7 @@ class Tokenizer(Protocol):
         """Return the token ids of each text; special tokens in it are plain text."""
         ...
 
-    def encode_markup(self, texts: Sequence[Text]) -> list[list[int]]:
+    def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
         """Return the token ids of each text; special tokens in its markup are special, others plain text."""
         ...
 
@@ -92,26 +92,26 @@ class TextRun:
     is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is text in front that is cut off again; see :meth:`behind_slots`.
     """
 
-    segments: tuple[tuple[str, Text], ...]
+    segments: tuple[tuple[str, MarkedText], ...]
     is_open: bool = False
-    lead: Text = NOTHING
+    lead: MarkedText = NOTHING
 
     @functools.cached_property
-    def prefixes(self) -> list[Text]:
+    def prefixes(self) -> list[MarkedText]:
         """The text up to the end of each segment, with the lead; the last one is the whole text."""
         return list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
 
     def behind_slots(self) -> TextRun:
         """Return the run behind slots, not as a text's beginning. Only a word glued to the slots begins anew."""
         first = next((text.characters for _, text in self.segments if text.characters), "")
-        return self if first[:1].isalnum() else replace(self, lead=Text(ANCHOR_WORD))
+        return self if first[:1].isalnum() else replace(self, lead=MarkedText(ANCHOR_WORD))
 
 
-class Encoded(dict[Text, Ids]):
+class Encoded(dict[MarkedText, Ids]):
     """The ids of texts: all that cutting ``runs`` looks up is encoded in one call, other texts when asked for."""
 
     def __init__(self, tokenizer: Tokenizer, runs: Iterable[TextRun]) -> None:
-        texts: dict[Text, None] = {}
+        texts: dict[MarkedText, None] = {}
         for run in runs:
             *inner, whole = run.prefixes
             texts |= dict.fromkeys((whole, *itertools.chain.from_iterable(map(_probes, inner))))
@@ -121,7 +121,7 @@ class Encoded(dict[Text, Ids]):
         if marked:
             self.update(zip(marked, map(tuple, tokenizer.encode_markup(marked)), strict=True))
 
-    def __missing__(self, text: Text) -> Ids:
+    def __missing__(self, text: MarkedText) -> Ids:
         self.update(Encoded(self._tokenizer, [TextRun(((LITERAL, text),))]))
         return self[text]
 
@@ -157,22 +157,22 @@ class Encoded(dict[Text, Ids]):
         own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (behind, self._behind_word(text)))
         return [*spans[:target], (TARGET, rest[:own]), (LITERAL, rest[own:])]
 
-    def _behind_word(self, text: Text) -> Ids:
+    def _behind_word(self, text: MarkedText) -> Ids:
         """Return the ids that a text has after a word; nothing if the two share a token."""
-        word, both = self[Text(ANCHOR_WORD)], self[Text(ANCHOR_WORD) + text]
+        word, both = self[MarkedText(ANCHOR_WORD)], self[MarkedText(ANCHOR_WORD) + text]
         return both[len(word) :] if both[: len(word)] == word else ()
 
-    def _within(self, prefix: Text) -> Ids:
+    def _within(self, prefix: MarkedText) -> Ids:
         """Return the ids of the beginning of a text as they are when more follows: two line breaks may be one token."""
         alone, followed, word = (self[text] for text in _probes(prefix))
         apart = followed[: len(alone)] != alone and followed[-len(word) :] == word
         return followed[: -len(word)] if apart else alone
 
 
-def _probes(prefix: Text) -> tuple[Text, Text, Text]:
+def _probes(prefix: MarkedText) -> tuple[MarkedText, MarkedText, MarkedText]:
     """Return a prefix without a space at its end, the same followed by a word, and the word."""
     shorter = prefix.removesuffix(" ")
-    word = Text(prefix.characters[len(shorter.characters) :] + ANCHOR_WORD)
+    word = MarkedText(prefix.characters[len(shorter.characters) :] + ANCHOR_WORD)
     return shorter, shorter + word, word
 
 
