@@ -218,7 +218,7 @@ def _begin_tensorboard(folder: Path, _: str, step: int, __: Mapping[str, Json]) 
 def _begin_wandb(folder: Path, title: str, step: int, settings: Mapping[str, Json]) -> GeneralTracker:
     known = _known_id(folder, "wandb", step) or uuid.uuid4().hex[:8]
     _keep_id(folder, "wandb", known)
-    found = _WandB(PROJECT, name=title, dir=str(folder), id=known, resume="allow", reinit=True)
+    found = _WandB(PROJECT, name=title, dir=str(folder), id=known, resume="allow")
     return _started(found, settings if not step else {})
 
 
