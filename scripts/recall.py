@@ -377,7 +377,7 @@ def run(settings: Settings, *, out: Path, report: Callable[[str], None]) -> dict
         PTuningError: If ``out`` is not empty, or a setting does not fit.
     """
     began, began_cpu = time.monotonic(), time.process_time()
-    check_free(out, overwrite=False)
+    check_free(out)
     facts = load_facts(settings)
     tokenizer = make_tokenizer(facts)
     corpus = make_corpus(facts, tokenizer)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, publish_folder, sweep, write_json
+from ptuning.files import check_room, is_temporary, publish_folder, write_json
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -51,10 +55,10 @@ def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
     if _is_whole(folder):
         return folder
     weights = _weights_file(name)
-    sweep(folder.parent, KNOWN, older_seconds=STALE_SECONDS)
+    _sweep(folder)
     check_room(folder, KNOWN[name].cache_bytes)
     try:
-        with publish_folder(folder, overwrite=True) as temporary:
+        with publish_folder(folder, last=MANIFEST) as temporary:
             try:
                 convert(weights, temporary)
             except OSError as error:
@@ -67,6 +71,15 @@ def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
         if not _is_whole(folder):
             raise
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove half-made copies of a folder that killed processes left beside it."""
+    for path in folder.parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            is_half = is_temporary(path.name, re.escape(folder.name)) and not path.is_symlink()
+            if is_half and time.time() - path.stat().st_mtime >= STALE_SECONDS:
+                shutil.rmtree(path)
 
 
 def _cache_folder(name: str) -> Path:

@@ -42,11 +42,11 @@ def fleet(
 
     Example: ptuning fleet --config fleet.toml --out runs/fleet
     """
-    from ptuning.files import check_free
+    from ptuning.names import check_writable, fleet_layout
     from ptuning.training.fleet_file import read_fleet
 
     asked = read_fleet(config)
-    check_free(out, overwrite=overwrite or resume)
+    check_writable(out, fleet_layout(one.name for one in asked.entries), overwrite=overwrite, resume=resume)
     prompts = read_prompts(asked)
     loaded = inputs.load(backbone or asked.backbone, dtype=dtype, device=device)
     with signals.stoppable(out, again="--resume") as (report, should_stop):

@@ -5,7 +5,6 @@ learning rates.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
 from ptuning.method.manual import answering
-from ptuning.names import ALONG, LEARNED, MANUAL
+from ptuning.names import ALONG, LEARNED, MANUAL, RUN, remove
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Field, Literal, Piece, Target, Template
@@ -100,7 +99,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         prompt = Prompt.load(folder / f"try-{best + 1}")
         model = PromptModel(setup.backbone).for_prompt(prompt)
         for number in range(1, len(tried) + 1) if tune == "tuned" else ():
-            shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
+            remove(folder / f"try-{number}", RUN)
     return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
 
 

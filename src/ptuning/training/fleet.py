@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
+from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import Example
 from ptuning.training.memory import total_bytes
@@ -28,8 +28,6 @@ AT_ONCE = 16
 STATE_SHARE = 0.25
 # Each weight has a gradient and two moments beside it, all float32.
 BYTES_PER_WEIGHT = 16
-# The state of a fleet: which prompts are done, which are in training, and the folder of each checkpoint.
-STATE_FILE = "fleet.json"
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ class Fleet:
                 if prefix_cache.is_used and len(self._live) < before:
                     prefix_cache.keep_only(row for one in self._live for row in _rows(one.member))
         if self.checkpoint is not None:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            remove(self.checkpoint, FLEET_CHECKPOINT)
 
     def _take_steps(self) -> dict[Trainer, TrainingError]:
         """Take the next step of every prompt in training; return the errors of those that failed."""
@@ -268,8 +266,9 @@ class Fleet:
         write_json(self._folder / STATE_FILE, {"live": dict(folders), "finished": list(self._finished)})
         kept = {folder.partition("/")[0] for folder in folders.values()}
         for entry in self._folder.iterdir():
-            if entry.is_dir() and entry.name not in kept:
-                shutil.rmtree(entry, ignore_errors=True)
+            layout = FLEET_CHECKPOINT.folder(entry.name)
+            if layout is not None and entry.name not in kept:
+                remove(entry, layout)
 
 
 @dataclass
