@@ -13,7 +13,6 @@ import secrets
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -33,11 +32,10 @@ Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
 MAX_JSON_BYTES = 2**30  # of a file of JSON that we wrote
-NOT_EMPTY = (
-    "{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or replace "
-    "what a run left in it (--overwrite)"
-)
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
+DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
+MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
+LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float
 
 
 @dataclass(frozen=True)
@@ -127,17 +125,19 @@ class Unchecked:
 
     def whole(self, *, least: int | None = None) -> int:
         """Return a whole number, which is not below ``least``."""
-        found = self.value
-        if not isinstance(found, int) or isinstance(found, bool) or (least is not None and found < least):
+        found, lowest = self.value, -LARGEST if least is None else least
+        if not isinstance(found, int) or isinstance(found, bool) or not lowest <= found <= LARGEST:
             raise self.wrong("a whole number" if least is None else f"a whole number from {least}")
         return found
 
     def number(self, *, finite: bool = True) -> float:
         """Return a number; one that is infinite or NaN only if not ``finite``."""
         found = self.value
-        if not isinstance(found, int | float) or isinstance(found, bool) or (finite and not math.isfinite(found)):
+        if isinstance(found, int) and not isinstance(found, bool) and abs(found) <= LARGEST:
+            found = float(found)
+        if not isinstance(found, float) or (finite and not math.isfinite(found)):
             raise self.wrong("a number")
-        return float(found)
+        return found
 
     def to(self, kind: type[T], **given: object) -> T:
         """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
@@ -249,6 +249,8 @@ def open_regular(path: Path) -> BinaryIO:
             return handle
     except OSError as error:
         raise file_error("read", path, error) from error
+    except ValueError as error:
+        raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
     handle.close()
     raise FileError(f"cannot read {path}: it is not a regular file")
 
@@ -262,6 +264,8 @@ def read_bytes(path: Path, *, at_most: int | None = None) -> bytes:
             data = handle.read(at_most + 1)
     except OSError as error:
         raise file_error("read", path, error) from error
+    except ValueError as error:
+        raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
     if len(data) > at_most:
         raise FileError(f"{path} is larger than the {at_most:,} bytes that it can have; it is damaged")
     return data
@@ -275,10 +279,42 @@ def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
         raise error(f"{path} is not UTF-8 text ({wrong.reason}); save it as UTF-8") from wrong
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON. A ValueError if it is malformed, nested deeper than :data:`DEEPEST`, has a number that is too long to
+    read, or a text with half a character (a lone surrogate), which neither tokenizers nor files take.
+    """
+    try:
+        value = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST:
+            _check_depth(value)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {DEEPEST}") from error
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half a character (a lone surrogate)") from error
+    return value
+
+
+def _check_depth(value: Json) -> None:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
 def read_json(path: Path, *, at_most: int = MAX_JSON_BYTES) -> dict[str, Json]:
     """Read a JSON object from a regular file of ``at_most`` bytes."""
     try:
-        value = json.loads(read_bytes(path, at_most=at_most).decode("utf-8"))
+        value = parse_json(read_bytes(path, at_most=at_most).decode("utf-8"))
     except ValueError as error:
         raise FileError(f"{path} is not valid JSON ({error}); it is damaged or was cut off") from error
     if not isinstance(value, dict):
@@ -289,9 +325,17 @@ def read_json(path: Path, *, at_most: int = MAX_JSON_BYTES) -> dict[str, Json]:
 def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked:
     """Read TOML; ``where`` starts the messages of all errors about it, and ``error`` is their class."""
     try:
-        return Unchecked(tomllib.loads(text), where, error)
-    except tomllib.TOMLDecodeError as wrong:
+        if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
+            raise RecursionError
+        value = tomllib.loads(text)
+        _check_depth(value)
+    except RecursionError as wrong:
+        raise error(
+            f"{where} is nested too deeply: lists and tables go {DEEPEST} deep, and a line has at most {MOST_DOTS} dots"
+        ) from wrong
+    except ValueError as wrong:  # also of numbers that are too long to read
         raise error(f"{where} is not a valid TOML file: {wrong}") from wrong
+    return Unchecked(value, where, error)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Json]]:
@@ -299,7 +343,7 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
     try:
         # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
         lines = read_bytes(path, at_most=MAX_JSON_BYTES).decode("utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
+        rows = [parse_json(line) for line in lines if line]
     except ValueError as error:
         raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
     if not all(isinstance(row, dict) for row in rows):
@@ -322,38 +366,6 @@ def file_sha256(path: Path) -> str:
     except OSError as error:
         raise file_error("read", path, error) from error
     return found.hexdigest()
-
-
-def check_output(folder: Path) -> None:
-    """Check that ``folder``, or what is above it, is a folder that a file can be written into, by writing one."""
-    try:
-        str(folder).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise FileError(f"the path {folder!r} is not UTF-8 text; choose another output folder") from error
-    try:
-        if _is_there(folder) and not folder.is_dir():
-            raise FileError(f"{folder} exists and is not a folder; choose another output folder")
-        there = next(filter(_is_there, (folder, *folder.parents)))
-        with tempfile.TemporaryFile(dir=there) as handle:
-            handle.write(b"1")
-    except OSError as error:
-        raise file_error("write into", folder, error) from error
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a path is taken, also by a link that points nowhere; an OSError if that cannot be known."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def check_free(folder: Path) -> None:
-    """Check that a folder can be written into (:func:`check_output`), and that nothing is in it."""
-    check_output(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileError(NOT_EMPTY.format(folder=folder))
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -386,42 +398,3 @@ def settled(path: Path, digest: str) -> Path:
     """Return where the file with this SHA-256 is: in its place, or still :func:`staged` since a writer was killed."""
     waiting = staged(path, digest) if re.fullmatch("[0-9a-f]{64}", digest) else path
     return waiting if waiting.is_file() and not (path.is_file() and file_sha256(path) == digest) else path
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one thread of one process at a time into the block, where the system can lock a folder."""
-    handle = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def publish_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder``, which must be missing or empty. If the block succeeds, the new one
-    takes its place. With ``last``, the new files go into a folder that is not empty one by one, this one at the end.
-    """
-    if folder.is_symlink():
-        folder = folder.resolve()
-    check = check_free if last is None else check_output
-    check(folder)
-    make_folder(folder.parent)
-    with temporary_folder(folder.parent, folder.name) as temporary:
-        yield temporary
-        check(folder)  # again: another process may have been faster
-        try:
-            if not folder.is_dir() or not any(folder.iterdir()):
-                temporary.replace(folder)
-                return
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
-                path.replace(folder / path.name)
-        except OSError as error:
-            raise file_error("write", folder, error) from error

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptuning.errors import FileError
-from ptuning.files import NOT_EMPTY, check_output, file_error, is_temporary, open_regular, read_bytes
+from ptuning.files import (
+    file_error,
+    is_temporary,
+    make_folder,
+    open_regular,
+    parse_json,
+    read_bytes,
+    temporary_folder,
+)
 
 RUN_FILE = "run.json"
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -77,6 +85,10 @@ class Layout:
         return next((layout for pattern, layout in self.folders.items() if _fits(pattern, name)), None)
 
 
+NOT_EMPTY = (
+    "{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or replace "
+    "what a run left in it (--overwrite)"
+)
 HEAD_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**24  # the template, the label words and the task file of a prompt are in it
 # What pages begin with, somewhere in their first lines.
@@ -228,8 +240,8 @@ def _listed(folder: Path, layout: Layout) -> Collection[str]:
     if not layout.listed:
         return ()
     file, *keys = layout.listed
-    with contextlib.suppress(FileError, OSError, ValueError, LookupError, TypeError, RecursionError):
-        value = json.loads(read_bytes(folder / file, at_most=MAX_MANIFEST_BYTES))
+    with contextlib.suppress(FileError, ValueError, LookupError, TypeError):
+        value = parse_json(read_bytes(folder / file, at_most=MAX_MANIFEST_BYTES).decode())
         for key in keys:
             value = value[key]
         return [name for name in value if Path(name).name == name]
@@ -291,3 +303,74 @@ def delete(paths: Iterable[Path]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
             raise file_error("remove", path, error) from error
+
+
+def check_output(folder: Path) -> None:
+    """Check that ``folder``, or what is above it, is a folder that a file can be written into, by writing one."""
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FileError(f"the path {folder!r} is not UTF-8 text; choose another output folder") from error
+    try:
+        if _is_there(folder) and not folder.is_dir():
+            raise FileError(f"{folder} exists and is not a folder; choose another output folder")
+        there = next(filter(_is_there, (folder, *folder.parents)))
+        with tempfile.TemporaryFile(dir=there) as handle:
+            handle.write(b"1")
+    except OSError as error:
+        raise file_error("write into", folder, error) from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path is taken, also by a link that points nowhere; an OSError if that cannot be known."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_free(folder: Path) -> None:
+    """Check that a folder can be written into (:func:`check_output`), and that nothing is in it."""
+    check_output(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileError(NOT_EMPTY.format(folder=folder))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one thread of one process at a time into the block, where the system can lock a folder."""
+    handle = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def publish_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``, which must be missing or empty. If the block succeeds, the new one
+    takes its place. With ``last``, the new files go into a folder that is not empty one by one, this one at the end.
+    """
+    if folder.is_symlink():
+        folder = folder.resolve()
+    check = check_free if last is None else check_output
+    check(folder)
+    make_folder(folder.parent)
+    with temporary_folder(folder.parent, folder.name) as temporary:
+        yield temporary
+        check(folder)  # again: another process may have been faster
+        try:
+            if not folder.is_dir() or not any(folder.iterdir()):
+                temporary.replace(folder)
+                return
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == last):
+                path.replace(folder / path.name)
+        except OSError as error:
+            raise file_error("write", folder, error) from error

@@ -92,40 +92,6 @@ def test_damaged_json_is_named(tmp_path: Path, data: bytes, message: str) -> Non
         files.read_json(tmp_path / "a.json")
 
 
-def test_a_folder_is_free_that_is_new_or_empty(tmp_path: Path) -> None:
-    """A file in its place is an error, and so is a path that no file of ours could be written under."""
-    full, empty, file = make(tmp_path / "full"), make(tmp_path / "empty"), tmp_path / "file"
-    file.touch()
-    (full / "a").touch()
-    files.check_free(tmp_path / "new" / "deep")
-    files.check_free(empty)
-    assert names(tmp_path) == ["empty", "file", "full"]
-    with pytest.raises(
-        FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"
-    ):
-        files.check_free(full)
-    with pytest.raises(FileError, match="file exists and is not a folder; choose another output folder"):
-        files.check_output(file)
-    with pytest.raises(FileError, match="File name too long"):
-        files.check_output(tmp_path / ("x" * 300))
-
-
-def test_an_output_folder_is_tried_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That it cannot be written used to be noticed after an epoch of training; and nothing is left by the try."""
-    files.check_output(tmp_path)
-    assert names(tmp_path) == []
-    monkeypatch.setattr("tempfile.TemporaryFile", no_rights)
-    for folder in (tmp_path, tmp_path / "new" / "deep"):
-        with pytest.raises(FileError, match=r"cannot write into .*: Permission denied"):
-            files.check_output(folder)
-
-
-def test_a_path_that_is_no_text_is_refused_before_anything_is_done(tmp_path: Path) -> None:
-    """The record names the folder, in UTF-8; it used to fail there, when training had ended."""
-    with pytest.raises(FileError, match=r"is not UTF-8 text; choose another output folder"):
-        files.check_output(tmp_path / os.fsdecode(b"caf\xe9"))
-
-
 def test_a_file_of_a_temporary_name_is_neither_followed_nor_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,18 +126,6 @@ def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.json"]
 
 
-def test_new_files_and_folders_have_the_rights_of_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        files.write_text(tmp_path / "a", "")
-        with files.publish_folder(tmp_path / "out"):
-            pass
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
-
-
 def test_only_regular_files_of_a_plausible_size_are_read(tmp_path: Path) -> None:
     """A pipe would never end, /dev/zero would fill the memory, and so would a file with a hole."""
     os.mkfifo(tmp_path / "pipe")
@@ -204,83 +158,6 @@ def test_check_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match=r"no room on disk for .*b: 3 MB are needed and 2 MB are free; free some space"):
         files.check_room(folder, 3_000_000)
     assert asked == [tmp_path, tmp_path]
-
-
-def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "out"
-    with files.publish_folder(folder) as temporary:
-        (temporary / "a").write_text("new", encoding="utf-8")
-        assert not folder.exists()
-    assert (folder / "a").read_text(encoding="utf-8") == "new"
-    assert names(tmp_path / "deep") == ["out"]
-
-
-def test_new_files_go_one_by_one_into_a_folder_that_has_others(tmp_path: Path) -> None:
-    folder = make(tmp_path / "out")
-    (folder / "mine").touch()
-    (folder / "a").write_text("old", encoding="utf-8")
-    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
-        pytest.fail("the block must not run")
-    with files.publish_folder(folder, last="a") as temporary:
-        files.write_text(temporary / "a", "new")
-        files.write_text(temporary / "b", "new")
-    assert names(folder) == ["a", "b", "mine"]
-    assert (folder / "a").read_text(encoding="utf-8") == "new"
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_block_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:
-    folder = make(tmp_path / "out")
-    (folder / "old").touch()
-    with pytest.raises(ZeroDivisionError), files.publish_folder(folder, last="new") as temporary:
-        (temporary / "new").write_text(str(1 / 0), encoding="utf-8")
-    assert names(folder) == ["old"]
-    assert names(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_rename_that_fails_leaves_what_stood_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
-) -> None:
-    folder = tmp_path / "out"
-    if is_there:
-        (make(folder) / "old").touch()
-    monkeypatch.setattr(Path, "replace", full_disk)
-    with (
-        pytest.raises(FileError, match=r"cannot write .*out: No space left on device; free some space"),
-        files.publish_folder(folder, last="new") as temporary,
-    ):
-        (temporary / "new").touch()
-    assert names(tmp_path) == (["out"] if is_there else [])
-    assert not is_there or names(folder) == ["old"]
-
-
-def test_what_another_process_published_meanwhile_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
-        files.write_text(make(folder) / "theirs", "")
-    assert names(folder) == ["theirs"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "mkdir", no_rights)
-    with (
-        pytest.raises(FileError, match=r"cannot create .*: Permission denied"),
-        files.publish_folder(tmp_path / "a"),
-    ):
-        pytest.fail("the block must not run")
-
-
-def test_a_folder_behind_a_link_takes_what_is_published(tmp_path: Path) -> None:
-    """The link used to become a folder of its own, and to stay behind under another name."""
-    (tmp_path / "big").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "big")
-    with files.publish_folder(tmp_path / "link") as temporary:
-        (temporary / "a").write_text("1", encoding="utf-8")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "big" / "a").read_text(encoding="utf-8") == "1"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "link"]
 
 
 OUTSIDE: dict[str, object] = {
@@ -358,3 +235,55 @@ def test_toml_and_text_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"a\.txt is not UTF-8 text \(.*\); save it as UTF-8"):
         files.read_text(tmp_path / "a.txt", error=ConfigError)
+
+
+DEEP = "[" * 5000 + "]" * 5000
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f'{{"a": {DEEP}}}', "nested deeper than 100"),
+        (f'{{"a": {"[" * 101}{"]" * 101}}}', "nested deeper than 100"),
+        (f'{{"a": {HUGE}}}', "4300 digits"),
+        ('{"\\ud800": 1}', "half a character"),
+        ('{"a": ["x", {"b": "\\uDFFF"}]}', "half a character"),
+    ],
+)
+def test_json_that_cannot_be_used_is_an_error_of_its_file(tmp_path: Path, text: str, what: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    for read in (files.read_json, files.read_json_lines):
+        with pytest.raises(FileError, match=rf"a\.json is not valid JSON.*{what}"):
+            read(path)
+
+
+def test_json_of_whole_characters_and_some_depth_is_read() -> None:
+    assert files.parse_json(f'["\\ud83d\\ude00", "\\\\ud800", {"[" * 90}{"]" * 90}]')[:2] == ["\U0001f600", "\\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f"x = {DEEP}", "nested too deeply"),
+        (".".join("a" * 700) + " = 1", "nested too deeply"),
+        (f"x = {HUGE}", "not a valid TOML file"),
+    ],
+)
+def test_toml_that_cannot_be_used_is_an_error_of_its_reader(text: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=rf"x\.toml is {what}"):
+        files.parse_toml(text, where="x.toml", error=ConfigError)
+
+
+@pytest.mark.parametrize("read", [files.Unchecked.whole, files.Unchecked.number])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, True])
+def test_a_number_that_overflows_as_float_is_no_number(read: Callable[[files.Unchecked], object], value: int) -> None:
+    with pytest.raises(FileError, match="must be a"):
+        read(files.Unchecked(value))
+
+
+def test_a_name_that_cannot_be_a_path_is_an_error_of_reading() -> None:
+    for name in ("a\0b", "a" * 300):
+        with pytest.raises(FileError, match="cannot read"):
+            files.read_bytes(Path(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, is_temporary, publish_folder, write_json
+from ptuning.files import check_room, is_temporary, parse_json, write_json
+from ptuning.names import publish_folder
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -89,7 +89,7 @@ def _cache_folder(name: str) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in full length; a truncated copy is made anew."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        sizes = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -56,8 +55,7 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = options.normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -97,10 +95,9 @@ def predict(
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     if max_tokens is not None and closed:
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
-    how = options.normalise_of(normalise, closed=closed)
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
@@ -161,7 +158,7 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
 def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
     for record, prediction in zip(data, found, strict=True):
         if as_json:
-            typer.echo(json.dumps({"record": dict(record), **prediction.to_json()}, ensure_ascii=False))
+            terminal.print_json({"record": dict(record), **prediction.to_json()}, indent=None)
         elif len(prediction.candidates) > 1:
             typer.echo("\t".join(f"{terminal.visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif prediction.tokens is not None:

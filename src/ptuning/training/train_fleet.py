@@ -29,6 +29,7 @@ from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.prepare import prepare
 from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
+from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
 # Between a prompt's name and the number of its start, if it has several starts.
@@ -161,6 +162,7 @@ def can_train_together() -> bool:
     return bool(PartialState().num_processes == 1)
 
 
+@with_gradients
 def fleet_runs(
     runs: Mapping[str, TrainingRun],
     *,
