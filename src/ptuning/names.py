@@ -266,8 +266,8 @@ def check_writable(folder: Path, layout: Layout, *, overwrite: bool = False, res
     found = survey(folder, layout)
     if found.in_the_way:
         raise FileError(
-            f"{found.in_the_way[0]} is in the way: ptuning did not write it, and neither replaces it nor follows it if "
-            "it is a link; move it away, or choose another folder"
+            f"{found.in_the_way[0]} is in the way: it is not what ptuning writes there, or is damaged, or is a link; it "
+            "is neither replaced nor followed; move it away, or choose another folder"
         )
     if not (overwrite or not (found.ours or found.foreign) or (resume and (found.ours or not found.foreign))):
         raise FileError(NOT_EMPTY.format(folder=folder))

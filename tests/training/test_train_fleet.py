@@ -420,7 +420,7 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text("{}")
+    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
     with pytest.raises(TrainingError, match="damaged"):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 
