@@ -27,6 +27,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
+LOG_FOLDER = "log"
 # A prompt.
 VECTORS_FILE = "prompt.safetensors"
 MANIFEST_FILE = "prompt.json"
@@ -73,12 +74,14 @@ class Layout:
         folders: Name -> layout.
         listed: The place of a JSON file and the keys in it that lead to a mapping. The names in this mapping are our
             files, and no other files may be in the folder.
+        left: Folders that are left alone, whatever is in them: logs of trackers.
     """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     pages: Mapping[str, bytes] = field(default_factory=dict)
     folders: Mapping[str, Layout] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     def folder(self, name: str) -> Layout | None:
         """Return the layout of a folder in it; None if we write none of this name."""
@@ -128,6 +131,7 @@ CHECKPOINT = Layout(_START, folders={"start-#": Layout(_START)})
 RUN = Layout(
     {RUN_FILE: _keys("format_version", "command"), PREDICTIONS_FILE: _ROWS},
     folders={PROMPT_FOLDER: PROMPT, CHECKPOINT_FOLDER: CHECKPOINT},
+    left=(LOG_FOLDER,),
 )
 FLEET_CHECKPOINT = Layout(
     {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": Layout(folders={"#": CHECKPOINT})}
@@ -153,13 +157,14 @@ COMPARISON = Layout(
         CELLS_FOLDER: Layout(folders={"*": Layout(folders={"*": Layout(folders={"seed-#": CELL})})}),
         FLEETS_FOLDER: Layout(folders={"*": FLEET_CHECKPOINT}),
     },
+    left=(LOG_FOLDER,),
 )
 
 
 def fleet_layout(names: Iterable[str]) -> Layout:
     """Return the layout of the folder of a fleet with prompts of these names."""
     folders = {CHECKPOINT_FOLDER: FLEET_CHECKPOINT, **dict.fromkeys(names, RUN)}
-    return Layout({FLEET_FILE: _keys("format_version", "command")}, folders=folders)
+    return Layout({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -212,6 +217,8 @@ def _survey(folder: Path, layout: Layout, found: Survey) -> None:
         inner = layout.folder(entry.name)
         is_file, is_folder = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
         is_half = is_temporary(entry.name, rf"{of}|{staged}") or re.fullmatch(staged, entry.name) is not None
+        if is_folder and entry.name in layout.left:
+            continue
         if is_folder and inner is not None:
             inside.append((path, inner))
         elif (is_file and is_half) or (is_folder and is_temporary(entry.name, "files")):
@@ -222,8 +229,8 @@ def _survey(folder: Path, layout: Layout, found: Survey) -> None:
             likely.append(path)
         else:
             found.foreign.append(path)
-            takes_folder = inner is not None and (not is_file or entry.name in layout.folders)
-            if pattern is not None or takes_folder or layout.listed:
+            is_taken = inner is not None and (not is_file or entry.name in layout.folders)
+            if pattern is not None or is_taken or entry.name in layout.left or layout.listed:
                 found.in_the_way.append(path)
     if not marked:
         found.foreign.extend(likely)
@@ -266,8 +273,8 @@ def check_writable(folder: Path, layout: Layout, *, overwrite: bool = False, res
     found = survey(folder, layout)
     if found.in_the_way:
         raise FileError(
-            f"{found.in_the_way[0]} is in the way: it is not what ptuning writes there, or is damaged, or is a link; it "
-            "is neither replaced nor followed; move it away, or choose another folder"
+            f"{found.in_the_way[0]} is in the way: it is not what ptuning writes there, or is damaged, or is a link; "
+            "it is neither replaced nor followed; move it away, or choose another folder"
         )
     if not (overwrite or not (found.ours or found.foreign) or (resume and (found.ours or not found.foreign))):
         raise FileError(NOT_EMPTY.format(folder=folder))

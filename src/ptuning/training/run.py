@@ -31,7 +31,7 @@ from ptuning.names import (
     RUN_FILE,
     remove,
 )
-from ptuning.progress import OnProgress
+from ptuning.progress import OnProgress, named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
@@ -159,7 +159,8 @@ class TrainingRun:
                     self.clear()
                 if self._resume and trainer.load():
                     self._seconds_before += trainer.state.train_seconds
-                trainer.fit(self.items["train"], self.items["dev"], report=report, should_stop=should_stop)
+                told = named(report, f"start-{number}") if number else report
+                trainer.fit(self.items["train"], self.items["dev"], report=told, should_stop=should_stop)
                 self.add(number, trainer)
             return self.result()
 

@@ -17,6 +17,7 @@ from ptuning.names import (
     CHECKPOINT_FOLDER,
     FLEET_CHECKPOINT,
     FLEET_FILE,
+    LOG_FOLDER,
     check_writable,
     fleet_layout,
     is_folder_name,
@@ -237,7 +238,7 @@ def _member(name: str, run: TrainingRun, number: int) -> Member:
 def _check_name(name: str, taken: Collection[str]) -> None:
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
-    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
+    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, LOG_FOLDER, FLEET_FILE):
         raise ConfigError(
             f"'{name}' is not a name for a prompt: it becomes a folder; use letters, digits and - _ . + ="
         )
