@@ -64,7 +64,7 @@ def is_folder_name(name: str, *, spaces: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Owned:
     """What we write into a kind of folder. In names, ``#`` stands for a number and ``*`` for any name.
 
     Args:
@@ -79,11 +79,11 @@ class Layout:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     pages: Mapping[str, bytes] = field(default_factory=dict)
-    folders: Mapping[str, Layout] = field(default_factory=dict)
+    folders: Mapping[str, Owned] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 
-    def folder(self, name: str) -> Layout | None:
+    def folder(self, name: str) -> Owned | None:
         """Return the layout of a folder in it; None if we write none of this name."""
         return next((layout for pattern, layout in self.folders.items() if _fits(pattern, name)), None)
 
@@ -118,25 +118,25 @@ def _page(name: str) -> bytes:
 
 
 _ROWS = rb'\{"record":'
-PROMPT = Layout(
+PROMPT = Owned(
     {
         MANIFEST_FILE: _keys("format_version", "template"),
         VECTORS_FILE: rb'(?s:.{8})\{"__metadata__":\{"format":"pt"\},"' + VECTORS_KEY.encode() + b'"',
     },
     {CARD_FILE: _page(CARD_FILE)},
-    {WEIGHTS_FOLDER: Layout(listed=(f"../{MANIFEST_FILE}", "weights", "sha256"))},
+    {WEIGHTS_FOLDER: Owned(listed=(f"../{MANIFEST_FILE}", "weights", "sha256"))},
 )
 _START = {CHECKPOINT_FILE: _tensors("state", "identity", "sha256"), BEST_FILE.format(epoch="#"): _tensors("epoch")}
-CHECKPOINT = Layout(_START, folders={"start-#": Layout(_START)})
-RUN = Layout(
+CHECKPOINT = Owned(_START, folders={"start-#": Owned(_START)})
+RUN = Owned(
     {RUN_FILE: _keys("format_version", "command"), PREDICTIONS_FILE: _ROWS},
     folders={PROMPT_FOLDER: PROMPT, CHECKPOINT_FOLDER: CHECKPOINT},
     left=(LOG_FOLDER,),
 )
-FLEET_CHECKPOINT = Layout(
-    {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": Layout(folders={"#": CHECKPOINT})}
+FLEET_CHECKPOINT = Owned(
+    {STATE_FILE: rb'\{\s*"(live|finished)"\s*:'}, folders={"at-#": Owned(folders={"#": CHECKPOINT})}
 )
-CELL = Layout(
+CELL = Owned(
     {
         RUN_FILE: _keys("format_version", "task"),
         STARTED_FILE: _keys("identity"),
@@ -145,26 +145,26 @@ CELL = Layout(
     },
     folders={"try-#": RUN},
 )
-REPORT = Layout(
+REPORT = Owned(
     pages={HTML_FILE: _page(HTML_FILE), MARKDOWN_FILE: _page(MARKDOWN_FILE)},
-    folders={PICTURES_FOLDER: Layout(pages={f"{name}.svg": _page(".svg") for name in ("dots", "wordings", "curves")})},
+    folders={PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in ("dots", "wordings", "curves")})},
 )
-COMPARISON = Layout(
+COMPARISON = Owned(
     {RESULTS_FILE: _keys("format_version", "suite")},
     REPORT.pages,
     {
         **REPORT.folders,
-        CELLS_FOLDER: Layout(folders={"*": Layout(folders={"*": Layout(folders={"seed-#": CELL})})}),
-        FLEETS_FOLDER: Layout(folders={"*": FLEET_CHECKPOINT}),
+        CELLS_FOLDER: Owned(folders={"*": Owned(folders={"*": Owned(folders={"seed-#": CELL})})}),
+        FLEETS_FOLDER: Owned(folders={"*": FLEET_CHECKPOINT}),
     },
     left=(LOG_FOLDER,),
 )
 
 
-def fleet_layout(names: Iterable[str]) -> Layout:
+def fleet_layout(names: Iterable[str]) -> Owned:
     """Return the layout of the folder of a fleet with prompts of these names."""
     folders = {CHECKPOINT_FOLDER: FLEET_CHECKPOINT, **dict.fromkeys(names, RUN)}
-    return Layout({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
+    return Owned({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
 
 
 def _fits(pattern: str, name: str) -> bool:
@@ -188,7 +188,7 @@ class Survey:
     folders: list[Path] = field(default_factory=list)
 
 
-def survey(folder: Path, layout: Layout) -> Survey:
+def survey(folder: Path, layout: Owned) -> Survey:
     """Return what is in a folder, which may be missing, and in its folders. Links in it are not followed, and are
     foreign whatever they point to.
     """
@@ -201,14 +201,14 @@ def survey(folder: Path, layout: Layout) -> Survey:
     return found
 
 
-def _survey(folder: Path, layout: Layout, found: Survey) -> None:
+def _survey(folder: Path, layout: Owned, found: Survey) -> None:
     listed = _listed(folder, layout)
     named = {**layout.files, **layout.pages, **dict.fromkeys(listed, b"")}
     of = "|".join(map(_expression, named)) if not layout.listed else ".+"  # the list may be an older one
     staged = rf"\.({of})\.[0-9a-f]{{16}}\.new"
     marked: list[Path] = []
     likely: list[Path] = []
-    inside: list[tuple[Path, Layout]] = []
+    inside: list[tuple[Path, Owned]] = []
     with os.scandir(folder) as entries:
         listing = sorted(entries, key=lambda entry: entry.name)
     for entry in listing:
@@ -243,7 +243,7 @@ def _survey(folder: Path, layout: Layout, found: Survey) -> None:
         _survey(path, inner, found)
 
 
-def _listed(folder: Path, layout: Layout) -> Collection[str]:
+def _listed(folder: Path, layout: Owned) -> Collection[str]:
     if not layout.listed:
         return ()
     file, *keys = layout.listed
@@ -263,7 +263,7 @@ def _begins(path: Path, mark: bytes) -> bool:
         return False
 
 
-def check_writable(folder: Path, layout: Layout, *, overwrite: bool = False, resume: bool = False) -> Survey:
+def check_writable(folder: Path, layout: Owned, *, overwrite: bool = False, resume: bool = False) -> Survey:
     """Check that we may write into a folder, by trying to and by looking at what is in it, and return the latter.
 
     A new or empty folder may be written. With ``overwrite`` files of ours may be replaced; with ``resume`` they may if
@@ -281,7 +281,7 @@ def check_writable(folder: Path, layout: Layout, *, overwrite: bool = False, res
     return found
 
 
-def clear(folder: Path, layout: Layout) -> None:
+def clear(folder: Path, layout: Owned) -> None:
     """Remove what we wrote into a folder, in the order of its layout, and folders in it that are empty then."""
     found = survey(folder, layout)
     delete((*found.ours, *found.temporary))
@@ -290,7 +290,7 @@ def clear(folder: Path, layout: Layout) -> None:
             path.rmdir()
 
 
-def remove(folder: Path, layout: Layout) -> None:
+def remove(folder: Path, layout: Owned) -> None:
     """Clear a folder, and remove it if it is empty then. A link stays, and so does what it points to."""
     if not folder.is_symlink():
         clear(folder, layout)
@@ -298,7 +298,7 @@ def remove(folder: Path, layout: Layout) -> None:
             folder.rmdir()
 
 
-def sweep(folder: Path, layout: Layout) -> None:
+def sweep(folder: Path, layout: Owned) -> None:
     """Remove half-written files that killed processes left in a folder and in its folders."""
     delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp")
 
