@@ -577,8 +577,8 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
         ids.extend(group)
         return real_run(parts, group)
 
-    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float) -> None:
-        real_init(parts, backbone, memory_share=memory_share)
+    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float, disk_bytes: int) -> None:
+        real_init(parts, backbone, memory_share=memory_share, disk_bytes=disk_bytes)
         made.append(parts)
 
     monkeypatch.setattr(PrefixCache, "_run", watch)

@@ -83,8 +83,9 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        share = replace(setup.config, tune=tune).prefix_cache_share
-        prefix_cache = temporary.enter_context(PrefixCache(setup.backbone, memory_share=share))
+        share, disk = replace(setup.config, tune=tune).prefix_cache_share, setup.config.prefix_cache_bytes
+        cache = PrefixCache(setup.backbone, memory_share=share, disk_bytes=disk)
+        prefix_cache = temporary.enter_context(cache)
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):

@@ -73,7 +73,7 @@ class Fleet:
 
     Args:
         at_once: Most prompts that train at the same time.
-        memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
+        memory_share, disk_bytes: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
         checkpoint: Folder of the checkpoint; None writes none.
         checkpoint_seconds: Time between checkpoints, which take at most a twentieth of the time.
 
@@ -88,6 +88,7 @@ class Fleet:
         *,
         at_once: int = AT_ONCE,
         memory_share: float,
+        disk_bytes: int = 0,
         checkpoint: Path | None = None,
         checkpoint_seconds: float,
     ) -> None:
@@ -99,7 +100,7 @@ class Fleet:
         self.backbone = backbone
         self.at_once = at_once
         self.checkpoint = checkpoint
-        self._memory_share = memory_share
+        self._cache_room = memory_share, disk_bytes
         self._pause = checkpoint_seconds
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
         self._live: list[_Live] = []
@@ -139,7 +140,8 @@ class Fleet:
         work = _Work(sum(map(_records, waiting)))
         if self.checkpoint is not None and not state.live:
             self._save({})
-        with PrefixCache(self.backbone, memory_share=self._memory_share) as prefix_cache:
+        share, disk = self._cache_room
+        with PrefixCache(self.backbone, memory_share=share, disk_bytes=disk) as prefix_cache:
             while waiting or self._live:
                 while waiting and self._has_room(goes_on=waiting[0].name in folders):
                     one = self._begin(waiting.popleft(), prefix_cache, folders, report, should_stop)

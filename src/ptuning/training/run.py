@@ -151,7 +151,8 @@ class TrainingRun:
             self.clear()
             return self.finished
         shared = contextlib.nullcontext(prefix_cache) if prefix_cache is not None else None
-        cache = shared or PrefixCache(self.prepared.backbone, memory_share=self.config.prefix_cache_share)
+        share, disk = self.config.prefix_cache_share, self.config.prefix_cache_bytes
+        cache = shared or PrefixCache(self.prepared.backbone, memory_share=share, disk_bytes=disk)
         with cache as kept:
             for number in range(self.config.starts):
                 trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)

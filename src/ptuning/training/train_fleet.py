@@ -191,6 +191,7 @@ def fleet_runs(
         [_member(name, run, number) for name, run in runs.items() for number in range(run.config.starts)],
         at_once=at_once,
         memory_share=max(run.config.cache_memory for run in runs.values()),
+        disk_bytes=max(run.config.prefix_cache_bytes for run in runs.values()),
         checkpoint=checkpoint,
         checkpoint_seconds=min(run.config.checkpoint_seconds for run in runs.values()),
     )
