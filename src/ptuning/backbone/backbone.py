@@ -188,6 +188,42 @@ class Backbone:
 
     @functools.cached_property
     @torch.no_grad()
+    def branches(self) -> bool:
+        """Whether a row can hold several continuations of its beginning. Found by running one row and both alone.
+        Positions must be what they are told to be, and attention must follow a mask of any shape.
+        """
+        if not (self.shares_prefix and self._forward.takes_positions):
+            return False
+        first, second, third = probe_ids(self).tolist()
+        # Behind the first two tokens, (third, first) and (second): columns 2 and 3, and column 4.
+        row, depth, parents = [first, second, third, first, second], [0, 1, 2, 3, 2], [None, 0, 1, 2, 1]
+        reads = torch.eye(len(row), dtype=torch.bool, device=self.device)
+        for column, parent in enumerate(parents):
+            if parent is not None:
+                reads[column] |= reads[parent]
+        try:
+            both = self._plain_logits(row, depth, [3, 4], mask=reads[None, None])
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+            return False
+        alone = [self._plain_logits(own, list(range(len(own))), [len(own) - 1]) for own in (row[:4], row[:2] + row[4:])]
+        return same_logits(self, both, torch.cat(alone))
+
+    def _plain_logits(
+        self, ids: list[int], positions: list[int], cols: list[int], mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits of one row at some columns, (N, V)."""
+        row, at, asked = (torch.tensor(values, device=self.device) for values in (ids, positions, cols))
+        logits, _ = self.run(
+            self.embed(row[None]),
+            mask=torch.ones_like(row[None]) if mask is None else mask,
+            positions=at[None],
+            rows=torch.zeros_like(asked),
+            cols=asked,
+        )
+        return logits
+
+    @functools.cached_property
+    @torch.no_grad()
     def pads_left(self) -> bool:
         """Whether rows can have pads on the left. Found by running one row with pads and without.
         They cannot if positions count from the first pad (BART) or a recurrent state reads every column (RWKV).
@@ -231,7 +267,8 @@ class Backbone:
 
         Args:
             embeddings: (B, T, E).
-            mask: (B, T_all) int64; 1 at tokens, remembered ones included.
+            mask: (B, T_all) int64; 1 at tokens, remembered ones included. For a model that :attr:`branches` also
+                (B, 1, T, T_all) bool; which column reads which.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
             rows: (N,) int64; the rows of the wanted logits, in order.
             cols: (N,) int64; their columns.
