@@ -45,7 +45,7 @@ def test_trees_of_candidates_equal_one_pass_each(
 ) -> None:
     """However many passes a record's candidates take, whatever they share, and with records of different length."""
     examples = examples_of(backbone, template, with_stop=with_stop)
-    brought = Learned(learned(backbone, template).slot_vectors) if "[P" in template else Learned.none(backbone.width)
+    brought = learned(backbone, template).learned(backbone) if "[P" in template else Learned.none(backbone.width)
     expected = one_by_one(backbone, examples, brought)
     monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", positions)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_token_reads_its_context_and_what_leads_to_it(causal: Backbone) -> Non
     """And nothing of another candidate; its position is that of a row of its own."""
     examples = examples_of(causal, TEMPLATE)[1]
     rows = tree_rows(examples)
-    batch = tree_batch(rows, Learned(learned(causal, TEMPLATE).slot_vectors))  # type: ignore[arg-type]
+    batch = tree_batch(rows, learned(causal, TEMPLATE).learned(causal))
     seen = set()
     for column in range(len(rows[0].example.token_ids)):
         read = batch.mask[0, 0, column].nonzero().flatten().tolist()
@@ -89,7 +89,7 @@ def test_the_context_of_a_record_that_fills_several_passes_runs_once(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = examples_of(causal, TEMPLATE)[:2]
-    brought = Learned(learned(causal, TEMPLATE).slot_vectors)  # type: ignore[arg-type]
+    brought = learned(causal, TEMPLATE).learned(causal)
     assert causal.branches
     monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", 10)
     read: list[int] = []
@@ -115,10 +115,10 @@ def test_candidates_that_cannot_branch_run_in_rows_of_their_own(
     causal: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same scores, for a model that cannot hold several continuations in a row."""
-    examples, brought = examples_of(causal, TEMPLATE), Learned(learned(causal, TEMPLATE).slot_vectors)  # type: ignore[arg-type]
+    examples, brought = examples_of(causal, TEMPLATE), learned(causal, TEMPLATE).learned(causal)
     with torch.no_grad():
         found = candidate_log_probs(causal, examples, brought, pad_side="right")
-        monkeypatch.setattr(Backbone, "branches", False)
+        monkeypatch.setattr(causal, "branches", False)
         monkeypatch.setattr(module, "tree_batch", None)
         plain = candidate_log_probs(causal, examples, brought, pad_side="left")
     for own, other in zip(found, plain, strict=True):

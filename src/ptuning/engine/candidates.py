@@ -14,6 +14,7 @@ from ptuning.engine import batch as bounds
 from ptuning.engine.batch import Batch, Side, batches, collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import run_batch, run_behind
+from ptuning.template.alike import shared_length
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
 
@@ -195,5 +196,4 @@ def _totals(rows: Sequence[Row], logits: Tensor) -> list[float]:
 
 def _common(examples: Sequence[Example]) -> int:
     """Return the number of leading tokens that rows share: those of the first and the last one in order."""
-    low, high = min(one.token_ids for one in examples), max(one.token_ids for one in examples)
-    return next((at for at, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return shared_length(min(one.token_ids for one in examples), max(one.token_ids for one in examples))
