@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
 from ptuning.engine.passes import target_logits
-from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
+from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
@@ -691,3 +692,25 @@ def test_a_prediction_as_json() -> None:
     rows = [{"text": "Nairobi", "log_prob": -0.5}, {"text": "Lima", "log_prob": -2.0}]
     assert found.to_json() == {"prediction": "Nairobi", "candidates": rows}
     assert replace(found, tokens=3).to_json() == {"prediction": "Nairobi", "candidates": rows, "tokens": 3}
+
+
+def test_a_model_in_training_mode_is_refused(causal: Backbone) -> None:
+    """Its dropout would answer differently every time; also if only one of its modules was turned, and later."""
+    prompt, model = learned(causal, "[P*2] [X] [Y]"), PromptModel(causal)
+    next(module for module in causal.model.modules() if isinstance(module, torch.nn.Linear)).train()
+    for ask in (lambda: PromptModel(causal), lambda: model.predict(RECORDS, prompt)):
+        with pytest.raises(BackboneError, match=r"is in training mode, so its dropout .* call the backbone's freeze"):
+            ask()
+    causal.model.eval()
+    assert len(model.predict(RECORDS, prompt)) == len(RECORDS)
+
+
+def test_a_model_in_use_can_be_pickled(causal: Backbone) -> None:
+    """For pools of processes: it answers as before, and makes the models of trained prompts again."""
+    trained = with_weights(causal, learned(causal, TEMPLATE))
+    model = PromptModel(causal, pad_side="left")
+    before = model.target_logits(RECORDS, trained)
+    again = pickle.loads(pickle.dumps(model))
+    assert (again.pad_side, again.force) == ("left", False)
+    for one, other in zip(again.target_logits(RECORDS, trained), before, strict=True):
+        assert torch.equal(one, other)

@@ -148,6 +148,25 @@ def test_one_small_step_under_a_bfloat16_backbone(model_folder: Callable[[str], 
     assert ((found.learner.vectors() - before).abs().amax(dim=-1) > 0).all()
 
 
+def test_a_trainer_takes_the_rows_of_the_table_that_its_slots_start_at(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a float32 copy of the whole table for each prompt of a fleet, which takes gigabytes with large models."""
+    asked: list[int] = []
+    real = Backbone.vectors_of
+    make_trainer(causal)  # the statistics of the table are found once
+
+    def counted(own: Backbone, ids: Tensor) -> Tensor:
+        asked.append(len(ids))
+        return real(own, ids)
+
+    monkeypatch.setattr(Backbone, "vectors_of", counted)
+    for start in ("random", "vocabulary"):
+        found = make_trainer(causal, start=start)
+        assert sum(asked) == found.learner.bound.slots
+        asked.clear()
+
+
 def slot_gradient(backbone: Backbone, start: Tensor) -> Tensor:
     """Return the gradient of the loss in the slot vectors."""
     vectors = start.clone().requires_grad_(True)

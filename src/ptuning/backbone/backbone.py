@@ -126,6 +126,14 @@ class Backbone:
         self.model.eval()
         self.model.requires_grad_(False)
 
+    def check_evaluates(self) -> None:
+        """Raise a BackboneError if the model is in training mode, where its dropout changes every answer."""
+        if any(module.training for module in self.model.modules()):
+            raise BackboneError(
+                f"the model of '{self.name}' is in training mode, so its dropout would give another answer each time; "
+                "call the backbone's freeze(), or the model's eval(), first"
+            )
+
     def thaw(self, weights: Iterable[nn.Parameter]) -> None:
         """Put the model into training mode (its own dropout is on), and turn on gradients for some weights."""
         self.model.train()
@@ -157,8 +165,7 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.manual_seed(seed)
+        with seeded(seed), quiet():
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
         other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
@@ -240,10 +247,14 @@ class Backbone:
             raise BackboneError(f"{self.name}: {what}, so slots cannot be filled; use another language model")
         return embedded
 
+    @torch.no_grad()
+    def vectors_of(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings of (N,) token ids, (N, E) float32, without gradients."""
+        return self.embed(token_ids.to(self.device)[None])[0].float()
+
     def table(self) -> Tensor:
-        """Return the embeddings of all tokens of the tokenizer, (V, E) float32, without gradients."""
-        with torch.no_grad():
-            return self.embed(torch.arange(self.vocabulary, device=self.device)[None])[0].float()
+        """Return the embeddings of all tokens of the tokenizer, (V, E) float32: as large as the model's own table."""
+        return self.vectors_of(torch.arange(self.vocabulary))
 
     @functools.cached_property
     def table_statistics(self) -> TableStatistics:
@@ -327,6 +338,16 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the generator that modules draw their first weights from, for a block. It is that of the processor: seeding
+    torch as a whole would also seed each GPU's, which the caller may be drawing from.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

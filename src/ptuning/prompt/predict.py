@@ -72,11 +72,20 @@ class PromptModel:
     """
 
     def __init__(self, backbone: Backbone, *, force: bool = False, pad_side: Side = "right") -> None:
+        backbone.check_evaluates()
         self.backbone = backbone
         self.force = force
         self.pad_side: Side = pad_side if pad_side == "right" or backbone.pads_left else "right"
         # A model for each prompt with trained weights, kept as long as the prompt is.
         self._adapted: WeakKeyDictionary[TrainedWeights, PromptModel] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is pickled: all but models with trained weights, which are made anew."""
+        return {**vars(self), "_adapted": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take what was pickled."""
+        vars(self).update(state, _adapted=WeakKeyDictionary())
 
     def for_prompt(self, prompt: Prompt) -> PromptModel:
         """Return the model for a prompt: one with the prompt's trained weights, if it has any, else this one."""

@@ -69,7 +69,7 @@ class Prompt:
 
     Raises:
         TemplateError: If the pattern is malformed.
-        PromptError: If there are slots without vectors, or vectors of a wrong shape.
+        PromptError: If there are slots without vectors, or vectors of a wrong shape or that are no numbers (NaN).
     """
 
     template: Template
@@ -87,6 +87,8 @@ class Prompt:
     weights: TrainedWeights | None = None
 
     def __post_init__(self) -> None:
+        if self.target_tokens < 1:
+            raise PromptError(f"target_tokens is {self.target_tokens}; the longest target has 1 token or more")
         if self.weights is not None and self.backbone is None:
             raise PromptError("trained weights need to say which backbone they belong to")
         if self.slot_vectors is None:
@@ -103,6 +105,12 @@ class Prompt:
             )
         if self.backbone is None:
             raise PromptError("slot vectors need to say which backbone they belong to")
+        if not self.slot_vectors.isfinite().all():
+            wrong = (~self.slot_vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+            raise PromptError(
+                f"the slot vectors hold NaN or infinity (in slot {wrong[0] + 1} of {self.slots}), so every answer is "
+                "NaN; train the prompt again with a lower learning rate, or in float32"
+            )
 
     @classmethod
     def manual(
@@ -177,6 +185,7 @@ class Prompt:
         ``force`` accepts another backbone of the same width; the answers may be worthless. A PromptError if the prompt
         belongs to another backbone, or its shape does not fit.
         """
+        backbone.check_evaluates()
         bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ MANIFEST_FILE = "prompt.json"
 CARD_FILE = "README.md"
 WEIGHTS_FOLDER = "backbone"
 VECTORS_KEY = "slot_vectors"
+# The whole numbers of a manifest, and the least that each may be.
+NUMBERS = {"format_version": 1, "slots": 0, "width": 1, "target_tokens": 1, "seed": 0}
 REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
 
 
@@ -123,6 +126,9 @@ def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
             f"{where}: format version {manifest['format_version']}, and this ptuning reads "
             f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
         )
+    about = Unchecked(manifest, f"{where} is damaged", PromptError)
+    for name, least in NUMBERS.items():
+        about.optional(name, functools.partial(Unchecked.whole, least=least))
 
 
 def _read_vectors(data: bytes, where: Path) -> Tensor:

@@ -60,7 +60,8 @@ class Learner:
         known = frozen.table_statistics
         start = start_vectors(
             bound.slot_start_ids,
-            table=frozen.table(),
+            vectors_of=frozen.vectors_of,
+            vocabulary=frozen.vocabulary,
             mean=known.mean,
             std=known.std,
             how=config.start,
