@@ -62,9 +62,15 @@ def test_a_shared_beginning_is_tokenised_once(name: str) -> None:
 
 def test_a_token_that_reaches_across_words() -> None:
     """Then words are no borders. Marks of spaces alone, and in front of a word, are none of that kind."""
-    for apart in (["Ġof", "ĠĠ", "the"], ["▁of", "▁▁▁", "s"], ["##s", "[PAD]", "of"], ["'s", ".Ġ", "<extra_id_0>"]):
+    for apart in (
+        ["Ġ", "Ġof", "ĠĠ", "the", "ĊĠĠčĊĠ"],
+        ["čevap", "▁če"],
+        ["▁of", "▁▁▁", "s"],
+        ["##s", "[PAD]", "of"],
+        ["'s", ".Ġ", "<extra_id_0>"],
+    ):
         assert has_words_apart(apart)
-    for across in (["ofĠthe"], ["▁of▁the"], ["a b"], ["x", "itĠĠis"]):
+    for across in (["Ġ", "ofĠthe"], ["Ġ", "Ã©Ġa"], ["▁of▁the"], ["▁č▁a"], ["a b"], ["Ġ", "itĠĠis"]):
         assert not has_words_apart(across)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ptuning.template.segments import ANCHOR_WORD
 
@@ -26,9 +26,11 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def has_words_apart(tokens: Iterable[str]) -> bool:
+def has_words_apart(tokens: Collection[str]) -> bool:
     """Whether none of a vocabulary's tokens, written with any mark of a space, reaches from one word into another."""
-    return not any(re.search(r"\w[ ▁Ġ]+\w", token.replace("Ġ", " ")) for token in tokens)
+    bytes_as_letters = {"Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"} if "Ġ" in tokens else {}
+    marks = str.maketrans({"▁": " ", **bytes_as_letters})
+    return not any(re.search(r"\S +\S", token.translate(marks)) for token in tokens)
 
 
 def encode_alike(encode: Encode, texts: Sequence[str]) -> list[list[int]]:
