@@ -21,10 +21,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.torch
+import typer
 
 import ptuning.backbone.loading
 from ptuning import Prompt
 from ptuning.cli import app, prompts, terminal
+from ptuning.cli.help import GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
@@ -182,8 +184,61 @@ def test_help_of_every_command_has_an_example() -> None:
     commands = ["train", "eval", "predict", "inspect", "template show", "data", "backbones", "demo"]
     shown = works("--help")
     for command in commands:
-        assert f"│ {command.split()[0]} " in shown
+        assert f"\n  {command.split()[0]} " in shown
         assert f"Example: ptuning {command}" in works(*command.split(), "--help").replace("\n", " ")
+
+
+def commands_of(group: Any) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
+def test_every_option_stands_in_a_group_of_the_help() -> None:
+    program = typer.main.get_command(app._app())
+    homeless = {
+        f"{command.name} {option.opts[0]}"
+        for command in commands_of(program)
+        for option in command.params
+        if option.param_type_name == "option" and group_of(option) == GENERAL
+    }
+    assert homeless == set()
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ("", *app.COMMANDS):
+        shown = works(*words.split(), "--help")
+        assert max(map(len, shown.splitlines())) <= 80, shown
+        assert "<bool>" not in shown
+
+
+def completions(line: str) -> list[str]:
+    """What bash would offer for the last word of a command line."""
+    words = line.split(" ")
+    asked = {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    command = [sys.executable, "-m", "ptuning"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **asked}, check=False)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("ptuning pre", ["predict"]),
+        ("ptuning train --tune l", ["lora"]),
+        ("ptuning train --data cap", ["capitals:train", "capitals:dev", "capitals:test"]),
+        ("ptuning train --task R", ["RTE", "ReCoRD"]),
+        ("ptuning train --data ./my", []),  # the shell offers files
+    ],
+)
+def test_the_shell_completes(line: str, offered: list[str]) -> None:
+    assert sorted(completions(line)) == sorted(offered)
+
+
+def test_version_with_the_packages_below_it() -> None:
+    shown = works("--version", "-v").splitlines()
+    assert shown[0] == f"ptuning {ptuning.__version__}"
+    assert {"torch", "transformers"} <= {line.split()[0] for line in shown}
 
 
 def test_version_both_ways() -> None:
@@ -197,7 +252,7 @@ def test_version_both_ways() -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} -m ptuning data cities | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_full_disk_behind_the_output_is_one_message() -> None:
@@ -212,6 +267,25 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("PYTHONUTF8=0 PYTHONIOENCODING=latin-1 {} data cities", 0),
+        ("{} data cities | head -1", 141),
+        ("{} data cities >&-", 0),
+        ("{} predict 'manual:[X] is [Y]' --data - <&-", 2),
+        ("{} data nothing >&- 2>&-", 2),
+    ],
+)
+def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(command: str, code: int) -> None:
+    line = f"set -o pipefail; {command.format(f'{sys.executable} -m ptuning')}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment(), check=False)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    if code == 2 and done.stderr:
+        assert done.stderr == b"error: the standard input holds no records; it needs one JSON object per line\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train

@@ -142,8 +142,9 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     two_sided = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    own = getattr(config, "auto_map", None) or {}  # of a model with code of its own
     if getattr(config, "is_encoder_decoder", False):
-        if model_type not in two_sided:
+        if model_type not in two_sided and "AutoModelForSeq2SeqLM" not in own:
             raise BackboneError(
                 f"model type '{model_type}' has an encoder and a decoder, and no language-model head for text in "
                 "transformers; use a causal, a masked or another encoder-decoder language model"
@@ -157,8 +158,10 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     # No known head is named. The family decides; if it has both heads (BERT), the mask token does.
     if model_type in masked and (has_mask or model_type not in causal):
         return "masked"
-    if model_type in causal:
+    if model_type in causal or "AutoModelForCausalLM" in own:
         return forward
+    if "AutoModelForMaskedLM" in own:
+        return "masked"
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )

@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
+from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
+from ptuning.cli.help import print_help
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
+from ptuning.files import parse_json
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -26,10 +28,15 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
+T = TypeVar("T")
 
 
 class Command(TyperCommand):
-    """A command that names the closest option or setting for an unknown one."""
+    """A command whose help has its options in groups, and that names the closest option for an unknown one."""
+
+    def format_help(self, ctx: Any, formatter: object) -> None:  # noqa: ARG002
+        """Print the help."""
+        print_help(self, ctx, {})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; for an unknown option raise an error that names the closest one."""
@@ -43,23 +50,125 @@ class Command(TyperCommand):
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
 
 
-BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
-DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
+def among(*words: str) -> Callable[[str], list[str]]:
+    """Return what the shell's completion offers for an option; where nothing fits, it offers files."""
+
+    def offered(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offered
+
+
+def shipped_parts(incomplete: str) -> list[str]:
+    """Return the parts of the shipped facts that begin so, such as ``capitals:train``."""
+    from ptuning.data.reading import SPLITS, shipped_facts
+
+    return among(*(f"{name}:{part}" for name in shipped_facts() for part in SPLITS))(incomplete)
+
+
+def shipped_tasks(incomplete: str) -> list[str]:
+    """Return the names of shipped tasks that begin so."""
+    from ptuning.data.task_files import shipped_names
+
+    return among(*shipped_names())(incomplete)
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
-NormaliseOption = Annotated[str | None, typer.Option(metavar="sum|mean", help="Score of answers of several tokens.")]
+NormaliseOption = Annotated[
+    str | None,
+    typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
+]
 CalibrateOption = Annotated[
     bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
 ]
-TaskOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.", autocompletion=shipped_tasks),
+]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
-WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
+WithoutOption = Annotated[
+    str | None,
+    typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
+]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
-EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
+EncoderOption = Annotated[
+    str,
+    typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
+]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
+
+
+# How a backbone is found and loaded.
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(metavar="B", help="Known name, folder, GGUF file or hub id.", autocompletion=among(*KNOWN)),
+]
+DtypeOption = Annotated[str, typer.Option(metavar="D", help=f"{', '.join(DTYPES)}.", autocompletion=among(*DTYPES))]
+DeviceOption = Annotated[
+    str,
+    typer.Option(metavar="D", help="auto, cpu, cuda:1, mps, ...", autocompletion=among("auto", "cpu", "cuda", "mps")),
+]
+MapOption = Annotated[
+    str | None,
+    typer.Option(metavar="M", help="Layers over devices: auto, ... or JSON.", autocompletion=among(*DEVICE_MAPS)),
+]
+RevisionOption = Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.")]
+AttentionOption = Annotated[
+    str | None, typer.Option(metavar="A", help="sdpa, eager, ...", autocompletion=among("sdpa", "eager"))
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the backbone.")]
+
+
+@dataclass(frozen=True)
+class AskedBackbone:
+    """The backbone that a command line asks for: its name, if it gives one, and how it is loaded."""
+
+    name: str | None
+    options: LoadOptions
+
+
+def backbone_options(
+    backbone: BackboneOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    device_map: MapOption = None,
+    revision: RevisionOption = None,
+    attn_implementation: AttentionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> AskedBackbone:
+    """Collect the options of a backbone; commands take them with :func:`takes`."""
+    options = LoadOptions(
+        dtype=dtype,
+        device=device,
+        device_map=_map_of(device_map),
+        revision=revision,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return AskedBackbone(backbone, options)
+
+
+def tokenizer_options(
+    backbone: BackboneOption = None, revision: RevisionOption = None, trust_remote_code: TrustOption = False
+) -> AskedBackbone:
+    """Collect the options of a backbone of which only the tokenizer is read."""
+    return AskedBackbone(backbone, LoadOptions(revision=revision, trust_remote_code=trust_remote_code))
+
+
+def _map_of(text: str | None) -> str | dict[str, str | int] | None:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map is not valid JSON: {error}") from error
+    for name, place in found.items():
+        if not isinstance(place, str | int) or isinstance(place, bool):
+            raise ConfigError(f"--device-map: '{name}' must be a device such as cpu, disk or 0, and is {place!r}")
+    return cast("dict[str, str | int]", found)
 
 
 @dataclass(frozen=True)
@@ -75,7 +184,14 @@ class TrainInputs:
 
 
 def training(
-    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="TRAIN",
+            help="Data file, shipped NAME:train, or with --task a folder.",
+            autocompletion=shipped_parts,
+        ),
+    ],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
@@ -86,9 +202,23 @@ def training(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
+    tune: Annotated[
+        str,
+        typer.Option(
+            metavar="frozen|tuned|lora",
+            help="What is trained besides.",
+            autocompletion=among("frozen", "tuned", "lora"),
+        ),
+    ] = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
-    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="difference|whole",
+            help="How tuned weights are saved.",
+            autocompletion=among("difference", "whole"),
+        ),
+    ] = SETTINGS.keep,
     starts: StartsOption = SETTINGS.starts,
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
@@ -111,25 +241,30 @@ def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Paramete
     return inspect.signature(options, eval_str=True).parameters
 
 
-def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the parameters of a function as options, and what that returns as its first argument."""
-    shared = _parameters(options)
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        every = sorted([*shared.values(), *own], key=lambda one: one.default is not one.empty)
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
 
         @functools.wraps(command)
-        def run(**given: object) -> None:
-            asked = options(**{name: given.pop(name) for name in shared})
-            command(asked, **given)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
 
-        return signed(run, every)
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
 
     return decorated
 
 
-def signed(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
     """Give a command the parameters that Typer makes its options of."""
     every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
@@ -148,7 +283,7 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
     values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
     for name, text in values.items():
         with contextlib.suppress(ValueError):
-            values[name] = json.loads(text)
+            values[name] = parse_json(text)
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
