@@ -20,7 +20,7 @@ from ptuning.template.segments import Ids
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoredCandidate:
     """How a row scores one candidate: its ``place`` among all, its ids, and which of the row's logits score each."""
 
     place: int
@@ -35,7 +35,7 @@ class Row:
     """
 
     example: Example
-    candidates: tuple[Scoring, ...]
+    candidates: tuple[ScoredCandidate, ...]
     parents: Ids = ()
 
 
@@ -70,7 +70,7 @@ def plain_rows(examples: Sequence[Example]) -> list[Row]:
         Row(
             examples[places[0]],
             tuple(
-                Scoring(place, tuple(range(len(examples[place].target_ids))), examples[place].target_ids)
+                ScoredCandidate(place, tuple(range(len(examples[place].target_ids))), examples[place].target_ids)
                 for place in places
             ),
         )
@@ -102,7 +102,7 @@ class _Tree:
         self.parents: list[int] = []
         self.nodes: dict[tuple[int, int], int] = {}  # (parent's column, token) -> column
         self.asked: dict[int, int] = {}  # column -> index of its logits
-        self.candidates: list[Scoring] = []
+        self.candidates: list[ScoredCandidate] = []
 
     def is_full(self, example: Example) -> bool:
         """Whether a further candidate may be too much for a pass."""
@@ -123,7 +123,7 @@ class _Tree:
         for position in example.logit_positions:
             column = position if position < self.context else columns[position - self.context + 1]
             logits.append(self.asked.setdefault(column, len(self.asked)))
-        self.candidates.append(Scoring(place, tuple(logits), example.target_ids))
+        self.candidates.append(ScoredCandidate(place, tuple(logits), example.target_ids))
 
     def row(self) -> Row:
         asked = tuple(self.asked)
