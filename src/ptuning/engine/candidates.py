@@ -13,7 +13,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine import batch as bounds
 from ptuning.engine.batch import Batch, Side, batches, collate
 from ptuning.engine.learned import Learned
-from ptuning.engine.passes import run_batch, run_behind
+from ptuning.engine.memory import in_parts
+from ptuning.engine.passes import run_batch, run_behind, target_logits
 from ptuning.template.alike import shared_length
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
@@ -168,11 +169,19 @@ def _passes(
     for part in batches([[rows[index][1].example] for index in rest]):
         chosen = [rest[at] for at in part]
         group, brought = [rows[index][1] for index in chosen], learned.take([rows[index][0] for index in chosen])
-        if any(row.parents for row in group):
-            batch = tree_batch(group, brought)
-        else:
-            batch = collate([row.example for row in group], brought, pad_side=pad_side)
-        yield chosen, run_batch(backbone, batch, brought).logits
+        yield chosen, _logits(backbone, group, brought, pad_side=pad_side)
+
+
+def _logits(backbone: Backbone, rows: Sequence[Row], learned: Learned, *, pad_side: Side) -> Tensor:
+    examples = [row.example for row in rows]
+    if not any(row.parents for row in rows):
+        return target_logits(backbone, examples, learned, pad_side=pad_side)
+
+    def run(part: Sequence[int]) -> Tensor:
+        brought = learned.take(part)
+        return run_batch(backbone, tree_batch([rows[at] for at in part], brought), brought).logits
+
+    return torch.cat(in_parts(run, [len(example.token_ids) for example in examples], backbone=backbone))
 
 
 def _totals(rows: Sequence[Row], logits: Tensor) -> list[float]:
