@@ -226,7 +226,7 @@ def hub_tables(source: str) -> list[Table]:
     if not name:
         raise FileError(f"'{source}' names no data set; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     try:
-        from datasets import __version__, load_dataset  # type: ignore[import-not-found,unused-ignore]
+        from datasets import __version__, load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
         raise FileError(
             f"reading {source} needs the package datasets; install it with: pip install datasets"
