@@ -63,7 +63,7 @@ GOALS: dict[str, Goal] = {
         500.0,
         "MB",
         True,
-    ),  # fmt: skip
+    ),
     "import-seconds": Goal("import ptuning", "startup", 0.2, "seconds", True),
     "help-seconds": Goal("ptuning --help", "startup", 0.5, "seconds", True),
     "load-seconds": Goal("loading the cached backbone in a new process", "startup", 3.0, "seconds", True),

@@ -37,7 +37,7 @@ METHOD = (
     "One process per contestant and job, from its start to the end of one or two optimizer steps (of records of 512 "
     "tokens one pass, of candidates one record's hundred): the largest resident set the system reports, loading "
     "included; on a GPU the most that torch held. Same weights, type, rows and passes as in the other scripts. The "
-    "entry is the largest ratio of ptuning's peak to PEFT's over all jobs. Ranking: names of towns, the shortest 1,000, "
+    "entry is the largest ratio of ptuning's peak to PEFT's over all jobs. Ranking: the 1,000 shortest names of towns "
     "behind records of 400 tokens; the most that the process takes while PromptModel.rank runs, less what it takes "
     "before, looked at every 5 ms."
 )
