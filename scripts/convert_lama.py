@@ -33,7 +33,8 @@ from ptuning.data.relations import (
     relation_of,
 )
 from ptuning.errors import FileError, PTuningError, RecordError
-from ptuning.files import publish_folder, read_bytes, write_json_lines
+from ptuning.files import read_bytes, write_json_lines
+from ptuning.names import is_folder_name, publish_folder
 
 Rows = Sequence[Mapping[str, object]]
 Found = dict[str, dict[str, list[Mapping[str, object]]]]  # relation -> part -> rows
@@ -87,6 +88,9 @@ def convert(source: str | Path, out: Path) -> list[str]:
                 f"{name}: the rows are of several relations ({', '.join(named[:5])}); give this file or its folder "
                 "itself to have them told apart"
             )
+    for name in (*found, *patterns):
+        if not is_folder_name(name):
+            raise RecordError(f"the relation '{name}' cannot be the name of a file; use letters, digits and - _ . + =")
     about = told | about
     with publish_folder(out) as folder:
         save(folder / f"{RELATION_LIST}.jsonl", [{"relation": name, **about[name]} for name in about])
