@@ -22,7 +22,7 @@ from ptuning.engine.prefix_cache import cacheable_ids
 from ptuning.files import Json
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.records import Record
+from ptuning.records import Rows
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import RunState, write_checkpoint
 from ptuning.training.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes
@@ -134,7 +134,7 @@ class Forecast:
 
 def estimate(
     template: str | Template,
-    data: Sequence[Record] | Questions,
+    data: Rows | Questions,
     *,
     backbone: Backbone,
     report: OnProgress | None = None,
