@@ -252,7 +252,7 @@ def test_version_both_ways() -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} -m ptuning data cities | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_full_disk_behind_the_output_is_one_message() -> None:
@@ -267,6 +267,25 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("PYTHONUTF8=0 PYTHONIOENCODING=latin-1 {} data cities", 0),
+        ("{} data cities | head -1", 141),
+        ("{} data cities >&-", 0),
+        ("{} predict 'manual:[X] is [Y]' --data - <&-", 2),
+        ("{} data nothing >&- 2>&-", 2),
+    ],
+)
+def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(command: str, code: int) -> None:
+    line = f"set -o pipefail; {command.format(f'{sys.executable} -m ptuning')}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment(), check=False)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    if code == 2 and done.stderr:
+        assert done.stderr == b"error: the standard input holds no records; it needs one JSON object per line\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train

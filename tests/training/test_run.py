@@ -326,6 +326,24 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
             run(causal, out, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("start", None), ("start", {}), ("history", {}), ("history", [[]]), ("history", [{"epoch": "x"}]), ("tune", 7),
+        ("chosen_epoch", None), ("train_seconds", "long"), ("seconds", 10**400), ("frozen_parameters", -1),
+        ("tokens_per_second", "fast"), ("choice_rule", []), ("trainable_parameters", 1.5),
+    ],
+)  # fmt: skip
+def test_a_finished_record_that_lacks_its_outcome_is_damaged(
+    causal: Backbone, tmp_path: Path, key: str, value: object
+) -> None:
+    out = tmp_path / "out"
+    record = dict(run(causal, out).record)
+    (out / RUN_FILE).write_text(json.dumps({**record, key: value}), encoding="utf-8")
+    with pytest.raises(FileError, match=r"run.json is damaged: .*start anew with --overwrite"):
+        run(causal, out, resume=True)
+
+
 def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
     """Nothing is overwritten unasked; and when asked, nothing of the earlier run is left."""
     out = tmp_path / "out"

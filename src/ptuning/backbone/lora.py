@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ptuning.backbone.backbone import seeded
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Unchecked
+from ptuning.files import Unchecked, parse_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -39,7 +39,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
     alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
     config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
-    with seeded(seed):
+    with own_draws(seed=seed):
         try:
             _inject(model, config)
         except ValueError as error:
@@ -134,7 +134,7 @@ def _inject(model: nn.Module, config: object) -> None:
 
 def _read_config(config: bytes) -> object:
     """Read only the keys of :data:`READ`, each with its type: other keys of a file could name code to be loaded."""
-    saved = Unchecked(json.loads(config), error=PromptError)
+    saved = Unchecked(parse_json(config.decode()), error=PromptError)
     values = {name: saved.at(name) for name in READ}
     given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
     return _peft().LoraConfig(**given, inference_mode=True)

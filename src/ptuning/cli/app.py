@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -19,6 +20,9 @@ from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.provenance import VERSION, versions
 from ptuning.records import check_text
+
+# The number of the signal that ends a program whose output nobody reads on, as in "| head"; Windows has no name for it.
+SIGPIPE = 13
 
 
 class _Commands(TyperGroup):
@@ -39,26 +43,47 @@ class _Program(_Commands):
         except KeyboardInterrupt:
             terminal.stopped("stopped", None, "")
             raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+        except BrokenPipeError:
+            _drop_output()
+            raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
 
 
 def main() -> None:
     """Run the command line. An error of the user prints one message and exits with code 2."""
+    _prepare_streams()
     try:
         for number, argument in enumerate(sys.argv[1:], start=1):
             check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
-        _app()(prog_name="ptuning")
+        try:
+            _app()(prog_name="ptuning")
+        finally:
+            sys.stdout.flush()
     except PTuningError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:
         terminal.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone, as in "| head"
-        sys.exit(1)
+        _drop_output()
+        sys.exit(SIGNAL_EXIT + SIGPIPE)
     except OSError as error:
-        # Python would try to write the rest of the output once more at its end, and fail with another exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
+
+
+def _prepare_streams() -> None:
+    """Let the outputs escape what their encoding cannot show, and take what is written to a closed one."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end of the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Drop the rest of the output: Python would write it once more at its end, and end with another exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str, error: Exception) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,11 @@ def read_prompt(folder: str | Path) -> Stored:
     Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
     """
     path = Path(folder)
-    if not (path / MANIFEST_FILE).is_file() and (path / PROMPT_FOLDER / MANIFEST_FILE).is_file():
+    # Unlike Path.is_file, these are False for a name that cannot be a path.
+    if not os.path.isfile(path / MANIFEST_FILE) and os.path.isfile(path / PROMPT_FOLDER / MANIFEST_FILE):
         path = path / PROMPT_FOLDER
     where = path / MANIFEST_FILE
-    if not where.is_file():
+    if not os.path.isfile(where):
         raise FileError(
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
