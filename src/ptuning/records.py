@@ -13,7 +13,7 @@ from ptuning.files import sha256
 Record = Mapping[str, str]
 
 
-class Table(Protocol):
+class DataFrame(Protocol):
     """A data frame of pandas or polars, or a table of pyarrow. None of these libraries is imported here."""
 
     @property
@@ -21,7 +21,7 @@ class Table(Protocol):
 
 
 # What becomes records.
-Rows = Iterable[Mapping[str, object]] | Table
+Rows = Iterable[Mapping[str, object]] | DataFrame
 TARGET_FIELD = "y"
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
