@@ -219,6 +219,7 @@ class TrainingRun:
             BackboneId.of(trainer.learner.frozen),
             label_words=prepared.answers.words,
             target_tokens=longest,
+            max_length=prepared.config.max_length,
             multiline=prepared.bound.multiline,
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
