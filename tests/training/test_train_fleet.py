@@ -25,17 +25,17 @@ from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
-from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
+from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
 from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
-from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
+from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.run import TrainResult, train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
-from ptuning.training.train_fleet import FLEET_FILE, FleetResult, train_fleet
+from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model, small_memory
 
@@ -216,6 +216,21 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.glob(f"*/{PROMPT_FOLDER}/*.safetensors"))
     }
+
+
+def test_callbacks_get_the_numbers_of_every_prompt(causal: Backbone) -> None:
+    """Under its name, and beside them the progress of the whole fleet."""
+    seen: list[Progress] = []
+    found = train_fleet(EVERY[:2], backbone=causal, report=seen.append)
+    for name, result in found.results.items():
+        own = [one for one in seen if one.name == name and one.numbers]
+        steps = [one.numbers["step"] for one in own if one.stage == "train"]
+        assert steps == list(range(1, len(steps) + 1))
+        assert [one.numbers["train_loss"] for one in own if one.stage == "epoch" and one.done] == history(
+            result, "train_loss"
+        )
+    done = [one.done for one in seen if one.stage == "train"]
+    assert done == sorted(done)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -420,7 +435,7 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text("{}")
+    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
     with pytest.raises(TrainingError, match="damaged"):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
-from ptuning.backbone.probes import beside_pads, check_reading, same_logits
+from ptuning.backbone.probes import beside_pads, check_reading, same_logits, turning_length
 from ptuning.backbone.randomness import own_draws
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, original_lengths
 from ptuning.errors import BackboneError
 from ptuning.files import Json, sha256
 from ptuning.template.segments import Kind
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Held by a pass of a model that turns to other positions: they are one tensor for all threads that run it.
+_turning = threading.RLock()
 # Number of values of each weight in the fingerprint, besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
 
@@ -47,6 +50,8 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
+    turn: int | None = None
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -65,6 +70,7 @@ class Backbone:
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
+        self.turn = turning_length(self, original_lengths(model.config))
 
     @classmethod
     def from_model(
@@ -232,6 +238,12 @@ class Backbone:
         other.name = f"{self.name} with random weights (seed {seed})"
         return other
 
+    def side(self, length: int) -> bool:
+        """Whether a row of this many tokens is read with the positions of long rows. Only rows of one side may share a
+        pass, and keys and values serve no row of the other side.
+        """
+        return self.turn is not None and length > self.turn
+
     @functools.cached_property
     @torch.no_grad()
     def shares_prefix(self) -> bool:
@@ -311,18 +323,19 @@ class Backbone:
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.
         """
-        logits, memory = self._forward(
-            self.model,
-            embeddings,
-            mask=mask,
-            positions=positions,
-            rows=rows,
-            cols=cols,
-            segment_id=self.tokenizer.segment_id,
-            encoder_tokens=encoder_tokens,
-            memory=memory,
-            keep=keep,
-        )
+        with _turning if self.turn is not None else contextlib.nullcontext():
+            logits, memory = self._forward(
+                self.model,
+                embeddings,
+                mask=mask,
+                positions=positions,
+                rows=rows,
+                cols=cols,
+                segment_id=self.tokenizer.segment_id,
+                encoder_tokens=encoder_tokens,
+                memory=memory,
+                keep=keep,
+            )
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -170,3 +170,51 @@ def same_logits(backbone: Probed, one: Tensor, other: Tensor) -> bool:
     tolerance = 2e-2 if backbone.dtype in HALF else 1e-4
     scale = max(1.0, float(one.abs().max()))
     return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)
+
+
+@torch.no_grad()
+def turning_length(backbone: Probed, lengths: Iterable[int]) -> int | None:
+    """Return the one of some lengths beyond which the model reads a row, and all rows beside it, with other positions
+    (LongRoPE), if there is one. Found by running a row of three tokens, spread over a short row's positions, beside one
+    with the last position of a long row, and beside one without. Raises BackboneError if long rows change each other.
+    """
+    called, longest = f"{backbone.name}: {type(backbone.model).__name__}", backbone.tokenizer.max_tokens
+    for length in lengths if backbone.kind != "encoder-decoder" else ():
+        if not 3 <= length < longest:
+            continue
+        with running(f"{called} cannot read a row of {length + 1} tokens"), evaluating(backbone.model):
+            short, long = length - 1, length  # their last positions
+            turns = not same_logits(backbone, _beside(backbone, short, 2), _beside(backbone, short, long))
+            depends = not same_logits(backbone, _beside(backbone, long, long), _beside(backbone, long, longest - 1))
+        if depends:
+            raise BackboneError(
+                f"{called} reads rows of more than {length} tokens by the longest row beside them, so an answer would "
+                f"depend on its company; set max_position_embeddings in its config.json to {length}"
+            )
+        if turns:
+            return length
+    return None
+
+
+def _beside(backbone: Probed, last: int, other: int) -> Tensor:
+    """Return the logits of a row that ends at the position ``last``, (2, V), beside one that ends at ``other``."""
+    ids = probe_ids(backbone).expand(2, 3)
+    return backbone.run(
+        backbone.embed(ids),
+        mask=torch.ones_like(ids),
+        positions=torch.tensor([[0, last // 2, last], [0, 1, other]], device=ids.device),
+        rows=torch.zeros(2, dtype=torch.int64, device=ids.device),
+        cols=torch.tensor([1, 2], device=ids.device),
+    )[0]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a block; afterwards each of its modules is in the mode that it was in."""
+    modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True

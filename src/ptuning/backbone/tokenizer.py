@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,3 +232,16 @@ def longest_row(config: PretrainedConfig) -> int:
     names = ["max_seq_len", *(f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_"))]
     found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
     return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1
+
+
+def original_lengths(config: PretrainedConfig) -> list[int]:
+    """Return the lengths of rows that positions were first made for, as a config names them, the smallest first."""
+    return sorted(set(_named(config.to_dict(), "original_max_position_embeddings")))
+
+
+def _named(value: object, name: str) -> Iterator[int]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == name and isinstance(inner, int):
+                yield inner
+            yield from _named(inner, name)

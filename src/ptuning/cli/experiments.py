@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from ptuning.cli.options import (
 )
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
+from ptuning.names import LOG_FOLDER
+from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
@@ -66,6 +69,7 @@ def _planned(
     set_: SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
+    log_to: options.LogOption = None,
     *,
     backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
@@ -75,6 +79,9 @@ def _planned(
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
+        from ptuning.training.tracking import TrainingLog
+
+        log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
 
         def plan() -> PlanOptions:
             return {
@@ -90,14 +97,15 @@ def _planned(
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=lambda now: progress(now) if now.stage != "epoch" else None,
+                    report=each(lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
                     on_cell=show_cell,
                     on_estimate=show_estimates,
                 ),
             }
 
-        yield plan
+        with log:
+            yield plan
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:
@@ -152,7 +160,8 @@ def compare(
         template=template,
         vocabulary=vocabulary,
         train_size=train_size,
-        name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
+        # It becomes a folder.
+        name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
         **plan(),
     )
 
