@@ -30,6 +30,7 @@ class TrainConfig:
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
+        max_length: Most tokens of a row, or what the model reads, if that is less; fields of longer rows are truncated.
         accumulation_steps: Passes per optimizer step (gradient accumulation), with the loss of one larger batch.
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW.
@@ -55,6 +56,7 @@ class TrainConfig:
         seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
         checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
         cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
+        cache_disk: Gigabytes (10^9 bytes) that this cache may take on the disk beyond its memory.
         checkpointing: Activation checkpointing (recomputing them): less memory, more time, the same result.
 
     Raises:
@@ -63,6 +65,7 @@ class TrainConfig:
 
     epochs: int = 6
     batch_size: int = 8
+    max_length: int = 2048
     accumulation_steps: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -86,17 +89,18 @@ class TrainConfig:
     seed: int = 0
     checkpoint_seconds: float = 30.0
     cache_memory: float = 0.25
+    cache_disk: float = 0.0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience", "lora_rank"):
+        for name in ("epochs", "batch_size", "max_length", "accumulation_steps", "starts", "patience", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
         for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
-        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds"):
+        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
             self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
         for name in ("warmup_fraction", "dropout", "cache_memory"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
@@ -119,6 +123,11 @@ class TrainConfig:
     def prefix_cache_share(self) -> float:
         """Share of the free memory for the prefix cache; 0 where the backbone is trained, since its keys change."""
         return self.cache_memory if self.tune == "frozen" else 0.0
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes on the disk for the prefix cache."""
+        return int(min(self.cache_disk * 1e9, sys.maxsize))
 
     def to_json(self) -> dict[str, int | float | str | bool]:
         """Return the settings as in ``run.json``."""

@@ -14,6 +14,7 @@ from ptuning.errors import ConfigError
 CHANGED = TrainConfig(
     epochs=3,
     batch_size=2,
+    max_length=99,
     accumulation_steps=4,
     lr=0.25,
     weight_decay=0.5,
@@ -37,6 +38,7 @@ CHANGED = TrainConfig(
     seed=2**63 - 1,
     checkpoint_seconds=0.0,
     cache_memory=0.0,
+    cache_disk=1.5,
     checkpointing=True,
 )
 
@@ -96,6 +98,7 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
     [
         ("epochs", (0, -1), (1, 1000)),
         ("batch_size", (0,), (1,)),
+        ("max_length", (0, -5), (1, 10**6)),
         ("accumulation_steps", (0,), (1,)),
         ("patience", (0,), (1,)),
         ("seed", (-1, 2**63), (0, 2**63 - 1)),
@@ -105,6 +108,7 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
         ("checkpoint_seconds", (-1.0, math.nan, math.inf), (0.0,)),
         ("warmup_fraction", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dropout", (-0.1, 1.0, math.nan), (0.0, 0.99)),
+        ("cache_disk", (-0.1, math.inf, math.nan), (0.0, 2.5)),
         ("cache_memory", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dev_fraction", (0.0, 1.0, math.nan), (0.01, 0.99)),
         ("encoder", ("gru", ""), ("lstm", "mlp", "none")),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from ptuning.data.reading import load_records
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import evaluate as evaluate_module
 from ptuning.engine import prefix_cache
+from ptuning.engine.batch import collate
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
@@ -42,17 +44,25 @@ from ptuning.errors import (
     TemplateError,
     TrainingError,
 )
-from ptuning.files import Json
-from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.files import Json, new_path
+from ptuning.names import (
+    CARD_FILE,
+    CHECKPOINT_FILE,
+    CHECKPOINT_FOLDER,
+    MANIFEST_FILE,
+    PREDICTIONS_FILE,
+    PROMPT_FOLDER,
+    RUN_FILE,
+    VECTORS_FILE,
+)
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
-from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, VECTORS_FILE
 from ptuning.records import Record, as_records
+from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
-from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
@@ -242,7 +252,7 @@ def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monk
         patch.setattr("ptuning.training.run.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run(causal, tmp_path / "cut")
-    (tmp_path / "cut" / ".prompt.x.old").mkdir()  # a kill between two renames leaves one
+    new_path(tmp_path / "cut" / RUN_FILE).touch()  # a kill before the renaming leaves one
     steps: list[Progress] = []
     resumed = run(causal, tmp_path / "cut", resume=True, report=steps.append)
     assert not [step for step in steps if step.stage == "train"]
@@ -373,12 +383,16 @@ def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tm
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         run(causal, out, should_stop=after(2))
-    (out / ".prompt.abc.tmp").mkdir()
-    (out / ".prompt.abc.tmp" / "weights").write_bytes(b"half")
-    (out / ".run.json.12.tmp").write_bytes(b"half")
-    (out / ".prompt.abd.old").mkdir()
+    half = new_path(out / CHECKPOINT_FOLDER / "files")
+    half.mkdir()
+    for path in (half / CHECKPOINT_FILE, new_path(out / RUN_FILE), new_path(out / CHECKPOINT_FOLDER / CHECKPOINT_FILE)):
+        path.write_bytes(b"half")
+    mine = [out / ".run.json.backup.old", out / ".run.json.12.tmp", out / ".prompts.old"]
+    for path in mine:
+        path.write_bytes(b"not half")
     run(causal, out, resume=how == "resume", overwrite=how == "overwrite")
-    assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
+    left = (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE, *(path.name for path in mine))
+    assert sorted(path.name for path in out.iterdir()) == sorted(left)
 
 
 @pytest.mark.parametrize("lr", [1e38, 1e308])
@@ -566,8 +580,8 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
         ids.extend(group)
         return real_run(parts, group)
 
-    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float) -> None:
-        real_init(parts, backbone, memory_share=memory_share)
+    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float, disk_bytes: int) -> None:
+        real_init(parts, backbone, memory_share=memory_share, disk_bytes=disk_bytes)
         made.append(parts)
 
     monkeypatch.setattr(PrefixCache, "_run", watch)
@@ -870,16 +884,45 @@ def test_a_task_with_choices_from_rows_to_answers(backbone: Backbone, tmp_path: 
 
 
 def test_rows_with_many_long_choices_are_run_in_small_passes(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record says so; what is learned is what one pass over the whole batch learns."""
+    """What is learned is what one pass over the whole batch learns."""
     asked, settings = CHOICE_TASK.read_rows(CHOICE_ROWS), {"batch_size": 4, "dropout": 0.0}
     whole = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    monkeypatch.setattr("ptuning.training.prepare.PASS_TOKENS", 1)
+    monkeypatch.setattr("ptuning.training.step.PASS_TOKENS", {"cpu": 1})
     small = run(causal, data=asked, task=CHOICE_TASK, settings=settings)
-    sizes = [one.record["settings"] for one in (whole, small)]
-    assert [(size["batch_size"], size["accumulation_steps"]) for size in sizes] == [(4, 1), (1, 4)]  # type: ignore[index, call-overload]
+    assert whole.record["settings"] == small.record["settings"]
     assert whole.prompt.slot_vectors is not None
     assert small.prompt.slot_vectors is not None
     torch.testing.assert_close(whole.prompt.slot_vectors, small.prompt.slot_vectors, atol=1e-4, rtol=1e-3)
+
+
+def test_rows_are_cut_to_max_length_in_training_and_in_use(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prompt says to how many tokens; one of an earlier version, without the key, reads what the model reads."""
+    long: list[Record] = [{"x": f"city {index} " + "a " * 40, "y": row["y"]} for index, row in enumerate(FACTS)]
+    run(causal, tmp_path / "out", data=long, settings={"max_length": 20})
+    assert "are longer than 20 tokens (max_length, or what the model reads); fields were cut" in caplog.text
+    prompt = Prompt.load(tmp_path / "out")
+    assert (prompt.max_length, TrainConfig().max_length) == (20, 2048)
+    read: list[int] = []
+
+    def spy(examples: Sequence[Example], *rest: Any, **options: Any) -> Any:
+        read.extend(len(example.token_ids) for example in examples)
+        return collate(examples, *rest, **options)
+
+    monkeypatch.setattr("ptuning.engine.passes.collate", spy)
+    model = PromptModel(causal)
+    model.rank(long, prompt, ["yes", "no", "São Tomé"])
+    score_prompt(model, as_records(long), prompt)
+    assert max(read) <= 20
+    model.rank(long, replace(prompt, max_length=None), ["yes", "no"])
+    assert max(read) > 20
+    manifest = tmp_path / "out" / PROMPT_FOLDER / MANIFEST_FILE
+    kept = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest.write_text(json.dumps({name: one for name, one in kept.items() if name != "max_length"}), encoding="utf-8")
+    assert Prompt.load(tmp_path / "out").max_length is None
+    with pytest.raises(TemplateError, match=r"take \d+ tokens, and max_length leaves 6; use fewer"):
+        run(causal, settings={"max_length": 6}, template="[P*6] [X] is [Y]")
 
 
 def test_calibration_is_trained_with_and_goes_into_the_prompt(causal: Backbone, tmp_path: Path) -> None:
