@@ -14,26 +14,22 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
+from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.generate import write_answers
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import (
-    Choice,
-    Item,
-    candidate_item,
-    class_scores,
-    inputs_of,
-    question_items,
-    score_choices,
-)
+from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import PromptError, RecordError
 from ptuning.files import Json
-from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, as_records
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
 
 Found = TypeVar("Found")
+
+# Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
+RANKED_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -114,13 +110,14 @@ class PromptModel:
         return [found[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+    def target_logits(self, records: Rows, prompts: OnePrompt | Sequence[OnePrompt]) -> list[Tensor]:
         """Return the logits that score the targets of N records: N float32 tensors (target tokens, V) on the CPU.
 
         A PromptError if a prompt belongs to another backbone, or there is not one prompt per record; a RecordError if a
         record has no target.
         """
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
 
     def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -141,8 +138,8 @@ class PromptModel:
     @torch.no_grad()
     def rank(
         self,
-        records: Sequence[Record],
-        prompts: Prompt | Sequence[Prompt],
+        records: Rows,
+        prompts: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str],
         *,
         normalise: Normalise | None = None,
@@ -156,7 +153,8 @@ class PromptModel:
         A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
         """
         _check_candidates(candidates)
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
@@ -173,30 +171,24 @@ class PromptModel:
         normalise: Sequence[Normalise],
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
-        items = _candidate_items(data, groups, list(candidates))
-        # One item per input, so that many candidates do not make a forward pass too large.
-        pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
-        scores = [[0.0] * len(candidates) for _ in items]
-        learned = learned.take([owner for owner, _, _ in pieces])
-        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], learned)
-        for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
-            group = [pieces[index][1] for index in chosen]
-            scored = score_choices(group, self._run(inputs_of(group), learned.take(chosen)))
-            totals, means = (values.cpu().split(scored.per_item) for values in (scored.log_probs, scored.means))
-            for index, total, mean in zip(chosen, totals, means, strict=True):
-                owner, _, places = pieces[index]
-                found = mean if normalise[owner] == "mean" else total
-                for place, value in zip(places, found.tolist(), strict=True):
-                    scores[owner][place] = value
-        return [
-            sorted(map(Candidate, candidates, values), key=lambda candidate: -candidate.log_prob) for values in scores
-        ]
+        bound = {index: one for one, indices in groups for index in indices}
+        ranked = []
+        at_once = max(1, RANKED_ROWS // len(candidates))
+        for start in range(0, len(data), at_once):
+            part = range(start, min(start + at_once, len(data)))
+            examples = [bound[index].answers([data[index]], [candidates])[0] for index in part]
+            totals = candidate_log_probs(self.backbone, examples, learned.take(part), pad_side=self.pad_side)
+            for index, filled, values in zip(part, examples, totals, strict=True):
+                if normalise[index] == "mean":
+                    values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
+                ranked.append(sorted(map(Candidate, candidates, values), key=lambda one: -one.log_prob))
+        return ranked
 
     @torch.no_grad()
     def classify(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt,
+        records: Rows | Questions,
+        prompt: OnePrompt,
         *,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
@@ -208,6 +200,7 @@ class PromptModel:
 
         A PromptError if the prompt has neither label words nor choices; a RecordError if a row lacks its choices.
         """
+        prompt = as_prompt(prompt)
         answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
         if not answers.is_closed:
             raise PromptError("the prompt has no label words; give candidates instead")
@@ -223,8 +216,8 @@ class PromptModel:
     @torch.no_grad()
     def predict(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt | Sequence[Prompt],
+        records: Rows | Questions,
+        prompt: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str] | None = None,
         *,
         top_k: int = 1,
@@ -242,15 +235,15 @@ class PromptModel:
         ``calibrate`` are as in :meth:`rank` and :meth:`classify`; a ConfigError if they would change nothing, since
         answers are written, or candidates would be calibrated.
         """
-        if not records:
+        data = records.records if isinstance(records, Questions) else as_records(records)
+        if not data:
             return []
-        prompts = _per_row(prompt, len(records))
+        prompts = _per_row(prompt, len(data))
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
         for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise RecordError(f"{name} is {value}; it must be 1 or more")
-        data = records.records if isinstance(records, Questions) else as_records(records)
         if candidates is not None:
             ranked = self.rank(data, prompts, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -266,7 +259,7 @@ class PromptModel:
                     rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
                 )
             answers |= dict(zip(indices, found, strict=True))
-        return [answers[index] for index in range(len(records))]
+        return [answers[index] for index in range(len(data))]
 
     def _write(self, records: Sequence[Record], prompt: Prompt, *, top_k: int, max_tokens: int) -> list[Prediction]:
         written = write_answers(
@@ -324,28 +317,6 @@ def rank_classes(
     return found
 
 
-def _candidate_items(
-    records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
-) -> list[Item]:
-    items: dict[int, Item] = {}
-    for bound, indices in groups:
-        filled = bound.answers([records[index] for index in indices], [candidates] * len(indices))
-        items |= {index: candidate_item(examples) for index, examples in zip(indices, filled, strict=True)}
-    return [items[index] for index in range(len(records))]
-
-
-def _by_input(item: Item) -> list[tuple[Item, list[int]]]:
-    """Split an item into one per input, each with the places of its choices in the whole item."""
-    places: list[list[int]] = [[] for _ in item.inputs]
-    for place, choice in enumerate(item.choices):
-        places[choice.input].append(place)
-    cut = [
-        Item((row,), tuple(Choice(0, item.choices[p].target_ids, item.choices[p].own_tokens) for p in found))
-        for row, found in zip(item.inputs, places, strict=True)
-    ]
-    return list(zip(cut, places, strict=True))
-
-
 def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
     rows: dict[int, tuple[Prompt, list[int]]] = {}
     for index, prompt in enumerate(prompts):
@@ -353,12 +324,14 @@ def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
     return list(rows.values())
 
 
-def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
-    if isinstance(prompts, Prompt):
-        return [prompts] * rows
+def _per_row(prompts: OnePrompt | Sequence[OnePrompt], rows: int) -> list[Prompt]:
+    """Return one prompt per row; a folder that is named several times is read once."""
+    if isinstance(prompts, OnePrompt):
+        return [as_prompt(prompts)] * rows
     if len(prompts) != rows:
         raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
-    return list(prompts)
+    read = {str(one): as_prompt(one) for one in prompts if not isinstance(one, Prompt)}
+    return [one if isinstance(one, Prompt) else read[str(one)] for one in prompts]
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:
