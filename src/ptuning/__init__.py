@@ -11,6 +11,7 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from ptuning.backbone.loading import load_backbone as load_backbone
+    from ptuning.config import GenerationSettings as GenerationSettings
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.data.reading import load_records as load_records
     from ptuning.data.task_files import load_task as load_task
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
     "FleetPrompt": "training.spec",
+    "GenerationSettings": "config",
     "LabelWords": "template.labels",
     "Prompt": "prompt.prompt",
     "PromptModel": "prompt.predict",
@@ -53,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "FleetPrompt",
+    "GenerationSettings",
     "LabelWords",
     "PTuningError",
     "Prompt",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
 from ptuning.template.segments import Kind
@@ -50,11 +50,13 @@ class Backbone:
         self.revision = revision
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
         self._forward = Forward(model, kind=self.kind, name=name)
+        generation = getattr(model, "generation_config", None)
         self.tokenizer = TextTokenizer(
             tokenizer,
             max_tokens=longest_row(model.config) - self._forward.first_position,
             rows=self.embedding_rows,
-            decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
+            decoder_ids=decoder_start(model.config, generation),
+            end_ids=text_ends(model.config, generation),
         )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.

@@ -15,7 +15,7 @@ from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import find_backbone
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
 from ptuning.errors import BackboneError, closest
 from ptuning.template.segments import Kind
 
@@ -53,8 +53,13 @@ def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, 
     name = str(name)
     folder, _ = _find(name)
     config, tokenizer, kind = _read_tokenizer(folder, name=name)
-    decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
-    return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
+    generation = _generation(folder)
+    return TextTokenizer(
+        tokenizer,
+        max_tokens=longest_row(config),
+        decoder_ids=decoder_start(config, generation),
+        end_ids=text_ends(config, generation),
+    ), kind
 
 
 def _find(name: str) -> tuple[str, str | None]:
