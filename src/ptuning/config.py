@@ -175,7 +175,8 @@ class GenerationSettings:
             value = getattr(self, item.name)
             if item.name != "stop_strings" and (item.name, value) != ("max_new_tokens", None):
                 _check_type(item.name, value, int if item.default is None else type(item.default))
-        _require("max_new_tokens", self.max_new_tokens, (self.max_new_tokens or 1) >= 1, "a whole number from 1")
+        longest = self.max_new_tokens
+        _require("max_new_tokens", longest, longest is None or longest >= 1, "a whole number from 1")
         _require("num_beams", self.num_beams, self.num_beams >= 1, "a whole number from 1")
         _require("top_k", self.top_k, self.top_k >= 0, "a whole number from 0")
         _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")

@@ -41,11 +41,15 @@ WAYS: list[dict[str, Any]] = [
 
 
 def model_named(name: str) -> Backbone:
-    """Return a family's tiny model, with tokens that end a text often enough to matter."""
+    """Return a family's tiny model, with tokens that end a text often enough to matter. Rows that pad its table, which
+    ``generate`` may write and we never do, are unlikely.
+    """
     backbone = own_copy(name)
-    ends = [2, 30, 31, 32, 33]
-    backbone.model.generation_config.eos_token_id = ends
-    backbone.tokenizer.end_ids = frozenset(ends)
+    backbone.tokenizer.end_ids = frozenset({2, *range(30, 60)})
+    padding = torch.arange(backbone.vocabulary, backbone.embedding_rows)
+    head = backbone.model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda _module, _inputs, output: output.index_fill(-1, padding, -1e9))
     return backbone
 
 
@@ -65,6 +69,7 @@ def generated(backbone: Backbone, prompt: Prompt, records: Sequence[Record], way
         max_new_tokens=TOKENS,
         eos_token_id=sorted(backbone.tokenizer.end_ids),
         pad_token_id=0,
+        decoder_start_token_id=(*backbone.tokenizer.decoder_ids, None)[0],
     )
     backbone.model.generation_config = GenerationConfig()  # nothing of the model's own settings
     torch.manual_seed(way.get("seed", 0))
@@ -124,15 +129,17 @@ def test_what_is_written_is_what_generate_writes(
     ours = written(backbone, prompt, RECORDS, way, monkeypatch)
     theirs = [generated(backbone, prompt, [record], way)[0] for record in RECORDS]
     assert ours == theirs
-    assert len({tuple(ids) for ids in ours}) > 1
+    assert len({tuple(ids) for ids in ours}) > 1 or name not in CAUSAL  # tiny random encoders say little
 
 
-@pytest.mark.parametrize("way", [one for one in WAYS if "do_sample" not in one], ids=str)
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}], ids=str)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_padded_batch_is_what_generate_makes_of_it(
     name: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With pads on the left of shorter rows in both."""
+    """With pads on the left of shorter rows in both. (``generate`` counts pads as written tokens where repetitions are
+    punished, and draws for all rows from one generator.)
+    """
     backbone = model_named(name)
     prompt = learned(backbone, TEMPLATE)
     assert written(backbone, prompt, RECORDS, way, monkeypatch) == generated(backbone, prompt, RECORDS, way)
@@ -173,7 +180,7 @@ def test_an_answer_ends_at_each_token_that_ends_the_model_s_texts(
     backbone = backbone_of(name)
     backbone.model.generation_config.eos_token_id = [2, 41]
     backbone = Backbone(backbone.model, backbone.tokenizer._tokenizer, name="x")
-    assert backbone.tokenizer.end_ids == {2, 41}
+    assert backbone.tokenizer.end_ids == {backbone.tokenizer.stop_id, 2, 41}
     for prompt in (learned(backbone, TEMPLATE), Prompt.manual("[X] is [Y]")):
         with monkeypatch.context() as patched:
             forced(backbone, [40, 41, 42, 43], patched)
@@ -188,6 +195,8 @@ def test_a_greedy_batch_copies_its_cache_only_when_a_row_has_ended(monkeypatch: 
     """Not at each token. A row that has ended is not run any more."""
     backbone = model_named("llama")
     prompt, copies, sizes = learned(backbone, TEMPLATE), [], []
+    backbone.tokenizer.end_ids = frozenset()
+    ids = written(backbone, prompt, RECORDS, {}, monkeypatch)
     plain, read = Memory.reorder, Continuation.read
 
     def reorder(self: Memory, rows: torch.Tensor) -> None:
@@ -200,26 +209,14 @@ def test_a_greedy_batch_copies_its_cache_only_when_a_row_has_ended(monkeypatch: 
 
     monkeypatch.setattr(Memory, "reorder", reorder)
     monkeypatch.setattr(Continuation, "read", counted)
-    found = PromptModel(backbone).predict(RECORDS, prompt, generation={"max_new_tokens": TOKENS})
-    lengths = {one.tokens for one in found}
-    assert len(lengths) > 1
-    assert len(copies) < len(lengths)
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] > sizes[-1]
-    copies.clear()
-    backbone.tokenizer.end_ids = frozenset()
-    filled = bound(backbone, TEMPLATE)
-    filled.multiline = True
-    with torch.no_grad():
-        _write(
-            backbone,
-            filled,
-            filled.contexts(RECORDS),
-            prompt.learned(backbone),
-            settings=GenerationSettings(),
-            max_tokens=TOKENS,
-        )
-    assert not copies
+    assert written(backbone, prompt, RECORDS, {}, monkeypatch) == ids
+    assert (copies, sizes) == ([], [len(RECORDS)] * (TOKENS - 1))
+    sizes.clear()
+    first = next(row for row in ids if row[2] not in {*ids[0][:2], *ids[1][:2], *ids[2][:2], *ids[3][:2], *ids[4][:2]})
+    backbone.tokenizer.end_ids = frozenset({first[2]})
+    assert written(backbone, prompt, RECORDS, {}, monkeypatch) == [until_end(row, backbone) for row in ids]
+    assert 1 <= len(copies) <= len(RECORDS)
+    assert sizes[0] == len(RECORDS) > sizes[-1]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
@@ -252,7 +249,7 @@ def test_streamed_pieces_are_the_answer(name: str, how: dict[str, Any], multilin
         assert all(pieces)
         assert "".join(pieces) == model.predict([record], prompt, generation=how)[0].text
         counts.add(len(pieces))
-    assert max(counts) > 1 or "stop_strings" in how
+    assert max(counts) > 1 or "stop_strings" in how or name == "bart"  # which has nothing but special tokens to say
 
 
 def test_streaming_needs_no_gradients_and_leaves_the_caller_s_as_they_are(causal: Backbone) -> None:
@@ -268,7 +265,7 @@ def ending_of(backbone: Backbone, *stops: str) -> Ending:
     """Return the ending of long answers of several lines."""
     filled = bound(backbone, TEMPLATE)
     filled.multiline = True
-    return Ending(backbone, filled, max_tokens=99, stop_strings=stops)
+    return Ending(backbone, filled, max_tokens=999, stop_strings=stops)
 
 
 def test_an_answer_ends_before_a_stop_string(causal: Backbone) -> None:

@@ -54,7 +54,7 @@ def beam_search(rows: Continuation, ending: Ending, settings: GenerationSettings
         vocabulary = log_probs.shape[-1]
         # A row with fewer than W drafts repeats its last one, which leads nowhere.
         scores = [[score for score, _ in one.running] + [-math.inf] * (beams - len(one.running)) for one in active]
-        totals = process(rows.ids, log_probs).view(len(active), -1) + torch.tensor(
+        totals = process(rows.ids, log_probs).reshape(len(active), -1) + torch.tensor(
             scores, device=device
         ).repeat_interleave(vocabulary, dim=1)  # (B, W * V)
         # So many that W go on even if all tokens that end a text are among them.
