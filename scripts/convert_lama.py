@@ -47,6 +47,7 @@ SINGLE_LISTS = "single_relations"  # one list per relation
 PATTERN_FOLDERS = (PATTERN_FOLDER, "graphs_json", "pattern_data/graphs_json", "pattern_data")
 DESCRIBING = ("template", "label", "type")
 HUB_PREFIX = "hub:"
+SAFE_DATASETS = 4  # the first major version of the package datasets that runs no code of data sets
 
 
 def main() -> None:
@@ -225,11 +226,16 @@ def hub_tables(source: str) -> list[Table]:
     if not name:
         raise FileError(f"'{source}' names no data set; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+        from datasets import __version__, load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise FileError(
             f"reading {source} needs the package datasets; install it with: pip install datasets"
         ) from error
+    if int(__version__.partition(".")[0]) < SAFE_DATASETS:
+        raise FileError(
+            f"datasets {__version__} runs the code of a data set if someone says yes; install a version that does not: "
+            f"pip install 'datasets>={SAFE_DATASETS}'"
+        )
     try:
         loaded = load_dataset(name, config or None, split=split or None)
         tables = loaded if isinstance(loaded, dict) else {split: loaded}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A template's error shows so many characters on either side of the fault.
+SHOWN_CHARACTERS = 200
+
 
 class PTuningError(Exception):
     """Base of every error that a user can cause and fix. The command line prints it and ends with exit code 2."""
@@ -19,17 +22,19 @@ class RecordError(PTuningError):
 
 
 class TemplateError(PTuningError):
-    """A template is malformed, or does not fit a record or the backbone's context. The message shows ``pattern`` with a
-    caret at ``column``, which is zero-based, if it is given.
+    """A template is malformed, or does not fit a record or the backbone's context. The message shows ``pattern``, or of
+    a long one the part around ``column``, with a caret there; the column is zero-based.
     """
 
     def __init__(self, message: str, *, pattern: str | None = None, column: int | None = None) -> None:
         self.pattern = pattern
         self.column = column
         if pattern is not None and column is not None:
-            # A pattern may have line breaks, and the caret needs a single line.
-            shown = pattern.replace("\n", "\u23ce").replace("\t", " ")
-            message = f"{message}\n  {shown}\n  {' ' * column}^ column {column + 1}"
+            # The caret needs a single line that can be printed: no line breaks, no half characters, no book.
+            start = max(0, column - SHOWN_CHARACTERS)
+            part = pattern[start : column + SHOWN_CHARACTERS].replace("\n", "\u23ce").replace("\t", " ")
+            shown = f"{'...' * (start > 0)}{part.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')}"
+            message = f"{message}\n  {shown}\n  {' ' * (column - start + 3 * (start > 0))}^ column {column + 1}"
         super().__init__(message)
 
 

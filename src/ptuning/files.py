@@ -31,6 +31,9 @@ Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
+DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
+MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
+LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,19 @@ class Unchecked:
 
     def whole(self, *, least: int | None = None) -> int:
         """Return a whole number, which is not below ``least``."""
-        found = self.value
-        if not isinstance(found, int) or isinstance(found, bool) or (least is not None and found < least):
+        found, lowest = self.value, -LARGEST if least is None else least
+        if not isinstance(found, int) or isinstance(found, bool) or not lowest <= found <= LARGEST:
             raise self.wrong("a whole number" if least is None else f"a whole number from {least}")
         return found
 
     def number(self, *, finite: bool = True) -> float:
         """Return a number; one that is infinite or NaN only if not ``finite``."""
         found = self.value
-        if not isinstance(found, int | float) or isinstance(found, bool) or (finite and not math.isfinite(found)):
+        if isinstance(found, int) and not isinstance(found, bool) and abs(found) <= LARGEST:
+            found = float(found)
+        if not isinstance(found, float) or (finite and not math.isfinite(found)):
             raise self.wrong("a number")
-        return float(found)
+        return found
 
     def to(self, kind: type[T], **given: object) -> T:
         """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
@@ -212,6 +217,8 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise file_error("read", path, error) from error
+    except ValueError as error:
+        raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
 
 
 def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
@@ -222,10 +229,42 @@ def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
         raise error(f"{path} is not UTF-8 text ({wrong.reason}); save it as UTF-8") from wrong
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON. A ValueError if it is malformed, nested deeper than :data:`DEEPEST`, has a number that is too long to
+    read, or a text with half a character (a lone surrogate), which neither tokenizers nor files take.
+    """
+    try:
+        value = json.loads(text)
+        if text.count("[") + text.count("{") > DEEPEST:
+            _check_depth(value)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {DEEPEST}") from error
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half a character (a lone surrogate)") from error
+    return value
+
+
+def _check_depth(value: Json) -> None:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
 def read_json(path: Path) -> dict[str, Json]:
     """Read a JSON object."""
     try:
-        value = json.loads(read_bytes(path).decode("utf-8"))
+        value = parse_json(read_bytes(path).decode("utf-8"))
     except ValueError as error:
         raise FileError(f"{path} is not valid JSON ({error}); it is damaged or was cut off") from error
     if not isinstance(value, dict):
@@ -236,16 +275,24 @@ def read_json(path: Path) -> dict[str, Json]:
 def parse_toml(text: str, *, where: str, error: type[PTuningError]) -> Unchecked:
     """Read TOML; ``where`` starts the messages of all errors about it, and ``error`` is their class."""
     try:
-        return Unchecked(tomllib.loads(text), where, error)
-    except tomllib.TOMLDecodeError as wrong:
+        if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
+            raise RecursionError
+        value = tomllib.loads(text)
+        _check_depth(value)
+    except RecursionError as wrong:
+        raise error(
+            f"{where} is nested too deeply: lists and tables go {DEEPEST} deep, and a line has at most {MOST_DOTS} dots"
+        ) from wrong
+    except ValueError as wrong:  # also of numbers that are too long to read
         raise error(f"{where} is not a valid TOML file: {wrong}") from wrong
+    return Unchecked(value, where, error)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Json]]:
     """Read what :func:`write_json_lines` wrote."""
     try:
         # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
-        rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
+        rows = [parse_json(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
     except ValueError as error:
         raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ptuning.errors import RecordError
+from ptuning.errors import PTuningError, RecordError
 from ptuning.files import sha256
 
 Record = Mapping[str, str]
@@ -37,32 +38,67 @@ def as_records(data: Sequence[Record]) -> Records:
     return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
 
 
-def check_text(text: str, *, where: str, what: str = "the row") -> None:
-    """Raise a RecordError if a text holds half a character, as broken JSON may: no tokenizer or file takes it."""
+def check_text(text: str, *, where: str, what: str = "the row", error: type[PTuningError] = RecordError) -> None:
+    """Raise an ``error`` if a text holds half a character: no tokenizer or file takes it. Broken JSON may have one, and
+    a command line that is not UTF-8.
+    """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(f"{where}: {what} holds half a character (a lone surrogate)") from error
+    except UnicodeEncodeError as found:
+        raise error(f"{where}: {what} holds half a character (a lone surrogate); write it in UTF-8") from found
 
 
 def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
-    """Return scalar values as text, with :data:`ALIASES`; a RecordError for no mapping, or a name that is no text."""
+    """Return scalar values as text, with :data:`ALIASES`; numpy's are scalars too, and None and NaN are missing. The
+    target is without the white space around it, which would be learned with it. A RecordError for no mapping, a name
+    that is no text, or a number that is too long to write.
+    """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
     record: dict[str, str] = {}
-    for name, value in row.items():
+    for name, given in row.items():
         if not isinstance(name, str):
             raise RecordError(f"{where}: field names must be text, not {name!r}")
-        if isinstance(value, str):
-            check_text(name + value, where=where, what=f"the field {name!r}")
-            record[name] = value
-        elif isinstance(value, bool | int | float):
-            record[name] = json.dumps(value)
+        value = scalar(given)
+        if value is not None:
+            record[name] = _as_text(value, name, where=where)
     for name, others in ALIASES.items():
         source = next((other for other in others if other in record), None)
         if name not in record and source is not None:
             record[name] = record[source]
+    if TARGET_FIELD in record:
+        record[TARGET_FIELD] = record[TARGET_FIELD].strip()
     return record
+
+
+def scalar(value: object) -> str | bool | int | float | None:
+    """Return a text, truth value or number as Python's own; None for what is missing (None, NaN) or none of these.
+
+    >>> import numpy as np
+    >>> scalar(np.int64(3)), scalar(np.str_("Kenya")), scalar(float("nan")), scalar([1])
+    (3, 'Kenya', None, None)
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # of numpy or torch, which need not be loaded here
+    if not isinstance(value, str | bool | int | float) or value != value:
+        return None
+    return value
+
+
+def _as_text(value: str | bool | int | float, name: str, *, where: str) -> str:
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except ValueError as error:
+        raise RecordError(f"{where}: the number in the field {name!r} is too long to write") from error
+    check_text(name + text, where=where, what=f"the field {name!r}")
+    return text
+
+
+def check_columns(names: Sequence[str], *, where: str) -> None:
+    """Raise a RecordError if two columns of a table have one name."""
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
+    if doubled:
+        raise RecordError(f"{where}: the column names {', '.join(doubled)[:200]} are there twice")
 
 
 def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:

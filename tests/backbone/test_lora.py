@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -13,8 +15,8 @@ import torch
 
 from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
-from ptuning.errors import BackboneError, ConfigError
+from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
+from ptuning.errors import BackboneError, ConfigError, PromptError
 from ptuning.prompt.predict import PromptModel
 from tests.backbone.test_trained_weights import EXPERTS, adapted, experts, logits, weights
 from tests.conftest import RECORDS, learned
@@ -85,6 +87,26 @@ def test_seed_rank_and_targets(causal: Backbone) -> None:
     assert {name.split(".")[-3] for name in made(targets="q_proj, v_proj")} == {"q_proj", "v_proj"}
     assert 0 < len(made(targets="default")) < len(one)
     assert not any("embed" in name or "lm_head" in name for name in one)
+
+
+def test_a_graphics_processor_draws_on_as_if_no_adapters_were_made(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Seeds are separate* (docs/invariants.md): only the generator that adapters draw from is seeded."""
+    seed_all = Mock()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    with_adapters(causal, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    causal.with_random_weights(seed=0)
+    assert not seed_all.called
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**13}, {"rank_pattern": {"q_proj": 10**13}}, {"r": 10**18}])
+def test_a_rank_that_no_memory_holds_is_refused_before_any_is_taken(causal: Backbone, changes: dict[str, Any]) -> None:
+    """Shapes of the saved weights and of the config are compared first."""
+    other = adapted(causal)
+    config = json.dumps({**json.loads(lora.adapter_config(other.model, backbone="")), **changes}).encode()
+    with pytest.raises(PromptError, match=r"the saved adapters (have a wrong shape|do not fit LlamaForCausalLM)"):
+        lora.restore_adapters(causal.copy(share=True).model, config, lora.adapter_parameters(other.model))
 
 
 def test_no_layers_for_adapters(causal: Backbone) -> None:

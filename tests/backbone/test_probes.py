@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.probes import check_reading
 from ptuning.errors import BackboneError
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
 from tests.conftest import make_tokenizer
 from tests.families import BART, BERT, GPT, GROUPED, POSITIONS, ROBERTA, SMALL, built, model_of, tokenizer_of
 
@@ -147,6 +150,21 @@ def test_a_model_that_cannot_run_a_longer_row() -> None:
     )
     with pytest.raises(BackboneError, match=r"cannot read a row of 63 tokens: .* \(RuntimeError\); use another"):
         check_reading(made(transformers.ReformerModelWithLMHead, config, "llama"))
+
+
+def test_a_model_of_few_positions_is_asked_for_no_more_than_it_has(tmp_path: Path) -> None:
+    """MPT names its longest row as no other does; the longer row that is tried had 67 tokens."""
+    config = transformers.MptConfig(
+        vocab_size=len(tokenizer_of("llama")), d_model=32, n_heads=4, n_layers=2, max_seq_len=64
+    )
+    tokenizer = make_tokenizer("llama")
+    tokenizer.model_max_length = 10**30
+    transformers.MptForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path), device="cpu", dtype="float32")
+    assert backbone.tokenizer.max_tokens == 64
+    long = PromptModel(backbone).predict([{"x": "Kenya " * 100}], Prompt.manual("[X] is [Y]"))
+    assert len(long) == 1
 
 
 def test_a_model_that_cannot_run_a_short_row() -> None:

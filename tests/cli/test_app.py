@@ -21,10 +21,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.torch
+import typer
 
 import ptuning.backbone.loading
 from ptuning import Prompt
 from ptuning.cli import app, prompts, terminal
+from ptuning.cli.help import GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
@@ -182,8 +184,61 @@ def test_help_of_every_command_has_an_example() -> None:
     commands = ["train", "eval", "predict", "inspect", "template show", "data", "backbones", "demo"]
     shown = works("--help")
     for command in commands:
-        assert f"│ {command.split()[0]} " in shown
+        assert f"\n  {command.split()[0]} " in shown
         assert f"Example: ptuning {command}" in works(*command.split(), "--help").replace("\n", " ")
+
+
+def commands_of(group: Any) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
+def test_every_option_stands_in_a_group_of_the_help() -> None:
+    program = typer.main.get_command(app._app())
+    homeless = {
+        f"{command.name} {option.opts[0]}"
+        for command in commands_of(program)
+        for option in command.params
+        if option.param_type_name == "option" and group_of(option) == GENERAL
+    }
+    assert homeless == set()
+
+
+def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in ("", *app.COMMANDS):
+        shown = works(*words.split(), "--help")
+        assert max(map(len, shown.splitlines())) <= 80, shown
+        assert "<bool>" not in shown
+
+
+def completions(line: str) -> list[str]:
+    """What bash would offer for the last word of a command line."""
+    words = line.split(" ")
+    asked = {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    command = [sys.executable, "-m", "ptuning"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **asked}, check=False)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("ptuning pre", ["predict"]),
+        ("ptuning train --tune l", ["lora"]),
+        ("ptuning train --data cap", ["capitals:train", "capitals:dev", "capitals:test"]),
+        ("ptuning train --task R", ["RTE", "ReCoRD"]),
+        ("ptuning train --data ./my", []),  # the shell offers files
+    ],
+)
+def test_the_shell_completes(line: str, offered: list[str]) -> None:
+    assert sorted(completions(line)) == sorted(offered)
+
+
+def test_version_with_the_packages_below_it() -> None:
+    shown = works("--version", "-v").splitlines()
+    assert shown[0] == f"ptuning {ptuning.__version__}"
+    assert {"torch", "transformers"} <= {line.split()[0] for line in shown}
 
 
 def test_version_both_ways() -> None:
@@ -197,7 +252,7 @@ def test_version_both_ways() -> None:
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"set -o pipefail; {sys.executable} -m ptuning data cities | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_full_disk_behind_the_output_is_one_message() -> None:
@@ -212,6 +267,25 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: [Errno 28] No space left on device; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("PYTHONUTF8=0 PYTHONIOENCODING=latin-1 {} data cities", 0),
+        ("{} data cities | head -1", 141),
+        ("{} data cities >&-", 0),
+        ("{} predict 'manual:[X] is [Y]' --data - <&-", 2),
+        ("{} data nothing >&- 2>&-", 2),
+    ],
+)
+def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(command: str, code: int) -> None:
+    line = f"set -o pipefail; {command.format(f'{sys.executable} -m ptuning')}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment(), check=False)
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    if code == 2 and done.stderr:
+        assert done.stderr == b"error: the standard input holds no records; it needs one JSON object per line\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train
@@ -235,7 +309,7 @@ def test_from_training_weights_to_answers_without_them(tune: str, llama: str, da
     assert len(set(losses)) == 3
     assert losses[0] < losses[2]
     for more in ([], ["--without", "slots"], ["--without", "backbone"]):
-        assert works("predict", "out", "Kenya", "--max-tokens", "2", *more)
+        assert works("predict", "out", "Kenya", "--max-new-tokens", "2", *more)
     assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")
     fails("eval", "out", "--data", data / "train.jsonl", "--without", "words",
           says=["no part 'words' to leave out; it has slots and backbone"])  # fmt: skip
@@ -553,7 +627,7 @@ def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
         assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
         return listed
 
-    short, free = answers("--max-tokens", "1"), answers()
+    short, free = answers("--max-new-tokens", "1"), answers()
     assert len(short) == len(free) == 3
     assert max(len(one["text"]) for one in short) < max(len(one["text"]) for one in free)
 
@@ -798,6 +872,25 @@ def test_a_manual_template_with_slots(data: Path) -> None:
     fails("train", "--data", data / "train.jsonl", "--manual", WARM, "--out", "out", says=["slots", "^ column 1"])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("template", "show", "caf\udce9 [X] [Y]"),
+        ("template", "show", "[X] [Y]", "--record", '{"x": "caf\udce9"}'),
+        ("predict", "manual:[X] [Y]", "caf\udce9"),
+        ("caf\udce9",),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_one_error(arguments: Sequence[str]) -> None:
+    """As of $'caf\\xe9' in a shell: no tokenizer and no file takes it."""
+    found = call(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert found.err == (
+        f"error: the command line: argument {len(arguments)} holds half a character (a lone surrogate); write it in "
+        "UTF-8\n"
+    )
+
+
 def test_values_of_a_wrong_type_and_missing_options_end_with_2_too(data: Path) -> None:
     for args in (["train", "--epochs", "two"], ["train", "--out", "out"], ["trian"], ["predict", "p", "--top-k", "0"]):
         done = call(*args)
@@ -942,7 +1035,14 @@ def test_bad_input_of_eval(run_folder: Path, label_run: Path, data: Path, tmp_pa
     fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, record 1: no target"])
     args = ("--data", data / "dev.jsonl")
     fails("eval", label_run, *args, "--candidates", "train", says=["label words, which are all its answers"])
-    fails("eval", run_folder, *args, "--normalise", "mean", says=["--normalise goes with a closed set", "--candidates"])
+    fails(
+        "eval",
+        run_folder,
+        *args,
+        "--normalise",
+        "mean",
+        says=["normalise (--normalise) goes with a closed set", "--candidates"],
+    )
     fails("eval", run_folder, *args, "--candidates", "train", "--normalise", "max", says=["sum or mean, not 'max'"])
     fails("eval", "manual:[X] is [Y]", *args, "--candidates", "train", "--backbone", llama,
           says=["--candidates train needs the prompt's run.json"])  # fmt: skip
@@ -956,14 +1056,16 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
     fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
     fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
-    fails("predict", label_run, "good", "--max-tokens", "3", says=["--max-tokens is for answers that are written"])
+    fails(
+        "predict", label_run, "good", "--max-new-tokens", "3", says=["max_new_tokens is for answers that are written"]
+    )
     fails(
         "predict",
         run_folder,
         "Kenya",
         "--normalise",
         "mean",
-        says=["--normalise goes with a closed set", "--candidates"],
+        says=["normalise (--normalise) goes with a closed set", "--candidates"],
     )
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ptuning.cli import inputs, options
-from ptuning.data.task_files import TaskFile
-from ptuning.errors import ConfigError, FileError, RecordError
+from ptuning.cli import inputs
+from ptuning.data.relations import read_relations
+from ptuning.data.task_files import TaskFile, find_split
+from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
 from ptuning.prompt.prompt import Prompt
+from ptuning.report.results_file import read_results
+from ptuning.training.fleet_file import read_fleet
 
 
 @pytest.fixture(autouse=True)
@@ -111,15 +115,6 @@ def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyP
         assert list(row.record) == ["text"]  # type: ignore[union-attr]
 
 
-def test_only_closed_answers_are_calibrated() -> None:
-    prompt = inputs.prompt_of("manual:", write_task())
-    options.check_calibrate(True, prompt, candidates=False)
-    options.check_calibrate(None, Prompt.manual("[X] is [Y]"), candidates=True)
-    for one, candidates in ((prompt, True), (Prompt.manual("[X] is [Y]"), False)):
-        with pytest.raises(ConfigError, match="--calibrate is for label words and a task's choices"):
-            options.check_calibrate(True, one, candidates=candidates)
-
-
 def test_candidates() -> None:
     Path("words.txt").write_text("\ufeffLima\n\nParis \nLima\n", encoding="utf-8")
     Path("facts.csv").write_text("x,answer\na,no\nb,yes\nc,no\n", encoding="utf-8")
@@ -132,3 +127,47 @@ def test_candidates() -> None:
         inputs.read_candidates("empty.txt", "manual:[X] [Y]", None, None)
     with pytest.raises(ConfigError, match=r"--candidates train needs the prompt's run\.json, or shipped facts"):
         inputs.read_candidates("train", "manual:[X] [Y]", "facts.csv", None)
+
+
+def test_a_closed_input_holds_no_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(RecordError, match="the standard input holds no records"):
+        inputs.data_to_answer(Prompt.manual("[X] is [Y]"), None, "-", None)
+
+
+@pytest.mark.parametrize(
+    "record", ["{}", '{"data": 1}', '{"data": {"train": []}}', '{"data": {"train": {"name": 7}}}', '{"data": null}']
+)
+def test_a_record_that_is_no_trainings_has_no_candidates(record: str) -> None:
+    Path("run.json").write_text(record, encoding="utf-8")
+    with pytest.raises(FileError, match=r"run\.json is not the record of a training: .*name a file instead"):
+        inputs.read_candidates("train", ".", None, None)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "/".join(["a" * 200] * 30)])
+def test_names_that_cannot_be_paths_are_names_of_nothing(name: str) -> None:
+    """Of files and folders: each reader says that there is no such thing."""
+    task = inputs.task_of("RTE")
+    assert task is not None
+    calls: list[Callable[[], object]] = [
+        lambda: inputs.task_of(name),
+        lambda: inputs.prompt_of(name),
+        lambda: inputs.data_of(name, None, task, part="train"),
+        lambda: inputs.data_of(f"{name}:val", None, task, part="train"),
+        lambda: inputs.records_of(f"{name}.csv", None),
+        lambda: inputs.read_candidates("train", name, None, None),
+        lambda: find_split(Path(name), task, "dev"),
+        lambda: find_split(Path(), task, name),
+        lambda: read_fleet(Path(name)),
+        lambda: read_results(name),
+        lambda: task.read(name),
+        lambda: read_relations(name),
+    ]
+    for read in calls:
+        with pytest.raises(PTuningError):
+            read()
+
+
+def test_a_manual_prompt_of_a_number_that_is_no_pattern() -> None:
+    with pytest.raises(PTuningError):
+        inputs.prompt_of(f"manual:{'9' * 5000}", inputs.task_of("RTE"))

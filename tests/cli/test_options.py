@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from ptuning.cli import options
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
+from ptuning.prompt.prompt import Prompt
+from ptuning.template.labels import LabelWords
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +42,26 @@ def test_settings_that_are_none(pairs: list[str], says: str) -> None:
         options.config_of(pairs, epochs=3)
 
 
-def test_how_candidates_are_scored() -> None:
-    assert options.normalise_of("mean", closed=True) == "mean"
-    assert options.normalise_of("sum", closed=False) == "sum"
-    with pytest.raises(ConfigError, match="--normalise is sum or mean, not 'max'"):
-        options.normalise_of("max", closed=True)
-    with pytest.raises(ConfigError, match="--normalise goes with a closed set of answers"):
-        options.normalise_of("mean", closed=False)
+def test_how_answers_are_scored() -> None:
+    """What cannot be scored as asked is refused before anything is loaded."""
+    prompt = Prompt.manual("[X] is [Y]")
+    closed = replace(prompt, label_words=LabelWords({"a": ("yes",), "b": ("no",)}))
+    for one, candidates in ((closed, False), (prompt, True)):
+        assert options.scoring_of(one, normalise="mean", calibrate=None, candidates=candidates) == "mean"
+    assert options.scoring_of(prompt, normalise="sum", calibrate=False, candidates=False) == "sum"
+    assert options.scoring_of(closed, normalise=None, calibrate=True, candidates=False) is None
+    for one, asked, message in (
+        (closed, {"normalise": "max", "calibrate": None, "candidates": False}, "is sum or mean, not 'max'"),
+        (prompt, {"normalise": "mean", "calibrate": None, "candidates": False}, "goes with a closed set of answers"),
+        (
+            prompt,
+            {"normalise": None, "calibrate": True, "candidates": False},
+            "is for label words and a task's choices",
+        ),
+        (closed, {"normalise": None, "calibrate": True, "candidates": True}, "is for label words and a task's choices"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            options.scoring_of(one, **asked)
 
 
 def test_the_command_line_can_be_given_again() -> None:

@@ -191,7 +191,9 @@ def test_bad_input(llama: str) -> None:
     fails("eval", "manual:", *task, "--task", "RTE", "--backbone", llama, says=["no 'val' part of the task RTE in d"])
     write_lines(Path("d/moods/train.jsonl"), [{"text": "a", "label": 2}])
     fails("train", *task, *out, says=["d/moods/train.jsonl, line 1: the label is '2'", "0, 1"])
-    fails("predict", "manual:[X] [Y]", "a", "--calibrate", "--backbone", llama, says=["--calibrate is for label words"])
+    fails(
+        "predict", "manual:[X] [Y]", "a", "--calibrate", "--backbone", llama, says=["(--calibrate) is for label words"]
+    )
 
 
 def test_the_list_names_each_task_with_its_kind_of_answers(printed: Callable[[], tuple[str, str]]) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.markup import escape
 
 from ptuning.cli import terminal
 from ptuning.progress import Progress
@@ -27,7 +27,7 @@ class Screen(io.StringIO):
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     found = Screen()
-    console = Console(file=found, force_terminal=True, width=80, emoji=False, color_system=None)
+    console = terminal._Console(file=found, force_terminal=True, width=80, emoji=False, color_system=None)
     monkeypatch.setattr(terminal, "_errors", lambda: console)
     return found
 
@@ -52,6 +52,36 @@ def test_messages_are_printed_as_they_are(screen: Screen) -> None:
     text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
     terminal.complain(text)
     assert screen.getvalue() == f"error: {text}\n"
+
+
+EVIL = "a\x1b[2J\x1b]0;PWN\x07\x9b31m\r\u202eb\ud800"
+SHOWN = "a\\x1b[2J\\x1b]0;PWN\\x07\\x9b31m\\r\\u202eb\\ud800"
+
+
+def test_escapes_of_data_are_shown_and_not_obeyed(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In messages, tables, headings, notes of a progress bar and JSON alike."""
+    printed = terminal._Console(file=screen, width=200, emoji=False, highlight=False)
+    monkeypatch.setattr(terminal, "results", lambda: printed)
+    terminal.complain(f"{EVIL}\nsecond line")
+    assert screen.getvalue() == f"error: {SHOWN}\nsecond line\n"
+    terminal.line(EVIL)
+    terminal.heading(EVIL)
+    table = terminal.table(EVIL)
+    table.add_row(escape(EVIL))
+    printed.print(table)
+    assert screen.getvalue().count(SHOWN) == 5
+    with terminal.waiting(EVIL), terminal.bar() as report:
+        report(Progress("train", 1, 2, EVIL))
+        time.sleep(0.15)
+    shown = screen.getvalue()
+    assert not {"\x07", "\x9b", "\u202e", "\ud800"} & set(shown)
+    assert "\x1b[2J" not in shown
+    assert "\x1b]" not in shown
+
+
+def test_json_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_json({"a": "\x1b\x7f\x9b é"}, indent=None)
+    assert capsys.readouterr().out == '{"a": "\\u001b\\u007f\\u009b é"}\n'
 
 
 def test_waiting_is_shown_on_a_terminal_only(screen: Screen) -> None:
@@ -86,3 +116,11 @@ def test_the_next_command_is_one_that_works_here(
     (folder / "ptuning").unlink()
     if found != "own":
         assert terminal.program() == f"'{folder}/python' -m ptuning"
+
+
+def test_a_program_is_named_where_the_working_folder_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert terminal.program()

@@ -6,7 +6,7 @@ import pytest
 
 from ptuning.data.answer_space import TRAIN_CHOICES, AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.errors import RecordError
+from ptuning.errors import ConfigError, RecordError
 from ptuning.template.labels import LabelWords, Scoring
 
 WORDS = LabelWords({"good": ("great", "fine"), "bad": ("poor",)})
@@ -48,6 +48,20 @@ def test_scoring_changes_only_where_it_is_asked_for() -> None:
     assert space.scored() == space
     assert space.scored(normalise="sum").scoring == Scoring("sum", calibrate=True, keep=("x",))
     assert space.scored(calibrate=False).scoring == Scoring("mean", calibrate=False, keep=("x",))
+
+
+def test_a_setting_that_is_wrong_or_would_change_nothing_is_an_error() -> None:
+    for space, asked, message in (
+        (LABELS, {"normalise": "avg"}, r"normalise \(--normalise\) is sum or mean, not 'avg'"),
+        (WRITTEN, {"normalise": "avg", "candidates": True}, "is sum or mean, not 'avg'"),
+        (WRITTEN, {"normalise": "mean"}, "goes with a closed set of answers"),
+        (WRITTEN, {"calibrate": True}, "is for label words and a task's choices"),
+        (CHOICES, {"calibrate": True, "candidates": True}, "is for label words and a task's choices"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            space.scored(**asked)
+    assert WRITTEN.scored(normalise="mean", candidates=True).scoring.normalise == "mean"
+    assert WRITTEN.scored(normalise="sum", calibrate=False) == WRITTEN
 
 
 def test_questions_that_cannot_be_answered() -> None:

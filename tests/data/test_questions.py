@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ptuning.data.questions import ChoiceSource, Question, Questions, Reader, as_questions
@@ -25,6 +26,12 @@ def read(reader: Reader, *rows: Mapping[str, Any], labelled: bool = True) -> lis
 def test_labels_go_by_name_whatever_the_file_has() -> None:
     rows: list[dict[str, Any]] = [{"text": "a", "label": 1}, {"text": "a", "label": "0"}, {"text": "a", "label": True}]
     assert [one.record["y"] for one in read(LABELLED, *rows)] == ["true", "false", "true"]
+
+
+def test_white_space_around_a_label_or_target_is_not_part_of_it() -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "label": "1 "}, {"text": "a", "label": "true\n"}]
+    assert [one.record["y"] for one in read(LABELLED, *rows)] == ["true", "true"]
+    assert read(Reader({}), {"label": " two\nlines\n"})[0].record["y"] == "two\nlines"
 
 
 def test_a_label_outside_of_the_task_names_line_and_labels() -> None:
@@ -164,3 +171,21 @@ def test_records_are_questions_without_choices() -> None:
     found = as_questions(data)
     assert (found, found.name, found.sha256) == ([Question({"x": "a"})], "n", "0" * 64)
     assert as_questions(found) is found
+
+
+def test_a_right_answer_of_thousands_of_digits_is_none_of_the_choices() -> None:
+    reader = Reader({}, choices=ChoiceSource((at("a"), at("b"))))
+    with pytest.raises(RecordError, match=r"the right answer '9+' is not one of the 2 choices"):
+        read(reader, {"a": "x", "b": "y", "label": "9" * 5000})
+
+
+def test_rows_of_a_table_are_read_as_those_of_a_file() -> None:
+    reader = Reader({"n": at("n")}, labels=("a", "b"))
+    assert read(reader, {"n": np.int64(3), "label": "a"})[0].record["n"] == "3"
+    assert read(reader, {"n": np.bool_(True), "label": "a"})[0].record["n"] == "true"
+    with pytest.raises(RecordError, match="'n' is null"):
+        read(reader, {"n": float("nan"), "label": "a"})
+    rows: list[Any] = [{"n": 10**5000, "label": "a"}, {("n",): 1, "label": "a"}]
+    for row in rows:
+        with pytest.raises(RecordError, match="the row cannot be read as JSON"):
+            read(reader, row)

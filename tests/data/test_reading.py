@@ -90,7 +90,7 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
         ("a.tsv", "x\ty\n1\n", r"a\.tsv, line 2: 1 cells"),
         ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text \(.*\); save the file as UTF-8"),
         ("a.jsonl", b'{"x": "1"}\n\xff\xfe', r"a\.jsonl, line 2: not UTF-8 text"),
-        ("a.jsonl", '{"x": "\\ud83d"}', r"a\.jsonl, line 1: the field 'x' holds half a character"),
+        ("a.jsonl", '{"x": "\\ud83d"}', r"a\.jsonl, line 1: .*holds half a character"),
         ("a.jsonl", "", r"a\.jsonl holds no records; it needs one record per line"),
         ("a.jsonl", "\n \n", r"holds no records"),
         ("a.json", "[]", r"holds no records"),

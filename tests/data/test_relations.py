@@ -340,3 +340,14 @@ def test_the_published_data() -> None:
             assert pattern is None or "x" in Template.parse(pattern).fields or "before" in pattern
         with contextlib.suppress(RecordError):  # a relation may be too small to be divided
             check_whole(split_relation(found))
+
+
+def test_a_relation_may_have_a_number_of_any_length(tmp_path: Path) -> None:
+    write(tmp_path / "P36.jsonl", [{"sub_label": "a", "obj_label": "b", "predicate_id": f"P{'9' * 5000}"}])
+    with pytest.raises(RecordError, match="the rows are of the relations P999"):
+        read_relations(tmp_path)
+    names = ["P103", "P17", "P1" + "0" * 60, "P017", "a2", "a10"]
+    for name in names:
+        write(tmp_path / "many" / f"{name}.jsonl", CAPITALS)
+    found = [relation.name for relation in read_relations(tmp_path / "many")]
+    assert found == ["P017", "P17", "P103", "P1" + "0" * 60, "a2", "a10"]

@@ -102,3 +102,22 @@ def test_rows_that_lack_something_are_errors_of_the_data(path: str, message: str
 def test_a_field_takes_one_text() -> None:
     with pytest.raises(RecordError, match="leads to 2 texts"):
         RowPath.parse("passage.questions[].q").text({"": ROW}, where="here")
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("It ends.", "It ends"), ("It ends ?! ", "It ends"), ("a. . .", "a. ."), (" . ", ""), ("None ", "None "),
+        ("line.\n", "line"), ("", ""), ("1.5", "1.5"), ("." * 300_000 + "x", "." * 300_000 + "x"),
+        ("x" + " " * 300_000 + "y", "x" + " " * 300_000 + "y"), ("x" + " ." * 100_000, "x" + " ." * 99_999),
+    ],
+)  # fmt: skip
+def test_a_full_stop_is_taken_off_texts_of_any_length(text: str, without: str) -> None:
+    """A regular expression would take hours for the long ones."""
+    assert RowPath.parse("x|no_full_stop").texts({"": {"x": text}}, where="here") == [without]
+
+
+def test_a_number_of_thousands_of_digits_marks_no_word() -> None:
+    row: Json = {"text": "a b", "at": "9" * 5000}
+    with pytest.raises(RecordError, match=r"here: there is no word number 9{80} to mark among the 2"):
+        read("text|mark at", row)

@@ -281,6 +281,17 @@ def test_an_empty_record_is_filled_once_for_all_rows(causal: Backbone) -> None:
     assert all(len(item.empty) == len(item.choices) for item in items)
 
 
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_the_words_of_a_long_record_are_scored_behind_one_context(causal: Backbone, calibrate: bool) -> None:
+    """Cut for the longest word: otherwise a label would win because its words leave more of the record."""
+    rows = as_questions([{"x": "a film " * 60, "y": "bad"}])
+    words = LabelWords({"good": ("great", "a good film and not a bad one"), "bad": ("terrible",)})
+    item = question_items(bound(causal, TEMPLATE), rows, AnswerSpace(words, scoring=Scoring(calibrate=calibrate)))[0]
+    inputs = [item.inputs[choice.input] for choice in item.choices]
+    assert all(one.shortened for one in inputs)
+    assert len({one.token_ids[: one.logit_positions[0] + 1] for one in inputs}) == 1
+
+
 def test_errors_name_the_row_and_not_its_place_among_all_choices(causal: Backbone) -> None:
     asked = Questions([*QUESTIONS, Question({"y": "a"}, ("a", "b"), (0,))], name="f.jsonl")
     with pytest.raises(TemplateError, match=r"no field 'x' in f.jsonl, record 4, answer 1"):

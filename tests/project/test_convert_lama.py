@@ -157,8 +157,9 @@ def test_rows_of_several_relations_are_not_taken_for_one(tmp_path: Path) -> None
     assert len(converted(tmp_path / "download", tmp_path / "b")) == 2
 
 
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object]) -> None:
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object], version: str = "4.0.0") -> None:
     module = ModuleType("datasets")
+    module.__version__ = version  # type: ignore[attr-defined]
     module.load_dataset = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", module)
 
@@ -194,6 +195,16 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[-1] == ("lama", None, "train[:9]")
     with pytest.raises(FileError, match="'hub::trex' names no data set; write hub:NAME"):
         converted("hub::trex", tmp_path / "6")
+
+
+def test_a_version_of_datasets_that_runs_code_of_data_sets_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    fake_datasets(monkeypatch, lambda *names, **_: asked.append(names), version="3.6.0")
+    with pytest.raises(FileError, match=r"datasets 3\.6\.0 runs the code .* pip install 'datasets>=4'"):
+        converted("hub:lama", tmp_path / "1")
+    assert not asked
 
 
 def test_the_hub_without_its_package_or_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ptuning.engine import batch as batch_module
 from ptuning.engine.batch import Side
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.errors import ConfigError, PromptError, RecordError, TemplateError
+from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
@@ -308,6 +309,19 @@ def test_ranks_equal_one_forward_per_candidate(backbone: Backbone, normalise: st
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_candidates_of_a_long_record_are_compared_behind_one_text(backbone: Backbone) -> None:
+    """The record is cut for its longest candidate, so a short one does not see more of it than the others."""
+    prompt, words = learned(backbone, TEMPLATE), "a " * 120
+    whole, texts = bound(backbone, TEMPLATE), [CANDIDATES]
+    cuts: list[Record] = [{"x": words[:length]} for length in range(len(words))]
+    fitting = [cut for cut in cuts if not any(one.shortened for one in whole.answers([cut], texts)[0])]
+    model = PromptModel(backbone)
+    found, expected = (model.rank([record], prompt, CANDIDATES)[0] for record in ({"x": words}, fitting[-1]))
+    assert [one.text for one in found] == [one.text for one in expected]
+    assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], abs=1e-4)
+
+
 def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
     """``top_k`` of the ranked ones; more than there are is all of them."""
     prompt = learned(backbone, TEMPLATE)
@@ -430,8 +444,13 @@ def test_zero_records(backbone: Backbone) -> None:
         (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
         (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
-        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "it must be sum or mean"),
+        (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "is sum or mean, not 'max'"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", "no", "yes"]), RecordError, "the candidate 'yes' is given twice"),
+        (lambda m, p: m.predict(RECORDS, p, ["yes", "no"], normalise="avg"), ConfigError, "is sum or mean, not 'avg'"),
+        (lambda m, p: m.predict(RECORDS, p, ["yes", "no"], calibrate=True), ConfigError, "is for label words"),
+        (lambda m, p: m.predict(RECORDS, p, normalise="mean"), ConfigError, "goes with a closed set of answers"),
+        (lambda m, p: m.predict(RECORDS, p, calibrate=True), ConfigError, "is for label words and a task's choices"),
+        (lambda m, p: m.classify(RECORDS, with_labels(p), normalise="avg"), ConfigError, "is sum or mean, not 'avg'"),
         (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
         (lambda m, p: m.predict(RECORDS, p, generation={"top_p": 2.0}), ConfigError, "setting 'top_p' is 2.0"),
         (lambda m, p: m.stream(RECORDS[0], with_labels(p)), PromptError, "only written answers are streamed"),
@@ -705,3 +724,25 @@ def test_a_prediction_as_json() -> None:
     rows = [{"text": "Nairobi", "log_prob": -0.5}, {"text": "Lima", "log_prob": -2.0}]
     assert found.to_json() == {"prediction": "Nairobi", "candidates": rows}
     assert replace(found, tokens=3).to_json() == {"prediction": "Nairobi", "candidates": rows, "tokens": 3}
+
+
+def test_a_model_in_training_mode_is_refused(causal: Backbone) -> None:
+    """Its dropout would answer differently every time; also if only one of its modules was turned, and later."""
+    prompt, model = learned(causal, "[P*2] [X] [Y]"), PromptModel(causal)
+    next(module for module in causal.model.modules() if isinstance(module, torch.nn.Linear)).train()
+    for ask in (lambda: PromptModel(causal), lambda: model.predict(RECORDS, prompt)):
+        with pytest.raises(BackboneError, match=r"is in training mode, so its dropout .* call the backbone's freeze"):
+            ask()
+    causal.model.eval()
+    assert len(model.predict(RECORDS, prompt)) == len(RECORDS)
+
+
+def test_a_model_in_use_can_be_pickled(causal: Backbone) -> None:
+    """For pools of processes: it answers as before, and makes the models of trained prompts again."""
+    trained = with_weights(causal, learned(causal, TEMPLATE))
+    model = PromptModel(causal, pad_side="left")
+    before = model.target_logits(RECORDS, trained)
+    again = pickle.loads(pickle.dumps(model))
+    assert (again.pad_side, again.force) == ("left", False)
+    for one, other in zip(again.target_logits(RECORDS, trained), before, strict=True):
+        assert torch.equal(one, other)

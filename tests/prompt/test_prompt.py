@@ -102,6 +102,18 @@ def test_vectors_are_float32_matrices(causal: Backbone) -> None:
             replace(prompt, slot_vectors=vectors)
 
 
+def test_vectors_are_numbers_and_targets_have_tokens(causal: Backbone) -> None:
+    """Checked wherever a prompt is made, so that one that answers nothing is neither saved nor used."""
+    prompt = learned(causal, TEMPLATE)
+    for wrong in (float("nan"), float("-inf")):
+        vectors = torch.zeros(3, 32)
+        vectors[2, 0] = wrong
+        with pytest.raises(PromptError, match=r"hold NaN or infinity \(in slot 3 of 3\)"):
+            replace(prompt, slot_vectors=vectors)
+    with pytest.raises(PromptError, match="target_tokens is 0; the longest target has 1 token or more"):
+        replace(prompt, target_tokens=0)
+
+
 def test_vectors_are_float32_under_a_bfloat16_backbone(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Vectors are float32 on disk, too; and a prompt learned in bfloat16 fits the same backbone in float32."""
     folder = str(model_folder("llama"))

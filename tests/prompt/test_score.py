@@ -16,7 +16,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
-from ptuning.template.labels import LabelWords
+from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
@@ -72,6 +72,22 @@ def test_candidates_are_ranked(backbone: Backbone) -> None:
     many = [*CANDIDATES, *(f"city {index}" for index in range(20))]
     wide = score_prompt(model, data, prompt, candidates=many)
     assert wide.scores["accuracy"].value <= wide.scores["p_at_10"].value <= 0.75
+
+
+@pytest.mark.parametrize("asked", [None, "sum", "mean"])
+def test_the_score_is_that_of_the_answers_given(causal: Backbone, asked: Normalise | None) -> None:
+    """Candidates are scored by one rule, the prompt's unless another is asked for: by ``rank``, ``predict``, scores."""
+    model, candidates = PromptModel(causal), ["a good film and a bad one", "yes", "São Tomé", "25"]
+    prompt = replace(learned(causal, TEMPLATE), normalise="mean")
+    ranked = model.rank(RECORDS, prompt, candidates, normalise="mean" if asked is None else asked)
+    answers = model.predict(RECORDS, prompt, candidates, normalise=asked, top_k=4)
+    assert [list(one.candidates) for one in answers] == ranked
+    assert model.rank(RECORDS, [prompt] * len(RECORDS), candidates, normalise=asked) == ranked
+    seconds = [{**record, "y": one.candidates[1].text} for record, one in zip(RECORDS, answers, strict=True)]
+    found = score_prompt(model, as_records(seconds), prompt, candidates=candidates, normalise=asked)
+    assert found.scores["mrr"].value == 1 / 2
+    other = model.rank(RECORDS, prompt, candidates, normalise="sum" if asked != "sum" else "mean")
+    assert [[one.text for one in row] for row in other] != [[one.text for one in row] for row in ranked]
 
 
 def test_a_closed_prompt_takes_no_candidates(causal: Backbone) -> None:

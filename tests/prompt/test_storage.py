@@ -204,7 +204,9 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
         ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be a table"),
         ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
         ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),
-        ({"slots": "3"}, r"wrong shape"),
+        ({"slots": "3"}, r"prompt.json is damaged: 'slots' must be a whole number from 0, and is \"3\""),
+        ({"slots": -3}, r"prompt.json is damaged: 'slots' must be a whole number from 0, and is -3"),
+        ({"width": 0}, r"prompt.json is damaged: 'width' must be a whole number from 1, and is 0"),
         ({"slots": 0}, r"has slots, and there are no vectors for them"),
         ({"vectors_sha256": "0" * 64}, r"was changed since it was saved"),
         ({"template": "[P*2] [X] [P:is]"}, r"prompt.json is damaged: a template needs one \[Y\]"),
@@ -217,6 +219,8 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
         ),
         ({"label_words": {"a": ["great"]}}, r"prompt.json is damaged: label words need at least two labels"),
         ({"seed": "one"}, r"prompt.json is damaged: 'seed' must be a whole number"),
+        ({"seed": -1}, r"prompt.json is damaged: 'seed' must be a whole number from 0, and is -1"),
+        ({"target_tokens": -7}, r"prompt.json is damaged: 'target_tokens' must be a whole number from 1, and is -7"),
         ({"target_tokens": "many"}, r"prompt.json is damaged: 'target_tokens' must be a whole number"),
         ({"scores": {"accuracy": "high"}}, r"prompt.json is damaged: 'scores.accuracy' must be a number"),
     ],
@@ -225,6 +229,16 @@ def test_a_changed_manifest(saved: Path, changes: dict[str, object], message: st
     """Invariant *Saved is what was trained*: each change is an error with a text of its own."""
     change(saved, **changes)
     with pytest.raises(PromptError, match=message):
+        Prompt.load(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_saved_vectors_that_are_no_numbers(saved: Path, value: float) -> None:
+    """Every answer would be NaN, and the first candidate would win."""
+    vectors = torch.zeros(3, 32)
+    vectors[1, 5] = value
+    rewrite(saved, {VECTORS_KEY: vectors})
+    with pytest.raises(PromptError, match=r"prompt.json is damaged: .*NaN or infinity \(in slot 2 of 3\).*train"):
         Prompt.load(saved)
 
 

@@ -542,6 +542,34 @@ def test_a_context_keeps_room_for_the_target(families: dict[str, Family]) -> Non
         assert context.token_ids == example.token_ids[: len(context.token_ids)]
 
 
+@pytest.mark.parametrize("text", ["a ", "Nairobi in 1999 ", "Zürich, "])
+def test_answers_of_one_record_stand_behind_the_same_context(family: Family, text: str) -> None:
+    """A record that is too long is cut for its longest answer, so that all answers are scored alike."""
+    bound = family.bind("[P*2] {x} is [Y]", max_tokens=40)
+    texts = [["Peru", "the film of Zürich was great; a good one", "Kenya"], ["yes", "no"]]
+    long, short = bound.answers([{"x": text * 60}, {"x": "Kenya"}], texts)
+    assert [one.shortened for one in (*long, *short)] == [True] * 3 + [False] * 2
+    if family.kind == "causal":
+        contexts = {one.token_ids[: one.logit_positions[0] + 1] for one in long}
+    else:
+        contexts = {tuple(token for token in one.token_ids if token != family.raw.mask_token_id) for one in long}
+    assert len(contexts) == 1
+    assert max(len(one.token_ids) for one in long) <= 40
+    alone = [
+        bound.examples([{"x": text * 60}], targets=[texts[0][1]])[0],
+        *bound.examples([{"x": "Kenya"}] * 2, targets=texts[1]),
+    ]
+    assert [long[1], *short] == alone
+
+
+def test_an_answer_that_does_not_fit_is_named(families: dict[str, Family]) -> None:
+    bound = families["gpt2"].bind("{x!} is [Y]", max_tokens=12)
+    with pytest.raises(TemplateError, match="f, row 2, answer 2 does not fit"):
+        bound.answers([{"x": "a"}] * 2, [["no"], ["yes", "yes " * 20]], source="f, row")
+    with pytest.raises(RecordError, match="f, row 1, answer 1 has no target"):
+        bound.answers([{"x": "a"}], [[" "]], source="f, row")
+
+
 # --- Errors and the stop token ---
 
 

@@ -64,6 +64,44 @@ def test_what_is_wrong_with_label_words_is_said(text: str, message: str) -> None
         LabelWords.parse(text)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"a": "yes", "b": "no"},
+        {"a": ["yes"], "b": ("no",)},
+        {" a ": " yes ", "b": ["no\n"]},
+        "a=yes;b=no",
+        LabelWords({"a": ("yes",), "b": ("no",)}),
+    ],
+)
+def test_label_words_are_given_as_a_mapping_or_a_text(labels: object) -> None:
+    """A text is one word, not its letters; the template brings the space in front of a word."""
+    found = LabelWords.of(labels)  # type: ignore[arg-type]
+    assert found.words == {"a": ("yes",), "b": ("no",)}
+    assert found.flat == ((0, "yes"), (1, "no"))
+    assert LabelWords.of(found) is found
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (7, r'label words are a mapping or a text such as "positive=.*", not 7'),
+        ([("a", "yes"), ("b", "no")], "label words are a mapping or a text"),
+        ({"a": 1, "b": "no"}, "label 'a' has 1; its name is a text, and its words a text or a list of texts"),
+        ({"a": ["yes", None], "b": "no"}, r"label 'a' has \['yes', None\]; its name"),
+        ({"a": {"yes": 1}, "b": "no"}, r"label 'a' has \{'yes': 1\}; its name"),
+        ({1: "yes", 0: "no"}, "label 1 has 'yes'; its name is a text"),
+        ({"a": b"yes", "b": "no"}, "label 'a' has b'yes'"),
+        ({"a": "yes", "a ": "no"}, "of the labels 'a', 'a ' two have the same name"),
+        ({"a": "y\ud800", "b": "no"}, r"label words: label 'a' holds half a character \(a lone surrogate\); write it"),
+        ({"a\ud800": "y", "b": "no"}, r"label words: label 'a\\ud800' holds half a character"),
+    ],
+)
+def test_what_is_not_label_words_is_said(labels: object, message: str) -> None:
+    with pytest.raises(LabelWordError, match=message):
+        LabelWords.of(labels)  # type: ignore[arg-type]
+
+
 def test_a_label_without_words_is_refused() -> None:
     with pytest.raises(LabelWordError, match="label 'b' has no name, no word"):
         LabelWords({"a": ("great",), "b": ()})

@@ -219,3 +219,30 @@ def test_what_a_template_says_of_itself() -> None:
     assert Template.parse("[P:w] [Y]").has_slots
     kept, dropped = template.without_tail()
     assert (str(kept), dropped) == ("{a} [X] {a!} [Y]", " {b}")
+
+
+@pytest.mark.parametrize(("pattern", "column"), [("a\ud800 [Y]", 1), ("[P:a \udce9] [Y]", 5), ("{b\udfff} [Y]", 2)])
+def test_half_a_character_is_refused_with_an_error_that_can_be_printed(pattern: str, column: int) -> None:
+    """In a literal, in the words of slots or in a field's name, read from a pattern or put together from pieces."""
+    with pytest.raises(TemplateError, match=r"half a character .*; write the template in UTF-8") as caught:
+        Template.parse(pattern)
+    assert (caught.value.pattern, caught.value.column) == (pattern, column)
+    assert str(caught.value).encode().decode().split("\n")[2] == " " * (column + 2) + f"^ column {column + 1}"
+    with pytest.raises(TemplateError, match="half a character"):
+        Template((Literal(pattern), Target()))
+    with pytest.raises(TemplateError, match="unclosed") as caught:
+        Template.parse(pattern + "[")
+    str(caught.value).encode()
+
+
+def test_a_long_pattern_is_read_in_linear_time_and_shown_in_part() -> None:
+    """A hundred thousand escaped brackets are one text; an error shows where it is, and not the whole pattern."""
+    many = 100_000
+    assert Template.parse("[[" * many + "[Y]").pieces == (Literal("[" * many), Target())
+    assert len(Template.parse("{a} [P][X]" * many + "[Y]").pieces) == 4 * many + 1
+    with pytest.raises(TemplateError, match="unknown piece") as caught:
+        Template.parse("a" * many + "[Q] here [Y]" + "b" * many)
+    _, shown, caret = str(caught.value).split("\n")
+    assert (caught.value.column, caret.strip()) == (many, f"^ column {many + 1}")
+    assert shown[caret.index("^") :].startswith("[Q] here")
+    assert len(shown) < 500

@@ -284,3 +284,55 @@ def test_toml_and_text_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"a\.txt is not UTF-8 text \(.*\); save it as UTF-8"):
         files.read_text(tmp_path / "a.txt", error=ConfigError)
+
+
+DEEP = "[" * 5000 + "]" * 5000
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f'{{"a": {DEEP}}}', "nested deeper than 100"),
+        (f'{{"a": {"[" * 101}{"]" * 101}}}', "nested deeper than 100"),
+        (f'{{"a": {HUGE}}}', "4300 digits"),
+        ('{"\\ud800": 1}', "half a character"),
+        ('{"a": ["x", {"b": "\\uDFFF"}]}', "half a character"),
+    ],
+)
+def test_json_that_cannot_be_used_is_an_error_of_its_file(tmp_path: Path, text: str, what: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    for read in (files.read_json, files.read_json_lines):
+        with pytest.raises(FileError, match=rf"a\.json is not valid JSON.*{what}"):
+            read(path)
+
+
+def test_json_of_whole_characters_and_some_depth_is_read() -> None:
+    assert files.parse_json(f'["\\ud83d\\ude00", "\\\\ud800", {"[" * 90}{"]" * 90}]')[:2] == ["\U0001f600", "\\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f"x = {DEEP}", "nested too deeply"),
+        (".".join("a" * 700) + " = 1", "nested too deeply"),
+        (f"x = {HUGE}", "not a valid TOML file"),
+    ],
+)
+def test_toml_that_cannot_be_used_is_an_error_of_its_reader(text: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=rf"x\.toml is {what}"):
+        files.parse_toml(text, where="x.toml", error=ConfigError)
+
+
+@pytest.mark.parametrize("read", [files.Unchecked.whole, files.Unchecked.number])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**63, True])
+def test_a_number_that_overflows_as_float_is_no_number(read: Callable[[files.Unchecked], object], value: int) -> None:
+    with pytest.raises(FileError, match="must be a"):
+        read(files.Unchecked(value))
+
+
+def test_a_name_that_cannot_be_a_path_is_an_error_of_reading() -> None:
+    for name in ("a\0b", "a" * 300):
+        with pytest.raises(FileError, match="cannot read"):
+            files.read_bytes(Path(name))

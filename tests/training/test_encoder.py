@@ -192,7 +192,15 @@ def starts(ids: list[int | None], how: RandomStart = "random", seed: int = 0) ->
     """Draw start vectors from a seed of their own."""
     one = table()
     draw = torch.Generator().manual_seed(seed)
-    return start_vectors(ids, table=one, mean=one.mean(dim=0), std=one.std(dim=0), how=how, generator=draw)
+    return start_vectors(
+        ids,
+        vectors_of=lambda token_ids: one[token_ids],
+        vocabulary=len(one),
+        mean=one.mean(dim=0),
+        std=one.std(dim=0),
+        how=how,
+        generator=draw,
+    )
 
 
 def test_text_starts_are_the_tokens_embeddings() -> None:

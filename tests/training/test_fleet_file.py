@@ -141,3 +141,25 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, says: list[str]) -> No
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"fleet\.toml"):
         read_fleet(tmp_path / "fleet.toml")
+
+
+def test_lists_whose_product_is_too_large_are_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Six lists of 30 values are 729 million prompts."""
+    values = ", ".join(map(str, range(1, 31)))
+    keys = ("epochs", "seed", "batch_size", "patience", "starts", "accumulation_steps")
+    lists = "\n".join(f"{key} = [{values}]" for key in keys)
+    with pytest.raises(ConfigError, match=r"prompt 'a': its lists make 729,000,000 prompts.*has 10,000 at most"):
+        read_fleet(written(tmp_path, f'[[prompt]]\nname = "a"\ndata = "d.jsonl"\n{lists}\n'))
+
+
+def test_the_prompts_of_a_file_are_counted_together(tmp_path: Path) -> None:
+    seeds = ", ".join(map(str, range(4000)))
+    one = '[[prompt]]\nname = "{}"\ndata = "d.jsonl"\nseed = [{}]\n'
+    with pytest.raises(ConfigError, match="prompt 'c': its lists make 4,000 prompts"):
+        read_fleet(written(tmp_path, "".join(one.format(name, seeds) for name in "abc")))
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, f"{'a' * 5000}:train"])
+def test_a_name_that_cannot_be_a_path_stays_as_it_is(tmp_path: Path, source: str) -> None:
+    (entry,) = read_fleet(written(tmp_path, f'[[prompt]]\nname = "a"\ndata = "{source}"\n')).entries
+    assert entry.inputs["data"] == source

@@ -326,6 +326,24 @@ def test_a_damaged_checkpoint_or_record(causal: Backbone, tmp_path: Path) -> Non
             run(causal, out, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("start", None), ("start", {}), ("history", {}), ("history", [[]]), ("history", [{"epoch": "x"}]), ("tune", 7),
+        ("chosen_epoch", None), ("train_seconds", "long"), ("seconds", 10**400), ("frozen_parameters", -1),
+        ("tokens_per_second", "fast"), ("choice_rule", []), ("trainable_parameters", 1.5),
+    ],
+)  # fmt: skip
+def test_a_finished_record_that_lacks_its_outcome_is_damaged(
+    causal: Backbone, tmp_path: Path, key: str, value: object
+) -> None:
+    out = tmp_path / "out"
+    record = dict(run(causal, out).record)
+    (out / RUN_FILE).write_text(json.dumps({**record, key: value}), encoding="utf-8")
+    with pytest.raises(FileError, match=r"run.json is damaged: .*start anew with --overwrite"):
+        run(causal, out, resume=True)
+
+
 def test_overwriting(causal: Backbone, tmp_path: Path) -> None:
     """Nothing is overwritten unasked; and when asked, nothing of the earlier run is left."""
     out = tmp_path / "out"
@@ -445,13 +463,34 @@ def test_dev_data_chooses_only(causal: Backbone) -> None:
     assert one["history"] != other["history"]
 
 
+def test_white_space_around_a_target_is_not_learned(causal: Backbone) -> None:
+    """A space or line break at the end would be a token of its own, and one line break would turn the prompt into one
+    that writes several lines.
+    """
+    spaced: list[Record] = [
+        {"x": row["x"], "y": f"{' ' * (at % 2)}{row['y']}{('', ' ', chr(10))[at % 3]}"} for at, row in enumerate(FACTS)
+    ]
+    plain, found = run(causal), run(causal, data=spaced)
+    assert plain.prompt.slot_vectors is not None
+    assert found.prompt.slot_vectors is not None
+    assert torch.equal(found.prompt.slot_vectors, plain.prompt.slot_vectors)
+    assert (found.prompt.multiline, found.prompt.scores) == (False, plain.prompt.scores)
+    scored = score_prompt(PromptModel(causal), as_records(spaced), plain.prompt)
+    assert scored.hits == score_prompt(PromptModel(causal), as_records(FACTS), plain.prompt).hits
+    lines: list[Record] = [{"x": row["x"], "y": f"{row['y']}\nand on\n"} for row in FACTS]
+    assert run(causal, data=lines).prompt.multiline
+
+
 def test_label_words(backbone: Backbone, tmp_path: Path) -> None:
-    """Classification: words as text or object, the same run; saved with the prompt."""
+    """Classification: words as text, object or mapping, the same run; saved with the prompt."""
     text = "yes=great,good;no=bad;São Tomé=25"
+    plain = {"yes": ["great", "good"], "no": "bad", "São Tomé": "25"}
     words = LabelWords({"yes": ("great", "good"), "no": ("bad",), "São Tomé": ("25",)})
     one = run(backbone, tmp_path / "one", labels=text)
     two = run(backbone, tmp_path / "two", labels=words)
-    assert one.prompt.label_words == two.prompt.label_words == words
+    three = run(backbone, labels=plain)
+    assert one.prompt.label_words == two.prompt.label_words == three.prompt.label_words == words
+    assert Prompt.manual("[X] is [Y]", label_words=plain).label_words == words
     assert Prompt.load(tmp_path / "one").label_words == words
     names = [(tmp_path / name / PROMPT_FOLDER / VECTORS_FILE).read_bytes() for name in ("one", "two")]
     assert names[0] == names[1]

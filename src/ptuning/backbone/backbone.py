@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
+from ptuning.backbone.number_format import short_name
+from ptuning.backbone.randomness import own_draws
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
 from ptuning.errors import BackboneError
 from ptuning.files import sha256
@@ -41,6 +43,7 @@ class Backbone:
     """
 
     trained: object | None = None  # the trained weights that were put into it, if any
+    dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -117,12 +120,22 @@ class Backbone:
             "fingerprint": self.fingerprint,
             "kind": self.kind,
             "parameters": self.parameters,
+            "dtype": short_name(self.dtype),
+            "dtype_reason": self.dtype_reason,
         }
 
     def freeze(self) -> None:
         """Put the model into evaluation mode, and turn off gradients for all weights."""
         self.model.eval()
         self.model.requires_grad_(False)
+
+    def check_evaluates(self) -> None:
+        """Raise a BackboneError if the model is in training mode, where its dropout changes every answer."""
+        if any(module.training for module in self.model.modules()):
+            raise BackboneError(
+                f"the model of '{self.name}' is in training mode, so its dropout would give another answer each time; "
+                "call the backbone's freeze(), or the model's eval(), first"
+            )
 
     def thaw(self, weights: Iterable[nn.Parameter]) -> None:
         """Put the model into training mode (its own dropout is on), and turn on gradients for some weights."""
@@ -155,8 +168,7 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-        with torch.random.fork_rng(devices=[]), quiet():
-            torch.manual_seed(seed)
+        with own_draws(seed=seed), quiet():
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
         other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
@@ -202,10 +214,14 @@ class Backbone:
             raise BackboneError(f"{self.name}: {what}, so slots cannot be filled; use another language model")
         return embedded
 
+    @torch.no_grad()
+    def vectors_of(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings of (N,) token ids, (N, E) float32, without gradients."""
+        return self.embed(token_ids.to(self.device)[None])[0].float()
+
     def table(self) -> Tensor:
-        """Return the embeddings of all tokens of the tokenizer, (V, E) float32, without gradients."""
-        with torch.no_grad():
-            return self.embed(torch.arange(self.vocabulary, device=self.device)[None])[0].float()
+        """Return the embeddings of all tokens of the tokenizer, (V, E) float32: as large as the model's own table."""
+        return self.vectors_of(torch.arange(self.vocabulary))
 
     @functools.cached_property
     def table_statistics(self) -> TableStatistics:

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from ptuning.backbone.grouped_attention import pack_heads
+from ptuning.backbone.attention import take_over
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutput
 
 HEAD = "classification_head"
+# So many rows of a head's weight are float32 at a time, which bounds the memory.
+HEAD_ROWS = 8192
 # The inputs that a model must take, and what goes wrong without them.
 NEEDED = {"inputs_embeds": "so slots cannot be filled", "attention_mask": "so it would read pads"}
 NEEDED_BY_KIND: dict[Kind, dict[str, str]] = {
@@ -99,7 +102,11 @@ class Forward:
             bodies = {model.base_model, getattr(model.base_model, "decoder", model.base_model)}
         for body in bodies:
             body.register_forward_hook(_gather_hook)
-        pack_heads(model)
+        take_over(model)
+        output = model.get_output_embeddings()
+        if type(output) is nn.Linear:
+            # A method, so that a copy of it made later runs itself.
+            output.forward = MethodType(_head_forward, output)  # type: ignore[method-assign]
 
     def __call__(
         self,
@@ -197,6 +204,20 @@ def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[st
     asked.hidden = output["last_hidden_state"][asked.rows, asked.cols]  # (N, H)
     output["last_hidden_state"] = asked.hidden[None]  # (1, N, H)
     return output
+
+
+def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return the logits of a head, (1, N, V): in float32 where the asked positions are scored, whatever the weights.
+
+    In bfloat16 the logits of likely tokens are multiples of 1/8, so that different answers tie. Training steps keep the
+    fast format: ties mean nothing to them. Source: docs/decisions.md, decision 44.
+    """
+    asked = _gather.get()
+    if asked is None or asked.hidden is None or hidden.dtype == torch.float32 or torch.is_grad_enabled():
+        return nn.Linear.forward(head, hidden)
+    wide = hidden.float()
+    logits = torch.cat([wide @ rows.float().T for rows in head.weight.split(HEAD_ROWS)], dim=-1)
+    return logits if head.bias is None else logits + head.bias.float()
 
 
 def _first_position(model: PreTrainedModel) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
@@ -22,6 +24,8 @@ from ptuning.template.segments import Kind
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -30,19 +34,25 @@ def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto",
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, or a hub id.
-        dtype: ``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU, and float32 on a CPU.
+        dtype: ``float32`` or ``bfloat16``; ``auto`` takes the faster one that loses nothing on the device
+            (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says why.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU if there is one.
 
     Raises:
         BackboneError: If there is no such backbone, or if it is damaged, unsafe or of an unknown kind.
     """
     place = _device(device)
-    weight_type = _dtype(dtype, place)
+    asked = _dtype(dtype)
     name = str(name)
     folder, revision = _find(name)
-    model, tokenizer = _load(folder, name=name, dtype=weight_type)
+    config, tokenizer, kind = _read_tokenizer(folder, name=name)
+    chosen = asked or automatic(place, config)
+    warn_if_slow(chosen.dtype, place)
+    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
+    model = _load(folder, kind, name=name, dtype=chosen.dtype)
     model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone = Backbone(model, tokenizer, name=name, revision=revision)
+    backbone.dtype_reason = chosen.reason
     backbone.freeze()
     check_reading(backbone)
     return backbone
@@ -99,11 +109,10 @@ def _read_tokenizer(folder: str, *, name: str) -> tuple[PretrainedConfig, PreTra
         return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 
-def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer. Weights come from safetensors, never from pickles, and no code of the folder is run."""
+def _load(folder: str, kind: Kind, *, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run."""
     import transformers
 
-    _, tokenizer, kind = _read_tokenizer(folder, name=name)
     auto = {
         "causal": transformers.AutoModelForCausalLM,
         "masked": transformers.AutoModelForMaskedLM,
@@ -120,7 +129,7 @@ def _load(folder: str, *, name: str, dtype: torch.dtype) -> tuple[PreTrainedMode
             f"the backbone '{name}' lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
             f"{' and more' if len(missing) > 3 else ''}; it was saved without its language-model head"
         )
-    return model, tokenizer
+    return cast("PreTrainedModel", model)
 
 
 def _default_folder(name: str) -> Path:
@@ -162,10 +171,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str) -> Chosen | None:
+    """Return the number format that is asked for; None for ``auto``."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return None
     if name not in known:
         raise BackboneError(f"unknown dtype '{name}'; use auto, {' or '.join(known)}.{closest(name, known)}")
-    return known[name]
+    return Chosen(known[name], "it was asked for")

@@ -14,9 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
-from ptuning.files import Unchecked
+from ptuning.files import Unchecked, parse_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -38,8 +39,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
     alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
     config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_draws(seed=seed):
         try:
             _inject(model, config)
         except ValueError as error:
@@ -61,9 +61,9 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
     Raises ConfigError if peft is missing, and PromptError if they do not fit the model.
     """
     try:
-        with torch.random.fork_rng(devices=[]):  # their start values are overwritten
+        with torch.device("meta"):  # shapes without memory: a damaged config may ask for any rank
             _inject(model, _read_config(config))
-    except (PromptError, TypeError, ValueError) as error:
+    except (PromptError, TypeError, ValueError, RuntimeError) as error:
         raise PromptError(
             f"the saved adapters do not fit {type(model).__name__}: {str(error).splitlines()[0]}; use the backbone "
             "they were trained on"
@@ -82,9 +82,7 @@ def restore_adapters(model: nn.Module, config: bytes, tensors: Mapping[str, Tens
         raise PromptError(
             f"the saved adapters hold the key '{extra[0]}', which {type(model).__name__} has no place for"
         )
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(tensors[name])
+    _fill(model, tensors)
 
 
 def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> None:
@@ -105,11 +103,22 @@ def check_restorable(model: nn.Module, other: nn.Module, *, targets: str) -> Non
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of a model's adapters by the names under which peft saves them."""
-    return {
-        PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name): weight
-        for name, weight in model.named_parameters()
-        if ".lora_" in name
-    }
+    return {saved_name(name): weight for name, weight in model.named_parameters() if ".lora_" in name}
+
+
+def saved_name(name: str) -> str:
+    """Return the name under which peft saves the weight that a model with adapters calls ``name``."""
+    return PREFIX + re.sub(rf"\.{ADAPTER}(?=\.|$)", "", name)
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give adapters without memory the values that are saved, each on the device of the layer that it belongs to."""
+    for name, weight in list(model.named_parameters()):
+        if weight.is_meta:
+            layer, (owner, _, key) = name.partition(".lora_")[0], name.rpartition(".")
+            device = next(one.device for one in model.get_submodule(layer).parameters() if not one.is_meta)
+            value = tensors[saved_name(name)].to(device, weight.dtype, copy=True)
+            model.get_submodule(owner).register_parameter(key, nn.Parameter(value, requires_grad=False))
 
 
 def _inject(model: nn.Module, config: object) -> None:
@@ -125,7 +134,7 @@ def _inject(model: nn.Module, config: object) -> None:
 
 def _read_config(config: bytes) -> object:
     """Read only the keys of :data:`READ`, each with its type: other keys of a file could name code to be loaded."""
-    saved = Unchecked(json.loads(config), error=PromptError)
+    saved = Unchecked(parse_json(config.decode()), error=PromptError)
     values = {name: saved.at(name) for name in READ}
     given = {name: READ[name](one) for name, one in values.items() if name in REQUIRED or one.value is not None}
     return _peft().LoraConfig(**given, inference_mode=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, publish_folder, sweep, write_json
+from ptuning.files import check_room, parse_json, publish_folder, sweep, write_json
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -76,7 +75,7 @@ def _cache_folder(name: str) -> Path:
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in full length; a truncated copy is made anew."""
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
+        sizes = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False

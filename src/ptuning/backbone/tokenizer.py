@@ -205,6 +205,6 @@ def text_ends(config: object, generation: object) -> Ids:
 
 def longest_row(config: PretrainedConfig) -> int:
     """Return the longest row that a model takes, on either side if it has two."""
-    names = [f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_")]
+    names = ["max_seq_len", *(f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_"))]
     found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
     return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1

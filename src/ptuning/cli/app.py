@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ptuning.cli import data, demo, estimate, experiments, fleet, prompts, tasks, terminal, train
+from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
-from ptuning.errors import PTuningError
-from ptuning.provenance import VERSION
+from ptuning.errors import ConfigError, PTuningError
+from ptuning.provenance import VERSION, versions
+from ptuning.records import check_text
+
+# The number of the signal that ends a program whose output nobody reads on, as in "| head"; Windows has no name for it.
+SIGPIPE = 13
 
 
-class _Group(TyperGroup):
+class _Commands(TyperGroup):
+    """A group of commands, whose help has them under titles."""
+
+    def format_help(self, ctx: Any, formatter: object) -> None:  # noqa: ARG002
+        names = self.list_commands(ctx)
+        titled = {title: [name for name in names if name in listed] for title, listed in TITLES.items()}
+        print_help(self, ctx, titled if ctx.parent is None else {"Commands": names})
+
+
+class _Program(_Commands):
     """Ends at Ctrl-C with a message and no traceback. Training stops in :func:`ptuning.cli.signals.stoppable`."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -28,24 +43,47 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             terminal.stopped("stopped", None, "")
             raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+        except BrokenPipeError:
+            _drop_output()
+            raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
 
 
 def main() -> None:
     """Run the command line. An error of the user prints one message and exits with code 2."""
+    _prepare_streams()
     try:
-        _app()(prog_name="ptuning")
+        for number, argument in enumerate(sys.argv[1:], start=1):
+            check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
+        try:
+            _app()(prog_name="ptuning")
+        finally:
+            sys.stdout.flush()
     except PTuningError as error:
         _fail(str(error), error)
     except KeyboardInterrupt:
         terminal.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone, as in "| head"
-        sys.exit(1)
+        _drop_output()
+        sys.exit(SIGNAL_EXIT + SIGPIPE)
     except OSError as error:
-        # Python would try to write the rest of the output once more at its end, and fail with another exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
+
+
+def _prepare_streams() -> None:
+    """Let the outputs escape what their encoding cannot show, and take what is written to a closed one."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end of the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Drop the rest of the output: Python would write it once more at its end, and end with another exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(text: str, error: Exception) -> None:
@@ -55,14 +93,17 @@ def _fail(text: str, error: Exception) -> None:
 
 
 def common(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave; with -v also those of torch and others.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show notices, and errors in full.")] = False,
 ) -> None:
     """Options of every command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if version:
-        typer.echo(f"ptuning {VERSION}")
+        found = versions() if verbose else {"ptuning": VERSION}
+        typer.echo("\n".join(f"{name} {number}" for name, number in found.items()))
         raise typer.Exit
 
 
@@ -87,6 +128,12 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "task show": tasks.show_task,
     "task check": tasks.check_task,
 }
+# The titles under which --help lists them.
+TITLES: Mapping[str, Sequence[str]] = {
+    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "fleet", "demo"),
+    "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
+    "Look first": ("data", "backbones", "template", "task", "estimate"),
+}
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",
     "task": "Look at the shipped tasks, and check a task file.",
@@ -95,18 +142,17 @@ GROUPS: Mapping[str, str] = {
 
 def _app() -> typer.Typer:
     app = typer.Typer(
-        cls=_Group,
+        cls=_Program,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(common)
     groups = {"": app}
     for name, about in GROUPS.items():
-        groups[name] = typer.Typer(help=about, no_args_is_help=True)
+        groups[name] = typer.Typer(cls=_Commands, help=about, no_args_is_help=True)
         app.add_typer(groups[name], name=name)
     for words, command in COMMANDS.items():
         group, _, name = words.rpartition(" ")

@@ -84,14 +84,11 @@ def read_prompts(asked: FleetFile) -> list[FleetPrompt]:
 
 
 def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetPrompt:
-    from ptuning.template.labels import LabelWords
     from ptuning.training.spec import FleetPrompt
 
     given = cast("dict[str, Any]", entry.inputs)
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
-    labels = given.get("labels")
-    labels = LabelWords(labels) if isinstance(labels, dict) else labels
-    asked = options.TrainInputs({**given, "labels": labels, "field": renamed}, TrainConfig.from_json(entry.settings))
+    asked = options.TrainInputs({**given, "field": renamed}, TrainConfig.from_json(entry.settings))
 
     def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
         key = (*part, tuple(renamed), given.get("task"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,12 +55,12 @@ def data_of(
     from ptuning.data.task_files import find_split
 
     path, (folder, colon, named) = Path(source), source.rpartition(":")
-    if path.is_dir():
+    if os.path.isdir(path):
         path = find_split(path, task, part)
-    elif colon and not path.exists() and Path(folder).is_dir():
+    elif colon and not os.path.exists(path) and os.path.isdir(folder):
         path = find_split(Path(folder), task, named)
-    elif not path.exists():
-        there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    elif not os.path.exists(path):
+        there = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise FileError(
             f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
             "such as DIR, or a part of one such as DIR:val"
@@ -72,7 +73,7 @@ def dev_part(data: str, task: TaskFile | None) -> Questions | None:
     """Read the development part of a task's data, if ``data`` is a folder that has one."""
     from ptuning.data.task_files import find_split
 
-    if task is None or not Path(data).is_dir():
+    if task is None or not os.path.isdir(data):
         return None
     try:
         path = find_split(Path(data), task, "dev")
@@ -119,13 +120,14 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     ``manual:N``. The given task comes before the prompt's own.
     """
     with terminal.waiting("starting"):
+        from ptuning.data.row_paths import place
         from ptuning.prompt.prompt import Prompt
 
     is_manual = source.startswith("manual:")
     if is_manual:
         template = source.removeprefix("manual:").lstrip()
-        is_number = not template or template.strip().isdecimal()
-        given = pattern_of(task.manual, task, int(template or 1)) if task is not None and is_number else template
+        number = place(template.strip() or "1")
+        given = template if task is None or number is None else pattern_of(task.manual, task, number)
         found = Prompt.manual(given, task=task)
     else:
         found = Prompt.load(source)
@@ -182,7 +184,7 @@ def data_to_answer(
     if (text is None) == (data is None):
         raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
     if data == "-":
-        given = sys.stdin.buffer.read()
+        given = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
         if not given.strip():
             raise RecordError("the standard input holds no records; it needs one JSON object per line")
         if prompt.task is not None:
@@ -202,21 +204,21 @@ def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[
     """Read candidates: a word list, or ``train`` for the targets of the training part."""
     from ptuning.data.word_lists import read_words
 
-    if source == "train" and not Path(source).exists():
+    if source == "train" and not os.path.exists(source):
         source = _training_part(prompt, data)
     return list(read_words(source, fields=fields_of(field)))
 
 
 def _training_part(prompt: str, data: str | None) -> str:
     """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
-    from ptuning.files import read_json
+    from ptuning.files import Unchecked, read_json
 
     folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
-    record = next((folder / "run.json" for folder in folders if (folder / "run.json").is_file()), None)
+    record = next((folder / "run.json" for folder in folders if os.path.isfile(folder / "run.json")), None)
     if record is not None:
-        parts = cast("dict[str, dict[str, str]]", read_json(record)["data"])
-        return parts["train"]["name"].split(" (without the ")[0]
-    if data is not None and ":" in data and not Path(data).exists():
+        run = Unchecked(read_json(record), f"{record} is not the record of a training", advice="name a file instead")
+        return run.at("data", {}).at("train", {}).at("name").text().split(" (without the ")[0]
+    if data is not None and ":" in data and not os.path.exists(data):
         return data.partition(":")[0] + ":train"
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,8 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperCommand
 
-from ptuning.config import TrainConfig
+from ptuning.backbone.sources import KNOWN
+from ptuning.cli.help import print_help
+from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.errors import ConfigError, closest
+from ptuning.files import parse_json
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -29,7 +31,11 @@ SETTINGS = TrainConfig()
 
 
 class Command(TyperCommand):
-    """A command that names the closest option or setting for an unknown one."""
+    """A command whose help has its options in groups, and that names the closest option for an unknown one."""
+
+    def format_help(self, ctx: Any, formatter: object) -> None:  # noqa: ARG002
+        """Print the help."""
+        print_help(self, ctx, {})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse; for an unknown option raise an error that names the closest one."""
@@ -43,22 +49,65 @@ class Command(TyperCommand):
             raise unknown_option(name, [known for one in self.params for known in one.opts]) from error
 
 
-BackboneOption = Annotated[str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.")]
-DtypeOption = Annotated[str, typer.Option(metavar="D", help="auto, float32 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...")]
+def among(*words: str) -> Callable[[str], list[str]]:
+    """Return what the shell's completion offers for an option; where nothing fits, it offers files."""
+
+    def offered(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offered
+
+
+def shipped_parts(incomplete: str) -> list[str]:
+    """Return the parts of the shipped facts that begin so, such as ``capitals:train``."""
+    from ptuning.data.reading import SPLITS, shipped_facts
+
+    return among(*(f"{name}:{part}" for name in shipped_facts() for part in SPLITS))(incomplete)
+
+
+def shipped_tasks(incomplete: str) -> list[str]:
+    """Return the names of shipped tasks that begin so."""
+    from ptuning.data.task_files import shipped_names
+
+    return among(*shipped_names())(incomplete)
+
+
+BackboneOption = Annotated[
+    str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.", autocompletion=among(*KNOWN))
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(metavar="D", help="auto, float32 or bfloat16.", autocompletion=among("auto", "float32", "bfloat16")),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...", autocompletion=among("auto", "cpu", "cuda")),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
-NormaliseOption = Annotated[str | None, typer.Option(metavar="sum|mean", help="Score of answers of several tokens.")]
+NormaliseOption = Annotated[
+    str | None,
+    typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
+]
 CalibrateOption = Annotated[
     bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
 ]
-TaskOption = Annotated[str | None, typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="A shipped task, or a task file.", autocompletion=shipped_tasks),
+]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help='Folder of a prompt, or "manual:TEMPLATE".')]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Other setting; repeatable.")]
-WithoutOption = Annotated[str | None, typer.Option(metavar="slots|backbone", help="Leave a trained part out.")]
+WithoutOption = Annotated[
+    str | None,
+    typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
+]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
-EncoderOption = Annotated[str, typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.")]
+EncoderOption = Annotated[
+    str,
+    typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
+]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 
 
@@ -75,7 +124,14 @@ class TrainInputs:
 
 
 def training(
-    data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, shipped NAME:train, or with --task a folder.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="TRAIN",
+            help="Data file, shipped NAME:train, or with --task a folder.",
+            autocompletion=shipped_parts,
+        ),
+    ],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
@@ -86,9 +142,23 @@ def training(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What is trained besides.")] = SETTINGS.tune,
+    tune: Annotated[
+        str,
+        typer.Option(
+            metavar="frozen|tuned|lora",
+            help="What is trained besides.",
+            autocompletion=among("frozen", "tuned", "lora"),
+        ),
+    ] = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
-    keep: Annotated[str, typer.Option(metavar="difference|whole", help="How tuned weights are saved.")] = SETTINGS.keep,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="difference|whole",
+            help="How tuned weights are saved.",
+            autocompletion=among("difference", "whole"),
+        ),
+    ] = SETTINGS.keep,
     starts: StartsOption = SETTINGS.starts,
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
@@ -104,6 +174,36 @@ def training(
     config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+
+
+def writing(
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")] = None,
+    num_beams: Annotated[int | None, typer.Option(metavar="N", help="Width of a beam search.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
+    do_sample: Annotated[bool | None, typer.Option("--do-sample", help="Draw each token (sampling).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
+    ] = None,
+    sampling_top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="F", help="Draw among the likeliest that sum to F.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 1 avoids repetitions.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends an answer; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the draws.", rich_help_panel="Answers")] = None,
+) -> GenerationSettings:
+    """Read the settings of writing; those that are not given have the defaults of ``GenerationSettings``."""
+    given: dict[str, object] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": sampling_top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop,
+        "seed": seed,
+    }
+    return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
 
 
 @functools.cache
@@ -148,7 +248,7 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
     values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
     for name, text in values.items():
         with contextlib.suppress(ValueError):
-            values[name] = json.loads(text)
+            values[name] = parse_json(text)
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
@@ -168,21 +268,13 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def normalise_of(value: str | None, *, closed: bool) -> Normalise | None:
-    """Return how answers of several tokens are scored; None leaves it to the prompt. Only a closed set has a choice."""
-    if value not in ("sum", "mean", None):
-        raise ConfigError(f"--normalise is sum or mean, not '{value}'")
-    if value == "mean" and not closed:
-        raise ConfigError(
-            "--normalise goes with a closed set of answers: --candidates, label words, or a task's choices"
-        )
-    return cast("Normalise | None", value)
-
-
-def check_calibrate(calibrate: bool | None, prompt: Prompt, *, candidates: bool) -> None:
-    """Check that there is something to calibrate: label words or choices, not candidates."""
-    if calibrate and (candidates or not prompt.answer_space.is_closed):
-        raise ConfigError("--calibrate is for label words and a task's choices; leave it out here")
+def scoring_of(prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool) -> Normalise | None:
+    """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
+    Raises ConfigError as :meth:`ptuning.data.answer_space.AnswerSpace.scored`.
+    """
+    how = cast("Normalise | None", normalise)
+    prompt.answer_space.scored(normalise=how, calibrate=calibrate, candidates=candidates)
+    return how
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:

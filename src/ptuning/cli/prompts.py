@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +11,7 @@ from rich.markup import escape
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
+from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
 from ptuning.provenance import described
@@ -56,8 +56,7 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    how = options.normalise_of(normalise, closed=chosen.answer_space.is_closed or candidates is not None)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
@@ -71,13 +70,15 @@ def evaluate(
     _show_scores(prompt, rows, found, as_json=as_json)
 
 
+@options.takes(options.writing)
 def predict(
+    writing: GenerationSettings,
     prompt: options.PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
     candidates: options.CandidatesOption = None,
     top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
@@ -97,10 +98,12 @@ def predict(
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
-    options.check_calibrate(calibrate, chosen, candidates=candidates is not None)
-    if max_tokens is not None and closed:
-        raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
-    how = options.normalise_of(normalise, closed=closed)
+    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+    if closed and (writing.changed or stream):
+        name = "stream" if stream else writing.changed[0]
+        raise ConfigError(f"{name} is for answers that are written, not for candidates or label words")
+    if stream and (as_json or top_k > 1):
+        raise ConfigError(f"--stream shows one answer as text; leave {'--json' if as_json else '--top-k'} out")
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
@@ -108,11 +111,17 @@ def predict(
     from ptuning.prompt.predict import PromptModel
 
     model, found = PromptModel(loaded, force=force), []
+    if stream:
+        for record in rows.records:
+            for piece in model.stream(record, chosen, generation=writing):
+                typer.echo(terminal.visible(piece), nl=False)
+            typer.echo()
+        return
     with terminal.bar() as report:
         for at in range(0, len(rows), PREDICTED_ROWS):
             part = Questions(rows[at : at + PREDICTED_ROWS])
             found += model.predict(
-                part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
+                part, chosen, listed, top_k=top_k, generation=writing, normalise=how, calibrate=calibrate
             )
             report(Progress("predict", len(found), len(rows), rows.name))
     if loaded.kind not in FILLS_MASKS:
@@ -161,7 +170,7 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
 def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
     for record, prediction in zip(data, found, strict=True):
         if as_json:
-            typer.echo(json.dumps({"record": dict(record), **prediction.to_json()}, ensure_ascii=False))
+            terminal.print_json({"record": dict(record), **prediction.to_json()}, indent=None)
         elif len(prediction.candidates) > 1:
             typer.echo("\t".join(f"{terminal.visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
         elif prediction.tokens is not None:

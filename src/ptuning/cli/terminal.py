@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ptuning.backbone import sources
 
@@ -30,6 +34,8 @@ STAGES = {
     "suite": "comparing", "cache": "preparing", "train": "training", "dev": "scoring", "predict": "answering",
     "estimate": "trying out",
 }  # fmt: skip
+# Control characters that JSON allows in a text.
+CONTROL = re.compile("[\x7f-\x9f]")
 
 
 def say(text: str) -> None:
@@ -58,7 +64,7 @@ class LogHandler(logging.Handler):
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show on a terminal that something of unknown length is going on."""
-    with _errors().status(text):
+    with _errors().status(escape(visible(text))):
         yield
 
 
@@ -104,7 +110,7 @@ def bar() -> Iterator[Callable[[Progress], None]]:
                 total=progress.total,
                 visible=progress.done < progress.total,
                 count=f"{progress.done}/{progress.total}",
-                note=progress.note,
+                note=visible(progress.note),
             )
             live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
 
@@ -118,8 +124,9 @@ def program() -> str:
         return "ptuning"
     if not own.is_file():
         return f"{shlex.quote(sys.executable)} -m ptuning"
-    inside = own.is_relative_to(Path.cwd())
-    return shlex.quote(str(own.relative_to(Path.cwd()) if inside else own))
+    with contextlib.suppress(OSError, ValueError):  # the working folder may be gone, or another
+        own = own.relative_to(Path.cwd())
+    return shlex.quote(str(own))
 
 
 def interval(score: Score) -> str:
@@ -127,16 +134,24 @@ def interval(score: Score) -> str:
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 
+class _Console(Console):
+    """Shows characters that a terminal would obey, such as escapes, instead of sending them: texts may be data's."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text as rich prints it. Whatever prints through a console comes by here, cells of tables too."""
+        return super().render_str(visible(text, lines=True), **options)
+
+
 @functools.cache
 def _errors() -> Console:
     """The one console of the error stream: what goes through it stands above a running progress bar."""
-    return Console(stderr=True, emoji=False)
+    return _Console(stderr=True, emoji=False)
 
 
 @functools.cache
 def results() -> Console:
     """The one console of the standard output; a script that draws it may record what it prints."""
-    return Console(highlight=False, emoji=False)
+    return _Console(highlight=False, emoji=False)
 
 
 def table(*columns: str, narrow: bool = False) -> Table:
@@ -165,9 +180,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def visible(text: str) -> str:
-    """Return a text on one line, with line breaks and other characters that do not print escaped."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""Return a text with characters that do not print escaped, line breaks too unless it may have several ``lines``.
+
+    >>> visible("a\x1b[2J\nb"), visible("a\x1b[2J\nb", lines=True)
+    ('a\\x1b[2J\\nb', 'a\\x1b[2J\nb')
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or (lines and char == "\n") else repr(char)[1:-1] for char in text)
 
 
 def quoted(text: str) -> str:
@@ -193,6 +214,7 @@ def mark(on: bool) -> str:
     return "bold green" if on else ""
 
 
-def print_json(value: Json | Sequence[Mapping[str, Json]]) -> None:
-    """Print a value as indented JSON."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+def print_json(value: Json | Sequence[Mapping[str, Json]], *, indent: int | None = 2) -> None:
+    """Print a value as JSON, indented or on one line. Characters that a terminal would obey are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    typer.echo(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))

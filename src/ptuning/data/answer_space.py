@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ptuning.data.questions import Question, Questions
 from ptuning.data.splits import with_few_choices
-from ptuning.errors import RecordError
+from ptuning.errors import ConfigError, RecordError
 from ptuning.metrics import ACCURACY, EXACT_MATCH
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
@@ -59,11 +59,23 @@ class AnswerSpace:
             return f"{len(self.labels)} labels"
         return "own choices" if self.own_choices else "any text"
 
-    def scored(self, *, normalise: Normalise | None = None, calibrate: bool | None = None) -> AnswerSpace:
-        """Return the same answers, scored in another way; None leaves a setting as it is."""
-        how = self.scoring
-        calibrated = how.calibrate if calibrate is None else calibrate
-        return replace(self, scoring=replace(how, normalise=normalise or how.normalise, calibrate=calibrated))
+    def scored(
+        self, *, normalise: Normalise | None = None, calibrate: bool | None = None, candidates: bool = False
+    ) -> AnswerSpace:
+        """Return the same answers, or ``candidates`` in their place, scored in another way; None leaves a setting as it
+        is. Raises ConfigError if a setting is wrong, or would change nothing here.
+        """
+        own = self.scoring
+        calibrated = own.calibrate if calibrate is None else calibrate
+        how = replace(own, normalise=own.normalise if normalise is None else normalise, calibrate=calibrated)
+        if normalise == "mean" and not (candidates or self.is_closed):
+            raise ConfigError(
+                "normalise (--normalise) goes with a closed set of answers: candidates (--candidates), label words, or "
+                "a task's choices"
+            )
+        if calibrate and (candidates or not self.is_closed):
+            raise ConfigError("calibrate (--calibrate) is for label words and a task's choices; leave it out here")
+        return replace(self, scoring=how)
 
     def names(self, question: Question) -> Sequence[str]:
         """Return the names of a question's K classes, which are its possible answers."""

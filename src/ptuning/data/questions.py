@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ptuning.data.noun_phrases import other_phrases
 from ptuning.data.reading import Row
-from ptuning.data.row_paths import Context, RowPath, unfold
+from ptuning.data.row_paths import Context, RowPath, place, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
-from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text
+from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text, scalar
 
 # The path to a row's label, unless a task names another.
 LABEL = RowPath(("label",), (), "label")
@@ -135,10 +136,7 @@ class Reader:
     def read(self, rows: Iterable[Row], *, labelled: bool = True) -> Iterator[Question]:
         """Yield the questions of rows, given as (file and line, row); raise a RecordError at one that does not fit."""
         for where, row in rows:
-            # Plain JSON, whatever the file's format gave: a date or bytes become the text that Python shows.
-            text = json.dumps(row, ensure_ascii=False, default=str)
-            check_text(text, where=where)
-            for context in unfold(json.loads(text), self.lists, where=where):
+            for context in unfold(_plain(row, where=where), self.lists, where=where):
                 yield self._question(context, where=where, labelled=labelled)
 
     def filled(self, name: str, text: str, *, where: str) -> str:
@@ -161,7 +159,7 @@ class Reader:
         return Question(record, choices, answers, _joined(group), self._idx(context, where=where))
 
     def _label(self, context: Context, *, where: str) -> str:
-        text = self._valued(TARGET_FIELD, self.label.text(context, where=where), where=where)
+        text = self._valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
         if self.labels and text not in self.labels:
             raise RecordError(
                 f"{where}: the label '{text}' is outside of the task, which has {', '.join(self.labels)}."
@@ -200,6 +198,24 @@ def as_questions(data: Sequence[Record] | Questions) -> Questions:
     return Questions([Question(record) for record in records], name=records.name, digest=records.sha256)
 
 
+def _plain(row: object, *, where: str) -> Json:
+    """Return a row as plain JSON, whatever the file's format gave. NaN is null, as pandas means it; a date or bytes
+    become the text that Python shows.
+    """
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=_as_json)
+        found: Json = json.loads(text, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: the row cannot be read as JSON ({error})") from error
+    check_text(text, where=where)
+    return found
+
+
+def _as_json(value: object) -> object:
+    own = scalar(value)
+    return str(value) if own is None else own
+
+
 def _span(text: str, span: Json, *, where: str) -> str:
     start, end = (span.get("start"), span.get("end")) if isinstance(span, Mapping) else (None, None)
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end < len(text)):
@@ -214,11 +230,11 @@ def _right_one(value: Json, text: str, listed: Sequence[str], *, where: str) -> 
     elif text and text in listed:
         return text
     else:
-        at = int(text) if text.isdecimal() else -1
+        at = -1 if (found := place(text)) is None else found
     if not 0 <= at < len(listed) or not listed[at]:
         raise RecordError(
-            f"{where}: the right answer '{text}' is not one of the {len(listed)} choices {', '.join(listed)[:200]}; it "
-            "must be a choice's text, or its number from 0"
+            f"{where}: the right answer '{text[:80]}' is not one of the {len(listed)} choices "
+            f"{', '.join(listed)[:200]}; it must be a choice's text, or its number from 0"
         )
     return listed[at]
 

@@ -11,9 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
-from ptuning.files import read_bytes, sha256
-from ptuning.records import Record, Records, clean
+from ptuning.files import parse_json, read_bytes, sha256
+from ptuning.records import Record, Records, check_columns, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
@@ -68,7 +69,7 @@ def raw_rows(data: bytes, *, name: str) -> list[Row]:
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".parquet":
-        return _parquet_rows(data, name)
+        return [(f"{name}, row {number}", row) for number, row in enumerate(parquet_rows(data, name=name), start=1)]
     if suffix in (".csv", ".tsv"):
         return _delimited_rows(_text(data, name), name, tab=suffix == ".tsv")
     if suffix == ".json" and _text(data, name).lstrip().startswith("["):
@@ -106,7 +107,7 @@ def _names() -> str:
 def _hint(path: Path) -> str:
     if path.name in shipped_facts():
         return f" The shipped facts of that name have three parts: {path.name}:train, {path.name}:dev, {path.name}:test"
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    neighbours = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     return closest(path.name, neighbours) + f" Shipped facts: {_names()}"
 
 
@@ -126,16 +127,16 @@ def _json_line_rows(text: str, name: str) -> list[Row]:
             continue
         where = f"{name}, line {number}"
         try:
-            rows.append((where, json.loads(line)))
-        except (ValueError, RecursionError) as error:
+            rows.append((where, parse_json(line)))
+        except ValueError as error:
             raise RecordError(f"{where}: not a JSON object ({error}); each line must hold one") from error
     return rows
 
 
 def _array_rows(text: str, name: str) -> list[Row]:
     try:
-        return [(f"{name}, record {number}", row) for number, row in enumerate(json.loads(text), start=1)]
-    except (ValueError, RecursionError) as error:
+        return [(f"{name}, record {number}", row) for number, row in enumerate(parse_json(text), start=1)]
+    except ValueError as error:
         raise RecordError(f"{name}: not valid JSON ({error})") from error
 
 
@@ -147,9 +148,7 @@ def _delimited_rows(text: str, name: str, *, tab: bool) -> list[Row]:
     rows: list[Row] = []
     try:
         header = next(reader, [])
-        doubled = {column for column in header if header.count(column) > 1}
-        if doubled:
-            raise RecordError(f"{name}, line 1: the column names {', '.join(sorted(doubled))} are there twice")
+        check_columns(header, where=f"{name}, line 1")
         for cells in reader:
             if not cells:
                 continue
@@ -161,19 +160,6 @@ def _delimited_rows(text: str, name: str, *, tab: bool) -> list[Row]:
     except csv.Error as error:
         raise RecordError(f"{name}, line {reader.line_num}: {error}") from error
     return rows
-
-
-def _parquet_rows(data: bytes, name: str) -> list[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError as error:
-        raise FileError(f"reading {name} needs pyarrow; install it with: pip install pyarrow") from error
-    try:
-        table = read_table(io.BytesIO(data)).to_pylist()
-    except (ArrowException, OSError, ValueError) as error:  # a damaged footer is an OSError, broken text a ValueError
-        raise RecordError(f"{name} is not a readable Parquet file: {error}") from error
-    return [(f"{name}, row {number}", row) for number, row in enumerate(table, start=1)]
 
 
 def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:

@@ -143,8 +143,10 @@ def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
     return chosen
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+def _natural(name: str) -> list[tuple[str, int, str]]:
+    """Return a key for sorting in which numbers count as numbers, however many digits they have."""
+    found = [(text, digits.lstrip("0")) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, len(digits), digits) for text, digits in found]
 
 
 def _relation(name: str, layout: Layout) -> Relation:

@@ -24,6 +24,7 @@ Context = Mapping[str, Json]
 
 PLAIN_REPAIRS = ("no_full_stop", "lower_first")
 REPAIRS = (*PLAIN_REPAIRS, "before", "after", "without", "mark")
+MOST_DIGITS = 18  # of a place in a list
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class RowPath:
         """Apply the repairs to a text; raise a RecordError if one does not find the text or number that it needs."""
         for name, argument in self.repairs:
             if name == "no_full_stop":
-                text = re.sub(r"\s*[.?!]+\s*$", "", text)
+                text = _without_full_stop(text)
             elif name == "lower_first":
                 first = re.match(r"\w+", text)
                 if first is not None and not first[0].isupper():  # "I" and "NASA" stay
@@ -160,9 +161,23 @@ def _kind(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)[:80]
 
 
+def _without_full_stop(text: str) -> str:
+    """Return a text without the marks at its end and the spaces around them; one without marks as it is."""
+    shown = text.rstrip()  # from the end: a regular expression would try each of many dots or spaces as the first
+    bare = shown.rstrip(".?!")
+    return text if bare == shown else bare.rstrip()
+
+
 def _marked(text: str, number: str, *, where: str) -> str:
-    words = text.split()
-    if not number.isdecimal() or int(number) >= len(words):
-        raise RecordError(f"{where}: there is no word number {number} to mark among the {len(words)} of '{text[:80]}'")
-    words[int(number)] = re.sub(r"\w+(?:['-]\w+)*", r"*\g<0>*", words[int(number)], count=1)
+    words, at = text.split(), place(number)
+    if at is None or at >= len(words):
+        raise RecordError(
+            f"{where}: there is no word number {number[:80]} to mark among the {len(words)} of '{text[:80]}'"
+        )
+    words[at] = re.sub(r"\w+(?:['-]\w+)*", r"*\g<0>*", words[at], count=1)
     return " ".join(words)
+
+
+def place(text: str) -> int | None:
+    """Return the place in a list that a text of digits names, from 0; None for anything else, or too many digits."""
+    return int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else None

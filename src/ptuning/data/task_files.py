@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -140,7 +141,7 @@ class TaskFile:
         A FileError if it cannot be read; a RecordError, with file and line, if a row does not fit the task.
         """
         path = Path(path)
-        if not path.suffix and not path.exists():
+        if not path.suffix and not os.path.exists(path):
             raise FileError(f"no such data file or folder: {path}")
         if path.suffix.lower() not in SUFFIXES:
             raise FileError(f"cannot tell the format of {path}; a data file ends in one of {', '.join(SUFFIXES)}")
@@ -193,7 +194,7 @@ def load_task(name_or_path: str | Path) -> TaskFile:
         name = known[wanted.lower()]
         return TaskFile.parse((_folder() / f"{name}{SUFFIX}").read_text(encoding="utf-8"), where=f"the task {name}")
     path = Path(name_or_path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that cannot be a path
         raise FileError(
             f"no task file and no shipped task '{wanted}'.{closest(wanted, known.values())} Shipped: "
             f"{', '.join(known.values())}; a task file ends in {SUFFIX}"
@@ -208,12 +209,12 @@ def find_split(folder: Path, task: TaskFile, split: str) -> Path:
     names that were looked for.
     """
     stems = task.files.get(split, (split,))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileError(f"no such data folder: {folder}; give the folder that holds {stems[0]}.jsonl")
     inner = (entry for entry in folder.iterdir() if entry.is_dir() and entry.name.lower() == task.name.lower())
     places = [*inner, folder]
     for place, stem, suffix in itertools.product(places, stems, SUFFIXES):
-        if (place / f"{stem}{suffix}").is_file():
+        if os.path.isfile(place / f"{stem}{suffix}"):
             return place / f"{stem}{suffix}"
     there = sorted(entry.name for place in places for entry in place.iterdir())
     raise FileError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ptuning.data.reading import SUFFIXES, load_records
 from ptuning.errors import FileError
-from ptuning.files import read_bytes, read_text
+from ptuning.files import parse_json, read_text
 from ptuning.records import ALIASES, TARGET_FIELD, as_records
 
 TARGETS = (TARGET_FIELD, *ALIASES[TARGET_FIELD])
@@ -55,8 +54,8 @@ def _lists(path: Path) -> list[list[str]]:
 
 def _json_lists(path: Path) -> list[list[str]]:
     try:
-        found = json.loads(read_bytes(path))
-    except (ValueError, RecursionError):
+        found = parse_json(read_text(path))
+    except (ValueError, FileError):
         return []  # a record on each line, or broken
     lists = list(found.values()) if isinstance(found, dict) else [found]
     if isinstance(found, dict) and all(isinstance(one, int) for one in lists):

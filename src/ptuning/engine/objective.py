@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
-from ptuning.errors import RecordError, TemplateError
 from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
@@ -97,14 +95,15 @@ def question_items(
         return target_items(bound, records, with_stop=with_stop)
     answers.check(questions, labelled=labelled)
     texts = [answers.texts(question) for question in questions]
+    filled = bound.answers(records, texts, source=f"{records.name}, record")
     items = []
     empty: dict[tuple[object, ...], list[Example]] = {}
-    for question, listed, own in zip(questions, texts, _filled(bound, records, texts), strict=True):
+    for question, listed, own in zip(questions, texts, filled, strict=True):
         without: list[Example] = []
         if scoring.calibrate:
             bare = scoring.empty_record({name: question.record[name] for name in bound.template.fields})
             key = (*bare.items(), *enumerate(listed))
-            without = empty[key] if key in empty else bound.examples([bare] * len(listed), targets=listed)
+            without = empty[key] if key in empty else bound.answers([bare], [listed])[0]
             empty[key] = without
         inputs, choices = share_inputs([*own, *without])
         items.append(
@@ -118,20 +117,6 @@ def question_items(
             )
         )
     return items
-
-
-def _filled(bound: BoundTemplate, records: Records, texts: Sequence[Sequence[str]]) -> Iterator[list[Example]]:
-    repeated = [record for record, listed in zip(records, texts, strict=True) for _ in listed]
-    try:
-        examples = iter(bound.examples(repeated, targets=[text for listed in texts for text in listed]))
-    except (TemplateError, RecordError):
-        for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1):
-            bound.examples(
-                [record] * len(listed), targets=list(listed), source=f"{records.name}, record {number}, answer"
-            )
-        raise
-    for listed in texts:
-        yield list(itertools.islice(examples, len(listed)))
 
 
 def candidate_item(examples: Sequence[Example]) -> Item:
@@ -158,6 +143,11 @@ class Scored:
     lengths: Tensor
     token_count: float
     per_item: tuple[int, ...]
+
+    @property
+    def means(self) -> Tensor:
+        """(C,) float32; the mean log-probability of each choice's own tokens."""
+        return self.log_probs / self.lengths
 
 
 def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
@@ -202,7 +192,7 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     unnormalised log-probabilities of I items of the same scoring; minus infinity where an item lacks a class.
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
-    values = scored.log_probs / scored.lengths if items[0].normalise == "mean" else scored.log_probs
+    values = scored.means if items[0].normalise == "mean" else scored.log_probs
     parts = values.split(scored.per_item)
     if items[0].empty:
         parts = tuple(part[: len(part) // 2] - part[len(part) // 2 :] for part in parts)

@@ -12,6 +12,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.engine.batch import Batch, Side, collate, shared_tokens
 from ptuning.engine.learned import Learned
+from ptuning.engine.memory import in_parts
 from ptuning.engine.prefix_cache import Past, PrefixCache, cacheable_ids, row_behind
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
@@ -55,8 +56,18 @@ def target_logits(
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
 ) -> Tensor:
-    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row."""
-    return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
+    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row.
+    Without gradients, rows for which the memory of the device is too small run in several passes.
+    """
+
+    def run(part: Sequence[int]) -> Tensor:
+        rows = [examples[index] for index in part]
+        return run_pass(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
+
+    if torch.is_grad_enabled():
+        return run(range(len(examples)))
+    parts = in_parts(run, [len(row.token_ids) for row in examples], backbone=backbone)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def run_pass(

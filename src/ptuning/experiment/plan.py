@@ -10,6 +10,7 @@ from typing import Any
 from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import short_name
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job
@@ -190,7 +191,7 @@ def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Re
         command=plan.command,
         backbone={
             **backbone.to_json(),
-            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "dtype": short_name(backbone.dtype),
             "device": str(backbone.device),
         },
         settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},

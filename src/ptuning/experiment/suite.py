@@ -16,6 +16,7 @@ from typing import cast
 import torch
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import short_name
 from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
@@ -286,7 +287,7 @@ class Suite:
             "single token": task.single_token,
         }
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
-            found["dtype"] = str(self.backbone.dtype).removeprefix("torch.")
+            found["dtype"] = short_name(self.backbone.dtype)
         if method.trained:
             found["tries"] = self.tries
         return found

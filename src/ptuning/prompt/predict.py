@@ -78,11 +78,20 @@ class PromptModel:
     """
 
     def __init__(self, backbone: Backbone, *, force: bool = False, pad_side: Side = "right") -> None:
+        backbone.check_evaluates()
         self.backbone = backbone
         self.force = force
         self.pad_side: Side = pad_side if pad_side == "right" or backbone.pads_left else "right"
         # A model for each prompt with trained weights, kept as long as the prompt is.
         self._adapted: WeakKeyDictionary[TrainedWeights, PromptModel] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is pickled: all but models with trained weights, which are made anew."""
+        return {**vars(self), "_adapted": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take what was pickled."""
+        vars(self).update(state, _adapted=WeakKeyDictionary())
 
     def for_prompt(self, prompt: Prompt) -> PromptModel:
         """Return the model for a prompt: one with the prompt's trained weights, if it has any, else this one."""
@@ -138,28 +147,32 @@ class PromptModel:
         prompts: Prompt | Sequence[Prompt],
         candidates: Sequence[str],
         *,
-        normalise: Normalise = "sum",
+        normalise: Normalise | None = None,
     ) -> list[list[Candidate]]:
         """Score a closed set of C different answers for each of N records, whose targets are not read.
 
-        Answers are ranked by total log-probability (``sum``), or by its mean over the tokens of an answer (``mean``).
-        Returns N lists of C candidates, best first; on a tie in the given order.
+        Answers are ranked by total log-probability (``sum``), or by its mean over the tokens of an answer (``mean``);
+        by default as each record's prompt says. Returns N lists of C candidates, best first; on a tie in the given
+        order.
 
         A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
         """
         _check_candidates(candidates)
-        if normalise not in ("sum", "mean"):
-            raise ConfigError(f"normalise is '{normalise}'; it must be sum or mean")
         each, data = _per_row(prompts, len(records)), as_records(records)
+        how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
             lambda model, at: model._rank(
-                [data[i] for i in at], [each[i] for i in at], candidates, normalise=normalise
+                [data[i] for i in at], [each[i] for i in at], candidates, [how[id(each[i])].normalise for i in at]
             ),
         )
 
     def _rank(
-        self, data: Sequence[Record], prompts: Sequence[Prompt], candidates: Sequence[str], *, normalise: Normalise
+        self,
+        data: Sequence[Record],
+        prompts: Sequence[Prompt],
+        candidates: Sequence[str],
+        normalise: Sequence[Normalise],
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
         items = _candidate_items(data, groups, list(candidates))
@@ -171,9 +184,10 @@ class PromptModel:
         for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
             group = [pieces[index][1] for index in chosen]
             scored = score_choices(group, self._run(inputs_of(group), learned.take(chosen)))
-            values = scored.log_probs / scored.lengths if normalise == "mean" else scored.log_probs
-            for index, found in zip(chosen, values.cpu().split(scored.per_item), strict=True):
+            totals, means = (values.cpu().split(scored.per_item) for values in (scored.log_probs, scored.means))
+            for index, total, mean in zip(chosen, totals, means, strict=True):
                 owner, _, places = pieces[index]
+                found = mean if normalise[owner] == "mean" else total
                 for place, value in zip(places, found.tolist(), strict=True):
                     scores[owner][place] = value
         return [
@@ -228,20 +242,24 @@ class PromptModel:
 
         ``candidates`` replace the prompt's own answers. ``top_k`` different answers are returned, the answer first;
         asking for more does not change it. ``normalise`` and ``calibrate`` are as in :meth:`rank` and :meth:`classify`.
+        A ConfigError if one of these settings would change nothing, since answers are not written, or are written, or
+        candidates would be calibrated.
         """
         if not records:
             return []
         if top_k < 1:
             raise RecordError(f"top_k is {top_k}; it must be 1 or more")
-        each, settings = _per_row(prompt, len(records)), GenerationSettings.of(generation)
-        if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in each)):
+        prompts, settings = _per_row(prompt, len(records)), GenerationSettings.of(generation)
+        for one, _ in _by_prompt(prompts):
+            one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+        if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
             raise ConfigError(f"{settings.changed[0]} is for answers that are written, not for candidates or labels")
         data = records.records if isinstance(records, Questions) else as_records(records)
         if candidates is not None:
-            ranked = self.rank(data, prompt, candidates, normalise=normalise or "sum")
+            ranked = self.rank(data, prompts, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
         answers: dict[int, Prediction] = {}
-        for one, indices in _by_prompt(each):
+        for one, indices in _by_prompt(prompts):
             rows = [data[index] for index in indices]
             if one.answer_space.is_closed:
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
@@ -348,11 +366,9 @@ def _candidate_items(
     records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
 ) -> list[Item]:
     items: dict[int, Item] = {}
-    width = len(candidates)
     for bound, indices in groups:
-        repeated = [records[index] for index in indices for _ in candidates]
-        examples = bound.examples(repeated, targets=list(candidates) * len(indices), source="candidate")
-        items |= {index: candidate_item(examples[at * width : (at + 1) * width]) for at, index in enumerate(indices)}
+        filled = bound.answers([records[index] for index in indices], [candidates] * len(indices))
+        items |= {index: candidate_item(examples) for index, examples in zip(indices, filled, strict=True)}
     return [items[index] for index in range(len(records))]
 
 

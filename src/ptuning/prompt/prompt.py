@@ -69,7 +69,7 @@ class Prompt:
 
     Raises:
         TemplateError: If the pattern is malformed.
-        PromptError: If there are slots without vectors, or vectors of a wrong shape.
+        PromptError: If there are slots without vectors, or vectors of a wrong shape or that are no numbers (NaN).
     """
 
     template: Template
@@ -87,6 +87,8 @@ class Prompt:
     weights: TrainedWeights | None = None
 
     def __post_init__(self) -> None:
+        if self.target_tokens < 1:
+            raise PromptError(f"target_tokens is {self.target_tokens}; the longest target has 1 token or more")
         if self.weights is not None and self.backbone is None:
             raise PromptError("trained weights need to say which backbone they belong to")
         if self.slot_vectors is None:
@@ -103,20 +105,31 @@ class Prompt:
             )
         if self.backbone is None:
             raise PromptError("slot vectors need to say which backbone they belong to")
+        if not self.slot_vectors.isfinite().all():
+            wrong = (~self.slot_vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+            raise PromptError(
+                f"the slot vectors hold NaN or infinity (in slot {wrong[0] + 1} of {self.slots}), so every answer is "
+                "NaN; train the prompt again with a lower learning rate, or in float32"
+            )
 
     @classmethod
     def manual(
-        cls, template: str | Template, *, label_words: LabelWords | None = None, task: TaskFile | None = None
+        cls,
+        template: str | Template,
+        *,
+        label_words: LabelWords | Mapping[str, Sequence[str]] | str | None = None,
+        task: TaskFile | None = None,
     ) -> Prompt:
         """Make a manual prompt from a template without slots, for any backbone; with a task's label words and scoring.
 
-        A TemplateError if the pattern is malformed; a PromptError if it has slots.
+        A TemplateError if the pattern is malformed; a LabelWordError if label words are; a PromptError if it has slots.
         """
+        words = LabelWords.of(label_words) if label_words is not None else None
         if task is None:
-            return cls(as_template(template), label_words=label_words)
+            return cls(as_template(template), label_words=words)
         return cls(
             as_template(template),
-            label_words=label_words or task.label_words,
+            label_words=words or task.label_words,
             task=task,
             calibrate=task.calibrate,
             normalise=task.normalise,
@@ -172,6 +185,7 @@ class Prompt:
         ``force`` accepts another backbone of the same width; the answers may be worthless. A PromptError if the prompt
         belongs to another backbone, or its shape does not fit.
         """
+        backbone.check_evaluates()
         bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(
@@ -294,7 +308,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         Template.parse(manifest.at("template").text()),
         found.vectors,
         manifest.optional("backbone", BackboneId.from_json),
-        LabelWords({label: tuple(listed.texts()) for label, listed in words.items()}) if words else None,
+        LabelWords({label: listed.texts() for label, listed in words.items()}) if words else None,
         target_tokens=manifest.at("target_tokens", DEFAULT_TARGET_TOKENS).whole(),
         multiline=manifest.at("multiline", default=False).flag(),
         method=manifest.at("method").text(),

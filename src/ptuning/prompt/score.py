@@ -60,14 +60,15 @@ def score_prompt(
     a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise`` and
-    ``calibrate`` are as in :meth:`PromptModel.classify`. A RecordError if there are no records, or one lacks its
+    ``calibrate`` are as in :meth:`PromptModel.predict`. A RecordError if there are no records, or one lacks its
     target; a ConfigError if candidates are given to a prompt with label words or choices.
     """
     if candidates is not None:
         prompt.check_open()
     if not data:
         raise RecordError(f"{data.name} holds no records, so there is nothing to score")
-    questions, answers = as_questions(data), prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
+    answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+    questions = as_questions(data)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
     items = question_items(prompt.bind(model.backbone, force=model.force), questions, answers)
@@ -75,7 +76,7 @@ def score_prompt(
     scores = {answers.score_name: score(found.hits), **_metrics(model, questions, prompt, found)}
     ranked: list[Answer] = []
     if candidates is not None:
-        ranked = _rank(model, questions.records, prompt, candidates, normalise=answers.scoring.normalise)
+        ranked = _rank(model, questions.records, prompt, candidates, normalise=normalise)
         values = score_values(ranked)
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
         scores |= {ACCURACY: summary([values["p_at_1"]]), **{name: summary([values[name]]) for name in names}}
@@ -92,7 +93,7 @@ def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Ev
 
 
 def _rank(
-    model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise
+    model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise | None
 ) -> list[Answer]:
     ranked = model.rank(records, prompt, candidates, normalise=normalise)
     return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]

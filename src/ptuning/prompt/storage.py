@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ MANIFEST_FILE = "prompt.json"
 CARD_FILE = "README.md"
 WEIGHTS_FOLDER = "backbone"
 VECTORS_KEY = "slot_vectors"
+# The whole numbers of a manifest, and the least that each may be.
+NUMBERS = {"format_version": 1, "slots": 0, "width": 1, "target_tokens": 1, "seed": 0}
 REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
 
 
@@ -86,10 +90,11 @@ def read_prompt(folder: str | Path) -> Stored:
     Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
     """
     path = Path(folder)
-    if not (path / MANIFEST_FILE).is_file() and (path / PROMPT_FOLDER / MANIFEST_FILE).is_file():
+    # Unlike Path.is_file, these are False for a name that cannot be a path.
+    if not os.path.isfile(path / MANIFEST_FILE) and os.path.isfile(path / PROMPT_FOLDER / MANIFEST_FILE):
         path = path / PROMPT_FOLDER
     where = path / MANIFEST_FILE
-    if not where.is_file():
+    if not os.path.isfile(where):
         raise FileError(
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
@@ -123,6 +128,9 @@ def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
             f"{where}: format version {manifest['format_version']}, and this ptuning reads "
             f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
         )
+    about = Unchecked(manifest, f"{where} is damaged", PromptError)
+    for name, least in NUMBERS.items():
+        about.optional(name, functools.partial(Unchecked.whole, least=least))
 
 
 def _read_vectors(data: bytes, where: Path) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -255,7 +256,7 @@ class Results:
 def read_results(folder: str | Path) -> Results:
     """Read ``results.json`` in a folder; raise FileError if it is missing, damaged, or of another format."""
     path = Path(folder) / RESULTS_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileError(f"there is no {path}; a report is built from the folder that a benchmark wrote")
     value = read_json(path)
     version = value.get("format_version")

@@ -137,14 +137,25 @@ class BoundTemplate:
         """
         if targets is None:
             targets = [record.get(TARGET_FIELD, "") for record in records]
-        rows = [
-            _Row(record, target, f"{source} {number}", with_stop=with_stop)
+        return self._build(
+            [_Row(record, target, f"{source} {number}", with_stop=with_stop)]
             for number, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
+        )
+
+    def answers(
+        self, records: Sequence[Record], texts: Sequence[Sequence[str]], *, source: str = "record"
+    ) -> list[list[Example]]:
+        """Fill the template with each of N records and each of its own ``texts`` in turn as the target.
+
+        All texts of a record stand behind the same context: a record that is too long for its longest text is truncated
+        alike for all of them. Errors as for :meth:`examples`; they name record and answer.
+        """
+        groups = [
+            [_Row(record, text, f"{source} {number}, answer {place}") for place, text in enumerate(listed, start=1)]
+            for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1)
         ]
-        for row in rows:
-            if not (row.target or "").strip():
-                raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
-        return self._build(rows)
+        examples = iter(self._build(groups))
+        return [list(itertools.islice(examples, len(group))) for group in groups]
 
     def contexts(self, records: Sequence[Record], *, target_tokens: int = 1, source: str = "record") -> list[Example]:
         """Fill the template without targets, with room for ``target_tokens`` tokens: for a causal model up to the
@@ -152,7 +163,7 @@ class BoundTemplate:
         :meth:`examples`.
         """
         named = [(f"{source} {number}", record) for number, record in enumerate(records, start=1)]
-        return self._build([_Row(record, None, where, target_tokens=target_tokens) for where, record in named])
+        return self._build([_Row(record, None, where, target_tokens=target_tokens)] for where, record in named)
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
@@ -161,7 +172,7 @@ class BoundTemplate:
         """
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None)
-        limit = self._limit(row) if self._build([row])[0].shortened else None
+        limit = self._limit([row]) if self._build([[row]])[0].shortened else None
         parts = self._parts(row, limit=limit, named=True)
         starts = iter(self.slot_start_ids)
         shown: list[tuple[str, int | None]] = []
@@ -210,18 +221,28 @@ class BoundTemplate:
             text = text[at + len(token) :]
         return found
 
-    def _build(self, rows: Sequence[_Row]) -> list[Example]:
+    def _build(self, groups: Iterable[Sequence[_Row]]) -> list[Example]:
+        """Fill rows; those of a group are truncated alike, if one of them does not fit."""
+        groups = list(groups)
+        rows = [row for group in groups for row in group]
         for row in rows:
             self.check_fields(row.record, where=row.where)
-        filled = [self._parts(row) for row in rows]
-        encoded = self._encode(part for parts in filled for part in parts)
-        examples = []
-        for row, parts in zip(rows, filled, strict=True):
-            example = self._example(row, self._spans(parts, encoded))
-            if not self._fits(row, example):
-                example = replace(self._fill(row, self._limit(row)), shortened=True)
-            examples.append(example)
+            if row.target is not None and not row.target.strip():
+                raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
+        whole = iter(self._fill(rows))
+        examples: list[Example] = []
+        for group in groups:
+            own = list(itertools.islice(whole, len(group)))
+            if not all(map(self._fits, group, own)):
+                own = [replace(one, shortened=True) for one in self._fill(group, self._limit(group))]
+            examples += own
         return examples
+
+    def _fill(self, rows: Sequence[_Row], limit: int | None = None) -> list[Example]:
+        """Fill rows, whose fields without ``!`` are cut to ``limit`` characters; texts are encoded in one call."""
+        filled = [self._parts(row, limit=limit) for row in rows]
+        encoded = self._encode(part for parts in filled for part in parts)
+        return [self._example(row, self._spans(parts, encoded)) for row, parts in zip(rows, filled, strict=True)]
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
         """Cut a record, truncated to ``limit``, at slots, special tokens and the target; if ``named``, everywhere."""
@@ -306,21 +327,30 @@ class BoundTemplate:
             ids += target_ids[:-1]
         return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens)
 
-    def _fill(self, row: _Row, limit: int) -> Example:
-        parts = self._parts(row, limit=limit)
-        return self._example(row, self._spans(parts, self._encode(parts)))
-
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
         own = len(example.token_ids) - example.encoder_tokens
         return max(own + ahead, example.encoder_tokens) <= self.tokenizer.max_tokens
 
-    def _limit(self, row: _Row) -> int:
-        """Return the most characters to which fields without ``!`` can be truncated so that the row fits."""
-        bare = self._fill(row, 0)
+    def _limit(self, rows: Sequence[_Row]) -> int:
+        """Return the most characters to which fields without ``!`` can be truncated so that all rows of a record fit.
+
+        Mostly the limit of the longest row is that of all. But fewer characters may be more tokens, so all are checked.
+        """
         fields = [piece for piece in self._pieces if isinstance(piece, Field)]
+        limit = max((len(rows[0].record[piece.name]) for piece in fields if not piece.keep), default=0)
+        while True:
+            pairs = zip(rows, self._fill(rows, limit), strict=True)
+            misfits = [(len(example.token_ids), row) for row, example in pairs if not self._fits(row, example)]
+            if not misfits:
+                return limit
+            limit = self._limit_of(max(misfits, key=itemgetter(0))[1], limit)
+
+    def _limit_of(self, row: _Row, high: int) -> int:
+        """Return the most characters, fewer than ``high``, with which one row fits."""
+        bare = self._fill([row], 0)[0]
         if not self._fits(row, bare):
-            kept = sorted({piece.name for piece in fields if piece.keep})
+            kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
             raise TemplateError(
                 f"{row.where} does not fit: slots ({self.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
@@ -328,10 +358,10 @@ class BoundTemplate:
                 f"model reads {self.tokenizer.max_tokens}{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )
-        low, high = 0, max(len(row.record[piece.name]) for piece in fields if not piece.keep)
+        low = 0
         while high - low > 1:
             middle = (low + high) // 2
-            if self._fits(row, self._fill(row, middle)):
+            if self._fits(row, self._fill([row], middle)[0]):
                 low = middle
             else:
                 high = middle

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from ptuning.errors import LabelWordError, RecordError, closest
+from ptuning.errors import ConfigError, LabelWordError, RecordError, closest
 from ptuning.files import Json
-from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.records import TARGET_FIELD, Record, Records, check_text
 from ptuning.template.fill import BoundTemplate, Example
 
 # The score of a text of several tokens: its total log-probability, or the mean over its tokens.
@@ -28,6 +28,10 @@ class Scoring:
     calibrate: bool = False
     keep: Collection[str] = ()
 
+    def __post_init__(self) -> None:
+        if self.normalise not in get_args(Normalise):
+            raise ConfigError(f"normalise (--normalise) is sum or mean, not '{self.normalise}'")
+
     def empty_record(self, record: Record) -> Record:
         """Return a record without content; empty fields stay empty."""
         return {name: text if name in self.keep or not text else EMPTY_TEXT for name, text in record.items()}
@@ -38,18 +42,27 @@ PLAIN = Scoring()
 
 @dataclass(frozen=True)
 class LabelWords:
-    """The words of each label. Fewer than two labels, no words, or a word of two labels are a LabelWordError."""
+    """The words of each label, a text standing for one word. Fewer than two labels, no words, or a word of two labels
+    are a LabelWordError.
 
-    words: Mapping[str, tuple[str, ...]]
+    >>> LabelWords({"positive": ["great", "good"], "negative": "terrible"}).words
+    {'positive': ('great', 'good'), 'negative': ('terrible',)}
+    """
+
+    words: Mapping[str, Sequence[str]]
 
     def __post_init__(self) -> None:
+        words = {str(label).strip(): _words_of(label, listed) for label, listed in self.words.items()}
+        if len(words) < len(self.words):
+            raise LabelWordError(f"of the labels {', '.join(map(repr, self.words))} two have the same name")
+        object.__setattr__(self, "words", words)
         if len(self.words) < 2:
             raise LabelWordError(f"label words need at least two labels, as in {EXAMPLE}")
         owner: dict[str, str] = {}
-        for label, words in self.words.items():
-            if not label.strip() or not words or not all(word.strip() for word in words):
+        for label, listed in words.items():
+            if not (label and listed and all(listed)):
                 raise LabelWordError(f"label '{label}' has no name, no word or an empty one; write {EXAMPLE}")
-            for word in words:
+            for word in listed:
                 if word in owner:
                     raise LabelWordError(
                         f"the word '{word}' is given twice, for '{owner[word]}' and '{label}'; each label "
@@ -58,16 +71,31 @@ class LabelWords:
                 owner[word] = label
 
     @classmethod
+    def of(cls, labels: LabelWords | Mapping[str, Sequence[str]] | str) -> LabelWords:
+        """Return label words given as such, as a mapping, or as the text that :meth:`parse` reads.
+
+        Raises:
+            LabelWordError: If they are malformed, or nothing of the kind.
+        """
+        if isinstance(labels, LabelWords):
+            return labels
+        if isinstance(labels, str):
+            return cls.parse(labels)
+        if isinstance(labels, Mapping):
+            return cls(labels)
+        raise LabelWordError(f"label words are a mapping or a text such as {EXAMPLE}, not {labels!r}")
+
+    @classmethod
     def parse(cls, text: str) -> LabelWords:
         """Parse ``positive=great,good;negative=terrible``; raise a LabelWordError if it is malformed."""
-        words: dict[str, tuple[str, ...]] = {}
+        words: dict[str, list[str]] = {}
         for part in filter(str.strip, text.split(";")):
             label, equals, listed = part.partition("=")
             if not equals:
                 raise LabelWordError(f"label words '{part.strip()}' have no '='; write them as in {EXAMPLE}")
             if label.strip() in words:
                 raise LabelWordError(f"label '{label.strip()}' is given twice in the label words")
-            words[label.strip()] = tuple(word.strip() for word in listed.split(","))
+            words[label.strip()] = listed.split(",")
         return cls(words)
 
     def to_json(self) -> dict[str, Json]:
@@ -100,7 +128,7 @@ class LabelWords:
 
     def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
-        return bound.examples([record] * len(self.flat), targets=[word for _, word in self.flat])
+        return bound.answers([record], [[word for _, word in self.flat]])[0]
 
     def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
         """Return a line per word with its ids; unknown words and equal ids of two labels are a LabelWordError."""
@@ -121,3 +149,14 @@ class LabelWords:
                 )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
+
+
+def _words_of(label: object, listed: object) -> tuple[str, ...]:
+    """Return the words of a label, without the space around them: the template brings it."""
+    words = (listed,) if isinstance(listed, str) else listed
+    if not (isinstance(label, str) and isinstance(words, list | tuple) and all(isinstance(one, str) for one in words)):
+        raise LabelWordError(
+            f"label {label!r} has {listed!r}; its name is a text, and its words a text or a list of texts"
+        )
+    check_text(label + "".join(words), where="label words", what=f"label {label!r}", error=LabelWordError)
+    return tuple(word.strip() for word in words)

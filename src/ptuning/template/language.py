@@ -14,6 +14,7 @@ Grammar:
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ BRACKETS: Mapping[str, Piece] = {"X": Field("x"), "Y": Target(), ">": Turn(), "P
 @dataclass(frozen=True)
 class Template:
     """A parsed pattern: pieces in order, neighbouring literals joined. Raises a TemplateError if there is not exactly
-    one target, if its own field is also an input, or if ``[>]`` is there twice or behind the target.
+    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, or if a text holds
+    half a character.
 
     >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
     ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
@@ -81,6 +83,7 @@ class Template:
     pieces: tuple[Piece, ...]
 
     def __post_init__(self) -> None:
+        _check_characters(str(self))
         targets = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Target)]
         if not targets:
             raise self.error("a template needs one [Y], the place of the target; this one has none", len(self.pieces))
@@ -190,6 +193,14 @@ def render(pieces: Iterable[Piece]) -> str:
     return "".join(written)
 
 
+def _check_characters(pattern: str) -> None:
+    try:
+        pattern.encode()
+    except UnicodeEncodeError as error:
+        message = "half a character (a lone surrogate); write the template in UTF-8"
+        raise TemplateError(message, pattern=pattern, column=error.start) from error
+
+
 def _scan(pattern: str) -> list[Piece]:
     pieces: list[Piece] = []
     at = 0
@@ -265,12 +276,10 @@ def _field(pattern: str, start: int) -> tuple[Field, int]:
 
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     joined: list[Piece] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if isinstance(piece, Literal) and isinstance(last, Literal):
-            joined[-1] = Literal(last.text + piece.text)
-        else:
-            joined.append(piece)
+    for _, alike in itertools.groupby(pieces, lambda piece: isinstance(piece, Literal)):
+        group = list(alike)
+        texts = [piece.text for piece in group if isinstance(piece, Literal)]
+        joined += [Literal("".join(texts))] if texts else group
     return joined
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
-from ptuning.files import Json, make_folder
+from ptuning.files import Json, make_folder, parse_json
 from ptuning.training.identity import check_identity
 
 CHECKPOINT_FILE = "state.safetensors"
@@ -84,7 +84,7 @@ def read_checkpoint(folder: Path, *, identity: Mapping[str, Json]) -> tuple[RunS
         with safetensors.safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
         texts = {name: metadata[name] for name in ("state", "identity")}
-        state, saved = RunState(**json.loads(texts["state"])), json.loads(texts["identity"])
+        state, saved = RunState(**parse_json(texts["state"])), parse_json(texts["identity"])
         if metadata["sha256"] != _digest(tensors, texts):
             raise ValueError("its sha256 is not the one it was written with")
     except (PromptError, KeyError, TypeError, ValueError) as error:

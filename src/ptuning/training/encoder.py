@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,8 @@ class PromptEncoder(nn.Module):
 def start_vectors(
     start_ids: Sequence[int | None],
     *,
-    table: Tensor,
+    vectors_of: Callable[[Tensor], Tensor],
+    vocabulary: int,
     mean: Tensor,
     std: Tensor,
     how: RandomStart,
@@ -102,19 +103,20 @@ def start_vectors(
 
     Args:
         start_ids: P token ids; None where a slot starts at random.
-        table: (V, E) float32 embeddings of the tokenizer's tokens.
-        mean: (E,) their mean.
+        vectors_of: Returns the embeddings of (N,) token ids, (N, E) float32. The whole table is not needed.
+        vocabulary: Number of the tokenizer's tokens.
+        mean: (E,) the mean of their embeddings.
         std: (E,) their standard deviation.
         how: ``random`` draws each vector around the table's mean, with :data:`RANDOM_START_NOISE` of its spread per
             dimension; ``vocabulary`` takes the embedding of a random token.
         generator: Draws the random starts.
     """
-    table = table.cpu()
     random = [index for index, token in enumerate(start_ids) if token is None]
-    vectors = table[torch.tensor([token or 0 for token in start_ids], dtype=torch.int64)]  # (P, E)
+    ids = torch.tensor([token or 0 for token in start_ids], dtype=torch.int64)  # (P,)
     if random and how == "vocabulary":
-        vectors[random] = table[torch.randint(len(table), (len(random),), generator=generator)]
-    elif random:
-        noise = torch.randn(len(random), table.shape[1], generator=generator)
+        ids[random] = torch.randint(vocabulary, (len(random),), generator=generator)
+    vectors = vectors_of(ids).cpu()  # (P, E)
+    if random and how == "random":
+        noise = torch.randn(len(random), vectors.shape[1], generator=generator)
         vectors[random] = mean + RANDOM_START_NOISE * std * noise
     return vectors

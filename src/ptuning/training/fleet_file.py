@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +14,8 @@ from ptuning.errors import ConfigError
 from ptuning.files import Unchecked, parse_toml, read_text
 
 KEYS = ("backbone", "at_once", "all", "prompt")
+# A few lists in one file are a product of thousands of prompts.
+MOST_PROMPTS = 10_000
 SETTINGS = tuple(item.name for item in fields(TrainConfig))
 
 
@@ -63,7 +67,8 @@ class FleetFile:
 def read_fleet(path: Path) -> FleetFile:
     """Read the file of a fleet.
 
-    ``[all]`` holds the defaults of every ``[[prompt]]``. A list makes one prompt for each of its values.
+    ``[all]`` holds the defaults of every ``[[prompt]]``. A list makes one prompt for each of its values; there are
+    :data:`MOST_PROMPTS` at most.
 
     Raises:
         FileError: If it cannot be read.
@@ -86,7 +91,7 @@ def read_fleet(path: Path) -> FleetFile:
         own = {key: one.value for key, one in prompt.table().items() if key != "name"}
         defaults = {key: one.value for key, one in common.items() if key not in _replaced(own)}
         given = Unchecked({**defaults, **own}, f"{path}: prompt '{name}'", ConfigError)
-        entries += _entries(name, given, path.parent)
+        entries += _entries(name, given, path.parent, most=MOST_PROMPTS - len(entries))
     backbone = file.optional("backbone", lambda one: _located(one.text(), path.parent))
     return FleetFile(entries, backbone, file.optional("at_once", lambda one: one.whole(least=1)))
 
@@ -96,7 +101,7 @@ def _replaced(own: Mapping[str, object]) -> Sequence[str]:
     return RIVALS.get(next((key for key in RIVALS if key in own), ""), ())
 
 
-def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
+def _entries(name: str, given: Unchecked, folder: Path, *, most: int) -> Iterator[FleetEntry]:
     table = given.table(known=(*INPUTS, *SETTINGS))
     if "data" not in table:
         raise given.failure('it has no data to learn from, as in data = "train.jsonl"')
@@ -104,6 +109,12 @@ def _entries(name: str, given: Unchecked, folder: Path) -> Iterator[FleetEntry]:
     for key, values in listed.items():
         if not values:
             raise given.failure(f"'{key}' is an empty list; a list makes one prompt for each of its values")
+    count = math.prod(map(len, listed.values()))
+    if count > most:
+        raise given.failure(
+            f"its lists make {count:,} prompts, one for each combination of their values; a fleet has {MOST_PROMPTS:,} "
+            "at most, so shorten the lists or divide the fleet"
+        )
     for numbers in itertools.product(*(range(len(values)) for values in listed.values())):
         chosen = {key: values[at] for (key, values), at in zip(listed.items(), numbers, strict=True)}
         suffix = "".join(f"-{key}={_short(chosen[key].value, at)}" for key, at in zip(listed, numbers, strict=True))
@@ -122,6 +133,6 @@ def _short(value: object, at: int) -> str:
 def _located(source: str, folder: Path) -> str:
     """Return the path of data beside the fleet's file if it is there, else the source as it is."""
     head, colon, part = source.rpartition(":")
-    if (folder / source).exists():
+    if os.path.exists(folder / source):  # unlike Path.exists, False for a name that cannot be a path
         return str(folder / source)
-    return f"{folder / head}:{part}" if colon and head and (folder / head).is_dir() else source
+    return f"{folder / head}:{part}" if colon and head and os.path.isdir(folder / head) else source

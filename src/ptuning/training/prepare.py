@@ -54,7 +54,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
     template = _trainable(as_template(spec.template), config)
-    words = LabelWords.parse(spec.labels) if isinstance(spec.labels, str) else spec.labels
+    words = LabelWords.of(spec.labels) if spec.labels is not None else None
     if task is not None:
         words = words or task.label_words
     parts = {"train": as_questions(spec.data)}

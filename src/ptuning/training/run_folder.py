@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ptuning.files import Json, check_free, read_json, sweep
-from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.files import Json, Unchecked, check_free, read_json, sweep
+from ptuning.names import ALONG, CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.training.identity import check_identity, identity_of_run
 
 OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
@@ -30,12 +30,34 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
     if resume and (folder / RUN_FILE).is_file():
         record = read_json(folder / RUN_FILE)
         check_identity(wanted, identity_of_run(record), where=str(folder))
+        _check_finished(Unchecked(record, f"{folder / RUN_FILE} is damaged", advice="start anew with --overwrite"))
         return record
     only_ours = folder.is_dir() and all(
         entry.name in OURS or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
     )
     check_free(folder, overwrite=overwrite or (resume and only_ours))
     return None
+
+
+def _check_finished(run: Unchecked) -> None:
+    """Raise a FileError if a record lacks what that of a finished run has, or has something else in its place."""
+    for row in (run.at("start"), *run.at("history").items()):
+        for name in ("dev_loss", "dev_score"):
+            row.at(name).number(finite=False)
+    for row in run.at("history").items():
+        row.at("epoch").whole()
+        row.at("train_loss").number(finite=False)
+    for name in ("chosen_epoch", "trainable_parameters", "frozen_parameters"):
+        run.at(name).whole(least=0)
+    for name in ("seconds", "train_seconds"):
+        run.at(name).number()
+    for name in ("tokens_per_second", "ceiling_tokens_per_second"):
+        run.optional(name, Unchecked.number)
+    run.at("tune").one_of(tuple(ALONG))
+    run.at("choice_rule").text()
+    dev = run.at("data").at("dev")
+    dev.at("rows").whole()
+    dev.at("name").text()
 
 
 def clear_folder(folder: Path, *, replaces: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -21,7 +21,7 @@ class SpecOptions(TypedDict, total=False):
 
     dev: Sequence[Record] | Questions | None
     config: TrainConfig | None
-    labels: LabelWords | str | None
+    labels: LabelWords | Mapping[str, Sequence[str]] | str | None
     task: TaskFile | None
     calibrate: bool | None
 
@@ -35,7 +35,8 @@ class TrainSpec:
         data: Records to learn from, with targets, or questions of a task.
         dev: Records for early stopping and for choosing the best epoch; by default a seeded share of ``data``.
         config: Hyperparameters; by default those of :class:`~ptuning.config.TrainConfig`.
-        labels: Label words (verbalizer), for classification; by default the task's.
+        labels: Label words (verbalizer) for classification, as ``{"good": ["great", "fine"], "bad": "poor"}`` or as
+            ``good=great,fine;bad=poor``; by default the task's.
         task: The task that ``data`` belongs to. It is saved with the prompt.
         calibrate: Whether to subtract from each label or choice the score that it gets for an empty record; by default
             as the task says.
@@ -45,7 +46,7 @@ class TrainSpec:
     data: Sequence[Record] | Questions
     dev: Sequence[Record] | Questions | None = None
     config: TrainConfig | None = None
-    labels: LabelWords | str | None = None
+    labels: LabelWords | Mapping[str, Sequence[str]] | str | None = None
     task: TaskFile | None = None
     calibrate: bool | None = None
 

@@ -1,4 +1,4 @@
-"""Attention of grouped heads: the same numbers as transformers' own, without copies, for backbones alone."""
+"""Attention and heads of backbones: the numbers of transformers' own, without copies, in float32 where it matters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ptuning.backbone.attention import ATTENTION, FLOAT32_KEYS, MARK, attend
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
-from ptuning.backbone.grouped_attention import ATTENTION, MARK, packed_attention
 
 ROWS, GROUPS, KEY_HEADS, WIDTH = 3, 3, 2, 8
 
@@ -56,7 +56,7 @@ def test_packed_heads_attend_alike_with_equal_gradients(queries: int, keys: int,
     if additive:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     module, spy = grouped_module(), Spy()
-    found, _ = packed_attention(spy, module, *tensors, mask, scaling=0.3)
+    found, _ = attend(spy, module, *tensors, mask, scaling=0.3)
     expected, _ = sdpa_attention_forward(module, *tensors, mask, scaling=0.3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert spy.groups == [1], "keys and values were copied for every head"
@@ -81,7 +81,7 @@ def test_other_attention_is_left_to_transformers(case: str) -> None:
         given = mask.expand(-1, GROUPS * KEY_HEADS, -1, -1)
     elif case == "position bias":
         options["position_bias"] = torch.zeros(1, GROUPS * KEY_HEADS, 4, 4)
-    found, _ = packed_attention(spy, module, *tensors, given, is_causal=True, **options)
+    found, _ = attend(spy, module, *tensors, given, is_causal=True, **options)
     assert spy.groups == [GROUPS]
     expected, _ = sdpa_attention_forward(module, *tensors, given, is_causal=True, **options)
     assert torch.equal(found, expected)
@@ -124,6 +124,64 @@ def test_a_backbone_packs_and_scores_as_without(causal: Backbone) -> None:
 
 def test_models_call_it_by_the_name_they_know_and_others_stay_unmarked(causal: Backbone) -> None:
     assert causal.model.config._attn_implementation == ATTENTION
-    assert AttentionInterface()[ATTENTION].func is packed_attention
+    assert AttentionInterface()[ATTENTION].func is attend
     other = type(causal.model)(causal.model.config)
     assert not any(hasattr(module, MARK) for module in other.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("keys", "computed_in"), [(40, torch.float32), (FLOAT32_KEYS + 1, None)])
+@pytest.mark.parametrize("additive", [False, True])
+def test_short_rows_in_half_precision_attend_in_float32(
+    dtype: torch.dtype, keys: int, computed_in: torch.dtype | None, additive: bool
+) -> None:
+    """torch's backward pass for attention in bfloat16 takes four to eight times as long on a processor."""
+    tensors, mask = inputs(queries=4, keys=keys)
+    query, key, value = (tensor.detach().to(dtype) for tensor in tensors)
+    if additive:
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    seen: list[torch.dtype] = []
+
+    def plain(module: nn.Module, query: Tensor, *given: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        seen.append(query.dtype)
+        return sdpa_attention_forward(module, query, *given, **options)
+
+    found, _ = attend(plain, grouped_module(), query, key, value, mask, scaling=0.3)
+    assert seen == [computed_in or dtype]
+    assert found.dtype == dtype
+    wide = mask.float() if additive else mask
+    expected, _ = sdpa_attention_forward(grouped_module(), query.float(), key.float(), value.float(), wide, scaling=0.3)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=2e-2, atol=1e-2)
+    if computed_in is not None:
+        assert torch.equal(found, expected.to(dtype)), "nothing but the result may be rounded"
+
+
+def test_answers_are_scored_in_float32_whatever_the_weights(backbone: Backbone) -> None:
+    """Half-precision logits tie, and ties rank behind."""
+    backbone.model.bfloat16()
+    ids = torch.arange(10).reshape(2, 5) + 5
+    given: dict[str, Any] = {
+        "mask": torch.ones_like(ids),
+        "positions": torch.arange(5).expand(2, 5),
+        "rows": torch.tensor([0, 1]),
+        "cols": torch.tensor([4, 3]),
+    }
+    head, seen = backbone.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _module, hidden, found: seen.append((hidden[0], found)))
+    with torch.no_grad():
+        scored, _ = backbone.run(backbone.embed(ids), **given)
+    hidden, found = seen.pop()
+    assert found.dtype == torch.float32
+    bias = 0 if head.bias is None else head.bias.float()
+    torch.testing.assert_close(found, hidden.float() @ head.weight.float().T + bias)
+    trained, _ = backbone.run(backbone.embed(ids).requires_grad_(), **given)
+    assert seen.pop()[1].dtype == torch.bfloat16, "training steps keep the fast format"
+    assert not torch.equal(scored, trained.detach())
+
+
+def test_a_copy_scores_with_its_own_head(causal: Backbone) -> None:
+    other = causal.copy().model.bfloat16()
+    head = other.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+    assert not head.forward(torch.ones(1, 1, head.in_features, dtype=torch.bfloat16)).any()

@@ -1,0 +1,46 @@
+"""Records made of the rows that callers have: numbers as they are, what is missing left out, bad texts refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ptuning.errors import RecordError
+from ptuning.records import as_records, check_columns, clean
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    row = {
+        "a": np.int64(3), "b": np.float64(0.5), "c": np.bool_(True), "d": np.str_("e"), "f": torch.tensor(7),
+        "g": np.float32(0.25), "h": np.array(2),
+    }  # fmt: skip
+    assert clean(row, where="") == {"a": "3", "b": "0.5", "c": "true", "d": "e", "f": "7", "g": "0.25", "h": "2"}
+
+
+def test_what_is_missing_in_a_table_is_missing_in_the_record() -> None:
+    """pandas marks missing text as NaN."""
+    row = {"x": "Kenya", "a": None, "b": float("nan"), "c": np.nan, "d": np.float32("nan"), "e": np.array([1, 2])}
+    assert clean(row, where="") == {"x": "Kenya"}
+    assert clean({"label": float("nan"), "obj_label": "Nairobi"}, where="") == {
+        "obj_label": "Nairobi",
+        "y": "Nairobi",
+    }
+
+
+@pytest.mark.parametrize("value", ["text", 1, True, "\ud800"])
+def test_half_a_character_in_a_field_or_its_name_is_an_error(value: object) -> None:
+    name = "x" if value == "\ud800" else "\ud800"
+    with pytest.raises(RecordError, match=r"record 1: the field .* holds half a character"):
+        as_records([{name: value}])  # type: ignore[dict-item]  # as a caller may
+
+
+def test_a_number_too_long_to_write_is_an_error() -> None:
+    with pytest.raises(RecordError, match="record 1: the number in the field 'x' is too long"):
+        as_records([{"x": 10**5000}])  # type: ignore[dict-item]
+
+
+def test_columns_of_one_name_are_an_error_at_any_width() -> None:
+    check_columns([f"c{number}" for number in range(100_000)], where="a.csv")
+    with pytest.raises(RecordError, match=r"a\.csv: the column names x are there twice"):
+        check_columns(["x", *map(str, range(100_000)), "x"], where="a.csv")
