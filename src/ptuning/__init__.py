@@ -10,6 +10,7 @@ from ptuning.provenance import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from ptuning.backbone.backbone import Backbone as Backbone
     from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import GenerationSettings as GenerationSettings
     from ptuning.config import TrainConfig as TrainConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
+    "Backbone": "backbone.backbone",
     "FleetPrompt": "training.spec",
     "GenerationSettings": "config",
     "LabelWords": "template.labels",
@@ -54,6 +56,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Backbone",
     "FleetPrompt",
     "GenerationSettings",
     "LabelWords",

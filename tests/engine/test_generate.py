@@ -16,12 +16,14 @@ from ptuning.config import GenerationSettings
 from ptuning.engine.continuation import Continuation
 from ptuning.engine.ending import Draft, Ending
 from ptuning.engine.generate import _write
-from ptuning.engine.passes import run_pass
+from ptuning.engine.passes import run_pass, target_logits
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
 from ptuning.template.fill import Example
+from tests.backbone.test_turn import RECORDS as TURNING
+from tests.backbone.test_turn import longrope
 from tests.conftest import CAUSAL, RECORDS, bound, learned
 from tests.families import backbone_of, own_copy
 
@@ -75,7 +77,8 @@ def generated(backbone: Backbone, prompt: Prompt, records: Sequence[Record], way
     torch.manual_seed(way.get("seed", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the prompt is not punished for repetitions
-        rows = backbone.model.generate(**inputs, generation_config=config).tolist()
+        model: Any = backbone.model
+        rows = model.generate(**inputs, generation_config=config).tolist()
     skip = start - split if split else 0
     return [until_end(row[skip:], backbone) for row in rows]
 
@@ -158,7 +161,8 @@ def test_the_defaults_are_those_of_generate() -> None:
 
 def forced(backbone: Backbone, tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model write these tokens one after another, in every row."""
-    plain, steps = Backbone.run, []
+    plain = Backbone.run
+    steps: list[int] = []
 
     def run(self: Backbone, *given: Any, **more: Any) -> tuple[torch.Tensor, Memory | None]:
         logits, memory = plain(self, *given, **more)
@@ -363,3 +367,27 @@ def test_the_context_of_a_decoder_counts_as_written(monkeypatch: pytest.MonkeyPa
     rows = Continuation(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
     ids = rows.ids[0].tolist()
     assert ids == [*backbone.tokenizer.decoder_ids, *backbone.tokenizer.encode(["so"])[0]]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_answers_that_grow_past_a_turn_of_positions(num_beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariants *Fast = slow* and *Alone or in company*: each token is read as in a whole row alone, where a row grows
+    past the length at which its positions change as well.
+    """
+    backbone = longrope()
+    assert backbone.turn is not None
+    prompt = learned(backbone, TEMPLATE)
+    contexts = bound(backbone, TEMPLATE).contexts(TURNING, target_tokens=TOKENS)
+    lengths = [len(one.token_ids) for one in contexts]
+    assert any(length <= backbone.turn < length + TOKENS - 1 for length in lengths)
+    assert min(lengths) + TOKENS < backbone.turn < max(lengths)
+    ours = written(backbone, prompt, TURNING, {"num_beams": num_beams}, monkeypatch)
+    for record, context, ids in zip(TURNING, contexts, ours, strict=True):
+        alone = written(backbone, prompt, [record], {"num_beams": num_beams}, monkeypatch)
+        assert alone == [ids]
+        for count in range(len(ids) if num_beams == 1 else 0):
+            row = (*context.token_ids, *ids[:count])
+            example = Example(row, context.slot_positions, (len(row) - 1,), (), 0)
+            with torch.no_grad():
+                logits = target_logits(backbone, [example], prompt.learned(backbone))
+            assert int(logits[0].argmax()) == ids[count]

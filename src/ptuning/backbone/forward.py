@@ -1,9 +1,9 @@
-"""One forward pass: the inputs of a model by its kind, and logits at the asked positions only."""
+"""One forward pass: the inputs of a model by its kind, logits at the asked positions, and which token may be next."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
+from ptuning.backbone.placement import replace_forward
+from ptuning.config import GenerationSettings
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
 
@@ -73,6 +75,10 @@ class _Asked:
     cols: Tensor
     hidden: Tensor | None = None
 
+    def of(self, states: Tensor) -> Tensor:
+        """Return what (B, T, X) states are at the positions, (N, X), on the states' device: the last layer's."""
+        return states[self.rows.to(states.device), self.cols.to(states.device)]
+
 
 _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
@@ -106,7 +112,7 @@ class Forward:
         output = model.get_output_embeddings()
         if type(output) is nn.Linear:
             # A method, so that a copy of it made later runs itself.
-            output.forward = MethodType(_head_forward, output)  # type: ignore[method-assign]
+            replace_forward(output, MethodType(_head_forward, output))
 
     def __call__(
         self,
@@ -171,15 +177,15 @@ class Forward:
         finally:
             _gather.reset(token)
         if head is None:
-            logits = output.logits[asked.rows, asked.cols] if asked.hidden is None else output.logits[0]  # (N, V)
+            logits = asked.of(output.logits) if asked.hidden is None else output.logits[0]  # (N, V)
         elif asked.hidden is not None:
-            logits = head(asked.hidden)  # (N, K)
+            logits = head(asked.hidden.to(embeddings.device))  # (N, K)
         else:
             raise BackboneError(
                 f"{self._name}: {type(model).__name__} does not return the hidden states that a head reads, so no "
                 "classification head can take its place; leave fine-tuning out of the methods"
             )
-        return logits.float(), output.get("past_key_values")
+        return logits.float().to(embeddings.device), output.get("past_key_values")
 
 
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +207,7 @@ def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[st
     asked = _gather.get()
     if asked is None or asked.hidden is not None or not isinstance(output, dict) or "last_hidden_state" not in output:
         return None
-    asked.hidden = output["last_hidden_state"][asked.rows, asked.cols]  # (N, H)
+    asked.hidden = asked.of(output["last_hidden_state"])  # (N, H)
     output["last_hidden_state"] = asked.hidden[None]  # (1, N, H)
     return output
 
@@ -225,3 +231,22 @@ def _first_position(model: PreTrainedModel) -> int:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
     return 0 if padding is None else int(padding) + 1
+
+
+def logits_processor(settings: GenerationSettings) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what turns the logits (or log-probabilities) of the next token, (B, V), into those to choose from.
+    It is called with the (B, T) ids that were written before, and does what transformers' ``generate`` does.
+    """
+    from transformers.generation import logits_process as known
+
+    steps = known.LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        steps.append(known.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            steps.append(known.TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            steps.append(known.TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            steps.append(known.TopPLogitsWarper(settings.top_p))
+    return steps  # type: ignore[return-value]  # the stub asks for a LongTensor

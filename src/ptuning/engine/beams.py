@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ptuning.backbone.logits import logits_processor
+from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings
 from ptuning.engine.continuation import Continuation
 from ptuning.engine.ending import Draft, Ending

@@ -18,12 +18,12 @@ class Continuation:
     """B rows with what the model has read of each. ``logits`` are those of the next token, (B, V) float32.
 
     ``ids`` are the tokens that count as written before, (B, T): those read since the start and, in front of them, the
-    tokens of a decoder's side, which rows of one batch have equally many of. Raises a BackboneError if an
-    encoder-decoder model keeps no KV cache.
+    tokens of a decoder's side, which rows of one batch have equally many of. Without ``keep`` no keys and values are
+    kept. Raises a BackboneError if an encoder-decoder model keeps none.
     """
 
-    def __init__(self, backbone: Backbone, examples: Sequence[Example], learned: Learned) -> None:
-        first = run_pass(backbone, examples, learned, pad_side="left", keep=True)
+    def __init__(self, backbone: Backbone, examples: Sequence[Example], learned: Learned, *, keep: bool = True) -> None:
+        first = run_pass(backbone, examples, learned, pad_side="left", keep=keep)
         batch = first.batch
         if first.memory is None and batch.encoder_tokens:
             raise BackboneError(

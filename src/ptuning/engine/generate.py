@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.logits import logits_processor
+from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings, derived_seed
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.beams import beam_search
@@ -73,7 +73,9 @@ def stream_answer(
 ) -> Iterator[str]:
     """Write the answer to one record as :func:`write_answers` does with one beam, and yield it piece by piece."""
     ending = Ending(backbone, bound, max_tokens=max_tokens, stop_strings=settings.stop_strings)
-    rows = Continuation(backbone, _contexts(bound, [record], room=max_tokens), learned)
+    examples = _contexts(bound, [record], room=max_tokens)
+    ((turns, _),) = _together(backbone, examples, max_tokens=max_tokens)
+    rows = Continuation(backbone, examples, learned, keep=not turns)
     sent, draft = "", Draft()
     for (draft,) in _drafts(backbone, rows, ending, settings):
         text = ending.text(draft.ids, is_whole=False)
@@ -97,10 +99,10 @@ def _write(
     ending = Ending(backbone, bound, max_tokens=max_tokens, stop_strings=settings.stop_strings)
     found: list[list[Written]] = [[]] * len(examples)
     width = min(settings.num_beams, backbone.vocabulary)
-    for same in _paddable(backbone, examples):
+    for turns, same in _together(backbone, examples, max_tokens=max_tokens):
         for part in batches([[examples[index]] * width for index in same]):
             chosen = [same[place] for place in part]
-            rows = Continuation(backbone, [examples[index] for index in chosen], learned)
+            rows = Continuation(backbone, [examples[index] for index in chosen], learned, keep=not turns)
             if width > 1:
                 drafts = beam_search(rows, ending, settings, width=width)
             else:
@@ -161,13 +163,19 @@ def _check_unused(settings: GenerationSettings) -> None:
         raise ConfigError(f"{' and '.join(unused)}: for models that write; this one fills masks, all at once")
 
 
-def _paddable(backbone: Backbone, examples: Sequence[Example]) -> Iterable[list[int]]:
-    """Group examples that can be continued in one batch: all, or without pads on the left those of one length."""
-    groups: dict[int, list[int]] = {}
+def _together(backbone: Backbone, examples: Sequence[Example], *, max_tokens: int) -> Iterable[tuple[bool, list[int]]]:
+    """Group examples that can be continued in one batch: all, or without pads on the left those of one length.
+
+    Rows on the two sides of a length at which positions change are apart (:meth:`Backbone.side`). A row that may cross
+    it while it is written (``True``) is with those of its own length, and reads everything anew for each token.
+    """
+    groups: dict[tuple[bool, bool, int], list[int]] = {}
     for index, example in enumerate(examples):
-        own = 0 if backbone.pads_left else len(example.token_ids) - example.encoder_tokens
-        groups.setdefault(own, []).append(index)
-    return groups.values()
+        own = len(example.token_ids) - example.encoder_tokens
+        is_long = backbone.side(own)
+        turns = backbone.side(own + max_tokens - 1) != is_long
+        groups.setdefault((turns, is_long, own if turns or not backbone.pads_left else 0), []).append(index)
+    return [(turns, same) for (turns, _, _), same in groups.items()]
 
 
 def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:

@@ -19,7 +19,6 @@ from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes
 from ptuning.engine.objective import Item, inputs_of
-from ptuning.engine.prefix_cache import cacheable_ids
 from ptuning.errors import TrainingError
 from ptuning.files import Json
 from ptuning.progress import OnProgress, Progress
@@ -218,11 +217,11 @@ class _Trial:
     def keep(self) -> float:
         """Fill the KV cache for the rows to be tried; return the seconds that it takes for all rows."""
         cache, learner = self.learner.prefix_cache, self.learner
-        learner.uses_prefix_cache = cache.pays([cacheable_ids(row) for row in self.every])
+        learner.uses_prefix_cache = cache.pays([cache.ids_of(row) for row in self.every])
         if not learner.uses_prefix_cache:
             return 0.0
         tried = inputs_of([item for items in (self.longest_step, *self.steps, *self.scored) for item in items])
-        every, texts = ({ids for ids in map(cacheable_ids, rows) if ids} for rows in (self.every, tried))
+        every, texts = ({ids for ids in map(cache.ids_of, rows) if ids} for rows in (self.every, tried))
         cache.keep([max(texts, key=len)])  # warms the machine up
         warm, began = cache.tokens, clock()
         cache.keep(texts)

@@ -25,7 +25,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
 from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
-from ptuning.engine.prefix_cache import PrefixCache, cacheable_ids
+from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.training.encoder import PromptEncoder, start_vectors
@@ -264,7 +264,8 @@ class Chunk:
     def width(self) -> int:
         """Tokens of the longest row, without those that come from the KV cache."""
         cached = self.learner.uses_prefix_cache
-        return max(len(row.token_ids) - (len(cacheable_ids(row)) if cached else 0) for row in self.examples)
+        ids_of = self.learner.prefix_cache.ids_of
+        return max(len(row.token_ids) - (len(ids_of(row)) if cached else 0) for row in self.examples)
 
     @property
     def tokens(self) -> int:
@@ -277,7 +278,8 @@ class Chunk:
         rows = self.examples
         if self.learner.uses_prefix_cache:
             return False
-        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows))
+        longest = max(len(row.token_ids) for row in rows)
+        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
 
     @property
     def draws(self) -> bool:
