@@ -624,12 +624,39 @@ def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
     def answers(*limit: str) -> list[dict[str, Any]]:
         (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()
         listed: list[dict[str, Any]] = json.loads(line)["candidates"]
-        assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
+        assert works("predict", run_folder, "Kenya", *limit) == listed[0]["text"] + "\n"
         return listed
 
     short, free = answers("--max-new-tokens", "1"), answers()
     assert len(short) == len(free) == 3
     assert max(len(one["text"]) for one in short) < max(len(one["text"]) for one in free)
+    drawn = answers("--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40", "--seed", "5")
+    assert drawn == answers(
+        "--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40", "--seed", "5"
+    )
+    assert drawn != answers("--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40")
+    answers("--num-beams", "2", "--length-penalty", "0", "--repetition-penalty", "1.5", "--stop", "e", "--stop", "a")
+
+
+def test_a_streamed_answer_is_the_answer(run_folder: Path, data: Path) -> None:
+    rows = ("--data", data / "dev.jsonl")
+    assert works("predict", run_folder, *rows, "--stream") == works("predict", run_folder, *rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--top-p", "2", "--do-sample"], "setting 'top_p' is 2.0; it must be a number above 0 up to 1"),
+        (["--temperature", "0.5"], "temperature is 0.5, which has no effect without do_sample"),
+        (["--do-sample", "--num-beams", "2"], "num_beams is 2, and do_sample draws one token at a time"),
+        (["--stream", "--json"], "--stream shows one answer as text; leave --json out"),
+        (["--stream", "--top-k", "2"], "--stream shows one answer as text; leave --top-k out"),
+        (["--stream", "--num-beams", "2"], "only an answer of one beam can be streamed"),
+        (["--stop", ""], "setting 'stop_strings' is ('',); it must be texts that are not empty"),
+    ],
+)
+def test_settings_of_writing_that_make_no_sense(run_folder: Path, given: list[str], says: str) -> None:
+    fails("predict", run_folder, "Kenya", *given, says=[says])
 
 
 def test_a_masked_model_says_how_long_its_answer_is(masked_run: Path) -> None:
