@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ptuning.training.estimate import estimate as estimate
     from ptuning.training.run import train as train
     from ptuning.training.spec import FleetPrompt as FleetPrompt
+    from ptuning.training.tracking import TrainingLog as TrainingLog
     from ptuning.training.train_fleet import train_fleet as train_fleet
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
@@ -43,6 +44,7 @@ _HOMES = {
     "Solution": "method.base",
     "Template": "template.language",
     "TrainConfig": "config",
+    "TrainingLog": "training.tracking",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
     "lama": "experiment.lama",
@@ -66,6 +68,7 @@ __all__ = [
     "Solution",
     "Template",
     "TrainConfig",
+    "TrainingLog",
     "compare",
     "estimate",
     "lama",
