@@ -22,8 +22,8 @@ from ptuning.engine.objective import Item, class_scores, inputs_of, question_ite
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.files import Json
-from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, as_records
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
@@ -112,13 +112,14 @@ class PromptModel:
         return [found[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+    def target_logits(self, records: Rows, prompts: OnePrompt | Sequence[OnePrompt]) -> list[Tensor]:
         """Return the logits that score the targets of N records: N float32 tensors (target tokens, V) on the CPU.
 
         A PromptError if a prompt belongs to another backbone, or there is not one prompt per record; a RecordError if a
         record has no target.
         """
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
 
     def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -139,8 +140,8 @@ class PromptModel:
     @torch.no_grad()
     def rank(
         self,
-        records: Sequence[Record],
-        prompts: Prompt | Sequence[Prompt],
+        records: Rows,
+        prompts: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str],
         *,
         normalise: Normalise | None = None,
@@ -154,7 +155,8 @@ class PromptModel:
         A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
         """
         _check_candidates(candidates)
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
@@ -187,8 +189,8 @@ class PromptModel:
     @torch.no_grad()
     def classify(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt,
+        records: Rows | Questions,
+        prompt: OnePrompt,
         *,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
@@ -200,6 +202,7 @@ class PromptModel:
 
         A PromptError if the prompt has neither label words nor choices; a RecordError if a row lacks its choices.
         """
+        prompt = as_prompt(prompt)
         answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
         if not answers.is_closed:
             raise PromptError("the prompt has no label words; give candidates instead")
@@ -215,8 +218,8 @@ class PromptModel:
     @torch.no_grad()
     def predict(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt | Sequence[Prompt],
+        records: Rows | Questions,
+        prompt: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str] | None = None,
         *,
         top_k: int = 1,
@@ -235,16 +238,16 @@ class PromptModel:
         A ConfigError if one of these settings would change nothing, since answers are not written, or are written, or
         candidates would be calibrated.
         """
-        if not records:
+        data = records.records if isinstance(records, Questions) else as_records(records)
+        if not data:
             return []
         if top_k < 1:
             raise RecordError(f"top_k is {top_k}; it must be 1 or more")
-        prompts, settings = _per_row(prompt, len(records)), GenerationSettings.of(generation)
+        prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
         if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
             raise ConfigError(f"{settings.changed[0]} is for answers that are written, not for candidates or labels")
-        data = records.records if isinstance(records, Questions) else as_records(records)
         if candidates is not None:
             ranked = self.rank(data, prompts, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -258,12 +261,12 @@ class PromptModel:
             else:
                 found = self.for_prompt(one)._write(rows, one, top_k=top_k, settings=settings)
             answers |= dict(zip(indices, found, strict=True))
-        return [answers[index] for index in range(len(records))]
+        return [answers[index] for index in range(len(data))]
 
     def stream(
         self,
         record: Record,
-        prompt: Prompt,
+        prompt: OnePrompt,
         *,
         generation: GenerationSettings | Mapping[str, object] | None = None,
     ) -> Iterator[str]:
@@ -276,6 +279,7 @@ class PromptModel:
             >>> for piece in model.stream({"x": "Kenya"}, prompt):                           # doctest: +SKIP
             ...     print(piece, end="", flush=True)
         """
+        prompt = as_prompt(prompt)
         settings, model = GenerationSettings.of(generation), self.for_prompt(prompt)
         if prompt.answer_space.is_closed:
             raise PromptError("the prompt chooses among labels or choices, and only written answers are streamed")
@@ -368,12 +372,14 @@ def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
     return list(rows.values())
 
 
-def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
-    if isinstance(prompts, Prompt):
-        return [prompts] * rows
+def _per_row(prompts: OnePrompt | Sequence[OnePrompt], rows: int) -> list[Prompt]:
+    """Return one prompt per row; a folder that is named several times is read once."""
+    if isinstance(prompts, OnePrompt):
+        return [as_prompt(prompts)] * rows
     if len(prompts) != rows:
         raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
-    return list(prompts)
+    read = {str(one): as_prompt(one) for one in prompts if not isinstance(one, Prompt)}
+    return [one if isinstance(one, Prompt) else read[str(one)] for one in prompts]
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:
