@@ -28,7 +28,6 @@ from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
 from ptuning.training.trainer import Trainer
@@ -259,14 +258,3 @@ def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.join()
     assert max(running) == 1
-
-
-def answered(backbone: Backbone, prompt: Prompt, record: Record, *, tokens: int) -> list[int]:
-    """Write greedily, running the whole row for every token."""
-    context = bound(backbone, str(prompt.template)).contexts([record])[0]
-    ids: list[int] = []
-    while len(ids) < tokens:
-        row = (*context.token_ids, *ids)
-        example = Example(row, context.slot_positions, (len(row) - 1,), (), 0)
-        ids.append(int(target_logits(backbone, [example], prompt.learned(backbone))[0].argmax()))
-    return ids
