@@ -258,3 +258,22 @@ def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     for thread in threads:
         thread.join()
     assert max(running) == 1
+
+
+def test_candidates_on_both_sides_of_the_turn() -> None:
+    """Invariant *Fast = slow*: candidates that share the text in front of them are read as each one alone, where a
+    short one ends before the turn and a long one behind it.
+    """
+    backbone = longrope()
+    prompt = learned(backbone, EARLY)
+    candidates = ["yes", "no", "Nairobi", LONG * 2 + "no", LONG * 2 + "yes"]
+    records = RECORDS[:3]
+    ranked = PromptModel(backbone).rank(records, prompt, candidates)
+    for record, found in zip(records, ranked, strict=True):
+        scores = {one.text: one.log_prob for one in found}
+        rows = bound(backbone, EARLY).examples(as_records([{**record, "y": text} for text in candidates]))
+        assert {backbone.side(len(row.token_ids)) for row in rows} == {False, True}
+        for text, row in zip(candidates, rows, strict=True):
+            logits = target_logits(backbone, [row], prompt.learned(backbone)).log_softmax(dim=-1)
+            total = logits[torch.arange(len(row.target_ids)), torch.tensor(row.target_ids)].sum()
+            assert scores[text] == pytest.approx(float(total), abs=1e-3)
