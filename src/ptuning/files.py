@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -141,7 +142,7 @@ class Unchecked:
         """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
         be texts, numbers, flags, ``Literal``, ``Json``, data classes, and mappings, lists and ``| None`` of these.
         """
-        hints = get_type_hints(kind)
+        hints = _hints(kind)  # type: ignore[arg-type]  # a class has a hash
         for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a data class
             one = self.at(item.name)
             has_default = item.default is not MISSING or item.default_factory is not MISSING
@@ -165,6 +166,11 @@ class Unchecked:
 
     def _part(self, value: object, path: str) -> Unchecked:
         return Unchecked(value, self.where, self.error, self.advice, path)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def file_error(action: str, path: Path, error: OSError) -> FileError:
