@@ -83,7 +83,8 @@ def work(case: Case, how: str, settings: Settings) -> dict[str, float]:
     import ptuning
     from benchmarks import late, material
     from ptuning.data.reading import load_records
-    from ptuning.training import estimate, memory
+    from ptuning.engine import memory
+    from ptuning.training import estimate
 
     estimate.clock = time.process_time
     backbone = material.backbone_of(settings)

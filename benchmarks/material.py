@@ -9,13 +9,12 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from benchmarks.common import Settings
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.loading import Dtype, load_backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
@@ -59,7 +58,7 @@ def backbone_of(settings: Settings) -> Backbone:
         if not (folder / "config.json").is_file():
             write_tiny_backbone(folder)
         name = str(folder)
-    return load_backbone(name, dtype=cast("Dtype", settings.dtype), device=settings.device)
+    return load_backbone(name, dtype=settings.dtype, device=settings.device)
 
 
 def write_tiny_backbone(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -309,6 +310,29 @@ def spoken(example: Example, slot_ids: list[int]) -> list[int]:
     for position, token in zip(example.slot_positions, slot_ids, strict=True):
         ids[position] = token
     return ids
+
+
+def small_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, *, backward: bool = False) -> list[int]:
+    """Let passes of more than so many tokens run out of memory, forward or in their backward; return those that ran."""
+    ran: list[int] = []
+    real = Backbone.run
+
+    def fail(_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def run(self: Backbone, embeddings: torch.Tensor, **named: Any) -> Any:
+        size = embeddings.shape[0] * embeddings.shape[1]
+        fits = size <= tokens
+        if not (fits or backward):
+            fail(None)
+        if not fits and embeddings.requires_grad:
+            embeddings.register_hook(fail)  # behind the gradients of all layers
+        elif fits:
+            ran.append(size)
+        return real(self, embeddings, **named)
+
+    monkeypatch.setattr(Backbone, "run", run)
+    return ran
 
 
 @torch.no_grad()

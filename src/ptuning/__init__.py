@@ -10,6 +10,7 @@ from ptuning.provenance import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
+    from ptuning.backbone.backbone import Backbone as Backbone
     from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.data.reading import load_records as load_records
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
 _HOMES = {
+    "Backbone": "backbone.backbone",
     "FleetPrompt": "training.spec",
     "LabelWords": "template.labels",
     "Prompt": "prompt.prompt",
@@ -52,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Backbone",
     "FleetPrompt",
     "LabelWords",
     "PTuningError",

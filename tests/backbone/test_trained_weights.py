@@ -173,8 +173,8 @@ def test_adapters_come_back_bit_by_bit(backbone: Backbone, tmp_path: Path) -> No
     assert torch.equal(logits(other), logits(trained))
     assert not torch.equal(logits(other), logits(backbone))
     # The other weights are the very same ones, not a copy.
-    own = {id(weight) for weight in other.model.parameters()}
-    assert all(id(weight) in own for weight in backbone.model.parameters())
+    own = {weight.data_ptr() for weight in other.model.parameters()}
+    assert all(weight.data_ptr() in own for weight in backbone.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_adapters_on_experts_come_back_bit_by_bit(head: str, targets: str, tmp_p
     other = read.into(backbone)
     assert torch.equal(logits(other), logits(trained))
     assert not torch.equal(logits(other), logits(backbone))
-    own = {id(weight) for weight in other.model.parameters()}
-    assert all(id(weight) in own for weight in backbone.model.parameters())
+    own = {weight.data_ptr() for weight in other.model.parameters()}
+    assert all(weight.data_ptr() in own for weight in backbone.model.parameters())
     after = weights(backbone)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
 from ptuning.experiment.suite import Suite
+from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
 from ptuning.progress import Interrupted
@@ -32,7 +34,8 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
 from ptuning.report.results_file import Cell, Results
 from ptuning.template.language import Template
-from ptuning.training import fleet, step, train_fleet
+from ptuning.training import fleet, step, train_fleet, trainer
+from ptuning.training.checkpoint import write_checkpoint
 from tests.conftest import WARM
 
 MANUAL = "The capital of [X] is [Y] ."
@@ -303,7 +306,9 @@ def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
     assert said[0] == said[1]
 
 
-def suite(backbone: Backbone, out: Path, *, counts: Sequence[int], template: str = WARM) -> Suite:
+def suite(
+    backbone: Backbone, out: Path, *, counts: Sequence[int], template: str = WARM, config: TrainConfig = FAST
+) -> Suite:
     """A suite of p-tuning on tasks with so many facts to learn from each."""
     jobs = [
         Job(
@@ -320,7 +325,7 @@ def suite(backbone: Backbone, out: Path, *, counts: Sequence[int], template: str
         )
         for count in counts
     ]
-    return Suite(out, jobs=jobs, methods=["p-tuning"], seeds=1, backbone=backbone, config=FAST, tries=1)
+    return Suite(out, jobs=jobs, methods=["p-tuning"], seeds=1, backbone=backbone, config=config, tries=1)
 
 
 def learned(out: Path) -> dict[str, torch.Tensor]:
@@ -401,6 +406,38 @@ def test_what_cannot_be_trained_at_once_is_trained_one_after_another(
     assert [one.status for one in found] == ["done", "done"]
     assert "at once failed: out of memory" in caplog.text
     assert not (tmp_path / "fleets").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 5])
+def test_a_checkpoint_that_cannot_be_written_changes_no_result(
+    failing: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a disk that is full for a moment: prompts go on training together, to the same bytes."""
+    often = replace(FAST, checkpoint_seconds=0.0)
+    list(suite(causal, tmp_path / "whole", counts=(5, 12), config=often).run())
+    written = itertools.count()
+
+    def full_once(real: Callable[..., None]) -> Callable[..., None]:
+        def write(path: Path, *rest: Any, **named: Any) -> None:
+            if next(written) == failing:
+                raise FileError(f"{path}: No space left on device")
+            real(path, *rest, **named)
+
+        return write
+
+    monkeypatch.setattr(fleet, "SAVING_PAUSE", 0.0)
+    monkeypatch.setattr(trainer, "write_checkpoint", full_once(write_checkpoint))
+    monkeypatch.setattr(fleet, "write_json", full_once(write_json))
+    found = list(suite(causal, tmp_path / "full", counts=(5, 12), config=often).run())
+    assert [one.status for one in found] == ["done", "done"]
+    assert caplog.text.count("no checkpoint was written, and training goes on") == 1
+    assert "at once failed" not in caplog.text
+    whole, full = (
+        {path.relative_to(out): path.read_bytes() for path in out.rglob("*.safetensors")}
+        for out in (tmp_path / "whole", tmp_path / "full")
+    )
+    assert full == whole != {}
+    assert not (tmp_path / "full" / "fleets").exists()
 
 
 def test_a_finished_task_is_not_trained_again_beside_new_ones(

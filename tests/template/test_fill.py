@@ -654,7 +654,7 @@ RECORD = {"x": "Kenya", "z": "Zürich", "y": "Nairobi"}
         (
             "bert",
             "[[CLS] ([X]) {z!} [P]is[P:of] [Y] and [X]",
-            "special=[CLS] special=[CLS] literal=( field_x=Kenya literal=) field_z=Zürich slot literal=is slot=of "
+            "special=[CLS] literal=( field_x=Kenya literal=) field_z=Zürich slot literal=is slot=of "
             "target=[MASK] literal=and field_x=Kenya special=[SEP]",
         ),
     ],

@@ -14,7 +14,7 @@ import ptuning
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.engine import prefix_cache
-from ptuning.errors import RecordError, TemplateError
+from ptuning.errors import RecordError, TemplateError, TrainingError
 from ptuning.progress import Progress
 from ptuning.records import Record
 from ptuning.training import estimate as module
@@ -22,7 +22,7 @@ from ptuning.training.estimate import Forecast, estimate, sampled
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import TrainSpec
-from tests.conftest import RECORDS, WARM
+from tests.conftest import RECORDS, WARM, small_memory
 
 LATE = "{x} and {x} [P:is] [P*2] [Y]"
 FACTS: list[Record] = [
@@ -133,6 +133,13 @@ def test_nothing_is_learned_and_nothing_is_left(
     assert not any(module.training for module in learner.backbone.model.modules())
     assert not learner.prefix_cache.tokens
     assert not list(tmp_path.iterdir())
+
+
+def test_an_estimate_halves_no_pass(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what a run takes, so a pass that does not fit is its answer."""
+    small_memory(monkeypatch, 20)
+    with pytest.raises(TrainingError, match=r"a pass of \d+ tokens does not fit into the memory of cpu"):
+        estimated(causal)
 
 
 def test_the_longest_pass_of_all_epochs_is_taken(causal: Backbone) -> None:

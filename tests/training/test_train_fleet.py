@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
@@ -26,6 +27,7 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
 from ptuning.progress import Interrupted, Progress
+from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
 from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
@@ -35,7 +37,7 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
 from ptuning.training.train_fleet import FLEET_FILE, FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
-from tests.conftest import bound, items_of, make_model
+from tests.conftest import bound, items_of, make_model, small_memory
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
 TEXTS: list[Record] = [
@@ -214,6 +216,50 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.glob(f"*/{PROMPT_FOLDER}/*.safetensors"))
     }
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_off_outside(mode: Callable[[], Any], causal: Backbone) -> None:
+    """As in a single training; and what calls a fleet has its own mode between two prompts."""
+    seen: list[bool] = []
+    with mode():
+        found = train_fleet(EVERY[:2], backbone=causal)
+        seen.append(torch.is_grad_enabled())
+    assert seen == [False]
+    for one in EVERY[:2]:
+        torch.testing.assert_close(vectors(found.results[one.name]), vectors(alone(one, causal)), rtol=0, atol=1e-4)
+
+
+def test_a_backbone_loaded_under_inference_mode_trains_as_any_other(causal: Backbone, tmp_path: Path) -> None:
+    make_model("llama", tmp_path)
+    with torch.inference_mode():
+        backbone = load_backbone(str(tmp_path), dtype="float32", device="cpu")
+        PromptModel(backbone).predict(FACTS[:2], alone(EVERY[3], causal).prompt)
+    for one in (EVERY[0], replace(EVERY[0], config=replace(FAST, tune="tuned"))):
+        assert torch.equal(vectors(alone(one, backbone)), vectors(alone(one, causal)))
+
+
+def test_a_fleet_whose_passes_do_not_fit_is_trained_in_smaller_ones(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joint passes shrink, too; the result is the same up to rounding."""
+    prompts = [replace(one, config=replace(one.settings, cache_memory=0.0)) for one in (EVERY[0], EVERY[3], EVERY[4])]
+    wanted = train_fleet(prompts, backbone=causal)
+    ran = small_memory(monkeypatch, 30)
+    found = train_fleet(prompts, backbone=causal)
+    assert found.failed == {}
+    assert max(ran) <= 30
+    for name, one in wanted.results.items():
+        torch.testing.assert_close(vectors(found.results[name]), vectors(one), rtol=0, atol=1e-4)
+
+
+def test_a_prompt_whose_record_does_not_fit_fails_alone(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [replace(one, config=replace(one.settings, cache_memory=0.0)) for one in EVERY[:2]]
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 1000)
+    small_memory(monkeypatch, 20)
+    found = train_fleet([replace(prompts[1], dev=FACTS), prompts[0]], backbone=causal)
+    assert list(found.results) == ["plain"]
+    assert "does not fit into the memory of cpu" in found.failed["late"]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])

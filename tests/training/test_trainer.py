@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,7 +47,7 @@ from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.step import Chunk, Step, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
-from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer
+from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
@@ -348,6 +349,84 @@ def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypa
     assert torch.equal(*vectors)
 
 
+MODES: list[dict[str, Any]] = [{"dropout": 0.3}, {"tune": "tuned"}, {"accumulation_steps": 2, "encoder": "none"}]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("settings", MODES, ids=str)
+def test_a_pass_that_does_not_fit_is_halved_with_the_same_result(
+    causal: Backbone,
+    settings: dict[str, Any],
+    backward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU that is too small costs time, not the run: losses and vectors are those of whole passes, up to rounding.
+
+    Also where the backward pass breaks off and has left a part of its gradients. Without the backbone's own dropout.
+    """
+    causal.model.config.attention_dropout = 0.0
+    for layer in causal.model.model.layers:
+        layer.self_attn.attention_dropout = 0.0
+    wanted = fit(make_trainer(causal, cache_memory=0.0, **settings))
+    ran = small_memory(monkeypatch, 20, backward=backward)
+    found = fit(make_trainer(causal, cache_memory=0.0, **settings))
+    assert max(ran) <= 20
+    assert [row["train_loss"] for row in found.state.history] == pytest.approx(
+        [row["train_loss"] for row in wanted.state.history], rel=1e-5
+    )
+    torch.testing.assert_close(found.learner.vectors(), wanted.learner.vectors(), rtol=0, atol=1e-4)
+    said = [record.message for record in caplog.records if "too little memory" in record.message]
+    assert 0 < len(said) == len(set(said)) <= 3
+
+
+def test_a_record_that_does_not_fit_alone_ends_training_with_what_to_do(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make_trainer(causal, cache_memory=0.0)
+    items = items_of(causal, TEMPLATE, FACTS)
+    small_memory(monkeypatch, 1)
+    (outcome,) = steps.take_steps([Step(found.learner, items, 0, 1, 1.0)])
+    assert isinstance(outcome, TrainingError)
+    assert "does not fit into the memory of cpu; use smaller batches, shorter rows" in str(outcome)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.3},
+        {"dropout": 0.3, "checkpointing": True},
+        {"tune": "tuned"},
+        {"tune": "tuned", "checkpointing": True},
+        {"tune": "lora", "dropout": 0.3},
+        {"encoder": "none"},
+    ],
+    ids=str,
+)
+def test_trainings_in_threads_follow_their_seeds(masked: Backbone, settings: dict[str, Any]) -> None:
+    """Invariant *Seeds are separate*: threads share torch's global generator, and each training is as if it were alone.
+
+    BERT's own dropout is on where its weights are trained, and checkpointing sets generators back in backward passes.
+    """
+    if settings.get("tune") == "lora":
+        pytest.importorskip("peft")
+    seeds = range(3)
+
+    def learn(seed: int) -> Tensor:
+        return fit(make_trainer(masked, seed=seed, **settings)).learner.vectors()
+
+    wanted = [learn(seed) for seed in seeds]
+    before, interval = torch.get_rng_state(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(seeds)) as threads:
+            found = list(threads.map(learn, seeds))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [torch.equal(*pair) for pair in zip(found, wanted, strict=True)] == [True] * len(seeds)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Seeds are separate*: dropout is seeded by step and by place in the step."""
     seeds = []
@@ -359,7 +438,7 @@ def test_every_pass_has_a_dropout_of_its_own(causal: Backbone, monkeypatch: pyte
         return real(seed, purpose, step)
 
     monkeypatch.setattr(steps, "derived_seed", spy)
-    fit(make_trainer(causal, batch_size=2, accumulation_steps=2))
+    fit(make_trainer(causal, dropout=0.2, batch_size=2, accumulation_steps=2))
     assert len(seeds) == len(set(seeds)) == 8
 
 

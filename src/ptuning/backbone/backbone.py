@@ -6,7 +6,9 @@ import contextlib
 import copy
 import functools
 import logging
+import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,9 +16,12 @@ from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
+from ptuning.backbone.probes import beside_pads, check_reading, same_logits, turning_length
+from ptuning.backbone.randomness import own_draws
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, original_lengths
 from ptuning.errors import BackboneError
-from ptuning.files import sha256
+from ptuning.files import Json, sha256
 from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Held by a pass of a model that turns to other positions: they are one tensor for all threads that run it.
+_turning = threading.RLock()
 # Number of values of each weight in the fingerprint, besides the whole embedding table.
 FINGERPRINT_SAMPLES = 256
 
@@ -43,6 +50,8 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
+    turn: int | None = None
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
@@ -61,11 +70,46 @@ class Backbone:
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.
         self.vocabulary = min(max(tokenizer.get_vocab().values()) + 1, self.embedding_rows)
+        self.turn = turning_length(self, original_lengths(model.config))
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None
+    ) -> Backbone:
+        """Make a frozen backbone of a model in memory. It has modules of its own over the same weights, so the model
+        stays as it is (mode, gradients, hooks), and its owner may go on using it. If its owner goes on training it,
+        the backbone changes along; make a new one then.
+
+        Args:
+            model: A language model of transformers, on any device and in any dtype.
+            tokenizer: Its tokenizer; the backbone works on a copy.
+            name: What prompts call the backbone; by default where the model was loaded from.
+
+        Raises:
+            BackboneError: If the model cannot be used; the message says why.
+        """
+        for given, wanted in ((model, "PreTrainedModel"), (tokenizer, "PreTrainedTokenizerBase")):
+            if wanted not in {one.__name__ for one in type(given).__mro__}:
+                raise BackboneError(
+                    f"a backbone is made of a transformers model and its tokenizer, and {type(given).__name__} is no "
+                    f"{wanted}; unwrap it (an adapter's merge_and_unload, a compiled or parallel model's module)"
+                )
+        origin = str(getattr(model.config, "name_or_path", None) or "")
+        from_hub = name is None and origin and not Path(origin).exists()
+        backbone = cls(
+            sharing(model),
+            tokenizer,
+            name=name or origin or f"a {type(model).__name__} in memory",
+            revision=getattr(model.config, "_commit_hash", None) if from_hub else None,
+        )
+        backbone.freeze()
+        check_reading(backbone)
+        return backbone
 
     @property
     def device(self) -> torch.device:
-        """Device of the embedding table."""
-        return self._table_weight.device
+        """Device on which embeddings are looked up."""
+        return run_on(self._embedding) or self._table_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,14 +119,17 @@ class Backbone:
     @property
     def parameters(self) -> int:
         """Number of weights; tied weights count once."""
-        return sum(weight.numel() for weight in self.model.parameters())
+        return number_of_weights(self.model)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hashes of the embedding table and of samples of every weight, all as bfloat16: the same for any dtype."""
-        table = _as_bfloat16_bytes(self._table_weight)
+        from accelerate.utils import align_module_device
+
+        with align_module_device(self._embedding):
+            table = _as_bfloat16_bytes(self._table_weight)
         samples = []
-        for weight in self.model.parameters():
+        for weight in weights_of(self.model):
             step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
             samples.append(sha256(_as_bfloat16_bytes(weight.detach().reshape(-1)[::step])))
         # Sorted, since the names and the order of weights differ between releases of transformers.
@@ -109,7 +156,19 @@ class Backbone:
         """Number of token ids that the model can embed."""
         return len(self._table_weight)
 
-    def to_json(self) -> dict[str, str | int | None]:
+    @property
+    def loaded(self) -> dict[str, str]:
+        """What it was loaded with: ``dtype``, ``attn_implementation``, and ``quantization`` if there is one."""
+        config = self.model.config
+        found = {"dtype": short_name(self.dtype)}
+        if isinstance(attention := getattr(config, "_attn_implementation", None), str):
+            found["attn_implementation"] = attention
+        if (quantized := getattr(config, "quantization_config", None)) is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+            found["quantization"] = str(getattr(method, "value", method))
+        return found
+
+    def to_json(self) -> dict[str, Json]:
         """Return what identifies the backbone, for the record of a run."""
         return {
             "name": self.name,
@@ -117,7 +176,7 @@ class Backbone:
             "fingerprint": self.fingerprint,
             "kind": self.kind,
             "parameters": self.parameters,
-            "dtype": short_name(self.dtype),
+            **self.loaded,
             "dtype_reason": self.dtype_reason,
         }
 
@@ -141,12 +200,19 @@ class Backbone:
             weight.requires_grad_(True)
 
     def copy(self, *, share: bool = False) -> Backbone:
-        """Return a frozen copy to train: with own float32 weights, or (``share``) the same tensors in new modules."""
+        """Return a frozen copy to train: with own float32 weights, or (``share``) the same tensors in new modules.
+        Raises BackboneError if weights are offloaded.
+        """
+        if is_offloaded(self.model):
+            raise BackboneError(
+                f"{self.name}: some of its weights are offloaded, and only a prompt's slots can be trained beside such "
+                "weights; leave out what needs a copy of the backbone (tuned, lora, a classification head, random "
+                "weights), or load it into memory"
+            )
         other = copy.copy(self)
         for name in ("fingerprint", "trained", "table_statistics"):
             other.__dict__.pop(name, None)
-        shared = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
-        other.model = copy.deepcopy(self.model, shared) if share else copy.deepcopy(self.model).float()
+        other.model = sharing(self.model) if share else copy.deepcopy(self.model).float()
         other.freeze()
         return other
 
@@ -165,22 +231,29 @@ class Backbone:
     def with_random_weights(self, *, seed: int) -> Backbone:
         """Return a frozen copy with random weights (Zhong et al. 2021, section 3: random controls)."""
         other = self.copy()
-        with seeded(seed), quiet():
+        with own_draws(seed=seed), quiet():
             fresh = type(self.model)(self.model.config)
         other.model.load_state_dict(fresh.state_dict())
-        other.model.to(self.dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+        nn.Module.to(other.model, self.dtype)  # a model on several devices has another ``to``
         other.name = f"{self.name} with random weights (seed {seed})"
         return other
+
+    def side(self, length: int) -> bool:
+        """Whether a row of this many tokens is read with the positions of long rows. Only rows of one side may share a
+        pass, and keys and values serve no row of the other side.
+        """
+        return self.turn is not None and length > self.turn
 
     @functools.cached_property
     @torch.no_grad()
     def shares_prefix(self) -> bool:
         """Whether rows can continue from a KV cache that they share. Found by running one token.
-        The cache of a causal model must hold all keys and values and nothing else: no window, no recurrent state.
+        The cache of a causal model must hold all keys and values and nothing else: no window, no recurrent state; and
+        on one device, since rows' keys and values are put together.
         """
         import transformers
 
-        if self.kind != "causal":
+        if self.kind != "causal" or len(devices_of(self.model)) > 1:
             return False
         at = torch.zeros(1, dtype=torch.int64, device=self.device)
         start = at[None]  # (1, 1)
@@ -250,18 +323,19 @@ class Backbone:
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.
         """
-        logits, memory = self._forward(
-            self.model,
-            embeddings,
-            mask=mask,
-            positions=positions,
-            rows=rows,
-            cols=cols,
-            segment_id=self.tokenizer.segment_id,
-            encoder_tokens=encoder_tokens,
-            memory=memory,
-            keep=keep,
-        )
+        with _turning if self.turn is not None else contextlib.nullcontext():
+            logits, memory = self._forward(
+                self.model,
+                embeddings,
+                mask=mask,
+                positions=positions,
+                rows=rows,
+                cols=cols,
+                segment_id=self.tokenizer.segment_id,
+                encoder_tokens=encoder_tokens,
+                memory=memory,
+                keep=keep,
+            )
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
@@ -301,57 +375,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generator that modules draw their first weights from, for a block. It is that of the processor: seeding
-    torch as a whole would also seed each GPU's, which the caller may be drawing from.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
-    """Turn any error of a model that is run into one that says what the model cannot do, and what to do."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
-
-
-def beside_pads(backbone: Backbone, *, left: int = 0, right: int = 0) -> Tensor:
-    """Return the logits at the last token of a row (or the decoder's only token), (1, V), with pads beside the row."""
-    ids = nn.functional.pad(probe_ids(backbone)[None], (left, right))  # (1, T)
-    mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
-    positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
-    if backbone.kind == "encoder-decoder":
-        encoder_tokens = at = ids.shape[1]
-        ids, mask = (torch.cat([value, value[:, left : left + 1]], dim=1) for value in (ids, mask))
-        positions = nn.functional.pad(positions, (0, 1))
-    logits, _ = backbone.run(
-        backbone.embed(ids),
-        mask=mask,
-        positions=positions,
-        rows=torch.zeros(1, dtype=torch.int64, device=backbone.device),
-        cols=torch.tensor([at], device=backbone.device),
-        encoder_tokens=encoder_tokens,
-    )
-    return logits
-
-
-def probe_ids(backbone: Backbone) -> Tensor:
-    """Return three token ids, (3,), without the model's own pad token."""
-    padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)
-    usable = [token for token in range(min(6, backbone.embedding_rows)) if token != padding]
-    return torch.tensor(usable[-3:], device=backbone.device)
-
-
-def same_logits(backbone: Backbone, one: Tensor, other: Tensor) -> bool:
-    """Whether logits are equal up to rounding in the backbone's dtype."""
-    tolerance = 2e-2 if backbone.dtype == torch.bfloat16 else 1e-4
-    scale = max(1.0, float(one.abs().max()))
-    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
+from ptuning.backbone.placement import replace_forward
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
 
@@ -73,6 +74,10 @@ class _Asked:
     cols: Tensor
     hidden: Tensor | None = None
 
+    def of(self, states: Tensor) -> Tensor:
+        """Return what (B, T, X) states are at the positions, (N, X), on the states' device: the last layer's."""
+        return states[self.rows.to(states.device), self.cols.to(states.device)]
+
 
 _gather: ContextVar[_Asked | None] = ContextVar("ptuning_gather", default=None)
 
@@ -106,7 +111,7 @@ class Forward:
         output = model.get_output_embeddings()
         if type(output) is nn.Linear:
             # A method, so that a copy of it made later runs itself.
-            output.forward = MethodType(_head_forward, output)  # type: ignore[method-assign]
+            replace_forward(output, MethodType(_head_forward, output))
 
     def __call__(
         self,
@@ -171,15 +176,15 @@ class Forward:
         finally:
             _gather.reset(token)
         if head is None:
-            logits = output.logits[asked.rows, asked.cols] if asked.hidden is None else output.logits[0]  # (N, V)
+            logits = asked.of(output.logits) if asked.hidden is None else output.logits[0]  # (N, V)
         elif asked.hidden is not None:
-            logits = head(asked.hidden)  # (N, K)
+            logits = head(asked.hidden.to(embeddings.device))  # (N, K)
         else:
             raise BackboneError(
                 f"{self._name}: {type(model).__name__} does not return the hidden states that a head reads, so no "
                 "classification head can take its place; leave fine-tuning out of the methods"
             )
-        return logits.float(), output.get("past_key_values")
+        return logits.float().to(embeddings.device), output.get("past_key_values")
 
 
 def _asked_targets(embeddings: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +206,7 @@ def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[st
     asked = _gather.get()
     if asked is None or asked.hidden is not None or not isinstance(output, dict) or "last_hidden_state" not in output:
         return None
-    asked.hidden = output["last_hidden_state"][asked.rows, asked.cols]  # (N, H)
+    asked.hidden = asked.of(output["last_hidden_state"])  # (N, H)
     output["last_hidden_state"] = asked.hidden[None]  # (1, N, H)
     return output
 

@@ -6,9 +6,9 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -16,7 +16,7 @@ from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
 from ptuning.backbone.probes import check_reading
-from ptuning.backbone.sources import find_backbone
+from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
 from ptuning.errors import BackboneError, closest
 from ptuning.template.segments import Kind
@@ -26,49 +26,93 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
+CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=True (--trust-remote-code)"
+GGUF_NEEDS = "transformers reads causal models of common architectures; take the model's safetensors instead"
 
 
-def load_backbone(name: str | Path = sources.BACKBONE, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
+def load_backbone(
+    name: str | Path = sources.BACKBONE,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: str | Mapping[str, str | int] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
     """Load a language model, frozen and in evaluation mode.
 
     Args:
-        name: A known name (``smollm2-135m``), a local folder, or a hub id.
-        dtype: ``float32`` or ``bfloat16``; ``auto`` takes the faster one that loses nothing on the device
-            (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says why.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...; ``auto`` takes a GPU if there is one.
+        name: A known name (``smollm2-135m``), a local folder, a GGUF file, or a hub id.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the fastest one that loses nothing
+            on the device (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says
+            why.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``auto`` takes a GPU (CUDA, then Apple's) if there is one.
+        device_map: Instead of a device, where each module goes, as transformers takes it: ``auto`` for all GPUs and
+            then the memory, or a mapping from modules to devices, ``cpu`` and ``disk`` included.
+        revision: Branch, tag or commit on the hub; by default the newest of the main branch.
+        token: Access token of the hub; by default that of ``hf auth login`` or ``HF_TOKEN``. False sends none.
+        cache_dir: Where downloads are kept; by default the hub's own cache.
+        attn_implementation: ``sdpa``, ``eager``, ...; by default transformers' choice.
+        trust_remote_code: Whether code that comes with the model may run. Read it before.
 
     Raises:
-        BackboneError: If there is no such backbone, or if it is damaged, unsafe or of an unknown kind.
+        BackboneError: If there is no such backbone, if it is damaged, unsafe or of an unknown kind, or if an option has
+            a wrong value.
     """
-    place = _device(device)
-    asked = _dtype(dtype)
+    asked = LoadOptions(
+        dtype=short_name(dtype),
+        device=str(device),
+        device_map=device_map,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    place = _device(asked.device)
+    _check_attention(asked.attn_implementation)
     name = str(name)
-    folder, revision = _find(name)
-    config, tokenizer, kind = _read_tokenizer(folder, name=name)
-    chosen = asked or automatic(place, config)
+    folder, found_revision = _find(name, asked)
+    config, tokenizer, kind = _read_tokenizer(folder, name, asked)
+    chosen = _chosen(asked.dtype) or automatic(place, config)
     warn_if_slow(chosen.dtype, place)
     logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
-    model = _load(folder, kind, name=name, dtype=chosen.dtype)
-    model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
-    backbone = Backbone(model, tokenizer, name=name, revision=revision)
+    is_placed = asked.device_map is not None
+    # float16 has a smaller range than the other formats, so the fingerprint is taken of the weights as they are stored.
+    is_halved = chosen.dtype == torch.float16 and not is_placed
+    dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
+    model = _load(folder, kind, name, asked, dtype=dtype)
+    backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
     backbone.dtype_reason = chosen.reason
+    if is_halved:
+        logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
+        model.half()
+    if not is_placed:
+        model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone.freeze()
     check_reading(backbone)
     return backbone
 
 
-def load_tokenizer(name: str | Path = sources.BACKBONE) -> tuple[TextTokenizer, Kind]:
+def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | None = None) -> tuple[TextTokenizer, Kind]:
     """Load what templates need from a backbone, without its weights; errors as :func:`load_backbone`."""
-    name = str(name)
-    folder, _ = _find(name)
-    config, tokenizer, kind = _read_tokenizer(folder, name=name)
+    name, asked = str(name), asked or LoadOptions()
+    folder, _ = _find(name, asked)
+    config, tokenizer, kind = _read_tokenizer(folder, name, asked)
     decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
     return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
 
 
-def _find(name: str) -> tuple[str, str | None]:
-    return (str(_default_folder(name)), None) if name in sources.KNOWN else find_backbone(name)
+def _find(name: str, asked: LoadOptions) -> tuple[str, str | None]:
+    weights = sources.gguf_weights(name)
+    if weights is None:
+        return find_backbone(name, asked)
+    check_no_revision(name, asked)
+    return str(sources.cached_folder(weights, lambda gguf, folder: _convert(gguf, folder, name=name))), None
 
 
 def _generation(folder: str) -> GenerationConfig | None:
@@ -80,8 +124,8 @@ def _generation(folder: str) -> GenerationConfig | None:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Turn any error of transformers' readers into one that names the backbone."""
+def _reading(name: str, *, needs: str = FOLDER_NEEDS) -> Iterator[None]:
+    """Turn any error of transformers' readers into one that names the backbone and says what it ``needs``."""
     with quiet():
         try:
             yield
@@ -89,23 +133,29 @@ def _reading(name: str) -> Iterator[None]:
             raise BackboneError(f"{name}: {error}") from error
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "trust_remote_code" in str(error):
+                first, needs = "it brings code of its own", CODE_NEEDS
             raise BackboneError(
-                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). The folder must hold "
-                "config.json, a tokenizer and whole safetensors files"
+                f"cannot load the backbone '{name}': {first} ({type(error).__name__}). {needs}"
             ) from error
 
 
-def _read_tokenizer(folder: str, *, name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind]:
+def _read_tokenizer(
+    folder: str, name: str, asked: LoadOptions
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, Kind]:
     import transformers
 
     with _reading(name):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        trusted = asked.trust_remote_code
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 
-def _load(folder: str, kind: Kind, *, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run."""
+def _load(folder: str, kind: Kind, name: str, asked: LoadOptions, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run that was not
+    asked for.
+    """
     import transformers
 
     auto = {
@@ -114,9 +164,15 @@ def _load(folder: str, kind: Kind, *, name: str, dtype: torch.dtype) -> PreTrain
         "permuted": transformers.AutoModelForCausalLM,
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     }[kind]
+    chosen: dict[str, Any] = {"device_map": asked.device_map, "attn_implementation": asked.attn_implementation}
     with _reading(name):
         model, info = auto.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=asked.trust_remote_code,
+            output_loading_info=True,
+            **{option: value for option, value in chosen.items() if value is not None},
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -127,50 +183,79 @@ def _load(folder: str, kind: Kind, *, name: str, dtype: torch.dtype) -> PreTrain
     return cast("PreTrainedModel", model)
 
 
-def _default_folder(name: str) -> Path:
+def _convert(gguf: Path, folder: Path, *, name: str) -> None:
+    """Write a GGUF file as ``save_pretrained`` would have: what is quantised as bfloat16, what is not as float32."""
+    import transformers
 
-    def convert(gguf: Path, target: Path) -> None:
-        import transformers
+    dtype = _dtype_of_gguf(gguf, name=name)
+    # The reader of GGUF files has its own progress bar, which only this silences.
+    with _reading(name, needs=GGUF_NEEDS), contextlib.redirect_stderr(io.StringIO()):
+        # Unpack on reading: newer releases would otherwise keep the weights in GGUF blocks.
+        packing = getattr(transformers, "GgufConfig", None)
+        options = {"quantization_config": packing(dequantize=True)} if packing else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
+        )
+    # A model read from GGUF refuses save_pretrained, so its weights go into a new model.
+    plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    with quiet():
+        fresh = type(read)(type(read.config)(**plain))
+        fresh.load_state_dict(read.state_dict())
+        fresh.to(dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+        fresh.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
-        # The reader of GGUF files has its own progress bar, which only this silences.
-        with _reading(name), contextlib.redirect_stderr(io.StringIO()):
-            # Unpack on reading: newer releases would otherwise keep the weights in GGUF blocks.
-            packing = getattr(transformers, "GgufConfig", None)
-            options = {"quantization_config": packing(dequantize=True)} if packing else {}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-            read = transformers.AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
-            )
-        # A model read from GGUF refuses save_pretrained, so its weights go into a new model.
-        plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        with quiet():
-            fresh = type(read)(type(read.config)(**plain))
-            fresh.load_state_dict(read.state_dict())
-            fresh.bfloat16().save_pretrained(target)
-            tokenizer.save_pretrained(target)
 
-    return sources.cached_folder(name, convert)
+def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:
+    """Return the dtype that loses nothing of weights that were not quantised; of the others bfloat16 is enough.
+    Raises BackboneError if the file is damaged: transformers would read past the end of one that is cut off.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        matrices = [tensor for tensor in GGUFReader(gguf).tensors if len(tensor.shape) > 1]
+    except Exception as error:
+        raise BackboneError(
+            f"cannot read the weights of {name}: {gguf.name} is not a whole GGUF file, but cut off or damaged ({error})"
+        ) from error
+    exact = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
+    return torch.float32 if all(one.tensor_type in exact for one in matrices) else torch.bfloat16
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, cpu or cuda") from error
+        raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(_devices())}") from error
     return device
 
 
-def _dtype(name: str) -> Chosen | None:
+def _devices() -> list[str]:
+    """Return the devices that are there."""
+    apple = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *apple]
+
+
+def _chosen(name: str) -> Chosen | None:
     """Return the number format that is asked for; None for ``auto``."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name == "auto":
-        return None
+    return None if name == "auto" else Chosen(getattr(torch, name), "it was asked for")
+
+
+def _check_attention(name: str | None) -> None:
+    """Check that transformers knows an implementation of attention; code on the hub was asked for before."""
+    if name is None or "/" in name:
+        return
+    from transformers import AttentionInterface
+
+    known = ["eager", *AttentionInterface().valid_keys()]
     if name not in known:
-        raise BackboneError(f"unknown dtype '{name}'; use auto, {' or '.join(known)}.{closest(name, known)}")
-    return Chosen(known[name], "it was asked for")
+        raise BackboneError(
+            f"unknown attn_implementation '{name}'; use {', '.join(sorted(set(known)))}.{closest(name, known)}"
+        )

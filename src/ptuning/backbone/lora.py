@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ptuning.backbone.backbone import seeded
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import listed_names
 from ptuning.errors import BackboneError, ConfigError, PromptError
 from ptuning.files import Unchecked, parse_json
@@ -39,7 +39,7 @@ def add_adapters(model: nn.Module, *, rank: int, alpha: float, targets: str, see
     chosen: str | list[str] | None = {"all-linear": "all-linear", "default": None}.get(targets, listed_names(targets))
     alpha = int(alpha) if alpha == int(alpha) else alpha  # as peft writes its own default
     config = _peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, inference_mode=True)
-    with seeded(seed):
+    with own_draws(seed=seed):
         try:
             _inject(model, config)
         except ValueError as error:

@@ -1,19 +1,65 @@
-"""Try a loaded model on a few tokens: does it read pads, later tokens, or embeddings in another way than token ids?"""
+"""Try a model on a few tokens: does it read pads, later tokens, or embeddings in another way than token ids?"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
-from ptuning.backbone.backbone import Backbone, beside_pads, probe_ids, running, same_logits
+import torch
+from torch import Tensor, nn
+
+from ptuning.backbone.attention import HALF
+from ptuning.backbone.forward import Memory
+from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError
+from ptuning.template.segments import Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tokens of one longer row. Not a multiple of 64 or less, the lengths into which some models cut rows (Reformer).
 LONG_ROW = 67
 
 
+class Probed(Protocol):
+    """What is tried: a :class:`~ptuning.backbone.backbone.Backbone`, which asks these questions of itself."""
+
+    name: str
+    kind: Kind
+    model: PreTrainedModel
+    tokenizer: TextTokenizer
+    vocabulary: int
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+
+    @property
+    def embedding_rows(self) -> int: ...  # noqa: D102
+
+    def table_of(self, part: PreTrainedModel) -> nn.Module: ...  # noqa: D102
+
+    def embed(self, token_ids: Tensor) -> Tensor: ...  # noqa: D102
+
+    def run(  # noqa: D102
+        self,
+        embeddings: Tensor,
+        *,
+        mask: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        cols: Tensor,
+        encoder_tokens: int = 0,
+        memory: Memory | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Memory | None]: ...
+
+
 @torch.no_grad()
-def check_reading(backbone: Backbone) -> None:
+def check_reading(backbone: Probed) -> None:
     """Check that a model reads its input and nothing else.
     Raises BackboneError if it treats embeddings unlike token ids or takes only embeddings of tokens, if it reads pads,
     if a causal model sees later tokens, or if an encoder-decoder model has two embedding tables.
@@ -66,7 +112,7 @@ def check_reading(backbone: Backbone) -> None:
         )
 
 
-def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
+def _asked(backbone: Probed, ids: Tensor) -> Tensor:
     """Return the logits at the second and third position of a row, (2, V), computed as in training."""
     split = ids.shape[1] if backbone.kind == "encoder-decoder" else 0
     row = torch.cat([ids, ids], dim=1) if split else ids
@@ -80,3 +126,95 @@ def _asked(backbone: Backbone, ids: Tensor) -> Tensor:
         encoder_tokens=split,
     )
     return logits
+
+
+@contextlib.contextmanager
+def running(what: str, *, do: str = "use another language model") -> Iterator[None]:
+    """Turn any error of a model that is run into one that says what the model cannot do, and what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"{what}: {first} ({type(error).__name__}); {do}") from error
+
+
+def beside_pads(backbone: Probed, *, left: int = 0, right: int = 0) -> Tensor:
+    """Return the logits at the last token of a row (or the decoder's only token), (1, V), with pads beside the row."""
+    ids = nn.functional.pad(probe_ids(backbone)[None], (left, right))  # (1, T)
+    mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
+    positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
+    if backbone.kind == "encoder-decoder":
+        encoder_tokens = at = ids.shape[1]
+        ids, mask = (torch.cat([value, value[:, left : left + 1]], dim=1) for value in (ids, mask))
+        positions = nn.functional.pad(positions, (0, 1))
+    logits, _ = backbone.run(
+        backbone.embed(ids),
+        mask=mask,
+        positions=positions,
+        rows=torch.zeros(1, dtype=torch.int64, device=backbone.device),
+        cols=torch.tensor([at], device=backbone.device),
+        encoder_tokens=encoder_tokens,
+    )
+    return logits
+
+
+def probe_ids(backbone: Probed) -> Tensor:
+    """Return three token ids, (3,), without the model's own pad token."""
+    padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)
+    usable = [token for token in range(min(6, backbone.embedding_rows)) if token != padding]
+    return torch.tensor(usable[-3:], device=backbone.device)
+
+
+def same_logits(backbone: Probed, one: Tensor, other: Tensor) -> bool:
+    """Whether logits are equal up to rounding in the backbone's dtype."""
+    tolerance = 2e-2 if backbone.dtype in HALF else 1e-4
+    scale = max(1.0, float(one.abs().max()))
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale)
+
+
+@torch.no_grad()
+def turning_length(backbone: Probed, lengths: Iterable[int]) -> int | None:
+    """Return the one of some lengths beyond which the model reads a row, and all rows beside it, with other positions
+    (LongRoPE), if there is one. Found by running a row of three tokens, spread over a short row's positions, beside one
+    with the last position of a long row, and beside one without. Raises BackboneError if long rows change each other.
+    """
+    called, longest = f"{backbone.name}: {type(backbone.model).__name__}", backbone.tokenizer.max_tokens
+    for length in lengths if backbone.kind != "encoder-decoder" else ():
+        if not 3 <= length < longest:
+            continue
+        with running(f"{called} cannot read a row of {length + 1} tokens"), evaluating(backbone.model):
+            short, long = length - 1, length  # their last positions
+            turns = not same_logits(backbone, _beside(backbone, short, 2), _beside(backbone, short, long))
+            depends = not same_logits(backbone, _beside(backbone, long, long), _beside(backbone, long, longest - 1))
+        if depends:
+            raise BackboneError(
+                f"{called} reads rows of more than {length} tokens by the longest row beside them, so an answer would "
+                f"depend on its company; set max_position_embeddings in its config.json to {length}"
+            )
+        if turns:
+            return length
+    return None
+
+
+def _beside(backbone: Probed, last: int, other: int) -> Tensor:
+    """Return the logits of a row that ends at the position ``last``, (2, V), beside one that ends at ``other``."""
+    ids = probe_ids(backbone).expand(2, 3)
+    return backbone.run(
+        backbone.embed(ids),
+        mask=torch.ones_like(ids),
+        positions=torch.tensor([[0, last // 2, last], [0, 1, other]], device=ids.device),
+        rows=torch.zeros(2, dtype=torch.int64, device=ids.device),
+        cols=torch.tensor([1, 2], device=ids.device),
+    )[0]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a block; afterwards each of its modules is in the mode that it was in."""
+    modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True

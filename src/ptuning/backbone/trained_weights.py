@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone import lora
-from ptuning.backbone.backbone import Backbone, beside_pads, running
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.probes import beside_pads, running
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
 from ptuning.files import Json, Unchecked, file_error, file_sha256, read_bytes, replacing, write_bytes

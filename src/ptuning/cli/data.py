@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.markup import escape
 
-from ptuning.backbone import sources
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
-from ptuning.cli.options import BackboneOption, JsonOption
+from ptuning.cli.inputs import load_tokenizer
+from ptuning.cli.options import AskedBackbone, JsonOption, takes, tokenizer_options
 from ptuning.errors import RecordError
 
 if TYPE_CHECKING:
@@ -50,11 +50,13 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
     terminal.results().print(table)
 
 
+@takes(backbone=tokenizer_options)
 def show_template(
     template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
-    backbone: BackboneOption = None,
     record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
     as_json: JsonOption = False,
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Show each position of a filled template: slot, literal, field or target, with its token.
 
@@ -70,12 +72,9 @@ def show_template(
         if len(rows) != 1:
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
         row = dict(rows[0])
-    name = backbone if backbone is not None else sources.BACKBONE
-    with terminal.loading(name):
-        from ptuning.backbone.loading import load_tokenizer
-        from ptuning.template.fill import BoundTemplate
+    tokenizer, kind = load_tokenizer(backbone)
+    from ptuning.template.fill import BoundTemplate
 
-        tokenizer, kind = load_tokenizer(name)
     _show_positions(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
 
 

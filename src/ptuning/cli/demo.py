@@ -11,27 +11,27 @@ from rich.markup import escape
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load
-from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption, SetOption, command_line, config_of
+from ptuning.cli.options import AskedBackbone, SetOption, backbone_options, command_line, config_of, takes
 from ptuning.cli.signals import stoppable
 
 if TYPE_CHECKING:
     from ptuning.experiment.demo import DemoResult
 
 
+@takes(backbone=backbone_options)
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the run is left.")] = Path("runs/demo"),
     set_: SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Learn country -> capital and compare with the manual prompt: the main job, in about a minute.
 
     Example: ptuning demo
     """
     config = config_of(set_)
-    loaded = load(backbone, dtype=dtype, device=device)
+    loaded = load(backbone)
     with stoppable(out) as (report, should_stop):
         from ptuning.experiment.demo import run_demo
 

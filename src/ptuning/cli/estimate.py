@@ -10,26 +10,25 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption, JsonOption, TrainInputs, takes, training
+from ptuning.cli.options import AskedBackbone, JsonOption, TrainInputs, backbone_options, takes, training
 
 if TYPE_CHECKING:
     from ptuning.training.estimate import Forecast
 
 
-@takes(training)
+@takes(asked=training, backbone=backbone_options)
 def estimate(
     asked: TrainInputs,
     as_json: JsonOption = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Say what "ptuning train" with the same options will take: memory and time, from a few of its steps.
 
     Example: ptuning estimate --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]"
     """
     spec = training_spec(asked)
-    loaded = load(backbone, dtype=dtype, device=device)
+    loaded = load(backbone)
     with terminal.bar() as report:
         from ptuning.training.estimate import estimate_spec
 

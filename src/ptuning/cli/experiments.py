@@ -15,9 +15,7 @@ from rich.markup import escape
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import (
     SETTINGS,
-    BackboneOption,
-    DeviceOption,
-    DtypeOption,
+    AskedBackbone,
     EncoderOption,
     FieldOption,
     SetOption,
@@ -54,6 +52,7 @@ SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split o
 
 
 @contextmanager
+@options.takes(backbone=options.backbone_options)
 def _planned(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")],
     methods: Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")] = None,
@@ -67,9 +66,8 @@ def _planned(
     set_: SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
     """Turn the options that all comparisons share into a plan. Show progress and cells, and stop at a signal."""
     if control not in (None, "random-weights"):
@@ -81,7 +79,7 @@ def _planned(
         def plan() -> PlanOptions:
             return {
                 "out": out,
-                "backbone": inputs.load(backbone, dtype=dtype, device=device),
+                "backbone": inputs.load(backbone),
                 "methods": methods,
                 "seeds": seeds,
                 "tries": tries,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption
+from ptuning.cli.options import AskedBackbone
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ptuning.training.train_fleet import FleetResult
 
 
+@options.takes(backbone=options.backbone_options)
 def fleet(
     config: Annotated[Path, typer.Option(metavar="FILE", help="TOML that names the prompts: docs/fleets.md.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder with a folder for each prompt.")],
@@ -33,9 +35,8 @@ def fleet(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped fleet was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fleet in DIR.")] = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Learn many prompts at once on one frozen backbone: other data, templates, seeds or settings. Each is left as
     train would leave it, in a folder of its own.
@@ -48,7 +49,7 @@ def fleet(
     asked = read_fleet(config)
     check_free(out, overwrite=overwrite or resume)
     prompts = read_prompts(asked)
-    loaded = inputs.load(backbone or asked.backbone, dtype=dtype, device=device)
+    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
     with signals.stoppable(out, again="--resume") as (report, should_stop):
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet

@@ -7,21 +7,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.options import TrainInputs, fields_of
+from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
 from ptuning.errors import ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
-    from ptuning.backbone.loading import Dtype
+    from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.questions import Questions
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
+    from ptuning.template.segments import Kind
     from ptuning.training.spec import TrainSpec
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
@@ -223,11 +224,23 @@ def _training_part(prompt: str, data: str | None) -> str:
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 
-def load(name: str | None, *, dtype: str, device: str, prompt: Prompt | None = None) -> Backbone:
-    """Load the backbone that is asked for, the prompt's own, or the default."""
-    own = prompt.backbone.name if prompt is not None and prompt.backbone is not None else sources.BACKBONE
-    chosen = name if name is not None else own
-    with terminal.loading(chosen):
+def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
+    """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default."""
+    own = prompt.backbone if prompt is not None else None
+    name, options = asked.name, asked.options
+    if name is None and own is not None:
+        name, options = own.name, replace(options, revision=options.revision or own.revision)
+    name = sources.BACKBONE if name is None else name
+    with terminal.loading(name):
         from ptuning.backbone.loading import load_backbone
 
-        return load_backbone(chosen, dtype=cast("Dtype", dtype), device=device)
+        return load_backbone(name, **vars(options))
+
+
+def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:
+    """Load the tokenizer of the backbone that is asked for, or of the default, and its kind."""
+    name = sources.BACKBONE if asked.name is None else asked.name
+    with terminal.loading(name):
+        from ptuning.backbone import loading
+
+        return loading.load_tokenizer(name, asked.options)

@@ -10,12 +10,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
-from ptuning.backbone.sources import KNOWN
+from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli.help import print_help
 from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError, closest
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
+T = TypeVar("T")
 
 
 class Command(TyperCommand):
@@ -72,17 +73,6 @@ def shipped_tasks(incomplete: str) -> list[str]:
     return among(*shipped_names())(incomplete)
 
 
-BackboneOption = Annotated[
-    str | None, typer.Option(metavar="B", help="Known name, local folder or hub id.", autocompletion=among(*KNOWN))
-]
-DtypeOption = Annotated[
-    str,
-    typer.Option(metavar="D", help="auto, float32 or bfloat16.", autocompletion=among("auto", "float32", "bfloat16")),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(metavar="D", help="auto, cpu, cuda, cuda:1, ...", autocompletion=among("auto", "cpu", "cuda")),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
@@ -109,6 +99,76 @@ EncoderOption = Annotated[
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
+
+
+# How a backbone is found and loaded.
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(metavar="B", help="Known name, folder, GGUF file or hub id.", autocompletion=among(*KNOWN)),
+]
+DtypeOption = Annotated[str, typer.Option(metavar="D", help=f"{', '.join(DTYPES)}.", autocompletion=among(*DTYPES))]
+DeviceOption = Annotated[
+    str,
+    typer.Option(metavar="D", help="auto, cpu, cuda:1, mps, ...", autocompletion=among("auto", "cpu", "cuda", "mps")),
+]
+MapOption = Annotated[
+    str | None,
+    typer.Option(metavar="M", help="Layers over devices: auto, ... or JSON.", autocompletion=among(*DEVICE_MAPS)),
+]
+RevisionOption = Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit on the hub.")]
+AttentionOption = Annotated[
+    str | None, typer.Option(metavar="A", help="sdpa, eager, ...", autocompletion=among("sdpa", "eager"))
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the backbone.")]
+
+
+@dataclass(frozen=True)
+class AskedBackbone:
+    """The backbone that a command line asks for: its name, if it gives one, and how it is loaded."""
+
+    name: str | None
+    options: LoadOptions
+
+
+def backbone_options(
+    backbone: BackboneOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    device_map: MapOption = None,
+    revision: RevisionOption = None,
+    attn_implementation: AttentionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> AskedBackbone:
+    """Collect the options of a backbone; commands take them with :func:`takes`."""
+    options = LoadOptions(
+        dtype=dtype,
+        device=device,
+        device_map=_map_of(device_map),
+        revision=revision,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return AskedBackbone(backbone, options)
+
+
+def tokenizer_options(
+    backbone: BackboneOption = None, revision: RevisionOption = None, trust_remote_code: TrustOption = False
+) -> AskedBackbone:
+    """Collect the options of a backbone of which only the tokenizer is read."""
+    return AskedBackbone(backbone, LoadOptions(revision=revision, trust_remote_code=trust_remote_code))
+
+
+def _map_of(text: str | None) -> str | dict[str, str | int] | None:
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(f"--device-map is not valid JSON: {error}") from error
+    for name, place in found.items():
+        if not isinstance(place, str | int) or isinstance(place, bool):
+            raise ConfigError(f"--device-map: '{name}' must be a device such as cpu, disk or 0, and is {place!r}")
+    return cast("dict[str, str | int]", found)
 
 
 @dataclass(frozen=True)
@@ -181,25 +241,30 @@ def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Paramete
     return inspect.signature(options, eval_str=True).parameters
 
 
-def takes(options: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the parameters of a function as options, and what that returns as its first argument."""
-    shared = _parameters(options)
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        every = sorted([*shared.values(), *own], key=lambda one: one.default is not one.empty)
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
 
         @functools.wraps(command)
-        def run(**given: object) -> None:
-            asked = options(**{name: given.pop(name) for name in shared})
-            command(asked, **given)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
 
-        return signed(run, every)
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
 
     return decorated
 
 
-def signed(run: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
     """Give a command the parameters that Typer makes its options of."""
     every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]

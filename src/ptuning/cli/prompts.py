@@ -30,6 +30,7 @@ PREDICTED_ROWS = 64
 SHOWN_NEIGHBOURS = 3
 
 
+@options.takes(backbone=options.backbone_options)
 def evaluate(
     prompt: options.PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
@@ -37,13 +38,12 @@ def evaluate(
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
-    backbone: options.BackboneOption = None,
     field: options.FieldOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
+    *,
+    backbone: options.AskedBackbone,
 ) -> None:
     """Score a prompt on records, with 95 % intervals.
 
@@ -59,7 +59,7 @@ def evaluate(
     rows = data_of(data, field, chosen.task, part="val")
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
-    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
     from ptuning.prompt.score import score_prompt
 
@@ -69,6 +69,7 @@ def evaluate(
     _show_scores(prompt, rows, found, as_json=as_json)
 
 
+@options.takes(backbone=options.backbone_options)
 def predict(
     prompt: options.PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
@@ -79,13 +80,12 @@ def predict(
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
-    backbone: options.BackboneOption = None,
     field: options.FieldOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
+    *,
+    backbone: options.AskedBackbone,
 ) -> None:
     """Answer a text or records; with --json one object per line.
 
@@ -100,7 +100,7 @@ def predict(
         raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
-    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    loaded = load(backbone, prompt=chosen)
     from ptuning.progress import Progress
     from ptuning.prompt.predict import PromptModel
 
@@ -117,15 +117,15 @@ def predict(
     _show_predictions(rows.records, found, as_json=as_json)
 
 
+@options.takes(backbone=options.backbone_options)
 def inspect(
     prompt: options.PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
-    backbone: options.BackboneOption = None,
     field: options.FieldOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
+    *,
+    backbone: options.AskedBackbone,
 ) -> None:
     """Look inside a prompt: the tokens nearest to each slot, and (with --data) whether they mean anything.
 
@@ -133,7 +133,7 @@ def inspect(
     """
     chosen = prompt_of(prompt)
     rows = data_of(data, field, chosen.task, part="val") if data is not None else None
-    loaded = load(backbone, dtype=dtype, device=device, prompt=chosen)
+    loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.inspect import inspect_prompt
 
     with terminal.bar() as report:
@@ -170,9 +170,12 @@ def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bo
 
 def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:
     if as_json:
-        terminal.print_json({"template": str(prompt.template), **found.to_json()})
+        own = {"backbone": dict(prompt.backbone.to_json())} if prompt.backbone is not None else {}
+        terminal.print_json({"template": str(prompt.template), **own, **found.to_json()})
         return
     terminal.heading(str(prompt.template))
+    if prompt.backbone is not None:
+        terminal.line(f"learned on {terminal.visible(prompt.backbone.described)}")
     table = terminal.table("slot", "started at", "norm", "nearest by cosine", "nearest by distance")
     for index, view in enumerate(found.slots):
         start = "random" if view.start is None else terminal.quoted(view.start)

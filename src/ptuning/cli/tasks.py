@@ -10,7 +10,8 @@ from rich.markup import escape
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
-from ptuning.cli.options import BackboneOption
+from ptuning.cli.inputs import load_tokenizer
+from ptuning.cli.options import AskedBackbone, takes, tokenizer_options
 from ptuning.errors import FileError, TaskError
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def show_task(task: TaskArgument) -> None:
     terminal.line(found.text.strip())
 
 
+@takes(backbone=tokenizer_options)
 def check_task(
     task: TaskArgument,
     data: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help="Rows to read as well.")] = None,
-    backbone: BackboneOption = None,
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Check a task file: its keys, its templates, its label words with a backbone's tokenizer, and rows of data. Loads
     no weights.
@@ -77,17 +80,14 @@ def check_task(
             except FileError:
                 continue  # only the training part must be there
             parts[name] = found.read(path, labelled=name != "test")
-    name = backbone if backbone is not None else sources.BACKBONE
-    with terminal.loading(name):
-        from ptuning.backbone.loading import load_tokenizer
-        from ptuning.data.task_check import check_data, check_words
+    tokenizer, kind = load_tokenizer(backbone)
+    from ptuning.data.task_check import check_data, check_words
 
-        tokenizer, kind = load_tokenizer(name)
     checked = check_data(found, parts) + check_words(found, tokenizer, kind, parts=parts)
     show_findings(found, checked)
     if checked.problems:
         raise TaskError(f"{task}: " + "\n  ".join(checked.problems))
-    terminal.line(f"fine with the tokenizer of {name}")
+    terminal.line(f"fine with the tokenizer of {backbone.name or sources.BACKBONE}")
 
 
 def show_findings(found: TaskFile, checked: Findings) -> None:

@@ -72,8 +72,9 @@ def waiting(text: str) -> Iterator[None]:
 def loading(name: str) -> Iterator[None]:
     """Show that a backbone is loaded; if it is converted first, which takes longer, say so."""
     text = f"loading {name}"
-    if name in sources.KNOWN and not sources.is_cached(name):
-        text = f"converting {name} for the first time, about 20 seconds"
+    packed = sources.gguf_weights(name)
+    if packed is not None and not sources.is_cached(packed):
+        text = f"converting {name} for the first time, about 20 seconds for 135 million weights"
         say(text)
     with waiting(text):
         yield

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import BackboneOption, DeviceOption, DtypeOption, TrainInputs, command_line, takes, training
+from ptuning.cli.options import AskedBackbone, TrainInputs, backbone_options, command_line, takes, training
 from ptuning.cli.signals import stoppable
 
 if TYPE_CHECKING:
@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
 
 
-@takes(training)
+@takes(asked=training, backbone=backbone_options)
 def train(
     asked: TrainInputs,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the prompt and the record of the run.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
-    backbone: BackboneOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
+    *,
+    backbone: AskedBackbone,
 ) -> None:
     """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
 
@@ -44,7 +43,7 @@ def train(
     spec = training_spec(asked)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")
-    loaded = load(backbone, dtype=dtype, device=device)
+    loaded = load(backbone)
     with stoppable(out, again="--resume") as (report, should_stop):
         from ptuning.training.prepare import prepare
         from ptuning.training.run import TrainingRun

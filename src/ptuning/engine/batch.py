@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -154,6 +154,16 @@ def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator
         rows, positions, width = rows + len(inputs[index]), positions + add, wide
     if chosen:
         yield chosen
+
+
+def one_sided(lengths: Sequence[int], side: Callable[[int], bool]) -> list[list[int]]:
+    """Group rows, given by their lengths, that may share a pass: those of one ``side``, as
+    :meth:`ptuning.backbone.backbone.Backbone.side` says. Returns their indices.
+    """
+    groups: dict[bool, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(side(length), []).append(index)
+    return list(groups.values())
 
 
 def _flat(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
-from ptuning.engine.batch import Batch, Side, collate, shared_tokens
+from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens
 from ptuning.engine.learned import Learned
-from ptuning.engine.prefix_cache import Past, PrefixCache, cacheable_ids, row_behind
+from ptuning.engine.memory import in_parts
+from ptuning.engine.prefix_cache import Past, PrefixCache, row_behind
 from ptuning.errors import PromptError
 from ptuning.template.fill import Example
 
@@ -55,8 +56,32 @@ def target_logits(
     cache: PrefixCache | None = None,
     pad_side: Side = "right",
 ) -> Tensor:
-    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row."""
-    return run_pass(backbone, examples, learned, cache=cache, pad_side=pad_side).logits
+    """Run rows as :func:`run_pass` does; return the logits that score their targets, (N, V) float32, row by row.
+    Rows that may not share a pass (:meth:`ptuning.backbone.backbone.Backbone.side`) run in several, and so do rows for
+    which the memory of the device is too small, without gradients.
+    """
+    lengths = [len(example.token_ids) for example in examples]
+
+    def run(part: Sequence[int]) -> Tensor:
+        rows = [examples[index] for index in part]
+        return run_pass(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
+
+    def run_side(side: Sequence[int]) -> Tensor:
+        if torch.is_grad_enabled():
+            return run(side)
+        found = in_parts(
+            lambda part: run([side[at] for at in part]), [lengths[index] for index in side], backbone=backbone
+        )
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    sides = one_sided(lengths, backbone.side)
+    if len(sides) == 1:
+        return run_side(sides[0])
+    parts: dict[int, Tensor] = {}
+    for side in sides:
+        counts = [len(examples[index].logit_positions) for index in side]
+        parts |= dict(zip(side, run_side(side).split(counts), strict=True))
+    return torch.cat([parts[index] for index in range(len(examples))])
 
 
 def run_pass(
@@ -68,14 +93,14 @@ def run_pass(
     pad_side: Side = "right",
     keep: bool = False,
 ) -> Pass:
-    """Run rows through the backbone with what their prompts bring: every pass of this package is made here.
+    """Run rows of one side through the backbone with what their prompts bring: every pass of this package is made here.
 
     Text before the first slot comes from the prefix cache if one is in use. Otherwise a prefix that all rows share runs
     once, unless all keys and values are to be kept (``keep``). Logits and gradients are the same but for rounding.
     """
     past = None
     if cache is not None and cache.is_used and not backbone.model.training:
-        texts = [cacheable_ids(example) for example in examples]
+        texts = [cache.ids_of(example) for example in examples]
         if any(texts):
             past = cache.past(texts)
             examples = [row_behind(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
@@ -96,7 +121,7 @@ def run_embeddings(
         memory = Memory.of(past.layers)
         mask = torch.cat([past.mask, mask], dim=1)  # (B, C + T)
         positions = positions + past.mask.sum(dim=1, keepdim=True)
-    elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens):
+    elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
         shared = batch.shared_tokens
         memory = backbone.run_prefix(embeddings[:1, :shared], positions=positions[:1, :shared], rows=rows)
     return backbone.run(
@@ -111,9 +136,11 @@ def run_embeddings(
     )
 
 
-def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
-    """Whether the ``shared`` tokens that rows begin with run in one row: if the backbone allows it, and it pays."""
-    saves = (rows - 1) * shared >= MIN_SAVED_TOKENS
+def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int, longest: int) -> bool:
+    """Whether the ``shared`` tokens that rows of up to ``longest`` begin with run in one row: if the backbone allows
+    it, and it pays.
+    """
+    saves = (rows - 1) * shared >= MIN_SAVED_TOKENS and backbone.side(shared) == backbone.side(longest)
     # In training mode every row draws its own dropout.
     return saves and not backbone.model.training and backbone.shares_prefix
 
@@ -121,4 +148,5 @@ def runs_prefix_once(backbone: Backbone, *, rows: int, shared: int) -> bool:
 def prefix_tokens(backbone: Backbone, examples: Sequence[Example], learned: Learned | None = None) -> int:
     """Count the leading tokens that all rows share and a pass would run once (for ``batches``)."""
     shared = shared_tokens(examples, learned)
-    return shared if shared and backbone.shares_prefix else 0
+    keeps_side = all(backbone.side(shared) == backbone.side(len(example.token_ids)) for example in examples)
+    return shared if shared and keeps_side and backbone.shares_prefix else 0

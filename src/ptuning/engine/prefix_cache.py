@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import batches, collate
+from ptuning.engine.batch import batches, collate, one_sided
 from ptuning.engine.learned import Learned
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
@@ -75,7 +75,7 @@ class PrefixCache:
 
     def keep_only(self, examples: Iterable[Example]) -> None:
         """Drop the entries that none of these rows needs."""
-        wanted = {cacheable_ids(example) for example in examples}
+        wanted = {self.ids_of(example) for example in examples}
         for ids in self._memory.keys() - wanted:
             self.memory_bytes -= self._memory.pop(ids).nbytes
         for ids in self._disk.keys() - wanted:
@@ -87,14 +87,21 @@ class PrefixCache:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
         ``report`` gets the tokens done and of all after every pass. If it raises, the rest is computed when needed.
         """
-        texts = [cacheable_ids(example) for example in examples]
+        texts = [self.ids_of(example) for example in examples]
         if not self.pays(texts):
             return False
         self.keep(texts, report=report)
         return True
 
+    def ids_of(self, example: Example) -> Ids:
+        """Return the token ids in front of a row's first slot whose keys and values, computed apart, are those of the
+        whole row; none if the whole row is read with other positions (:meth:`Backbone.side`).
+        """
+        ids = cacheable_ids(example)
+        return ids if self.backbone.side(len(ids)) == self.backbone.side(len(example.token_ids)) else ()
+
     def pays(self, texts: Sequence[Ids]) -> bool:
-        """Whether the backbone can use cached texts (:func:`cacheable_ids` of each row), and they are worth caching."""
+        """Whether the backbone can use cached texts (:meth:`ids_of` each row), and they are worth caching."""
         enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
         return bool(self._memory_share) and enough and self.backbone.shares_prefix
 
@@ -104,7 +111,7 @@ class PrefixCache:
         wanted = sorted({ids for ids in texts if ids} - self._memory.keys() - self._disk.keys())
         budget = self.budget()
         total, done, left_out = sum(map(len, wanted)), 0, 0
-        for group in text_groups(wanted):
+        for group in text_groups(wanted, self.backbone.side):
             for ids, part in zip(group, self._run(group), strict=True):
                 if self.memory_bytes + part.nbytes <= budget:
                     self._memory[ids] = part
@@ -165,12 +172,12 @@ class PrefixCache:
                 found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
             else:
                 missing.append(ids)
-        for group in text_groups(missing):
+        for group in text_groups(missing, self.backbone.side):
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
     def past(self, texts: Sequence[Ids]) -> Past:
-        """Return the keys and values of each row's text (:func:`cacheable_ids`; at least one is not empty) for a pass.
+        """Return the keys and values of each row's text (:meth:`ids_of`; at least one is not empty) for a pass.
         Shorter texts get pads on the left, so that all end in the same column.
         """
         parts = self._find(dict.fromkeys(ids for ids in texts if ids))
@@ -212,7 +219,8 @@ def row_behind(example: Example, start: int) -> Example:
     )
 
 
-def text_groups(texts: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Yield texts that share a forward pass within its bounds, the shortest first."""
-    for chosen in batches([[Example(ids, (), (), (), 0)] for ids in texts]):
-        yield [texts[index] for index in chosen]
+def text_groups(texts: Sequence[Ids], side: Callable[[int], bool]) -> Iterator[list[Ids]]:
+    """Yield texts that share a forward pass, of one ``side`` and within the bounds of a pass, the shortest first."""
+    for same in one_sided(list(map(len, texts)), side):
+        for chosen in batches([[Example(texts[index], (), (), (), 0)] for index in same]):
+            yield [texts[same[place]] for place in chosen]

@@ -10,7 +10,6 @@ from typing import Any
 from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.number_format import short_name
 from ptuning.config import TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job
@@ -191,7 +190,6 @@ def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Re
         command=plan.command,
         backbone={
             **backbone.to_json(),
-            "dtype": short_name(backbone.dtype),
             "device": str(backbone.device),
         },
         settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},

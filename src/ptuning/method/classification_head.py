@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
@@ -28,6 +29,7 @@ from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
 from ptuning.training.prepare import in_small_passes
+from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
 # Standard deviation of the start values. Source: most classification models of transformers.
@@ -55,7 +57,8 @@ def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
         BackboneError: If the backbone does not expose the hidden states that its head reads.
     """
     other = backbone.copy()
-    head = Head(backbone.hidden_width, classes, device=backbone.device)
+    with own_draws(backbone.device):  # start values of torch's own, which ours replace
+        head = Head(backbone.hidden_width, classes, device=backbone.device)
     with torch.no_grad():
         head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
         head.bias.zero_()
@@ -118,6 +121,7 @@ def _at_summary(example: Example, *, kind: Kind, stop_id: int | None) -> Example
 class HeadModel:
     """A copy of a backbone with a classification head, trained on a task that has labels or choices."""
 
+    @with_gradients
     def __init__(self, task: Task, setup: Setup, config: TrainConfig) -> None:
         self.answer_space = answers = task.answer_space
         seed = derived_seed(config.seed, "classification head")

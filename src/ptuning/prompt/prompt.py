@@ -27,24 +27,37 @@ DEFAULT_TARGET_TOKENS = 8
 
 @dataclass(frozen=True)
 class BackboneId:
-    """The identity of the backbone that a prompt belongs to: known name, folder or hub id; commit on the hub, or None;
-    and :attr:`ptuning.backbone.backbone.Backbone.fingerprint`.
+    """The backbone that a prompt belongs to: known name, folder, GGUF file or hub id; commit on the hub, or None; and
+    :attr:`~ptuning.backbone.backbone.Backbone.fingerprint`, which alone decides whether another one is the same.
+    ``loaded`` says what it was loaded with (:attr:`~ptuning.backbone.backbone.Backbone.loaded`).
     """
 
     name: str
     revision: str | None
     fingerprint: str
+    loaded: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneId:
         """Return the identity of a loaded backbone."""
-        return cls(backbone.name, backbone.revision, backbone.fingerprint)
+        return cls(backbone.name, backbone.revision, backbone.fingerprint, backbone.loaded)
 
     @classmethod
     def from_json(cls, found: Unchecked) -> BackboneId:
         """Read the identity from a manifest."""
         revision = found.optional("revision", Unchecked.text)
-        return cls(found.at("name").text(), revision, found.at("fingerprint").text())
+        loaded = {name: one.text() for name, one in found.at("loaded", {}).table().items()}
+        return cls(found.at("name").text(), revision, found.at("fingerprint").text(), loaded)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the identity as a manifest holds it."""
+        return {**vars(self), "loaded": dict(self.loaded)}
+
+    @property
+    def described(self) -> str:
+        """A short description: the name, the revision, and what it was loaded with."""
+        revision = [] if self.revision is None else [f"revision {self.revision[:12]}"]
+        return ", ".join([self.name, *revision, *self.loaded.values()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +299,7 @@ class Prompt:
             "choices": self.answer_space.has_choices,
             "calibrate": self.calibrate,
             "normalise": self.normalise,
-            "backbone": dict(vars(self.backbone)) if self.backbone else None,
+            "backbone": self.backbone.to_json() if self.backbone else None,
             "width": None if self.slot_vectors is None else self.slot_vectors.shape[1],
             "slots": self.slots,
             "target_tokens": self.target_tokens,

@@ -12,7 +12,19 @@ from operator import itemgetter
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
-from ptuning.template.segments import ANCHOR_WORD, FILLS_MASKS, LITERAL, TARGET, Encoded, Ids, Kind, TextRun, Tokenizer
+from ptuning.template.segments import (
+    ANCHOR_WORD,
+    FILLS_MASKS,
+    LITERAL,
+    NOTHING,
+    TARGET,
+    Encoded,
+    Ids,
+    Kind,
+    MarkedText,
+    TextRun,
+    Tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +71,12 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Special:
-    token_id: int
-
-
-@dataclass(frozen=True)
 class _Slots:
     start_ids: tuple[int | None, ...]
 
 
-_Piece = Literal | Field | Target | Turn | _Special | _Slots
-_Fixed = Turn | _Special | _Slots  # text is cut at these
+_Fixed = Turn | _Slots  # text is cut at these
+_Piece = MarkedText | Field | Target | _Fixed
 _Part = TextRun | _Fixed
 
 
@@ -98,6 +105,7 @@ class BoundTemplate:
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
         self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
+        self._prefix_ids = self._opening()
 
     def _stop_id(self) -> int | None:
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
@@ -181,15 +189,18 @@ class BoundTemplate:
                 shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
                 shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
-        return shown
+        literals = [piece.characters for piece in self._pieces if isinstance(piece, MarkedText)]
+        written = {i for token, i in self.tokenizer.special_ids.items() if any(token in text for text in literals)}
+        return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
     def _prepare(self) -> tuple[_Piece, ...]:
-        """Split special tokens off literals, tokenise the words of slots, and move spaces to the piece after them."""
+        """Tokenise the words of slots, find markup, and move spaces to the piece after them."""
         prepared: list[_Piece] = []
         for index, piece in enumerate(self.template.pieces):
+            last = prepared[-1] if prepared else None
             if isinstance(piece, Literal):
-                behind_turn = bool(prepared) and isinstance(prepared[-1], Turn)
-                prepared += self._split_specials(piece.text.removeprefix(" ") if behind_turn else piece.text)
+                text = piece.text.removeprefix(" ") if isinstance(last, Turn) else piece.text
+                prepared += [self._literal(text)] if text else []
             elif isinstance(piece, Turn):
                 _take_space(prepared)  # a space on either side belongs to the mark
                 prepared.append(piece)
@@ -198,9 +209,7 @@ class BoundTemplate:
                 prepared.append(_Slots((None,) * piece.count))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
-                run = TextRun(((LITERAL, words),))
-                run = run.behind_slots() if prepared and not isinstance(prepared[-1], Turn) else run
-                starts = Encoded(self.tokenizer, [run]).cut(run)[0][1]
+                starts = self._starts(words, behind=prepared[-1] if prepared else None)
                 if not starts:
                     raise self.template.error("the words of this piece have no tokens", index)
                 prepared.append(_Slots(starts))
@@ -208,18 +217,24 @@ class BoundTemplate:
                 prepared.append(piece)
         return tuple(prepared)
 
-    def _split_specials(self, text: str) -> list[Literal | _Special]:
-        found: list[Literal | _Special] = []
-        while text:
-            hits = [(text.find(token), -len(token), token) for token in self.tokenizer.special_ids if token in text]
-            if not hits:
-                return [*found, Literal(text)]
-            at, _, token = min(hits)
-            if at:
-                found.append(Literal(text[:at]))
-            found.append(_Special(self.tokenizer.special_ids[token]))
-            text = text[at + len(token) :]
-        return found
+    def _literal(self, text: str) -> MarkedText:
+        is_markup = any(token in text for token in self.tokenizer.special_ids)
+        return MarkedText(text, ((0, len(text)),) if is_markup else ())
+
+    def _starts(self, words: str, *, behind: _Piece | None) -> Ids:
+        """Return the ids of the words of slots as they are behind another piece; a word glued to a word begins anew."""
+        run = TextRun(((LITERAL, MarkedText(words)),))
+        if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
+            run = replace(run, lead=behind)
+        elif behind is not None and not isinstance(behind, Turn):
+            run = run.behind_slots()
+        return Encoded(self.tokenizer, [run]).cut(run)[0][1]
+
+    def _opening(self) -> Ids:
+        """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once."""
+        first, ids = self._pieces[0], self.tokenizer.prefix_ids
+        written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
+        return () if written[: len(ids)] == ids else ids
 
     def _build(self, groups: Iterable[Sequence[_Row]]) -> list[Example]:
         """Fill rows; those of a group are truncated alike, if one of them does not fit."""
@@ -245,23 +260,25 @@ class BoundTemplate:
         return [self._example(row, self._spans(parts, encoded)) for row, parts in zip(rows, filled, strict=True)]
 
     def _parts(self, row: _Row, *, limit: int | None = None, named: bool = False) -> list[_Part]:
-        """Cut a record, truncated to ``limit``, at slots, special tokens and the target; if ``named``, everywhere."""
+        """Cut a record, truncated to ``limit``, at slots and the target; if ``named``, at fields, too."""
         parts: list[_Part] = []
         for is_fixed, pieces in itertools.groupby(self._pieces, lambda piece: isinstance(piece, _Fixed)):
             if is_fixed:
                 parts += [piece for piece in pieces if isinstance(piece, _Fixed)]
                 continue
-            segments: list[tuple[str, str]] = []
+            segments: list[tuple[str, MarkedText]] = []
             for piece in pieces:
-                if isinstance(piece, Literal):
-                    segments.append((LITERAL, piece.text))
+                if isinstance(piece, MarkedText):
+                    segments.append((LITERAL, piece))
                 elif isinstance(piece, Field):
                     text = row.record[piece.name]
-                    segments.append((f"field {piece.name}" if named else LITERAL, text if piece.keep else text[:limit]))
+                    text = text if piece.keep else text[:limit]
+                    segments.append((f"field {piece.name}" if named else LITERAL, MarkedText(text)))
                 else:
-                    segments.append((TARGET, ANCHOR_WORD if row.target is None else row.target))
+                    segments.append((TARGET, MarkedText(ANCHOR_WORD if row.target is None else row.target)))
             joined = tuple(
-                (part, "".join(text for _, text in same)) for part, same in itertools.groupby(segments, itemgetter(0))
+                (part, sum((text for _, text in same), start=NOTHING))
+                for part, same in itertools.groupby(segments, itemgetter(0))
             )
             run = TextRun(joined, is_open=row.target is None)
             parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
@@ -273,17 +290,15 @@ class BoundTemplate:
     def _spans(self, parts: Iterable[_Part], encoded: Encoded) -> list[tuple[str, Ids]]:
         """Return (part, ids) for the whole row, special tokens included."""
         tokenizer = self.tokenizer
-        spans: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.prefix_ids)]
+        spans: list[tuple[str, Ids]] = [(SPECIAL, self._prefix_ids)]
         turn: list[tuple[str, Ids]] = [(SPECIAL, tokenizer.suffix_ids), (TURN, ()), (SPECIAL, tokenizer.decoder_ids)]
         for part in parts:
             if isinstance(part, TextRun):
                 spans += encoded.cut(part)
             elif isinstance(part, Turn):
                 spans += turn
-            elif isinstance(part, _Slots):
-                spans.append((SLOT, (SLOT_PLACEHOLDER,) * len(part.start_ids)))
             else:
-                spans.append((SPECIAL, (part.token_id,)))
+                spans.append((SLOT, (SLOT_PLACEHOLDER,) * len(part.start_ids)))
         if self.kind in FILLS_MASKS:
             return [*spans, (SPECIAL, tokenizer.suffix_ids)]
         if not self._fills_gap:
@@ -379,7 +394,7 @@ def _notice_dropped(pattern: str, dropped: str, reader: str) -> None:
 def _take_space(pieces: list[_Piece]) -> str:
     """Remove the space at the end of the last literal and return it."""
     last = pieces[-1] if pieces else None
-    if not isinstance(last, Literal) or not last.text.endswith(" "):
+    if not isinstance(last, MarkedText) or not last.characters.endswith(" "):
         return ""
-    pieces[-1:] = [Literal(last.text[:-1])] if last.text != " " else []
+    pieces[-1:] = [last.removesuffix(" ")] if last.characters != " " else []
     return " "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 Ids = tuple[int, ...]
 
@@ -31,8 +33,38 @@ class Gap:
     end_id: int | None = None
 
 
+class MarkedText(NamedTuple):
+    """Characters, and the (start, end) spans of ``markup``: what a template wrote there with special tokens in it. Only
+    these special tokens are such, also where a record writes the same.
+    """
+
+    characters: str
+    markup: tuple[tuple[int, int], ...] = ()
+
+    def __add__(self, other: MarkedText) -> MarkedText:  # type: ignore[override]  # one text, not a longer tuple
+        if not other.markup:
+            return MarkedText(self.characters + other.characters, self.markup)
+        shift = len(self.characters)
+        moved = tuple((start + shift, end + shift) for start, end in other.markup)
+        return MarkedText(self.characters + other.characters, (*self.markup, *moved))
+
+    def removesuffix(self, suffix: str) -> MarkedText:
+        """Return the text without an ending, if it has that."""
+        left = self.characters.removesuffix(suffix)
+        return MarkedText(left, tuple((start, min(end, len(left))) for start, end in self.markup))
+
+    def has_markup(self, start: int, end: int) -> bool:
+        """Whether what stands from ``start`` to ``end``, but for white space around it, is a part of the markup."""
+        name = self.characters[start:end].strip()
+        start = self.characters.index(name, start)
+        return any(first <= start and start + len(name) <= last for first, last in self.markup)
+
+
+NOTHING = MarkedText("")
+
+
 class Tokenizer(Protocol):
-    """A tokenizer, as far as templates need it. ``encode`` adds no special tokens; special text is plain text."""
+    """A tokenizer, as far as templates need it. It adds no special tokens."""
 
     prefix_ids: Ids  # put before a sentence, such as BOS or CLS
     suffix_ids: Ids  # put after a sentence, such as SEP
@@ -46,44 +78,52 @@ class Tokenizer(Protocol):
     max_tokens: int  # longest row that the model takes
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text."""
+        """Return the token ids of each text; special tokens in it are plain text."""
+        ...
+
+    def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
+        """Return the token ids of each text; special tokens in its markup are special, others plain text."""
         ...
 
 
 @dataclass(frozen=True)
 class TextRun:
     """Text that is tokenised as one string: (name, text) segments, of which at most one is the :data:`TARGET`; its text
-    is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is a word in front that is cut off again; see :meth:`behind_slots`.
+    is :data:`ANCHOR_WORD` if ``is_open``. ``lead`` is text in front that is cut off again; see :meth:`behind_slots`.
     """
 
-    segments: tuple[tuple[str, str], ...]
+    segments: tuple[tuple[str, MarkedText], ...]
     is_open: bool = False
-    lead: str = ""
+    lead: MarkedText = NOTHING
 
-    @property
-    def prefixes(self) -> list[str]:
+    @functools.cached_property
+    def prefixes(self) -> list[MarkedText]:
         """The text up to the end of each segment, with the lead; the last one is the whole text."""
-        return list(itertools.accumulate((text for _, text in self.segments), initial=self.lead))[1:]
+        return list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
 
     def behind_slots(self) -> TextRun:
         """Return the run behind slots, not as a text's beginning. Only a word glued to the slots begins anew."""
-        return self if self.prefixes[-1][:1].isalnum() else replace(self, lead=ANCHOR_WORD)
+        first = next((text.characters for _, text in self.segments if text.characters), "")
+        return self if first[:1].isalnum() else replace(self, lead=MarkedText(ANCHOR_WORD))
 
 
-class Encoded(dict[str, Ids]):
+class Encoded(dict[MarkedText, Ids]):
     """The ids of texts: all that cutting ``runs`` looks up is encoded in one call, other texts when asked for."""
 
     def __init__(self, tokenizer: Tokenizer, runs: Iterable[TextRun]) -> None:
-        texts: dict[str, None] = {}
+        texts: dict[MarkedText, None] = {}
         for run in runs:
             *inner, whole = run.prefixes
             texts |= dict.fromkeys((whole, *itertools.chain.from_iterable(map(_probes, inner))))
-        super().__init__(zip(texts, map(tuple, tokenizer.encode(list(texts))), strict=True))
         self._tokenizer = tokenizer
+        plain, marked = ([text for text in texts if bool(text.markup) == has] for has in (False, True))
+        super().__init__(zip(plain, map(tuple, tokenizer.encode([text.characters for text in plain])), strict=True))
+        if marked:
+            self.update(zip(marked, map(tuple, tokenizer.encode_markup(marked)), strict=True))
 
-    def __missing__(self, text: str) -> Ids:
-        self[text] = ids = tuple(self._tokenizer.encode([text])[0])
-        return ids
+    def __missing__(self, text: MarkedText) -> Ids:
+        self.update(Encoded(self._tokenizer, [TextRun(((LITERAL, text),))]))
+        return self[text]
 
     def cut(self, run: TextRun) -> list[tuple[str, Ids]]:
         """Return (name, ids) of a run's segments. A token belongs to the segment in which it ends, but one that begins
@@ -92,9 +132,9 @@ class Encoded(dict[str, Ids]):
         """
         *inner, whole = run.prefixes
         ids = self[whole]
-        lead_ids = self[run.lead] if run.lead else ()
+        lead_ids = self[run.lead] if run.lead.characters else ()
         if ids[: len(lead_ids)] != lead_ids:  # lead and text share a token
-            return self.cut(replace(run, lead=""))
+            return self.cut(replace(run, lead=NOTHING))
         before = [lead_ids, *map(self._within, inner)]
         cuts = [*itertools.accumulate((_common(prefix_ids, ids) for prefix_ids in before), max), len(ids)]
         spans = [(name, ids[cuts[at] : cuts[at + 1]]) for at, (name, _) in enumerate(run.segments)]
@@ -107,7 +147,7 @@ class Encoded(dict[str, Ids]):
             return spans
         if run.is_open and spans[target][1] and cuts[target] == len(before[target]):
             return [*spans[:target], (TARGET, ()), *spans[target + 1 :]]
-        text = "".join(text for _, text in run.segments[target + 1 :])
+        text = sum((text for _, text in run.segments[target + 1 :]), start=NOTHING)
         behind = self[text]
         if run.is_open:
             # The placeholder word shares a token with the text beside it, so that text is tokenised alone.
@@ -117,22 +157,22 @@ class Encoded(dict[str, Ids]):
         own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (behind, self._behind_word(text)))
         return [*spans[:target], (TARGET, rest[:own]), (LITERAL, rest[own:])]
 
-    def _behind_word(self, text: str) -> Ids:
+    def _behind_word(self, text: MarkedText) -> Ids:
         """Return the ids that a text has after a word; nothing if the two share a token."""
-        word, both = self[ANCHOR_WORD], self[ANCHOR_WORD + text]
+        word, both = self[MarkedText(ANCHOR_WORD)], self[MarkedText(ANCHOR_WORD) + text]
         return both[len(word) :] if both[: len(word)] == word else ()
 
-    def _within(self, prefix: str) -> Ids:
+    def _within(self, prefix: MarkedText) -> Ids:
         """Return the ids of the beginning of a text as they are when more follows: two line breaks may be one token."""
         alone, followed, word = (self[text] for text in _probes(prefix))
         apart = followed[: len(alone)] != alone and followed[-len(word) :] == word
         return followed[: -len(word)] if apart else alone
 
 
-def _probes(prefix: str) -> tuple[str, str, str]:
+def _probes(prefix: MarkedText) -> tuple[MarkedText, MarkedText, MarkedText]:
     """Return a prefix without a space at its end, the same followed by a word, and the word."""
     shorter = prefix.removesuffix(" ")
-    word = prefix[len(shorter) :] + ANCHOR_WORD
+    word = MarkedText(prefix.characters[len(shorter.characters) :] + ANCHOR_WORD)
     return shorter, shorter + word, word
 
 

@@ -17,19 +17,19 @@ from ptuning.backbone.number_format import short_name
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
+from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes
 from ptuning.engine.objective import Item, inputs_of
-from ptuning.engine.prefix_cache import cacheable_ids
+from ptuning.errors import TrainingError
 from ptuning.files import Json
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import RunState, write_checkpoint
-from ptuning.training.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import SpecOptions, TrainSpec
-from ptuning.training.step import Step, take_steps
+from ptuning.training.step import Step, take_steps, with_gradients
 from ptuning.training.trainer import SAVING_PAUSE
 
 T = TypeVar("T")
@@ -150,6 +150,7 @@ def estimate(
     return estimate_spec(TrainSpec(template, data, **options), backbone, report=report)
 
 
+@with_gradients
 def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | None = None) -> Forecast:
     """Say what a training will take; as :func:`estimate`."""
     before, began = peak_so_far(backbone.device), clock()
@@ -157,7 +158,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
     filled = clock()
     trial = _Trial(run, report or (lambda _: None))
     made = clock()
-    with torch.random.fork_rng(), PeakMemory(backbone.device) as watched:
+    with whole_passes(), PeakMemory(backbone.device) as watched:
         kept = trial.keep()
         epoch, dev = trial.time_steps(), trial.time_scoring()
         answers = dev + trial.time_answers()
@@ -216,11 +217,11 @@ class _Trial:
     def keep(self) -> float:
         """Fill the KV cache for the rows to be tried; return the seconds that it takes for all rows."""
         cache, learner = self.learner.prefix_cache, self.learner
-        learner.uses_prefix_cache = cache.pays([cacheable_ids(row) for row in self.every])
+        learner.uses_prefix_cache = cache.pays([cache.ids_of(row) for row in self.every])
         if not learner.uses_prefix_cache:
             return 0.0
         tried = inputs_of([item for items in (self.longest_step, *self.steps, *self.scored) for item in items])
-        every, texts = ({ids for ids in map(cacheable_ids, rows) if ids} for rows in (self.every, tried))
+        every, texts = ({ids for ids in map(cache.ids_of, rows) if ids} for rows in (self.every, tried))
         cache.keep([max(texts, key=len)])  # warms the machine up
         warm, began = cache.tokens, clock()
         cache.keep(texts)
@@ -237,7 +238,7 @@ class _Trial:
             learner.backbone.thaw(learner.weights.values())
 
         def take(items: Sequence[Item]) -> float:
-            return timed(lambda: take_steps([Step(learner, items, number=0, epoch=1, rate=0.0)]))
+            return timed(lambda: self._take(items))
 
         take(self.longest_step)
         self._tell("the longest step")
@@ -251,6 +252,11 @@ class _Trial:
         if learner.weights:
             learner.backbone.freeze()
         return spent * _tokens(self.run.items["train"]) / tokens
+
+    def _take(self, items: Sequence[Item]) -> None:
+        (outcome,) = take_steps([Step(self.learner, items, number=0, epoch=1, rate=0.0)])
+        if isinstance(outcome, TrainingError):
+            raise outcome
 
     def time_scoring(self) -> float:
         """Return the seconds of scoring the development part."""

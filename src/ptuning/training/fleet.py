@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 import time
 from collections import deque
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.engine.memory import total_bytes
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import Example
-from ptuning.training.memory import total_bytes
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
+
+logger = logging.getLogger(__name__)
 
 # Most prompts that train at the same time; each has an encoder and an optimizer in memory.
 AT_ONCE = 16
@@ -137,7 +140,7 @@ class Fleet:
         folders = {name: self._folder / folder for name, folder in state.live.items()} if self.checkpoint else {}
         work = _Work(sum(map(_records, waiting)))
         if self.checkpoint is not None and not state.live:
-            self._write({})
+            self._save({})
         with PrefixCache(self.backbone, memory_share=self._memory_share) as prefix_cache:
             while waiting or self._live:
                 while waiting and self._has_room(goes_on=waiting[0].name in folders):
@@ -252,16 +255,27 @@ class Fleet:
             ) from error
 
     def _save(self, trainers: Mapping[str, Trainer]) -> None:
-        """Write a checkpoint of all prompts: their files first, then the state file that makes them count."""
+        """Write a checkpoint of all prompts: their files first, then the state file that makes them count.
+
+        If it cannot be written, training goes on, the checkpoint before stays, and the next one is tried when it is
+        due. Trained in another way, the prompts would be rounded in another way.
+        """
         began = time.monotonic()
+        try:
+            self._write(self._save_all(trainers))
+        except FileError as error:
+            logger.warning("no checkpoint was written, and training goes on: %s", error)
+        self._saved_at = time.monotonic()
+        self._saving_seconds = self._saved_at - began
+
+    def _save_all(self, trainers: Mapping[str, Trainer]) -> dict[str, str]:
+        """Write the files of trainers into a new folder; return the folder of each."""
         taken = {entry.name for entry in self._folder.iterdir()} if self._folder.is_dir() else set()
         place = next(name for name in map("at-{}".format, itertools.count()) if name not in taken)
         folders = {name: f"{place}/{number}" for number, name in enumerate(trainers)}
         for name, trainer in trainers.items():
             trainer.save_to(self._folder / folders[name])
-        self._write(folders)
-        self._saved_at = time.monotonic()
-        self._saving_seconds = self._saved_at - began
+        return folders
 
     def _write(self, folders: Mapping[str, str]) -> None:
         make_folder(self._folder)

@@ -33,7 +33,7 @@ from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import SpecOptions, TrainSpec
-from ptuning.training.step import measure_ceiling
+from ptuning.training.step import measure_ceiling, with_gradients
 from ptuning.training.trainer import CHOICE_RULE, Trainer
 
 FORMAT_VERSION = 1
@@ -129,6 +129,7 @@ class TrainingRun:
             if found is not None:
                 self.finished = TrainResult(Prompt.load(self.folder / PROMPT_FOLDER), found, self.folder)
 
+    @with_gradients
     def train(
         self,
         *,
@@ -141,8 +142,7 @@ class TrainingRun:
             return self.finished
         shared = contextlib.nullcontext(prefix_cache) if prefix_cache is not None else None
         cache = shared or PrefixCache(self.prepared.backbone, memory_share=self.config.prefix_cache_share)
-        # The caller may have disabled gradients.
-        with torch.inference_mode(mode=False), torch.enable_grad(), cache as kept:
+        with cache as kept:
             for number in range(self.config.starts):
                 trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)
                 if not number:

@@ -6,8 +6,9 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.checkpointing import recomputing
+from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import collate, shared_tokens
 from ptuning.engine.learned import Learned
+from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
 from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
-from ptuning.engine.prefix_cache import PrefixCache, cacheable_ids
-from ptuning.errors import TrainingError
+from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.training.encoder import PromptEncoder, start_vectors
 
@@ -38,6 +41,14 @@ LAUNCHER = "ACCELERATE_"
 RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+Work = TypeVar("Work", bound=Callable[..., object])
+
+
+def with_gradients(work: Work) -> Work:
+    """Let a function or generator that trains compute gradients, though its caller may have turned them off."""
+    return torch.inference_mode(mode=False)(torch.enable_grad()(work))
+
+
 class Learner:
     """What learns: a prompt encoder, weights of the backbone if they are trained too, and the optimizer of both.
 
@@ -48,6 +59,7 @@ class Learner:
     Attributes:
         weights: Weights of the backbone that are trained, by name; none of a frozen one.
         uses_prefix_cache: Whether rows run from their first slot onwards.
+        pass_tokens: The most tokens of a pass of several records, pads included, after one did not fit into memory.
 
     Raises:
         TrainingError: If the backbone is not frozen, or accelerate cannot start with the variables of this environment.
@@ -72,7 +84,7 @@ class Learner:
             how=config.start,
             generator=self.generator("slot starts"),
         )
-        with torch.random.fork_rng(devices=[]):  # torch's modules draw weights of their own before ours are written
+        with own_draws():  # torch's modules draw weights of their own before ours are written
             self.encoder = PromptEncoder(
                 start,
                 reach=known.norm,
@@ -84,6 +96,7 @@ class Learner:
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.prefix_cache = prefix_cache or PrefixCache(self.backbone, memory_share=config.prefix_cache_share)
         self.uses_prefix_cache = False
+        self.pass_tokens: float = math.inf
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -214,16 +227,28 @@ class Step:
         processes, rank = self.learner.accelerator.num_processes, self.learner.accelerator.process_index
         size = self.learner.config.batch_size
         parts = {at: self.items[at : at + size][rank::processes] for at in range(0, len(self.items), size)}
-        return [Chunk(self, items, at) for at, items in parts.items() if items]
+        return [part for at, items in parts.items() if items for part in Chunk(self, items, at).cut()]
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Records that one prompt runs in one pass. ``at``, the index of the first in its step, seeds its dropout."""
+    """Records that one prompt runs in one pass, or ``behind`` others of a batch that was cut into several passes.
+    ``at``, the index of the batch's first record in its step, seeds its dropout.
+    """
 
     step: Step
     items: Sequence[Item]
     at: int
+    behind: int = 0
+
+    def cut(self) -> Iterator[Chunk]:
+        """Yield it whole, or in halves that have at most :attr:`Learner.pass_tokens` tokens or are a single record."""
+        if len(self.items) == 1 or self.tokens <= self.learner.pass_tokens:
+            yield self
+            return
+        middle = len(self.items) // 2
+        for start, items in ((0, self.items[:middle]), (middle, self.items[middle:])):
+            yield from Chunk(self.step, items, self.at, self.behind + start).cut()
 
     @property
     def learner(self) -> Learner:
@@ -239,7 +264,13 @@ class Chunk:
     def width(self) -> int:
         """Tokens of the longest row, without those that come from the KV cache."""
         cached = self.learner.uses_prefix_cache
-        return max(len(row.token_ids) - (len(cacheable_ids(row)) if cached else 0) for row in self.examples)
+        ids_of = self.learner.prefix_cache.ids_of
+        return max(len(row.token_ids) - (len(ids_of(row)) if cached else 0) for row in self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its pass, pads included, without those that come from the KV cache."""
+        return len(self.examples) * self.width
 
     @property
     def runs_prefix_once(self) -> bool:
@@ -247,12 +278,29 @@ class Chunk:
         rows = self.examples
         if self.learner.uses_prefix_cache:
             return False
-        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows))
+        longest = max(len(row.token_ids) for row in rows)
+        return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
+
+    @property
+    def draws(self) -> bool:
+        """Whether its pass draws random numbers (dropout), or sets a generator back to compute activations again."""
+        config = self.learner.config
+        return bool(config.dropout) or config.checkpointing or self.learner.backbone.model.training
 
     def learned(self) -> Learned:
-        """Return the slot vectors with gradients, dropout drawn from this pass's own seed."""
-        torch.manual_seed(derived_seed(self.learner.config.seed, "dropout", self.step.number * 65_536 + self.at))
-        return Learned(self.learner.encoder())
+        """Return the slot vectors with gradients. Dropout is drawn from this pass's own seed; that of the encoder from
+        its batch's, so that a batch that was cut has the same slot vectors in all parts.
+        """
+        self._seed(self.at)
+        vectors = self.learner.encoder()  # (P, E)
+        if self.behind:
+            self._seed(self.at + self.behind)
+        return Learned(vectors)
+
+    def _seed(self, at: int) -> None:
+        if self.draws:
+            seed = derived_seed(self.learner.config.seed, "dropout", self.step.number * 65_536 + at)
+            seed_draws(seed, self.learner.backbone.device)
 
 
 @dataclass(frozen=True)
@@ -276,17 +324,16 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
     backbone and one KV cache.
     """
     began = time.monotonic()
-    for step in steps:
-        step.learner.begin(step.rate)
-    chunks = [chunk for step in steps for chunk in step.chunks()]
-    losses = run_passes(chunks)
+    losses, failed = run_passes(steps)
     weights = [sum(item.tokens for item in step.items) for step in steps]
     outcomes: list[Taken | TrainingError] = []
     for step, weight in zip(steps, weights, strict=True):
         seconds = (time.monotonic() - began) * weight / sum(weights)
-        own = [chunk for chunk in chunks if chunk.step is step]
+        own = [chunk for chunk in losses if chunk.step is step]
         tokens = sum(len(row.token_ids) for chunk in own for row in chunk.examples)
         try:
+            if step in failed:
+                raise failed[step]
             loss_sum = step.learner.finish(step, [losses[chunk] for chunk in own])
             outcomes.append(Taken(loss_sum, loss_count(step.items), tokens, seconds))
         except TrainingError as error:
@@ -294,12 +341,32 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
     return outcomes
 
 
-def run_passes(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
-    """Run chunks forward and backward, which adds to the gradients; return the summed loss of each."""
-    losses: dict[Chunk, Tensor] = {}
-    for together in joined(chunks):
-        losses |= _run(together)
-    return losses
+def run_passes(steps: Sequence[Step]) -> tuple[dict[Chunk, Tensor], dict[Step, TrainingError]]:
+    """Run the passes of steps forward and backward; return the summed loss of each, and errors of steps that do not fit
+    into memory. Where a pass does not fit, all of them are run again in smaller ones: a backward pass that was broken
+    off has left a part of its gradients.
+    """
+    failed: dict[Step, TrainingError] = {}
+    while True:
+        going = [step for step in steps if step not in failed]
+        for step in going:
+            step.learner.begin(step.rate)
+        losses: dict[Chunk, Tensor] = {}
+        for together in joined([chunk for step in going for chunk in step.chunks()]):
+            try:
+                losses |= _run(together)
+            except OutOfMemory:
+                break
+        else:
+            return losses, failed
+        tokens = sum(len(chunk.examples) for chunk in together) * max(chunk.width for chunk in together)
+        cuttable = len(together) > 1 or len(together[0].items) > 1
+        try:
+            bound = half(tokens, can_be_cut=cuttable, device=together[0].learner.backbone.device)
+            for step in going:
+                step.learner.pass_tokens = bound
+        except BackboneError as error:
+            failed |= {chunk.step: TrainingError(str(error)) for chunk in together}
 
 
 def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
@@ -325,7 +392,9 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
     rows = alone = 0
     for chunk in chunks:
         own, width = len(chunk.examples), chunk.width
-        limit = JOINT_TOKENS.get(chunk.learner.backbone.device.type, JOINT_TOKENS_ELSEWHERE)
+        limit = min(
+            JOINT_TOKENS.get(chunk.learner.backbone.device.type, JOINT_TOKENS_ELSEWHERE), chunk.learner.pass_tokens
+        )
         padded = (rows + own) * width
         if together and (padded > limit or padded > JOINT_PADDING * (alone + own * width)):
             yield together
@@ -337,14 +406,20 @@ def _bounded(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
 
 
 def _run(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
+    draws = any(chunk.draws for chunk in chunks)
+    with own_draws(chunks[0].learner.backbone.device) if draws else contextlib.nullcontext():
+        return _forward_and_backward(chunks)
+
+
+def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
     first = chunks[0].learner
     backbone, rows = first.backbone, [chunk.examples for chunk in chunks]
-    with torch.random.fork_rng(devices=[backbone.device] if backbone.device.type == "cuda" else []):
-        prompts = [chunk.learned() for chunk in chunks]
-        learned = Learned.join(prompts, rows=[number for number, part in enumerate(rows) for _ in part])
-        saves = any(chunk.learner.config.checkpointing for chunk in chunks)
-        with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
-            logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
+    learned = Learned.join(
+        [chunk.learned() for chunk in chunks], rows=[number for number, part in enumerate(rows) for _ in part]
+    )
+    saves = any(chunk.learner.config.checkpointing for chunk in chunks)
+    with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
+        logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
     sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
     found: dict[Chunk, Tensor] = {}
     for chunk, own in zip(chunks, logits.split(sizes), strict=True):

@@ -21,6 +21,7 @@ from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.prepare import prepare
 from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
+from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
 FLEET_FILE = "fleet.json"
@@ -149,6 +150,7 @@ def can_train_together() -> bool:
     return bool(PartialState().num_processes == 1)
 
 
+@with_gradients
 def fleet_runs(
     runs: Mapping[str, TrainingRun],
     *,

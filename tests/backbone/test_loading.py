@@ -1,0 +1,184 @@
+"""Loading with options: each is passed on, recorded, or refused with its value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone, load_tokenizer
+from ptuning.errors import BackboneError
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from tests.conftest import RECORDS, learned, make_tokenizer, plain_logits
+
+# A model whose classes come with it: a causal LLaMA under a name that transformers does not know.
+CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "nobody-knows-me"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+pathlib.Path({trace!r}).touch()
+"""
+
+
+@pytest.fixture
+def llama(model_folder: Callable[[str], Path]) -> str:
+    """Folder of a tiny LLaMA."""
+    return str(model_folder("llama"))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtypes_are_torchs_or_their_names(name: str, llama: str) -> None:
+    """``torch.bfloat16`` is what every user of transformers passes."""
+    found = [load_backbone(llama, dtype=dtype, device="cpu") for dtype in (name, getattr(torch, name))]
+    assert [one.dtype for one in found] == [getattr(torch, name)] * 2
+    assert found[0].fingerprint == load_backbone(llama).fingerprint
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "auto"])
+def test_devices_are_torchs_or_their_names(device: str | torch.device, llama: str) -> None:
+    assert load_backbone(llama, device=device).device.type in ("cpu", "cuda", "mps")
+
+
+def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptuning.backbone import loading
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = []
+    for cuda, apple in ((True, True), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=apple: there)
+        found.append(loading._device("auto"))
+    assert [str(device) for device in found] == ["cuda:0", "mps", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float23"}, "unknown dtype 'float23'; use auto, float32, bfloat16 or float16. Did you mean"),
+        ({"dtype": torch.int8}, "unknown dtype 'int8'; use auto, float32, bfloat16 or float16."),
+        ({"device": "cuba"}, "device 'cuba' cannot be used: "),
+        ({"device": "cuda:77"}, "; use auto, cpu"),
+        ({"device_map": "blanced"}, "unknown device_map 'blanced'; use auto, balanced, balanced_low_0, sequential, or"),
+        ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
+        ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),
+        ({"attn_implementation": "somebody/attention"}, "'somebody/attention' is code on the hub, which runs only if"),
+        ({"revision": "v2"}, "revision 'v2' names a version on the hub, and "),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, object], message: str, llama: str) -> None:
+    with pytest.raises(BackboneError) as caught:
+        load_backbone(llama, **options)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_says_what_its_backbone_was_loaded_with(llama: str, tmp_path: Path) -> None:
+    """Another dtype or attention is the same backbone: the fingerprint decides, and the prompt is used."""
+    half = load_backbone(llama, dtype="bfloat16", attn_implementation="eager")
+    learned(half, "[P*2] [X] is [Y]").save(tmp_path / "prompt")
+    manifest = json.loads((tmp_path / "prompt" / "prompt.json").read_text())
+    assert manifest["backbone"]["loaded"] == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    prompt = Prompt.load(tmp_path / "prompt")
+    assert prompt.backbone is not None
+    assert prompt.backbone.described == f"{llama}, bfloat16, eager"
+    PromptModel(load_backbone(llama, dtype="float32")).predict(RECORDS[:2], prompt)
+
+
+def test_a_prompt_of_an_older_version_says_nothing_of_it(llama: str, tmp_path: Path) -> None:
+    """Its manifest has no such entry, and it is read."""
+    backbone = load_backbone(llama)
+    learned(backbone, "[P*2] [X] is [Y]").save(tmp_path / "prompt")
+    path = tmp_path / "prompt" / "prompt.json"
+    manifest = json.loads(path.read_text())
+    del manifest["backbone"]["loaded"]
+    path.write_text(json.dumps(manifest))
+    found = Prompt.load(tmp_path / "prompt").backbone
+    assert found is not None
+    assert found.loaded == {}
+    assert found.described == llama
+
+
+def test_attention_is_the_one_asked_for(llama: str) -> None:
+    """Heads are packed inside ``sdpa`` alone; both attend to the same."""
+    eager, packed = (load_backbone(llama, attn_implementation=name) for name in ("eager", "sdpa"))
+    assert eager.loaded["attn_implementation"] == "eager"
+    torch.testing.assert_close(plain_logits(eager, [7, 8, 9]), plain_logits(packed, [7, 8, 9]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def own_code(llama: str, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with code of its own, and the file that the code writes when it runs."""
+    folder, trace = tmp_path / "own", tmp_path / "trace"
+    backbone = load_backbone(llama)
+    backbone.model.save_pretrained(folder)
+    make_tokenizer("llama").save_pretrained(folder)
+    (folder / "own.py").write_text(CODE.format(trace=str(trace)))
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "nobody-knows-me", "auto_map": names, "architectures": ["OwnModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, trace
+
+
+def test_code_of_a_model_runs_only_if_asked_for(own_code: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the option nothing of it runs, and the message says how to ask."""
+    folder, trace = own_code
+    for load in (load_backbone, load_tokenizer):
+        with pytest.raises(BackboneError, match=r"it brings code of its own.*trust_remote_code=True"):
+            load(str(folder))
+    assert not trace.exists()
+    backbone = load_backbone(str(folder), trust_remote_code=True)
+    assert trace.exists()
+    assert backbone.kind == "causal"
+    assert type(backbone.model).__name__ == "OwnModel"
+    prompt = learned(backbone, "[P*2] [X] is [Y]")
+    assert PromptModel(backbone).predict(RECORDS[:2], prompt)
+
+
+def test_the_default_is_to_trust_nothing() -> None:
+    import inspect
+
+    from ptuning.backbone.sources import LoadOptions
+
+    assert inspect.signature(load_backbone).parameters["trust_remote_code"].default is False
+    assert LoadOptions().trust_remote_code is False
+
+
+def test_options_have_one_default() -> None:
+    """Those of the function are those of the object that carries them."""
+    import dataclasses
+    import inspect
+
+    from ptuning.backbone.sources import LoadOptions
+
+    carried = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    taken = {one.name: one.default for one in inspect.signature(load_backbone).parameters.values()}
+    del taken["name"]
+    assert taken == carried
+
+
+def test_float16_learns(llama: str) -> None:
+    """Gradients reach the slots, and are finite."""
+    backbone = load_backbone(llama, dtype=torch.float16)
+    assert isinstance(backbone, Backbone)
+    embeddings = backbone.embed(torch.tensor([[7, 8, 9]])).clone().requires_grad_()
+    at = torch.tensor([0])
+    logits, _ = backbone.run(
+        embeddings,
+        mask=torch.ones(1, 3, dtype=torch.int64),
+        positions=torch.arange(3)[None],
+        rows=at,
+        cols=at + 2,
+    )
+    torch.nn.functional.cross_entropy(logits, at + 5).backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad.isfinite().all()
+    assert embeddings.grad.abs().max() > 0

@@ -1,0 +1,208 @@
+"""Models that others own or that do not lie in one place: from memory, over several devices, and on the disk."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.forward import _Asked
+from ptuning.backbone.loading import load_backbone
+from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights
+from ptuning.config import TrainConfig
+from ptuning.errors import BackboneError
+from ptuning.prompt.predict import PromptModel
+from ptuning.training.run import train
+from tests.conftest import FAMILIES, RECORDS, WARM, build_model, learned, make_tokenizer
+
+SPLIT = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+SPLIT |= {"model.layers.1": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+ALL_ON_DISK = dict.fromkeys(SPLIT, "disk") | {"model.rotary_emb": "cpu"}
+
+
+def state(model: PreTrainedModel) -> dict[str, object]:
+    """Everything about a model that its owner could miss."""
+    return {
+        "training": {name: module.training for name, module in model.named_modules()},
+        "requires_grad": {name: weight.requires_grad for name, weight in model.named_parameters()},
+        "objects": {name: id(weight) for name, weight in model.named_parameters()},
+        "hooks": {name: (len(one._forward_hooks), len(one._forward_pre_hooks)) for name, one in model.named_modules()},
+        "attributes": {name: sorted(vars(one)) for name, one in model.named_modules()},
+        "values": [hashlib.sha256(one.detach().numpy().tobytes()).hexdigest() for one in model.state_dict().values()],
+    }
+
+
+def loss_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The loss and the gradients of all weights, as one tensor."""
+    model.zero_grad()
+    torch.manual_seed(0)  # of dropout
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = [weight.grad.reshape(-1) for weight in model.parameters() if weight.grad is not None]
+    return torch.cat([loss.detach()[None], *gradients])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_memory_stays_its_owners(family: str, tmp_path: Path) -> None:
+    """Logits, loss, gradients, mode, hooks and objects are the same before, during and after; in training mode, too."""
+    tokenizer = make_tokenizer(family)
+    torch.manual_seed(1)
+    model = build_model(family, tokenizer)
+    model.train()
+    next(iter(model.parameters())).requires_grad_(False)
+    ids = torch.tensor([[7, 8, 9, 10, 11], [12, 13, 14, 15, 16]])
+    before, gradients = state(model), loss_of(model, ids)
+    backbone = Backbone.from_model(model, tokenizer)
+    assert state(model) == before
+    assert torch.equal(loss_of(model, ids), gradients)
+    model.zero_grad()
+    found = train(WARM, RECORDS, backbone=backbone, out=tmp_path / "run", config=TrainConfig(epochs=1))
+    PromptModel(backbone).predict(RECORDS, found.prompt)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert state(model) == before
+    assert torch.equal(loss_of(model, ids), gradients)
+
+
+def test_a_model_in_memory_writes_as_before() -> None:
+    """``generate`` gives the same tokens while the backbone is in use."""
+    tokenizer = make_tokenizer("llama")
+    model = build_model("llama", tokenizer).eval()
+    ids = torch.tensor([[1, 7, 8, 9]])
+    before = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    backbone = Backbone.from_model(model, tokenizer)
+    PromptModel(backbone).predict(RECORDS, learned(backbone, "[P*2] [X] is [Y]"))
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2), before)
+
+
+def test_a_model_in_memory_is_the_backbone_of_its_folder(model_folder: Callable[[str], Path]) -> None:
+    """The same fingerprint and logits, so prompts of one are used with the other; no weight is copied."""
+    folder = str(model_folder("llama"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = make_tokenizer("llama")
+    backbone, loaded = Backbone.from_model(model, tokenizer), load_backbone(folder, dtype="float32", device="cpu")
+    assert backbone.name == folder
+    assert backbone.revision is None
+    assert backbone.fingerprint == loaded.fingerprint
+    prompt = learned(loaded, "[P*2] [X] is [Y]")
+    assert PromptModel(backbone).predict(RECORDS, prompt) == PromptModel(loaded).predict(RECORDS, prompt)
+    own = {weight.data_ptr() for weight in model.parameters()}
+    assert {weight.data_ptr() for weight in backbone.model.parameters()} == own
+    assert backbone.parameters == loaded.parameters
+
+
+def test_two_prompts_with_adapters_on_a_model_in_memory(tmp_path: Path) -> None:
+    """Adapters go on modules of the backbone's own."""
+    tokenizer = make_tokenizer("llama")
+    model = build_model("llama", tokenizer)
+    before = state(model)
+    backbone = Backbone.from_model(model, tokenizer, name="mine")
+    for tune in ("lora", "tuned"):
+        config = TrainConfig(epochs=1, tune=tune)
+        found = train(WARM, RECORDS, backbone=backbone, out=tmp_path / tune, config=config)
+        assert found.prompt.backbone is not None
+        assert found.prompt.backbone.name == "mine"
+    assert state(model) == before
+
+
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    """With what to do; a tokenizer and a model that changed places, too."""
+    tokenizer = make_tokenizer("llama")
+    model = build_model("llama", tokenizer)
+    with pytest.raises(BackboneError, match=r"and DataParallel is no PreTrainedModel; unwrap it"):
+        Backbone.from_model(torch.nn.DataParallel(model), tokenizer)  # type: ignore[arg-type]
+    with pytest.raises(BackboneError, match=r"is no PreTrainedModel"):
+        Backbone.from_model(tokenizer, model)  # type: ignore[arg-type]
+
+
+def test_a_model_in_memory_is_tried_as_a_loaded_one() -> None:
+    """What loading refuses is refused."""
+    import transformers
+
+    config = transformers.FNetConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    with pytest.raises(BackboneError, match="FNetForMaskedLM takes no attention_mask"):
+        Backbone.from_model(transformers.FNetForMaskedLM(config), make_tokenizer("bert"))
+
+
+@pytest.mark.parametrize("placed", [SPLIT, ALL_ON_DISK, {"": "cpu"}], ids=["one layer on disk", "all on disk", "cpu"])
+def test_layers_on_the_disk_give_the_same_numbers(
+    placed: dict[str, str], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Fingerprint, number of weights, predictions and a whole training are those of the model in memory."""
+    folder = str(model_folder("llama"))
+    whole = load_backbone(folder, dtype="float32", device="cpu")
+    split = load_backbone(folder, dtype="float32", device_map=placed)
+    assert is_offloaded(split.model) is (placed != {"": "cpu"})
+    assert str(split.device) == "cpu"
+    assert (split.fingerprint, split.parameters) == (whole.fingerprint, whole.parameters)
+    prompt = learned(whole, "[P*2] [X] is [Y]")
+    assert PromptModel(split).predict(RECORDS, prompt) == PromptModel(whole).predict(RECORDS, prompt)
+    for checkpointing in (False, True):
+        config = TrainConfig(epochs=2, checkpointing=checkpointing)
+        one, other = (
+            train(WARM, RECORDS, backbone=backbone, out=tmp_path / f"{name}{checkpointing}", config=config)
+            for name, backbone in (("whole", whole), ("split", split))
+        )
+        assert one.prompt.slot_vectors is not None
+        assert other.prompt.slot_vectors is not None
+        assert torch.equal(one.prompt.slot_vectors, other.prompt.slot_vectors)
+
+
+def test_what_offloaded_weights_cannot_do_is_refused(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Training the weights themselves, before a step is run."""
+    split = load_backbone(str(model_folder("llama")), device_map=SPLIT)
+    for tune in ("lora", "tuned"):
+        with pytest.raises(BackboneError, match=r"some of its weights are offloaded, and only a prompt's slots can be"):
+            train(WARM, RECORDS, backbone=split, out=tmp_path / tune, config=TrainConfig(tune=tune))
+    with pytest.raises(BackboneError, match="offloaded"):
+        split.with_random_weights(seed=0)
+
+
+def test_a_model_in_memory_with_layers_on_the_disk(model_folder: Callable[[str], Path]) -> None:
+    """Its hooks read the weights for the backbone as for its owner."""
+    folder = str(model_folder("llama"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=dict(SPLIT))
+    ids = torch.tensor([[7, 8, 9]])
+    before = model(input_ids=ids).logits
+    backbone = Backbone.from_model(model, make_tokenizer("llama"))
+    whole = load_backbone(folder, dtype="float32", device="cpu")
+    prompt = learned(whole, "[P*2] [X] is [Y]")
+    assert PromptModel(backbone).predict(RECORDS, prompt) == PromptModel(whole).predict(RECORDS, prompt)
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_map_that_names_no_device_is_an_error(model_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(BackboneError, match=r"cannot load the backbone"):
+        load_backbone(str(model_folder("llama")), device_map={"": "cuba"})
+
+
+def test_asked_positions_follow_the_last_layers_device() -> None:
+    """Indices lie where embeddings are looked up, and hidden states of a split model where its last layer is."""
+    at = torch.tensor([0, 1])
+    hidden = _Asked(at, at).of(torch.empty(2, 3, 4, device="meta"))
+    assert (hidden.device.type, tuple(hidden.shape)) == ("meta", (2, 4))
+
+
+def test_rows_share_no_prefix_over_several_devices(causal: Backbone) -> None:
+    """Keys and values of all layers are put together, which needs one device."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    assert causal.shares_prefix
+    split = copy.deepcopy(causal)
+    del split.__dict__["shares_prefix"]
+    for layer, device in zip(split.model.model.layers, ("cpu", "meta"), strict=True):
+        hook = AlignDevicesHook()
+        add_hook_to_module(layer, hook)
+        hook.execution_device = torch.device(device)
+    assert len(devices_of(split.model)) == 2
+    assert not split.shares_prefix
+
+
+def test_tied_weights_count_once(causal: Backbone) -> None:
+    assert number_of_weights(causal.model) == sum(weight.numel() for weight in causal.model.parameters())
