@@ -19,7 +19,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ptuning.errors import FileError, PTuningError, closest
+from ptuning.errors import SHOWN_CHARACTERS, FileError, PTuningError, closest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +31,6 @@ HASHED_BYTES = 2**22  # how much of a large file is read at a time
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
-SHOWN_CHARACTERS = 60  # of a wrong value in a message
 DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
 MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
 LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float

@@ -29,8 +29,8 @@ from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
-from ptuning.errors import PTuningError
-from ptuning.files import sha256, tomllib, write_bytes
+from ptuning.errors import PTuningError, TaskError
+from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.report import sections
@@ -44,20 +44,28 @@ from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
 from tests.conftest import make_model
 from tests.fuzz.strange import (
-    as_json, as_python, as_toml_file, changed_bytes, changed_json, changed_text, texts, values,
-)  # fmt: skip
+    as_json,
+    as_python,
+    as_toml_file,
+    changed_bytes,
+    changed_json,
+    changed_text,
+    texts,
+    values,
+)
 from tests.report.conftest import a_paraphrases, a_results, write_cells
 
 T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-def tried(read: Callable[[], T]) -> T | None:
+def tried(read: Callable[..., T], *inputs: Any, **options: Any) -> T | None:
     """Read an input; None if that ends in an error of the package, which must say something."""
     try:
-        return read()
+        return read(*inputs, **options)
     except PTuningError as error:
-        assert str(error).strip(), f"{type(error).__name__} without a message"
+        if not str(error).strip():
+            raise AssertionError(f"{type(error).__name__} without a message") from error
         return None
 
 
@@ -82,18 +90,18 @@ FAMILIES = ("llama", "bert", "gpt2")
 def templates(draw: Draw) -> None:
     """A pattern: parsed, printed and parsed again, made of a manual one, bound to a tokenizer and filled."""
     pattern = draw(texts)
-    parsed = tried(lambda: Template.parse(pattern))
-    derived = tried(lambda: Template.from_manual(pattern, about=draw(st.none() | texts)))
+    parsed = tried(Template.parse, pattern)
+    derived = tried(Template.from_manual, pattern, about=draw(st.none() | texts))
     for one in (parsed, derived):
         if one is None:
             continue
         assert Template.parse(str(one)) == one
         backbone = tiny(draw(st.sampled_from(FAMILIES)))
-        bound = tried(lambda one=one: BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind))
+        bound = tried(BoundTemplate, one, tokenizer=backbone.tokenizer, kind=backbone.kind)
         if bound is not None:
             record = {name: draw(texts) for name in (*one.fields, "y")}
-            tried(lambda bound=bound, record=record: bound.examples([record]))
-            tried(lambda bound=bound, record=record: bound.contexts([record]))
+            tried(bound.examples, [record])
+            tried(bound.contexts, [record])
 
 
 def labels(draw: Draw) -> None:
@@ -101,13 +109,13 @@ def labels(draw: Draw) -> None:
     text = draw(texts | changed_text("positive=great,good; negative=terrible,bad"))
     given: Any = draw(st.sampled_from((0, 1)))
     mapping = as_python(draw(changed_json({"positive": ["great", "good"], "negative": ["terrible"]})))
-    words = tried(lambda: LabelWords.of(text if given else mapping))
+    words = tried(LabelWords.of, text if given else mapping)
     if words is not None:
         backbone = tiny(draw(st.sampled_from(FAMILIES)))
         template = Template.parse("{x} [P*2] [Y].")
         bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
-        tried(lambda: words.examples(bound, {"x": "a film"}))
-        tried(lambda: words.check_ids(bound, {"x": "a film"}, unknown_id=None))
+        tried(words.examples, bound, {"x": "a film"})
+        tried(words.check_ids, bound, {"x": "a film"}, unknown_id=None)
 
 
 ROWS = [
@@ -146,11 +154,11 @@ def parquet_files(draw: Draw) -> None:
 
 
 def _read_data(draw: Draw, name: str, data: bytes) -> None:
-    tried(lambda: read_rows(data, name=name, fields=draw(st.sampled_from((None, {"y": "label"}, {"": "x"})))))
+    tried(read_rows, data, name=name, fields=draw(st.sampled_from((None, {"y": "label"}, {"": "x"}))))
     with folder() as path:
         write_bytes(path / name, data)
-        tried(lambda: task(draw(st.sampled_from(shipped_names()))).read(path / name))
-        tried(lambda: read_words(path / name))
+        tried(task(draw(st.sampled_from(shipped_names()))).read, path / name)
+        tried(read_words, path / name)
 
 
 @functools.cache
@@ -192,24 +200,24 @@ def task_rows(draw: Draw) -> None:
     text = as_json(row)
     with folder() as path:
         write_bytes(path / "a.jsonl", text.encode())
-        tried(lambda: one.read(path / "a.jsonl", labelled=labelled))
-    tried(lambda: one.read_named([("row 1", as_python(row))], name="here", labelled=labelled))
+        tried(one.read, path / "a.jsonl", labelled=labelled)
+    tried(one.read_named, [("row 1", as_python(row))], name="here", labelled=labelled)
 
 
 def task_files(draw: Draw) -> None:
     """A task file: text changed, or its values; what is accepted reads rows and looks for its parts."""
     name = draw(st.sampled_from(shipped_names()))
-    values_changed = changed_json(tomllib.loads(task_text(name))).map(as_toml_file)
+    values_changed = changed_json(parse_toml(task_text(name), where=name, error=TaskError).value).map(as_toml_file)
     text = draw(changed_text(task_text(name)) | values_changed)
-    parsed = tried(lambda: TaskFile.parse(text))
+    parsed = tried(TaskFile.parse, text)
     if parsed is None:
         return
     assert TaskFile.parse(parsed.text) == parsed
     row = draw(changed_json(rows_of(parsed)))
-    tried(lambda: parsed.read_named([("row 1", as_python(row))], name="here"))
+    tried(parsed.read_named, [("row 1", as_python(row))], name="here")
     with folder() as path:
         write_bytes(path / "train.jsonl", b"{}")
-        tried(lambda: find_split(path, parsed, draw(st.sampled_from(("train", "dev", "test")) | texts)))
+        tried(find_split, path, parsed, draw(st.sampled_from(("train", "dev", "test")) | texts))
 
 
 FLEET = {
@@ -225,13 +233,16 @@ FLEET = {
 def fleet_files(draw: Draw) -> None:
     """The file of a fleet: text changed, or its values; lists of many values too."""
     many = st.lists(st.sampled_from(("seed", "epochs", "lr", "patience", "starts")), max_size=5).map(
-        lambda keys: {**FLEET, "prompt": [{"name": "a", "data": "b.jsonl", **{key: list(range(1, 31)) for key in keys}}]}
+        lambda keys: {
+            **FLEET,
+            "prompt": [{"name": "a", "data": "b.jsonl", **{key: list(range(1, 31)) for key in keys}}],
+        }
     )
     fleet = draw(st.just(FLEET) | many)
     text = draw(changed_text(as_toml_file(fleet)) | changed_json(fleet).map(as_toml_file))
     with folder() as path:
         (path / "fleet.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
-        tried(lambda: read_fleet(path / "fleet.toml"))
+        tried(read_fleet, path / "fleet.toml")
 
 
 @functools.cache
@@ -271,7 +282,7 @@ def prompt_folders(draw: Draw) -> None:
     with folder() as path:
         for name, data in files.items():
             (path / name).write_bytes(data)
-        prompt = tried(lambda: Prompt.load(path))
+        prompt = tried(Prompt.load, path)
         if prompt is not None:
             prompt.save(path / "again")
             Prompt.load(path / "again")
@@ -306,16 +317,16 @@ def reports(draw: Draw) -> None:
             lines[0] = as_json(draw(changed_json(json.loads(lines[0]))))
             answers.write_text("\n".join(lines), encoding="utf-8")
         (path / "results.json").write_text(as_json(content), encoding="utf-8")
-        found = tried(lambda: read_results(path))
+        found = tried(read_results, path)
         if found is None:
             return
         if draw(st.integers(0, 15)) == 0:
-            tried(lambda: write_report(path))
+            tried(write_report, path)
             return
         tried(lambda: list(sections._answer(found)))
         for heading, make in sections.SECTIONS.items():
             if heading not in DRAWN:
-                tried(lambda make=make: make(found))
+                tried(make, found)
 
 
 RUN = {
@@ -332,8 +343,8 @@ def runs(draw: Draw) -> None:
     record = draw(changed_json(RUN))
     with folder() as path:
         (path / "run.json").write_text(as_json(record), encoding="utf-8")
-        wanted = tried(lambda: identity_of_run(record)) if isinstance(record, dict) else None
-        tried(lambda: check_folder(path, wanted or {}, resume=True, overwrite=False))
+        wanted = tried(identity_of_run, record) if isinstance(record, dict) else None
+        tried(check_folder, path, wanted or {}, resume=True, overwrite=False)
 
 
 FACTS = [{"sub_label": f"Land {i}", "obj_label": f"Town {i}", "predicate_id": "P36", "pred": "/a/b"} for i in range(3)]
@@ -355,9 +366,9 @@ def relation_folders(draw: Draw) -> None:
             found = draw(changed_json(rows))
             lines = [as_json(row) for row in found] if isinstance(found, list) else [as_json(found)]
             place.write_bytes(draw(changed_bytes("\n".join(lines).encode())))
-        found = tried(lambda: read_relations(path, which=draw(st.sampled_from((("all",), ("P36",), ("1-1",))) | texts)))
+        found = tried(read_relations, path, which=draw(st.sampled_from((("all",), ("P36",), ("1-1",))) | texts))
         for relation in found or ():
-            tried(lambda relation=relation: split_relation(relation, seed=0))
+            tried(split_relation, relation, seed=0)
 
 
 @functools.cache
@@ -374,7 +385,7 @@ def odd_texts(draw: Draw) -> None:
     record = {"x": as_python(draw(values))}
     candidates = draw(st.sampled_from((None, ["yes", "no"]))) if words is None else None
     tokens = {"max_tokens": 2} if words is None and candidates is None else {}
-    tried(lambda: model(family).predict([record], prompt, candidates, **tokens))
+    tried(model(family).predict, [record], prompt, candidates, **tokens)
 
 
 KINDS: Mapping[str, Callable[[Draw], None]] = {

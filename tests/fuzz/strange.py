@@ -13,19 +13,22 @@ from hypothesis import strategies as st
 HUGE, DEEP = "@huge@", "@deep@"
 LITERALS = {f'"{HUGE}"': "9" * 5000, f'"{DEEP}"': "[" * 3000 + "]" * 3000}
 PIECES = (
-    "", " ", "\n", "\r", "\t", "\0", "\x1b[2J", "\x7f", "\x85", "\u202e", "\u2028", "\ud800", "\ufeff", "\U0001f600", "é",
-    "[X]", "[Y]", "[P]", "[P*3]", "[P*99999999]", "[P:words of]", "[P: ]", "[>]", "[[", "]]", "{{", "}}", "{x}", "{x!}",
-    "{text}", "{", "}", "[", "]", ".", "?", "!", "'", '"', "\\", "/", "../", "|", ",", ";", "=", "_", "<", "&", "#", "$",
+    "", " ", "\n", "\r", "\t", "\0", "\x1b[2J", "\x7f", "\x85", "\u202e", "\u2028", "\ud800", "\ufeff", "\U0001f600",
+    "é", "[X]", "[Y]", "[P]", "[P*3]", "[P*99999999]", "[P:words of]", "[P: ]", "[>]", "[[", "]]", "{{", "}}", "{x}",
+    "{x!}",
+    "{text}", "{", "}", "[", "]", ".", "?", "!", "'", '"', "\\", "/", "../", "|", ",", ";", "=", "_", "<", "&", "#",
+    "$",
     "<mask>", "</s>", "[MASK]", "<|endoftext|>", "word", "Nairobi", "0", "-1", "1e400", "NaN", "null", "true",
     "9" * 5000, "a" * 300, "." * 3000, " " * 3000, "[" * 500, "{" * 500, "\u0301" * 200, "x y " * 300,
 )  # fmt: skip
 VALUES: Sequence[Any] = (
-    None, True, False, 0, 1, -1, 7, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, 1e-320, float("inf"), float("nan"), HUGE,
+    None, True, False, 0, 1, -1, 7, 2**63, -(2**63), 10**400,
+    0.5, -0.0, 1e308, 1e-320, float("inf"), float("nan"), HUGE,
     DEEP, [], {}, [1], ["a", "b"], {"a": 1}, {"": {"": ""}}, [[["a"]]], {"a": [{"b": None}]}, *PIECES,
 )  # fmt: skip
 
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=9).map("".join)
-values = st.sampled_from(VALUES) | texts
+values = st.sampled_from(VALUES).map(copy.deepcopy) | texts
 
 
 @st.composite
@@ -44,7 +47,9 @@ def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))
         end = min(len(data), start + draw(st.sampled_from((0, 0, 1, 1, 4, 20, 10**9))))
-        piece = draw(st.binary(max_size=4) | st.sampled_from(PIECES).map(lambda one: one.encode("utf-8", "surrogatepass")))
+        piece = draw(
+            st.binary(max_size=4) | st.sampled_from(PIECES).map(lambda one: one.encode("utf-8", "surrogatepass"))
+        )
         data = data[:start] + piece + data[end:]
     encoding = draw(st.sampled_from(("", "", "", "", "", "utf-16", "utf-32", "latin-1", "utf-8-sig", "utf-7")))
     return data.decode("utf-8", "replace").encode(encoding, "replace") if encoding else data
@@ -55,9 +60,10 @@ def changed_json(draw: st.DrawFn, value: Any) -> Any:
     """Return JSON in which a few values were replaced, left out, doubled or renamed, at any depth."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(0, 4))):
-        inside, last = value, None
-        while isinstance(inside, Mapping | list) and len(inside):
-            keys = list(inside) if isinstance(inside, Mapping) else range(len(inside))
+        inside: Any = value
+        last: tuple[Any, Any] | None = None
+        while isinstance(inside, dict | list) and inside:
+            keys: Sequence[Any] = list(inside) if isinstance(inside, dict) else range(len(inside))
             last = inside, keys[draw(st.integers(0, len(keys) - 1))]
             inside = last[0][last[1]]
             if draw(st.integers(0, 3)) == 0:
@@ -72,7 +78,7 @@ def changed_json(draw: st.DrawFn, value: Any) -> Any:
         elif what == 1 and isinstance(holder, dict):
             holder[draw(texts)] = holder.pop(key)
         elif what == 2 and isinstance(holder, list):
-            holder.append(inside)
+            holder.append(copy.deepcopy(inside))
         else:
             holder[key] = draw(values)
     return value
