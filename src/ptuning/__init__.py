@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ptuning.training.estimate import estimate as estimate
     from ptuning.training.run import train as train
     from ptuning.training.spec import FleetPrompt as FleetPrompt
+    from ptuning.training.tracking import TrainingLog as TrainingLog
     from ptuning.training.train_fleet import train_fleet as train_fleet
 
 # Where each public name lives. They are loaded on first use: torch and transformers take seconds to import.
@@ -41,6 +42,7 @@ _HOMES = {
     "Solution": "method.base",
     "Template": "template.language",
     "TrainConfig": "config",
+    "TrainingLog": "training.tracking",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
     "lama": "experiment.lama",
@@ -63,6 +65,7 @@ __all__ = [
     "Solution",
     "Template",
     "TrainConfig",
+    "TrainingLog",
     "compare",
     "estimate",
     "lama",

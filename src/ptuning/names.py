@@ -10,6 +10,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 PROMPT_FOLDER = "prompt"
 CHECKPOINT_FOLDER = "checkpoint"
+LOG_FOLDER = "log"
 
 # Means every method where a list of methods is asked for.
 ALL_METHODS = "all"

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+# Numbers of a training, in the order of a log's columns.
+NUMBERS = ("step", "epoch", "loss", "lr", "tokens_per_second", "train_loss", "dev_loss", "dev_score")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run. ``stage`` is ``train``, ``dev``, ``cache`` (the KV cache of the text before the slots), or
-    ``epoch`` at its end; ``done`` and ``total`` count its records, the tokens for ``cache``, the epochs for ``epoch``.
+    """The progress of a run, which callbacks (``report``) get.
+
+    Args:
+        stage: ``train`` after each step, ``dev`` while the development part is scored, ``epoch`` after that (also
+            before training, as epoch 0), ``cache`` while the KV cache of the text before the slots is filled.
+        done, total: Records, for ``cache`` tokens, and for ``epoch`` epochs.
+        note: What a person reads.
+        name: Which training it is, where there are several: the prompt of a fleet, the cell of a comparison.
+        numbers: Of a training: ``step`` (optimizer steps taken) and ``epoch``; after a step its ``loss`` (mean over
+            the tokens, or records with labels, of the batch), ``lr`` (learning rate) and ``tokens_per_second``; after
+            an epoch ``train_loss`` (its mean, not before training), ``dev_loss`` and ``dev_score``.
     """
 
     stage: str
     done: int
     total: int
     note: str
+    name: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def named(report: OnProgress | None, name: str) -> OnProgress | None:
+    """Return a callback that puts a name before the progress's own, with a slash between them."""
+    if report is None:
+        return None
+    return lambda now: report(replace(now, name=f"{name}/{now.name}" if now.name else name))
+
+
+def each(*reports: OnProgress) -> OnProgress:
+    """Return a callback that calls several."""
+
+    def report(now: Progress) -> None:
+        for one in reports:
+            one(now)
+
+    return report
 
 
 class Interrupted(Exception):

@@ -939,6 +939,28 @@ def test_resuming_with_other_settings(run_folder: Path, llama: str, data: Path) 
     fails("train", *args, "--epochs", "3", "--batch-size", "4", says=["epochs was 2 and is 3", "--overwrite"])
 
 
+def test_numbers_go_to_a_log_in_the_output_folder(llama: str, data: Path) -> None:
+    """A resumed and a replaced run know the folder for their own."""
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    works("train", *args, "--log-to", "csv")
+    first = Path("out/log/log.csv").read_text(encoding="utf-8").splitlines()
+    assert first[0] == "step,epoch,loss,lr,tokens_per_second,train_loss,dev_loss,dev_score"
+    works("train", *args, "--log-to", "csv, tensorboard", "--overwrite")
+    assert len(Path("out/log/log.csv").read_text(encoding="utf-8").splitlines()) == len(first) > 3
+    assert list(Path("out/log").glob("events.*"))
+    for path in Path("out").iterdir():
+        if path.name != "log":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    works("train", *args, "--resume")  # as after a kill before the first checkpoint
+
+
+def test_a_tracker_that_is_not_there_is_said_before_training(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out", *QUICK)
+    fails("train", *args, "--log-to", "csv,tensorbord", says=["unknown tracker 'tensorbord'", "'tensorboard'"])
+    fails("train", *args, "--log-to", "mlflow", says=["pip install 'ptuning[mlflow]'"])
+    assert not Path("out").exists()
+
+
 def test_no_room_on_disk(llama: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("--data", data / "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "deep/out", *QUICK)
     usage = shutil.disk_usage(".")

@@ -455,7 +455,7 @@ def test_a_finished_task_is_not_trained_again_beside_new_ones(
 
     monkeypatch.setattr("ptuning.experiment.suite.fleet_runs", spy)
     assert len(list(suite(causal, tmp_path, counts=(5, 12, 8)).run())) == 3
-    assert names == ["task-8 try-1"]
+    assert names == ["task-8/try-1"]
 
 
 def test_a_task_that_cannot_be_trained_fails_alone(causal: Backbone, tmp_path: Path) -> None:

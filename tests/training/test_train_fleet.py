@@ -218,6 +218,21 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_callbacks_get_the_numbers_of_every_prompt(causal: Backbone) -> None:
+    """Under its name, and beside them the progress of the whole fleet."""
+    seen: list[Progress] = []
+    found = train_fleet(EVERY[:2], backbone=causal, report=seen.append)
+    for name, result in found.results.items():
+        own = [one for one in seen if one.name == name and one.numbers]
+        steps = [one.numbers["step"] for one in own if one.stage == "train"]
+        assert steps == list(range(1, len(steps) + 1))
+        assert [one.numbers["train_loss"] for one in own if one.stage == "epoch" and one.done] == history(
+            result, "train_loss"
+        )
+    done = [one.done for one in seen if one.stage == "train"]
+    assert done == sorted(done)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_that_are_off_outside(mode: Callable[[], Any], causal: Backbone) -> None:
     """As in a single training; and what calls a fleet has its own mode between two prompts."""

@@ -34,7 +34,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
-from ptuning.progress import Interrupted, Progress
+from ptuning.progress import NUMBERS, Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
@@ -757,7 +757,25 @@ def test_progress_is_reported(causal: Backbone) -> None:
     steps = [p for p in seen if p.stage == "train"]
     assert [p.done for p in steps] == [3, 6, 7, 10, 13, 14]
     assert {p.total for p in steps} == {14}
-    assert [p.done for p in seen if p.stage == "epoch"] == [1, 2]
+    assert [p.done for p in seen if p.stage == "epoch"] == [0, 1, 2]
+
+
+def test_callbacks_get_numbers(causal: Backbone) -> None:
+    """Of every step and every evaluation, so that nobody has to read them out of the text."""
+    seen: list[Progress] = []
+    found = make_trainer(causal, lr=0.5)
+    items = items_of(causal, TEMPLATE, FACTS)
+    found.fit(items, items, report=seen.append)
+    steps = [p.numbers for p in seen if p.stage == "train"]
+    assert [(one["step"], one["epoch"]) for one in steps] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [one["lr"] for one in steps] == [0.5 * rate(step, 6, warmup_fraction=0.1) for step in range(6)]
+    assert all(one["loss"] > 0 and one["tokens_per_second"] > 0 for one in steps)
+    assert all(set(one) <= set(NUMBERS) for one in steps)
+    start, *epochs = [p.numbers for p in seen if p.stage == "epoch"]
+    assert start == {"step": 0, "epoch": 0, **found.state.start}
+    for number, (one, row) in enumerate(zip(epochs, found.state.history, strict=True), start=1):
+        losses = {name: row[name] for name in ("train_loss", "dev_loss", "dev_score")}
+        assert one == {"step": 3 * number, "epoch": number, **losses}
 
 
 def test_one_record_is_enough(backbone: Backbone) -> None:

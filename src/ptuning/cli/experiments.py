@@ -23,6 +23,8 @@ from ptuning.cli.options import (
 )
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
+from ptuning.names import LOG_FOLDER
+from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
@@ -66,6 +68,7 @@ def _planned(
     set_: SetOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
+    log_to: options.LogOption = None,
     *,
     backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
@@ -75,6 +78,9 @@ def _planned(
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
+        from ptuning.training.tracking import TrainingLog
+
+        log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
 
         def plan() -> PlanOptions:
             return {
@@ -90,14 +96,15 @@ def _planned(
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=lambda now: progress(now) if now.stage != "epoch" else None,
+                    report=each(lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
                     on_cell=show_cell,
                     on_estimate=show_estimates,
                 ),
             }
 
-        yield plan
+        with log:
+            yield plan
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:

@@ -17,6 +17,8 @@ from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import AskedBackbone
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
+from ptuning.names import LOG_FOLDER
+from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.files import Json
@@ -35,6 +37,7 @@ def fleet(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped fleet was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fleet in DIR.")] = False,
+    log_to: options.LogOption = None,
     *,
     backbone: AskedBackbone,
 ) -> None:
@@ -45,12 +48,14 @@ def fleet(
     """
     from ptuning.files import check_free
     from ptuning.training.fleet_file import read_fleet
+    from ptuning.training.tracking import TrainingLog
 
     asked = read_fleet(config)
     check_free(out, overwrite=overwrite or resume)
     prompts = read_prompts(asked)
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
-    with signals.stoppable(out, again="--resume") as (report, should_stop):
+    with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet
 
@@ -62,7 +67,7 @@ def fleet(
             resume=resume,
             overwrite=overwrite,
             # A line per epoch of dozens of trainings would bury the line per prompt.
-            report=lambda now: report(now) if now.stage != "epoch" else None,
+            report=each(lambda now: report(now) if now.stage != "epoch" else None, log),
             should_stop=should_stop,
             on_prompt=show_prompt,
             command=options.command_line(),

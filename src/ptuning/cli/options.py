@@ -100,6 +100,16 @@ EncoderOption = Annotated[
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 
+LogOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-to",
+        metavar="LIST",
+        help="Numbers of each step for csv, tensorboard, wandb or mlflow; several with commas.",
+        autocompletion=among("csv", "tensorboard", "wandb", "mlflow"),
+    ),
+]
+
 
 # How a backbone is found and loaded.
 BackboneOption = Annotated[

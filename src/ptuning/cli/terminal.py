@@ -87,8 +87,8 @@ def bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     def say_epoch(progress: Progress) -> None:
-        if progress.stage == "epoch":
-            say(f"epoch {progress.done}/{progress.total}: {progress.note}")
+        if progress.stage == "epoch" and progress.done:
+            say(f"{progress.name} epoch {progress.done}/{progress.total}: {progress.note}".lstrip())
 
     console = _errors()
     if not console.is_terminal:

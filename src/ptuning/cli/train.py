@@ -13,8 +13,10 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import AskedBackbone, TrainInputs, backbone_options, command_line, takes, training
+from ptuning.cli.options import AskedBackbone, LogOption, TrainInputs, backbone_options, command_line, takes, training
 from ptuning.cli.signals import stoppable
+from ptuning.names import LOG_FOLDER
+from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.files import Json
@@ -28,6 +30,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
+    log_to: LogOption = None,
     *,
     backbone: AskedBackbone,
 ) -> None:
@@ -38,13 +41,16 @@ def train(
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
     from ptuning.files import check_free
+    from ptuning.training.tracking import TrainingLog
 
     check_free(out, overwrite=overwrite or resume)
     spec = training_spec(asked)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")
+    settings = {"template": str(spec.template), **spec.settings.to_json()}
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=settings)
     loaded = load(backbone)
-    with stoppable(out, again="--resume") as (report, should_stop):
+    with stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.prepare import prepare
         from ptuning.training.run import TrainingRun
 
@@ -52,7 +58,7 @@ def train(
         run = TrainingRun(
             prepared, out=out, resume=resume, overwrite=overwrite, ceiling=measure_ceiling, command=command_line()
         )
-        result = run.train(report=report, should_stop=should_stop)
+        result = run.train(report=each(report, log), should_stop=should_stop)
     show(result)
 
 

@@ -26,7 +26,7 @@ from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
-from ptuning.progress import Interrupted, OnProgress, Progress
+from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
 from ptuning.report.cell_files import read_answers, write_answers
 from ptuning.report.results_file import FORMAT_VERSION, Cell
@@ -200,7 +200,7 @@ class Suite:
         if not runs:
             return
         for name, outcome in fleet_runs(
-            runs, checkpoint=place, resume=True, report=going.report, should_stop=going.should_stop
+            runs, checkpoint=place, resume=True, report=named(going.report, place.name), should_stop=going.should_stop
         ):
             cell = owners[name]
             waiting[cell].remove(name)
@@ -222,7 +222,7 @@ class Suite:
         assert make is not None, f"{cell.method} does not train together with others"
         setup, folder = self._setup(cell, going), self.out / cell.folder
         return {
-            f"{cell.task} {prompt.name}": run_of(prompt, setup.backbone, out=folder / prompt.name, resume=True)
+            f"{cell.task}/{prompt.name}": run_of(prompt, setup.backbone, out=folder / prompt.name, resume=True)
             for prompt in make(task, setup)
         }
 
@@ -324,7 +324,7 @@ class Suite:
             seed=cell.seed,
             tries=self.tries,
             folder=self.out / cell.folder,
-            report=going.report,
+            report=named(going.report, f"{cell.method}-seed-{cell.seed}/{cell.task}"),
             should_stop=going.should_stop,
         )
 

@@ -20,6 +20,7 @@ from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
 from ptuning.method.manual import answering
 from ptuning.names import ALONG, LEARNED, MANUAL
+from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.language import Field, Literal, Piece, Target, Template
@@ -89,7 +90,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
             result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
-                report=setup.report, should_stop=setup.should_stop, prefix_cache=prefix_cache
+                report=named(setup.report, one.name), should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
             records.append(result.record)
             score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
@@ -110,9 +111,10 @@ def _fine_tune(task: Task, setup: Setup) -> Solution:
         return _learn(task, setup, bare(task.manual), tune="tuned")
     tried: list[dict[str, Json]] = []
     best: HeadModel | None = None
-    for factor in tried_factors(setup.tries):
+    for number, factor in enumerate(tried_factors(setup.tries), start=1):
         rate = setup.config.backbone_lr * factor
-        model = HeadModel(task, setup, replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate))
+        told = replace(setup, report=named(setup.report, f"try-{number}"))
+        model = HeadModel(task, told, replace(setup.config, seed=setup.seed, tune="tuned", backbone_lr=rate))
         tried.append({"settings": {"backbone_lr": rate}, "dev_score": model.score, "dev_loss": model.loss})
         if _best(tried) == len(tried) - 1:
             best = model

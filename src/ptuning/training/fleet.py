@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -154,7 +154,8 @@ class Fleet:
                 failed = self._take_steps()
                 self._between(failed, should_stop)
                 if report is not None:
-                    report(self._progress(work))
+                    for progress in self._progress(work, failed):
+                        report(progress)
                 before = len(self._live)
                 yield from self._go_on(self._live, failed, work)
                 if prefix_cache.is_used and len(self._live) < before:
@@ -198,8 +199,8 @@ class Fleet:
             raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")
 
         def told(progress: Progress) -> None:
-            if report is not None and progress.stage in ("dev", "cache"):
-                report(replace(progress, note=f"{member.name}: {progress.note}"))
+            if report is not None:
+                report(replace(progress, note=f"{member.name}: {progress.note}", name=member.name))
 
         return _Live(member, trainer, trainer.steps(member.train, member.dev, report=told, should_stop=should_stop))
 
@@ -231,12 +232,15 @@ class Fleet:
             done, everything = len(self._finished), len(self.members)
             raise Interrupted(f"stopped with {done} of {everything} prompts done and {len(self._live)} in training")
 
-    def _progress(self, work: _Work) -> Progress:
+    def _progress(self, work: _Work, failed: Collection[Trainer]) -> Iterator[Progress]:
+        """Yield the progress of the fleet, once with the numbers of each prompt that took a step."""
         done = work.ended + sum(
             (one.trainer.state.epoch - 1) * len(one.member.train) + one.trainer.state.position for one in self._live
         )
         note = f"{len(self._finished)} of {len(self.members)} prompts done, {len(self._live)} in training"
-        return Progress("train", done, work.total, note)
+        for one in self._live:
+            if one.trainer not in failed:
+                yield Progress("train", done, work.total, note, one.member.name, one.trainer.numbers)
 
     @property
     def _folder(self) -> Path:

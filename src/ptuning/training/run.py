@@ -22,7 +22,7 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
-from ptuning.progress import OnProgress
+from ptuning.progress import OnProgress, named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
@@ -149,7 +149,8 @@ class TrainingRun:
                     self.clear()
                 if self._resume and trainer.load():
                     self._seconds_before += trainer.state.train_seconds
-                trainer.fit(self.items["train"], self.items["dev"], report=report, should_stop=should_stop)
+                told = named(report, f"start-{number}") if number else report
+                trainer.fit(self.items["train"], self.items["dev"], report=told, should_stop=should_stop)
                 self.add(number, trainer)
             return self.result()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ptuning.files import Json, Unchecked, check_free, read_json, sweep
-from ptuning.names import ALONG, CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.names import ALONG, CHECKPOINT_FOLDER, LOG_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
 from ptuning.training.identity import check_identity, identity_of_run
 
 OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
@@ -33,7 +33,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
         _check_finished(Unchecked(record, f"{folder / RUN_FILE} is damaged", advice="start anew with --overwrite"))
         return record
     only_ours = folder.is_dir() and all(
-        entry.name in OURS or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
+        entry.name in (*OURS, LOG_FOLDER) or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
     )
     check_free(folder, overwrite=overwrite or (resume and only_ours))
     return None

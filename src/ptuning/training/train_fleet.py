@@ -14,7 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, check_free, write_json
-from ptuning.names import CHECKPOINT_FOLDER, is_folder_name
+from ptuning.names import CHECKPOINT_FOLDER, LOG_FOLDER, is_folder_name
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
@@ -225,7 +225,7 @@ def _member(name: str, run: TrainingRun, number: int) -> Member:
 def _check_name(name: str, taken: Collection[str]) -> None:
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
-    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, FLEET_FILE):
+    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, LOG_FOLDER, FLEET_FILE):
         raise ConfigError(
             f"'{name}' is not a name for a prompt: it becomes a folder; use letters, digits and - _ . + ="
         )

@@ -43,6 +43,7 @@ class Trainer:
     Attributes:
         learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
         best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
+        numbers: Of the last step, as in :class:`~ptuning.progress.Progress`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Trainer:
         self.cached = self.learner.prefix_cache.to_json()
         self._shares_prefix_cache = prefix_cache is not None
         self.kept: KeptWeights | None = None
+        self.numbers: Mapping[str, float] = {}
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
 
     def fit(
@@ -112,7 +114,8 @@ class Trainer:
         state, epochs = self.state, self.config.epochs
         mean = state.epoch_loss_sum / state.epoch_loss_count
         done = (state.epoch - 1) * len(train) + state.position
-        return Progress("train", done, epochs * len(train), f"epoch {state.epoch}/{epochs}, loss {mean:.3f}")
+        note = f"epoch {state.epoch}/{epochs}, loss {mean:.3f}"
+        return Progress("train", done, epochs * len(train), note, numbers=self.numbers)
 
     @property
     def place(self) -> str:
@@ -150,6 +153,7 @@ class Trainer:
             found = self.evaluate(dev, report=tell, note="before training")
             state.start = {"dev_loss": found.loss, "dev_score": found.score, **_guessed(found)}
             self._consider(found, epoch=0)
+            tell(self._scored(state.start, "before training: "))
         while not state.done:
             if learner.weights:
                 learner.backbone.thaw(learner.weights.values())
@@ -158,17 +162,22 @@ class Trainer:
             if learner.weights:
                 learner.backbone.freeze()
             self._end_epoch(self.evaluate(dev, report=tell, note=f"epoch {state.epoch}"))
-            self.save()
             last = state.history[-1]
-            tell(
-                Progress(
-                    "epoch",
-                    len(state.history),
-                    self.config.epochs,
-                    f"train loss {last['train_loss']:.3f}, dev loss {last['dev_loss']:.3f}, dev score "
-                    f"{last['dev_score']:.3f}",
-                )
-            )
+            # Before the checkpoint, from which a killed run would go on without having told.
+            tell(self._scored(last, f"train loss {last['train_loss']:.3f}, "))
+            self.save()
+
+    def _scored(self, found: Mapping[str, float], note: str) -> Progress:
+        """Return the progress after the development part was scored, before training or at the end of an epoch."""
+        epoch = len(self.state.history)
+        numbers = {name: found[name] for name in ("train_loss", "dev_loss", "dev_score") if name in found}
+        return Progress(
+            "epoch",
+            epoch,
+            self.config.epochs,
+            f"{note}dev loss {found['dev_loss']:.3f}, dev score {found['dev_score']:.3f}",
+            numbers={"step": self.state.step, "epoch": epoch, **numbers},
+        )
 
     def _pause(self) -> float:
         """Return the seconds between two checkpoints; writing weights may take a twentieth of the time."""
@@ -211,6 +220,13 @@ class Trainer:
         state.position += len(step.items)
         state.epoch_seconds += taken.seconds
         state.train_seconds += taken.seconds
+        self.numbers = {
+            "step": state.step,
+            "epoch": step.epoch,
+            "loss": taken.loss_sum / taken.loss_count,
+            "lr": step.rate * self.config.lr,
+            "tokens_per_second": taken.tokens / taken.seconds if taken.seconds else 0.0,
+        }
 
     def evaluate(self, items: Sequence[Item], *, report: OnProgress | None = None, note: str = "") -> Evaluation:
         """Score items with the slot vectors as they are now."""
