@@ -33,7 +33,8 @@ from ptuning.data.relations import (
     relation_of,
 )
 from ptuning.errors import FileError, PTuningError, RecordError
-from ptuning.files import publish_folder, read_bytes, write_json_lines
+from ptuning.files import read_bytes, write_json_lines
+from ptuning.names import is_folder_name, publish_folder
 
 Rows = Sequence[Mapping[str, object]]
 Found = dict[str, dict[str, list[Mapping[str, object]]]]  # relation -> part -> rows
@@ -87,6 +88,9 @@ def convert(source: str | Path, out: Path) -> list[str]:
                 f"{name}: the rows are of several relations ({', '.join(named[:5])}); give this file or its folder "
                 "itself to have them told apart"
             )
+    for name in (*found, *patterns):
+        if not is_folder_name(name):
+            raise RecordError(f"the relation '{name}' cannot be the name of a file; use letters, digits and - _ . + =")
     about = told | about
     with publish_folder(out) as folder:
         save(folder / f"{RELATION_LIST}.jsonl", [{"relation": name, **about[name]} for name in about])
@@ -226,7 +230,7 @@ def hub_tables(source: str) -> list[Table]:
     if not name:
         raise FileError(f"'{source}' names no data set; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
     try:
-        from datasets import __version__, load_dataset  # type: ignore[import-not-found,unused-ignore]
+        from datasets import __version__, load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
         raise FileError(
             f"reading {source} needs the package datasets; install it with: pip install datasets"

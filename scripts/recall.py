@@ -31,7 +31,8 @@ from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.data.reading import SPLITS
 from ptuning.data.splits import split_records
-from ptuning.files import Json, check_free, make_folder, write_json, write_json_lines, write_text
+from ptuning.files import Json, make_folder, write_json, write_json_lines, write_text
+from ptuning.names import check_free
 from ptuning.prompt.answer import answer_records
 from ptuning.provenance import versions
 from ptuning.records import TARGET_FIELD, Records
@@ -377,7 +378,7 @@ def run(settings: Settings, *, out: Path, report: Callable[[str], None]) -> dict
         PTuningError: If ``out`` is not empty, or a setting does not fit.
     """
     began, began_cpu = time.monotonic(), time.process_time()
-    check_free(out, overwrite=False)
+    check_free(out)
     facts = load_facts(settings)
     tokenizer = make_tokenizer(facts)
     corpus = make_corpus(facts, tokenizer)

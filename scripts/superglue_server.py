@@ -16,10 +16,9 @@ from typing import cast
 
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.errors import FileError, PTuningError
-from ptuning.experiment.suite import UNLABELLED_FILE
 from ptuning.experiment.superglue import SUITE, TASKS
 from ptuning.files import Json, make_folder, read_json_lines, write_json_lines, write_text
-from ptuning.names import PREDICTIONS_FILE
+from ptuning.names import PREDICTIONS_FILE, UNLABELLED_FILE
 from ptuning.report.results_file import read_results
 
 SERVER_FOLDER = "server"

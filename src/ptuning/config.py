@@ -55,6 +55,7 @@ class TrainConfig:
         seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
         checkpoint_seconds: Time between checkpoints within an epoch; one is always written after an epoch.
         cache_memory: Share of the free memory for the KV cache of the text before the slots; 0 turns it off.
+        cache_disk: Gigabytes (10^9 bytes) that this cache may take on the disk beyond its memory.
         checkpointing: Activation checkpointing (recomputing them): less memory, more time, the same result.
 
     Raises:
@@ -86,6 +87,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_seconds: float = 30.0
     cache_memory: float = 0.25
+    cache_disk: float = 0.0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class TrainConfig:
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
         for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
-        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds"):
+        for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
             self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
         for name in ("warmup_fraction", "dropout", "cache_memory"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
@@ -119,6 +121,11 @@ class TrainConfig:
     def prefix_cache_share(self) -> float:
         """Share of the free memory for the prefix cache; 0 where the backbone is trained, since its keys change."""
         return self.cache_memory if self.tune == "frozen" else 0.0
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes on the disk for the prefix cache."""
+        return int(min(self.cache_disk * 1e9, sys.maxsize))
 
     def to_json(self) -> dict[str, int | float | str | bool]:
         """Return the settings as in ``run.json``."""

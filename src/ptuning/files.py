@@ -9,15 +9,16 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ptuning.errors import SHOWN_CHARACTERS, FileError, PTuningError, closest
 
@@ -31,6 +32,7 @@ HASHED_BYTES = 2**22  # how much of a large file is read at a time
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
+MAX_JSON_BYTES = 2**30  # of a file of JSON that we wrote
 DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
 MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
 LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float
@@ -179,11 +181,25 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
     return FileError(f"cannot {action} {path}: {reason}; {hint}")
 
 
+def new_path(path: Path) -> Path:
+    """Return a temporary path beside a path, which nobody can guess and :func:`is_temporary` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Whether a name has exactly the form of :func:`new_path` for a path whose name matches a regular expression."""
+    return re.fullmatch(rf"\.({of})\.[0-9a-f]{{16}}\.tmp", name) is not None
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which replaces ``path`` if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a new, empty temporary file beside ``path``, which replaces ``path`` if the block succeeds.
+    A link in the place of either is not followed: ``path`` becomes a file.
+    """
+    temporary = new_path(path)
     try:
+        # Not by the module tempfile, whose files only their owner can read: new files have the rights of the umask.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
@@ -193,6 +209,20 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path, name: str = "files") -> Iterator[Path]:
+    """Yield a new folder in ``folder``, which is removed after the block unless the block has renamed it."""
+    try:
+        temporary = new_path(folder / name)
+        temporary.mkdir()
+    except OSError as error:
+        raise file_error("write into", folder, error) from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -216,14 +246,34 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Json]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a whole file."""
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. A device or a pipe, which might never end, is an error, and is not waited for."""
     try:
-        return path.read_bytes()
+        handle = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            return handle
     except OSError as error:
         raise file_error("read", path, error) from error
     except ValueError as error:
         raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
+    handle.close()
+    raise FileError(f"cannot read {path}: it is not a regular file")
+
+
+def read_bytes(path: Path, *, at_most: int | None = None) -> bytes:
+    """Read a whole file; with ``at_most``, a regular file that has not more bytes, since a larger one is damaged."""
+    try:
+        if at_most is None:
+            return path.read_bytes()
+        with open_regular(path) as handle:
+            data = handle.read(at_most + 1)
+    except OSError as error:
+        raise file_error("read", path, error) from error
+    except ValueError as error:
+        raise FileError(f"cannot read {str(path)!r}: it is no path ({error})") from error
+    if len(data) > at_most:
+        raise FileError(f"{path} is larger than the {at_most:,} bytes that it can have; it is damaged")
+    return data
 
 
 def read_text(path: Path, *, error: type[PTuningError] = FileError) -> str:
@@ -266,10 +316,10 @@ def _check_depth(value: Json) -> None:
     raise RecursionError
 
 
-def read_json(path: Path) -> dict[str, Json]:
-    """Read a JSON object."""
+def read_json(path: Path, *, at_most: int = MAX_JSON_BYTES) -> dict[str, Json]:
+    """Read a JSON object from a regular file of ``at_most`` bytes."""
     try:
-        value = parse_json(read_bytes(path).decode("utf-8"))
+        value = parse_json(read_bytes(path, at_most=at_most).decode("utf-8"))
     except ValueError as error:
         raise FileError(f"{path} is not valid JSON ({error}); it is damaged or was cut off") from error
     if not isinstance(value, dict):
@@ -297,25 +347,13 @@ def read_json_lines(path: Path) -> list[dict[str, Json]]:
     """Read what :func:`write_json_lines` wrote."""
     try:
         # Only "\n" ends a line: JSON strings may hold other line separators, which str.splitlines would cut at.
-        rows = [parse_json(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
+        lines = read_bytes(path, at_most=MAX_JSON_BYTES).decode("utf-8").split("\n")
+        rows = [parse_json(line) for line in lines if line]
     except ValueError as error:
         raise FileError(f"{path} is not valid JSONL ({error}); it is damaged or was cut off") from error
     if not all(isinstance(row, dict) for row in rows):
         raise FileError(f"{path} must hold a JSON object on each line")
     return rows
-
-
-def sweep(folder: Path, names: Iterable[str], *, older_seconds: float = 0.0) -> None:
-    """Remove temporary files that killed processes left in a folder, which may be missing. ``names`` are the
-    beginnings of the written files' names; files younger than ``older_seconds`` stay, since they may be in use.
-    """
-    beginnings = tuple(f".{name}" for name in names)
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        if not (path.name.startswith(beginnings) and path.suffix in (".tmp", ".old")):
-            continue
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= older_seconds:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sha256(data: bytes) -> str:
@@ -327,29 +365,12 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file that may be larger than memory."""
     found = hashlib.sha256()
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             while block := handle.read(HASHED_BYTES):
                 found.update(block)
     except OSError as error:
         raise file_error("read", path, error) from error
     return found.hexdigest()
-
-
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Check that ``folder`` may be written: it does not exist, is empty, or ``overwrite`` is set."""
-    try:
-        is_folder = folder.is_dir()
-        in_the_way = folder.exists() and not is_folder
-        is_empty = not is_folder or not any(folder.iterdir())
-    except OSError as error:
-        raise file_error("write", folder, error) from error
-    if in_the_way:
-        raise FileError(f"{folder} exists and is not a folder; choose another output folder")
-    if not overwrite and not is_empty:
-        raise FileError(
-            f"{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or "
-            "replace what a run left in it (--overwrite)"
-        )
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
@@ -373,30 +394,12 @@ def make_folder(folder: Path) -> None:
         raise file_error("create", folder, error) from error
 
 
-@contextlib.contextmanager
-def publish_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that replaces it if the block succeeds; see :func:`check_free`."""
-    if folder.is_symlink():
-        folder = folder.resolve()
-    check_free(folder, overwrite=overwrite)
-    make_folder(folder.parent)
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        temporary.chmod(0o755)
-    except OSError as error:
-        raise file_error("write beside", folder, error) from error
-    try:
-        yield temporary
-        check_free(folder, overwrite=overwrite)  # again: another process may have been faster
-        aside = temporary.with_suffix(".old")
-        try:
-            if folder.exists():
-                folder.rename(aside)
-            temporary.rename(folder)
-        except OSError as error:
-            if aside.exists():
-                aside.rename(folder)
-            raise file_error("write", folder, error) from error
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def staged(path: Path, digest: str) -> Path:
+    """Return where a file waits for its place: it was written, and what names its SHA-256 may have been, too."""
+    return path.with_name(f".{path.name}.{digest[:16]}.new")
+
+
+def settled(path: Path, digest: str) -> Path:
+    """Return where the file with this SHA-256 is: in its place, or still :func:`staged` since a writer was killed."""
+    waiting = staged(path, digest) if re.fullmatch("[0-9a-f]{64}", digest) else path
+    return waiting if waiting.is_file() and not (path.is_file() and file_sha256(path) == digest) else path

@@ -243,9 +243,12 @@ def test_written_answers(name: str) -> None:
 
 @every_family
 def test_candidates_and_their_order(name: str) -> None:
-    """Candidates of one and of several tokens are scored as their targets are."""
+    """Candidates of one and of several tokens are scored as their targets are; where a row can hold several
+    continuations, with one row for all.
+    """
     backbone = built(name)
-    names = ["Nairobi", "yes", "a good film", "no"]
+    assert backbone.branches == (name in set(PREFIX) - {"bloom", "gpt-j", "xglm"})  # which make positions or masks anew
+    names = ["Nairobi", "yes", "a good film", "a good film and a bad one", "no"]
     for template in templates(backbone):
         prompt = learned(backbone, template)
         model = PromptModel(backbone)

@@ -152,13 +152,13 @@ def test_killed_half_way(cache: Path) -> None:
     folder = cached_folder(default(), convert)
     assert is_cached(default())
     assert left.exists()  # fresh: somebody may be writing it
-    aside = cache / f".{BACKBONE}-0.1.old"
-    aside.mkdir()
-    for path in (left, aside):
+    other = cache / f".{BACKBONE}-mine.tmp"
+    other.mkdir()
+    for path in (left, other):
         os.utime(path, (time.time() - 2 * STALE_SECONDS,) * 2)
     (folder / "config.json").unlink()
     cached_folder(default(), convert)
-    assert [path.name for path in cache.iterdir()] == [folder.name]
+    assert sorted(path.name for path in cache.iterdir()) == [other.name, folder.name]
 
 
 def test_a_conversion_that_fails_leaves_nothing(cache: Path) -> None:

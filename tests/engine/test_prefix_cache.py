@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,8 +52,10 @@ def plain(backbone: Backbone, rows: Sequence[Example], vectors: torch.Tensor) ->
     return torch.cat([target_logits(backbone, [row], Learned(vectors)) for row in rows])
 
 
-def prepared(backbone: Backbone, rows: Sequence[Example], *, memory_share: float = 0.25) -> PrefixCache:
-    cache = PrefixCache(backbone, memory_share=memory_share)
+def prepared(
+    backbone: Backbone, rows: Sequence[Example], *, memory_share: float = 0.25, disk_bytes: int = 0
+) -> PrefixCache:
+    cache = PrefixCache(backbone, memory_share=memory_share, disk_bytes=disk_bytes)
     cache.prepare(rows)
     assert cache.is_used
     return cache
@@ -88,25 +93,107 @@ def test_is_kept_once_for_rows_that_begin_alike(causal: Backbone) -> None:
     assert cache.memory_bytes == before > 0
 
 
-@pytest.mark.parametrize("room", [True, False])
+def sizes(backbone: Backbone, rows: Sequence[Example]) -> list[int]:
+    """Return the bytes of each row's entry."""
+    return [part.nbytes for part in prepared(backbone, rows)._memory.values()]
+
+
+@pytest.mark.parametrize(("part", "free"), [(1.0, True), (1.0, False), (0.5, True), (0.0, True)])
 def test_beyond_the_memory_goes_to_the_disk_or_is_computed_anew(
-    room: bool, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+    part: float, free: bool, causal: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """To the disk only as far as it was asked for, and what is computed anew is said once, with what to do."""
     rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
     wanted = plain(causal, rows, vectors)
-    one = next(iter(prepared(causal, rows[1:2])._memory.values())).nbytes
+    (one,), every = sizes(causal, rows[1:2]), sum(sizes(causal, rows))
     monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 4 * one + 4)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(1 << 50) if room else 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(1 << 50) if free else 0))
+    allowed = int(part * every)
 
-    with prepared(causal, rows) as cache:
+    with prepared(causal, rows, disk_bytes=allowed) as cache:
         assert cache.memory_bytes == one
-        assert (cache.disk_bytes > 0) == room
-        found = target_logits(causal, rows, Learned(vectors), cache=cache)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+        assert 0 <= cache.disk_bytes <= allowed
+        assert (cache.disk_bytes > 0) == bool(allowed and free)
+        cache.prepare(rows)
+        for _ in range(2):
+            found = target_logits(causal, rows, Learned(vectors), cache=cache)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+    complete = part == 1.0 and free
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (0 if complete else 1)
+    assert complete or "MB of memory" in said[0]
+    assert complete or "computed anew in every step. More memory (--cache-memory) or disk (--cache-disk)" in said[0]
     assert not cache.is_used
     assert not (cache.tokens)
     assert not (cache.memory_bytes)
     assert not (cache.disk_bytes)
+
+
+def test_its_files_have_no_names(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a killed process leaves nothing behind. They are in the folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
+    with prepared(causal, rows_of(causal, LATE), disk_bytes=1 << 40) as cache:
+        assert cache.disk_bytes > 0
+        (file, *_) = cache._files
+        assert os.fstat(file.fileno()).st_size > 0
+        assert os.fstat(file.fileno()).st_dev == tmp_path.stat().st_dev
+        assert list(tmp_path.iterdir()) == []
+    assert file.closed
+
+
+def test_a_disk_that_takes_no_more_ends_no_training(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A quota, or a limit on the size of a file, while the disk itself has room."""
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    wanted, largest = plain(causal, rows, vectors), max(sizes(causal, rows))
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, hard))
+    try:
+        with prepared(causal, rows, disk_bytes=1 << 40) as cache:
+            assert 0 < len(cache._disk) < len(set(map(cache.ids_of, rows)))
+            found = target_logits(causal, rows, Learned(vectors), cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+    assert "cannot be written to the disk" in caplog.text
+
+
+def test_no_folder_for_temporary_files(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does that end a training."""
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with prepared(causal, rows, disk_bytes=1 << 40) as cache:
+        assert not cache.disk_bytes
+        assert target_logits(causal, rows, Learned(vectors), cache=cache).isfinite().all()
+
+
+def test_what_cannot_be_read_is_computed_anew(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    wanted = plain(causal, rows, vectors)
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
+    with prepared(causal, rows, disk_bytes=1 << 40) as cache:
+        for file in cache._files:
+            file.truncate(100)
+        found = target_logits(causal, rows, Learned(vectors), cache=cache)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+
+
+def test_it_is_read_from_the_disk_as_it_was_written(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backbone's own dtype, bit by bit."""
+    causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    rows = rows_of(causal, LATE)
+    with prepared(causal, rows) as kept:
+        wanted = dict(kept._memory)
+    monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
+    with prepared(causal, rows, disk_bytes=1 << 40) as cache:
+        found = cache._find(wanted)
+        assert not cache.memory_bytes
+    assert {part.dtype for part in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[ids], part) for ids, part in wanted.items())
 
 
 def test_rows_that_were_not_prepared_are_run_too(causal: Backbone) -> None:
@@ -150,10 +237,13 @@ def test_texts_that_no_row_needs_any_more_are_dropped(
 ) -> None:
     """From memory and from the disk, and their bytes no longer count."""
     monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: (1 << 40) if in_memory else 0)
+    monkeypatch.setattr(prefix_cache, "FILES", 1 << 40)  # a file for each text
     rows = rows_of(causal, LATE)
-    with prepared(causal, rows) as cache, prepared(causal, rows[1:2]) as wanted:
+    room = 1 << 39
+    with prepared(causal, rows, disk_bytes=room) as cache, prepared(causal, rows[1:2], disk_bytes=room) as wanted:
         assert cache.tokens > wanted.tokens
+        files = [*cache._files]
         cache.keep_only(rows[1:2])
         assert cache.to_json() == wanted.to_json()
-        assert cache._folder is None or len(list(Path(cache._folder.name).iterdir())) == 1
+        assert sum(not file.closed for file in files) == (0 if in_memory else 1)
         assert bool(cache.disk_bytes) != in_memory

@@ -18,10 +18,10 @@ from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.errors import FileError, TrainingError
 from ptuning.experiment.demo import MANUAL, DemoResult, run_demo
+from ptuning.names import VECTORS_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.statistics import majority, score
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template

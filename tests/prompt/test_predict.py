@@ -10,19 +10,19 @@ import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.forward import Memory
 from ptuning.backbone.lora import add_adapters
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
-from ptuning.engine.batch import Side
-from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
@@ -312,10 +312,10 @@ def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:
 def test_equal_scores_keep_the_order_given(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tie rule of ``rank``."""
 
-    def level(_backbone: object, examples: list[Example], _learned: object, **_: object) -> Tensor:
-        return torch.zeros(sum(len(one.logit_positions) for one in examples), causal.embedding_rows)
+    def level(_backbone: object, examples: list[list[Example]], *_: object, **__: object) -> list[list[float]]:
+        return [[-1.0 * len(example.target_ids) for example in own] for own in examples]
 
-    monkeypatch.setattr("ptuning.prompt.predict.target_logits", level)
+    monkeypatch.setattr("ptuning.prompt.predict.candidate_log_probs", level)
     for order in itertools.permutations(["yes", "no", "25"]):
         mean = PromptModel(causal).rank(RECORDS, learned(causal, TEMPLATE), order, normalise="mean")
         assert [c.text for c in mean[0]] == list(order)
@@ -326,14 +326,13 @@ def test_many_candidates_of_many_lengths_in_bounded_passes(causal: Backbone, mon
     letters = "abcdefgh"
     candidates = ["".join(letters[(i // 8**k) % 8] for k in range(1 + i % 12)) + str(i) for i in range(300)]
     sizes = []
-    real = target_logits
+    real = causal.run
 
-    def spy(backbone: Backbone, examples: list[Example], prompts: Learned, *, pad_side: Side) -> Tensor:
-        positions = sum(len(one.logit_positions) for one in examples)
-        sizes.append((len(examples) * max(len(one.token_ids) for one in examples), positions))
-        return real(backbone, examples, prompts, pad_side=pad_side)
+    def spy(embeddings: Tensor, **named: Any) -> tuple[Tensor, Memory | None]:
+        sizes.append((embeddings.shape[:2].numel(), len(named["rows"])))
+        return real(embeddings, **named)
 
-    monkeypatch.setattr("ptuning.prompt.predict.target_logits", spy)
+    monkeypatch.setattr(causal, "run", spy)
     monkeypatch.setattr(batch_module, "MAX_BATCH_TOKENS", 400)
     monkeypatch.setattr(batch_module, "MAX_BATCH_POSITIONS", 100)
     prompt = learned(causal, TEMPLATE)

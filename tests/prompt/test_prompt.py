@@ -21,9 +21,9 @@ from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError, PTuningError, TemplateError
+from ptuning.names import MANIFEST_FILE
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.storage import MANIFEST_FILE
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, learned, make_model
 

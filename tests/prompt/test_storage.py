@@ -23,9 +23,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError
+from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
-from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, REQUIRED_KEYS, VECTORS_FILE, VECTORS_KEY
+from ptuning.prompt.storage import REQUIRED_KEYS
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from tests.conftest import FAMILIES, RECORDS, learned
@@ -177,7 +178,7 @@ def test_a_prompt_is_three_small_files(saved: Path) -> None:
 
 
 def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> None:
-    """Saving over a prompt is an error, and the old one stays; with ``overwrite`` nothing of the old one is left."""
+    """Saving over a prompt is an error, and the old one stays; with ``overwrite`` it goes, and files of others stay."""
     (saved / "notes.txt").write_text("mine")
     before = (saved / VECTORS_FILE).read_bytes()
     other = learned(causal, TEMPLATE, seed=9)
@@ -185,7 +186,8 @@ def test_saving_does_not_overwrite_unasked(saved: Path, causal: Backbone) -> Non
         other.save(saved)
     assert (saved / VECTORS_FILE).read_bytes() == before
     other.save(saved, overwrite=True)
-    assert sorted(path.name for path in saved.iterdir()) == sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE))
+    left = sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE, "notes.txt"))
+    assert sorted(path.name for path in saved.iterdir()) == left
     assert (saved / VECTORS_FILE).read_bytes() != before
 
 

@@ -37,6 +37,7 @@ CHANGED = TrainConfig(
     seed=2**63 - 1,
     checkpoint_seconds=0.0,
     cache_memory=0.0,
+    cache_disk=1.5,
     checkpointing=True,
 )
 
@@ -105,6 +106,7 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
         ("checkpoint_seconds", (-1.0, math.nan, math.inf), (0.0,)),
         ("warmup_fraction", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dropout", (-0.1, 1.0, math.nan), (0.0, 0.99)),
+        ("cache_disk", (-0.1, math.inf, math.nan), (0.0, 2.5)),
         ("cache_memory", (-0.1, 1.0, math.nan), (0.0, 0.99)),
         ("dev_fraction", (0.0, 1.0, math.nan), (0.01, 0.99)),
         ("encoder", ("gru", ""), ("lstm", "mlp", "none")),

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,25 +92,56 @@ def test_damaged_json_is_named(tmp_path: Path, data: bytes, message: str) -> Non
         files.read_json(tmp_path / "a.json")
 
 
-def test_check_free(tmp_path: Path) -> None:
-    """A folder may be written if it is not there, is empty, or is to be overwritten; a file in its place never."""
-    full, empty, file = tmp_path / "full", tmp_path / "empty", tmp_path / "file"
-    full.mkdir()
-    empty.mkdir()
-    file.touch()
-    (full / "a").touch()
-    files.check_free(tmp_path / "new", overwrite=False)
-    files.check_free(empty, overwrite=False)
-    files.check_free(full, overwrite=True)
-    with pytest.raises(
-        FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"
-    ):
-        files.check_free(full, overwrite=False)
-    for overwrite in (False, True):
-        with pytest.raises(FileError, match="file exists and is not a folder; choose another output folder"):
-            files.check_free(file, overwrite=overwrite)
-    with pytest.raises(FileError, match="File name too long"):
-        files.check_free(tmp_path / ("x" * 300), overwrite=False)
+def test_a_file_of_a_temporary_name_is_neither_followed_nor_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever guesses the name of a temporary file could have us write through a link; the name cannot be guessed."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine", encoding="utf-8")
+    path = tmp_path / "a.json"
+    for name in (f".a.json.{os.getpid()}.tmp", ".a.json.0000000000000000.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    files.write_text(path, "new")
+    assert not path.is_symlink()
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
+    with pytest.raises(FileError, match="cannot write"):
+        files.write_text(path, "newer")
+    assert (victim.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")) == ("mine", "new")
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "a.json"
+    victim.write_text("mine", encoding="utf-8")
+    path.symlink_to(victim)
+    files.write_text(path, "new")
+    assert (victim.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")) == ("mine", "new")
+    assert not path.is_symlink()
+
+
+def test_threads_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    """They shared the name of the temporary file, and half of the writes failed."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: files.write_json(tmp_path / "a.json", {"n": number}), range(200)))
+    assert "n" in files.read_json(tmp_path / "a.json")
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_only_regular_files_of_a_plausible_size_are_read(tmp_path: Path) -> None:
+    """A pipe would never end, /dev/zero would fill the memory, and so would a file with a hole."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "hole").open("wb") as handle:
+        handle.truncate(2**31)
+    (tmp_path / "link").symlink_to(tmp_path / "small")
+    (tmp_path / "small").write_bytes(b"1234")
+    for name in ("pipe", "zero"):
+        for read in (files.file_sha256, files.read_json, lambda path: files.read_bytes(path, at_most=9)):
+            with pytest.raises(FileError, match=rf"cannot read .*{name}: it is not a regular file"):
+                read(tmp_path / name)
+    for path, limit in ((tmp_path / "hole", 2**20), (tmp_path / "small", 3)):
+        with pytest.raises(FileError, match=rf"is larger than the {limit:,} bytes that it can have"):
+            files.read_bytes(path, at_most=limit)
+    assert files.read_bytes(tmp_path / "link", at_most=4) == b"1234"
 
 
 def test_check_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,87 +158,6 @@ def test_check_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError, match=r"no room on disk for .*b: 3 MB are needed and 2 MB are free; free some space"):
         files.check_room(folder, 3_000_000)
     assert asked == [tmp_path, tmp_path]
-
-
-def test_a_published_folder_appears_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "out"
-    with files.publish_folder(folder) as temporary:
-        (temporary / "a").write_text("new", encoding="utf-8")
-        assert not folder.exists()
-    assert (folder / "a").read_text(encoding="utf-8") == "new"
-    assert folder.stat().st_mode & 0o777 == 0o755
-    assert names(tmp_path / "deep") == ["out"]
-
-
-def test_an_overwritten_folder_loses_its_old_files(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").touch()
-    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
-        pytest.fail("the block must not run")
-    with files.publish_folder(folder, overwrite=True) as temporary:
-        (temporary / "new").touch()
-    assert names(folder) == ["new"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_block_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").touch()
-    with pytest.raises(ZeroDivisionError), files.publish_folder(folder, overwrite=True) as temporary:
-        (temporary / "new").write_text(str(1 / 0), encoding="utf-8")
-    assert names(folder) == ["old"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "old").touch()
-    rename = Path.rename
-
-    def fail_for_the_new(path: Path, target: Path) -> Path:
-        if path.suffix == ".tmp":
-            full_disk()
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail_for_the_new)
-    with (
-        pytest.raises(FileError, match=r"cannot write .*out: No space left on device; free some space"),
-        files.publish_folder(folder, overwrite=True) as temporary,
-    ):
-        (temporary / "new").touch()
-    assert names(folder) == ["old"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_what_another_process_published_meanwhile_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with pytest.raises(FileError, match="not empty"), files.publish_folder(folder):
-        files.write_text(make(folder) / "theirs", "")
-    assert names(folder) == ["theirs"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.mkdtemp", no_rights)
-    with (
-        pytest.raises(FileError, match=r"cannot write beside .*: Permission denied"),
-        files.publish_folder(tmp_path / "a"),
-    ):
-        pytest.fail("the block must not run")
-
-
-def test_a_folder_behind_a_link_takes_what_is_published(tmp_path: Path) -> None:
-    """The link used to become a folder of its own, and to stay behind under another name."""
-    (tmp_path / "big").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "big")
-    with files.publish_folder(tmp_path / "link") as temporary:
-        (temporary / "a").write_text("1", encoding="utf-8")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "big" / "a").read_text(encoding="utf-8") == "1"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "link"]
 
 
 OUTSIDE: dict[str, object] = {

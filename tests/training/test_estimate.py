@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +76,30 @@ def test_the_kv_cache_is_counted_for_all_rows(causal: Backbone, monkeypatch: pyt
     assert found.memory.constant_part == pytest.approx(cache.memory_bytes, rel=0.01)
     assert found.seconds.constant_part > 0
     monkeypatch.setattr("ptuning.engine.prefix_cache.free_bytes", lambda _: 800)
-    small = module.estimate_spec(replace(spec, config=TrainConfig(epochs=2, batch_size=2, cache_memory=0.5)), causal)
-    assert small.memory.constant_part == 400
-    assert small.memory.on_disk == pytest.approx(cache.memory_bytes - 400, rel=0.01)
+    for disk in (0.0, 4e-6, 1.0):
+        config = TrainConfig(epochs=2, batch_size=2, cache_memory=0.5, cache_disk=disk)
+        small = module.estimate_spec(replace(spec, config=config), causal)
+        assert small.memory.constant_part == 400
+        assert small.memory.on_disk == pytest.approx(min(disk * 1e9, cache.memory_bytes - 400), rel=0.01)
+
+
+@pytest.mark.usefixtures("ticking")
+def test_texts_without_room_take_time_in_every_epoch(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that are tried find room, and not all rows will."""
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    monkeypatch.setattr(module, "TIMED_STEPS", 1)
+    monkeypatch.setattr(module, "SCORED", 1)
+    seconds = itertools.count()
+    monkeypatch.setattr(module, "clock", lambda: float(next(seconds)))
+    found = []
+    for free in (1 << 40, 20_000):
+        monkeypatch.setattr("ptuning.engine.prefix_cache.free_bytes", lambda _, free=free: free)
+        spec = TrainSpec(LATE, FACTS[:15], dev=FACTS[15:], config=TrainConfig(epochs=2, batch_size=2, cache_memory=0.5))
+        found.append(module.estimate_spec(spec, causal))
+    roomy, tight = found
+    assert tight.memory.constant_part < roomy.memory.constant_part
+    assert tight.seconds.epoch > roomy.seconds.epoch
+    assert tight.seconds.dev > roomy.seconds.dev
 
 
 def test_it_is_public_and_its_numbers_are_json(causal: Backbone) -> None:

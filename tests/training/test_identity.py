@@ -14,7 +14,13 @@ SETTINGS: dict[str, Json] = {**TrainConfig().to_json(), "device": "cpu"}
 
 def test_settings_that_change_no_result_are_left_out() -> None:
     found = identity(SETTINGS, {"train": "a1"}, fingerprint="f0", recipe=4)
-    other: dict[str, Json] = {**SETTINGS, "device": "cuda", "checkpointing": True, "cache_memory": 0.0}
+    other: dict[str, Json] = {
+        **SETTINGS,
+        "device": "cuda",
+        "checkpointing": True,
+        "cache_memory": 0.0,
+        "cache_disk": 1.0,
+    }
     assert identity({**other, "checkpoint_seconds": 1.0}, {"train": "a1"}, fingerprint="f0", recipe=4) == found
     assert found["train data (sha256)"] == "a1"
     assert "recipe of training" not in identity({}, {}, fingerprint="f0", recipe=None)

@@ -42,17 +42,24 @@ from ptuning.errors import (
     TemplateError,
     TrainingError,
 )
-from ptuning.files import Json
-from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.files import Json, new_path
+from ptuning.names import (
+    CARD_FILE,
+    CHECKPOINT_FILE,
+    CHECKPOINT_FOLDER,
+    MANIFEST_FILE,
+    PREDICTIONS_FILE,
+    PROMPT_FOLDER,
+    RUN_FILE,
+    VECTORS_FILE,
+)
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
-from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, VECTORS_FILE
 from ptuning.records import Record, as_records
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
-from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
@@ -242,7 +249,7 @@ def test_killed_between_prompt_and_record(causal: Backbone, tmp_path: Path, monk
         patch.setattr("ptuning.training.run.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run(causal, tmp_path / "cut")
-    (tmp_path / "cut" / ".prompt.x.old").mkdir()  # a kill between two renames leaves one
+    new_path(tmp_path / "cut" / RUN_FILE).touch()  # a kill before the renaming leaves one
     steps: list[Progress] = []
     resumed = run(causal, tmp_path / "cut", resume=True, report=steps.append)
     assert not [step for step in steps if step.stage == "train"]
@@ -373,12 +380,16 @@ def test_what_a_killed_run_left_half_written_goes(how: str, causal: Backbone, tm
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         run(causal, out, should_stop=after(2))
-    (out / ".prompt.abc.tmp").mkdir()
-    (out / ".prompt.abc.tmp" / "weights").write_bytes(b"half")
-    (out / ".run.json.12.tmp").write_bytes(b"half")
-    (out / ".prompt.abd.old").mkdir()
+    half = new_path(out / CHECKPOINT_FOLDER / "files")
+    half.mkdir()
+    for path in (half / CHECKPOINT_FILE, new_path(out / RUN_FILE), new_path(out / CHECKPOINT_FOLDER / CHECKPOINT_FILE)):
+        path.write_bytes(b"half")
+    mine = [out / ".run.json.backup.old", out / ".run.json.12.tmp", out / ".prompts.old"]
+    for path in mine:
+        path.write_bytes(b"not half")
     run(causal, out, resume=how == "resume", overwrite=how == "overwrite")
-    assert sorted(path.name for path in out.iterdir()) == sorted((PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE))
+    left = (PROMPT_FOLDER, RUN_FILE, PREDICTIONS_FILE, *(path.name for path in mine))
+    assert sorted(path.name for path in out.iterdir()) == sorted(left)
 
 
 @pytest.mark.parametrize("lr", [1e38, 1e308])
@@ -566,8 +577,8 @@ def test_several_starts_share_the_text_in_front_of_the_slots(
         ids.extend(group)
         return real_run(parts, group)
 
-    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float) -> None:
-        real_init(parts, backbone, memory_share=memory_share)
+    def init(parts: PrefixCache, backbone: Backbone, *, memory_share: float, disk_bytes: int) -> None:
+        real_init(parts, backbone, memory_share=memory_share, disk_bytes=disk_bytes)
         made.append(parts)
 
     monkeypatch.setattr(PrefixCache, "_run", watch)

@@ -25,17 +25,17 @@ from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
-from ptuning.names import CHECKPOINT_FOLDER, PROMPT_FOLDER, RUN_FILE
+from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.records import Record
 from ptuning.training import fleet, step
 from ptuning.training import train_fleet as runs
-from ptuning.training.fleet import AT_ONCE, STATE_FILE, Fleet, Member
+from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.run import TrainResult, train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
-from ptuning.training.train_fleet import FLEET_FILE, FleetResult, train_fleet
+from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model, small_memory
 
@@ -435,7 +435,7 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text("{}")
+    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
     with pytest.raises(TrainingError, match="damaged"):
         train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 

@@ -34,6 +34,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
+from ptuning.names import CHECKPOINT_FILE
 from ptuning.progress import NUMBERS, Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
@@ -43,7 +44,6 @@ from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
-from ptuning.training.checkpoint import CHECKPOINT_FILE
 from ptuning.training.step import Chunk, Step, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts

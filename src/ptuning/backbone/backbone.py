@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ptuning.backbone.forward import HEAD, Forward, Memory
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
-from ptuning.backbone.probes import beside_pads, check_reading, same_logits, turning_length
+from ptuning.backbone.probes import beside_pads, check_reading, follows_branches, same_logits, turning_length
 from ptuning.backbone.randomness import own_draws
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, original_lengths
 from ptuning.errors import BackboneError
@@ -268,6 +268,15 @@ class Backbone:
 
     @functools.cached_property
     @torch.no_grad()
+    def branches(self) -> bool:
+        """Whether a row can hold several continuations of its beginning. Found by running one row and both alone.
+        Positions must be those that are asked for, in rows of any length, and attention must follow any mask.
+        """
+        positions_are_free = self._forward.takes_positions and self.turn is None
+        return self.shares_prefix and positions_are_free and follows_branches(self)
+
+    @functools.cached_property
+    @torch.no_grad()
     def pads_left(self) -> bool:
         """Whether rows can have pads on the left. Found by running one row with pads and without.
         They cannot if positions count from the first pad (BART) or a recurrent state reads every column (RWKV).
@@ -315,7 +324,8 @@ class Backbone:
 
         Args:
             embeddings: (B, T, E).
-            mask: (B, T_all) int64; 1 at tokens, remembered ones included.
+            mask: (B, T_all) int64; 1 at tokens, remembered ones included. For a model that :attr:`branches` also
+                (B, 1, T, T_all) bool; which column reads which.
             positions: (B, T) int64; from 0 in each row, whatever the model itself counts from.
             rows: (N,) int64; the rows of the wanted logits, in order.
             cols: (N,) int64; their columns.

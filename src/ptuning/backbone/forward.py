@@ -97,7 +97,7 @@ class Forward:
         self.kind = kind
         self._name = name
         self.first_position = _first_position(model)
-        self._takes_positions = "position_ids" in accepted
+        self.takes_positions = "position_ids" in accepted
         # A model without a segment table (GPT-2, XLM) would add the embedding of the word with the segment's id.
         self._takes_segments = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
         # The head reads the body, or (OPT, encoder-decoder models) the decoder inside of it.
@@ -151,7 +151,7 @@ class Forward:
             cols = cols - encoder_tokens
         else:
             inputs = {"inputs_embeds": embeddings, "attention_mask": mask}
-        if self._takes_positions:
+        if self.takes_positions:
             inputs["position_ids"] = positions + self.first_position
         if self._takes_segments:
             inputs["token_type_ids"] = torch.full_like(positions, segment_id)

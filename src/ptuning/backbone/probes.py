@@ -158,6 +158,37 @@ def beside_pads(backbone: Probed, *, left: int = 0, right: int = 0) -> Tensor:
     return logits
 
 
+def follows_branches(backbone: Probed) -> bool:
+    """Whether a row with two continuations of its first two tokens gives the logits of two rows with one each."""
+    first, second, third = probe_ids(backbone).tolist()
+    # Columns 2 and 3 are one continuation, column 4 is the other.
+    row, positions, parents = [first, second, third, first, second], [0, 1, 2, 3, 2], [0, 0, 1, 2, 1]
+    reads = torch.eye(len(row), dtype=torch.bool, device=backbone.device)  # (T, T)
+    for column, parent in enumerate(parents):
+        reads[column] |= reads[parent]
+    try:
+        both = _logits_of(backbone, row, positions, [3, 4], reads[None, None])
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return False
+    alone = [_logits_of(backbone, one, list(range(len(one))), [len(one) - 1]) for one in (row[:4], [*row[:2], row[4]])]
+    return same_logits(backbone, both, torch.cat(alone))
+
+
+def _logits_of(
+    backbone: Probed, ids: list[int], positions: list[int], cols: list[int], mask: Tensor | None = None
+) -> Tensor:
+    """Return the logits of one row at some columns, (N, V)."""
+    row, at, asked = (torch.tensor(values, device=backbone.device) for values in (ids, positions, cols))
+    logits, _ = backbone.run(
+        backbone.embed(row[None]),
+        mask=torch.ones_like(row[None]) if mask is None else mask,
+        positions=at[None],
+        rows=torch.zeros_like(asked),
+        cols=asked,
+    )
+    return logits
+
+
 def probe_ids(backbone: Probed) -> Tensor:
     """Return three token ids, (3,), without the model's own pad token."""
     padding = getattr(backbone.model.config.get_text_config(), "pad_token_id", None)

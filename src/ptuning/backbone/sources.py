@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
+import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, closest
-from ptuning.files import check_room, file_sha256, parse_json, publish_folder, sweep, write_json
+from ptuning.files import check_room, file_sha256, is_temporary, parse_json, write_json
+from ptuning.names import publish_folder
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
@@ -136,10 +141,10 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
         return folder
     file = weights.find()
     _check_reader(weights.name)
-    sweep(folder.parent, (*KNOWN, GGUF_COPY), older_seconds=STALE_SECONDS)
+    _sweep(folder.parent)
     check_room(folder, weights.copy_bytes)
     try:
-        with publish_folder(folder, overwrite=True) as temporary:
+        with publish_folder(folder, last=MANIFEST) as temporary:
             try:
                 convert(file, temporary)
             except OSError as error:
@@ -152,6 +157,16 @@ def cached_folder(weights: GgufWeights, convert: Callable[[Path, Path], None]) -
         if not _is_whole(folder):
             raise
     return folder
+
+
+def _sweep(root: Path) -> None:
+    """Remove half-made copies that killed processes left in the cache."""
+    copies = rf"({'|'.join(map(re.escape, (*KNOWN, GGUF_COPY)))})[\w.-]*"
+    for path in root.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            is_half = is_temporary(path.name, copies) and not path.is_symlink()
+            if is_half and time.time() - path.stat().st_mtime >= STALE_SECONDS:
+                shutil.rmtree(path)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError
+from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 
 if TYPE_CHECKING:
@@ -60,6 +61,15 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
+        if len(texts) < SHARING_TEXTS or not self._words_are_apart:
+            return self._encode(texts)
+        return encode_alike(self._encode, texts)
+
+    @functools.cached_property
+    def _words_are_apart(self) -> bool:
+        return has_words_apart(self._tokenizer.get_vocab())
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded = self._tokenizer(list(texts), split_special_tokens=True, **BARE)

@@ -19,9 +19,21 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.probes import beside_pads, running
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
-from ptuning.files import Json, Unchecked, file_error, file_sha256, read_bytes, replacing, write_bytes
+from ptuning.files import (
+    Json,
+    Unchecked,
+    file_error,
+    file_sha256,
+    open_regular,
+    read_bytes,
+    replacing,
+    settled,
+    temporary_folder,
+    write_bytes,
+)
 
 PREFIX = ".weights-"
+MAX_FILE_BYTES = 2**28  # of a file beside the weights: the config of an adapter, a tokenizer
 DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
@@ -158,13 +170,14 @@ class TrainedWeights:
         for name in hashes:
             if Path(name).name != name:
                 raise about.failure(f"'{name}' is not the name of a file")
-        tensors = read_tensors(folder / empty.file)  # first: "cut off" says more than "changed"
+        places = {name: settled(folder / name, wanted) for name, wanted in hashes.items()}
+        tensors = read_tensors(places[empty.file])  # first: "cut off" says more than "changed"
         for name, wanted in hashes.items():
-            if file_sha256(folder / name) != wanted:
+            if file_sha256(places[name]) != wanted:
                 raise PromptError(
                     f"{folder / name} was changed since it was saved: its sha256 is not the one written down"
                 )
-        files = {name: read_bytes(folder / name) for name in hashes if name != empty.file}
+        files = {name: read_bytes(places[name], at_most=MAX_FILE_BYTES) for name in hashes if name != empty.file}
         return cls(tune, keep, empty.fingerprint, tensors, files)
 
 
@@ -173,14 +186,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, texts: Mapping[s
     Raises FileError if it cannot be written; nothing is left behind.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.touch()
-        rights = temporary.stat().st_mode  # of any new file; safetensors makes one that only its owner can read
+    # safetensors writes a file of another name first, which a kill would leave: in a folder that is swept.
+    with replacing(path) as temporary, temporary_folder(path.parent) as folder:
         try:
-            safetensors.torch.save_file(plain, temporary, {"format": "pt", **(texts or {})})
-            temporary.chmod(rights)
+            safetensors.torch.save_file(plain, folder / path.name, {"format": "pt", **(texts or {})})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
+        (folder / path.name).chmod(temporary.stat().st_mode)  # safetensors' file is for its owner only
+        (folder / path.name).replace(temporary)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -188,7 +201,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises FileError if it cannot be read, and PromptError if it is cut off or damaged.
     """
     try:
-        with path.open("rb"), safetensors.safe_open(path, framework="pt") as opened:
+        with open_regular(path), safetensors.safe_open(path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     except OSError as error:
         raise file_error("read", path, error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,7 +160,8 @@ def compare(
         template=template,
         vocabulary=vocabulary,
         train_size=train_size,
-        name=Path(data).stem.partition(":")[0] or "task",  # it becomes a folder
+        # It becomes a folder.
+        name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
         **plan(),
     )
 

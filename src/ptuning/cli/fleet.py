@@ -46,12 +46,12 @@ def fleet(
 
     Example: ptuning fleet --config fleet.toml --out runs/fleet
     """
-    from ptuning.files import check_free
+    from ptuning.names import check_writable, fleet_layout
     from ptuning.training.fleet_file import read_fleet
     from ptuning.training.tracking import TrainingLog
 
     asked = read_fleet(config)
-    check_free(out, overwrite=overwrite or resume)
+    check_writable(out, fleet_layout(one.name for one in asked.entries), overwrite=overwrite, resume=resume)
     prompts = read_prompts(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))

@@ -233,6 +233,9 @@ def training(
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
     ] = SETTINGS.cache_memory,
+    cache_disk: Annotated[
+        float, typer.Option(metavar="GB", help="Of the disk, for what has no room in that memory.")
+    ] = SETTINGS.cache_disk,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
     labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
     calibrate: CalibrateOption = None,
@@ -241,7 +244,8 @@ def training(
 ) -> TrainInputs:
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    config = config_of(set_, **chosen, cache_memory=cache_memory, **tune_options(tune, backbone_lr, keep))
+    chosen |= {"cache_memory": cache_memory, "cache_disk": cache_disk}
+    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 

@@ -40,10 +40,10 @@ def train(
 
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
-    from ptuning.files import check_free
+    from ptuning.names import RUN, check_writable
     from ptuning.training.tracking import TrainingLog
 
-    check_free(out, overwrite=overwrite or resume)
+    check_writable(out, RUN, overwrite=overwrite, resume=resume)
     spec = training_spec(asked)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")

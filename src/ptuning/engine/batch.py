@@ -29,7 +29,7 @@ class Batch:
 
     Args:
         token_ids: (B, T) int64; zero at pads and slots, which only the mask and the slot positions tell apart.
-        mask: (B, T) int64; 1 at tokens and slots, 0 at pads.
+        mask: (B, T) int64; 1 at tokens and slots, 0 at pads. Or (B, 1, T, T) bool; which column reads which.
         positions: (B, T) int64; 0, 1, 2, ... from each row's first token.
         slot_rows, slot_cols: (S,) int64; the positions of slots.
         slot_index: (S,) int64; for each of them, the row of the (P, E) slot vectors that goes there.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,29 +104,57 @@ def run_pass(
         if any(texts):
             past = cache.past(texts)
             examples = [row_behind(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
-    batch = collate(examples, learned, pad_side=pad_side).to(backbone.device)
+    return run_batch(backbone, collate(examples, learned, pad_side=pad_side), learned, past=past, keep=keep)
+
+
+def run_batch(
+    backbone: Backbone, batch: Batch, learned: Learned, *, past: Past | None = None, keep: bool = False
+) -> Pass:
+    """Run rows that are padded already; ``past`` and ``keep`` as for :func:`run_embeddings`."""
+    batch = batch.to(backbone.device)
     embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
     logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep)
     return Pass(batch, embeddings, logits, memory)
 
 
+def run_behind(backbone: Backbone, same: Sequence[Batch], learned: Learned) -> Iterator[Tensor]:
+    """Run batches of one row each that begin alike, what they share once, and yield the logits of each, (N, V)."""
+    shared, layers = min(batch.shared_tokens for batch in same), None
+    for one in same:
+        batch = replace(one, shared_tokens=shared).to(backbone.device)
+        embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
+        if layers is None and shared:
+            layers = backbone.run_prefix(embeddings[:, :shared], positions=batch.positions[:, :shared], rows=1).layers
+        memory = None if layers is None else Memory.of(layers)
+        yield run_embeddings(backbone, embeddings, batch, prefix=memory)[0]
+
+
 def run_embeddings(
-    backbone: Backbone, embeddings: Tensor, batch: Batch, *, past: Past | None = None, keep: bool = False
+    backbone: Backbone,
+    embeddings: Tensor,
+    batch: Batch,
+    *,
+    past: Past | None = None,
+    prefix: Memory | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Memory | None]:
-    """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays.
+    """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays; ``prefix``
+    is the KV cache of the shared tokens, if they were run before.
     Returns (N, V) float32 logits, row by row; and the KV cache, if asked for (``keep``; then no prefix is shared).
     """
-    rows, shared, memory, mask, positions = len(batch.counts), 0, None, batch.mask, batch.positions
+    rows, shared, memory, mask, positions = len(batch.counts), 0, prefix, batch.mask, batch.positions
     if past is not None:
         memory = Memory.of(past.layers)
         mask = torch.cat([past.mask, mask], dim=1)  # (B, C + T)
         positions = positions + past.mask.sum(dim=1, keepdim=True)
+    elif prefix is not None:
+        shared = batch.shared_tokens
     elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
         shared = batch.shared_tokens
         memory = backbone.run_prefix(embeddings[:1, :shared], positions=positions[:1, :shared], rows=rows)
     return backbone.run(
         embeddings[:, shared:],  # (B, T - shared, E)
-        mask=mask,
+        mask=mask if mask.ndim == 2 else mask[:, :, shared:],
         positions=positions[:, shared:],
         rows=batch.logit_rows,
         cols=batch.logit_cols - shared,

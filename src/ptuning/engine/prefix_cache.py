@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import psutil
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,7 +25,10 @@ logger = logging.getLogger(__name__)
 # Each step copies the cached keys and values of its rows together, so caching short texts does not pay.
 # Source: docs/decisions.md, decision 27.
 MIN_PREFIX_TOKENS = 8
+# Room on the disk that others keep, and the number of files among which the cache's own room is divided: a file goes
+# when none of its texts is wanted any more.
 SPARED_DISK_BYTES = 2 << 30
+FILES = 64
 
 Told = Callable[[int, int], None]
 
@@ -38,25 +40,38 @@ class Past(NamedTuple):
     mask: Tensor
 
 
+class OnDisk(NamedTuple):
+    """Where an entry of the cache stands in a file."""
+
+    file: IO[bytes]
+    at: int
+    shape: torch.Size
+    dtype: torch.dtype
+    size: int
+
+
 class PrefixCache:
     """Keys and values of the text before each row's first slot, by its token ids, for a frozen causal backbone.
 
     Slots do not change them and no gradient flows through them. So they are computed once, and rows then run from their
-    first slot onwards. Entries beyond ``memory_share`` of the free memory (0 turns the cache off) go to files, and
-    those without room on the disk are computed anew in each step. As a context manager, it drops everything at the end.
+    first slot onwards. Entries beyond ``memory_share`` of the free memory (0 turns the cache off) go to files of at
+    most ``disk_bytes`` together, in the folder for temporary files; those without room there are computed anew in each
+    step. The files have no names, so that they are gone when the process ends, however it ends. As a context manager,
+    the cache drops everything at the end.
     Source: docs/decisions.md, decision 27.
     """
 
-    def __init__(self, backbone: Backbone, *, memory_share: float) -> None:
+    def __init__(self, backbone: Backbone, *, memory_share: float, disk_bytes: int = 0) -> None:
         self.backbone = backbone
         self.is_used = False
         self.memory_bytes = 0
-        self.disk_bytes = 0
+        self.disk_limit = disk_bytes
         self._memory_share = memory_share
         self._memory: dict[Ids, Tensor] = {}
-        self._disk: dict[Ids, tuple[Path, int]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._written = 0
+        self._disk: dict[Ids, OnDisk] = {}
+        self._files: dict[IO[bytes], int] = {}  # with the bytes written to each
+        self.token_bytes = 0  # of one token, once any text was computed
+        self._told = False
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -68,10 +83,14 @@ class PrefixCache:
         """Drop everything; rows run whole until the next :meth:`prepare`."""
         self._memory.clear()
         self._disk.clear()
-        self.is_used, self.memory_bytes, self.disk_bytes = False, 0, 0
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self.is_used, self.memory_bytes = False, 0
+        self._close_files()
+
+    def _close_files(self) -> None:
+        """Close, and so remove, the files that hold nothing that is wanted."""
+        for file in self._files.keys() - {entry.file for entry in self._disk.values()}:
+            del self._files[file]
+            file.close()
 
     def keep_only(self, examples: Iterable[Example]) -> None:
         """Drop the entries that none of these rows needs."""
@@ -79,9 +98,8 @@ class PrefixCache:
         for ids in self._memory.keys() - wanted:
             self.memory_bytes -= self._memory.pop(ids).nbytes
         for ids in self._disk.keys() - wanted:
-            file, size = self._disk.pop(ids)
-            self.disk_bytes -= size
-            file.unlink(missing_ok=True)
+            del self._disk[ids]
+        self._close_files()
 
     def prepare(self, examples: Iterable[Example], *, report: Told | None = None) -> bool:
         """Fill the cache for rows, if that :meth:`pays`, and return whether it does.
@@ -121,8 +139,27 @@ class PrefixCache:
             done += sum(map(len, group))
             if report is not None:
                 report(done, total)
-        if left_out:
-            logger.info("no room on the disk for the KV cache of %d texts; they are computed anew", left_out)
+        logger.info("KV cache of %d tokens in front of the slots: %s", self.tokens, self.size)
+        if left_out and not self._told:
+            self._told = True
+            logger.warning(
+                "the KV cache takes %s, and has no room for %d of %d texts in front of the slots; they are computed "
+                "anew in every step. More memory (--cache-memory) or disk (--cache-disk) makes training faster",
+                self.size,
+                left_out,
+                len(wanted),
+            )
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(self._files.values())
+
+    @property
+    def size(self) -> str:
+        """What it takes, in words."""
+        disk = f" and {self.disk_bytes / 1e6:,.1f} MB on the disk" if self.disk_bytes else ""
+        return f"{self.memory_bytes / 1e6:,.1f} MB of memory{disk}"
 
     def budget(self) -> int:
         """Return the most bytes of memory that the cache may take, by how much is free now."""
@@ -146,32 +183,65 @@ class PrefixCache:
             self.backbone.embed(batch.token_ids), mask=batch.mask, positions=batch.positions
         )
         whole = torch.stack([torch.stack(pair) for pair in memory.layers])  # (L, 2, B, H, C, D)
+        self.token_bytes = whole[:, :, 0, :, 0].nbytes
         return [whole[:, :, row, :, : len(ids)].clone() for row, ids in enumerate(group)]
 
     def _write(self, ids: Ids, part: Tensor) -> bool:
-        """Write an entry to a file, and return whether the disk has room."""
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="ptuning-cache-")
-        if shutil.disk_usage(self._folder.name).free < part.nbytes + SPARED_DISK_BYTES:
+        """Write an entry to a file, and return whether that could be done. After a failure nothing more is written."""
+        if self.disk_bytes + part.nbytes > self.disk_limit:
             return False
-        self._written += 1
-        file = Path(self._folder.name) / f"{self._written}.safetensors"
-        safetensors.torch.save_file({"part": part}, file)
-        self._disk[ids] = file, part.nbytes
-        self.disk_bytes += part.nbytes
+        try:
+            if shutil.disk_usage(tempfile.gettempdir()).free < part.nbytes + SPARED_DISK_BYTES:
+                return False
+            file = self._file()
+            self._disk[ids] = OnDisk(file, self._files[file], part.shape, part.dtype, part.nbytes)
+            left = memoryview(part.cpu().contiguous().view(torch.uint8).numpy().data.cast("B"))
+            file.seek(self._files[file])
+            while left:
+                left = left[file.write(left) :]
+            self._files[file] += part.nbytes
+        except OSError as error:
+            self._disk.pop(ids, None)
+            self.disk_limit = 0
+            logger.warning("the KV cache cannot be written to the disk (%s); what has no room is computed anew", error)
+            return False
         return True
+
+    def _file(self) -> IO[bytes]:
+        """Return the file that is written to: the last one, or a new one if that has its share."""
+        last = next(reversed(self._files), None)
+        if last is None or self._files[last] > self.disk_limit / FILES:
+            last = tempfile.TemporaryFile(buffering=0, prefix="ptuning-cache-")  # noqa: SIM115 - open beyond this call
+            self._files[last] = 0
+        return last
+
+    def _read(self, entry: OnDisk) -> Tensor | None:
+        """Return an entry from its file; None if it cannot be read."""
+        data = bytearray(entry.size)
+        left = memoryview(data)
+        try:
+            entry.file.seek(entry.at)
+            while left:
+                read = cast("io.RawIOBase", entry.file).readinto(left)
+                if not read:
+                    return None
+                left = left[read:]
+        except OSError:
+            return None
+        return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape).to(self.backbone.device)
 
     def _find(self, wanted: Iterable[Ids]) -> dict[Ids, Tensor]:
         """Return the keys and values of texts, (L, 2, H, C, D) each; those that are not cached are computed now."""
         found: dict[Ids, Tensor] = {}
         missing = []
         for ids in wanted:
-            if ids in self._memory:
-                found[ids] = self._memory[ids]
-            elif ids in self._disk:
-                found[ids] = safetensors.torch.load_file(self._disk[ids][0])["part"].to(self.backbone.device)
-            else:
+            part = self._memory.get(ids)
+            if part is None and ids in self._disk:
+                part = self._read(self._disk[ids])
+            if part is None:
                 missing.append(ids)
+            else:
+                found[ids] = part
         for group in text_groups(missing, self.backbone.side):
             found |= dict(zip(group, self._run(group), strict=True))
         return found

@@ -14,18 +14,16 @@ from ptuning.data.reading import load_records
 from ptuning.errors import FileError
 from ptuning.files import Json, Unchecked, read_json, read_json_lines, write_json, write_json_lines
 from ptuning.metrics import EXACT_MATCH
-from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.names import CHECKPOINT_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN, RUN_FILE, VECTORS_FILE
 from ptuning.progress import Interrupted, OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
-from ptuning.prompt.storage import VECTORS_FILE
 from ptuning.provenance import described
 from ptuning.records import Records
 from ptuning.statistics import Score, majority, score
 from ptuning.template.language import Template
 from ptuning.training.run import TrainResult, train
-from ptuning.training.run_folder import OURS
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def run_demo(
     holds another run, or a demo with other settings.
     """
     is_run = any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FOLDER))
-    if not overwrite and not is_run and any((out / name).exists() for name in OURS):
+    if not overwrite and not is_run and any((out / name).exists() for name in (*RUN.files, *RUN.folders)):
         raise FileError(f"{out} holds part of another run; choose another folder (--out), or give --overwrite")
     parts = {split: load_records(f"{FACTS}:{split}") for split in ("train", "dev", "test")}
     result = train(

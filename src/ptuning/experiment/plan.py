@@ -15,13 +15,13 @@ from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
-from ptuning.files import Json, check_free, make_folder
+from ptuning.files import Json, make_folder
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
-from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, RESULTS_FILE
+from ptuning.names import ALL_METHODS, COMPARISON, RANDOM_WEIGHTS, check_writable
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
-from ptuning.report.results_file import CELLS_FOLDER, MethodInfo, Results
+from ptuning.report.results_file import MethodInfo, Results
 from ptuning.report.write import write_report
 
 
@@ -153,6 +153,7 @@ def run_jobs(
     _check_folder(plan.out)
     suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
+    suite.tidy()
     # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.
     found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
@@ -176,10 +177,8 @@ def run_jobs(
 
 
 def _check_folder(out: Path) -> None:
-    if (out / RESULTS_FILE).is_file() or (out / CELLS_FOLDER).is_dir():
-        return
-    check_free(out, overwrite=True)
-    if out.is_dir() and any(out.iterdir()):
+    found = check_writable(out, COMPARISON, overwrite=True)
+    if found.foreign and not found.ours:
         raise FileError(f"{out} holds files, but no results of a comparison; choose another folder (--out)")
 
 

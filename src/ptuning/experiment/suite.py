@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,23 @@ from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job, answered_rows, digest
-from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, sweep, write_json
+from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer, score_values
-from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS, RUN_FILE
+from ptuning.names import (
+    CELL,
+    COMPARISON,
+    FLEET_CHECKPOINT,
+    FLEETS_FOLDER,
+    PREDICTIONS_FILE,
+    RANDOM_WEIGHTS,
+    RUN_FILE,
+    STARTED_FILE,
+    UNLABELLED_FILE,
+    remove,
+    sweep,
+)
 from ptuning.progress import Interrupted, OnProgress, Progress, named
 from ptuning.provenance import described, versions
 from ptuning.report.cell_files import read_answers, write_answers
@@ -36,14 +47,8 @@ from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 
 logger = logging.getLogger(__name__)
 
-# The identity of a cell that is not finished. With other settings, its checkpoints must not be resumed.
-STARTED_FILE = "started.json"
-# Answers to rows without labels, such as the test split of SuperGLUE.
-UNLABELLED_FILE = "unlabelled.jsonl"
 # What methods train of the backbone, the cheapest first.
 CHEAP_FIRST = (None, "frozen", "lora", "tuned")
-# Checkpoints of prompts that are trained together.
-FLEETS_FOLDER = "fleets"
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Suite:
             saved = _saved_identity(folder)
             if saved is None:
                 if overwrite:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder, CELL)
                 continue  # it is missing or damaged, and will be made again
             try:
                 check_identity(self.identity(cell), saved, where=cell.folder)
@@ -114,9 +119,16 @@ class Suite:
                     raise FileError(
                         f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
                     ) from error
-                shutil.rmtree(folder)
+                remove(folder, CELL)
                 # Prompts that were trained together with it have other settings, too.
-                shutil.rmtree(self.out / FLEETS_FOLDER, ignore_errors=True)
+                remove(self.out / FLEETS_FOLDER, COMPARISON.folders[FLEETS_FOLDER])
+
+    def tidy(self) -> None:
+        """Remove what killed processes left in the folder: half-written files, and marks that a finished cell began."""
+        sweep(self.out, COMPARISON)
+        for cell in self.cells:
+            if self.load(cell) is not None:
+                (self.out / cell.folder / STARTED_FILE).unlink(missing_ok=True)
 
     def run(
         self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
@@ -184,7 +196,7 @@ class Suite:
             # For example too little memory, or a damaged checkpoint. One after another they may still succeed.
             logger.warning("training prompts at once failed: %s; going on one after another", error)
             logger.debug("the error in full", exc_info=error)
-            shutil.rmtree(place, ignore_errors=True)
+            remove(place, FLEET_CHECKPOINT)
             for cell in left:
                 going.tell(cell)
                 yield self._run(cell, going)
@@ -314,7 +326,6 @@ class Suite:
 
     def _start(self, cell: Cell) -> None:
         make_folder(self.out / cell.folder)
-        sweep(self.out / cell.folder, (RUN_FILE, PREDICTIONS_FILE, STARTED_FILE, UNLABELLED_FILE))
         write_json(self.out / cell.folder / STARTED_FILE, {"identity": self.identity(cell)})
 
     def _setup(self, cell: Cell, going: _Going) -> Setup:

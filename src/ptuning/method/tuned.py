@@ -5,7 +5,6 @@ learning rates.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.classification_head import HeadModel
 from ptuning.method.manual import answering
-from ptuning.names import ALONG, LEARNED, MANUAL
+from ptuning.names import ALONG, LEARNED, MANUAL, RUN, remove
 from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -84,8 +83,9 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
     setting = RATES[tune]
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
-        share = replace(setup.config, tune=tune).prefix_cache_share
-        prefix_cache = temporary.enter_context(PrefixCache(setup.backbone, memory_share=share))
+        share, disk = replace(setup.config, tune=tune).prefix_cache_share, setup.config.prefix_cache_bytes
+        cache = PrefixCache(setup.backbone, memory_share=share, disk_bytes=disk)
+        prefix_cache = temporary.enter_context(cache)
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
         for one in _tried(task, setup, template, tune=tune):
@@ -101,7 +101,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         prompt = Prompt.load(folder / f"try-{best + 1}")
         model = PromptModel(setup.backbone).for_prompt(prompt)
         for number in range(1, len(tried) + 1) if tune == "tuned" else ():
-            shutil.rmtree(folder / f"try-{number}", ignore_errors=True)
+            remove(folder / f"try-{number}", RUN)
     return answering(task, setup, model, prompt, closed=task.vocabulary, **_noted(tried, records[best]))
 
 

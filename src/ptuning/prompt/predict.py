@@ -14,17 +14,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
+from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.generate import write_answers
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import (
-    Choice,
-    Item,
-    candidate_item,
-    class_scores,
-    inputs_of,
-    question_items,
-    score_choices,
-)
+from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import PromptError, RecordError
 from ptuning.files import Json
@@ -34,6 +27,9 @@ from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
 
 Found = TypeVar("Found")
+
+# Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
+RANKED_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -173,24 +169,18 @@ class PromptModel:
         normalise: Sequence[Normalise],
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
-        items = _candidate_items(data, groups, list(candidates))
-        # One item per input, so that many candidates do not make a forward pass too large.
-        pieces = [(owner, *piece) for owner, item in enumerate(items) for piece in _by_input(item)]
-        scores = [[0.0] * len(candidates) for _ in items]
-        learned = learned.take([owner for owner, _, _ in pieces])
-        prefix = self._prefix([piece.inputs[0] for _, piece, _ in pieces], learned)
-        for chosen in batches([piece.inputs for _, piece, _ in pieces], prefix=prefix):
-            group = [pieces[index][1] for index in chosen]
-            scored = score_choices(group, self._run(inputs_of(group), learned.take(chosen)))
-            totals, means = (values.cpu().split(scored.per_item) for values in (scored.log_probs, scored.means))
-            for index, total, mean in zip(chosen, totals, means, strict=True):
-                owner, _, places = pieces[index]
-                found = mean if normalise[owner] == "mean" else total
-                for place, value in zip(places, found.tolist(), strict=True):
-                    scores[owner][place] = value
-        return [
-            sorted(map(Candidate, candidates, values), key=lambda candidate: -candidate.log_prob) for values in scores
-        ]
+        bound = {index: one for one, indices in groups for index in indices}
+        ranked = []
+        at_once = max(1, RANKED_ROWS // len(candidates))
+        for start in range(0, len(data), at_once):
+            part = range(start, min(start + at_once, len(data)))
+            examples = [bound[index].answers([data[index]], [candidates])[0] for index in part]
+            totals = candidate_log_probs(self.backbone, examples, learned.take(part), pad_side=self.pad_side)
+            for index, filled, values in zip(part, examples, totals, strict=True):
+                if normalise[index] == "mean":
+                    values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
+                ranked.append(sorted(map(Candidate, candidates, values), key=lambda one: -one.log_prob))
+        return ranked
 
     @torch.no_grad()
     def classify(
@@ -322,28 +312,6 @@ def rank_classes(
             # An item with fewer classes than others of the batch has no names for those that it lacks.
             found[index] = sorted(map(Candidate, names[index], values), key=lambda candidate: -candidate.log_prob)
     return found
-
-
-def _candidate_items(
-    records: Sequence[Record], groups: Sequence[tuple[BoundTemplate, list[int]]], candidates: Sequence[str]
-) -> list[Item]:
-    items: dict[int, Item] = {}
-    for bound, indices in groups:
-        filled = bound.answers([records[index] for index in indices], [candidates] * len(indices))
-        items |= {index: candidate_item(examples) for index, examples in zip(indices, filled, strict=True)}
-    return [items[index] for index in range(len(records))]
-
-
-def _by_input(item: Item) -> list[tuple[Item, list[int]]]:
-    """Split an item into one per input, each with the places of its choices in the whole item."""
-    places: list[list[int]] = [[] for _ in item.inputs]
-    for place, choice in enumerate(item.choices):
-        places[choice.input].append(place)
-    cut = [
-        Item((row,), tuple(Choice(0, item.choices[p].target_ids, item.choices[p].own_tokens) for p in found))
-        for row, found in zip(item.inputs, places, strict=True)
-    ]
-    return list(zip(cut, places, strict=True))
 
 
 def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:

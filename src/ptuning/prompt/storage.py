@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,26 +23,41 @@ from ptuning.errors import FileError, PromptError
 from ptuning.files import (
     Json,
     Unchecked,
+    file_error,
     make_folder,
-    publish_folder,
     read_bytes,
     read_json,
+    settled,
     sha256,
+    staged,
+    temporary_folder,
     write_bytes,
     write_json,
     write_text,
 )
-from ptuning.names import PROMPT_FOLDER
+from ptuning.names import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    PAGE_MARKS,
+    PROMPT,
+    PROMPT_FOLDER,
+    VECTORS_FILE,
+    VECTORS_KEY,
+    WEIGHTS_FOLDER,
+    check_writable,
+    delete,
+    locked,
+)
 from ptuning.provenance import VERSION, versions
 
 FORMAT_VERSION = 1
 # The prompt includes weights of the backbone. A reader of version 1 alone must refuse it: it would ignore the weights.
 WEIGHTS_VERSION = 2
-VECTORS_FILE = "prompt.safetensors"
-MANIFEST_FILE = "prompt.json"
-CARD_FILE = "README.md"
-WEIGHTS_FOLDER = "backbone"
-VECTORS_KEY = "slot_vectors"
+# A file of vectors is not larger than its header and two times its float32 numbers, nor than this.
+HEADER_BYTES, MAX_VECTORS_BYTES = 2**20, 2**31
+# How often a prompt that does not fit together is read, since another process may be saving it.
+ATTEMPTS = 3
 # The whole numbers of a manifest, and the least that each may be.
 NUMBERS = {"format_version": 1, "slots": 0, "width": 1, "target_tokens": 1, "seed": 0}
 REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width", "slots", "method", "vectors_sha256")
@@ -74,14 +91,46 @@ def write_prompt(
     data = safetensors.torch.save({VECTORS_KEY: kept.contiguous()}, {"format": "pt"})
     manifest: dict[str, Json] = {"format_version": FORMAT_VERSION, **about}
     manifest |= {"vectors_sha256": sha256(data), "versions": dict(versions())}
-    with publish_folder(folder, overwrite=overwrite) as temporary:
-        write_bytes(temporary / VECTORS_FILE, data)
-        if weights is not None:
-            make_folder(temporary / WEIGHTS_FOLDER)
-            saved = weights.save(temporary / WEIGHTS_FOLDER)
-            manifest |= {"format_version": WEIGHTS_VERSION, "weights": saved}
-        write_json(temporary / MANIFEST_FILE, manifest)
-        write_text(temporary / CARD_FILE, _card(manifest, weights, len(data)))
+    check_writable(folder, PROMPT, overwrite=overwrite)
+    is_new = not folder.exists()
+    make_folder(folder)
+    try:
+        with locked(folder):
+            before = check_writable(folder, PROMPT, overwrite=overwrite)  # another process may have been faster
+            with temporary_folder(folder) as new:
+                write_bytes(new / VECTORS_FILE, data)
+                sums = {VECTORS_FILE: sha256(data)}
+                if weights is not None:
+                    make_folder(new / WEIGHTS_FOLDER)
+                    saved = weights.save(new / WEIGHTS_FOLDER)
+                    manifest |= {"format_version": WEIGHTS_VERSION, "weights": saved}
+                    hashes = cast("Mapping[str, str]", saved["sha256"])
+                    sums |= {f"{WEIGHTS_FOLDER}/{name}": digest for name, digest in hashes.items()}
+                _put(folder, new, sums, manifest)
+            write_text(folder / CARD_FILE, _card(manifest, weights, len(data)))
+            written = {folder / name for name in (MANIFEST_FILE, CARD_FILE, *sums)}
+            delete(path for path in (*before.ours, *before.temporary) if path not in written)
+            with contextlib.suppress(OSError):
+                (folder / WEIGHTS_FOLDER).rmdir()  # of an earlier prompt, and empty now
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # nothing could be written
+
+
+def _put(folder: Path, new: Path, sums: Mapping[str, str], manifest: Mapping[str, Json]) -> None:
+    """Move new files into a prompt's folder, so that there is a whole prompt in it at any moment: the files wait under
+    names of their own until the manifest names their sums, and :func:`read_prompt` finds them there.
+    """
+    try:
+        for name, digest in sums.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (new / name).replace(staged(folder / name, digest))
+        write_json(folder / MANIFEST_FILE, manifest)
+        for name, digest in sums.items():
+            staged(folder / name, digest).replace(folder / name)
+    except OSError as error:
+        raise file_error("write", folder, error) from error
 
 
 def read_prompt(folder: str | Path) -> Stored:
@@ -99,19 +148,31 @@ def read_prompt(folder: str | Path) -> Stored:
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
         )
-    manifest = read_json(where)
+    for attempt in itertools.count(1):
+        before = read_bytes(where, at_most=MAX_MANIFEST_BYTES)
+        try:
+            found = _read(path)
+        except (FileError, PromptError):
+            if attempt >= ATTEMPTS and read_bytes(where, at_most=MAX_MANIFEST_BYTES) == before:
+                raise
+            continue
+        if read_bytes(where, at_most=MAX_MANIFEST_BYTES) == before:  # otherwise another one was saved meanwhile
+            return found
+    raise AssertionError("the attempts do not end")
+
+
+def _read(path: Path) -> Stored:
+    where, file = path / MANIFEST_FILE, path / VECTORS_FILE
+    manifest = read_json(where, at_most=MAX_MANIFEST_BYTES)
     _check_manifest(manifest, where)
-    data = read_bytes(path / VECTORS_FILE)
-    vectors = _read_vectors(data, path / VECTORS_FILE)
-    if sha256(data) != manifest["vectors_sha256"]:
-        raise PromptError(
-            f"{path / VECTORS_FILE} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}"
-        )
-    slots, width = manifest["slots"], manifest["width"]
+    slots, width, digest = manifest["slots"], manifest["width"], str(manifest["vectors_sha256"])
+    numbers = slots * width if isinstance(slots, int) and isinstance(width, int) else 0
+    data = read_bytes(settled(file, digest), at_most=min(HEADER_BYTES + 8 * abs(numbers), MAX_VECTORS_BYTES))
+    vectors = _read_vectors(data, file)
+    if sha256(data) != digest:
+        raise PromptError(f"{file} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}")
     if slots and tuple(vectors.shape) != (slots, width):
-        raise PromptError(
-            f"{path / VECTORS_FILE}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says ({slots}, {width})"
-        )
+        raise PromptError(f"{file}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says ({slots}, {width})")
     weights = None
     if manifest["format_version"] == WEIGHTS_VERSION:
         about = Unchecked(manifest, f"{where} is damaged", PromptError).at("weights")
@@ -171,7 +232,7 @@ def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_byt
     lines = [
         "# A prompt for a language model",
         "",
-        f"Made by the method `{manifest['method']}` with [ptuning](https://arxiv.org/abs/2103.10385) {VERSION}.",
+        f"Made by the method `{manifest['method']}` {PAGE_MARKS[CARD_FILE]} {VERSION}.",
         "",
         "| | |",
         "|---|---|",

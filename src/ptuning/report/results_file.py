@@ -18,12 +18,11 @@ from typing import Literal
 from ptuning.errors import FileError
 from ptuning.files import Json, Unchecked, read_json, write_json
 from ptuning.metrics import primary
-from ptuning.names import LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE
+from ptuning.names import CELLS_FOLDER, LEARNED, MANUAL, RANDOM_WEIGHTS, RESULTS_FILE, is_folder_name
 from ptuning.statistics import Score
 
 FORMAT_VERSION = 1
 AGAIN = "run the benchmark again"  # the advice about a damaged file
-CELLS_FOLDER = "cells"
 Status = Literal["done", "failed", "waiting"]
 # The methods of the written prompt. A run that lacks the first is compared with the second.
 WRITTEN = (MANUAL, "manual-restricted")
@@ -52,7 +51,13 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Its folder, relative to that of the results."""
+        """Its folder, relative to that of the results; a FileError if a name, which data may bring, is no folder's."""
+        for name in (self.task, self.method.removesuffix(RANDOM_WEIGHTS)):
+            if not is_folder_name(name, spaces=True):
+                raise FileError(
+                    f"'{name}' cannot be the name of a task or a method: it becomes a folder; use letters, digits, "
+                    "spaces and - _ . + ="
+                )
         return f"{CELLS_FOLDER}/{self.task}/{self.method}/seed-{self.seed}"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.files import make_folder, write_text
+from ptuning.names import HTML_FILE, MARKDOWN_FILE, PAGE_MARKS, PICTURES_FOLDER, REPORT, check_writable, delete
 from ptuning.report.blocks import Picture
 from ptuning.report.results_file import read_results
 from ptuning.report.sections import build_page
@@ -14,8 +15,6 @@ from ptuning.report.sections import build_page
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER = "report.html", "report.md", "pictures"
-PICTURES = {"dots", "wordings", "curves"}
 # What could be read as markup in Markdown, in or out of a table.
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
 
@@ -29,17 +28,17 @@ def write_report(folder: str | Path) -> Path:
     page = build_page(results)
     environment = _environment()
     rendered = {
-        file: environment.get_template(f"{file}.jinja").render(page=page, folder=PICTURES_FOLDER)
+        file: environment.get_template(f"{file}.jinja").render(page=page, folder=PICTURES_FOLDER, mark=PAGE_MARKS[file])
         for file in (HTML_FILE, MARKDOWN_FILE)
     }
     blocks = [block for section in page.sections for block in section.blocks]
     drawn = {block.name: block.svg for block in blocks if isinstance(block, Picture)}
+    found = check_writable(results.folder, REPORT, overwrite=True)
     out = results.folder / PICTURES_FOLDER
     make_folder(out)
-    for name in PICTURES - drawn.keys():
-        (out / f"{name}.svg").unlink(missing_ok=True)  # of an earlier report on other results
     for name, svg in drawn.items():
-        write_text(out / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{svg}')
+        write_text(out / f"{name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{PAGE_MARKS[".svg"]}\n{svg}')
+    delete(path for path in found.ours if path.parent == out and path.stem not in drawn)  # of other results
     for file, text in rendered.items():
         write_text(results.folder / file, text)
     return results.folder / HTML_FILE

@@ -178,6 +178,8 @@ def _probes(prefix: MarkedText) -> tuple[MarkedText, MarkedText, MarkedText]:
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of leading ids that two sequences share."""
+    if other[: len(one)] == one:
+        return len(one)
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return index

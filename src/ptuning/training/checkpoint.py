@@ -19,10 +19,8 @@ from torch import Tensor
 from ptuning.backbone.trained_weights import PREFIX, read_tensors, write_tensors
 from ptuning.errors import FileError, PromptError, TrainingError
 from ptuning.files import Json, make_folder, parse_json
+from ptuning.names import BEST_FILE, CHECKPOINT, CHECKPOINT_FILE, delete, survey
 from ptuning.training.identity import check_identity
-
-CHECKPOINT_FILE = "state.safetensors"
-BEST_FILE = "best-{epoch}.safetensors"
 
 
 @dataclass
@@ -120,13 +118,14 @@ class KeptWeights:
     def keep(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
         """Write the weights of an epoch beside those of earlier epochs."""
         make_folder(self._folder)
-        write_tensors(self._file(epoch), {name: weight.detach() for name, weight in weights.items()})
+        plain = {name: weight.detach() for name, weight in weights.items()}
+        write_tensors(self._file(epoch), plain, texts={"epoch": str(epoch)})
 
     def forget_others(self, *, epoch: int) -> None:
         """Remove the weights of all other epochs, once no checkpoint names them."""
-        for file in self._folder.glob(BEST_FILE.format(epoch="*")):
-            if file != self._file(epoch):
-                file.unlink(missing_ok=True)
+        first = BEST_FILE.partition("{")[0]
+        ours = (path for path in survey(self._folder, CHECKPOINT).ours if path.parent == self._folder)
+        delete(path for path in ours if path.name.startswith(first) and path != self._file(epoch))
 
     def restore(self, weights: Mapping[str, Tensor], *, epoch: int) -> None:
         """Load the weights of an epoch; raise a PromptError if their file is damaged or of another backbone."""

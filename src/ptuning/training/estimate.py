@@ -201,7 +201,8 @@ class _Trial:
         self.steps = sampled(steps, _tokens, TIMED_STEPS)
         self.scored = sampled([[item] for item in run.items["dev"]], _tokens, SCORED)
         self.every = inputs_of([*train, *run.items["dev"]])
-        self.kept_bytes = self.trial_bytes = 0
+        self.in_memory = self.on_disk = self.trial_bytes = 0
+        self.anew_seconds = 0.0  # for each token in front of slots, in every epoch
         self.resident = taken_bytes(run.prepared.backbone.device)
         self.planned = 1 + len(self.steps) + 3
 
@@ -223,13 +224,17 @@ class _Trial:
         tried = inputs_of([item for items in (self.longest_step, *self.steps, *self.scored) for item in items])
         every, texts = ({ids for ids in map(cache.ids_of, rows) if ids} for rows in (self.every, tried))
         cache.keep([max(texts, key=len)])  # warms the machine up
-        warm, began = cache.tokens, clock()
+        began = clock()
         cache.keep(texts)
-        spent = (clock() - began) / max(1, cache.tokens - warm)
+        token_seconds = (clock() - began) / max(1, sum(map(len, texts)) - max(map(len, texts)))
         tokens = sum(map(len, every))
         self.trial_bytes = cache.memory_bytes
-        self.kept_bytes = (cache.memory_bytes + cache.disk_bytes) * tokens // cache.tokens
-        return spent * tokens
+        needed = cache.token_bytes * tokens
+        self.in_memory = min(needed, cache.budget())
+        self.on_disk = min(needed - self.in_memory, cache.disk_limit)
+        if cache.tokens == sum(map(len, texts)):  # else what is computed anew is part of the steps that are timed
+            self.anew_seconds = token_seconds * (needed - self.in_memory - self.on_disk) / needed
+        return token_seconds * tokens
 
     def time_steps(self) -> float:
         """Return the seconds of an epoch's steps; with learning rates of 0, nothing is learned."""
@@ -251,7 +256,7 @@ class _Trial:
         learner.optimizer.zero_grad(set_to_none=True)
         if learner.weights:
             learner.backbone.freeze()
-        return spent * _tokens(self.run.items["train"]) / tokens
+        return spent * _tokens(self.run.items["train"]) / tokens + self._anew("train")
 
     def _take(self, items: Sequence[Item]) -> None:
         (outcome,) = take_steps([Step(self.learner, items, number=0, epoch=1, rate=0.0)])
@@ -263,7 +268,12 @@ class _Trial:
         items, learned = [item for one in self.scored for item in one], Learned(self.learner.vectors())
         spent = timed(lambda: evaluate(self.learner.backbone, items, learned, cache=self.learner.cache))
         self._tell("development part")
-        return spent * _tokens(self.run.items["dev"]) / _tokens(items)
+        return spent * _tokens(self.run.items["dev"]) / _tokens(items) + self._anew("dev")
+
+    def _anew(self, part: str) -> float:
+        """Return the seconds of computing, once for each row of a part, texts for which the KV cache has no room."""
+        ids_of = self.learner.prefix_cache.ids_of
+        return self.anew_seconds * sum(len(ids_of(row)) for row in inputs_of(self.run.items[part]))
 
     def time_answers(self) -> float:
         """Return the seconds of writing answers to the development part; labels and choices are not written."""
@@ -290,7 +300,6 @@ class _Trial:
         weights = tensor_bytes([*backbone.model.parameters(), *backbone.model.buffers()])
         trained = tensor_bytes(learner.parameters())
         encoder = tensor_bytes(learner.encoder.parameters())
-        kept = min(self.kept_bytes, learner.prefix_cache.budget())
         activations = max(0, peak - self.resident - 3 * trained - self.trial_bytes)
         learner.prefix_cache.clear()
         return Bytes(
@@ -299,12 +308,12 @@ class _Trial:
             gradients=trained,
             optimizer=2 * trained,
             activations=activations,
-            constant_part=kept,
+            constant_part=self.in_memory,
             # With the moments of its encoder; those of the backbone's weights are dropped.
             other_starts=2 * encoder + trained if self.run.config.starts > 1 else 0,
             rest=max(0, peak - weights - 4 * trained - activations - self.trial_bytes),
             before=before,
-            on_disk=self.kept_bytes - kept,
+            on_disk=self.on_disk,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
+from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import Example
 from ptuning.training.step import Step, take_steps
@@ -31,8 +31,6 @@ AT_ONCE = 16
 STATE_SHARE = 0.25
 # Each weight has a gradient and two moments beside it, all float32.
 BYTES_PER_WEIGHT = 16
-# The state of a fleet: which prompts are done, which are in training, and the folder of each checkpoint.
-STATE_FILE = "fleet.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Fleet:
 
     Args:
         at_once: Most prompts that train at the same time.
-        memory_share: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
+        memory_share, disk_bytes: As of :class:`~ptuning.engine.prefix_cache.PrefixCache`.
         checkpoint: Folder of the checkpoint; None writes none.
         checkpoint_seconds: Time between checkpoints, which take at most a twentieth of the time.
 
@@ -90,6 +88,7 @@ class Fleet:
         *,
         at_once: int = AT_ONCE,
         memory_share: float,
+        disk_bytes: int = 0,
         checkpoint: Path | None = None,
         checkpoint_seconds: float,
     ) -> None:
@@ -101,7 +100,7 @@ class Fleet:
         self.backbone = backbone
         self.at_once = at_once
         self.checkpoint = checkpoint
-        self._memory_share = memory_share
+        self._cache_room = memory_share, disk_bytes
         self._pause = checkpoint_seconds
         self._saved_at, self._saving_seconds = time.monotonic(), 0.0
         self._live: list[_Live] = []
@@ -141,7 +140,8 @@ class Fleet:
         work = _Work(sum(map(_records, waiting)))
         if self.checkpoint is not None and not state.live:
             self._save({})
-        with PrefixCache(self.backbone, memory_share=self._memory_share) as prefix_cache:
+        share, disk = self._cache_room
+        with PrefixCache(self.backbone, memory_share=share, disk_bytes=disk) as prefix_cache:
             while waiting or self._live:
                 while waiting and self._has_room(goes_on=waiting[0].name in folders):
                     one = self._begin(waiting.popleft(), prefix_cache, folders, report, should_stop)
@@ -161,7 +161,7 @@ class Fleet:
                 if prefix_cache.is_used and len(self._live) < before:
                     prefix_cache.keep_only(row for one in self._live for row in _rows(one.member))
         if self.checkpoint is not None:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            remove(self.checkpoint, FLEET_CHECKPOINT)
 
     def _take_steps(self) -> dict[Trainer, TrainingError]:
         """Take the next step of every prompt in training; return the errors of those that failed."""
@@ -286,8 +286,9 @@ class Fleet:
         write_json(self._folder / STATE_FILE, {"live": dict(folders), "finished": list(self._finished)})
         kept = {folder.partition("/")[0] for folder in folders.values()}
         for entry in self._folder.iterdir():
-            if entry.is_dir() and entry.name not in kept:
-                shutil.rmtree(entry, ignore_errors=True)
+            layout = FLEET_CHECKPOINT.folder(entry.name)
+            if layout is not None and entry.name not in kept:
+                remove(entry, layout)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from ptuning.files import Json, sha256
 from ptuning.names import RUN_FILE
 
 # Settings that do not change the result, so that a training may be resumed with other values.
-IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "checkpointing", "device")
+IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "cache_disk", "checkpointing", "device")
 
 
 def identity(

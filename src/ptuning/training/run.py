@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,17 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
-from ptuning.names import ALONG, CHECKPOINT_FOLDER, LEARNED, MANUAL, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.names import (
+    ALONG,
+    CHECKPOINT,
+    CHECKPOINT_FOLDER,
+    LEARNED,
+    MANUAL,
+    PREDICTIONS_FILE,
+    PROMPT_FOLDER,
+    RUN_FILE,
+    remove,
+)
 from ptuning.progress import OnProgress, named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
@@ -139,9 +148,11 @@ class TrainingRun:
     ) -> TrainResult:
         """Train every start, or what is left to train; arguments as of :func:`train` (``constants`` is the cache)."""
         if self.finished is not None:
+            self.clear()
             return self.finished
         shared = contextlib.nullcontext(prefix_cache) if prefix_cache is not None else None
-        cache = shared or PrefixCache(self.prepared.backbone, memory_share=self.config.prefix_cache_share)
+        share, disk = self.config.prefix_cache_share, self.config.prefix_cache_bytes
+        cache = shared or PrefixCache(self.prepared.backbone, memory_share=share, disk_bytes=disk)
         with cache as kept:
             for number in range(self.config.starts):
                 trainer = self.trainer(number, checkpoint=self._checkpoint(number), prefix_cache=kept)
@@ -177,7 +188,7 @@ class TrainingRun:
     def clear(self) -> None:
         """Remove the run that this one replaces and half-written files, once it is certain that training starts."""
         if self.folder is not None:
-            clear_folder(self.folder, replaces=self._replaces)
+            clear_folder(self.folder, replaces=self._replaces, finished=self.finished is not None)
 
     def _checkpoint(self, number: int) -> Path | None:
         return checkpoint_folder(self.folder, number) if self.folder is not None else None
@@ -328,4 +339,4 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
     write_json(folder / RUN_FILE, record)
-    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+    remove(folder / CHECKPOINT_FOLDER, CHECKPOINT)

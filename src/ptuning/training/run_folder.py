@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ptuning.files import Json, Unchecked, check_free, read_json, sweep
-from ptuning.names import ALONG, CHECKPOINT_FOLDER, LOG_FOLDER, PREDICTIONS_FILE, PROMPT_FOLDER, RUN_FILE
+from ptuning.files import Json, Unchecked, read_json
+from ptuning.names import ALONG, CHECKPOINT, CHECKPOINT_FOLDER, RUN, RUN_FILE, check_writable, clear, remove, sweep
 from ptuning.training.identity import check_identity, identity_of_run
-
-OURS = (RUN_FILE, PREDICTIONS_FILE, PROMPT_FOLDER, CHECKPOINT_FOLDER)
 
 
 def checkpoint_folder(folder: Path, number: int) -> Path:
@@ -32,10 +28,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Json], *, resume: bool, over
         check_identity(wanted, identity_of_run(record), where=str(folder))
         _check_finished(Unchecked(record, f"{folder / RUN_FILE} is damaged", advice="start anew with --overwrite"))
         return record
-    only_ours = folder.is_dir() and all(
-        entry.name in (*OURS, LOG_FOLDER) or entry.name.endswith((".tmp", ".old")) for entry in folder.iterdir()
-    )
-    check_free(folder, overwrite=overwrite or (resume and only_ours))
+    check_writable(folder, RUN, overwrite=overwrite, resume=resume)
     return None
 
 
@@ -60,14 +53,12 @@ def _check_finished(run: Unchecked) -> None:
     dev.at("name").text()
 
 
-def clear_folder(folder: Path, *, replaces: bool) -> None:
-    """Remove half-written files of killed processes, and the earlier run if it is to be replaced."""
-    sweep(folder, OURS)
-    if not replaces:
-        return
-    # The record goes first: without it the rest does not count as a finished run.
-    for name in (RUN_FILE, PREDICTIONS_FILE):
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).unlink()
-    for name in (PROMPT_FOLDER, CHECKPOINT_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def clear_folder(folder: Path, *, replaces: bool, finished: bool) -> None:
+    """Remove what killed processes left: half-written files, and the checkpoint of a run that is finished; and the
+    earlier run, its record first, if it is to be replaced.
+    """
+    sweep(folder, RUN)
+    if replaces:
+        clear(folder, RUN)
+    elif finished:
+        remove(folder / CHECKPOINT_FOLDER, CHECKPOINT)

@@ -94,7 +94,9 @@ class Learner:
             ).to(frozen.device)
         self.optimizer = self._make_optimizer()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.prefix_cache = prefix_cache or PrefixCache(self.backbone, memory_share=config.prefix_cache_share)
+        self.prefix_cache = prefix_cache or PrefixCache(
+            self.backbone, memory_share=config.prefix_cache_share, disk_bytes=config.prefix_cache_bytes
+        )
         self.uses_prefix_cache = False
         self.pass_tokens: float = math.inf
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,18 @@ from accelerate import PartialState
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, PTuningError
-from ptuning.files import Json, check_free, write_json
-from ptuning.names import CHECKPOINT_FOLDER, LOG_FOLDER, is_folder_name
+from ptuning.files import Json, write_json
+from ptuning.names import (
+    CHECKPOINT_FOLDER,
+    FLEET_CHECKPOINT,
+    FLEET_FILE,
+    LOG_FOLDER,
+    check_writable,
+    fleet_layout,
+    is_folder_name,
+    remove,
+    sweep,
+)
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
@@ -24,7 +33,6 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
-FLEET_FILE = "fleet.json"
 # Between a prompt's name and the number of its start, if it has several starts.
 START = "#"
 
@@ -90,6 +98,8 @@ def train_fleet(
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
     runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
+    if folder is not None:
+        sweep(folder, fleet_layout(runs))
     results, failed = dict[str, TrainResult](), dict[str, str]()
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
     ended = fleet_runs(
@@ -129,11 +139,14 @@ def _prepared(
     """Return name -> run, all of them checked before anything is written."""
     if not prompts:
         raise ConfigError("the fleet has no prompts")
-    if folder is not None and not (resume or overwrite):
-        check_free(folder, overwrite=False)
+    names: list[str] = []
+    for prompt in prompts:
+        _check_name(prompt.name, names)
+        names.append(prompt.name)
+    if folder is not None:
+        check_writable(folder, fleet_layout(names), overwrite=overwrite, resume=resume)
     runs: dict[str, TrainingRun] = {}
     for prompt in prompts:
-        _check_name(prompt.name, runs)
         runs[prompt.name] = run_of(
             prompt,
             backbone,
@@ -171,13 +184,14 @@ def fleet_runs(
     for run in runs.values():
         run.clear()
     if checkpoint is not None and not resume:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove(checkpoint, FLEET_CHECKPOINT)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(
         next(iter(runs.values())).prepared.backbone,
         [_member(name, run, number) for name, run in runs.items() for number in range(run.config.starts)],
         at_once=at_once,
         memory_share=max(run.config.cache_memory for run in runs.values()),
+        disk_bytes=max(run.config.prefix_cache_bytes for run in runs.values()),
         checkpoint=checkpoint,
         checkpoint_seconds=min(run.config.checkpoint_seconds for run in runs.values()),
     )

@@ -138,15 +138,14 @@ class Trainer:
             Interrupted: If ``should_stop`` returned true; a checkpoint was written.
             TrainingError: If the loss on the development part is NaN or infinite.
         """
-        tell = report or (lambda _: None)
+        tell, learner, state = report or (lambda _: None), self.learner, self.state
 
         def passed(done: int, total: int) -> None:
-            tell(Progress("cache", done, total, "text in front of the slots"))
+            tell(Progress("cache", done, total, f"text in front of the slots, {learner.prefix_cache.size}"))
             if should_stop is not None and should_stop():
                 self._interrupt()
 
         inputs = (example for item in (*train, *dev) for example in item.inputs)
-        learner, state = self.learner, self.state
         learner.uses_prefix_cache = learner.prefix_cache.prepare(inputs, report=passed)
         self.cached = learner.prefix_cache.to_json()
         if not state.start:

@@ -1,0 +1,125 @@
+"""Candidates scored in rows of several: the invariant *Fast = slow* (docs/invariants.md), and what a pass may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+import ptuning.engine.batch
+from ptuning.backbone.backbone import Backbone
+from ptuning.engine import candidates as module
+from ptuning.engine.candidates import candidate_log_probs, plain_rows, tree_batch, tree_rows
+from ptuning.engine.learned import Learned
+from ptuning.engine.passes import target_logits
+from ptuning.template.fill import Example
+from tests.conftest import RECORDS, bound, learned
+
+TEMPLATE = "The capital of [P*3] [X] is [P] [Y]"
+# Of one and several tokens, some beginning like others, one that begins another.
+NAMES = ["yes", "no", "Nairobi", "São Tomé", "São", "a good film and a bad one", "a good film", "a bad one", "25"]
+
+
+def examples_of(backbone: Backbone, template: str, *, with_stop: bool = False) -> list[list[Example]]:
+    fill = bound(backbone, template)
+    return [fill.examples([record] * len(NAMES), targets=NAMES, with_stop=with_stop) for record in RECORDS]
+
+
+@torch.no_grad()
+def one_by_one(backbone: Backbone, examples: Sequence[Sequence[Example]], brought: Learned) -> list[list[float]]:
+    """Return the log-probability of each target from a pass of its own."""
+
+    def alone(example: Example) -> float:
+        logits = target_logits(backbone, [example], brought).log_softmax(dim=-1)
+        return sum(float(logits[at, token]) for at, token in enumerate(example.target_ids))
+
+    return [[alone(example) for example in own] for own in examples]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "[X] [P] {x} is [Y]", "[P] [Y]", "[X] is[P][Y]", '[X] ("[Y]'])
+@pytest.mark.parametrize("positions", [256, 12, 1])
+@pytest.mark.parametrize("with_stop", [False, True])
+def test_trees_of_candidates_equal_one_pass_each(
+    backbone: Backbone, template: str, positions: int, with_stop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many passes a record's candidates take, whatever they share, and with records of different length."""
+    examples = examples_of(backbone, template, with_stop=with_stop)
+    brought = learned(backbone, template).learned(backbone) if "[P" in template else Learned.none(backbone.width)
+    expected = one_by_one(backbone, examples, brought)
+    monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", positions)
+    with torch.no_grad():
+        found = candidate_log_probs(backbone, examples, brought, pad_side="right")
+    for own, other in zip(found, expected, strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
+    assert backbone.branches == (backbone.kind == "causal")
+
+
+def test_what_candidates_share_is_read_once(causal: Backbone) -> None:
+    """The context is in the row once, and each beginning of several candidates as well."""
+    examples = examples_of(causal, TEMPLATE)[1]
+    (row,) = tree_rows(examples)
+    context = min(example.logit_positions[0] for example in examples) + 1
+    beginnings = {
+        example.token_ids[context:length]
+        for example in examples
+        for length in range(context + 1, len(example.token_ids) + 1)
+    }
+    assert len(row.parents) == len(beginnings) > 3
+    assert len(row.example.token_ids) == context + len(beginnings)
+    assert len(row.example.logit_positions) == len({*beginnings, ()})
+    assert sorted(one.place for one in row.candidates) == list(range(len(NAMES)))
+
+
+def test_a_token_reads_its_context_and_what_leads_to_it(causal: Backbone) -> None:
+    """And nothing of another candidate; its position is that of a row of its own."""
+    examples = examples_of(causal, TEMPLATE)[1]
+    rows = tree_rows(examples)
+    batch = tree_batch(rows, learned(causal, TEMPLATE).learned(causal))
+    seen = set()
+    for column in range(len(rows[0].example.token_ids)):
+        read = batch.mask[0, 0, column].nonzero().flatten().tolist()
+        assert batch.positions[0, read].tolist() == list(range(len(read)))
+        seen.add(tuple(batch.token_ids[0, read].tolist()))
+    whole = {example.token_ids[:length] for example in examples for length in range(1, len(example.token_ids) + 1)}
+    assert seen == whole
+
+
+def test_the_context_of_a_record_that_fills_several_passes_runs_once(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = examples_of(causal, TEMPLATE)[:2]
+    brought = learned(causal, TEMPLATE).learned(causal)
+    assert causal.branches
+    monkeypatch.setattr(ptuning.engine.batch, "MAX_BATCH_POSITIONS", 10)
+    read: list[int] = []
+    causal.model.base_model.register_forward_pre_hook(
+        lambda _module, _inputs, named: read.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        candidate_log_probs(causal, examples, brought, pad_side="right")
+    contexts = [min(example.logit_positions[0] for example in own) for own in examples]
+    assert [length for length in read if length in contexts] == contexts
+    assert len(read) >= 6
+    assert max(set(read) - set(contexts)) <= 10  # the last token of the context, and tokens with asked logits
+
+
+def test_plain_rows_hold_the_candidates_that_differ_in_their_last_token(masked: Backbone) -> None:
+    examples = examples_of(masked, TEMPLATE)[0]
+    rows = plain_rows(examples)
+    assert len(rows) == len({len(example.target_ids) for example in examples}) < len(examples)
+    assert not any(row.parents for row in rows)
+
+
+def test_candidates_that_cannot_branch_run_in_rows_of_their_own(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scores, for a model that cannot hold several continuations in a row."""
+    examples, brought = examples_of(causal, TEMPLATE), learned(causal, TEMPLATE).learned(causal)
+    with torch.no_grad():
+        found = candidate_log_probs(causal, examples, brought, pad_side="right")
+        monkeypatch.setattr(causal, "branches", False)
+        monkeypatch.setattr(module, "tree_batch", None)
+        plain = candidate_log_probs(causal, examples, brought, pad_side="left")
+    for own, other in zip(found, plain, strict=True):
+        assert own == pytest.approx(other, abs=1e-4)
