@@ -30,6 +30,7 @@ class TrainConfig:
     Args:
         epochs: Passes over the training part.
         batch_size: Records per forward and backward pass.
+        max_length: Most tokens of a row, or what the model reads, if that is less; fields of longer rows are truncated.
         accumulation_steps: Passes per optimizer step (gradient accumulation), with the loss of one larger batch.
         lr: Peak learning rate of AdamW.
         weight_decay: Of AdamW.
@@ -64,6 +65,7 @@ class TrainConfig:
 
     epochs: int = 6
     batch_size: int = 8
+    max_length: int = 2048
     accumulation_steps: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -93,7 +95,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in ("epochs", "batch_size", "accumulation_steps", "starts", "patience", "lora_rank"):
+        for name in ("epochs", "batch_size", "max_length", "accumulation_steps", "starts", "patience", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
         for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from xml.dom.minidom import parseString
 
 from ptuning.report.pictures import curves, dots, mean_curve, strips
@@ -31,3 +32,10 @@ def test_control_characters_in_names_leave_the_pictures_well_formed() -> None:
         shown = parseString(svg).toxml()
         assert "a\ufffd" in shown
         assert "\U0001f600" in shown
+
+
+def test_the_lowest_panel_of_each_column_names_the_epochs() -> None:
+    """Of three panels in two columns, that is the second, too."""
+    curve = [(epoch, 0.5) for epoch in range(7)]
+    drawn = curves({name: [curve] for name in ("one", "two", "three")}, name="curves")
+    assert len(re.findall(r">\s*6\s*</text>", drawn)) == 2

@@ -94,6 +94,7 @@ WithoutOption = Annotated[
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
@@ -211,6 +212,7 @@ def training(
     encoder: EncoderOption = SETTINGS.encoder,
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
+    max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
     tune: Annotated[
         str,
@@ -244,7 +246,7 @@ def training(
 ) -> TrainInputs:
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"cache_memory": cache_memory, "cache_disk": cache_disk}
+    chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
