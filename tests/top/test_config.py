@@ -14,6 +14,7 @@ from ptuning.errors import ConfigError
 CHANGED = TrainConfig(
     epochs=3,
     batch_size=2,
+    max_length=99,
     accumulation_steps=4,
     lr=0.25,
     weight_decay=0.5,
@@ -97,6 +98,7 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
     [
         ("epochs", (0, -1), (1, 1000)),
         ("batch_size", (0,), (1,)),
+        ("max_length", (0, -5), (1, 10**6)),
         ("accumulation_steps", (0,), (1,)),
         ("patience", (0,), (1,)),
         ("seed", (-1, 2**63), (0, 2**63 - 1)),

@@ -245,7 +245,7 @@ def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens:
     found = learn(backbone, template, items, enough=lambda found: found.state.best_score == 1.0)
     assert found.state.start["dev_score"] == 0.0
     prompt = Prompt(found.learner.bound.template, found.best_vectors, BackboneId.of(backbone))
-    answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, max_tokens=tokens)[0]
+    answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, generation={"max_new_tokens": tokens})[0]
     if backbone.kind == "causal":
         assert answer.text == target
     else:
@@ -350,6 +350,30 @@ def test_the_choice_survives_a_resume(causal: Backbone, tmp_path: Path, monkeypa
 
 
 MODES: list[dict[str, Any]] = [{"dropout": 0.3}, {"tune": "tuned"}, {"accumulation_steps": 2, "encoder": "none"}]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "none"])
+def test_a_batch_of_many_tokens_runs_in_several_passes_with_the_gradients_of_one(
+    causal: Backbone, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long its rows are: only a single row is never cut."""
+    items = items_of(causal, TEMPLATE, FACTS)
+    gradients, passes = [], []
+    for tokens in (10_000, 40, 1):
+        monkeypatch.setattr(steps, "PASS_TOKENS", {"cpu": tokens})
+        learner = make_trainer(causal, encoder=kind, batch_size=7, max_grad_norm=1e9).learner
+        step = Step(learner, items, 0, 1, 1.0)
+        (taken,) = steps.take_steps([step])
+        assert isinstance(taken, steps.Taken)
+        passes.append([chunk.tokens for chunk in step.chunks()])
+        gradients.append([taken.loss_sum, *(weight.grad for weight in learner.parameters())])
+    assert (len(passes[0]), len(passes[2])) == (1, len(items))
+    assert len(passes[1]) > 1
+    assert max(passes[1]) <= 40
+    for found in gradients[1:]:
+        torch.testing.assert_close(found[0], gradients[0][0], rtol=1e-6, atol=0)
+        for one, whole in zip(found[1:], gradients[0][1:], strict=True):
+            torch.testing.assert_close(one, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli.help import print_help
-from ptuning.config import TrainConfig
+from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
 
@@ -94,6 +94,7 @@ WithoutOption = Annotated[
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
@@ -211,6 +212,7 @@ def training(
     encoder: EncoderOption = SETTINGS.encoder,
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over TRAIN.")] = SETTINGS.epochs,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
+    max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
     tune: Annotated[
         str,
@@ -244,10 +246,40 @@ def training(
 ) -> TrainInputs:
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"cache_memory": cache_memory, "cache_disk": cache_disk}
+    chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+
+
+def writing(
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")] = None,
+    num_beams: Annotated[int | None, typer.Option(metavar="N", help="Width of a beam search.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
+    do_sample: Annotated[bool | None, typer.Option("--do-sample", help="Draw each token (sampling).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
+    ] = None,
+    sampling_top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="F", help="Draw among the likeliest that sum to F.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 1 avoids repetitions.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends an answer; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the draws.", rich_help_panel="Answers")] = None,
+) -> GenerationSettings:
+    """Read the settings of writing; those that are not given have the defaults of ``GenerationSettings``."""
+    given: dict[str, object] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": sampling_top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop,
+        "seed": seed,
+    }
+    return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
 
 
 @functools.cache

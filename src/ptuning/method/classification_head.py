@@ -28,7 +28,6 @@ from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
-from ptuning.training.prepare import in_small_passes
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
@@ -126,10 +125,15 @@ class HeadModel:
         self.answer_space = answers = task.answer_space
         seed = derived_seed(config.seed, "classification head")
         copy = with_head(setup.backbone, len(answers.labels) or 1, seed=seed)
-        self.bound = BoundTemplate(head_template(task, kind=copy.kind), tokenizer=copy.tokenizer, kind=copy.kind)
+        self.bound = BoundTemplate(
+            head_template(task, kind=copy.kind),
+            tokenizer=copy.tokenizer,
+            kind=copy.kind,
+            max_length=config.max_length,
+        )
         parts = (answers.to_learn(task.train, seed=config.seed), task.dev)
         train, dev = (head_items(self.bound, part, answers) for part in parts)
-        trainer = Trainer(copy, self.bound, config=in_small_passes(config, train) if answers.has_choices else config)
+        trainer = Trainer(copy, self.bound, config=config)
         trainer.fit(train, dev, report=setup.report, should_stop=setup.should_stop)
         self.backbone = trainer.learner.backbone
         self.score, self.loss = trainer.state.best_score, trainer.state.best_loss

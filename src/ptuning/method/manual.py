@@ -19,19 +19,21 @@ from ptuning.template.language import Template
 
 def manual(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template as it is."""
-    return prompt_solution(task, setup, task.manual, closed=task.vocabulary)
+    return prompt_solution(task, setup, task.manual, closed=task.vocabulary, max_length=setup.config.max_length)
 
 
 def manual_restricted(task: Task, setup: Setup) -> Solution:
     """Ask with the manual template and take the likeliest of the task's objects. Without this restriction a causal
     model often goes on with "the".
     """
-    return prompt_solution(task, setup, task.manual, closed=task.objects)
+    return prompt_solution(task, setup, task.manual, closed=task.objects, max_length=setup.config.max_length)
 
 
-def prompt_solution(task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None) -> Solution:
-    """Return the solution that asks the frozen backbone with a template without slots."""
-    prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task))
+def prompt_solution(
+    task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None, max_length: int | None = None
+) -> Solution:
+    """Return the solution that asks the frozen backbone with a template without slots, with rows of ``max_length``."""
+    prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task), max_length=max_length)
     return answering(task, setup, PromptModel(setup.backbone), prompt, closed=closed)
 
 

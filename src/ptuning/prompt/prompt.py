@@ -74,6 +74,7 @@ class Prompt:
         calibrate: Whether to subtract from labels and choices their scores for an empty record.
         normalise: How labels and choices of several tokens are scored.
         target_tokens: Tokens of the longest training target. It limits the length of written answers.
+        max_length: Most tokens of a row, as in training; None for as many as the model reads.
         multiline: Whether training targets had line breaks. If not, a written answer ends with its line.
         learned_to_stop: Whether it was trained to end after the target; candidates can then be scored with their end.
         method: Name of the method that made it.
@@ -99,11 +100,14 @@ class Prompt:
     calibrate: bool = False
     normalise: Normalise = "sum"
     weights: TrainedWeights | None = None
+    max_length: int | None = None
     learned_to_stop: bool = False
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
             raise PromptError(f"target_tokens is {self.target_tokens}; the longest target has 1 token or more")
+        if self.max_length is not None and self.max_length < 1:
+            raise PromptError(f"max_length is {self.max_length}; rows have 1 token or more")
         if self.weights is not None and self.backbone is None:
             raise PromptError("trained weights need to say which backbone they belong to")
         if self.slot_vectors is None:
@@ -201,7 +205,13 @@ class Prompt:
         belongs to another backbone, or its shape does not fit.
         """
         backbone.check_evaluates()
-        bound = BoundTemplate(self.template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=self.multiline)
+        bound = BoundTemplate(
+            self.template,
+            tokenizer=backbone.tokenizer,
+            kind=backbone.kind,
+            multiline=self.multiline,
+            max_length=self.max_length,
+        )
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(
                 f"the prompt was trained together with weights of '{backbone.name}', and those are not in it; take "
@@ -306,12 +316,22 @@ class Prompt:
             "width": None if self.slot_vectors is None else self.slot_vectors.shape[1],
             "slots": self.slots,
             "target_tokens": self.target_tokens,
+            "max_length": self.max_length,
             "multiline": self.multiline,
             "learned_to_stop": self.learned_to_stop,
             "method": self.method,
             "seed": self.seed,
             "scores": dict(self.scores),
         }
+
+
+# A prompt, or the folder of one.
+OnePrompt = Prompt | str | Path
+
+
+def as_prompt(prompt: OnePrompt) -> Prompt:
+    """Return a prompt; the folder of one is read."""
+    return prompt if isinstance(prompt, Prompt) else Prompt.load(prompt)
 
 
 def as_template(template: str | Template) -> Template:
@@ -336,4 +356,5 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),
         weights=found.weights,
         learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
+        max_length=manifest.optional("max_length", Unchecked.whole),
     )

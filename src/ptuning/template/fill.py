@@ -84,11 +84,20 @@ class BoundTemplate:
     """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
 
     Unless targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
-    there anyway, so a prompt learns it in fewer steps than the end of the text. Raises a TemplateError if the words of
+    there anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's
+    limit or ``max_length`` tokens are truncated. Raises a TemplateError if the words of
     ``[P:words]`` have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
-    def __init__(self, template: Template, *, tokenizer: Tokenizer, kind: Kind, multiline: bool = False) -> None:
+    def __init__(
+        self,
+        template: Template,
+        *,
+        tokenizer: Tokenizer,
+        kind: Kind,
+        multiline: bool = False,
+        max_length: int | None = None,
+    ) -> None:
         if template.turn is not None and kind != "encoder-decoder":
             raise template.error(
                 f"[>] turns to a decoder's side, and this {kind} model has only one side; leave it out", template.turn
@@ -102,6 +111,7 @@ class BoundTemplate:
         self.tokenizer = tokenizer
         self.kind = kind
         self.multiline = multiline
+        self.max_length = min(max_length or tokenizer.max_tokens, tokenizer.max_tokens)
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
         self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
@@ -353,7 +363,7 @@ class BoundTemplate:
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
         own = len(example.token_ids) - example.encoder_tokens
-        return max(own + ahead, example.encoder_tokens) <= self.tokenizer.max_tokens
+        return max(own + ahead, example.encoder_tokens) <= self.max_length
 
     def _limit(self, rows: Sequence[_Row]) -> int:
         """Return the most characters to which fields without ``!`` can be truncated so that all rows of a record fit.
@@ -369,6 +379,11 @@ class BoundTemplate:
                 return limit
             limit = self._limit_of(max(misfits, key=itemgetter(0))[1], limit)
 
+    def _room(self) -> str:
+        if self.max_length < self.tokenizer.max_tokens:
+            return f"max_length leaves {self.max_length}"
+        return f"the model reads {self.max_length}"
+
     def _limit_of(self, row: _Row, high: int) -> int:
         """Return the most characters, fewer than ``high``, with which one row fits."""
         bare = self._fill([row], 0)[0]
@@ -377,8 +392,8 @@ class BoundTemplate:
             raise TemplateError(
                 f"{row.where} does not fit: slots ({self.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
-                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and the "
-                f"model reads {self.tokenizer.max_tokens}{' on either side' if bare.encoder_tokens else ''}; "
+                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and "
+                f"{self._room()}{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )
         low = 0

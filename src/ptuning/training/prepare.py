@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -21,8 +23,7 @@ from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
 
-# Tokens of one pass over rows that bring their choices: several copies of long texts must not fill the memory.
-PASS_TOKENS = 4096
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Prepared:
     """A training that was checked and may start, with the questions (``parts``) and items of ``train`` and ``dev``.
 
     Args:
-        config: The settings. Rows with choices run in smaller passes, with gradient accumulation.
         answers: What rows are answered with: labels, choices or text.
         began: When preparing began, by the monotonic clock.
     """
@@ -63,7 +63,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
     for name, questions in parts.items():
         _check(name, questions, answers)
-    bound = _bound(template, parts["train"], backbone)
+    bound = _bound(template, parts["train"], backbone, config)
     if words is not None:
         words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
 
@@ -73,11 +73,12 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     items = {name: items_of(questions) for name, questions in parts.items()}
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
-    final = config
     if parts["train"].has_choices:
         items["train"] = items_of(answers.to_learn(parts["train"], seed=config.seed))
-        final = in_small_passes(config, items["train"])
-    return Prepared(template, bound, backbone, final, answers, task, parts, items, began)
+    for name, made in items.items():
+        shortened = sum(any(example.shortened for example in item.inputs) for item in made)
+        _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
+    return Prepared(template, bound, backbone, config, answers, task, parts, items, began)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:
@@ -89,10 +90,16 @@ def _trainable(template: Template, config: TrainConfig) -> Template:
     return template
 
 
-def _bound(template: Template, train: Questions, backbone: Backbone) -> BoundTemplate:
+def _bound(template: Template, train: Questions, backbone: Backbone, config: TrainConfig) -> BoundTemplate:
     """Bind the template to the backbone, and check that the model sees its slots."""
     multiline = any("\n" in record[TARGET_FIELD] for record in train.records)
-    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, multiline=multiline)
+    bound = BoundTemplate(
+        template,
+        tokenizer=backbone.tokenizer,
+        kind=backbone.kind,
+        multiline=multiline,
+        max_length=config.max_length,
+    )
     if template.has_slots and not bound.slots:
         raise TemplateError(
             f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
@@ -107,6 +114,14 @@ def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
         raise FileError(f"the {name} data ({records.name}) holds no records")
     require_targets(records)
     answers.check(questions)
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_shortened(shortened: int, rows: int, name: str, most: int) -> None:
+    """Warn once per part of the data about text that the model will not see."""
+    if shortened:
+        text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
+        logger.warning(text, shortened, rows, name, most)
 
 
 def _set_aside(
@@ -128,11 +143,3 @@ def _answers(
     if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
     return answers
-
-
-def in_small_passes(config: TrainConfig, items: Sequence[Item]) -> TrainConfig:
-    """Cut batches of rows with choices into passes that fit into memory (gradient accumulation), with equal results."""
-    rows = max(1, min(config.batch_size, PASS_TOKENS // max(item.tokens for item in items)))
-    while config.batch_size % rows:
-        rows -= 1
-    return replace(config, batch_size=rows, accumulation_steps=config.accumulation_steps * (config.batch_size // rows))

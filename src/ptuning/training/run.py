@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.provenance import described, versions
-from ptuning.records import Record
+from ptuning.records import Rows
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
@@ -61,7 +61,7 @@ class TrainResult:
 
 def train(
     template: str | Template,
-    data: Sequence[Record] | Questions,
+    data: Rows | Questions,
     *,
     backbone: Backbone,
     out: str | Path | None = None,
@@ -231,6 +231,7 @@ class TrainingRun:
             BackboneId.of(trainer.learner.frozen),
             label_words=prepared.answers.words,
             target_tokens=max(choice.own_tokens for choice in choices),
+            max_length=prepared.config.max_length,
             multiline=prepared.bound.multiline,
             learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
             method=method_name(prepared.template, trainer.config.tune),
