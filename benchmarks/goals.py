@@ -32,7 +32,7 @@ class Goal:
     @property
     def text(self) -> str:
         """The goal as it stands in a table."""
-        unit = {"times": "x", "seconds": " s", "of the peer": "", "MB": " MB"}[self.unit]
+        unit = {"times": "x", "seconds": " s", "of the peer": "", "of transformers": "", "MB": " MB"}[self.unit]
         return f"{self.goal:g}{unit} or {'less' if self.most else 'more'}"
 
 
@@ -66,7 +66,9 @@ GOALS: dict[str, Goal] = {
     ),
     "import-seconds": Goal("import ptuning", "startup", 0.2, "seconds", True),
     "help-seconds": Goal("ptuning --help", "startup", 0.5, "seconds", True),
-    "load-seconds": Goal("loading the cached backbone in a new process", "startup", 3.0, "seconds", True),
+    "load-against-transformers": Goal(
+        "loading the cached backbone in a new process, against transformers", "startup", 1.1, "of transformers", True
+    ),
 }
 NOT_RUN = "not measured yet; make bench does it"
 

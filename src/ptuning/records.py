@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 from ptuning.errors import PTuningError, RecordError
 from ptuning.files import sha256
 
 Record = Mapping[str, str]
+
+
+class DataFrame(Protocol):
+    """A data frame of pandas or polars, or a table of pyarrow. None of these libraries is imported here."""
+
+    @property
+    def columns(self) -> Any: ...  # noqa: D102
+
+
+# What becomes records.
+Rows = Iterable[Mapping[str, object]] | DataFrame
 TARGET_FIELD = "y"
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
@@ -31,11 +43,49 @@ def canonical_json(record: Record) -> str:
     return json.dumps(dict(record), ensure_ascii=False, sort_keys=True)
 
 
-def as_records(data: Sequence[Record]) -> Records:
-    """Return ``data`` as :class:`Records`, unchanged if it is one already."""
+def as_records(data: Rows) -> Records:
+    """Return ``data`` as :class:`Records`, unchanged if it is one already.
+
+    ``data`` may be any iterable of mappings, a generator included, a ``datasets.Dataset`` (the numbers of a ClassLabel
+    become its names), a pandas or polars data frame, or a pyarrow table. A RecordError if it is none of these, or a
+    row is no mapping.
+    """
     if isinstance(data, Records):
         return data
-    return Records([clean(row, where=f"record {index}") for index, row in enumerate(data, start=1)])
+    return Records([clean(row, where=f"record {index}") for index, row in enumerate(rows_of(data), start=1)])
+
+
+def rows_of(data: Rows) -> Iterable[Mapping[str, object]]:
+    """Return the rows of data of any of the kinds of :func:`as_records`, values as they are."""
+    if isinstance(data, str | bytes | Mapping):
+        raise RecordError(
+            f"the data is one {type(data).__name__}; give a list of records, or a table, such as data['train']"
+        )
+    table: Any = data
+    if hasattr(data, "iterrows"):  # pandas
+        rows = table.to_dict(orient="records")
+    elif hasattr(data, "iter_rows"):  # polars
+        rows = table.iter_rows(named=True)
+    elif hasattr(data, "to_pylist"):  # pyarrow
+        rows = table.to_pylist()
+    elif isinstance(data, Iterable):
+        rows = data
+    else:
+        raise RecordError(f"the data is a {type(data).__name__}; give a list of records, or a table")
+    features = dict(getattr(data, "features", None) or {})
+    # Only a ClassLabel of the library datasets can do this.
+    classes = {name: kind.names for name, kind in features.items() if hasattr(kind, "int2str")}
+    return (_named(row, classes) for row in rows) if classes else rows
+
+
+def _named(row: Mapping[str, object], classes: Mapping[str, Sequence[str]]) -> dict[str, object]:
+    """Return a row with the names of classes in place of their numbers; -1 means that there is none."""
+    named = {name: classes[name][value] for name, value in row.items() if name in classes and _is_place(value)}
+    return {**{name: value for name, value in row.items() if name not in classes}, **named}
+
+
+def _is_place(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and value >= 0
 
 
 def check_text(text: str, *, where: str, what: str = "the row", error: type[PTuningError] = RecordError) -> None:

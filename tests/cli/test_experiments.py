@@ -70,7 +70,7 @@ def saved(out: str = "out") -> Any:
 
 
 def test_compare(llama: str) -> None:
-    done = call(*compare(llama))
+    done = call(*compare(llama, "--log-to", "csv"))
     assert done.code == 0, done.err
     for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
         assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
@@ -82,7 +82,8 @@ def test_compare(llama: str) -> None:
     assert (found["suite"], list(found["tasks"])) == ("compare", ["train"])
     assert found["command"].startswith("ptuning compare --data train.jsonl ")
     assert found["settings"]["batch_size"] == 8
-    again = call(*compare(llama))
+    assert list(Path("out/log").rglob("log.csv")) == [Path("out/log/p-tuning-seed-0/train/try-1/log.csv")]
+    again = call(*compare(llama, "--log-to", "csv"))
     assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
     assert saved() == found
 

@@ -61,8 +61,9 @@ def test_each_prompt_is_left_as_train_leaves_it(llama: str) -> None:
     assert "out/kinds" in works("eval", "out/kinds", "--data", "configs/kinds.jsonl", "--field", "text=x", "--field",
                                 "y=kind", "--backbone", llama)  # fmt: skip
     fails(*fleet(llama), says=["--overwrite"])
-    works(*fleet(llama, "--overwrite", "--at-once", 1))
+    works(*fleet(llama, "--overwrite", "--at-once", 1, "--log-to", "csv"))
     assert saved()["at_once"] == 1
+    assert {path.parent.name for path in Path("out/log").rglob("log.csv")} == {"facts-seed=0", "facts-seed=1", "kinds"}
 
 
 def test_a_finished_fleet_takes_further_prompts_in(llama: str) -> None:

@@ -20,7 +20,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
-from tests.conftest import CAUSAL, bound
+from tests.conftest import CAUSAL, bound, small_memory
 
 TEXTS: list[Record] = [
     {"text": "All in all, the movie was great.", "y": "yes"},
@@ -247,3 +247,18 @@ def test_texts_that_no_row_needs_any_more_are_dropped(
         assert cache.to_json() == wanted.to_json()
         assert sum(not file.closed for file in files) == (0 if in_memory else 1)
         assert bool(cache.disk_bytes) != in_memory
+
+
+def test_texts_that_do_not_fit_into_one_pass_are_kept_in_several(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vectors = rows_of(causal, LATE), vectors_of(causal, LATE)
+    wanted = prepared(causal, rows)
+    with torch.no_grad():
+        whole = target_logits(causal, rows, Learned(vectors), cache=wanted)
+        ran = small_memory(monkeypatch, 40)
+        cache = prepared(causal, rows)
+        found = target_logits(causal, rows, Learned(vectors), cache=cache)
+    assert max(ran) <= 40
+    assert cache.tokens == wanted.tokens
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "peft-short-16", "peft-short-64", "ceiling-short-16", "ceiling-short-64", "late-sentences", "late-512",
     "shared-prefix", "time-to-peft-score", "fleet-16-cpu", "fleet-16-gpu", "candidates-100", "memory-worst",
-    "rank-memory", "import-seconds", "help-seconds", "load-seconds",
+    "rank-memory", "import-seconds", "help-seconds", "load-against-transformers",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}; make bench installs it")

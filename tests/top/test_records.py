@@ -32,12 +32,12 @@ def test_what_is_missing_in_a_table_is_missing_in_the_record() -> None:
 def test_half_a_character_in_a_field_or_its_name_is_an_error(value: object) -> None:
     name = "x" if value == "\ud800" else "\ud800"
     with pytest.raises(RecordError, match=r"record 1: the field .* holds half a character"):
-        as_records([{name: value}])  # type: ignore[dict-item]  # as a caller may
+        as_records([{name: value}])
 
 
 def test_a_number_too_long_to_write_is_an_error() -> None:
     with pytest.raises(RecordError, match="record 1: the number in the field 'x' is too long"):
-        as_records([{"x": 10**5000}])  # type: ignore[dict-item]
+        as_records([{"x": 10**5000}])
 
 
 def test_columns_of_one_name_are_an_error_at_any_width() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
-from ptuning.errors import ConfigError
+from ptuning.errors import ConfigError, FileError
 from ptuning.progress import Interrupted, Progress
 from ptuning.records import Record
 from ptuning.training import tracking
@@ -136,6 +136,28 @@ def test_only_so_many_logs_are_open_and_a_closed_one_goes_on(tmp_path: Path, mon
                 log(Progress("train", 0, 1, "", name, {"step": step, "epoch": 1, "loss": 1.0}))
                 assert len(log._open) <= 2
     assert [[row["step"] for row in rows(tmp_path / name / CSV_FILE)] for name in "abc"] == [["1", "2"]] * 3
+
+
+def test_nothing_of_others_is_replaced_and_no_link_is_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A table that we did not write stays as it is, and so does what a link in our place points to."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / CSV_FILE).write_text("name,age\nKenya,1\n", encoding="utf-8")
+    with TrainingLog("csv", other) as log:
+        log(numbers_at(1))
+    assert "log.csv is not a log of ptuning; move it away" in caplog.text
+    assert (other / CSV_FILE).read_text(encoding="utf-8") == "name,age\nKenya,1\n"
+    (tmp_path / "log").symlink_to(other)
+    with pytest.raises(FileError, match="log is a link, and is not followed"):
+        TrainingLog("csv", tmp_path / "log")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "one").symlink_to(tmp_path / "elsewhere")
+    with TrainingLog("csv", tmp_path / "mine") as log:
+        log(Progress("train", 0, 1, "", "one", {"step": 1, "epoch": 1, "loss": 1.0}))
+    assert not (tmp_path / "elsewhere").exists()
+    assert "mine/one is a link" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -110,8 +110,8 @@ class Forward:
         take_over(model)
         output = model.get_output_embeddings()
         if type(output) is nn.Linear:
-            # A method, so that a copy of it made later runs itself.
-            replace_forward(output, MethodType(_head_forward, output))
+            # Not a method of the module: it could not be pickled. A copy of it made later runs itself.
+            replace_forward(output, functools.partial(_head_forward, output))
 
     def __call__(
         self,

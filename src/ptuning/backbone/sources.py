@@ -255,13 +255,12 @@ def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str |
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     patterns += ["*.py"] if asked.trust_remote_code else []
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    reason = "the hub is switched off (HF_HUB_OFFLINE)"
-    revision = None
+    reason, answers = "the hub is switched off (HF_HUB_OFFLINE)", False
     if not offline:
         # One short request first: without a network the download itself would try for half a minute.
         try:
-            found = HfApi().model_info(name, revision=asked.revision, timeout=HUB_SECONDS, token=asked.token)
-            revision = found.sha
+            HfApi().model_info(name, revision=asked.revision, timeout=HUB_SECONDS, token=asked.token)
+            answers = True
         except HFValidationError as error:
             raise BackboneError(f"no such backbone: '{name}' is not a hub id; {advice}") from error
         except RevisionNotFoundError as error:
@@ -270,20 +269,23 @@ def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str |
             ) from error
         except HfHubHTTPError as error:
             reason = f"the hub says {str(error).splitlines()[0]}"
+            if error.response.status_code in (401, 403):
+                reason += " It is not there, or needs a token: hf auth login, HF_TOKEN, or token="
         except Exception as error:  # noqa: BLE001 - any failure of the network means the same here
             reason = f"the hub cannot be reached ({type(error).__name__})"
     try:
         folder = snapshot_download(
             name,
-            revision=revision or asked.revision,
+            # By its name, not by the commit behind it, so that the cache knows the name when there is no hub.
+            revision=asked.revision,
             cache_dir=asked.cache_dir,
             token=asked.token,
             etag_timeout=HUB_SECONDS,
             allow_patterns=patterns,
-            local_files_only=revision is None,
+            local_files_only=not answers,
         )
     except Exception as error:
-        if revision is not None:
+        if answers:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BackboneError(
                 f"cannot download '{name}' from the hub: {first} ({type(error).__name__}); the next try goes on where "
@@ -293,4 +295,4 @@ def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str |
         raise BackboneError(
             f"no such backbone: '{name}' is not a folder, not in the hub's cache{which}, and {reason}; {advice}"
         ) from error
-    return folder, revision or Path(folder).name
+    return folder, Path(folder).name

@@ -74,7 +74,7 @@ def loading(name: str) -> Iterator[None]:
     text = f"loading {name}"
     packed = sources.gguf_weights(name)
     if packed is not None and not sources.is_cached(packed):
-        text = f"converting {name} for the first time, about 20 seconds for 135 million weights"
+        text = f"converting {name} for the first time, 20 seconds or more"
         say(text)
     with waiting(text):
         yield

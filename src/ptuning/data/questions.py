@@ -12,7 +12,7 @@ from ptuning.data.reading import Row
 from ptuning.data.row_paths import Context, RowPath, place, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
-from ptuning.records import TARGET_FIELD, Record, Records, as_records, canonical_json, check_text, scalar
+from ptuning.records import TARGET_FIELD, Record, Records, Rows, as_records, canonical_json, check_text, scalar
 
 # The path to a row's label, unless a task names another.
 LABEL = RowPath(("label",), (), "label")
@@ -190,8 +190,8 @@ class Reader:
         return found.get("", found or None)
 
 
-def as_questions(data: Sequence[Record] | Questions) -> Questions:
-    """Return records as questions without choices, and questions unchanged."""
+def as_questions(data: Rows | Questions) -> Questions:
+    """Return records (:func:`~ptuning.records.as_records`) as questions without choices, and questions unchanged."""
     if isinstance(data, Questions):
         return data
     records = as_records(data)

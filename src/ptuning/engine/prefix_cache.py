@@ -17,6 +17,7 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches, collate, one_sided
 from ptuning.engine.learned import Learned
+from ptuning.engine.memory import in_parts
 from ptuning.template.fill import Example
 from ptuning.template.segments import Ids
 
@@ -177,6 +178,12 @@ class PrefixCache:
     @torch.no_grad()
     def _run(self, group: Sequence[Ids]) -> list[Tensor]:
         """Return the keys and values of texts, (L, 2, H, C, D) each, of L layers and H heads of width D."""
+        parts = in_parts(
+            lambda part: self._run_whole([group[at] for at in part]), list(map(len, group)), backbone=self.backbone
+        )
+        return [one for part in parts for one in part]
+
+    def _run_whole(self, group: Sequence[Ids]) -> list[Tensor]:
         rows = [Example(ids, (), (), (), 0) for ids in group]
         batch = collate(rows, Learned.none(self.backbone.width)).to(self.backbone.device)
         memory = self.backbone.remember(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import Unpack
@@ -15,7 +14,7 @@ from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
-from ptuning.records import Record, as_records, require_targets
+from ptuning.records import Rows, as_records, require_targets
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template
 
@@ -23,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def compare(
-    data: Sequence[Record],
+    data: Rows,
     *,
-    test: Sequence[Record],
+    test: Rows,
     manual: str | Template,
     template: str | Template | None = None,
-    dev: Sequence[Record] | None = None,
+    dev: Rows | None = None,
     vocabulary: str | Path | None = None,
     train_size: int | None = None,
     name: str = "task",

@@ -19,14 +19,14 @@ from ptuning.metrics import Answer
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, Records
+from ptuning.records import Records, Rows
 from ptuning.template.fill import BoundTemplate
 
 
 def answer_records(
     model: PromptModel,
     prompt: Prompt,
-    records: Sequence[Record] | Questions,
+    records: Rows | Questions,
     *,
     closed: Sequence[str] | None = None,
     single_token: bool = False,

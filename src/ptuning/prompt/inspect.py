@@ -16,7 +16,7 @@ from ptuning.progress import OnProgress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
-from ptuning.records import Records
+from ptuning.records import Rows
 from ptuning.statistics import Score
 
 NEAREST = 5
@@ -88,7 +88,7 @@ def inspect_prompt(
     backbone: Backbone,
     prompt: Prompt,
     *,
-    data: Records | Questions | None = None,
+    data: Rows | Questions | None = None,
     force: bool = False,
     report: OnProgress | None = None,
 ) -> Inspection:

@@ -21,8 +21,8 @@ from ptuning.engine.objective import Item, class_scores, inputs_of, question_ite
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import PromptError, RecordError
 from ptuning.files import Json
-from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, as_records
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
 
@@ -110,13 +110,14 @@ class PromptModel:
         return [found[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def target_logits(self, records: Sequence[Record], prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+    def target_logits(self, records: Rows, prompts: OnePrompt | Sequence[OnePrompt]) -> list[Tensor]:
         """Return the logits that score the targets of N records: N float32 tensors (target tokens, V) on the CPU.
 
         A PromptError if a prompt belongs to another backbone, or there is not one prompt per record; a RecordError if a
         record has no target.
         """
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         return self._spread(each, lambda model, at: model._target_logits([data[i] for i in at], [each[i] for i in at]))
 
     def _target_logits(self, data: Sequence[Record], prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -137,8 +138,8 @@ class PromptModel:
     @torch.no_grad()
     def rank(
         self,
-        records: Sequence[Record],
-        prompts: Prompt | Sequence[Prompt],
+        records: Rows,
+        prompts: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str],
         *,
         normalise: Normalise | None = None,
@@ -152,7 +153,8 @@ class PromptModel:
         A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
         """
         _check_candidates(candidates)
-        each, data = _per_row(prompts, len(records)), as_records(records)
+        data = as_records(records)
+        each = _per_row(prompts, len(data))
         how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
@@ -185,8 +187,8 @@ class PromptModel:
     @torch.no_grad()
     def classify(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt,
+        records: Rows | Questions,
+        prompt: OnePrompt,
         *,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
@@ -198,6 +200,7 @@ class PromptModel:
 
         A PromptError if the prompt has neither label words nor choices; a RecordError if a row lacks its choices.
         """
+        prompt = as_prompt(prompt)
         answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
         if not answers.is_closed:
             raise PromptError("the prompt has no label words; give candidates instead")
@@ -213,8 +216,8 @@ class PromptModel:
     @torch.no_grad()
     def predict(
         self,
-        records: Sequence[Record] | Questions,
-        prompt: Prompt | Sequence[Prompt],
+        records: Rows | Questions,
+        prompt: OnePrompt | Sequence[OnePrompt],
         candidates: Sequence[str] | None = None,
         *,
         top_k: int = 1,
@@ -232,15 +235,15 @@ class PromptModel:
         ``calibrate`` are as in :meth:`rank` and :meth:`classify`; a ConfigError if they would change nothing, since
         answers are written, or candidates would be calibrated.
         """
-        if not records:
+        data = records.records if isinstance(records, Questions) else as_records(records)
+        if not data:
             return []
-        prompts = _per_row(prompt, len(records))
+        prompts = _per_row(prompt, len(data))
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
         for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise RecordError(f"{name} is {value}; it must be 1 or more")
-        data = records.records if isinstance(records, Questions) else as_records(records)
         if candidates is not None:
             ranked = self.rank(data, prompts, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -256,7 +259,7 @@ class PromptModel:
                     rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
                 )
             answers |= dict(zip(indices, found, strict=True))
-        return [answers[index] for index in range(len(records))]
+        return [answers[index] for index in range(len(data))]
 
     def _write(self, records: Sequence[Record], prompt: Prompt, *, top_k: int, max_tokens: int) -> list[Prediction]:
         written = write_answers(
@@ -321,12 +324,14 @@ def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:
     return list(rows.values())
 
 
-def _per_row(prompts: Prompt | Sequence[Prompt], rows: int) -> list[Prompt]:
-    if isinstance(prompts, Prompt):
-        return [prompts] * rows
+def _per_row(prompts: OnePrompt | Sequence[OnePrompt], rows: int) -> list[Prompt]:
+    """Return one prompt per row; a folder that is named several times is read once."""
+    if isinstance(prompts, OnePrompt):
+        return [as_prompt(prompts)] * rows
     if len(prompts) != rows:
         raise PromptError(f"{len(prompts)} prompts for {rows} records; give one prompt for all, or one per record")
-    return list(prompts)
+    read = {str(one): as_prompt(one) for one in prompts if not isinstance(one, Prompt)}
+    return [one if isinstance(one, Prompt) else read[str(one)] for one in prompts]
 
 
 def _check_candidates(candidates: Sequence[str]) -> None:

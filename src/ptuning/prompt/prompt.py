@@ -321,6 +321,15 @@ class Prompt:
         }
 
 
+# A prompt, or the folder of one.
+OnePrompt = Prompt | str | Path
+
+
+def as_prompt(prompt: OnePrompt) -> Prompt:
+    """Return a prompt; the folder of one is read."""
+    return prompt if isinstance(prompt, Prompt) else Prompt.load(prompt)
+
+
 def as_template(template: str | Template) -> Template:
     """Return a template; a pattern is parsed."""
     return Template.parse(template) if isinstance(template, str) else template

@@ -14,8 +14,8 @@ from ptuning.metrics import ACCURACY, Answer, score_values
 from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
-from ptuning.prompt.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Records, require_targets
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.records import TARGET_FIELD, Records, Rows, require_targets
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -46,8 +46,8 @@ class Result:
 
 def score_prompt(
     model: PromptModel,
-    data: Records | Questions,
-    prompt: Prompt,
+    data: Rows | Questions,
+    prompt: OnePrompt,
     *,
     candidates: Sequence[str] | None = None,
     normalise: Normalise | None = None,
@@ -63,16 +63,17 @@ def score_prompt(
     ``calibrate`` are as in :meth:`PromptModel.predict`. A RecordError if there are no records, or one lacks its
     target; a ConfigError if candidates are given to a prompt with label words or choices.
     """
+    prompt = as_prompt(prompt)
     if candidates is not None:
         prompt.check_open()
-    if not data:
-        raise RecordError(f"{data.name} holds no records, so there is nothing to score")
-    answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     questions = as_questions(data)
+    if not questions:
+        raise RecordError(f"{questions.name} holds no records, so there is nothing to score")
+    answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
     items = question_items(prompt.bind(model.backbone, force=model.force), questions, answers)
-    found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=data.name)
+    found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=questions.name)
     scores = {answers.score_name: score(found.hits), **_metrics(model, questions, prompt, found)}
     ranked: list[Answer] = []
     if candidates is not None:

@@ -88,6 +88,8 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
             axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
+        for axes in list(grid.flat)[len(panels) - columns : len(panels)]:
+            axes.tick_params(labelbottom=True)  # the lowest of each column, also above one that is left out
         figure.supxlabel("epoch", fontsize=10)
         figure.supylabel("development score, %", fontsize=10)
     return svg[0]

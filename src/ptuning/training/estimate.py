@@ -23,7 +23,7 @@ from ptuning.errors import TrainingError
 from ptuning.files import Json
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.records import Record
+from ptuning.records import Rows
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import RunState, write_checkpoint
 from ptuning.training.prepare import prepare
@@ -134,7 +134,7 @@ class Forecast:
 
 def estimate(
     template: str | Template,
-    data: Sequence[Record] | Questions,
+    data: Rows | Questions,
     *,
     backbone: Backbone,
     report: OnProgress | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.provenance import described, versions
-from ptuning.records import Record
+from ptuning.records import Rows
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
@@ -61,7 +61,7 @@ class TrainResult:
 
 def train(
     template: str | Template,
-    data: Sequence[Record] | Questions,
+    data: Rows | Questions,
     *,
     backbone: Backbone,
     out: str | Path | None = None,

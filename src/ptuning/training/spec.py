@@ -11,7 +11,7 @@ from ptuning.config import TrainConfig
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
     from ptuning.data.task_files import TaskFile
-    from ptuning.records import Record
+    from ptuning.records import Rows
     from ptuning.template.labels import LabelWords
     from ptuning.template.language import Template
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class SpecOptions(TypedDict, total=False):
     """Keyword arguments of :func:`ptuning.train` that become fields of :class:`TrainSpec`."""
 
-    dev: Sequence[Record] | Questions | None
+    dev: Rows | Questions | None
     config: TrainConfig | None
     labels: LabelWords | Mapping[str, Sequence[str]] | str | None
     task: TaskFile | None
@@ -43,8 +43,8 @@ class TrainSpec:
     """
 
     template: str | Template
-    data: Sequence[Record] | Questions
-    dev: Sequence[Record] | Questions | None = None
+    data: Rows | Questions
+    dev: Rows | Questions | None = None
     config: TrainConfig | None = None
     labels: LabelWords | Mapping[str, Sequence[str]] | str | None = None
     task: TaskFile | None = None

@@ -18,7 +18,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from ptuning.config import listed_names
 from ptuning.errors import ConfigError, FileError, closest
-from ptuning.files import Json, make_folder, read_json, write_json, write_text
+from ptuning.files import Json, make_folder, read_bytes, read_json, write_json, write_text
 from ptuning.names import is_folder_name
 from ptuning.progress import NUMBERS, Progress
 
@@ -64,6 +64,7 @@ class TrainingLog:
     ) -> None:
         self.trackers = [_known(name, together=together) for name in listed_names(trackers)]
         self.folder = Path(folder)
+        _check_no_link(self.folder)
         self.settings = dict(settings or {})
         self._open: OrderedDict[str, list[GeneralTracker]] = OrderedDict()
 
@@ -96,11 +97,13 @@ class TrainingLog:
         while len(self._open) >= most:
             self._close_oldest()
         found = self._open[name] = []
-        parts = list(filter(None, name.split("/")))
-        folder = self.folder.joinpath(*map(_folder_name, parts))
-        title = "/".join((self.folder.resolve().parent.name, *parts))
+        parts = [part for part in name.split("/") if part]
+        places = [self.folder.joinpath(*map(_folder_name, parts[:depth])) for depth in range(len(parts) + 1)]
+        if not _works(lambda: list(map(_check_no_link, places))):
+            return
+        title = "/".join((self.folder.absolute().parent.name, *parts))
         for tracker in self.trackers:
-            _works(lambda one=tracker: found.append(one.begin(folder, title, step, self.settings)))  # type: ignore[misc]
+            _works(lambda one=tracker: found.append(one.begin(places[-1], title, step, self.settings)))  # type: ignore[misc]
 
     def _close_oldest(self) -> None:
         for tracker in self._open.popitem(last=False)[1]:
@@ -150,11 +153,13 @@ class _Csv(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
     def __init__(self, file: Path, *, step: int) -> None:
         super().__init__()
         self.file = file
-        kept = [",".join(NUMBERS)]
-        if step and file.is_file():
-            with file.open(encoding="utf-8", newline="") as lines:
-                kept += [line.rstrip("\n") for line in lines if line.endswith("\n") and _step_of(line) < step]
-        write_text(file, "\n".join(kept) + "\n")
+        head, kept = ",".join(NUMBERS) + "\n", ""
+        if file.exists() or file.is_symlink():
+            first, *lines = read_bytes(file).decode("utf-8", errors="replace").splitlines(keepends=True) or [""]
+            if not head.startswith(first):
+                raise FileError(f"{file} is not a log of ptuning; move it away")
+            kept = "".join(line for line in lines if line.endswith("\n") and _step_of(line) < step)
+        write_text(file, head + kept)
 
     @property
     def tracker(self) -> Path:
@@ -168,6 +173,12 @@ class _Csv(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
         """Write a line."""
         with self.file.open("a", encoding="utf-8", newline="") as lines:
             csv.DictWriter(lines, NUMBERS, lineterminator="\n").writerow({"step": step, **values})
+
+
+def _check_no_link(folder: Path) -> None:
+    """Check that logs will not be written to where a link points."""
+    if folder.is_symlink():
+        raise FileError(f"{folder} is a link, and is not followed; choose another folder for the log, or remove it")
 
 
 def _step_of(line: str) -> float:
@@ -218,7 +229,7 @@ def _begin_tensorboard(folder: Path, _: str, step: int, __: Mapping[str, Json]) 
 def _begin_wandb(folder: Path, title: str, step: int, settings: Mapping[str, Json]) -> GeneralTracker:
     known = _known_id(folder, "wandb", step) or uuid.uuid4().hex[:8]
     _keep_id(folder, "wandb", known)
-    found = _WandB(PROJECT, name=title, dir=str(folder), id=known, resume="allow", reinit=True)
+    found = _WandB(PROJECT, name=title, dir=str(folder), id=known, resume="allow")
     return _started(found, settings if not step else {})
 
 
