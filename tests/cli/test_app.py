@@ -693,7 +693,8 @@ def test_a_prompt_finds_its_own_backbone_and_may_use_another_by_force(
 def test_inspect_shows_the_nearest_tokens(run_folder: Path, data: Path) -> None:
     found = json.loads(works("inspect", run_folder, "--json"))
     assert found["template"] == WARM
-    assert set(found) == {"template", "slots", "typical", "scores"}
+    assert set(found) == {"template", "backbone", "slots", "typical", "scores"}
+    assert found["backbone"]["loaded"]["dtype"] in ("float32", "bfloat16", "float16")
     assert [slot["start"] for slot in found["slots"]] == ["The", " capital", " of", " is"]
     for slot in found["slots"]:
         # Two epochs move no slot far from the token it started at.
