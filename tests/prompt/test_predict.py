@@ -157,7 +157,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved_with_the_same_answers(
 
     def answers() -> tuple[list[Prediction], list[list[Candidate]], list[Tensor]]:
         return (
-            model.predict(RECORDS, prompt, top_k=top_k, max_new_tokens=3),
+            model.predict(RECORDS, prompt, top_k=top_k, generation={"max_new_tokens": 3}),
             model.rank(RECORDS, prompt, ["yes", "no", "a good film"]),
             model.target_logits(RECORDS, prompt),
         )
