@@ -235,6 +235,7 @@ class TrainingRun:
             multiline=prepared.bound.multiline,
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
+            scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
             weights=trainer.learner.trained_weights(),
             task=prepared.task,
