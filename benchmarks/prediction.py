@@ -156,7 +156,7 @@ def writing(model: PromptModel, prompt: Prompt, bound: BoundTemplate, records: l
     ]
 
     def ours(_: int) -> float:
-        return seconds_of(lambda: model.predict(records, prompt, max_tokens=MAX_TOKENS), device)
+        return seconds_of(lambda: model.predict(records, prompt, generation={"max_new_tokens": MAX_TOKENS}), device)
 
     def peer(_: int) -> float:
         with Peer(model.backbone, slots=prompt.slots, vectors=prompt.slot_vectors) as other:

@@ -355,7 +355,7 @@ def examine(name: str) -> Row:
     """Return a family's row of the table, found by running its tiny model."""
     family, backbone = FAMILIES[name], built(name)
     hidden = backbone.model.config.get_text_config().hidden_size
-    PromptModel(backbone).predict(RECORDS[:1], learned(backbone, TEMPLATE), max_tokens=2)
+    PromptModel(backbone).predict(RECORDS[:1], learned(backbone, TEMPLATE), generation={"max_new_tokens": 2})
     return Row(
         family=family.title,
         head=family.head,

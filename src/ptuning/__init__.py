@@ -12,6 +12,7 @@ __version__ = VERSION
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone as Backbone
     from ptuning.backbone.loading import load_backbone as load_backbone
+    from ptuning.config import GenerationSettings as GenerationSettings
     from ptuning.config import TrainConfig as TrainConfig
     from ptuning.data.reading import load_records as load_records
     from ptuning.data.task_files import load_task as load_task
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backbone": "backbone.backbone",
     "FleetPrompt": "training.spec",
+    "GenerationSettings": "config",
     "LabelWords": "template.labels",
     "Prompt": "prompt.prompt",
     "PromptModel": "prompt.predict",
@@ -58,6 +60,7 @@ _HOMES = {
 __all__ = [
     "Backbone",
     "FleetPrompt",
+    "GenerationSettings",
     "LabelWords",
     "PTuningError",
     "Prompt",

@@ -1,4 +1,4 @@
-"""Hyperparameters of a training run, each with its one default. Loads no torch, since --help shows them."""
+"""Settings of a training run and of writing, each with its one default. Loads no torch, since --help shows them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ Keep = Literal["difference", "whole"]
 # Version of the training code. Raise it when the same settings give another result, so that older results and
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
+
+# Bounds of a temperature and of a repetition penalty: logits multiplied or divided by them stay finite.
+LEAST, MOST = 1e-6, 1e6
 
 TYPE_NAMES: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -116,8 +119,7 @@ class TrainConfig:
         self._require("lora_targets", bool(listed_names(self.lora_targets)), "all-linear, default or names of modules")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(f"setting '{name}' is {getattr(self, name)!r}; it must be {allowed}")
+        _require(name, getattr(self, name), holds, allowed)
 
     @property
     def prefix_cache_share(self) -> float:
@@ -136,11 +138,105 @@ class TrainConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> TrainConfig:
         """Read settings back; a ConfigError names an unknown one (and the closest), or a value of a wrong type."""
-        known = {item.name: item.default for item in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
+        _check_known(cls, values)
         return cls(**values)  # type: ignore[arg-type]  # the constructor checks the types
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are written, in the words and with the defaults of transformers' ``GenerationConfig``.
+
+    Nothing else of a model's own ``generation_config.json`` is read than the tokens that end a text.
+
+    Args:
+        max_new_tokens: Longest answer; by default 2 tokens more than the longest training target.
+        num_beams: Width of the beam search; 1 is greedy decoding (or sampling).
+        length_penalty: Beams are compared by their log-probability divided by their length to this power.
+        do_sample: Draw each token instead of taking the likeliest.
+        temperature: Logits are divided by it before a draw; below 1 likely tokens become likelier.
+        top_k: Draw among so many of the likeliest tokens; 0 is all.
+        top_p: Draw among the likeliest tokens whose probabilities add up to this (nucleus sampling).
+        repetition_penalty: Above 1 makes tokens that were written before less likely. The prompt does not count.
+        stop_strings: Texts that end an answer, and that are left out of it.
+        seed: Of the draws.
+
+    Raises:
+        ConfigError: If a value has a wrong type, is out of range or has no effect; names the setting.
+    """
+
+    max_new_tokens: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = self.stop_strings
+        texts = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+        object.__setattr__(self, "stop_strings", texts)
+        _require("stop_strings", texts, _are_texts(texts), "texts that are not empty")
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "stop_strings" and (item.name, value) != ("max_new_tokens", None):
+                _check_type(item.name, value, int if item.default is None else type(item.default))
+        longest = self.max_new_tokens
+        _require("max_new_tokens", longest, longest is None or longest >= 1, "a whole number from 1")
+        _require("num_beams", self.num_beams, self.num_beams >= 1, "a whole number from 1")
+        _require("top_k", self.top_k, self.top_k >= 0, "a whole number from 0")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 up to 1")
+        _require("length_penalty", self.length_penalty, abs(self.length_penalty) <= 100, "a number from -100 to 100")
+        for name in ("temperature", "repetition_penalty"):
+            _require(name, getattr(self, name), LEAST <= getattr(self, name) <= MOST, f"from {LEAST:g} to {MOST:g}")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """Refuse settings without effect: of draws where nothing is drawn, and of beams where there is one."""
+        if self.do_sample and self.num_beams > 1:
+            raise ConfigError(
+                f"num_beams is {self.num_beams}, and do_sample draws one token at a time; use one of them"
+            )
+        for names, is_used, needed in (
+            (("temperature", "top_k", "top_p", "seed"), self.do_sample, "do_sample"),
+            (("length_penalty",), self.num_beams > 1, "num_beams of 2 or more"),
+        ):
+            for name in names if not is_used else ():
+                if name in self.changed:
+                    raise ConfigError(f"{name} is {getattr(self, name)}, which has no effect without {needed}")
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the settings that do not have their default."""
+        return [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+
+    @classmethod
+    def of(cls, given: GenerationSettings | Mapping[str, object] | None) -> GenerationSettings:
+        """Return settings as they are, or from names and values; a ConfigError names an unknown one."""
+        if isinstance(given, GenerationSettings):
+            return given
+        _check_known(cls, given or {})
+        return cls(**(given or {}))  # type: ignore[arg-type]  # the constructor checks the types
+
+
+def _check_known(settings: type[TrainConfig | GenerationSettings], values: Mapping[str, object]) -> None:
+    known = [item.name for item in dataclasses.fields(settings)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, tuple) and all(isinstance(one, str) and one for one in values)
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"setting '{name}' is {value!r}; it must be {allowed}")
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:

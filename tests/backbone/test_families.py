@@ -21,8 +21,9 @@ from ptuning.backbone.families import COLUMNS, TESTED
 from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
-from ptuning.config import TrainConfig
-from ptuning.engine.generate import Written, write_answers
+from ptuning.config import GenerationSettings, TrainConfig
+from ptuning.engine.ending import Written
+from ptuning.engine.generate import write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import BackboneError, TemplateError
@@ -169,7 +170,7 @@ def test_saved_is_what_was_trained_and_frozen_is_frozen(name: str, tmp_path: Pat
         assert torch.equal(one, other)
     tokenizer, kind = load_tokenizer(str(tmp_path / "backbone"))
     assert kind == backbone.kind
-    for part in ("prefix_ids", "suffix_ids", "gap", "decoder_ids", "max_tokens"):
+    for part in ("prefix_ids", "suffix_ids", "gap", "decoder_ids", "end_ids", "max_tokens"):
         assert getattr(tokenizer, part) == getattr(backbone.tokenizer, part), part
 
 
@@ -190,7 +191,7 @@ def slow_answer(backbone: Backbone, prompt: Prompt, record: dict[str, str], *, t
     assert prompt.slot_vectors is not None
     filled = bound(backbone, str(prompt.template))
     context = filled.contexts([record])[0]
-    ends = {backbone.tokenizer.stop_id, backbone.tokenizer.gap.end_id}
+    ends = {*backbone.tokenizer.end_ids, backbone.tokenizer.gap.end_id}
     ids: list[int] = []
     while len(ids) < tokens and not ends & set(ids):
         row = (*context.token_ids, *ids)
@@ -218,25 +219,48 @@ def test_written_answers(name: str) -> None:
         prompt = learned(backbone, template)
         model = PromptModel(backbone)
         if backbone.kind in FILLS_MASKS:
-            for one, row in zip(model.predict(RECORDS, prompt, top_k=3, max_tokens=2), RECORDS, strict=True):
-                again = model.predict([row], prompt, top_k=3, max_tokens=2)[0]
+            for one, row in zip(
+                model.predict(RECORDS, prompt, top_k=3, generation={"max_new_tokens": 2}), RECORDS, strict=True
+            ):
+                again = model.predict([row], prompt, top_k=3, generation={"max_new_tokens": 2})[0]
                 assert (one.text, one.tokens) == (again.text, again.tokens)
             continue
         filled = bound(backbone, template)
         assert prompt.slot_vectors is not None
         found = write_answers(
-            backbone, filled, RECORDS, prompt.learned(backbone), width=1, max_tokens=5, pad_side="right"
+            backbone,
+            filled,
+            RECORDS,
+            prompt.learned(backbone),
+            settings=GenerationSettings(),
+            top_k=1,
+            max_tokens=5,
+            pad_side="right",
         )
         for record, answers in zip(RECORDS, found, strict=True):
             ids = slow_answer(backbone, prompt, dict(record), tokens=5)
             assert answers[0].text == backbone.tokenizer.decode(ids).split("\n")[0].strip()
         # Beams are those of each record alone.
         beams = write_answers(
-            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
+            backbone,
+            filled,
+            RECORDS,
+            prompt.learned(backbone),
+            settings=GenerationSettings(num_beams=3),
+            top_k=3,
+            max_tokens=4,
+            pad_side="right",
         )
         for record, answers in zip(RECORDS, beams, strict=True):
             alone = write_answers(
-                backbone, filled, [record], prompt.learned(backbone), width=3, max_tokens=4, pad_side="right"
+                backbone,
+                filled,
+                [record],
+                prompt.learned(backbone),
+                settings=GenerationSettings(num_beams=3),
+                top_k=3,
+                max_tokens=4,
+                pad_side="right",
             )[0]
             assert [one.text for one in answers] == [one.text for one in alone]
 
@@ -373,7 +397,9 @@ def test_facts_are_learned_by_heart_on_the_way_a_user_goes(
     model, prompt = PromptModel(load_backbone(folder)), Prompt.load(out)
     before = PromptModel(load_backbone(folder)).predict(facts, Prompt.manual("[X] is [Y]"))
     longest = None if model.backbone.kind == "encoder-decoder" else prompt.target_tokens  # it learned no ends
-    assert [answer.text for answer in model.predict(facts, prompt, max_tokens=longest)] == [row["y"] for row in facts]
+    assert [answer.text for answer in model.predict(facts, prompt, generation={"max_new_tokens": longest})] == [
+        row["y"] for row in facts
+    ]
     assert [answer.text for answer in before] != [row["y"] for row in facts]
 
 
@@ -394,7 +420,14 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
         assert prompt.slot_vectors is not None
         filled = bound(backbone, TEMPLATE)
         return write_answers(
-            backbone, filled, RECORDS, prompt.learned(backbone), width=3, max_tokens=6, pad_side="right"
+            backbone,
+            filled,
+            RECORDS,
+            prompt.learned(backbone),
+            settings=GenerationSettings(num_beams=3),
+            top_k=3,
+            max_tokens=6,
+            pad_side="right",
         )
 
     kept = beams()

@@ -28,7 +28,6 @@ from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
 from ptuning.training.trainer import Trainer
@@ -261,12 +260,20 @@ def test_threads_do_not_turn_each_other(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(running) == 1
 
 
-def answered(backbone: Backbone, prompt: Prompt, record: Record, *, tokens: int) -> list[int]:
-    """Write greedily, running the whole row for every token."""
-    context = bound(backbone, str(prompt.template)).contexts([record])[0]
-    ids: list[int] = []
-    while len(ids) < tokens:
-        row = (*context.token_ids, *ids)
-        example = Example(row, context.slot_positions, (len(row) - 1,), (), 0)
-        ids.append(int(target_logits(backbone, [example], prompt.learned(backbone))[0].argmax()))
-    return ids
+def test_candidates_on_both_sides_of_the_turn() -> None:
+    """Invariant *Fast = slow*: candidates that share the text in front of them are read as each one alone, where a
+    short one ends before the turn and a long one behind it.
+    """
+    backbone = longrope()
+    prompt = learned(backbone, EARLY)
+    candidates = ["yes", "no", "Nairobi", LONG * 2 + "no", LONG * 2 + "yes"]
+    records = RECORDS[:3]
+    ranked = PromptModel(backbone).rank(records, prompt, candidates)
+    for record, found in zip(records, ranked, strict=True):
+        scores = {one.text: one.log_prob for one in found}
+        rows = bound(backbone, EARLY).examples(as_records([{**record, "y": text} for text in candidates]))
+        assert {backbone.side(len(row.token_ids)) for row in rows} == {False, True}
+        for text, row in zip(candidates, rows, strict=True):
+            logits = target_logits(backbone, [row], prompt.learned(backbone)).log_softmax(dim=-1)
+            total = logits[torch.arange(len(row.target_ids)), torch.tensor(row.target_ids)].sum()
+            assert scores[text] == pytest.approx(float(total), abs=1e-3)

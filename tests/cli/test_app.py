@@ -309,7 +309,7 @@ def test_from_training_weights_to_answers_without_them(tune: str, llama: str, da
     assert len(set(losses)) == 3
     assert losses[0] < losses[2]
     for more in ([], ["--without", "slots"], ["--without", "backbone"]):
-        assert works("predict", "out", "Kenya", "--max-tokens", "2", *more)
+        assert works("predict", "out", "Kenya", "--max-new-tokens", "2", *more)
     assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")
     fails("eval", "out", "--data", data / "train.jsonl", "--without", "words",
           says=["no part 'words' to leave out; it has slots and backbone"])  # fmt: skip
@@ -624,12 +624,39 @@ def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
     def answers(*limit: str) -> list[dict[str, Any]]:
         (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()
         listed: list[dict[str, Any]] = json.loads(line)["candidates"]
-        assert [one["log_prob"] for one in listed] == sorted((one["log_prob"] for one in listed), reverse=True)
+        assert works("predict", run_folder, "Kenya", *limit) == terminal.visible(listed[0]["text"]) + "\n"
         return listed
 
-    short, free = answers("--max-tokens", "1"), answers()
+    short, free = answers("--max-new-tokens", "1"), answers()
     assert len(short) == len(free) == 3
     assert max(len(one["text"]) for one in short) < max(len(one["text"]) for one in free)
+    drawn = answers("--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40", "--seed", "5")
+    assert drawn == answers(
+        "--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40", "--seed", "5"
+    )
+    assert drawn != answers("--do-sample", "--temperature", "3", "--top-p", "0.9", "--sampling-top-k", "40")
+    answers("--num-beams", "2", "--length-penalty", "0", "--repetition-penalty", "1.5", "--stop", "e", "--stop", "a")
+
+
+def test_a_streamed_answer_is_the_answer(run_folder: Path, data: Path) -> None:
+    rows = ("--data", data / "dev.jsonl")
+    assert works("predict", run_folder, *rows, "--stream") == works("predict", run_folder, *rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--top-p", "2", "--do-sample"], "setting 'top_p' is 2.0; it must be a number above 0 up to 1"),
+        (["--temperature", "0.5"], "temperature is 0.5, which has no effect without do_sample"),
+        (["--do-sample", "--num-beams", "2"], "num_beams is 2, and do_sample draws one token at a time"),
+        (["--stream", "--json"], "--stream shows one answer as text; leave --json out"),
+        (["--stream", "--top-k", "2"], "--stream shows one answer as text; leave --top-k out"),
+        (["--stream", "--num-beams", "2"], "only an answer of one beam can be streamed"),
+        (["--stop", ""], "setting 'stop_strings' is ('',); it must be texts that are not empty"),
+    ],
+)
+def test_settings_of_writing_that_make_no_sense(run_folder: Path, given: list[str], says: str) -> None:
+    fails("predict", run_folder, "Kenya", *given, says=[says])
 
 
 def test_a_masked_model_says_how_long_its_answer_is(masked_run: Path) -> None:
@@ -1078,7 +1105,9 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
     fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
     fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
-    fails("predict", label_run, "good", "--max-tokens", "3", says=["--max-tokens is for answers that are written"])
+    fails(
+        "predict", label_run, "good", "--max-new-tokens", "3", says=["max_new_tokens is for answers that are written"]
+    )
     fails(
         "predict",
         run_folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -196,3 +197,11 @@ def test_records_without_a_target_are_named() -> None:
     )
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))
+
+
+def test_a_data_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """The record of a run names its data; training used to end in a traceback when it was written."""
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_text('{"x": "a", "y": "b"}\n', encoding="utf-8")
+    with pytest.raises(FileError, match="is not UTF-8 text; rename it"):
+        load_records(path)

@@ -116,8 +116,8 @@ def test_import_is_inert() -> None:
 
 PUBLIC = {
     "Backbone",
-    "FleetPrompt", "LabelWords", "PTuningError", "Prompt", "PromptModel", "Solution", "Template", "TrainConfig",
-    "TrainingLog",
+    "FleetPrompt", "GenerationSettings", "LabelWords", "PTuningError", "Prompt", "PromptModel", "Solution", "Template",
+    "TrainConfig", "TrainingLog",
     "compare", "estimate", "lama", "load_backbone", "load_records", "load_task", "methods", "superglue", "train",
     "train_fleet",
 }  # fmt: skip

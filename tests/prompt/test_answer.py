@@ -172,7 +172,7 @@ def test_written_answers_are_compared_as_a_whole_and_not_ranked(backbone: Backbo
     model, prompt = PromptModel(backbone), Prompt.manual("[X] is [Y]")
     targets = [backbone.tokenizer.decode([token]).strip() for token in range(40, backbone.vocabulary, 9)]
     subjects = ("Kenya", "France", "Peru", "the movie", "a number")
-    written = model.predict([{"x": subject} for subject in subjects], prompt, max_tokens=1)
+    written = model.predict([{"x": subject} for subject in subjects], prompt, generation={"max_new_tokens": 1})
     # A random model may write a special token, which no target holds.
     subject, said = next((subject, one) for subject, one in zip(subjects, written, strict=True) if one.text)
     records = Records([{"x": subject, "y": text} for text in ("a good film", *targets) if text.isalnum()])

@@ -54,25 +54,30 @@ def next_log_probs(backbone: Backbone, prompt: Prompt, context: Example, written
 def beams_by_hand(
     backbone: Backbone, prompt: Prompt, record: Record, *, width: int, max_tokens: int
 ) -> list[tuple[list[int], float]]:
-    """Beam search as a textbook has it, one forward pass per beam and token."""
-    context, stop = bound(backbone, str(prompt.template)).contexts([record])[0], backbone.tokenizer.stop_id
-    beams: list[tuple[list[int], float]] = [([], 0.0)]
-    for _ in range(max_tokens):
-        grown = []
-        for ids, score in beams:
-            if ids and ids[-1] == stop:
-                grown.append((ids, score))
-                continue
-            log_probs = next_log_probs(backbone, prompt, context, ids)
-            values, tokens = log_probs.topk(width)
+    """Beam search without a cache, one forward pass per beam and token: ``width`` beams run on beside those that have
+    ended, and the best by mean log-probability win. Greedy with one beam.
+    """
+    context, stop = bound(backbone, str(prompt.template)).contexts([record])[0], backbone.tokenizer.end_ids
+    running: list[tuple[list[int], float]] = [([], 0.0)]
+    ended: list[tuple[list[int], float]] = []
+    for count in range(1, max_tokens + 1):
+        grown: list[tuple[list[int], float]] = []
+        for ids, score in running:
+            values, tokens = next_log_probs(backbone, prompt, context, ids).topk(width + len(stop))
             grown += [([*ids, int(token)], score + float(value)) for value, token in zip(values, tokens, strict=True)]
-        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
-    return beams
+        grown.sort(key=lambda beam: -beam[1])
+        is_full = len(context.token_ids) + count > backbone.tokenizer.max_tokens or count == max_tokens
+        ended += [beam for beam in grown[:width] if is_full or beam[0][-1] in stop]
+        ended = sorted(ended, key=lambda beam: -beam[1] / len(beam[0]))[:width]
+        running = [beam for beam in grown if beam[0][-1] not in stop][:width]
+        if is_full or (len(ended) == width and running[0][1] / count <= ended[-1][1] / len(ended[-1][0])):
+            break
+    return ended
 
 
 def text_of(backbone: Backbone, ids: Sequence[int]) -> str:
     """Return a beam's text."""
-    return backbone.tokenizer.decode([token for token in ids if token != backbone.tokenizer.stop_id]).strip()
+    return backbone.tokenizer.decode([token for token in ids if token not in backbone.tokenizer.end_ids]).strip()
 
 
 def first_of_each(backbone: Backbone, beams: Sequence[tuple[Sequence[int], float]]) -> dict[str, float]:
@@ -101,7 +106,9 @@ def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width:
     a prompt as soon as the cache was on.
     """
     prompt = learned(backbone, TEMPLATE)
-    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=width, max_tokens=5)
+    found = PromptModel(backbone).predict(
+        RECORDS, prompt, top_k=width, generation={"max_new_tokens": 5, "num_beams": width}
+    )
     scores = set()
     for record, answer in zip(RECORDS, found, strict=True):
         expected = beams_by_hand(backbone, prompt, record, width=width, max_tokens=5)
@@ -112,18 +119,20 @@ def test_written_answers_equal_a_search_without_cache(backbone: Backbone, width:
     assert len(scores) == len(RECORDS)  # the rows do differ
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_beams_are_sorted_and_the_best_is_no_worse_than_greedy(backbone: Backbone) -> None:
-    """Wider search finds an answer at least as likely."""
-    prompt = learned(backbone, TEMPLATE)
-    greedy = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=4)
-    wide = PromptModel(backbone).predict(RECORDS, prompt, top_k=5, max_tokens=4)
-    for one, other in zip(greedy, wide, strict=True):
-        scores = [candidate.log_prob for candidate in other.candidates]
-        assert len(scores) > 1
-        assert scores == sorted(scores, reverse=True)
-        assert other.text == other.candidates[0].text
-        assert other.log_prob >= one.log_prob - 1e-4
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_more_alternatives_do_not_change_the_answer(backbone: Backbone, settings: dict[str, object]) -> None:
+    """The first answer is that of the settings alone, however many others are asked for; all of them differ."""
+    prompt, model = learned(backbone, TEMPLATE), PromptModel(backbone)
+    settings = {"max_new_tokens": 4, **settings}
+    alone = model.predict(RECORDS, prompt, generation=settings)
+    for top_k in (2, 5):
+        wide = model.predict(RECORDS, prompt, top_k=top_k, generation=settings)
+        assert [(one.text, one.log_prob) for one in wide] == [(one.text, one.log_prob) for one in alone]
+        assert any(len(answer.candidates) > 1 for answer in wide)
+        for answer in wide:
+            texts = [candidate.text for candidate in answer.candidates]
+            assert len(set(texts)) == len(texts) <= top_k
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -147,8 +156,9 @@ def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone
     lengths = [len(example.token_ids) for example in bound(backbone, "[P] [X] [Y]").contexts(rows)]
     assert lengths[0] > 8 * lengths[1]
     model = PromptModel(backbone)
-    together = model.predict(rows, prompt, max_tokens=12, top_k=2)
-    same(together, [model.predict([row], prompt, max_tokens=12, top_k=2)[0] for row in rows])
+    how = {"max_new_tokens": 12, "num_beams": 2}
+    together = model.predict(rows, prompt, generation=how, top_k=2)
+    same(together, [model.predict([row], prompt, generation=how, top_k=2)[0] for row in rows])
     expected = beams_by_hand(backbone, prompt, rows[1], width=2, max_tokens=12)[0]
     assert together[1].text == text_of(backbone, expected[0])
 
@@ -157,11 +167,11 @@ def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone
 def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
     """No position beyond the table is asked for; the last token needs no position of its own."""
     prompt = Prompt.manual("{x!} [Y]")
-    backbone.tokenizer.stop_id = None
+    backbone.tokenizer.end_ids = frozenset()
     rows: list[Record] = [{"x": "'" * (CONTEXT - spare)} for spare in (0, 1, 3, 60)]
     lengths = [len(example.token_ids) for example in bound(backbone, "{x!} [Y]").contexts(rows)]
     assert lengths[0] == CONTEXT
-    found = PromptModel(backbone).predict(rows, prompt, max_tokens=20)
+    found = PromptModel(backbone).predict(rows, prompt, generation={"max_new_tokens": 20})
     assert [answer.tokens for answer in found] == [min(20, CONTEXT - length + 1) for length in lengths]
     with pytest.raises(TemplateError, match="record 2 does not fit"):
         PromptModel(backbone).predict([{"x": "a"}, {"x": "'" * (CONTEXT + 1)}], prompt)
@@ -170,16 +180,18 @@ def test_answers_end_at_the_end_of_the_context(backbone: Backbone) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_long_text_leaves_room_for_the_answer(backbone: Backbone) -> None:
     """Invariant *Only marked fields shrink*: a field is cut until the whole answer fits, not its first token alone."""
-    backbone.tokenizer.stop_id = None
-    found = PromptModel(backbone).predict([{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), max_tokens=9)
+    backbone.tokenizer.end_ids = frozenset()
+    found = PromptModel(backbone).predict(
+        [{"x": "Nairobi 25 " * 100}], Prompt.manual("[X] is [Y]"), generation={"max_new_tokens": 9}
+    )
     assert found[0].tokens == 9
 
 
 def test_without_a_stop_token_answers_run_to_their_length(causal: Backbone) -> None:
     """A tokenizer may have no end of text."""
     prompt = learned(causal, TEMPLATE)
-    causal.tokenizer.stop_id = None
-    found = PromptModel(causal).predict(RECORDS, prompt, max_tokens=4, top_k=2)
+    causal.tokenizer.end_ids = frozenset()
+    found = PromptModel(causal).predict(RECORDS, prompt, generation={"max_new_tokens": 4}, top_k=2)
     expected = [beams_by_hand(causal, prompt, record, width=2, max_tokens=4)[0] for record in RECORDS]
     assert [answer.text for answer in found] == [text_of(causal, ids) for ids, _ in expected]
     assert {answer.tokens for answer in found} == {4}
@@ -189,10 +201,11 @@ def test_an_answer_may_end_at_once(causal: Backbone) -> None:
     """A beam whose first token is the stop token is an empty answer; other beams go on beside it."""
     prompt = learned(causal, TEMPLATE)
     first = bound(causal, TEMPLATE).contexts(RECORDS[:1])[0]
-    causal.tokenizer.stop_id = int(next_log_probs(causal, prompt, first, []).argmax())
+    causal.tokenizer.end_ids = frozenset({int(next_log_probs(causal, prompt, first, []).argmax())})
     found = PromptModel(causal).predict(RECORDS[:1], prompt)[0]
     assert (found.text, found.tokens) == ("", 0)
-    wide = PromptModel(causal).predict(RECORDS[:1], prompt, top_k=3, max_tokens=4)[0]
+    how = {"max_new_tokens": 4, "num_beams": 3}
+    wide = PromptModel(causal).predict(RECORDS[:1], prompt, top_k=3, generation=how)[0]
     expected = beams_by_hand(causal, prompt, RECORDS[0], width=3, max_tokens=4)
     assert [c.text for c in wide.candidates] == list(first_of_each(causal, expected))
 
@@ -201,7 +214,9 @@ def test_an_answer_may_end_at_once(causal: Backbone) -> None:
 def test_an_answer_of_one_line_ends_with_its_line(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line break ends an answer, but not before it has begun; a prompt whose targets have several lines goes on."""
     prompt = learned(backbone, TEMPLATE)
-    whole = PromptModel(backbone).predict(RECORDS[:1], replace(prompt, multiline=True), max_tokens=6)[0]
+    whole = PromptModel(backbone).predict(
+        RECORDS[:1], replace(prompt, multiline=True), generation={"max_new_tokens": 6}
+    )[0]
     ids = beams_by_hand(backbone, prompt, RECORDS[0], width=1, max_tokens=6)[0][0]
     plain = backbone.tokenizer.decode
 
@@ -210,8 +225,10 @@ def test_an_answer_of_one_line_ends_with_its_line(backbone: Backbone, monkeypatc
         return "".join("\n" if token in (ids[0], ids[2]) else f"<{plain([token])}>" for token in tokens)
 
     monkeypatch.setattr(backbone.tokenizer, "decode", broken)
-    short = PromptModel(backbone).predict(RECORDS[:1], prompt, max_tokens=6)[0]
-    several = PromptModel(backbone).predict(RECORDS[:1], replace(prompt, multiline=True), max_tokens=6)[0]
+    short = PromptModel(backbone).predict(RECORDS[:1], prompt, generation={"max_new_tokens": 6})[0]
+    several = PromptModel(backbone).predict(
+        RECORDS[:1], replace(prompt, multiline=True), generation={"max_new_tokens": 6}
+    )[0]
     assert whole.tokens == several.tokens == 6
     assert "\n" not in short.text
     if len({*ids[:3]}) == 3:
@@ -224,7 +241,7 @@ def test_masks_are_filled_as_by_hand(backbone: Backbone) -> None:
     """A masked model takes the number of masks whose likeliest tokens are likeliest on average."""
     prompt = learned(backbone, "[P*2] [X] is [P] [Y] .")
     filled = bound(backbone, str(prompt.template))
-    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=3, max_tokens=4)
+    found = PromptModel(backbone).predict(RECORDS, prompt, top_k=3, generation={"max_new_tokens": 4})
     for record, answer in zip(RECORDS, found, strict=True):
         tried: list[tuple[float, str, int]] = []
         for count in (1, 2, 3, 4):
@@ -247,12 +264,20 @@ def test_masks_that_do_not_fit_are_not_tried(backbone: Backbone) -> None:
     filled = bound(backbone, "{x!} [Y]")
     room = CONTEXT - len(filled.contexts([{"x": text.strip()}])[0].token_ids)
     assert 0 <= room < 8
-    found = PromptModel(backbone).predict([{"x": text.strip()}], Prompt.manual("{x!} [Y]"), max_tokens=20)[0]
+    found = PromptModel(backbone).predict(
+        [{"x": text.strip()}], Prompt.manual("{x!} [Y]"), generation={"max_new_tokens": 20}
+    )[0]
     assert found.tokens is not None
     assert found.tokens <= room + 1
     rows: list[Record] = [{"x": "a"}, {"x": text.strip()}]
-    together = PromptModel(backbone).predict(rows, Prompt.manual("{x!} [Y]"), max_tokens=20)
-    same(together, [PromptModel(backbone).predict([row], Prompt.manual("{x!} [Y]"), max_tokens=20)[0] for row in rows])
+    together = PromptModel(backbone).predict(rows, Prompt.manual("{x!} [Y]"), generation={"max_new_tokens": 20})
+    same(
+        together,
+        [
+            PromptModel(backbone).predict([row], Prompt.manual("{x!} [Y]"), generation={"max_new_tokens": 20})[0]
+            for row in rows
+        ],
+    )
     with pytest.raises(TemplateError, match="record 2 does not fit"):
         PromptModel(backbone).predict([{"x": "a"}, {"x": "a " * 2 * CONTEXT}], Prompt.manual("{x!} [Y]"))
 
@@ -426,7 +451,11 @@ def test_zero_records(backbone: Backbone) -> None:
         (lambda m, p: m.predict(RECORDS, p, calibrate=True), ConfigError, "is for label words and a task's choices"),
         (lambda m, p: m.classify(RECORDS, with_labels(p), normalise="avg"), ConfigError, "is sum or mean, not 'avg'"),
         (lambda m, p: m.predict(RECORDS, p, top_k=0), RecordError, "top_k is 0; it must be 1 or more"),
-        (lambda m, p: m.predict(RECORDS, p, max_tokens=0), RecordError, "max_tokens is 0; it must be 1 or more"),
+        (lambda m, p: m.predict(RECORDS, p, generation={"top_p": 2.0}), ConfigError, "setting 'top_p' is 2.0"),
+        (lambda m, p: m.stream(RECORDS[0], with_labels(p)), PromptError, "only written answers are streamed"),
+        (lambda m, p: m.stream(RECORDS[0], p, generation={"num_beams": 2}), ConfigError, "only an answer of one beam"),
+        (lambda m, p: m.predict(RECORDS, p, ["a"], generation={"num_beams": 2}), ConfigError, "num_beams is for answ"),
+        (lambda m, p: m.predict(RECORDS, with_labels(p), generation={"num_beams": 2}), ConfigError, "num_beams is for"),
         (lambda m, p: m.predict(RECORDS, [p]), PromptError, "1 prompts for 5 records"),
         (lambda m, p: m.classify(RECORDS, p), PromptError, "has no label words; give candidates instead"),
         (lambda m, p: m.target_logits([{"x": "a"}], p), RecordError, r"has no target"),
@@ -498,7 +527,9 @@ def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
 
 def test_more_beams_than_words(causal: Backbone) -> None:
     """A beam per token of the vocabulary is the most there can be."""
-    found = PromptModel(causal).predict(RECORDS[:1], learned(causal, TEMPLATE), top_k=10_000, max_tokens=1)[0]
+    found = PromptModel(causal).predict(
+        RECORDS[:1], learned(causal, TEMPLATE), top_k=10_000, generation={"max_new_tokens": 1}
+    )[0]
     every = {text_of(causal, [token]) for token in range(causal.vocabulary)}
     assert {candidate.text for candidate in found.candidates} == every - {"\n"}
 
@@ -507,9 +538,9 @@ def test_a_vocabulary_padded_in_the_model(backbone: Backbone) -> None:
     """Rows of the embedding table that no token has are never written, and take their share of probability."""
     backbone.vocabulary -= 40
     prompt = learned(backbone, TEMPLATE)
-    found = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=3)
+    found = PromptModel(backbone).predict(RECORDS, prompt, generation={"max_new_tokens": 3})
     allowed = {backbone.tokenizer.decode([token]).strip() for token in range(backbone.vocabulary)}
-    single = PromptModel(backbone).predict(RECORDS, prompt, max_tokens=1)
+    single = PromptModel(backbone).predict(RECORDS, prompt, generation={"max_new_tokens": 1})
     assert all(answer.text in allowed for answer in single)
     if backbone.kind == "causal":
         for record, answer in zip(RECORDS, found, strict=True):
@@ -533,7 +564,7 @@ def test_thousands_of_records_take_linear_work(causal: Backbone, monkeypatch: py
     rows: list[Record] = [{"x": str(index), "y": "yes"} for index in range(40)]
     prompt = learned(causal, TEMPLATE)
     PromptModel(causal).target_logits(rows, prompt)
-    PromptModel(causal).predict(rows, prompt, max_tokens=1)
+    PromptModel(causal).predict(rows, prompt, generation={"max_new_tokens": 1})
     PromptModel(causal).rank(rows, prompt, ["yes", "no"])
     assert len(calls) <= 4
 
@@ -572,13 +603,13 @@ def test_prompts_with_trained_weights_of_their_own_in_one_batch(backbone: Backbo
     data = [{"x": "Kenya", "y": "Nairobi"}] * len(prompts)
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     together, ranked = model.target_logits(data, prompts), model.rank(data, prompts, CANDIDATES)
-    written = model.predict(data, prompts, max_tokens=2)
+    written = model.predict(data, prompts, generation={"max_new_tokens": 2})
     for index, prompt in enumerate(prompts):
         alone = PromptModel(backbone)
         torch.testing.assert_close(together[index], alone.target_logits(data[:1], prompt)[0], atol=1e-5, rtol=0)
         scores = {one.text: one.log_prob for one in alone.rank(data[:1], prompt, CANDIDATES)[0]}
         assert {one.text: one.log_prob for one in ranked[index]} == pytest.approx(scores, abs=1e-4)
-        assert alone.predict(data[:1], prompt, max_tokens=2)[0].text == written[index].text
+        assert alone.predict(data[:1], prompt, generation={"max_new_tokens": 2})[0].text == written[index].text
     for one, other in itertools.combinations(together, 2):
         assert not torch.allclose(one, other, atol=1e-3)
     assert all(torch.equal(weight, before[name]) for name, weight in backbone.model.state_dict().items())

@@ -5,14 +5,19 @@ The invariants that tests name are those of docs/invariants.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
+from ptuning.config import TrainConfig
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError
 from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
@@ -29,6 +35,7 @@ from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.storage import REQUIRED_KEYS
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
+from ptuning.training.run import train
 from tests.conftest import FAMILIES, RECORDS, learned
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
@@ -288,3 +295,88 @@ def test_missing_files_and_broken_json(saved: Path, tmp_path: Path) -> None:
     (saved / VECTORS_FILE).unlink()
     with pytest.raises(FileError, match=r"cannot read .*prompt.safetensors"):
         Prompt.load(saved)
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_prompt(
+    saved: Path, causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one or the new one; it used to be gone from its place between two renames. The next save tidies up."""
+    old, new = Prompt.load(saved), learned(causal, TEMPLATE, seed=9)
+    operations = [(Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "open"), (os, "fsync")]
+    seen: list[int] = []
+    for last in itertools.count():
+        left = [last]
+
+        def dying(real: Callable[..., Any], left: list[int] = left) -> Callable[..., Any]:
+            def call(*given: Any, **named: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise SystemExit  # from now on nothing is done any more, as after kill -9
+                return real(*given, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for place, name in operations:
+                patch.setattr(place, name, dying(getattr(place, name)))
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)
+            with contextlib.suppress(SystemExit):
+                new.save(saved, overwrite=True)
+        found = Prompt.load(saved)
+        assert found.slot_vectors is not None
+        assert old.slot_vectors is not None
+        assert new.slot_vectors is not None
+        seen.append(int(torch.equal(found.slot_vectors, new.slot_vectors)))
+        assert seen[-1] or torch.equal(found.slot_vectors, old.slot_vectors)
+        old.save(saved, overwrite=True)
+        assert sorted(path.name for path in saved.iterdir()) == sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE))
+        if left[0] > 0:
+            break
+    assert seen == sorted(seen)
+    assert 0 in seen
+    assert len(seen) > 8
+
+
+def test_readers_meet_a_whole_prompt_while_others_save(saved: Path, causal: Backbone) -> None:
+    """Several threads save over each other; no reader finds it gone or mixed, and no writer an error."""
+    prompts = [learned(causal, TEMPLATE, seed=seed) for seed in range(3)]
+    vectors = [prompt.slot_vectors for prompt in prompts]
+    prompts[0].save(saved, overwrite=True)
+    with ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(prompts[at % 3].save, saved, overwrite=True) for at in range(24)]
+        while not all(writer.done() for writer in writers):
+            found = Prompt.load(saved).slot_vectors
+            assert any(found is not None and one is not None and torch.equal(found, one) for one in vectors)
+        for writer in writers:
+            writer.result()
+    assert sorted(path.name for path in saved.iterdir()) == sorted((VECTORS_FILE, MANIFEST_FILE, CARD_FILE))
+
+
+@pytest.mark.parametrize("name", [VECTORS_FILE, MANIFEST_FILE, "backbone/adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+def test_devices_pipes_and_holes_are_not_read(causal: Backbone, tmp_path: Path, name: str, kind: str) -> None:
+    """They would fill the memory, or never end."""
+    config = TrainConfig(epochs=1, tune="lora", encoder="none")
+    train(TEMPLATE, [{"x": "a", "y": "yes"}], dev=[{"x": "b", "y": "no"}], backbone=causal, out=tmp_path, config=config)
+    path = tmp_path / "prompt" / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as handle:
+            handle.truncate(2**32)
+    with pytest.raises((FileError, PromptError)) as caught:
+        Prompt.load(tmp_path / "prompt")
+    assert re.search("not a regular file|is larger than|not a whole safetensors file|no prompt.json", str(caught.value))
+
+
+def test_the_folder_of_a_prompt_has_the_rights_of_the_umask(causal: Backbone, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        learned(causal, TEMPLATE).save(tmp_path / "p")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "p").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "p").iterdir()} == {0o600}

@@ -245,7 +245,7 @@ def test_one_fact_is_learned_to_an_exact_match(family: str, target: str, tokens:
     found = learn(backbone, template, items, enough=lambda found: found.state.best_score == 1.0)
     assert found.state.start["dev_score"] == 0.0
     prompt = Prompt(found.learner.bound.template, found.best_vectors, BackboneId.of(backbone))
-    answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, max_tokens=tokens)[0]
+    answer = PromptModel(backbone).predict([{"x": "Kenya"}], prompt, generation={"max_new_tokens": tokens})[0]
     if backbone.kind == "causal":
         assert answer.text == target
     else:

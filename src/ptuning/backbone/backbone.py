@@ -19,7 +19,14 @@ from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
 from ptuning.backbone.probes import beside_pads, check_reading, follows_branches, same_logits, turning_length
 from ptuning.backbone.randomness import own_draws
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, original_lengths
+from ptuning.backbone.tokenizer import (
+    TextTokenizer,
+    decoder_start,
+    kind_of,
+    longest_row,
+    original_lengths,
+    text_ends,
+)
 from ptuning.errors import BackboneError
 from ptuning.files import Json, sha256
 from ptuning.template.segments import Kind
@@ -61,11 +68,13 @@ class Backbone:
         self.revision = revision
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
         self._forward = Forward(model, kind=self.kind, name=name)
+        generation = getattr(model, "generation_config", None)
         self.tokenizer = TextTokenizer(
             tokenizer,
             max_tokens=longest_row(model.config) - self._forward.first_position,
             rows=self.embedding_rows,
-            decoder_ids=decoder_start(model.config, getattr(model, "generation_config", None)),
+            decoder_ids=decoder_start(model.config, generation),
+            end_ids=text_ends(model.config, generation),
         )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.

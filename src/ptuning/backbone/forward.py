@@ -1,10 +1,10 @@
-"""One forward pass: the inputs of a model by its kind, and logits at the asked positions only."""
+"""One forward pass: the inputs of a model by its kind, logits at the asked positions, and which token may be next."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
 from ptuning.backbone.placement import replace_forward
+from ptuning.config import GenerationSettings
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
 
@@ -230,3 +231,22 @@ def _first_position(model: PreTrainedModel) -> int:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     padding = getattr(tables[0], "padding_idx", None) if tables else None
     return 0 if padding is None else int(padding) + 1
+
+
+def logits_processor(settings: GenerationSettings) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what turns the logits (or log-probabilities) of the next token, (B, V), into those to choose from.
+    It is called with the (B, T) ids that were written before, and does what transformers' ``generate`` does.
+    """
+    from transformers.generation import logits_process as known
+
+    steps = known.LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        steps.append(known.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.do_sample:
+        if settings.temperature != 1.0:
+            steps.append(known.TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            steps.append(known.TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            steps.append(known.TopPLogitsWarper(settings.top_p))
+    return steps  # type: ignore[return-value]  # the stub asks for a LongTensor

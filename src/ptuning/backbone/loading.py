@@ -17,7 +17,7 @@ from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
-from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row
+from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
 from ptuning.errors import BackboneError, closest
 from ptuning.template.segments import Kind
 
@@ -103,8 +103,13 @@ def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | Non
     name, asked = str(name), asked or LoadOptions()
     folder, _ = _find(name, asked)
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    decoder_ids = decoder_start(config, _generation(folder)) if kind == "encoder-decoder" else ()
-    return TextTokenizer(tokenizer, max_tokens=longest_row(config), decoder_ids=decoder_ids), kind
+    generation = _generation(folder)
+    return TextTokenizer(
+        tokenizer,
+        max_tokens=longest_row(config),
+        decoder_ids=decoder_start(config, generation),
+        end_ids=text_ends(config, generation),
+    ), kind
 
 
 def _find(name: str, asked: LoadOptions) -> tuple[str, str | None]:

@@ -31,11 +31,18 @@ class TextTokenizer:
     """A transformers tokenizer for templates: it adds no special tokens, and special text in records is plain text.
 
     ``max_tokens`` is the model's longest row; special tokens beyond ``rows``, the ids that it can embed, are ignored.
+    ``end_ids`` end what the model writes, besides the tokenizer's own end of a text.
     Raises BackboneError if the special tokens cannot be told apart from text.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, rows: int | None = None, decoder_ids: Ids = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        rows: int | None = None,
+        decoder_ids: Ids = (),
+        end_ids: Ids = (),
     ) -> None:
         # Encoding special text as plain text changes the tokenizer's state, so this works on a copy.
         self._tokenizer = copy.deepcopy(tokenizer)
@@ -43,6 +50,7 @@ class TextTokenizer:
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
         self.mask_id: int | None = tokenizer.mask_token_id
         self.stop_id: int | None = tokenizer.eos_token_id
+        self.end_ids: frozenset[int] = frozenset({self.stop_id, *end_ids} - {None})
         self.unknown_id: int | None = tokenizer.unk_token_id
         self.line_end_id = self._probe_line_end()
         self.special_ids: Mapping[str, int] = {
@@ -235,6 +243,15 @@ def decoder_start(config: object, generation: object) -> Ids:
         )
     forced = named("forced_bos_token_id")
     return (start,) if forced is None else (start, forced)
+
+
+def text_ends(config: object, generation: object) -> Ids:
+    """Return the ids that end what a model writes: one or several of the generation config, else of the config."""
+    for source in (generation, config):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return (ends,) if isinstance(ends, int) else tuple(ends)
+    return ()
 
 
 def longest_row(config: PretrainedConfig) -> int:

@@ -26,8 +26,8 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "measure_ceiling",
     ),
     "Answers": (
-        "top_k", "max_tokens", "max_new_tokens", "num_beams", "do_sample", "sample", "temperature", "top_p",
-        "sampling_top_k", "repetition_penalty", "stop", "stream", "normalise", "calibrate", "without", "force",
+        "top_k", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample", "temperature",
+        "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "without", "force",
     ),
     "Output": ("out", "overwrite", "json", "log_to", "dry_run", "open", "server"),
     "Machine": (
@@ -44,7 +44,9 @@ WIDTH = 80
 
 
 def group_of(option: Any) -> str:
-    """Return the group of an option, by its name without dashes."""
+    """Return the group of an option: the one that it names itself, else by its name without dashes."""
+    if getattr(option, "rich_help_panel", None):
+        return str(option.rich_help_panel)
     names = {name.lstrip("-").replace("-", "_") for name in option.opts if name.startswith("--")}
     return next((title for title, listed in OPTION_GROUPS.items() if names & {*listed}), GENERAL)
 

@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli.help import print_help
-from ptuning.config import TrainConfig
+from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
 
@@ -250,6 +250,36 @@ def training(
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+
+
+def writing(
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")] = None,
+    num_beams: Annotated[int | None, typer.Option(metavar="N", help="Width of a beam search.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
+    do_sample: Annotated[bool | None, typer.Option("--do-sample", help="Draw each token (sampling).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
+    ] = None,
+    sampling_top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="F", help="Draw among the likeliest that sum to F.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 1 avoids repetitions.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends an answer; repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the draws.", rich_help_panel="Answers")] = None,
+) -> GenerationSettings:
+    """Read the settings of writing; those that are not given have the defaults of ``GenerationSettings``."""
+    given: dict[str, object] = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": sampling_top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop,
+        "seed": seed,
+    }
+    return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
+from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
 from ptuning.provenance import described
@@ -69,14 +70,14 @@ def evaluate(
     _show_scores(prompt, rows, found, as_json=as_json)
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(writing=options.writing, backbone=options.backbone_options)
 def predict(
     prompt: options.PromptArgument,
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
     candidates: options.CandidatesOption = None,
     top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.", min=1)] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
@@ -85,6 +86,7 @@ def predict(
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
     *,
+    writing: GenerationSettings,
     backbone: options.AskedBackbone,
 ) -> None:
     """Answer a text or records; with --json one object per line.
@@ -96,8 +98,11 @@ def predict(
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
     how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
-    if max_tokens is not None and closed:
-        raise ConfigError("--max-tokens is for answers that are written, not for candidates or label words")
+    if closed and (writing.changed or stream):
+        name = "stream" if stream else writing.changed[0]
+        raise ConfigError(f"{name} is for answers that are written, not for candidates or label words")
+    if stream and (as_json or top_k > 1):
+        raise ConfigError(f"--stream shows one answer as text; leave {'--json' if as_json else '--top-k'} out")
     rows = as_questions(data_to_answer(chosen, text, data, field))
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
@@ -105,11 +110,17 @@ def predict(
     from ptuning.prompt.predict import PromptModel
 
     model, found = PromptModel(loaded, force=force), []
+    if stream:
+        for record in rows.records:
+            for piece in model.stream(record, chosen, generation=writing):
+                typer.echo(terminal.visible(piece), nl=False)
+            typer.echo()
+        return
     with terminal.bar() as report:
         for at in range(0, len(rows), PREDICTED_ROWS):
             part = Questions(rows[at : at + PREDICTED_ROWS])
             found += model.predict(
-                part, chosen, listed, top_k=top_k, max_tokens=max_tokens, normalise=how, calibrate=calibrate
+                part, chosen, listed, top_k=top_k, generation=writing, normalise=how, calibrate=calibrate
             )
             report(Progress("predict", len(found), len(rows), rows.name))
     if loaded.kind not in FILLS_MASKS:

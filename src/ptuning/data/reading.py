@@ -46,6 +46,10 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
     exists = os.path.exists(path)  # unlike Path.exists, False for a name that cannot be a path
     if not exists and ":" in str(source) and not path.suffix:
         return _shipped_records(str(source))
+    try:
+        str(source).encode("utf-8")
+    except UnicodeEncodeError as error:  # every record that names its data would fail
+        raise FileError(f"the name of the data file {str(source)!r} is not UTF-8 text; rename it") from error
     if not exists:
         raise FileError(f"no such data file: {source}.{_hint(path)}")
     if path.suffix.lower() not in SUFFIXES:

@@ -111,7 +111,7 @@ def _score_test(
         "p-tuning": after.scores[EXACT_MATCH],
     }
     # The manual prompt does not learn where to stop, so its answers end at the length of the longest training target.
-    written = model.predict(test, manual, max_tokens=prompt.target_tokens)
+    written = model.predict(test, manual, generation={"max_new_tokens": prompt.target_tokens})
     learned = model.predict(test, prompt)
     rows: list[dict[str, Json]] = [
         {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import batches
 from ptuning.engine.evaluate import evaluate
@@ -54,7 +55,7 @@ def answer_records(
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
-    written = model.predict(data, prompt, max_tokens=max_tokens)
+    written = model.predict(data, prompt, generation=GenerationSettings(max_new_tokens=max_tokens))
     if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -12,19 +12,21 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
-from ptuning.engine.generate import write_answers
+from ptuning.engine.generate import stream_answer, write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
-from ptuning.errors import PromptError, RecordError
+from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import Normalise
+from ptuning.template.segments import FILLS_MASKS
 
 Found = TypeVar("Found")
 
@@ -42,7 +44,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one record: the likeliest of ``candidates``, which are sorted. Written answers have ``tokens``."""
+    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``."""
 
     text: str
     candidates: tuple[Candidate, ...]
@@ -221,29 +223,31 @@ class PromptModel:
         candidates: Sequence[str] | None = None,
         *,
         top_k: int = 1,
-        max_tokens: int | None = None,
+        generation: GenerationSettings | Mapping[str, object] | None = None,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[Prediction]:
         """Answer N records, or questions of a task, whose targets are not read, with one prompt for all or one per row.
 
-        With candidates, labels or choices, the answer is the likeliest of them. Else a causal model generates text
-        (beam search of width ``top_k``), and a masked model fills 1, 2, ... masks and takes the length whose tokens are
-        likeliest on average. ``max_tokens`` limits written answers; by default 2 more than the longest training target.
+        With candidates, labels or choices, the answer is the likeliest of them. Else a causal or encoder-decoder model
+        writes text, as ``generation`` says (settings, or their names and values; greedily by default), and a masked
+        model fills 1, 2, ... masks and takes the length whose tokens are likeliest on average.
 
-        ``candidates`` replace the prompt's own answers, and the ``top_k`` best are returned. ``normalise`` and
-        ``calibrate`` are as in :meth:`rank` and :meth:`classify`; a ConfigError if they would change nothing, since
-        answers are written, or candidates would be calibrated.
+        ``candidates`` replace the prompt's own answers. ``top_k`` different answers are returned, the answer first;
+        asking for more does not change it. ``normalise`` and ``calibrate`` are as in :meth:`rank` and :meth:`classify`.
+        A ConfigError if one of these settings would change nothing, since answers are not written, or are written, or
+        candidates would be calibrated.
         """
         data = records.records if isinstance(records, Questions) else as_records(records)
         if not data:
             return []
-        prompts = _per_row(prompt, len(data))
+        if top_k < 1:
+            raise RecordError(f"top_k is {top_k}; it must be 1 or more")
+        prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
-        for name, value in (("top_k", top_k), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise RecordError(f"{name} is {value}; it must be 1 or more")
+        if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
+            raise ConfigError(f"{settings.changed[0]} is for answers that are written, not for candidates or labels")
         if candidates is not None:
             ranked = self.rank(data, prompts, candidates, normalise=normalise)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
@@ -255,20 +259,55 @@ class PromptModel:
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
                 found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
             else:
-                found = self.for_prompt(one)._write(
-                    rows, one, top_k=top_k, max_tokens=max_tokens or one.target_tokens + 2
-                )
+                found = self.for_prompt(one)._write(rows, one, top_k=top_k, settings=settings)
             answers |= dict(zip(indices, found, strict=True))
         return [answers[index] for index in range(len(data))]
 
-    def _write(self, records: Sequence[Record], prompt: Prompt, *, top_k: int, max_tokens: int) -> list[Prediction]:
+    def stream(
+        self,
+        record: Record,
+        prompt: OnePrompt,
+        *,
+        generation: GenerationSettings | Mapping[str, object] | None = None,
+    ) -> Iterator[str]:
+        """Write the answer to one record, and yield its text piece by piece; joined it is that of :meth:`predict`.
+
+        A PromptError if the answers are labels or choices; a ConfigError with several beams, whose texts change until
+        the end; a BackboneError if the model fills masks.
+
+        Example:
+            >>> for piece in model.stream({"x": "Kenya"}, prompt):                           # doctest: +SKIP
+            ...     print(piece, end="", flush=True)
+        """
+        prompt = as_prompt(prompt)
+        settings, model = GenerationSettings.of(generation), self.for_prompt(prompt)
+        if prompt.answer_space.is_closed:
+            raise PromptError("the prompt chooses among labels or choices, and only written answers are streamed")
+        if settings.num_beams > 1:
+            raise ConfigError(f"num_beams is {settings.num_beams}; only an answer of one beam can be streamed")
+        if self.backbone.kind in FILLS_MASKS:
+            raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
+        pieces = stream_answer(
+            model.backbone,
+            prompt.bind(model.backbone, force=self.force),
+            as_records([record])[0],
+            prompt.learned(model.backbone),
+            settings=settings,
+            max_tokens=_longest(settings, prompt),
+        )
+        return _without_gradients(pieces)
+
+    def _write(
+        self, records: Sequence[Record], prompt: Prompt, *, top_k: int, settings: GenerationSettings
+    ) -> list[Prediction]:
         written = write_answers(
             self.backbone,
             prompt.bind(self.backbone, force=self.force),
             records,
             prompt.learned(self.backbone),
-            width=top_k,
-            max_tokens=max_tokens,
+            settings=settings,
+            top_k=top_k,
+            max_tokens=_longest(settings, prompt),
             pad_side=self.pad_side,
         )
         return [
@@ -315,6 +354,15 @@ def rank_classes(
             # An item with fewer classes than others of the batch has no names for those that it lacks.
             found[index] = sorted(map(Candidate, names[index], values), key=lambda candidate: -candidate.log_prob)
     return found
+
+
+def _longest(settings: GenerationSettings, prompt: Prompt) -> int:
+    return settings.max_new_tokens or prompt.target_tokens + 2
+
+
+@torch.no_grad()
+def _without_gradients(pieces: Iterator[str]) -> Iterator[str]:
+    yield from pieces
 
 
 def _by_prompt(prompts: Sequence[Prompt]) -> list[tuple[Prompt, list[int]]]:

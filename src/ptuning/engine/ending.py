@@ -1,0 +1,94 @@
+"""Where a written answer ends, and which text it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.template.fill import BoundTemplate
+
+# What a tokenizer's decoder shows for the bytes of a letter that is not whole yet.
+UNFINISHED = "\ufffd"
+# A stop string of N letters is looked for in the last tokens only: at most 4 bytes a letter, and some more.
+MORE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """A written answer: text, natural log-probability (with the stop token, if there is one), number of own tokens."""
+
+    text: str
+    log_prob: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that were written, and their natural log-probability."""
+
+    ids: tuple[int, ...] = ()
+    log_prob: float = 0.0
+
+    def grown(self, token: int, log_prob: float) -> Draft:
+        """Return the draft with a token more."""
+        return Draft((*self.ids, token), self.log_prob + log_prob)
+
+
+class Ending:
+    """Where a written answer ends: at a token that ends the model's texts, at a stop string, at ``max_tokens`` and,
+    unless targets have several lines, after its first line.
+    """
+
+    def __init__(
+        self, backbone: Backbone, bound: BoundTemplate, *, max_tokens: int, stop_strings: Sequence[str] = ()
+    ) -> None:
+        self._tokenizer = backbone.tokenizer
+        self._multiline = bound.multiline
+        self._max_tokens = max_tokens
+        self._stop_strings = stop_strings
+        self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
+        # The ends of a text; and the end of a filled gap, for a model that learned to write one.
+        self.ids = self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether an answer ends with the last of its tokens."""
+        return len(ids) >= self._max_tokens or ids[-1] in self.ids or self._ends_line(ids) or self._stops(ids)
+
+    def _ends_line(self, ids: Sequence[int]) -> bool:
+        # A line break before the answer does not end it.
+        return not self._multiline and self._tokenizer.ends_line(ids[-1]) and bool(self._tokenizer.decode(ids).strip())
+
+    def _stops(self, ids: Sequence[int]) -> bool:
+        if not self._stop_strings:
+            return False
+        tail = self._tokenizer.decode(ids[-self._tail :])
+        return any(one in tail for one in self._stop_strings)
+
+    def written(self, draft: Draft) -> Written:
+        """Return a draft as an answer; its log-probability includes the token that ended it, its tokens do not."""
+        return Written(self.text(draft.ids), draft.log_prob, len(self._own(draft.ids)))
+
+    def text(self, ids: Sequence[int], *, is_whole: bool = True) -> str:
+        """Return the text of an answer or, unless it ``is_whole``, the part of it that more tokens will not change."""
+        text = self._tokenizer.decode(self._own(ids))
+        text = text[: min((at for one in self._stop_strings if (at := text.find(one)) >= 0), default=len(text))]
+        if not is_whole:
+            text = text.rstrip(UNFINISHED)
+            begun = (size for one in self._stop_strings for size in range(1, len(one)) if text.endswith(one[:size]))
+            text = text[: len(text) - max(begun, default=0)]
+        text = text.strip()
+        return text if self._multiline else text.split("\n")[0].strip()
+
+    def _own(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return the tokens without one that ended them and that has no text."""
+        ends = ids[-1] in self.ids or (self._ends_line(ids) and not self._tokenizer.decode(ids[-1:]).strip())
+        return ids[:-1] if ends else ids
+
+
+def different(written: Iterable[Written]) -> list[Written]:
+    """Keep the first of the answers with the same text, which can end in different ways."""
+    kept: dict[str, Written] = {}
+    for one in written:
+        kept.setdefault(one.text, one)
+    return list(kept.values())
