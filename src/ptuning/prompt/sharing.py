@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptuning.backbone.sources import LoadOptions, hub_folder
 from ptuning.errors import FileError
-from ptuning.prompt.storage import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, WEIGHTS_FOLDER
+from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, WEIGHTS_FOLDER
 
 PATTERNS = (MANIFEST_FILE, VECTORS_FILE, CARD_FILE, f"{WEIGHTS_FOLDER}/*")
 ADVICE = (
