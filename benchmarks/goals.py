@@ -14,8 +14,8 @@ SUMMARY = "summary"
 # In the order in which they run. Those that start processes come first: in a smoke run all share one process, which
 # must be small until then.
 SCRIPTS = (
-    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "scaling", "arithmetic",
-    "stages",
+    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "writing", "scaling",
+    "arithmetic", "stages",
 )  # fmt: skip
 
 
@@ -54,6 +54,11 @@ GOALS: dict[str, Goal] = {
     "fleet-16-cpu": Goal("fleet of 16 on a CPU, against 16 runs one after another", "fleet", 1.3),
     "fleet-16-gpu": Goal("fleet of 16 on a GPU, against 16 runs one after another", "fleet", 8.0),
     "candidates-100": Goal("100 candidates a record, against one forward pass per candidate", "prediction", 10.0),
+    "writing-32": Goal(
+        "greedy writing of 32 tokens, batch of 16, against transformers' generate with the same embeddings",
+        "writing",
+        1.0,
+    ),
     "memory-worst": Goal(
         f"peak memory over that of {PEER}, worst of all questions", "memory", 1.0, "of the peer", True
     ),

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 # A template's error shows so many characters on either side of the fault.
 SHOWN_CHARACTERS = 200
 
+SHOWN_CHARACTERS = 60  # of a wrong value in a message
+
 
 class PTuningError(Exception):
     """Base of every error that a user can cause and fix. The command line prints it and ends with exit code 2."""
@@ -60,6 +62,15 @@ class ConfigError(PTuningError):
 
 class TrainingError(PTuningError):
     """A training run cannot start, go on or be resumed."""
+
+
+def shown(value: object) -> str:
+    """Return a value of any kind as a message shows it: cut to a line, its type alone if it is too long to write."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists inside of each other
+        return type(value).__name__
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
 def closest(name: str, known: Iterable[str]) -> str:

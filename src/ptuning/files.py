@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ptuning.errors import FileError, PTuningError, closest
+from ptuning.errors import SHOWN_CHARACTERS, FileError, PTuningError, closest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +33,6 @@ Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
 MAX_JSON_BYTES = 2**30  # of a file of JSON that we wrote
-SHOWN_CHARACTERS = 60  # of a wrong value in a message
 DEEPEST = 100  # lists and tables inside of each other in a file that is read; Python's own limit depends on the caller
 MOST_DOTS = 500  # in a line of TOML: a dotted key takes time that is quadratic in its parts
 LARGEST = 2**63 - 1  # of whole numbers in files; larger ones overflow where they become float
@@ -143,7 +143,7 @@ class Unchecked:
         """Read a data class, without the fields that are ``given``. What is missing or null is its default. Fields may
         be texts, numbers, flags, ``Literal``, ``Json``, data classes, and mappings, lists and ``| None`` of these.
         """
-        hints = get_type_hints(kind)
+        hints = _hints(kind)  # type: ignore[arg-type]  # a class has a hash
         for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # a data class
             one = self.at(item.name)
             has_default = item.default is not MISSING or item.default_factory is not MISSING
@@ -167,6 +167,11 @@ class Unchecked:
 
     def _part(self, value: object, path: str) -> Unchecked:
         return Unchecked(value, self.where, self.error, self.advice, path)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def file_error(action: str, path: Path, error: OSError) -> FileError:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
-from ptuning.errors import PTuningError, RecordError
+from ptuning.errors import PTuningError, RecordError, shown
 from ptuning.files import sha256
 
 Record = Mapping[str, str]
@@ -108,7 +108,7 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
     record: dict[str, str] = {}
     for name, given in row.items():
         if not isinstance(name, str):
-            raise RecordError(f"{where}: field names must be text, not {name!r}")
+            raise RecordError(f"{where}: field names must be text, not {shown(name)}")
         value = scalar(given)
         if value is not None:
             record[name] = _as_text(value, name, where=where)

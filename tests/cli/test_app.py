@@ -464,13 +464,14 @@ def test_every_encoder_trains(encoder: str, llama: str, data: Path) -> None:
 
 def test_options_reach_the_settings(llama: str, data: Path) -> None:
     args = ("--epochs", "1", "--batch-size", "3", "--lr", "0.01", "--seed", "5", "--encoder", "mlp")
+    length = ("--max-length", "30")
     sets = ("--set", "dropout=0.25", "--set", "start=vocabulary", "--set", "learn-to-stop=false", "--set", "patience=2")
     works("train", "--data", data / "train.jsonl", "--template", "[P*2] [X] [P] [Y]", "--backbone", llama,
-          "--out", "out", "--dtype", "bfloat16", "--device", "cpu", *args, *sets)  # fmt: skip
+          "--out", "out", "--dtype", "bfloat16", "--device", "cpu", *args, *length, *sets)  # fmt: skip
     settings = record_of(Path("out"))["settings"]
     wanted = {
         "epochs": 1, "batch_size": 3, "lr": 0.01, "seed": 5, "encoder": "mlp", "dropout": 0.25, "start": "vocabulary",
-        "learn_to_stop": False, "patience": 2, "dtype": "bfloat16", "device": "cpu",
+        "learn_to_stop": False, "patience": 2, "dtype": "bfloat16", "device": "cpu", "max_length": 30,
     }  # fmt: skip
     assert {name: settings[name] for name in wanted} == wanted
 
@@ -692,7 +693,8 @@ def test_a_prompt_finds_its_own_backbone_and_may_use_another_by_force(
 def test_inspect_shows_the_nearest_tokens(run_folder: Path, data: Path) -> None:
     found = json.loads(works("inspect", run_folder, "--json"))
     assert found["template"] == WARM
-    assert set(found) == {"template", "slots", "typical", "scores"}
+    assert set(found) == {"template", "backbone", "slots", "typical", "scores"}
+    assert found["backbone"]["loaded"]["dtype"] in ("float32", "bfloat16", "float16")
     assert [slot["start"] for slot in found["slots"]] == ["The", " capital", " of", " is"]
     for slot in found["slots"]:
         # Two epochs move no slot far from the token it started at.

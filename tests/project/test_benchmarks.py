@@ -27,8 +27,8 @@ from tests.conftest import RECORDS, bound, items_of, learned
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "peft-short-16", "peft-short-64", "ceiling-short-16", "ceiling-short-64", "late-sentences", "late-512",
-    "shared-prefix", "time-to-peft-score", "fleet-16-cpu", "fleet-16-gpu", "candidates-100", "memory-worst",
-    "rank-memory", "import-seconds", "help-seconds", "load-against-transformers",
+    "shared-prefix", "time-to-peft-score", "fleet-16-cpu", "fleet-16-gpu", "candidates-100", "writing-32",
+    "memory-worst", "rank-memory", "import-seconds", "help-seconds", "load-against-transformers",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}; make bench installs it")

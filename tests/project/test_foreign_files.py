@@ -123,7 +123,9 @@ COMMANDS: dict[str, Command] = {
 
 
 @pytest.fixture(scope="module")
-def started(loaded: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], None]:
+def started(
+    loaded: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path, str], object]:
     """Fill a folder with what a command of ours leaves: nothing, a prompt, a run, a stopped run, a comparison."""
     import shutil
 
@@ -135,7 +137,7 @@ def started(loaded: Callable[[str], Backbone], tmp_path_factory: pytest.TempPath
         train(TEMPLATE, ROWS, dev=ROWS, backbone=backbone, out=root / "stopped", config=FAST, should_stop=lambda: True)
     new_path(root / "stopped" / "run.json").touch()
     COMMANDS["compare"](backbone, root / "comparison")
-    return lambda folder, what: shutil.copytree(root / what, folder, symlinks=True) and None
+    return lambda folder, what: shutil.copytree(root / what, folder, symlinks=True)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -29,7 +29,7 @@ from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
 from ptuning.template.fill import Example
-from ptuning.template.labels import LabelWords
+from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
@@ -320,6 +320,27 @@ def test_candidates_of_a_long_record_are_compared_behind_one_text(backbone: Back
     found, expected = (model.rank([record], prompt, CANDIDATES)[0] for record in ({"x": words}, fitting[-1]))
     assert [one.text for one in found] == [one.text for one in expected]
     assert [one.log_prob for one in found] == pytest.approx([one.log_prob for one in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_the_end_of_each_candidate_counts_if_asked_for(backbone: Backbone, normalise: Normalise) -> None:
+    """Else a candidate that begins another could never lose to it. A masked model has no end to learn."""
+    names, prompt = ["a good film", "a good film and a bad one", "yes"], learned(backbone, TEMPLATE)
+    found = PromptModel(backbone).rank(
+        RECORDS[:2], replace(prompt, learned_to_stop=True), names, normalise=normalise, count_stop=True
+    )
+    for record, row in zip(RECORDS, found, strict=False):
+        for one in row:
+            fill = bound(backbone, TEMPLATE)
+            example = fill.examples([record], targets=[one.text], with_stop=True)[0]
+            assert (example.target_ids[-1] == fill.stop_id) == (backbone.kind == "causal")
+            logits = target_logits(backbone, [example], prompt.learned(backbone)).log_softmax(-1)
+            each = [float(logits[at, token]) for at, token in enumerate(example.target_ids)]
+            assert one.log_prob == pytest.approx(sum(each) / (len(each) if normalise == "mean" else 1), abs=1e-4)
+    with pytest.raises(ConfigError, match="count_stop is for prompts that were trained to stop"):
+        PromptModel(backbone).rank(RECORDS[:2], prompt, names, count_stop=True)
+    plain = PromptModel(backbone).rank(RECORDS[:2], prompt, names, normalise=normalise)
+    assert (found == plain) == (backbone.kind == "masked")
 
 
 def test_predict_takes_the_first_candidates(backbone: Backbone) -> None:

@@ -122,6 +122,16 @@ def test_a_task_travels_with_the_prompt(tmp_path: Path) -> None:
     assert "| chooses among | the choices that each row brings |" in card
 
 
+def test_a_prompt_that_says_nothing_of_stopping_has_not_learned_it(tmp_path: Path) -> None:
+    """As those that were saved before the manifest said so."""
+    replace(Prompt.manual("[X] is [Y]"), learned_to_stop=True).save(tmp_path / "p")
+    assert Prompt.load(tmp_path / "p").learned_to_stop
+    manifest = json.loads((tmp_path / "p" / MANIFEST_FILE).read_text(encoding="utf-8"))
+    del manifest["learned_to_stop"]
+    (tmp_path / "p" / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    assert not Prompt.load(tmp_path / "p").learned_to_stop
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

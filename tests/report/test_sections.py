@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ptuning.report import sections
+from ptuning.report.blocks import Picture
 from ptuning.report.results_file import read_results
 from ptuning.report.sections import build_page
 from ptuning.report.write import write_report
@@ -83,3 +88,12 @@ def test_nothing_finished_and_nothing_optional_still_is_a_report(tmp_path: Path)
 def test_cells_without_tasks_still_are_a_report(lama: Path) -> None:
     change(lama, lambda found: found.update(tasks={}))
     assert write_report(lama).is_file()
+
+
+def test_pictures_of_many_rows_have_the_first_and_the_last(lama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "MOST_ROWS", 2)
+    page = build_page(read_results(lama))
+    drawn = {block.name: block for section in page.sections for block in section.blocks if isinstance(block, Picture)}
+    assert "The picture has the first and the last 1 of them." in drawn["dots"].caption
+    labels = [name for name in ("P36", "P103", "P17") if re.search(rf"<text[^>]*>{name} ", drawn["dots"].svg)]
+    assert len(labels) == 2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ptuning.errors import RecordError
+from ptuning.errors import LabelWordError, RecordError, shown
 from ptuning.records import as_records, check_columns, clean
+from ptuning.template.labels import LabelWords
 
 
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
@@ -44,3 +45,15 @@ def test_columns_of_one_name_are_an_error_at_any_width() -> None:
     check_columns([f"c{number}" for number in range(100_000)], where="a.csv")
     with pytest.raises(RecordError, match=r"a\.csv: the column names x are there twice"):
         check_columns(["x", *map(str, range(100_000)), "x"], where="a.csv")
+
+
+def test_a_value_that_cannot_be_written_is_shown_by_its_type() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert (shown(10**5000), shown(deep), shown("a")) == ("int", "list", "'a'")
+    assert len(shown("a" * 100)) == 60
+    with pytest.raises(RecordError, match="field names must be text, not int"):
+        as_records([{10**5000: "a"}])  # type: ignore[dict-item]  # as a caller may
+    with pytest.raises(LabelWordError, match="label 'a' has int"):
+        LabelWords.of({"a": 10**5000})  # type: ignore[dict-item]

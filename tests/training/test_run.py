@@ -491,6 +491,7 @@ def test_white_space_around_a_target_is_not_learned(causal: Backbone) -> None:
     assert (found.prompt.multiline, found.prompt.scores) == (False, plain.prompt.scores)
     scored = score_prompt(PromptModel(causal), as_records(spaced), plain.prompt)
     assert scored.hits == score_prompt(PromptModel(causal), as_records(FACTS), plain.prompt).hits
+    assert plain.prompt.learned_to_stop
     lines: list[Record] = [{"x": row["x"], "y": f"{row['y']}\nand on\n"} for row in FACTS]
     assert run(causal, data=lines).prompt.multiline
 

@@ -681,7 +681,7 @@ def test_the_choice_rule(
     """
     found = make_trainer(causal, epochs=3)
     script_evaluations(monkeypatch, found, outcomes)
-    vectors = [found.learner.vectors()]
+    vectors: list[Tensor] = []  # those of the start, which is reported as epoch 0, and of each epoch
     items = items_of(causal, TEMPLATE, FACTS)
     found.fit(items, items, report=lambda p: vectors.append(found.learner.vectors()) if p.stage == "epoch" else None)
     assert found.state.chosen_epoch == chosen

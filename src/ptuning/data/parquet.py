@@ -79,12 +79,26 @@ def _values(array: Array, where: str) -> list[object]:
         values = _values(array.dictionary, where)
         return [None if at is None else values[at] for at in array.indices.to_pylist()]
     try:
-        found: list[object] = array.to_pylist()
+        found: list[object] = _as_python(array).to_pylist()
     except UnicodeDecodeError as error:
         raise RecordError(f"{where} holds text that is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except (OverflowError, ValueError):  # Python's dates end with the year 9999, and its times at microseconds
         found = list(_one_by_one(array, where))
     return found
+
+
+def _as_python(value: Any) -> Any:
+    """Return nanoseconds as microseconds, which Python has; a ValueError if that loses some. Where pandas is installed,
+    nanoseconds would become its own types.
+    """
+    from pyarrow import duration, time64, timestamp, types
+
+    kind = value.type
+    if not types.is_temporal(kind) or getattr(kind, "unit", None) != "ns":
+        return value
+    if types.is_timestamp(kind):
+        return value.cast(timestamp("us", kind.tz))
+    return value.cast(duration("us") if types.is_duration(kind) else time64("us"))
 
 
 def _one_by_one(array: Array, where: str) -> Iterator[object]:
@@ -102,7 +116,7 @@ def _or_text(scalar: Any) -> object:
     from pyarrow import ArrowException, string, types
 
     try:
-        return scalar.as_py()
+        return _as_python(scalar).as_py()
     except (OverflowError, ValueError):
         pass
     try:

@@ -145,6 +145,7 @@ class PromptModel:
         candidates: Sequence[str],
         *,
         normalise: Normalise | None = None,
+        count_stop: bool = False,
     ) -> list[list[Candidate]]:
         """Score a closed set of C different answers for each of N records, whose targets are not read.
 
@@ -152,16 +153,28 @@ class PromptModel:
         by default as each record's prompt says. Returns N lists of C candidates, best first; on a tie in the given
         order.
 
-        A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither.
+        ``count_stop`` counts the stop token as a token of each answer: without it, an answer can never lose to one that
+        it begins. Only a prompt that has learned to stop (:attr:`Prompt.learned_to_stop`) has an opinion on that.
+
+        A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither, or a
+        prompt has not learned to stop.
         """
         _check_candidates(candidates)
         data = as_records(records)
         each = _per_row(prompts, len(data))
+        if count_stop and not all(one.learned_to_stop for one in each):
+            raise ConfigError(
+                "count_stop is for prompts that were trained to stop after the target (learn_to_stop); leave it out"
+            )
         how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
             lambda model, at: model._rank(
-                [data[i] for i in at], [each[i] for i in at], candidates, [how[id(each[i])].normalise for i in at]
+                [data[i] for i in at],
+                [each[i] for i in at],
+                candidates,
+                [how[id(each[i])].normalise for i in at],
+                count_stop=count_stop,
             ),
         )
 
@@ -171,6 +184,8 @@ class PromptModel:
         prompts: Sequence[Prompt],
         candidates: Sequence[str],
         normalise: Sequence[Normalise],
+        *,
+        count_stop: bool,
     ) -> list[list[Candidate]]:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
@@ -178,7 +193,7 @@ class PromptModel:
         at_once = max(1, RANKED_ROWS // len(candidates))
         for start in range(0, len(data), at_once):
             part = range(start, min(start + at_once, len(data)))
-            examples = [bound[index].answers([data[index]], [candidates])[0] for index in part]
+            examples = [bound[index].answers([data[index]], [candidates], with_stop=count_stop)[0] for index in part]
             totals = candidate_log_probs(self.backbone, examples, learned.take(part), pad_side=self.pad_side)
             for index, filled, values in zip(part, examples, totals, strict=True):
                 if normalise[index] == "mean":

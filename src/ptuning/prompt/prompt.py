@@ -79,6 +79,7 @@ class Prompt:
         target_tokens: Tokens of the longest training target. It limits the length of written answers.
         max_length: Most tokens of a row, as in training; None for as many as the model reads.
         multiline: Whether training targets had line breaks. If not, a written answer ends with its line.
+        learned_to_stop: Whether it was trained to end after the target; candidates can then be scored with their end.
         method: Name of the method that made it.
         seed: Seed of the training, or None.
         scores: Scores on the development part, which chose it.
@@ -104,6 +105,7 @@ class Prompt:
     normalise: Normalise = "sum"
     weights: TrainedWeights | None = None
     max_length: int | None = None
+    learned_to_stop: bool = False
     scored_on: int | None = None
 
     def __post_init__(self) -> None:
@@ -256,7 +258,8 @@ class Prompt:
         ``backbone``, the backbone stays frozen.
         """
         if part == "slots" and self.slot_vectors is not None:
-            return replace(self, template=self.template.without_slots(), slot_vectors=None)
+            stops = self.learned_to_stop and self.weights is not None
+            return replace(self, template=self.template.without_slots(), slot_vectors=None, learned_to_stop=stops)
         if part == "backbone" and self.weights is not None:
             return replace(self, weights=None)
         parts = [
@@ -379,6 +382,7 @@ class Prompt:
             "target_tokens": self.target_tokens,
             "max_length": self.max_length,
             "multiline": self.multiline,
+            "learned_to_stop": self.learned_to_stop,
             "method": self.method,
             "seed": self.seed,
             "scores": dict(self.scores),
@@ -416,6 +420,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         calibrate=manifest.at("calibrate", default=False).flag(),
         normalise=manifest.at("normalise", "sum").one_of(("sum", "mean")),
         weights=found.weights,
+        learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
         max_length=manifest.optional("max_length", Unchecked.whole),
         scored_on=manifest.optional("scored_on", Unchecked.whole),
     )

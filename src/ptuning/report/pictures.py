@@ -7,8 +7,10 @@ colours.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,6 +30,8 @@ MARKERS = ("o", "D", "s", "^", "v")
 HOLLOW = (True, False, True, False, False)
 GREY = "#6b6b6b"
 LABEL_CHARACTERS = 22
+# XML 1.0, production 2, has all other characters.
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
 
 
@@ -97,13 +101,16 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
 
 def mean_curve(trainings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
     """Return the mean per epoch, from the first that all have. After early stopping a training keeps its last score."""
-    epochs = sorted({epoch for points in trainings for epoch, _ in points})
     first = max(min(epoch for epoch, _ in points) for points in trainings)
-    return [
-        (at, sum(max(point for point in points if point[0] <= at)[1] for points in trainings) / len(trainings))
-        for at in epochs
-        if at >= first
-    ]
+    changes: dict[int, float] = defaultdict(float)  # epoch -> how much the sum over the trainings changes
+    for points in trainings:
+        before = 0.0
+        for epoch, value in sorted(points):
+            changes[epoch] += value - before
+            before = value
+    epochs = sorted(changes)
+    sums = itertools.accumulate(changes[at] for at in epochs)
+    return [(at, total / len(trainings)) for at, total in zip(epochs, sums, strict=True) if at >= first]
 
 
 @contextmanager
@@ -133,8 +140,10 @@ def _canvas(name: str, *, height: float) -> Iterator[tuple[Figure, list[str]]]:
 
 
 def _own_ids(svg: str, name: str) -> str:
-    """Remove the header before the drawing, and start its ids with its name: a page holds several drawings."""
-    body = svg[svg.index("<svg") :]
+    """Remove the header before the drawing, and start its ids with its name: a page holds several drawings. Characters
+    that XML does not have come from names.
+    """
+    body = NOT_XML.sub("\N{REPLACEMENT CHARACTER}", svg[svg.index("<svg") :])
     return re.sub(
         r"<[^>]+>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', lambda at: f"{at[1]}{name}-", tag[0]), body
     )

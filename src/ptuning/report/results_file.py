@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -228,7 +230,8 @@ class Results:
     @property
     def pair(self) -> tuple[str, str]:
         """The methods of the written and of the learned prompt, as far as this run has them."""
-        learned = [name for name, one in self.methods.items() if one.learns_slots and name not in self.controls]
+        controls = set(self.controls)
+        learned = [name for name, one in self.methods.items() if one.learns_slots and name not in controls]
         written = next((name for name in WRITTEN if name in self.overall), MANUAL)
         return written, next((name for name in learned if name in self.overall), LEARNED)
 
@@ -239,9 +242,14 @@ class Results:
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return names of methods, each once, in the order in which the file lists the methods."""
-        listed = dict.fromkeys([*self.methods, *(one.method for one in self.cells)])
         present = dict.fromkeys(names)
+        listed = self._listed
         return [*(name for name in listed if name in present), *(name for name in present if name not in listed)]
+
+    @functools.cached_property
+    def _listed(self) -> Mapping[str, None]:
+        """The methods in the order of the file, each once."""
+        return dict.fromkeys([*self.methods, *(one.method for one in self.cells)])
 
     def named(self, task: str) -> str:
         """Return a task's name with its label."""
@@ -250,8 +258,17 @@ class Results:
 
     def done(self, method: str, task: str | None = None) -> list[CellRecord]:
         """Return the finished cells of a method, on one task or on all, in order of their seeds."""
-        found = [one for one in self.cells if one.method == method and task in (None, one.task)]
-        return sorted((one for one in found if one.status == "done"), key=lambda one: one.seed)
+        return self._done.get((method, task), [])
+
+    @functools.cached_property
+    def _done(self) -> Mapping[tuple[str, str | None], list[CellRecord]]:
+        """Method and task, or method and None for all tasks -> the finished cells in order of their seeds."""
+        found: dict[tuple[str, str | None], list[CellRecord]] = defaultdict(list)
+        for one in sorted(self.cells, key=lambda one: one.seed):
+            if one.status == "done":
+                found[one.method, one.task].append(one)
+                found[one.method, None].append(one)
+        return found
 
     def folder_of(self, cell: CellRecord) -> Path:
         """Return the folder of a cell's files."""

@@ -5,6 +5,7 @@ To add a section, write a function that returns its blocks and list it in :data:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from ptuning.metrics import called
@@ -14,6 +15,7 @@ from ptuning.report.cell_files import read_curve
 from ptuning.report.limits import limits
 from ptuning.report.results_file import Results
 
+MOST_ROWS = 100  # of a picture: more are not told apart, and take minutes to draw
 TITLES = {
     "lama": "What a learned prompt recalls",
     "compare": "Methods compared",
@@ -95,12 +97,14 @@ def _dots(results: Results) -> list[Block]:
         return []
     rows.sort(key=lambda row: row[1].value - row[2].value)
     better = sum(new.value > old.value for _, old, new in rows)
+    shown = rows if len(rows) <= MOST_ROWS else [*rows[: MOST_ROWS // 2], *rows[-MOST_ROWS // 2 :]]
+    part = "" if shown == rows else f" The picture has the first and the last {MOST_ROWS // 2} of them."
     caption = (
         f"{called(score)} of {written} and {learned} on every task, sorted by the difference; {learned} is higher on "
-        f"{better:,} of {counted(len(rows), 'task')}. Whiskers are 95 % intervals; the table under Every task has "
-        "the numbers, with n."
+        f"{better:,} of {counted(len(rows), 'task')}.{part} Whiskers are 95 % intervals; the table under Every task "
+        "has the numbers, with n."
     )
-    svg = pictures.dots(rows, names=(written, learned), unit=called(score), name="dots")
+    svg = pictures.dots(shown, names=(written, learned), unit=called(score), name="dots")
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
 
 
@@ -108,13 +112,14 @@ def _wordings(results: Results) -> list[Block]:
     if not results.paraphrases:
         return []
     rows = []
-    for task, relation in results.paraphrases.items():
+    for task, relation in itertools.islice(results.paraphrases.items(), MOST_ROWS):
         methods = results.ordered(name for one in relation.patterns for name in one.scores)
         strip = {m: [one.scores[m].value for one in relation.patterns if m in one.scores] for m in methods}
         rows.append((results.named(task), strip))
     score = called(results.primary)
+    whose = "a relation" if len(rows) == len(results.paraphrases) else f"the first {MOST_ROWS} relations"
     caption = (
-        f"{score} of every wording of a relation, before and after learning: the shorter a strip, the less the wording "
+        f"{score} of every wording of {whose}, before and after learning: the shorter a strip, the less the wording "
         "matters. The tables below have the numbers, with intervals and n."
     )
     svg = pictures.strips(rows, unit=score, name="wordings")

@@ -245,10 +245,10 @@ def wordings(results: Results) -> list[Block]:
 
 def changes(results: Results) -> list[Block]:
     """Return some answers that the learned prompt gained and some that it lost, for every task."""
-    written, learned = results.pair
+    pair = written, learned = results.pair
     folds: list[Block] = []
     for task in results.tasks:
-        before, after = (_by_record(results, next(iter(results.done(name, task)), None)) for name in results.pair)
+        before, after = (_by_record(results, next(iter(results.done(name, task)), None)) for name in pair)
         same = sorted(before.keys() & after.keys(), key=lambda key: sha256(key.encode()))
         gained = [(before[key], after[key]) for key in same if after[key].answer.hit and not before[key].answer.hit]
         lost = [(before[key], after[key]) for key in same if before[key].answer.hit and not after[key].answer.hit]
@@ -256,7 +256,7 @@ def changes(results: Results) -> list[Block]:
             continue
         title = f"{results.named(task)}: {len(gained):,} gained and {len(lost):,} lost of {len(same):,} {results.unit}"
         blocks = [
-            _changed(pairs, f"{results.named(task)}: {{shown}} {what} by {learned} against {written}.", results.pair)
+            _changed(pairs, f"{results.named(task)}: {{shown}} {what} by {learned} against {written}.", pair)
             for what, pairs in (("gained", gained), ("lost", lost))
         ]
         folds.append(Fold(title, blocks))

@@ -161,7 +161,12 @@ class BoundTemplate:
         )
 
     def answers(
-        self, records: Sequence[Record], texts: Sequence[Sequence[str]], *, source: str = "record"
+        self,
+        records: Sequence[Record],
+        texts: Sequence[Sequence[str]],
+        *,
+        with_stop: bool = False,
+        source: str = "record",
     ) -> list[list[Example]]:
         """Fill the template with each of N records and each of its own ``texts`` in turn as the target.
 
@@ -169,7 +174,10 @@ class BoundTemplate:
         alike for all of them. Errors as for :meth:`examples`; they name record and answer.
         """
         groups = [
-            [_Row(record, text, f"{source} {number}, answer {place}") for place, text in enumerate(listed, start=1)]
+            [
+                _Row(record, text, f"{source} {number}, answer {place}", with_stop=with_stop)
+                for place, text in enumerate(listed, start=1)
+            ]
             for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1)
         ]
         examples = iter(self._build(groups))

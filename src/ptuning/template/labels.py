@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ptuning.errors import ConfigError, LabelWordError, RecordError, closest
+from ptuning.errors import ConfigError, LabelWordError, RecordError, closest, shown
 from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records, check_text
 from ptuning.template.fill import BoundTemplate, Example
@@ -156,7 +156,7 @@ def _words_of(label: object, listed: object) -> tuple[str, ...]:
     words = (listed,) if isinstance(listed, str) else listed
     if not (isinstance(label, str) and isinstance(words, list | tuple) and all(isinstance(one, str) for one in words)):
         raise LabelWordError(
-            f"label {label!r} has {listed!r}; its name is a text, and its words a text or a list of texts"
+            f"label {shown(label)} has {shown(listed)}; its name is a text, and its words a text or a list of texts"
         )
     check_text(label + "".join(words), where="label words", what=f"label {label!r}", error=LabelWordError)
     return tuple(word.strip() for word in words)

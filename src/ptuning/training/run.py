@@ -224,15 +224,16 @@ class TrainingRun:
     def prompt(self, trainer: Trainer) -> Prompt:
         """Return the prompt that a trainer has learned."""
         prepared = self.prepared
-        longest = max(choice.own_tokens for item in self.items["train"] for choice in item.choices)
+        choices = [choice for item in self.items["train"] for choice in item.choices]
         return Prompt(
             prepared.template,
             trainer.best_vectors if prepared.template.has_slots else None,
             BackboneId.of(trainer.learner.frozen),
             label_words=prepared.answers.words,
-            target_tokens=longest,
+            target_tokens=max(choice.own_tokens for choice in choices),
             max_length=prepared.config.max_length,
             multiline=prepared.bound.multiline,
+            learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
             scored_on=len(self.items["dev"]),

@@ -1,0 +1,397 @@
+"""The kinds of inputs: how each is drawn, and everything that reads it.
+
+The rule of all: whatever comes in is accepted, or ends in one PTuningError with a message. A kind's function raises
+anything else. Files go into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow
+import pyarrow.parquet
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
+from ptuning.data.reading import read_rows
+from ptuning.data.relations import read_relations
+from ptuning.data.splits import split_relation
+from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
+from ptuning.data.word_lists import read_words
+from ptuning.errors import PTuningError, TaskError
+from ptuning.files import parse_toml, sha256, write_bytes
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.report import sections
+from ptuning.report.results_file import read_results
+from ptuning.report.write import write_report
+from ptuning.template.fill import BoundTemplate
+from ptuning.template.labels import LabelWords
+from ptuning.template.language import Template
+from ptuning.training.fleet_file import read_fleet
+from ptuning.training.identity import identity_of_run
+from ptuning.training.run_folder import check_folder
+from tests.conftest import make_model
+from tests.fuzz.strange import (
+    as_json,
+    as_python,
+    as_toml_file,
+    changed_bytes,
+    changed_json,
+    changed_text,
+    texts,
+    values,
+)
+from tests.report.conftest import a_paraphrases, a_results, write_cells
+
+T = TypeVar("T")
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def tried(read: Callable[..., T], *inputs: Any, **options: Any) -> T | None:
+    """Read an input; None if that ends in an error of the package, which must say something."""
+    try:
+        return read(*inputs, **options)
+    except PTuningError as error:
+        if not str(error).strip():
+            raise AssertionError(f"{type(error).__name__} without a message") from error
+        return None
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Yield an empty folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        yield Path(name)
+
+
+@functools.cache
+def tiny(family: str) -> Backbone:
+    """A tiny random model of a family."""
+    with folder() as path:
+        make_model(family, path)
+        return load_backbone(str(path), dtype="float32", device="cpu")
+
+
+FAMILIES = ("llama", "bert", "gpt2")
+
+
+def templates(draw: Draw) -> None:
+    """A pattern: parsed, printed and parsed again, made of a manual one, bound to a tokenizer and filled."""
+    pattern = draw(texts)
+    parsed = tried(Template.parse, pattern)
+    derived = tried(Template.from_manual, pattern, about=draw(st.none() | texts))
+    for one in (parsed, derived):
+        if one is None:
+            continue
+        assert Template.parse(str(one)) == one
+        backbone = tiny(draw(st.sampled_from(FAMILIES)))
+        bound = tried(BoundTemplate, one, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        if bound is not None:
+            record = {name: draw(texts) for name in (*one.fields, "y")}
+            tried(bound.examples, [record])
+            tried(bound.contexts, [record])
+
+
+def labels(draw: Draw) -> None:
+    """Label words as text, and as a mapping."""
+    text = draw(texts | changed_text("positive=great,good; negative=terrible,bad"))
+    given: Any = draw(st.sampled_from((0, 1)))
+    mapping = as_python(draw(changed_json({"positive": ["great", "good"], "negative": ["terrible"]})))
+    words = tried(LabelWords.of, text if given else mapping)
+    if words is not None:
+        backbone = tiny(draw(st.sampled_from(FAMILIES)))
+        template = Template.parse("{x} [P*2] [Y].")
+        bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        tried(words.examples, bound, {"x": "a film"})
+        tried(words.check_ids, bound, {"x": "a film"}, unknown_id=None)
+
+
+ROWS = [
+    {"x": "Kenya", "y": "Nairobi", "n": 3, "text": "a film", "label": "positive", "ok": True, "who": None},
+    {"x": "São Tomé", "y": '"b", a\n', "n": 0.5, "text": "two", "label": 1, "ok": False, "who": {"a": ["b"]}},
+]
+
+
+@functools.cache
+def table(name: str) -> bytes:
+    """The rows as a file of each format."""
+    if name.endswith(".parquet"):
+        stream = io.BytesIO()
+        plain = [{name: str(value) for name, value in row.items()} | {"n": 1, "many": [1, 2]} for row in ROWS]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), stream)
+        return stream.getvalue()
+    if name.endswith(".json"):
+        return json.dumps(ROWS, ensure_ascii=False).encode()
+    if name.endswith(("l", "ndjson")):
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+    mark = "\t" if name.endswith(".tsv") else ","
+    return "\n".join([mark.join(ROWS[0]), *(mark.join(f'"{i}{name}"' for name in ROWS[0]) for i in range(3))]).encode()
+
+
+def data_files(draw: Draw) -> None:
+    """A data file with broken bytes, or strange values: as records, as rows of a task, as a list of words."""
+    name = "a" + draw(st.sampled_from((".jsonl", ".ndjson", ".json", ".csv", ".tsv")))
+    rows = changed_json(ROWS).map(lambda rows: as_json(rows).encode())
+    data = draw(changed_bytes(table(name)) | (rows if name == "a.json" else changed_bytes(table(name))))
+    _read_data(draw, name, data)
+
+
+def parquet_files(draw: Draw) -> None:
+    """A Parquet file with broken bytes."""
+    _read_data(draw, "a.parquet", draw(changed_bytes(table("a.parquet"))))
+
+
+def _read_data(draw: Draw, name: str, data: bytes) -> None:
+    tried(read_rows, data, name=name, fields=draw(st.sampled_from((None, {"y": "label"}, {"": "x"}))))
+    with folder() as path:
+        write_bytes(path / name, data)
+        tried(task(draw(st.sampled_from(shipped_names()))).read, path / name)
+        tried(read_words, path / name)
+
+
+@functools.cache
+def task(name: str) -> TaskFile:
+    """A shipped task."""
+    return load_task(name)
+
+
+@functools.cache
+def task_text(name: str) -> str:
+    """The text of a shipped task."""
+    return (resources.files("ptuning.data") / "tasks" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def rows_of(one: TaskFile) -> dict[str, Any]:
+    """Return a row that a task reads, as far as its paths tell."""
+    row: dict[str, Any] = {}
+    reader = one.reader
+    paths = [*reader.fields.values(), reader.label, *reader.lists, *reader.group, *reader.idx.values()]
+    if reader.choices is not None:
+        paths += [*reader.choices.texts, reader.choices.right]
+        paths += [path for path in (reader.choices.spans, reader.choices.of, reader.choices.phrases) if path]
+    for path in paths:
+        inside: Any = row
+        for name in path.names[:-1]:
+            key = name.removesuffix("[]")
+            found = inside.setdefault(key, [{}, {}] if name.endswith("[]") else {}) if isinstance(inside, dict) else {}
+            inside = found[0] if isinstance(found, list) and found else found
+        if isinstance(inside, dict):
+            inside.setdefault(path.names[-1].removesuffix("[]"), "a text" if "[]" not in path.names[-1] else ["a", "b"])
+    return row
+
+
+def task_rows(draw: Draw) -> None:
+    """A row that is nearly right for a shipped task, from a file and in Python."""
+    one = task(draw(st.sampled_from(shipped_names())))
+    row = draw(changed_json({**rows_of(one), "label": draw(st.sampled_from((0, "0", True, *list(one.reader.labels))))}))
+    labelled = draw(st.booleans())
+    text = as_json(row)
+    with folder() as path:
+        write_bytes(path / "a.jsonl", text.encode())
+        tried(one.read, path / "a.jsonl", labelled=labelled)
+    tried(one.read_named, [("row 1", as_python(row))], name="here", labelled=labelled)
+
+
+def task_files(draw: Draw) -> None:
+    """A task file: text changed, or its values; what is accepted reads rows and looks for its parts."""
+    name = draw(st.sampled_from(shipped_names()))
+    values_changed = changed_json(parse_toml(task_text(name), where=name, error=TaskError).value).map(as_toml_file)
+    text = draw(changed_text(task_text(name)) | values_changed)
+    parsed = tried(TaskFile.parse, text)
+    if parsed is None:
+        return
+    assert TaskFile.parse(parsed.text) == parsed
+    row = draw(changed_json(rows_of(parsed)))
+    tried(parsed.read_named, [("row 1", as_python(row))], name="here")
+    with folder() as path:
+        write_bytes(path / "train.jsonl", b"{}")
+        tried(find_split, path, parsed, draw(st.sampled_from(("train", "dev", "test")) | texts))
+
+
+FLEET = {
+    "backbone": "somewhere", "at_once": 4, "all": {"epochs": 3, "manual": "The capital of [X] is [Y]"},
+    "prompt": [
+        {"name": "capitals", "data": "capitals:train", "seed": [0, 7], "encoder": ["lstm", "none"]},
+        {"name": "mood", "data": "mood.jsonl", "dev": "folder:val", "template": "{text} [P:It was] [Y]",
+         "labels": {"good": ["great", "fine"], "bad": "poor"}, "fields": {"y": "label"}, "epochs": 9},
+    ],
+}  # fmt: skip
+
+
+def fleet_files(draw: Draw) -> None:
+    """The file of a fleet: text changed, or its values; lists of many values too."""
+    many = st.lists(st.sampled_from(("seed", "epochs", "lr", "patience", "starts")), max_size=5).map(
+        lambda keys: {
+            **FLEET,
+            "prompt": [{"name": "a", "data": "b.jsonl", **{key: list(range(1, 31)) for key in keys}}],
+        }
+    )
+    fleet = draw(st.just(FLEET) | many)
+    text = draw(changed_text(as_toml_file(fleet)) | changed_json(fleet).map(as_toml_file))
+    with folder() as path:
+        (path / "fleet.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+        tried(read_fleet, path / "fleet.toml")
+
+
+@functools.cache
+def saved_prompt(kind: int) -> Mapping[str, bytes]:
+    """The files of a prompt: one with slots, one with label words, one with a task."""
+    backbone = BackboneId("somewhere", None, "0" * 16)
+    prompt = (
+        Prompt(Template.parse("[P*2] [X] [Y]"), torch.ones(2, 4), backbone),
+        Prompt(Template.parse("[P*2] [X] [Y]"), torch.ones(2, 4), backbone, LabelWords.of("a=b; c=d")),
+        Prompt.manual("{premise} [Y]", task=task("CB")),
+    )[kind]
+    with folder() as path:
+        prompt.save(path / "p")
+        return {file.name: file.read_bytes() for file in (path / "p").iterdir()}
+
+
+def prompt_folders(draw: Draw) -> None:
+    """A prompt's folder: its manifest changed, its vectors changed with a right hash, or any file's bytes."""
+    files = dict(saved_prompt(draw(st.integers(0, 2))))
+    manifest = json.loads(files["prompt.json"])
+    how = draw(st.integers(0, 3))
+    if how == 0:
+        name = draw(st.sampled_from(sorted(files)))
+        files[name] = draw(changed_bytes(files[name]))
+    elif how == 1:
+        files["prompt.json"] = as_json(draw(changed_json(manifest))).encode()
+    else:
+        vectors = files["prompt.safetensors"]
+        size = int.from_bytes(vectors[:8], "little")
+        header = draw(changed_json(json.loads(vectors[8 : 8 + size]))) if how == 2 else None
+        text = as_json(header).encode() if how == 2 else draw(changed_bytes(vectors[8 : 8 + size]))
+        odd = torch.tensor(draw(st.sampled_from(([[float("nan")] * 4] * 2, [[1e38] * 4] * 2, [[1.0]], [1.0]))))
+        whole = len(text).to_bytes(8, "little") + text + vectors[8 + size :]
+        data = whole if draw(st.booleans()) else safetensors.torch.save({"slot_vectors": odd})
+        files |= {"prompt.safetensors": data}
+        files["prompt.json"] = json.dumps({**manifest, "vectors_sha256": sha256(data)}).encode()
+    with folder() as path:
+        for name, data in files.items():
+            (path / name).write_bytes(data)
+        prompt = tried(Prompt.load, path)
+        if prompt is not None:
+            prompt.save(path / "again")
+            Prompt.load(path / "again")
+
+
+@functools.cache
+def results() -> dict[str, Any]:
+    """The content of results.json."""
+    tasks = ["P36", "P103", "P17"]
+    found = {**a_results(tasks), "paraphrases": a_paraphrases(tasks[:1])}
+    cell = {"task": "P36", "method": "manual", "seed": 0}
+    found["agreement"] = {"cells": [{**cell, "dev": 0.5, "test": 0.25}], "correlation": 0.5, "mean_gap": None}
+    found["warnings"] = [{**cell, "text": "stuck"}]
+    found["cells"] = [one for one in found["cells"] if one["seed"] == 0 and one["task"] != "P17"]
+    return found
+
+
+DRAWN = ("Written against learned", "Wordings", "Learning curves")
+
+
+def reports(draw: Draw) -> None:
+    """Results and the files of a cell; with pictures now and then, since drawing takes long."""
+    content = draw(changed_json(results()) | st.just(results()))
+    with folder() as path:
+        small = {"cells": [one for one in results()["cells"] if one["method"] in ("manual", "p-tuning")][:2]}
+        write_cells(path, small)
+        for cell in small["cells"]:
+            record = path / cell["run"] / "run.json"
+            record.write_text(as_json(draw(changed_json(json.loads(record.read_text())))), encoding="utf-8")
+            answers = path / cell["run"] / "predictions.jsonl"
+            lines = answers.read_text().splitlines()[:5]
+            lines[0] = as_json(draw(changed_json(json.loads(lines[0]))))
+            answers.write_text("\n".join(lines), encoding="utf-8")
+        (path / "results.json").write_text(as_json(content), encoding="utf-8")
+        found = tried(read_results, path)
+        if found is None:
+            return
+        if draw(st.integers(0, 15)) == 0:
+            tried(write_report, path)
+            return
+        tried(lambda: list(sections._answer(found)))
+        for heading, make in sections.SECTIONS.items():
+            if heading not in DRAWN:
+                tried(make, found)
+
+
+RUN = {
+    "format_version": 1, "tune": "frozen", "settings": {"lr": 0.001}, "backbone": {"fingerprint": "0"},
+    "data": {"train": {"name": "a", "sha256": "0", "rows": 3}, "dev": {"name": "b", "sha256": "1", "rows": 2}},
+    "start": {"dev_loss": 1.0, "dev_score": 0.5}, "chosen_epoch": 1, "choice_rule": "highest", "seconds": 1.0,
+    "history": [{"epoch": 1, "train_loss": 1.0, "dev_loss": 1.0, "dev_score": 0.5}], "train_seconds": 0.5,
+    "trainable_parameters": 5, "frozen_parameters": 7, "tokens_per_second": None,
+}  # fmt: skip
+
+
+def runs(draw: Draw) -> None:
+    """The record of a finished run that is resumed."""
+    record = draw(changed_json(RUN))
+    with folder() as path:
+        (path / "run.json").write_text(as_json(record), encoding="utf-8")
+        wanted = tried(identity_of_run, record) if isinstance(record, dict) else None
+        tried(check_folder, path, wanted or {}, resume=True, overwrite=False)
+
+
+FACTS = [{"sub_label": f"Land {i}", "obj_label": f"Town {i}", "predicate_id": "P36", "pred": "/a/b"} for i in range(3)]
+ASKED = [{"masked_sentences": ["It is [MASK]."], "obj_label": "a", "sub": "b", "judgments": [{"judgment": "yes"}]}]
+
+
+def relation_folders(draw: Draw) -> None:
+    """A folder of relations in LAMA's layout, with strange names and rows."""
+    files = {
+        "relations.jsonl": [{"relation": "P36", "template": "The capital of [X] is [Y] .", "type": "1-1"}],
+        "TREx/P36.jsonl": FACTS,
+        "Squad/test.jsonl": ASKED,
+        "paraphrases/P36.jsonl": [{"pattern": "[X] has [Y]"}],
+    }
+    with folder() as path:
+        for name, rows in files.items():
+            place = path / draw(st.sampled_from((name,) * 6 + ("TREx/P17.csv", "data/a.tsv", "P36/train.jsonl")))
+            place.parent.mkdir(exist_ok=True, parents=True)
+            found = draw(changed_json(rows))
+            lines = [as_json(row) for row in found] if isinstance(found, list) else [as_json(found)]
+            place.write_bytes(draw(changed_bytes("\n".join(lines).encode())))
+        found = tried(read_relations, path, which=draw(st.sampled_from((("all",), ("P36",), ("1-1",))) | texts))
+        for relation in found or ():
+            tried(split_relation, relation, seed=0)
+
+
+@functools.cache
+def model(family: str) -> PromptModel:
+    """A tiny backbone in use."""
+    return PromptModel(tiny(family))
+
+
+def odd_texts(draw: Draw) -> None:
+    """A record of strange values, answered in writing, among candidates and with label words."""
+    family = draw(st.sampled_from(("llama", "bert")))
+    words = draw(st.sampled_from((None, LabelWords.of("a=yes; b=no"))))
+    prompt = Prompt.manual("{x} is [Y]", label_words=words)
+    record = {"x": as_python(draw(values))}
+    candidates = draw(st.sampled_from((None, ["yes", "no"]))) if words is None else None
+    tokens = {"max_tokens": 2} if words is None and candidates is None else {}
+    tried(model(family).predict, [record], prompt, candidates, **tokens)
+
+
+KINDS: Mapping[str, Callable[[Draw], None]] = {
+    one.__name__: one
+    for one in (
+        templates, labels, data_files, parquet_files, task_rows, task_files, fleet_files, prompt_folders, reports, runs,
+        relation_folders, odd_texts,
+    )
+}  # fmt: skip
