@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -51,11 +52,36 @@ class Hub:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if asked[0] != "tree":
             return 200, {}, json.dumps({"id": self.repo, "sha": commit, "siblings": []}).encode()
+        folder = self.commits[commit]
         listed = [
-            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _digest(file)}
-            for file in sorted(self.commits[commit].iterdir())
+            {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": _digest(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
         ]
         return 200, {}, json.dumps(listed).encode()
+
+    def take(self, path: str, token: str | None, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Make a repository, or a commit in the folder of the main branch; return as :meth:`answer`."""
+        if self.token is not None and token != f"Bearer {self.token}":
+            return 401, {"X-Error-Message": "Invalid username or password."}, b""
+        if path == "/api/repos/create":
+            return 200, {}, json.dumps({"url": f"{self.url}/{self.repo}", "id": self.repo}).encode()
+        if path == "/api/validate-yaml":
+            return 200, {}, json.dumps({"errors": [], "warnings": []}).encode()
+        if "/preupload/" in path:
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return 200, {}, json.dumps({"files": files}).encode()
+        if "/commit/" not in path:
+            return 404, {}, b""
+        folder = self.commits[self.refs["main"]]
+        for line in body.decode().splitlines():
+            found = json.loads(line)
+            if found["key"] == "file":
+                target = folder / found["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(found["value"]["content"]))
+        commit = {"commitUrl": f"{self.url}/{self.repo}/commit/{self.refs['main']}", "commitOid": self.refs["main"]}
+        return 200, {}, json.dumps({"success": True, "pullRequestUrl": None, **commit}).encode()
 
 
 def _digest(file: Path) -> str:
@@ -73,12 +99,20 @@ def serving(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if hub.silent is not None and path.startswith(hub.silent):
                 hub.released.wait(30)
                 return
-            status, headers, body = hub.answer(path, self.headers.get("authorization"))
+            self.reply(*hub.answer(path, self.headers.get("authorization")))
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.seen.append(path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.reply(*hub.take(path, self.headers.get("authorization"), body))
+
+        def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815 - the name that the server looks for

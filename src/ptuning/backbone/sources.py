@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ptuning.errors import BackboneError, FileError, closest
+from ptuning.errors import BackboneError, FileError, PTuningError, closest
 from ptuning.files import check_room, file_sha256, is_temporary, parse_json, write_json
 from ptuning.names import publish_folder
 
@@ -237,7 +237,10 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
         raise BackboneError(f"no such backbone folder: '{name}'; {advice}")
     if path.suffix.lower() == ".gguf":
         raise BackboneError(f"no such file: '{name}'; {advice}")
-    return _find_on_hub(name, asked, advice)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns += ["*.py"] if asked.trust_remote_code else []
+    folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice)
+    return folder, Path(folder).name
 
 
 def check_no_revision(name: str, asked: LoadOptions) -> None:
@@ -248,12 +251,22 @@ def check_no_revision(name: str, asked: LoadOptions) -> None:
         )
 
 
-def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str | None]:
+def hub_folder(
+    name: str,
+    asked: LoadOptions,
+    *,
+    patterns: Sequence[str],
+    what: str,
+    advice: str,
+    error: type[PTuningError] = BackboneError,
+) -> str:
+    """Return the folder of a repository of the hub, or of its copy in the hub's cache where the hub does not answer.
+
+    ``patterns`` say which files are needed, ``what`` they make. An ``error`` ends with the ``advice``.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    patterns += ["*.py"] if asked.trust_remote_code else []
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     reason, answers = "the hub is switched off (HF_HUB_OFFLINE)", False
     if not offline:
@@ -261,38 +274,37 @@ def _find_on_hub(name: str, asked: LoadOptions, advice: str) -> tuple[str, str |
         try:
             HfApi().model_info(name, revision=asked.revision, timeout=HUB_SECONDS, token=asked.token)
             answers = True
-        except HFValidationError as error:
-            raise BackboneError(f"no such backbone: '{name}' is not a hub id; {advice}") from error
-        except RevisionNotFoundError as error:
-            raise BackboneError(
+        except HFValidationError as wrong:
+            raise error(f"no such {what}: '{name}' is not a hub id; {advice}") from wrong
+        except RevisionNotFoundError as wrong:
+            raise error(
                 f"'{name}' has no revision '{asked.revision}' on the hub; give a branch, a tag or a commit"
-            ) from error
-        except HfHubHTTPError as error:
-            reason = f"the hub says {str(error).splitlines()[0]}"
-            if error.response.status_code in (401, 403):
+            ) from wrong
+        except HfHubHTTPError as wrong:
+            reason = f"the hub says {str(wrong).splitlines()[0]}"
+            if wrong.response.status_code in (401, 403):
                 reason += " It is not there, or needs a token: hf auth login, HF_TOKEN, or token="
-        except Exception as error:  # noqa: BLE001 - any failure of the network means the same here
-            reason = f"the hub cannot be reached ({type(error).__name__})"
+        except Exception as wrong:  # noqa: BLE001 - any failure of the network means the same here
+            reason = f"the hub cannot be reached ({type(wrong).__name__})"
     try:
-        folder = snapshot_download(
+        return snapshot_download(
             name,
             # By its name, not by the commit behind it, so that the cache knows the name when there is no hub.
             revision=asked.revision,
             cache_dir=asked.cache_dir,
             token=asked.token,
             etag_timeout=HUB_SECONDS,
-            allow_patterns=patterns,
+            allow_patterns=list(patterns),
             local_files_only=not answers,
         )
-    except Exception as error:
+    except Exception as wrong:
         if answers:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BackboneError(
-                f"cannot download '{name}' from the hub: {first} ({type(error).__name__}); the next try goes on where "
+            first = (str(wrong).strip() or type(wrong).__name__).splitlines()[0]
+            raise error(
+                f"cannot download '{name}' from the hub: {first} ({type(wrong).__name__}); the next try goes on where "
                 "this one stopped"
-            ) from error
+            ) from wrong
         which = "" if asked.revision is None else f" at the revision '{asked.revision}'"
-        raise BackboneError(
-            f"no such backbone: '{name}' is not a folder, not in the hub's cache{which}, and {reason}; {advice}"
-        ) from error
-    return folder, Path(folder).name
+        raise error(
+            f"no such {what}: '{name}' is not a folder, not in the hub's cache{which}, and {reason}; {advice}"
+        ) from wrong

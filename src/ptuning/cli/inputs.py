@@ -131,7 +131,7 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
         given = template if task is None or number is None else pattern_of(task.manual, task, number)
         found = Prompt.manual(given, task=task)
     else:
-        found = Prompt.load(source)
+        found = Prompt.from_pretrained(source)
     found = found if without is None else found.without(without)
     if task is None or is_manual:
         return found

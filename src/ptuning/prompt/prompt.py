@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.learned import Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
+from ptuning.prompt.sharing import find_prompt, push
 from ptuning.prompt.storage import Stored, read_prompt, write_prompt
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise, Scoring
@@ -80,6 +83,7 @@ class Prompt:
         method: Name of the method that made it.
         seed: Seed of the training, or None.
         scores: Scores on the development part, which chose it.
+        scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
 
     Raises:
@@ -102,6 +106,7 @@ class Prompt:
     weights: TrainedWeights | None = None
     max_length: int | None = None
     learned_to_stop: bool = False
+    scored_on: int | None = None
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -290,6 +295,65 @@ class Prompt:
         vectors, weights = self.slot_vectors, self.weights
         write_prompt(Path(folder), self._manifest(), vectors=vectors, weights=weights, overwrite=overwrite)
 
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
+        """Write the prompt into a folder; an earlier prompt in it is replaced, and files of others stay.
+
+        With ``push_to_hub`` also upload it to ``repo_id``, by default the folder's name. A FileError if the folder
+        cannot be written, or the hub refuses.
+        """
+        self.save(folder, overwrite=True)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(folder).name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Prompt:
+        """Read a prompt from its folder, or as ``owner/name`` from the hub (from its cache where it does not answer).
+
+        Args:
+            name: Folder or hub id.
+            revision: Branch, tag or commit on the hub; by default the newest.
+            token: Of the hub; by default the one that was logged in with.
+            cache_dir: The hub's cache; by default its own.
+
+        Raises:
+            FileError: If there is no such prompt; says whether the hub answered.
+            PromptError: As :meth:`load`.
+        """
+        return cls.load(find_prompt(name, LoadOptions(revision=revision, token=token, cache_dir=cache_dir)))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a prompt",
+    ) -> str:
+        """Upload the prompt to the hub, and return the address of the commit; the repository is made if needed.
+
+        Args:
+            repo_id: ``owner/name``, or a name of one's own.
+            private: Whether a new repository is private; by default as the hub's settings say.
+            token: As for :meth:`from_pretrained`.
+            revision: Branch to upload to; by default the main one.
+            commit_message: What the commit is called.
+
+        Raises:
+            FileError: If the hub refuses or does not answer.
+        """
+        with tempfile.TemporaryDirectory(prefix="ptuning-push-") as folder:
+            made = Path(folder) / "prompt"
+            self.save(made)
+            return push(made, repo_id, private=private, token=token, revision=revision, message=commit_message)
+
     @classmethod
     def load(cls, folder: str | Path) -> Prompt:
         """Read a prompt's folder, or that of the training run which holds one.
@@ -322,16 +386,17 @@ class Prompt:
             "method": self.method,
             "seed": self.seed,
             "scores": dict(self.scores),
+            "scored_on": self.scored_on,
         }
 
 
-# A prompt, or the folder of one.
+# A prompt, or the folder or hub id of one.
 OnePrompt = Prompt | str | Path
 
 
 def as_prompt(prompt: OnePrompt) -> Prompt:
-    """Return a prompt; the folder of one is read."""
-    return prompt if isinstance(prompt, Prompt) else Prompt.load(prompt)
+    """Return a prompt; one that is named by its folder or hub id is read."""
+    return prompt if isinstance(prompt, Prompt) else Prompt.from_pretrained(prompt)
 
 
 def as_template(template: str | Template) -> Template:
@@ -357,4 +422,5 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         weights=found.weights,
         learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
         max_length=manifest.optional("max_length", Unchecked.whole),
+        scored_on=manifest.optional("scored_on", Unchecked.whole),
     )

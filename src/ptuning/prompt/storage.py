@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,6 +209,34 @@ def _read_vectors(data: bytes, where: Path) -> Tensor:
     return tensors[VECTORS_KEY]
 
 
+def _metadata(manifest: Mapping[str, Json], where: str) -> list[str]:
+    """Return the lines in front of the card, which the hub reads (YAML; quoted as JSON, which is YAML, too)."""
+    backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
+    task = cast("Mapping[str, Json] | None", manifest["task"])
+    closed = bool(manifest["label_words"] or manifest["choices"])
+    kind = "text-classification" if closed else "text-generation"
+    lines = ["---", "library_name: ptuning", f"pipeline_tag: {kind}", "tags: [p-tuning, prompt-tuning, soft-prompt]"]
+    if backbone is not None and backbone["revision"] is not None:  # on the hub
+        lines.append(f"base_model: {json.dumps(backbone['name'])}")
+    scores = cast("Mapping[str, float]", manifest["scores"])
+    metrics = [(name, value) for name, value in scores.items() if math.isfinite(value)]
+    if metrics:
+        about = json.dumps(task["name"]) if task else kind
+        lines += [
+            "model-index:",
+            f"- name: {json.dumps(manifest['method'])}",
+            "  results:",
+            f"  - task: {{type: {kind}, name: {about}}}",
+            f"    dataset: {{type: other, name: {json.dumps(where)}}}",
+            "    metrics:",
+            *(
+                f"    - {{type: {json.dumps(name)}, value: {value:.4g}, name: {json.dumps(name)}}}"
+                for name, value in metrics
+            ),
+        ]
+    return [*lines, "---", ""]
+
+
 def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_bytes: int) -> str:
     backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
     words = cast("Mapping[str, list[str]] | None", manifest["label_words"])
@@ -227,9 +257,11 @@ def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_byt
     if manifest["choices"]:
         rows.append(("chooses among", "the choices that each row brings"))
     scores = cast("Mapping[str, float]", manifest["scores"])
-    rows += [(f"{name.replace('_', ' ')} (development part)", f"{value:.3f}") for name, value in scores.items()]
+    where = "development part" + (f", n = {manifest['scored_on']}" if manifest["scored_on"] else "")
+    rows += [(f"{name.replace('_', ' ')} ({where})", f"{value:.3f}") for name, value in scores.items()]
     rows.append(("seed", str(manifest["seed"])))
     lines = [
+        *_metadata(manifest, where),
         "# A prompt for a language model",
         "",
         f"Made by the method `{manifest['method']}` {PAGE_MARKS[CARD_FILE]} {VERSION}.",

@@ -236,6 +236,7 @@ class TrainingRun:
             learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
             method=method_name(prepared.template, trainer.config.tune),
             seed=trainer.config.seed,
+            scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
             weights=trainer.learner.trained_weights(),
             task=prepared.task,
