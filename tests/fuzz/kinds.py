@@ -384,7 +384,7 @@ def odd_texts(draw: Draw) -> None:
     prompt = Prompt.manual("{x} is [Y]", label_words=words)
     record = {"x": as_python(draw(values))}
     candidates = draw(st.sampled_from((None, ["yes", "no"]))) if words is None else None
-    tokens = {"max_tokens": 2} if words is None and candidates is None else {}
+    tokens = {"generation": {"max_new_tokens": 2}} if words is None and candidates is None else {}
     tried(model(family).predict, [record], prompt, candidates, **tokens)
 
 
