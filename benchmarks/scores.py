@@ -171,7 +171,7 @@ def curve(
             scored[0] = now
         if progress.stage == "train" and not points:
             points.append((scored[0], trainer.state.start["dev_score"]))
-        if progress.stage == "epoch":
+        if progress.stage == "epoch" and trainer.state.history:
             points.append((now, trainer.state.history[-1]["dev_score"]))
 
     trainer.fit(items_of(bound, train), items_of(bound, dev), report=note)

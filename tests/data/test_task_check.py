@@ -49,7 +49,7 @@ def test_words_that_collide_or_are_unknown_are_problems_of_every_pattern(check: 
     found = check(TASK.replace('"terrible"', '"漢"'), family="bert")
     assert len(found.problems) == 2
     assert found.problems[0].startswith("pattern 1, manual: the word '漢' of label 'bad' is unknown to the tokenizer")
-    found = check(TASK.replace('"terrible"', '"great "'), family="bert")
+    found = check(TASK.replace('"great"', '"no film"').replace('"terrible"', '"no  film"'), family="bert")
     assert any("have the same token ids" in problem for problem in found.problems)
 
 
