@@ -1265,7 +1265,9 @@ def test_a_second_ctrl_c_stops_at_once(llama: str, data: Path, monkeypatch: pyte
         patch.setattr(
             TrainingRun,
             "train",
-            interrupting(signal.SIGINT, times=2, at=lambda now: now.stage == "epoch" and bool(now.done)),
+            interrupting(
+                signal.SIGINT, times=2, at=lambda now: now.stage == "train" and Path("out/checkpoint").exists()
+            ),
         )
         done = call("train", *args)
     assert done.code == 130
