@@ -181,6 +181,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved_with_the_same_answers(
         answers()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_row_near_the_end_of_the_context_does_not_stop_its_neighbours(backbone: Backbone) -> None:
     """Invariant *Alone or in company*: each row writes until its own context is full."""
     prompt = learned(backbone, "[P] [X] [Y]")

@@ -916,7 +916,7 @@ def test_rows_are_cut_to_max_length_in_training_and_in_use(
     model.rank(long, prompt, ["yes", "no", "São Tomé"])
     score_prompt(model, as_records(long), prompt)
     assert max(read) <= 20
-    model.rank(long, replace(prompt, max_length=None), ["yes", "no"])
+    score_prompt(model, as_records(long), replace(prompt, max_length=None))
     assert max(read) > 20
     manifest = tmp_path / "out" / PROMPT_FOLDER / MANIFEST_FILE
     kept = json.loads(manifest.read_text(encoding="utf-8"))
@@ -934,7 +934,7 @@ def test_calibration_is_trained_with_and_goes_into_the_prompt(causal: Backbone, 
     assert "task" not in plain.record
     assert other.record["settings"]["calibrate"] is True  # type: ignore[index, call-overload]
     assert Prompt.load(tmp_path / "out").calibrate
-    with pytest.raises(ConfigError, match="calibration is for label words and choices"):
+    with pytest.raises(ConfigError, match="is for label words and a task's choices"):
         run(causal, calibrate=True)
 
 

@@ -143,10 +143,10 @@ def _chosen(layout: Layout, which: Sequence[str], *, folder: str) -> set[str]:
     return chosen
 
 
-def _natural(name: str) -> list[tuple[str, int, str]]:
+def _natural(name: str) -> tuple[list[tuple[str, int, str]], str]:
     """Return a key for sorting in which numbers count as numbers, however many digits they have."""
     found = [(text, digits.lstrip("0")) for text, digits in re.findall(r"(\D*)(\d*)", name)]
-    return [(text, len(digits), digits) for text, digits in found]
+    return [(text, len(digits), digits) for text, digits in found], name  # P017 before P17, on any disk
 
 
 def _relation(name: str, layout: Layout) -> Relation:
