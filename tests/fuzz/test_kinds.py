@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.kinds import KINDS
+from ptuning.errors import RecordError
+from tests.fuzz.kinds import KINDS, tried
 
 # As many as take about two seconds.
 EXAMPLES = {"odd_texts": 15, "reports": 10, "relation_folders": 60, "task_files": 40, "prompt_folders": 80}
@@ -20,3 +21,13 @@ def test_whatever_comes_in_is_accepted_or_ends_in_one_error(kind: str) -> None:
         KINDS[kind](data.draw)
 
     check()
+
+
+def test_any_other_exception_is_a_fault() -> None:
+    def refused() -> None:
+        raise RecordError("row 3 has no target; name another field")
+
+    assert tried(int, "3") == 3
+    assert tried(refused) is None
+    with pytest.raises(ValueError, match="invalid literal"):
+        tried(int, "three")

@@ -27,4 +27,4 @@ def test_the_script_trains_streams_logs_and_shares(
     assert all(weight.requires_grad for weight in found["model"].parameters()), "it was frozen"  # type: ignore[attr-defined]
     assert "exact_match" in capsys.readouterr().out
     assert list((tmp_path / "capitals" / "log").glob("**/events.out.tfevents.*"))
-    assert (tmp_path / "shared" / "capitals" / "prompt.json").is_file()
+    assert (tmp_path / "prompts" / "capitals" / "prompt.json").is_file()
