@@ -13,7 +13,8 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from ptuning.cli import demo, terminal
+from ptuning.cli import terminal
+from ptuning.cli.commands import demo
 from ptuning.experiment.demo import load_demo
 
 WIDTH = 88

@@ -25,7 +25,8 @@ import typer
 
 import ptuning.backbone.loading
 from ptuning import Prompt
-from ptuning.cli import app, prompts, terminal
+from ptuning.cli import app, terminal
+from ptuning.cli.commands import prompts
 from ptuning.cli.help import GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun

@@ -626,8 +626,8 @@ def test_two_processes_learn_what_one_learns(
         "from ptuning.backbone.loading import load_backbone\n"
         f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
         "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
-        "assert found.learner.accelerator.num_processes == 2\n"
-        f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.accelerator.process_index}}.pt')\n"
+        "assert found.learner.processes.num_processes == 2\n"
+        f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.processes.process_index}}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

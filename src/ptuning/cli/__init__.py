@@ -1,4 +1,4 @@
-"""The commands: options, reading inputs, printing. It must not compute: functions of the rooms below do the work.
+"""What commands share: options, reading inputs, printing, signals. It must not compute: the rooms below do the work.
 
-Read first: ``app``, ``options``, ``inputs``, ``terminal``, then a command such as ``demo``.
+Read first: ``app``, ``options``, ``inputs``, ``terminal``, then a command of the room below.
 """

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ptuning.cli import data, demo, estimate, experiments, fleet, prompts, tasks, terminal, train
+from ptuning.cli import terminal
+from ptuning.cli.commands import data, demo, estimate, experiments, fleet, prompts, tasks, train
 from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT

@@ -193,7 +193,7 @@ class Fleet:
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
         trainer = member.make(prefix_cache)
-        if trainer.learner.accelerator.num_processes > 1:
+        if trainer.learner.processes.num_processes > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
         if member.name in folders and not trainer.load_from(folders[member.name]):
             raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")

@@ -217,7 +217,7 @@ class TrainingRun:
             record["ceiling_tokens_per_second"] = measure_ceiling(
                 prepared.backbone, self.items["train"], batch_size=self.config.batch_size, slots=prepared.bound.slots
             )
-        if self.folder is not None and best.learner.accelerator.is_main_process:
+        if self.folder is not None and best.learner.processes.is_main_process:
             _write(self.folder, prompt, record, prepared, best)
         return TrainResult(prompt, record, self.folder)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
@@ -26,6 +24,7 @@ from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
 from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import processes
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.training.encoder import PromptEncoder, start_vectors
@@ -40,9 +39,6 @@ JOINT_PADDING = 1.25
 # same loss, whatever its size. 4,096 tokens take 5 GB with the default backbone in float32, and fill a processor.
 PASS_TOKENS = {"cpu": 4096}
 PASS_TOKENS_ELSEWHERE = 16_384
-# Variables of the environment that tell accelerate how it was launched.
-LAUNCHER = "ACCELERATE_"
-RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 Work = TypeVar("Work", bound=Callable[..., object])
@@ -66,7 +62,7 @@ class Learner:
         pass_tokens: The most tokens of a pass of several records, pads included; fewer after one did not fit.
 
     Raises:
-        TrainingError: If the backbone is not frozen, or accelerate cannot start with the variables of this environment.
+        TrainingError: If the backbone is not frozen, or the variables that a launcher left do not fit.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class Learner:
         self.frozen, self.bound, self.config = frozen, bound, config
         self.backbone = _to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.tune)
-        self.accelerator = _accelerator()
+        self.processes = processes()
         known = frozen.table_statistics
         start = start_vectors(
             bound.slot_start_ids,
@@ -166,11 +162,11 @@ class Learner:
             TrainingError: If the loss is NaN or infinite, or the step overflows.
         """
         summed = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=self.backbone.device)
-        if self.accelerator.num_processes > 1:
-            summed = self.accelerator.reduce(summed, "sum")
+        if self.processes.num_processes > 1:
+            summed = reduce(summed, "sum")
             for weight in self.parameters():
                 gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-                weight.grad = self.accelerator.reduce(gradient, "sum")
+                weight.grad = reduce(gradient, "sum")
         loss_sum = float(summed)
         self.check_loss(loss_sum, f"the loss became {loss_sum} in epoch {step.epoch}")
         torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
@@ -189,19 +185,6 @@ class Learner:
                 f"{what}; use a lower learning rate than {' and '.join(map(str, self.peaks))} (--lr), or float32 "
                 "(--dtype)"
             )
-
-
-def _accelerator() -> Accelerator:
-    """Return accelerate's entry, which reads the environment: launchers may leave variables behind that do not fit."""
-    try:
-        return Accelerator()
-    except (ImportError, RuntimeError, ValueError) as error:
-        AcceleratorState._reset_state(reset_partial_state=True)  # so that it can be tried again
-        found = sorted(name for name in os.environ if name.startswith(LAUNCHER) or name in RANKS)
-        raise TrainingError(
-            f"accelerate cannot start with the environment's {', '.join(found) or 'settings'}: {error}; unset what an "
-            "earlier launcher left there, or start with: accelerate launch -m ptuning"
-        ) from error
 
 
 def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
@@ -230,7 +213,7 @@ class Step:
 
     def chunks(self) -> list[Chunk]:
         """Return the passes of this step (gradient accumulation), with the rows of this process."""
-        processes, rank = self.learner.accelerator.num_processes, self.learner.accelerator.process_index
+        processes, rank = self.learner.processes.num_processes, self.learner.processes.process_index
         size = self.learner.config.batch_size
         parts = {at: self.items[at : at + size][rank::processes] for at in range(0, len(self.items), size)}
         return [part for at, items in parts.items() if items for part in Chunk(self, items, at).cut()]

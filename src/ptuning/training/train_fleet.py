@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, write_json
 from ptuning.names import (
@@ -160,7 +159,7 @@ def _prepared(
 
 def can_train_together() -> bool:
     """Whether prompts can train together. Several processes share the rows of one prompt instead."""
-    return bool(PartialState().num_processes == 1)
+    return bool(processes().num_processes == 1)
 
 
 @with_gradients

@@ -184,12 +184,12 @@ class Trainer:
 
     def _take_best(self, kept: KeptWeights) -> None:
         """Load the weights of the best epoch into the backbone, and drop the state of the optimizer."""
-        self.learner.accelerator.wait_for_everyone()
+        self.learner.processes.wait_for_everyone()
         try:
             kept.restore(self.learner.weights, epoch=self.state.chosen_epoch)
         except PromptError as error:
             raise TrainingError(f"{error}; start anew with --overwrite") from error
-        self.learner.accelerator.wait_for_everyone()  # no process removes the file while another reads it
+        self.learner.processes.wait_for_everyone()  # no process removes the file while another reads it
         self.learner.backbone.__dict__.pop("fingerprint", None)  # it was that of the weights before
         self.learner.backbone.freeze()
         self.learner.optimizer.state.clear()
@@ -272,7 +272,7 @@ class Trainer:
     @property
     def _writes(self) -> bool:
         """Whether this process writes: the main process into a checkpoint's folder, each one into its own."""
-        return self.checkpoint is None or bool(self.learner.accelerator.is_main_process)
+        return self.checkpoint is None or bool(self.learner.processes.is_main_process)
 
     def save_to(self, folder: Path) -> None:
         """Write everything that is needed to resume into a folder."""

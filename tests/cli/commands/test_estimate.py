@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ptuning.cli import estimate, train
+from ptuning.cli.commands import estimate, train
 from ptuning.training.estimate import Bytes, Forecast, Seconds
 from tests.cli.test_app import QUICK, call, everything_in, fails, works
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ptuning.cli import experiments, terminal
+from ptuning.cli import terminal
+from ptuning.cli.commands import experiments
 from ptuning.cli.terminal import duration
 from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
