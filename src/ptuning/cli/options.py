@@ -94,6 +94,7 @@ WithoutOption = Annotated[
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
