@@ -64,7 +64,7 @@ def tables(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]])
     """Return the name of every table -> its Markdown."""
     made = {"goals": goals(summary), "machine": machine(summary), "picture": NOTHING}
     if results:
-        made["picture"] = f"![{CAPTION}](../benchmarks/{PICTURE})"
+        made["picture"] = f"![{CAPTION}](../../benchmarks/{PICTURE})"
     for name, (script, wanted, columns) in TABLES.items():
         cells = [cell for cell in results.get(script, {}).get("cells", []) if wanted(cell)]
         made[name] = table(cells, columns) if cells else NOTHING
