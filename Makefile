@@ -29,8 +29,9 @@ format: $(VENV)/dev.stamp
 fuzz: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),10000) --seed $(or $(SEED),0) $(if $(KINDS),--kinds $(KINDS))
 
-# Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of docs/performance.md, in about
-# 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.
+# Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of
+# docs/evidence/performance.md, in about 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model
+# instead, in seconds; OPTIONS adds options.
 bench: $(VENV)/bench.stamp
 	@$(BIN)/python -m benchmarks.run $(if $(SMOKE),--smoke) $(OPTIONS)
 
