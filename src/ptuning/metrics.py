@@ -19,13 +19,15 @@ class Answer:
     """The answer to one record, and whether it is the target (``hit``).
 
     ``rank`` is the one-based rank of the target among the possible answers, 0 if it is not among them, None if they
-    were not ranked. ``log_prob`` is the natural log-probability of the answer, where there is one.
+    were not ranked. ``log_prob`` is the natural log-probability of the answer, where there is one. ``known`` is false if
+    the tokenizer does not know the target, or not from a wrong answer; the row then scores nothing, whatever the text.
     """
 
     text: str
     hit: bool
     rank: int | None = None
     log_prob: float | None = None
+    known: bool = True
 
     @classmethod
     def of_ranked(cls, texts: Sequence[str], right: Collection[str]) -> Answer:
@@ -112,12 +114,21 @@ def normalised(text: str) -> str:
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
     """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
+    return max((_word_f1(_compared(prediction).split(), _compared(one).split()) for one in answers), default=0.0)
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return float(normalised(prediction) in map(normalised, answers))
+    return float(_compared(prediction) in map(_compared, answers))
+
+
+def _compared(text: str) -> str:
+    """Return a text as it is compared: normalised, or as it is if nothing is left of it then. "The" is not "...".
+
+    >>> _compared("The"), _compared(" The Senate")
+    ('The', 'senate')
+    """
+    return normalised(text) or text.strip()
 
 
 def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
@@ -128,7 +139,7 @@ def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[fl
     if not asked:
         return _hits(answers, asked)
     pairs = zip(answers, asked, strict=True)
-    return all_right([max(float(one.hit), exact_match(one.text, row.right)) for one, row in pairs], _groups(asked))
+    return all_right([max(float(one.hit), exact_match(one.text, _right(one, row))) for one, row in pairs], _groups(asked))
 
 
 def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
@@ -150,7 +161,11 @@ def _ranks(answers: Sequence[Answer]) -> list[int]:
 
 
 def _texts(answers: Sequence[Answer]) -> list[str]:
-    return [answer.text for answer in answers]
+    return [answer.text if answer.known else "" for answer in answers]
+
+
+def _right(answer: Answer, asked: Asked) -> Sequence[str]:
+    return asked.right if answer.known else ()
 
 
 def _targets(asked: Sequence[Asked]) -> list[str]:
@@ -201,7 +216,7 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "f1",
             "F1",
-            lambda answers, asked: [word_f1(one.text, row.right) for one, row in zip(answers, asked, strict=True)],
+            lambda answers, asked: [word_f1(one.text, _right(one, row)) for one, row in zip(answers, asked, strict=True)],
         ),
         Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
     )

@@ -81,7 +81,7 @@ def _check_template(
     try:
         bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
         if task.label_words is not None:
-            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
+            lines = task.label_words.check_known(task.label_words.examples(bound, sample.record))
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
         filled: list[Example] = []
         for questions in parts:

@@ -22,6 +22,7 @@ from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records, Rows
 from ptuning.template.fill import BoundTemplate
+from ptuning.template.known import can_hit
 
 
 def answer_records(
@@ -60,17 +61,28 @@ def answer_records(
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, learned, report=report, note=data.name)
-    return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
+    return [
+        Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
+        for one, hit, known in zip(written, found.hits, found.known, strict=True)
+    ]
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among sorted candidates. On a tie the right one ranks last; if none is right, the rank is 0."""
+    """Return the answer among sorted candidates. On a tie the right one ranks last, and so it does beside one that the
+    tokenizer does not tell from it; if none is right, or none of the right ones is known, the rank is 0.
+    """
     others = [one for one in found if one.text.strip() not in right]
-    own = next((one for one in found if one.text.strip() in right), None)
+    answers = [one for one in found if one.text.strip() in right]
+    own = next((one for one in answers if one.rivals is not None), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob for one in others)
-    best = own if own is not None and rank == 1 else others[0]
-    return Answer(best.text.strip(), best is own, rank, best.log_prob)
+    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob or _are_rivals(one, own) for one in others)
+    best = own if own is not None and rank == 1 else next(iter(others), found[0])
+    known = not answers or any(can_hit(one.rivals, right) for one in answers)
+    return Answer(best.text.strip(), best is own, rank, best.log_prob, known=known)
+
+
+def _are_rivals(one: Candidate, other: Candidate) -> bool:
+    return one.text.strip() in (other.rivals or ())
 
 
 @torch.no_grad()
@@ -88,8 +100,7 @@ def _among_tokens(
     if closed is None:
         allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
     else:
-        found = token_ids_of(bound, records, closed, unknown_id=backbone.tokenizer.unknown_id)
-        allowed = found.to(backbone.device)  # (C,)
+        allowed = token_ids_of(bound, records, closed).to(backbone.device)  # (C,)
     answers: dict[int, Answer] = {}
     prefix = prefix_tokens(backbone, inputs_of(items))
     for chosen in batches([item.inputs for item in items], prefix=prefix):
