@@ -622,6 +622,21 @@ def test_predict_among_candidates(run_folder: Path, tmp_path: Path) -> None:
     assert sorted(part.split(" (")[0] for part in shown.split("\t")) == ["Lima", "Nairobi", "Paris"]
 
 
+def test_the_end_of_candidates_counts_if_asked_for(run_folder: Path, llama: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("Nairobi\nParis\nLima\n", encoding="utf-8")
+    listed, rows = ("--candidates", "some.txt"), ("--data", data / "dev.jsonl")
+    args = ("predict", run_folder, "Kenya", *listed, "--json", "--top-k", "3")
+    plain, ended = (json.loads(works(*args, *more))["candidates"] for more in ((), ("--count-stop",)))
+    without = {one["text"]: one["log_prob"] for one in plain}
+    assert all(one["log_prob"] < without[one["text"]] for one in ended)
+    scored = [works("eval", run_folder, *rows, *listed, "--json", *more) for more in ((), ("--count-stop",))]
+    assert all("mrr" in json.loads(one)["scores"] for one in scored)
+    for command in (("predict", run_folder, "Kenya"), ("eval", run_folder, *rows)):
+        fails(*command, "--count-stop", says=["count_stop (--count-stop) goes with candidates (--candidates)"])
+    fails("eval", "manual:[X] is [Y]", *rows, *listed, "--backbone", llama, "--count-stop",
+          says=["for prompts that were trained to stop after the target"])  # fmt: skip
+
+
 def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
     def answers(*limit: str) -> list[dict[str, Any]]:
         (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()

@@ -201,6 +201,16 @@ class Prompt:
             what = "has label words, which are all its answers" if self.label_words else "brings its own choices"
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
 
+    def check_stop_counts(self, *, candidates: bool) -> None:
+        """Raise a ConfigError if the end of answers cannot count: without ``candidates``, or if it was not learned."""
+        if not candidates:
+            raise ConfigError("count_stop (--count-stop) goes with candidates (--candidates); leave it out here")
+        if not self.learned_to_stop:
+            raise ConfigError(
+                "count_stop (--count-stop) is for prompts that were trained to stop after the target (learn_to_stop); "
+                "leave it out"
+            )
+
     def learned(self, backbone: Backbone) -> Learned:
         """Return its slot vectors (P, E) as a pass of a backbone takes them; (0, E) for a manual prompt."""
         return Learned(self.slot_vectors) if self.slot_vectors is not None else Learned.none(backbone.width)
