@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
-from ptuning.records import TARGET_FIELD, Records
+from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
-from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of
+from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids
 
@@ -108,10 +108,9 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
 
 
 def _check_known(bound: BoundTemplate, records: Records, items: Sequence[Item]) -> None:
-    can_be_hit = [bool(item.can_be_hit) for item in items]
     is_choice = any(item.answers for item in items)
-    check_targets(can_be_hit, lambda at: records[at][TARGET_FIELD], name=records.name, is_choice=is_choice)
-    check_fields(bound.tokenizer, records, bound.template.fields, name=records.name)
+    warn(check_targets([bool(item.can_be_hit) for item in items], records, is_choice=is_choice))
+    warn(check_fields(bound.tokenizer, records, bound.template.fields))
 
 
 def question_items(

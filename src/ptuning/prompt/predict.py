@@ -25,7 +25,7 @@ from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
-from ptuning.template.known import check_candidates, rivals_of
+from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 
@@ -37,8 +37,8 @@ RANKED_ROWS = 2048
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with the
-    same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
+    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with
+    the same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
     """
 
     text: str
@@ -213,7 +213,7 @@ class PromptModel:
                 if normalise[index] == "mean":
                     values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
                 rivals = rivals_of([(one.token_ids, one.target_ids) if one.known else None for one in filled], every)
-                check_candidates(rivals, candidates)
+                warn(check_candidates(rivals, candidates))
                 ranked.append(Candidate.ranked(candidates, values, rivals))
         return ranked
 

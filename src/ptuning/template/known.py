@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 from ptuning.errors import RecordError
-from ptuning.records import Record
+from ptuning.records import TARGET_FIELD, Records
 from ptuning.template.segments import Ids, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ MISFIT_SHARE = 0.8
 # A unigram vocabulary writes one unknown word as a space's mark and the unknown token.
 LOOKED_AT = 500
 UNREADABLE_SHARE = 0.5
-# A letter for private use, which no vocabulary has.
-PROBE = "\U000f4240"
+# Signs of cuneiform and Linear A, which hardly any vocabulary has; letters for private use would be dropped by some.
+PROBE = "\U00012000 \U00010600"
 SHOWN_CHARACTERS = 40
 REMEDY = "Use words that it knows, leave these records out, or take another backbone (--backbone)"
 
@@ -64,63 +64,72 @@ def can_hit(rivals: Rivals, right: Collection[Hashable]) -> bool:
     return rivals is not None and all(one in right for one in rivals)
 
 
-def check_targets(known: Sequence[bool], shown: Callable[[int], str], *, name: str, is_choice: bool = False) -> None:
-    """Warn about the rows of data that can never be a hit, or raise a RecordError if that is nearly all of them.
+def check_targets(known: Sequence[bool], records: Records, *, is_choice: bool = False) -> list[str]:
+    """Return a warning about records that can never be a hit, if there are any. Nearly all of them are a RecordError.
 
     Args:
-        known: For each row, whether it can be one.
-        shown: Returns the target of a row, by its place.
-        name: What the data is called.
+        known: For each record, whether it can be one.
+        records: The records, with targets.
         is_choice: Whether targets are choices, which may also have the tokens of a wrong one.
     """
     count = len(known) - sum(known)
     if not count:
-        return
-    place = list(known).index(False)
+        return []
+    first = list(known).index(False)
     what = "unknown to the tokenizer" + " or, by their tokens, also a wrong choice" * is_choice
     text = (
-        f"{count} of {len(known)} targets of {name} are {what}, such as {_short(shown(place))} (record {place + 1}); "
-        "they are never a hit"
+        f"{count} of {len(known)} targets of {records.name} are {what}, such as "
+        f"{_short(records[first][TARGET_FIELD])} ({records.place(first + 1)}); they are never a hit"
     )
     if count >= MISFIT_SHARE * len(known):
         raise RecordError(
             f"{text}: the vocabulary does not fit the data. Take another backbone (--backbone), or see whether this "
             "one's folder has its tokenizer's whole vocabulary"
         )
-    _warn(f"{text}, and training leaves them out. {REMEDY}")
+    return [f"{text}, and training leaves them out. {REMEDY}"]
 
 
-def check_candidates(rivals: Sequence[Rivals], texts: Sequence[str]) -> None:
-    """Warn about candidates that the tokenizer does not know, or does not tell from others."""
-    doubtful = [at for at, one in enumerate(rivals) if one is None or one]
-    if doubtful:
-        _warn(
-            f"{len(doubtful)} of {len(rivals)} possible answers, such as {_short(texts[doubtful[0]])}, are unknown to "
-            "the tokenizer or have the tokens of another; they are never a hit. Use words that it knows and tells "
-            "apart, or take another backbone (--backbone)"
-        )
+def check_candidates(rivals: Sequence[Rivals], texts: Sequence[str]) -> list[str]:
+    """Return a warning about candidates that the tokenizer does not know or tell apart, if there are any."""
+    doubtful = [text for text, one in zip(texts, rivals, strict=True) if one is None or one]
+    if not doubtful:
+        return []
+    return [
+        f"{len(doubtful)} of {len(texts)} possible answers, such as {_short(doubtful[0])}, are unknown to the "
+        "tokenizer or have the tokens of another; they are never a hit. Use words that it knows and tells apart, or "
+        "take another backbone (--backbone)"
+    ]
 
 
-def check_fields(tokenizer: Tokenizer, records: Sequence[Record], fields: Sequence[str], *, name: str) -> None:
-    """Warn about fields of which the tokenizer does not know most, in the first :data:`LOOKED_AT` records."""
+def check_fields(tokenizer: Tokenizer, records: Records, fields: Sequence[str]) -> list[str]:
+    """Return a warning for each field of which the tokenizer does not know most, in the first :data:`LOOKED_AT` records
+    that have it.
+    """
     unknown, looked_at = tokenizer.unknown_id, records[:LOOKED_AT]
     if unknown is None or unknown not in tokenizer.encode([PROBE])[0]:
-        return  # it spells out what it does not know
+        return []  # it spells out what it does not know
+    warnings = []
     for field in fields:
-        rows = tokenizer.encode([record[field] for record in looked_at])
+        rows = tokenizer.encode([record.get(field, "") for record in looked_at])
         places = [at for at, ids in enumerate(rows) if ids and ids.count(unknown) >= UNREADABLE_SHARE * len(ids)]
         if places:
             at = places[0]
-            _warn(
-                f"the field '{field}' of {len(places)} of {len(looked_at)} records of {name} is mostly unknown to the "
-                f"tokenizer, such as {_short(looked_at[at][field])} (record {at + 1}); the model sees none of that. "
-                f"{REMEDY}"
+            warnings.append(
+                f"the field '{field}' of {len(places)} of {len(looked_at)} records of {records.name} is mostly unknown "
+                f"to the tokenizer, such as {_short(looked_at[at][field])} ({records.place(at + 1)}); the model sees "
+                f"none of that. {REMEDY}"
             )
+    return warnings
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Log warnings, each once: the same data is read by many methods and trainings."""
+    for text in warnings:
+        _warn_once(text)
 
 
 @functools.lru_cache(maxsize=1024)
-def _warn(text: str) -> None:
-    """Warn once; the same data is read by many methods and trainings."""
+def _warn_once(text: str) -> None:
     logger.warning("%s", text)
 
 
