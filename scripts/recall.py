@@ -4,8 +4,8 @@
 
 Trains a tiny BERT from scratch on sentences that state the shipped facts in several wordings; other wordings are held
 back. It then compares, on the facts that no prompt was learned from: the held-back wordings as manual prompts, P-tuning
-on the other half of the facts, and the same P-tuning on a model with random weights. docs/recall.md explains the
-figures.
+on the other half of the facts, and the same P-tuning on a model with random weights. docs/evidence/recall.md explains
+the figures.
 """
 
 from __future__ import annotations

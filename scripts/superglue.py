@@ -1,10 +1,10 @@
-"""Turn results of ``ptuning superglue`` into the figures of docs/superglue.md: docs/superglue.json and its tables.
+"""Turn results of ``ptuning superglue`` into docs/evidence/superglue.json and the tables of docs/evidence/superglue.md.
 
 Usage: python scripts/superglue.py RESULTS.JSON [RESULTS.JSON ...]
 
 Several results must have the same settings; they may cover different tasks, or different methods on the same tasks. For
-each task and method the last result counts; other entries of docs/superglue.json are kept. Without results, the tables
-are made again from docs/superglue.json.
+each task and method the last result counts; other entries of docs/evidence/superglue.json are kept. Without results,
+the tables are made again from docs/evidence/superglue.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ptuning.metrics import called, in_order
 from ptuning.names import ALONG, LEARNED
 from ptuning.statistics import mean_difference
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "evidence"
 FIGURES, PAGE = DOCS / "superglue.json", DOCS / "superglue.md"
 NAMES: Mapping[str, str] = {
     "majority": "majority",

@@ -12,14 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "ptuning"
-PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")])
 # Pages that speak of the code: what stands there in backticks as a name is one.
 OF_CODE = ("CONTRIBUTING.md", "architecture.md", "decisions.md", "extending.md", "glossary.md", "invariants.md")
 # Words in backticks that are names elsewhere: in PyTorch and transformers, in git, in an example of one's own.
 ELSEWHERE = {"LSTM", "MLP", "Adam", "AdamW", "DynamicCache"}
 # Files that recipes would add.
 TO_BE_ADDED = {
-    "cli/hello.py", "cli/serve.py", "method/longest_choice.py", "tests/cli/test_hello.py",
+    "cli/commands/hello.py", "cli/commands/serve.py", "method/longest_choice.py", "tests/cli/commands/test_hello.py",
     "tests/method/test_longest_choice.py",
 }  # fmt: skip
 MAX_LINE = 120

@@ -1,4 +1,4 @@
-"""The figures of docs/paper.md are those of docs/lama.json."""
+"""The figures of docs/evidence/paper.md are those of docs/evidence/lama.json."""
 
 from __future__ import annotations
 

@@ -134,5 +134,5 @@ def test_a_model_learns_the_facts_that_it_reads(tmp_path: Path) -> None:
 
 
 def test_the_documented_tables_are_those_of_the_documented_results() -> None:
-    docs = ROOT / "docs"
+    docs = ROOT / "docs" / "evidence"
     assert recall.tables(recall.read_results(docs / "recall.json")) in (docs / "recall.md").read_text(encoding="utf-8")

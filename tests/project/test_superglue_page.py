@@ -1,4 +1,4 @@
-"""The figures of docs/superglue.md are those of docs/superglue.json."""
+"""The figures of docs/evidence/superglue.md are those of docs/evidence/superglue.json."""
 
 from __future__ import annotations
 

@@ -90,6 +90,24 @@ def test_the_score_is_that_of_the_answers_given(causal: Backbone, asked: Normali
     assert [[one.text for one in row] for row in other] != [[one.text for one in row] for row in ranked]
 
 
+def test_the_end_of_candidates_counts_in_answers_and_their_score(causal: Backbone) -> None:
+    """If asked for, by ``rank``, ``predict`` and scores alike; it is refused where it would change nothing."""
+    model, names = PromptModel(causal), ["a good film", "a good film and a bad one", "yes"]
+    prompt = replace(learned(causal, TEMPLATE), learned_to_stop=True)
+    ranked = model.rank(RECORDS, prompt, names, count_stop=True)
+    assert ranked != model.rank(RECORDS, prompt, names)
+    answers = model.predict(RECORDS, prompt, names, top_k=3, count_stop=True)
+    assert [list(one.candidates) for one in answers] == ranked
+    lasts = [{**record, "y": row[2].text} for record, row in zip(RECORDS, ranked, strict=True)]
+    found = score_prompt(model, as_records(lasts), prompt, candidates=names, count_stop=True)
+    assert found.scores["mrr"].value == 1 / 3
+    for asked in (model.predict, lambda rows, one, **how: score_prompt(model, rows, one, **how)):
+        with pytest.raises(ConfigError, match=r"count_stop \(--count-stop\) goes with candidates"):
+            asked(lasts, prompt, count_stop=True)
+        with pytest.raises(ConfigError, match="trained to stop after the target"):
+            asked(lasts, replace(prompt, learned_to_stop=False), candidates=names, count_stop=True)
+
+
 def test_a_closed_prompt_takes_no_candidates(causal: Backbone) -> None:
     """Its targets are labels, or a row's choices; they used to be left out without a word, or to hide its accuracy."""
     model, words = PromptModel(causal), LabelWords.parse("good=great;bad=poor")

@@ -94,6 +94,7 @@ WithoutOption = Annotated[
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
+CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
@@ -349,13 +350,18 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def scoring_of(prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool) -> Normalise | None:
-    """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
-    Raises ConfigError as :meth:`ptuning.data.answer_space.AnswerSpace.scored`.
+def scoring_of(
+    prompt: Prompt, *, normalise: str | None, calibrate: bool | None, count_stop: bool, candidates: bool
+) -> dict[str, Any]:
+    """Return how answers are scored, as ``PromptModel.predict`` takes it. Raises ConfigError as that does, before
+    anything is loaded.
     """
-    how = cast("Normalise | None", normalise)
-    prompt.answer_space.scored(normalise=how, calibrate=calibrate, candidates=candidates)
-    return how
+    prompt.answer_space.scored(
+        normalise=cast("Normalise | None", normalise), calibrate=calibrate, candidates=candidates
+    )
+    if count_stop:
+        prompt.check_stop_counts(candidates=candidates)
+    return {"normalise": normalise, "calibrate": calibrate, "count_stop": count_stop}
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:

@@ -162,10 +162,8 @@ class PromptModel:
         _check_candidates(candidates)
         data = as_records(records)
         each = _per_row(prompts, len(data))
-        if count_stop and not all(one.learned_to_stop for one in each):
-            raise ConfigError(
-                "count_stop is for prompts that were trained to stop after the target (learn_to_stop); leave it out"
-            )
+        for one, _ in _by_prompt(each) if count_stop else ():
+            one.check_stop_counts(candidates=True)
         how = {id(one): one.answer_space.scored(normalise=normalise, candidates=True).scoring for one in each}
         return self._spread(
             each,
@@ -241,6 +239,7 @@ class PromptModel:
         generation: GenerationSettings | Mapping[str, object] | None = None,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
+        count_stop: bool = False,
     ) -> list[Prediction]:
         """Answer N records, or questions of a task, whose targets are not read, with one prompt for all or one per row.
 
@@ -249,9 +248,9 @@ class PromptModel:
         model fills 1, 2, ... masks and takes the length whose tokens are likeliest on average.
 
         ``candidates`` replace the prompt's own answers. ``top_k`` different answers are returned, the answer first;
-        asking for more does not change it. ``normalise`` and ``calibrate`` are as in :meth:`rank` and :meth:`classify`.
-        A ConfigError if one of these settings would change nothing, since answers are not written, or are written, or
-        candidates would be calibrated.
+        asking for more does not change it. ``normalise``, ``count_stop`` and ``calibrate`` are as in :meth:`rank` and
+        :meth:`classify`. A ConfigError if one of these settings would change nothing, since answers are not written, or
+        are written, or candidates would be calibrated.
         """
         data = records.records if isinstance(records, Questions) else as_records(records)
         if not data:
@@ -261,10 +260,12 @@ class PromptModel:
         prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+            if count_stop:
+                one.check_stop_counts(candidates=candidates is not None)
         if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
             raise ConfigError(f"{settings.changed[0]} is for answers that are written, not for candidates or labels")
         if candidates is not None:
-            ranked = self.rank(data, prompts, candidates, normalise=normalise)
+            ranked = self.rank(data, prompts, candidates, normalise=normalise, count_stop=count_stop)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(prompts):

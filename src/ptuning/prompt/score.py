@@ -52,6 +52,7 @@ def score_prompt(
     candidates: Sequence[str] | None = None,
     normalise: Normalise | None = None,
     calibrate: bool | None = None,
+    count_stop: bool = False,
     report: OnProgress | None = None,
 ) -> Result:
     """Score a prompt on records with targets, or on questions of a task.
@@ -59,13 +60,15 @@ def score_prompt(
     Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
     a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
-    ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise`` and
-    ``calibrate`` are as in :meth:`PromptModel.predict`. A RecordError if there are no records, or one lacks its
-    target; a ConfigError if candidates are given to a prompt with label words or choices.
+    ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise``,
+    ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. A RecordError if there are no records, or
+    one lacks its target; a ConfigError if candidates are given to a prompt with label words or choices.
     """
     prompt = as_prompt(prompt)
     if candidates is not None:
         prompt.check_open()
+    if count_stop:
+        prompt.check_stop_counts(candidates=candidates is not None)
     questions = as_questions(data)
     if not questions:
         raise RecordError(f"{questions.name} holds no records, so there is nothing to score")
@@ -77,7 +80,7 @@ def score_prompt(
     scores = {answers.score_name: score(found.hits), **_metrics(model, questions, prompt, found)}
     ranked: list[Answer] = []
     if candidates is not None:
-        ranked = _rank(model, questions.records, prompt, candidates, normalise=normalise)
+        ranked = _rank(model, questions.records, prompt, candidates, normalise=normalise, count_stop=count_stop)
         values = score_values(ranked)
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
         scores |= {ACCURACY: summary([values["p_at_1"]]), **{name: summary([values[name]]) for name in names}}
@@ -94,9 +97,15 @@ def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Ev
 
 
 def _rank(
-    model: PromptModel, records: Records, prompt: Prompt, candidates: Sequence[str], *, normalise: Normalise | None
+    model: PromptModel,
+    records: Records,
+    prompt: Prompt,
+    candidates: Sequence[str],
+    *,
+    normalise: Normalise | None,
+    count_stop: bool,
 ) -> list[Answer]:
-    ranked = model.rank(records, prompt, candidates, normalise=normalise)
+    ranked = model.rank(records, prompt, candidates, normalise=normalise, count_stop=count_stop)
     return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
 
 

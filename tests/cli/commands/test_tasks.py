@@ -13,8 +13,8 @@ from ptuning.cli.commands import tasks
 from ptuning.data.task_check import Findings
 from ptuning.data.task_files import load_task, shipped_names, shipped_tasks
 from ptuning.prompt.prompt import Prompt
-from tests.cli.test_app import QUICK, call, fails, works
 from tests.cli.commands.test_experiments import printed as printed
+from tests.cli.test_app import QUICK, call, fails, works
 
 TASK = """
 name = "moods"

@@ -39,6 +39,7 @@ def evaluate(
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
+    count_stop: options.CountStopOption = False,
     field: options.FieldOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
@@ -56,8 +57,10 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
-    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
-    rows = data_of(data, field, chosen.task, part="val")
+    how = options.scoring_of(
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
+    )
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
@@ -66,7 +69,7 @@ def evaluate(
 
     with terminal.bar() as report:
         model = PromptModel(loaded, force=force)
-        found = score_prompt(model, rows, chosen, candidates=listed, normalise=how, calibrate=calibrate, report=report)
+        found = score_prompt(model, rows, chosen, candidates=listed, report=report, **how)
     _show_scores(prompt, rows, found, as_json=as_json)
 
 
@@ -81,6 +84,7 @@ def predict(
     task: options.TaskOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
+    count_stop: options.CountStopOption = False,
     field: options.FieldOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
@@ -97,7 +101,9 @@ def predict(
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     closed = candidates is not None or chosen.answer_space.is_closed
-    how = options.scoring_of(chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+    how = options.scoring_of(
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
+    )
     if closed and (writing.changed or stream):
         name = "stream" if stream else writing.changed[0]
         raise ConfigError(f"{name} is for answers that are written, not for candidates or label words")
@@ -119,9 +125,7 @@ def predict(
     with terminal.bar() as report:
         for at in range(0, len(rows), PREDICTED_ROWS):
             part = Questions(rows[at : at + PREDICTED_ROWS])
-            found += model.predict(
-                part, chosen, listed, top_k=top_k, generation=writing, normalise=how, calibrate=calibrate
-            )
+            found += model.predict(part, chosen, listed, top_k=top_k, generation=writing, **how)
             report(Progress("predict", len(found), len(rows), rows.name))
     if loaded.kind not in FILLS_MASKS:
         found = [replace(one, tokens=None) for one in found]  # only a model that fills masks chooses a length
@@ -143,7 +147,7 @@ def inspect(
     Example: ptuning inspect capitals --data capitals:dev
     """
     chosen = prompt_of(prompt)
-    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen) if data is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.inspect import inspect_prompt
 
