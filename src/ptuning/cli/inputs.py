@@ -28,12 +28,20 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 
-def records_of(source: str, field: Sequence[str] | None) -> Records:
-    """Read a data file or shipped facts."""
+def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
+    """Read a data file or shipped facts; with the names of fields that a prompt remembers, but for those asked for."""
     from ptuning.data.reading import load_records
 
     with terminal.waiting(f"reading {source}"):
-        return load_records(source, fields=fields_of(field))
+        return remembered(load_records(source, fields=fields_of(field)), prompt)
+
+
+def remembered(records: Records, prompt: Prompt | None) -> Records:
+    """Return records with the names of fields that a prompt remembers, but for those that were read by other names."""
+    from ptuning.data.reading import with_fields
+
+    own = prompt.fields if prompt is not None else {}
+    return with_fields(records, {new: old for new, old in own.items() if new not in records.fields})
 
 
 def task_of(name: str | None) -> TaskFile | None:
@@ -46,11 +54,19 @@ def task_of(name: str | None) -> TaskFile | None:
 
 
 def data_of(
-    source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
+    source: str,
+    field: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    part: str,
+    labelled: bool = True,
+    prompt: Prompt | None = None,
 ) -> Records | Questions:
-    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``."""
+    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``.
+    Without a task, fields are read as the ``prompt`` remembers them.
+    """
     if task is None:
-        return records_of(source, field)
+        return records_of(source, field, prompt=prompt)
     if field:
         raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
     from ptuning.data.task_files import find_split
@@ -190,9 +206,9 @@ def data_to_answer(
             raise RecordError("the standard input holds no records; it needs one JSON object per line")
         if prompt.task is not None:
             return prompt.task.read_named(raw_rows(given, name="standard input"), name="standard input", labelled=False)
-        return Records(read_rows(given, name="standard input", fields=fields_of(field)), name="standard input")
+        return remembered(read_rows(given, name="standard input", fields=fields_of(field)), prompt)
     if data is not None:
-        return data_of(data, field, prompt.task, part="test", labelled=False)
+        return data_of(data, field, prompt.task, part="test", labelled=False, prompt=prompt)
     if prompt.task is not None:
         return Records([prompt.task.record_of(text or "")], name="the command line")
     fields = prompt.template.fields
@@ -205,22 +221,27 @@ def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[
     """Read candidates: a word list, or ``train`` for the targets of the training part."""
     from ptuning.data.word_lists import read_words
 
+    fields = fields_of(field)
     if source == "train" and not os.path.exists(source):
-        source = _training_part(prompt, data)
-    return list(read_words(source, fields=fields_of(field)))
+        source, remembered = _training_part(prompt, data)
+        fields = {**remembered, **fields}
+    return list(read_words(source, fields=fields))
 
 
-def _training_part(prompt: str, data: str | None) -> str:
-    """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
+def _training_part(prompt: str, data: str | None) -> tuple[str, dict[str, str]]:
+    """Return the name of the data that a prompt was trained on and its renamed fields, or the training part of shipped
+    facts.
+    """
     from ptuning.files import Unchecked, read_json
 
     folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
     record = next((folder / "run.json" for folder in folders if os.path.isfile(folder / "run.json")), None)
     if record is not None:
         run = Unchecked(read_json(record), f"{record} is not the record of a training", advice="name a file instead")
-        return run.at("data", {}).at("train", {}).at("name").text().split(" (without the ")[0]
+        name = run.at("data", {}).at("train", {}).at("name").text().split(" (without the ")[0]
+        return name, {new: old.text() for new, old in run.at("fields", {}).table().items()}
     if data is not None and ":" in data and not os.path.exists(data):
-        return data.partition(":")[0] + ":train"
+        return data.partition(":")[0] + ":train", {}
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 

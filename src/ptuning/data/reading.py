@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import parse_json, read_bytes, sha256
-from ptuning.records import Record, Records, check_columns, clean
+from ptuning.records import TARGET_FIELD, Records, check_columns, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
@@ -55,15 +55,28 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
     if path.suffix.lower() not in SUFFIXES:
         raise FileError(f"cannot tell the format of {source}; a data file ends in one of {', '.join(SUFFIXES)}")
     data = read_bytes(path)
-    records = Records(read_rows(data, name=str(source), fields=fields), name=str(source), digest=sha256(data))
+    records = read_rows(data, name=str(source), fields=fields)
     if not records:
         raise RecordError(f"{source} holds no records; it needs one record per line")
     return records
 
 
-def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> list[Record]:
+def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> Records:
     """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
-    return [_renamed(clean(row, where=where), fields, where=where) for where, row in raw_rows(data, name=name)]
+    rows = raw_rows(data, name=name)
+    read = [_renamed(clean(row, where=where), fields, where=where) for where, row in rows]
+    return Records(read, name=name, digest=sha256(data), places=[where for where, _ in rows], fields=fields)
+
+
+def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
+    """Return records with fields under the names that a prompt remembers (new name -> name in the file). A record that
+    lacks the name in the file stays as it is: it may have the new one already.
+    """
+    if not fields:
+        return records
+    rows = [_renamed(dict(row), {new: old for new, old in fields.items() if old in row}, where="") for row in records]
+    found = {**fields, **records.fields}
+    return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=found)
 
 
 def raw_rows(data: bytes, *, name: str) -> list[Row]:
@@ -101,7 +114,8 @@ def _shipped_records(source: str) -> Records:
     if split not in SPLITS:
         raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
     data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
-    return Records(read_rows(data, name=f"{source}.jsonl"), name=source, digest=sha256(data))
+    found = read_rows(data, name=f"{source}.jsonl")
+    return Records(found, name=source, digest=found.sha256, places=found.places)
 
 
 def _names() -> str:
@@ -174,5 +188,5 @@ def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where:
             raise RecordError(
                 f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
-        renamed[new] = record[old]
+        renamed[new] = record[old].strip() if new == TARGET_FIELD else record[old]
     return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed

@@ -60,7 +60,7 @@ def evaluate(
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
-    rows = data_of(data, field, chosen.task, part="val")
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
@@ -147,7 +147,7 @@ def inspect(
     Example: ptuning inspect capitals --data capitals:dev
     """
     chosen = prompt_of(prompt)
-    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen) if data is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.inspect import inspect_prompt
 
