@@ -16,11 +16,11 @@ from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
-from ptuning.engine.ending import Asked
-from ptuning.engine.generate import stream_answer, write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import stream_answer, write_answers
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
@@ -311,7 +311,7 @@ class PromptModel:
         if self.backbone.kind in FILLS_MASKS:
             raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
         bound = prompt.bind(model.backbone, force=self.force)
-        row = Asked(bound, as_records([record])[0], _longest(settings, prompt))
+        row = OpenRow(bound, as_records([record])[0], _longest(settings, prompt))
         pieces = stream_answer(model.backbone, row, prompt.learned(model.backbone), settings=settings)
         return _without_gradients(pieces)
 
@@ -321,7 +321,7 @@ class PromptModel:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
         rows = [
-            Asked(bound[index], record, _longest(settings, prompt))
+            OpenRow(bound[index], record, _longest(settings, prompt))
             for index, (record, prompt) in enumerate(zip(data, prompts, strict=True))
         ]
         written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)

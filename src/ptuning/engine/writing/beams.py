@@ -10,8 +10,8 @@ import torch
 
 from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Draft, Ending
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending
 
 
 @dataclass

@@ -13,12 +13,12 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings, derived_seed
 from ptuning.engine.batch import Side, batches
-from ptuning.engine.beams import beam_search
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Asked, Draft, Ending, Written, alike, different
 from ptuning.engine.learned import Learned
-from ptuning.engine.masks import fill_masks
 from ptuning.engine.memory import in_parts
+from ptuning.engine.writing.beams import beam_search
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending, OpenRow, Written, alike, different
+from ptuning.engine.writing.masks import fill_masks
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
@@ -27,7 +27,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 def write_answers(
     backbone: Backbone,
-    rows: Sequence[Asked],
+    rows: Sequence[OpenRow],
     learned: Learned,
     *,
     settings: GenerationSettings,
@@ -62,7 +62,7 @@ def write_answers(
     return [row[:top_k] for row in found]
 
 
-def stream_answer(backbone: Backbone, row: Asked, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
+def stream_answer(backbone: Backbone, row: OpenRow, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
     """Write the answer to one row as :func:`write_answers` does with one beam, and yield it piece by piece."""
     ending = Ending(backbone, row, stop_strings=settings.stop_strings)
     examples = _contexts([row])
@@ -80,7 +80,7 @@ def stream_answer(backbone: Backbone, row: Asked, learned: Learned, *, settings:
 
 def _write(
     backbone: Backbone,
-    asked: Sequence[Asked],
+    asked: Sequence[OpenRow],
     examples: Sequence[Example],
     learned: Learned,
     *,
@@ -180,7 +180,7 @@ def _together(
     return [(turns, same) for (turns, _, _), same in groups.items()]
 
 
-def _contexts(rows: Sequence[Asked]) -> list[Example]:
+def _contexts(rows: Sequence[OpenRow]) -> list[Example]:
     """Fill the templates with room for the answers; a record that may not be truncated gets as much room as is left."""
     found: dict[int, Example] = {}
     for (bound, room), indices in alike(rows):
