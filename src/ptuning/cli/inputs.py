@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from ptuning.errors import ConfigError, FileError, RecordError, closest
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
-    from ptuning.data.questions import Questions
+    from ptuning.data.questions import Question, Questions
+    from ptuning.data.reading import RawRows, Row
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 
-def records_of(source: str, field: Sequence[str] | None) -> Records:
-    """Read a data file or shipped facts."""
+STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
+
+
+def records_of(source: str, field: Sequence[str] | None, *, needed: Sequence[str] = ()) -> Records:
+    """Read a data file or shipped facts; a RecordError names the first record that lacks a ``needed`` field."""
     from ptuning.data.reading import load_records
 
     with terminal.waiting(f"reading {source}"):
-        return load_records(source, fields=fields_of(field))
+        return load_records(source, fields=fields_of(field), needed=needed)
 
 
 def task_of(name: str | None) -> TaskFile | None:
@@ -46,28 +50,40 @@ def task_of(name: str | None) -> TaskFile | None:
 
 
 def data_of(
-    source: str, field: Sequence[str] | None, task: TaskFile | None, *, part: str, labelled: bool = True
+    source: str,
+    field: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    part: str,
+    labelled: bool = True,
+    needed: Sequence[str] = (),
 ) -> Records | Questions:
     """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``."""
     if task is None:
-        return records_of(source, field)
+        return records_of(source, field, needed=needed)
+    path = _place_of(source, field, task, part=part)
+    with terminal.waiting(f"reading {path}"):
+        return task.read(path, labelled=labelled)
+
+
+def _place_of(source: str, field: Sequence[str] | None, task: TaskFile, *, part: str) -> Path:
+    """Return the file of a task's data, which may be given as a folder, or as a part of one."""
     if field:
         raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
     from ptuning.data.task_files import find_split
 
     path, (folder, colon, named) = Path(source), source.rpartition(":")
     if os.path.isdir(path):
-        path = find_split(path, task, part)
-    elif colon and not os.path.exists(path) and os.path.isdir(folder):
-        path = find_split(Path(folder), task, named)
-    elif not os.path.exists(path):
+        return find_split(path, task, part)
+    if colon and not os.path.exists(path) and os.path.isdir(folder):
+        return find_split(Path(folder), task, named)
+    if not os.path.exists(path):
         there = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise FileError(
             f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
             "such as DIR, or a part of one such as DIR:val"
         )
-    with terminal.waiting(f"reading {path}"):
-        return task.read(path, labelled=labelled)
+    return path
 
 
 def dev_part(data: str, task: TaskFile | None) -> Questions | None:
@@ -175,30 +191,101 @@ def template_of(
     return pattern_of(task.learned, task, 1 if pattern is None else pattern)
 
 
-def data_to_answer(
-    prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
-) -> Records | Questions:
-    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
-    from ptuning.data.reading import raw_rows, read_rows
-    from ptuning.records import Records
+@dataclass(frozen=True)
+class ToAnswer:
+    """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
+    rows of the file, which know their columns.
+    """
 
+    questions: Questions
+    rows: Sequence[Row]
+    raw: RawRows
+
+    @classmethod
+    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str) -> ToAnswer:
+        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file."""
+        from ptuning.data.questions import Question, Questions
+        from ptuning.data.reading import RawRows
+        from ptuning.records import check_text
+
+        for text in texts.values():
+            check_text(text, where=where, what="it")
+        record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
+        asked, row = Questions([Question(record)], name=where), (where, texts)
+        return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
+
+    def empty_fields(self, fields: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (file and line, field) of each field of a template that has no text in a record."""
+        asked = zip(self.questions, self.rows, strict=True)
+        return [(where, name) for one, (where, _) in asked for name in fields if not one.record[name].strip()]
+
+
+def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:
+    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
     if (text is None) == (data is None):
-        raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
+        raise ConfigError(
+            "give either a TEXT or --data (a file, or - for lines of text, CSV or JSONL on the standard input)"
+        )
+    fields = typed_fields(prompt) if text not in (None, "-") else ()
+    if len(fields) > 1 or (text not in (None, "-") and not fields):
+        raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
+    if text is not None and text != "-":
+        if not text.strip():
+            raise ConfigError("the TEXT is empty, so there is nothing to answer; - reads texts from the standard input")
+        return ToAnswer.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
+    rows = _rows_to_answer(prompt, "-" if data is None else data, field)
+    questions: list[Question] = []
+    origins: list[Row] = []
+    for row in rows:
+        found = _questions_of(row, prompt, rows, field)
+        questions += found
+        origins += [row] * len(found)
+    if not questions:
+        what = "records: lines of text, CSV or JSONL" if rows.name == STANDARD_INPUT else "records to answer"
+        raise RecordError(f"{'the ' * (rows.name == STANDARD_INPUT)}{rows.name} holds no {what}")
+    from ptuning.data.questions import Questions
+
+    return ToAnswer(Questions(questions, name=rows.name, digest=rows.sha256), origins, rows)
+
+
+def typed_fields(prompt: Prompt) -> Sequence[str]:
+    """Return the fields of a record that a user types; a RecordError if rows of the task have more than fields."""
+    if prompt.task is None:
+        return prompt.template.fields
+    if prompt.answer_space.has_choices:
+        raise RecordError(
+            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; use --data "
+            "with JSONL or CSV"
+        )
+    return prompt.task.fields
+
+
+def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> RawRows:
+    from ptuning.data.reading import load_rows, raw_rows
+
+    task, fields = prompt.task, fields_of(field)
+    asked = [fields.get(name, name) for name in prompt.template.fields] if task is None else task.columns
     if data == "-":
         given = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
-        if not given.strip():
-            raise RecordError("the standard input holds no records; it needs one JSON object per line")
-        if prompt.task is not None:
-            return prompt.task.read_named(raw_rows(given, name="standard input"), name="standard input", labelled=False)
-        return Records(read_rows(given, name="standard input", fields=fields_of(field)), name="standard input")
-    if data is not None:
-        return data_of(data, field, prompt.task, part="test", labelled=False)
-    if prompt.task is not None:
-        return Records([prompt.task.record_of(text or "")], name="the command line")
-    fields = prompt.template.fields
-    if len(fields) != 1:
-        raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
-    return Records([{fields[0]: text or ""}], name="the command line")
+        return raw_rows(given, name=STANDARD_INPUT, asked=asked)
+    place = data if task is None else _place_of(data, field, task, part="test")
+    with terminal.waiting(f"reading {place}"):
+        return load_rows(place, asked=asked)
+
+
+def _questions_of(row: Row, prompt: Prompt, rows: RawRows, field: Sequence[str] | None) -> list[Question]:
+    """Return the questions of a row: one, or any number if a task reads a list in it."""
+    from ptuning.data.questions import Question
+    from ptuning.data.reading import record_of
+
+    if prompt.task is None:
+        return [Question(record_of(row, fields=fields_of(field), needed=prompt.template.fields))]
+    if rows.format == "text":
+        fields, (text,) = typed_fields(prompt), row[1].values()
+        if len(fields) > 1:
+            raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(fields)}")
+        return [Question(prompt.task.typed({fields[0]: str(text)}, where=row[0]))]
+    return list(prompt.task.reader.read([row], labelled=False))
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -95,6 +96,10 @@ WithoutOption = Annotated[
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
+AnswersOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write answers to a file, .csv or .jsonl.")
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
@@ -350,12 +355,23 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
     return named_values(pairs or (), expected="--field NEW=NAME, such as y=answer")
 
 
-def scoring_of(prompt: Prompt, *, normalise: str | None, calibrate: bool | None, candidates: bool) -> Normalise | None:
+def scoring_of(
+    prompt: Prompt,
+    *,
+    normalise: str | None,
+    calibrate: bool | None,
+    candidates: bool,
+    count_stop: bool = False,
+    min_probability: float | None = None,
+) -> Normalise | None:
     """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
-    Raises ConfigError as :meth:`ptuning.data.answer_space.AnswerSpace.scored`.
+    Raises ConfigError as :meth:`ptuning.prompt.predict.PromptModel.predict`.
     """
     how = cast("Normalise | None", normalise)
     prompt.answer_space.scored(normalise=how, calibrate=calibrate, candidates=candidates)
+    prompt.answer_space.check_threshold(min_probability, candidates=candidates)
+    if count_stop:
+        prompt.check_stop_counts(candidates=candidates)
     return how
 
 

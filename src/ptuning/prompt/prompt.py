@@ -200,7 +200,7 @@ class Prompt:
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
 
     def check_stop_counts(self, *, candidates: bool) -> None:
-        """Raise a ConfigError if the end of an answer cannot count: without ``candidates``, or if it never learned it."""
+        """Raise a ConfigError if the end of an answer cannot count: no ``candidates``, or it has never learned it."""
         if not candidates:
             raise ConfigError("count_stop (--count-stop) goes with candidates (--candidates); leave it out here")
         if not self.learned_to_stop:
