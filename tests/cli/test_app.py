@@ -799,8 +799,8 @@ def test_bad_templates(name: str, llama: str, data: Path) -> None:
 DATA: dict[str, tuple[str, bytes, list[str]]] = {
     "empty": ("train.jsonl", b"", ["train.jsonl holds no records", "one record per line"]),
     "only a header": ("train.csv", b"x,y\n", ["train.csv holds no records"]),
-    "no target": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "c"}\n', ["train.jsonl, record 2", "'y'", "--field"]),
-    "empty target": ("train.jsonl", b'{"x": "a", "y": " "}\n', ["train.jsonl, record 1", "no target"]),
+    "no target": ("train.jsonl", b'{"x": "a", "y": "b"}\n{"x": "c"}\n', ["train.jsonl, line 2", "'y'", "--field"]),
+    "empty target": ("train.jsonl", b'{"x": "a", "y": " "}\n', ["train.jsonl, line 1", "no target"]),
     "no JSON": ("train.jsonl", b'{"x": "a", "y": "b"}\n\n{"x": "a",\n', ["train.jsonl, line 3", "not a JSON object"]),
     "no object": ("train.jsonl", b'{"x": "a", "y": "b"}\n[1, 2]\n', ["train.jsonl, line 2", "must be an object"]),
     "open quote": ("train.csv", b'x,y\na,b\n"c,d\n', ["train.csv, line 3"]),
@@ -822,7 +822,7 @@ def test_bad_data(name: str, llama: str, tmp_path: Path) -> None:
 def test_bad_development_data(llama: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / "dev.jsonl").write_text('{"x": "a"}\n', encoding="utf-8")
     args = ("--data", data / "train.jsonl", "--dev", "dev.jsonl", "--template", WARM, "--backbone", llama)
-    fails("train", *args, "--out", "out", says=["dev.jsonl, record 1: no target"])
+    fails("train", *args, "--out", "out", says=["dev.jsonl, line 1: no target"])
 
 
 @pytest.mark.parametrize(
@@ -867,7 +867,7 @@ def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) 
         ("positive=great", ["at least two labels", "negative=terrible"]),
         ("positive;negative=bad", ["'positive' have no '='"]),
         ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
-        ("positive=great;bad=bad", ["sentiment.jsonl, record 2: 'negative' is not one of the labels positive, bad"]),
+        ("positive=great;bad=bad", ["sentiment.jsonl, line 2: 'negative' is not one of the labels positive, bad"]),
         ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),
     ],
 )
@@ -1102,7 +1102,7 @@ def test_no_such_prompt(command: str, llama: str) -> None:
 
 def test_bad_input_of_eval(run_folder: Path, label_run: Path, data: Path, tmp_path: Path, llama: str) -> None:
     write_lines(tmp_path / "untold.jsonl", [{"x": "Kenya"}])
-    fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, record 1: no target"])
+    fails("eval", run_folder, "--data", "untold.jsonl", says=["untold.jsonl, line 1: no target"])
     args = ("--data", data / "dev.jsonl")
     fails("eval", label_run, *args, "--candidates", "train", says=["label words, which are all its answers"])
     fails(

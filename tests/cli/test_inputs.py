@@ -14,6 +14,7 @@ from ptuning.data.relations import read_relations
 from ptuning.data.task_files import TaskFile, find_split
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import require_fields
 from ptuning.report.results_file import read_results
 from ptuning.training.fleet_file import read_fleet
 
@@ -101,18 +102,18 @@ def test_a_field_that_is_missing_is_named_with_its_line_and_the_remedy(monkeypat
     prompt = Prompt.manual("{message} is [Y]")
     for data, says in (
         (b'{"message": "a"}\n{"msg": "x"}\n', "standard input, line 2: .*its fields: msg.*add --field message=msg"),
-        (b'{"msg": "x", "y": "b"}\n', "standard input, line 1: no field 'message'.*add --field message=msg"),
-        (b"msg,team\nhello,billing\n", "standard input, line 2: no field 'message'; .*--field message=msg"),
-        (b"a,b\nhello,billing\n", "standard input, line 2: no field 'message'; .*--field message=NAME"),
-        (b'{"message": null}\n', "standard input, line 1: the field 'message' is null, and no text"),
+        (b'{"msg": "x", "y": "b"}\n', "standard input, line 1: no text in the field 'message'.*add --field message=msg"),
+        (b"msg,team\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=msg"),
+        (b"a,b\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=NAME"),
+        (b'{"message": null}\n', "standard input, line 1: no text in the field 'message'; its fields: none"),
     ):
         with pytest.raises(RecordError, match=says):
             given(monkeypatch, data, prompt, text="-")
     found = given(monkeypatch, b"msg,team\nhello,billing\n", prompt, ["message=msg"], text="-")
     assert found.questions.records == [{"message": "hello", "team": "billing"}]
     Path("mail.csv").write_text("msg;team\na;b\n", encoding="utf-8")
-    with pytest.raises(RecordError, match=r"mail\.csv, line 2: no field 'message'"):
-        inputs.data_of("mail.csv", None, None, part="val", needed=["message"])
+    with pytest.raises(RecordError, match=r"mail\.csv, line 2: no text in the field 'message'.*message=msg"):
+        require_fields(inputs.records_of("mail.csv", None), ["message"])
 
 
 def test_empty_texts_are_known_with_their_lines() -> None:

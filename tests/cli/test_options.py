@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from ptuning.config import TrainConfig
 from ptuning.errors import ConfigError
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import LabelWords
+
+WORDS = LabelWords({"a": ("yes",), "b": ("no",)})
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +48,26 @@ def test_settings_that_are_none(pairs: list[str], says: str) -> None:
 def test_how_answers_are_scored() -> None:
     """What cannot be scored as asked is refused before anything is loaded."""
     prompt = Prompt.manual("[X] is [Y]")
-    closed = replace(prompt, label_words=LabelWords({"a": ("yes",), "b": ("no",)}))
-    for one, candidates in ((closed, False), (prompt, True)):
-        assert options.scoring_of(one, normalise="mean", calibrate=None, candidates=candidates) == "mean"
-    assert options.scoring_of(prompt, normalise="sum", calibrate=False, candidates=False) == "sum"
-    assert options.scoring_of(closed, normalise=None, calibrate=True, candidates=False) is None
-    for one, asked, message in (
-        (closed, {"normalise": "max", "calibrate": None, "candidates": False}, "is sum or mean, not 'max'"),
-        (prompt, {"normalise": "mean", "calibrate": None, "candidates": False}, "goes with a closed set of answers"),
-        (
-            prompt,
-            {"normalise": None, "calibrate": True, "candidates": False},
-            "is for label words and a task's choices",
-        ),
-        (closed, {"normalise": None, "calibrate": True, "candidates": True}, "is for label words and a task's choices"),
+    closed, stops = replace(prompt, label_words=WORDS), replace(prompt, learned_to_stop=True)
+    plain: dict[str, Any] = {"normalise": None, "calibrate": None, "count_stop": False}
+    for one, asked, candidates in (
+        (closed, {"normalise": "mean"}, False),
+        (prompt, {"normalise": "mean"}, True),
+        (prompt, {"normalise": "sum", "calibrate": False}, False),
+        (closed, {"calibrate": True}, False),
+        (stops, {"count_stop": True}, True),
+    ):
+        assert options.scoring_of(one, **{**plain, **asked}, candidates=candidates) == {**plain, **asked}
+    for one, asked, candidates, message in (
+        (closed, {"normalise": "max"}, False, "is sum or mean, not 'max'"),
+        (prompt, {"normalise": "mean"}, False, "goes with a closed set of answers"),
+        (prompt, {"calibrate": True}, False, "is for label words and a task's choices"),
+        (closed, {"calibrate": True}, True, "is for label words and a task's choices"),
+        (stops, {"count_stop": True}, False, r"count_stop \(--count-stop\) goes with candidates"),
+        (prompt, {"count_stop": True}, True, "trained to stop after the target"),
     ):
         with pytest.raises(ConfigError, match=message):
-            options.scoring_of(one, **asked)
+            options.scoring_of(one, **{**plain, **asked}, candidates=candidates)
 
 
 def test_the_command_line_can_be_given_again() -> None:

@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ptuning.data.reading import load_records, raw_rows, read_rows
+from ptuning.data.questions import as_questions
+from ptuning.data.reading import load_records, raw_rows, read_rows, with_fields
+from ptuning.data.splits import split_records
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
 from ptuning.records import Records, as_records, require_targets
@@ -201,6 +203,32 @@ def test_fields_are_renamed_and_no_answer_stays_behind(tmp_path: Path) -> None:
     ]
     with pytest.raises(RecordError, match=r"line 1: no field 'reply' to use as 'y'; it has answer, question, x, y"):
         load_records(path, fields={"y": "reply"})
+
+
+def test_a_target_with_another_name_is_without_the_space_around_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "message,team\n a , billing \n")
+    assert list(load_records(path, fields={"y": "team"})) == [{"message": " a ", "y": "billing"}]
+
+
+def test_records_know_file_and_line_also_behind_a_split(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'x,y\na,1\n"b\nb",2\nc,3\n')
+    records = load_records(path)
+    assert [records.place(number) for number in (1, 2, 3)] == [f"{path}, line {line}" for line in (2, 4, 5)]
+    for part in split_records(records, fraction=0.3, seed=0):
+        for number, row in enumerate(part, start=1):
+            assert part.place(number) == records.place(records.index(row) + 1)
+    records.append({"x": "d", "y": "4"})
+    assert records.place(4) == f"{path}, record 4"
+    assert as_records([{"x": "1"}]).place(1) == "in memory, record 1"
+
+
+def test_remembered_fields_are_read_where_they_are(tmp_path: Path) -> None:
+    records = load_records(write(tmp_path, "a.csv", "message,team\nhello, billing \n"))
+    found = with_fields(records, {"y": "team", "x": "text"})
+    assert list(found) == [{"message": "hello", "y": "billing"}]
+    assert (found.name, found.sha256, found.places) == (records.name, records.sha256, records.places)
+    assert as_questions(found).fields == {"y": "team", "x": "text"}
+    assert with_fields(records, {}) is records
 
 
 def test_records_in_memory_are_cleaned_and_known_by_their_content() -> None:

@@ -38,6 +38,16 @@ def test_a_task_brings_its_label_words_unless_others_are_given() -> None:
     assert Prompt.manual("[X] is [Y]").answer_space == AnswerSpace()
 
 
+def test_names_of_fields_are_kept_and_older_prompts_have_none(tmp_path: Path) -> None:
+    prompt = replace(Prompt.manual("{message} [Y]"), fields={"y": "team"})
+    prompt.save(tmp_path / "new")
+    assert Prompt.load(tmp_path / "new").fields == {"y": "team"}
+    manifest = json.loads((tmp_path / "new" / MANIFEST_FILE).read_text(encoding="utf-8"))
+    del manifest["fields"]
+    (tmp_path / "new" / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+    assert Prompt.load(tmp_path / "new").fields == {}
+
+
 def test_another_backbone(causal: Backbone, tmp_path: Path) -> None:
     """Invariant *Saved is what was trained*: the backbone must be the one that the prompt was learned on.
 

@@ -17,7 +17,7 @@ from ptuning.errors import ConfigError, FileError, RecordError, closest
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
-    from ptuning.data.questions import Question, Questions
+    from ptuning.data.questions import Questions
     from ptuning.data.reading import RawRows, Row
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
@@ -32,12 +32,20 @@ if TYPE_CHECKING:
 STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
 
 
-def records_of(source: str, field: Sequence[str] | None, *, needed: Sequence[str] = ()) -> Records:
-    """Read a data file or shipped facts; a RecordError names the first record that lacks a ``needed`` field."""
+def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
+    """Read a data file or shipped facts; with the names of fields that a prompt remembers, but for those asked for."""
     from ptuning.data.reading import load_records
 
     with terminal.waiting(f"reading {source}"):
-        return load_records(source, fields=fields_of(field), needed=needed)
+        return remembered(load_records(source, fields=fields_of(field)), prompt)
+
+
+def remembered(records: Records, prompt: Prompt | None) -> Records:
+    """Return records with the names of fields that a prompt remembers, but for those that were read by other names."""
+    from ptuning.data.reading import with_fields
+
+    own = prompt.fields if prompt is not None else {}
+    return with_fields(records, {new: old for new, old in own.items() if new not in records.fields})
 
 
 def task_of(name: str | None) -> TaskFile | None:
@@ -56,11 +64,13 @@ def data_of(
     *,
     part: str,
     labelled: bool = True,
-    needed: Sequence[str] = (),
+    prompt: Prompt | None = None,
 ) -> Records | Questions:
-    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``."""
+    """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``.
+    Without a task, fields are read as the ``prompt`` remembers them.
+    """
     if task is None:
-        return records_of(source, field, needed=needed)
+        return records_of(source, field, prompt=prompt)
     path = _place_of(source, field, task, part=part)
     with terminal.waiting(f"reading {path}"):
         return task.read(path, labelled=labelled)
@@ -234,18 +244,11 @@ def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Se
             raise ConfigError("the TEXT is empty, so there is nothing to answer; - reads texts from the standard input")
         return ToAnswer.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
     rows = _rows_to_answer(prompt, "-" if data is None else data, field)
-    questions: list[Question] = []
-    origins: list[Row] = []
-    for row in rows:
-        found = _questions_of(row, prompt, rows, field)
-        questions += found
-        origins += [row] * len(found)
-    if not questions:
+    asked, origins = _questions_of(rows, prompt, field)
+    if not asked:
         what = "records: lines of text, CSV or JSONL" if rows.name == STANDARD_INPUT else "records to answer"
         raise RecordError(f"{'the ' * (rows.name == STANDARD_INPUT)}{rows.name} holds no {what}")
-    from ptuning.data.questions import Questions
-
-    return ToAnswer(Questions(questions, name=rows.name, digest=rows.sha256), origins, rows)
+    return ToAnswer(asked, origins, rows)
 
 
 def typed_fields(prompt: Prompt) -> Sequence[str]:
@@ -262,52 +265,69 @@ def typed_fields(prompt: Prompt) -> Sequence[str]:
 
 def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> RawRows:
     from ptuning.data.reading import load_rows, raw_rows
+    from ptuning.records import ALIASES
 
-    task, fields = prompt.task, fields_of(field)
-    asked = [fields.get(name, name) for name in prompt.template.fields] if task is None else task.columns
+    task = prompt.task
+    if task is not None:
+        asked: dict[str, Sequence[str]] = {name: (name,) for name in task.columns}
+    else:
+        given = {**prompt.fields, **fields_of(field)}
+        asked = {name: (given.get(name, name), name, *ALIASES.get(name, ())) for name in prompt.template.fields}
     if data == "-":
-        given = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
-        return raw_rows(given, name=STANDARD_INPUT, asked=asked)
+        typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
+        return raw_rows(typed, name=STANDARD_INPUT, asked=asked)
     place = data if task is None else _place_of(data, field, task, part="test")
     with terminal.waiting(f"reading {place}"):
         return load_rows(place, asked=asked)
 
 
-def _questions_of(row: Row, prompt: Prompt, rows: RawRows, field: Sequence[str] | None) -> list[Question]:
-    """Return the questions of a row: one, or any number if a task reads a list in it."""
-    from ptuning.data.questions import Question
-    from ptuning.data.reading import record_of
+def _questions_of(rows: RawRows, prompt: Prompt, field: Sequence[str] | None) -> tuple[Questions, list[Row]]:
+    """Return the questions of rows with the row of each: a task may read a list in a row, and so several questions."""
+    from ptuning.data.questions import Question, Questions, as_questions
+    from ptuning.data.reading import as_read
+    from ptuning.records import require_fields
 
-    if prompt.task is None:
-        return [Question(record_of(row, fields=fields_of(field), needed=prompt.template.fields))]
-    if rows.format == "text":
-        fields, (text,) = typed_fields(prompt), row[1].values()
-        if len(fields) > 1:
-            raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(fields)}")
-        return [Question(prompt.task.typed({fields[0]: str(text)}, where=row[0]))]
-    return list(prompt.task.reader.read([row], labelled=False))
+    task = prompt.task
+    if task is None:
+        records = remembered(as_read(rows, fields=fields_of(field)), prompt)
+        require_fields(records, prompt.template.fields)
+        return as_questions(records), rows
+    if rows.format != "text":
+        found = [(one, row) for row in rows for one in task.reader.read([row], labelled=False)]
+        return Questions([one for one, _ in found], name=rows.name, digest=rows.sha256), [row for _, row in found]
+    fields = typed_fields(prompt)
+    if len(fields) > 1:
+        raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(fields)}")
+    typed = [task.typed({fields[0]: str(text)}, where=where) for where, row in rows for text in row.values()]
+    asked = [Question(record, where=where) for record, (where, _) in zip(typed, rows, strict=True)]
+    return Questions(asked, name=rows.name, digest=rows.sha256), rows
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
     """Read candidates: a word list, or ``train`` for the targets of the training part."""
     from ptuning.data.word_lists import read_words
 
+    fields = fields_of(field)
     if source == "train" and not os.path.exists(source):
-        source = _training_part(prompt, data)
-    return list(read_words(source, fields=fields_of(field)))
+        source, remembered = _training_part(prompt, data)
+        fields = {**remembered, **fields}
+    return list(read_words(source, fields=fields))
 
 
-def _training_part(prompt: str, data: str | None) -> str:
-    """Return the name of the data that a prompt was trained on, or of the training part of shipped facts."""
+def _training_part(prompt: str, data: str | None) -> tuple[str, dict[str, str]]:
+    """Return the name of the data that a prompt was trained on and its renamed fields, or the training part of shipped
+    facts.
+    """
     from ptuning.files import Unchecked, read_json
 
     folders = () if prompt.startswith("manual:") else (Path(prompt), Path(prompt).parent)
     record = next((folder / "run.json" for folder in folders if os.path.isfile(folder / "run.json")), None)
     if record is not None:
         run = Unchecked(read_json(record), f"{record} is not the record of a training", advice="name a file instead")
-        return run.at("data", {}).at("train", {}).at("name").text().split(" (without the ")[0]
+        name = run.at("data", {}).at("train", {}).at("name").text().split(" (without the ")[0]
+        return name, {new: old.text() for new, old in run.at("fields", {}).table().items()}
     if data is not None and ":" in data and not os.path.exists(data):
-        return data.partition(":")[0] + ":train"
+        return data.partition(":")[0] + ":train", {}
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 

@@ -360,19 +360,20 @@ def scoring_of(
     *,
     normalise: str | None,
     calibrate: bool | None,
+    count_stop: bool,
     candidates: bool,
-    count_stop: bool = False,
     min_probability: float | None = None,
-) -> Normalise | None:
-    """Return how answers of several tokens are scored, None for the prompt's way, before anything is loaded.
-    Raises ConfigError as :meth:`ptuning.prompt.predict.PromptModel.predict`.
+) -> dict[str, Any]:
+    """Return how answers are scored, as ``PromptModel.predict`` takes it. Raises ConfigError as that does, before
+    anything is loaded.
     """
-    how = cast("Normalise | None", normalise)
-    prompt.answer_space.scored(normalise=how, calibrate=calibrate, candidates=candidates)
+    prompt.answer_space.scored(
+        normalise=cast("Normalise | None", normalise), calibrate=calibrate, candidates=candidates
+    )
     prompt.answer_space.check_threshold(min_probability, candidates=candidates)
     if count_stop:
         prompt.check_stop_counts(candidates=candidates)
-    return how
+    return {"normalise": normalise, "calibrate": calibrate, "count_stop": count_stop}
 
 
 def named_values(pairs: Iterable[str], *, expected: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ class Question:
     ``record`` maps fields to texts; :data:`TARGET_FIELD` holds the label or a right choice, unless the row was read
     without. ``answers`` are the places of the right ones among the row's ``choices``, if it has any. Rows of a
     ``group`` are scored together: MultiRC's question, ReCoRD's query. ``idx`` is the row's number in the file, for the
-    files that a benchmark's server takes.
+    files that a benchmark's server takes. ``where`` is the place it was read from, as ``mail.csv, line 41``.
     """
 
     record: Record
@@ -33,6 +33,7 @@ class Question:
     answers: tuple[int, ...] = ()
     group: str | None = None
     idx: Json = None
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def right(self) -> tuple[str, ...]:
@@ -43,18 +44,28 @@ class Question:
 
 
 class Questions(list[Question]):
-    """A list of questions with the name and the SHA-256 of the data, like :class:`Records`."""
+    """A list of questions with the name and the SHA-256 of the data, and renamed ``fields``, like :class:`Records`."""
 
-    def __init__(self, rows: Iterable[Question], *, name: str = "in memory", digest: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Question],
+        *,
+        name: str = "in memory",
+        digest: str | None = None,
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(rows)
         self.name = name
+        self.fields = dict(fields or {})
         lines = (f"{canonical_json(row.record)}{list(row.choices)}{list(row.answers)}\n" for row in self)
         self.sha256 = digest or sha256("".join(lines).encode("utf-8"))
 
     @property
     def records(self) -> Records:
         """The records alone, in order."""
-        return Records([row.record for row in self], name=self.name, digest=self.sha256)
+        rows, places = [row.record for row in self], [row.where for row in self]
+        known = places if all(places) else ()
+        return Records(rows, name=self.name, digest=self.sha256, places=known, fields=self.fields)
 
     @property
     def has_choices(self) -> bool:
@@ -156,7 +167,7 @@ class Reader:
         elif labelled:
             record[TARGET_FIELD] = self._label(context, where=where)
         group = [text for path in self.group for text in path.texts(context, where=where)]
-        return Question(record, choices, answers, _joined(group), self._idx(context, where=where))
+        return Question(record, choices, answers, _joined(group), self._idx(context, where=where), where)
 
     def _label(self, context: Context, *, where: str) -> str:
         text = self._valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
@@ -195,7 +206,8 @@ def as_questions(data: Rows | Questions) -> Questions:
     if isinstance(data, Questions):
         return data
     records = as_records(data)
-    return Questions([Question(record) for record in records], name=records.name, digest=records.sha256)
+    rows = [Question(record, where=records.place(number)) for number, record in enumerate(records, start=1)]
+    return Questions(rows, name=records.name, digest=records.sha256, fields=records.fields)
 
 
 def _plain(row: object, *, where: str) -> Json:

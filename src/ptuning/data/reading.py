@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import itertools
 import json
@@ -12,17 +11,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
 from ptuning.files import parse_json, read_bytes, sha256
-from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, check_columns, clean
+from ptuning.records import TARGET_FIELD, Records, check_columns, clean
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
 
+T = TypeVar("T")
 Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
@@ -35,6 +35,10 @@ TEXT_SUFFIX = ".txt"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SNIFFED_ROWS = 20
 PARQUET_MARK = b"PAR1"
+
+
+# Field -> the names that it may have in a file.
+Asked = Mapping[str, Sequence[str]]
 
 
 class RawRows(list[Row]):
@@ -56,33 +60,29 @@ class RawRows(list[Row]):
         self.name, self.sha256, self.format, self.delimiter, self.columns = name, digest, format, delimiter, columns
 
 
-def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None, needed: Sequence[str] = ()) -> Records:
+def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
     """Read records from a data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), or shipped facts as ``NAME:split``.
 
     Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
     is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``. ``fields`` maps new names of
-    fields to those in the file, such as ``{"y": "answer"}``; ``needed`` are fields that every record must have.
-
-    The cells of a .csv file are separated by commas, semicolons or tabs, which its first rows tell.
+    fields to those in the file, such as ``{"y": "answer"}``. The cells of a .csv file are separated by commas,
+    semicolons or tabs, which its first rows tell.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.
-        RecordError: If a line cannot be read or lacks a field (it names file and line), or if there are no records.
+        RecordError: If a line cannot be read (it names file and line), or if there are no records.
 
     Example:
         >>> load_records("capitals:train")[0].keys()
         dict_keys(['x', 'y'])
     """
-    rows = load_rows(source)
-    records = Records(
-        (record_of(row, fields=fields, needed=needed) for row in rows), name=rows.name, digest=rows.sha256
-    )
+    records = as_read(load_rows(source), fields=fields)
     if not records:
         raise RecordError(f"{source} holds no records; it needs one record per line")
     return records
 
 
-def load_rows(source: str | Path, *, asked: Sequence[str] | None = None) -> RawRows:
+def load_rows(source: str | Path, *, asked: Asked | None = None) -> RawRows:
     """Read a data file or shipped facts as :func:`raw_rows` does. A file with another ending is an error, unless it is
     known for which fields it is ``asked``. Errors as for :func:`load_records`.
     """
@@ -101,29 +101,32 @@ def load_rows(source: str | Path, *, asked: Sequence[str] | None = None) -> RawR
     return raw_rows(read_bytes(path), name=str(source), asked=asked)
 
 
-def read_rows(
-    data: bytes, *, name: str, fields: Mapping[str, str] | None = None, needed: Sequence[str] = ()
-) -> list[Record]:
+def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> Records:
     """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
-    return [record_of(row, fields=fields, needed=needed) for row in raw_rows(data, name=name)]
+    return as_read(raw_rows(data, name=name), fields=fields)
 
 
-def record_of(row: Row, *, fields: Mapping[str, str] | None = None, needed: Sequence[str] = ()) -> Record:
-    """Return a row as a record: values as text, fields renamed. A RecordError names file and line, and for a field that
-    is ``needed`` and not there also how to name another one.
+def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None) -> Records:
+    """Return rows as records: values as text, and ``fields`` renamed; a RecordError names file and line."""
+    read = [_renamed(clean(row, where=where), fields, where=where) for where, row in rows]
+    return Records(read, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
+
+
+def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
+    """Return records with fields under the names that a prompt remembers (new name -> name in the file). A record that
+    lacks the name in the file stays as it is: it may have the new one already.
     """
-    where, given = row
-    record = _renamed(clean(given, where=where), fields, where=where)
-    for name in needed:
-        if name not in record:
-            raise _no_field(name, record, given, where=where)
-    return record
+    if not fields:
+        return records
+    rows = [_renamed(dict(row), {new: old for new, old in fields.items() if old in row}, where="") for row in records]
+    found = {**fields, **records.fields}
+    return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=found)
 
 
-def raw_rows(data: bytes, *, name: str, asked: Sequence[str] | None = None) -> RawRows:
+def raw_rows(data: bytes, *, name: str, asked: Asked | None = None) -> RawRows:
     """Parse the bytes of a data file; its format follows from the ending of ``name``. For any other it is JSONL; or,
-    if it is known for which fields of the rows it is ``asked``, what the content looks like: JSONL, a JSON array, a
-    table, Parquet, or lines of text for the one field (which .txt always is).
+    if it is known for which fields it is ``asked`` and which names each may have in the file, what the content looks
+    like: JSONL, a JSON array, a table, Parquet, or lines of text for the one field (which .txt always is).
 
     Returns (file and line, row as the file has it) pairs; raises a RecordError with both if a row cannot be read.
     """
@@ -142,9 +145,8 @@ def raw_rows(data: bytes, *, name: str, asked: Sequence[str] | None = None) -> R
         rows, columns = _delimited_rows(text, name, delimiter, quoted=kind == "csv")
         return RawRows(rows, name=name, digest=digest, format=kind, delimiter=delimiter, columns=columns)
     if kind == "text":
-        return RawRows(
-            _text_rows(text, name, asked or ()), name=name, digest=digest, format="text", columns=asked or ()
-        )
+        rows, column = _text_rows(text, name, asked or {})
+        return RawRows(rows, name=name, digest=digest, format="text", columns=[column])
     is_array = kind == "json" and text.lstrip().startswith("[")
     rows = _array_rows(text, name) if is_array else _json_line_rows(text, name)
     return RawRows(rows, name=name, digest=digest, format="json" if is_array else "jsonl")
@@ -215,7 +217,7 @@ def _array_rows(text: str, name: str) -> list[Row]:
         raise RecordError(f"{name}: not valid JSON ({error})") from error
 
 
-def _format_of(text: str, asked: Sequence[str]) -> str:
+def _format_of(text: str, asked: Asked) -> str:
     """Return the format of a text that has no name to tell it. A text may begin with a bracket as well, but hardly as a
     list of objects does; and a line of text may have a comma, but hardly names of columns.
     """
@@ -226,10 +228,10 @@ def _format_of(text: str, asked: Sequence[str]) -> str:
         return "json"
     for kind, delimiter in (("csv", _delimiter(text)), ("tsv", "\t")):
         (header, *rows), is_whole = _sample(text, delimiter, quoted=kind == "csv")
-        known = {*header, *(name for name, others in ALIASES.items() if {*others} & {*header})}
+        is_asked = all({*names} & {*header} for names in asked.values())
         are_names = len({*header}) == len(header) > 1 and all(re.fullmatch(r"\w[\w.-]*", name) for name in header)
         is_even = is_whole and {len(row) for row in rows} == {len(header)}
-        if rows and ({*asked} <= known or (are_names and is_even)):
+        if rows and (is_asked or (are_names and is_even)):
             return "tsv" if delimiter == "\t" else kind
     return "text"
 
@@ -293,39 +295,35 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
     return rows, header
 
 
-def _text_rows(text: str, name: str, asked: Sequence[str]) -> list[Row]:
-    """Return one row per line for the one field that is asked for; empty lines at the end are none."""
+def _text_rows(text: str, name: str, asked: Asked) -> tuple[list[Row], str]:
+    """Return one row per line for the one field that is asked for, and its name; empty lines at the end are none."""
     if len(asked) != 1:
         wanted = f"the fields {', '.join(asked)}" if asked else "no field"
         raise RecordError(
             f"{name} holds lines of text, which fill one field, and {wanted} would be read; give a CSV with names of "
             "columns in its first line, or JSONL"
         )
+    (names,) = asked.values()
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
-    return [(f"{name}, line {number}", {asked[0]: line}) for number, line in enumerate(lines, start=1)]
+    return [(f"{name}, line {number}", {names[0]: line}) for number, line in enumerate(lines, start=1)], names[0]
 
 
-def _no_field(name: str, record: Record, row: Mapping[str, object], *, where: str) -> RecordError:
-    """Return the error for a field that a record lacks, with what to type if another one is meant."""
-    if name in row:
-        return RecordError(f"{where}: the field '{name}' is {json.dumps(row[name], default=str)[:80]}, and no text")
-    others = [other for other in record if other != TARGET_FIELD]
-    meant = difflib.get_close_matches(name, others, n=1) or (others if len(others) == 1 else ["NAME"])
-    return RecordError(
-        f"{where}: no field '{name}'; its fields: {', '.join(record) or 'none'}. If another one is meant, add "
-        f"--field {name}={meant[0]}"
-    )
-
-
-def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names only, so that no copy of an answer is left."""
-    renamed = {}
+def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where: str) -> dict[str, T]:
+    """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
+    answer is left; a RecordError if one is missing.
+    """
+    found = {}
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
                 f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
-        renamed[new] = record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed
+        found[new] = record[old]
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | found
+
+
+def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
+    found = renamed(record, fields, where=where)
+    return {name: text.strip() if name == TARGET_FIELD else text for name, text in found.items()}

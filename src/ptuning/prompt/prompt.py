@@ -85,6 +85,7 @@ class Prompt:
         scores: Scores on the development part, which chose it.
         scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
+        fields: Which fields had another name in the training file: new name -> name in the file.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -107,6 +108,7 @@ class Prompt:
     max_length: int | None = None
     learned_to_stop: bool = False
     scored_on: int | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -200,7 +202,7 @@ class Prompt:
             raise ConfigError(f"the prompt {what}; leave the candidates (--candidates) out")
 
     def check_stop_counts(self, *, candidates: bool) -> None:
-        """Raise a ConfigError if the end of an answer cannot count: no ``candidates``, or it has never learned it."""
+        """Raise a ConfigError if the end of answers cannot count: without ``candidates``, or if it was not learned."""
         if not candidates:
             raise ConfigError("count_stop (--count-stop) goes with candidates (--candidates); leave it out here")
         if not self.learned_to_stop:
@@ -397,6 +399,7 @@ class Prompt:
             "seed": self.seed,
             "scores": dict(self.scores),
             "scored_on": self.scored_on,
+            "fields": dict(self.fields),
         }
 
 
@@ -433,4 +436,5 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
         max_length=manifest.optional("max_length", Unchecked.whole),
         scored_on=manifest.optional("scored_on", Unchecked.whole),
+        fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
     )

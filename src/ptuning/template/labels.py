@@ -124,7 +124,7 @@ class LabelWords:
     def check_records(self, records: Records) -> None:
         """Raise a RecordError at the first record without one of the labels."""
         for number, record in enumerate(records, start=1):
-            self.label_of(record, where=f"{records.name}, record {number}")
+            self.label_of(record, where=records.place(number))
 
     def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""

@@ -32,6 +32,7 @@ class Prepared:
 
     Args:
         answers: What rows are answered with: labels, choices or text.
+        fields: Which fields of the training part had another name in its file, new name -> name in the file.
         began: When preparing began, by the monotonic clock.
     """
 
@@ -43,6 +44,7 @@ class Prepared:
     task: TaskFile | None
     parts: Mapping[str, Questions]
     items: Mapping[str, Sequence[Item]]
+    fields: Mapping[str, str]
     began: float
 
 
@@ -71,6 +73,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
 
     items = {name: items_of(questions) for name, questions in parts.items()}
+    fields = parts["train"].fields
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
     if parts["train"].has_choices:
@@ -78,7 +81,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     for name, made in items.items():
         shortened = sum(any(example.shortened for example in item.inputs) for item in made)
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
-    return Prepared(template, bound, backbone, config, answers, task, parts, items, began)
+    return Prepared(template, bound, backbone, config, answers, task, parts, items, fields, began)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:

@@ -242,6 +242,7 @@ class TrainingRun:
             task=prepared.task,
             calibrate=prepared.answers.scoring.calibrate,
             normalise=prepared.answers.scoring.normalise,
+            fields=prepared.fields,
         )
 
 
@@ -290,6 +291,8 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "tune": config.tune,
         "recipe": RECIPE,
         "settings": settings,
+        "labels": list(words.labels) if words else None,
+        "fields": dict(prepared.fields),
         "seeds": {"seed": config.seed, **{stream: derived_seed(config.seed, stream) for stream in streams}},
         "versions": dict(versions()),
         "threads": torch.get_num_threads(),

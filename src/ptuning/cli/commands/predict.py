@@ -81,7 +81,7 @@ def predict(
     chosen = prompt_of(prompt, task_of(task), without=without)
     among = candidates is not None
     how = options.scoring_of(
-        chosen, normalise=normalise, calibrate=calibrate, candidates=among, count_stop=count_stop,
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among,
         min_probability=min_probability,
     )  # fmt: skip
     changed = ["stream"] * stream or writing.changed
@@ -97,9 +97,8 @@ def predict(
 
     def answer(part: Questions) -> list[Prediction]:
         found = model.predict(
-            part, chosen, listed, top_k=top_k, generation=writing, normalise=how, calibrate=calibrate,
-            count_stop=count_stop, min_probability=min_probability,
-        )  # fmt: skip
+            part, chosen, listed, top_k=top_k, generation=writing, min_probability=min_probability, **how
+        )
         # Only a model that fills masks chooses a length.
         return found if loaded.kind in FILLS_MASKS else [replace(one, tokens=None) for one in found]
 

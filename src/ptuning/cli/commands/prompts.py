@@ -45,16 +45,18 @@ def evaluate(
     Example: ptuning eval capitals --data capitals:test
     """
     from ptuning.data.questions import as_questions
-    from ptuning.records import require_targets
+    from ptuning.records import require_fields, require_targets
 
     chosen = prompt_of(prompt, task_of(task), without=without)
     if candidates is not None:
         chosen.check_open()
     how = options.scoring_of(
-        chosen, normalise=normalise, calibrate=calibrate, candidates=candidates is not None, count_stop=count_stop
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
-    rows = data_of(data, field, chosen.task, part="val", needed=chosen.template.fields)
-    require_targets(as_questions(rows).records)
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
+    records = as_questions(rows).records
+    require_fields(records, chosen.template.fields)
+    require_targets(records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
@@ -62,16 +64,7 @@ def evaluate(
 
     with terminal.bar() as report:
         model = PromptModel(loaded, force=force)
-        found = score_prompt(
-            model,
-            rows,
-            chosen,
-            candidates=listed,
-            normalise=how,
-            calibrate=calibrate,
-            count_stop=count_stop,
-            report=report,
-        )
+        found = score_prompt(model, rows, chosen, candidates=listed, report=report, **how)
     _show_scores(prompt, rows, found, as_json=as_json)
 
 
@@ -90,7 +83,7 @@ def inspect(
     Example: ptuning inspect capitals --data capitals:dev
     """
     chosen = prompt_of(prompt)
-    rows = data_of(data, field, chosen.task, part="val") if data is not None else None
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen) if data is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.inspect import inspect_prompt
 
