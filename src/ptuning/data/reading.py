@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
 
+T = TypeVar("T")
 Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
@@ -180,13 +181,20 @@ def _delimited_rows(text: str, name: str, *, tab: bool) -> list[Row]:
     return rows
 
 
-def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names only, so that no copy of an answer is left."""
-    renamed = {}
+def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where: str) -> dict[str, T]:
+    """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
+    answer is left; a RecordError if one is missing.
+    """
+    found = {}
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
                 f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
-        renamed[new] = record[old].strip() if new == TARGET_FIELD else record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed
+        found[new] = record[old]
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | found
+
+
+def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
+    found = renamed(record, fields, where=where)
+    return {name: text.strip() if name == TARGET_FIELD else text for name, text in found.items()}

@@ -16,10 +16,11 @@ from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
-from ptuning.engine.generate import stream_answer, write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import stream_answer, write_answers
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
@@ -269,14 +270,20 @@ class PromptModel:
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(prompts):
-            rows = [data[index] for index in indices]
             if one.answer_space.is_closed:
+                rows = [data[index] for index in indices]
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
-                found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
-            else:
-                found = self.for_prompt(one)._write(rows, one, top_k=top_k, settings=settings)
-            answers |= dict(zip(indices, found, strict=True))
+                chosen = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
+                answers |= dict(zip(indices, chosen, strict=True))
+        open_rows = [index for index in range(len(data)) if index not in answers]
+        written = self._spread(
+            [prompts[index] for index in open_rows],
+            lambda model, at: model._write(
+                [data[open_rows[i]] for i in at], [prompts[open_rows[i]] for i in at], top_k=top_k, settings=settings
+            ),
+        )
+        answers |= dict(zip(open_rows, written, strict=True))
         return [answers[index] for index in range(len(data))]
 
     def stream(
@@ -303,29 +310,21 @@ class PromptModel:
             raise ConfigError(f"num_beams is {settings.num_beams}; only an answer of one beam can be streamed")
         if self.backbone.kind in FILLS_MASKS:
             raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
-        pieces = stream_answer(
-            model.backbone,
-            prompt.bind(model.backbone, force=self.force),
-            as_records([record])[0],
-            prompt.learned(model.backbone),
-            settings=settings,
-            max_tokens=_longest(settings, prompt),
-        )
+        bound = prompt.bind(model.backbone, force=self.force)
+        row = OpenRow(bound, as_records([record])[0], _longest(settings, prompt))
+        pieces = stream_answer(model.backbone, row, prompt.learned(model.backbone), settings=settings)
         return _without_gradients(pieces)
 
     def _write(
-        self, records: Sequence[Record], prompt: Prompt, *, top_k: int, settings: GenerationSettings
+        self, data: Sequence[Record], prompts: Sequence[Prompt], *, top_k: int, settings: GenerationSettings
     ) -> list[Prediction]:
-        written = write_answers(
-            self.backbone,
-            prompt.bind(self.backbone, force=self.force),
-            records,
-            prompt.learned(self.backbone),
-            settings=settings,
-            top_k=top_k,
-            max_tokens=_longest(settings, prompt),
-            pad_side=self.pad_side,
-        )
+        groups, learned = self._bind(prompts)
+        bound = {index: one for one, indices in groups for index in indices}
+        rows = [
+            OpenRow(bound[index], record, _longest(settings, prompt))
+            for index, (record, prompt) in enumerate(zip(data, prompts, strict=True))
+        ]
+        written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
             Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
             for row in written
