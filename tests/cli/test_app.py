@@ -1129,7 +1129,7 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
         "--data",
         "-",
         stdin=b'{"z": "a"}\n',
-        says=["line 1: no field 'x'", "fields: z", "--field x=z"],
+        says=["standard input, line 1: no text in the field 'x'", "fields: z", "--field x=z"],
     )
     fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
     fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])

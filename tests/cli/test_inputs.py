@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from ptuning.backbone.sources import LoadOptions
 from ptuning.cli import inputs
+from ptuning.cli.options import AskedBackbone
 from ptuning.data.relations import read_relations
 from ptuning.data.task_files import TaskFile, find_split
-from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
-from ptuning.prompt.prompt import Prompt
+from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
+from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import require_fields
 from ptuning.report.results_file import read_results
+from ptuning.template.language import Template
 from ptuning.training.fleet_file import read_fleet
 
 
@@ -35,6 +38,18 @@ def test_a_manual_prompt_is_made_on_the_spot() -> None:
     assert str(inputs.prompt_of("manual: [X] is [Y]").template) == "[X] is [Y]"
     with pytest.raises(FileError, match="missing"):
         inputs.prompt_of("missing")
+
+
+def test_a_prompt_whose_backbone_has_moved_says_how_to_name_it() -> None:
+    """A prompt records where its backbone lay, such as the path of a GGUF file, which another folder does not have."""
+    own = BackboneId("../moved.gguf", None, "0-0")
+    prompt = Prompt(Template.parse("[X] is [Y]"), backbone=own)
+    unasked, asked = (AskedBackbone(name, LoadOptions()) for name in (None, "./nowhere"))
+    with pytest.raises(BackboneError, match=r"'\.\./moved\.gguf'.*learned on this backbone.* say where: --backbone"):
+        inputs.load(unasked, prompt=prompt)
+    with pytest.raises(BackboneError, match=r"'\./nowhere'") as found:
+        inputs.load(asked, prompt=prompt)
+    assert "learned on" not in str(found.value)
 
 
 def given(
@@ -102,7 +117,10 @@ def test_a_field_that_is_missing_is_named_with_its_line_and_the_remedy(monkeypat
     prompt = Prompt.manual("{message} is [Y]")
     for data, says in (
         (b'{"message": "a"}\n{"msg": "x"}\n', "standard input, line 2: .*its fields: msg.*add --field message=msg"),
-        (b'{"msg": "x", "y": "b"}\n', "standard input, line 1: no text in the field 'message'.*add --field message=msg"),
+        (
+            b'{"msg": "x", "y": "b"}\n',
+            "standard input, line 1: no text in the field 'message'.*add --field message=msg",
+        ),
         (b"msg,team\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=msg"),
         (b"a,b\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=NAME"),
         (b'{"message": null}\n', "standard input, line 1: no text in the field 'message'; its fields: none"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
-from ptuning.errors import ConfigError, FileError, RecordError, closest
+from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
@@ -341,7 +341,14 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
     with terminal.loading(name):
         from ptuning.backbone.loading import load_backbone
 
-        return load_backbone(name, **vars(options))
+        try:
+            return load_backbone(name, **vars(options))
+        except BackboneError as error:
+            if asked.name is not None or own is None:
+                raise
+            raise BackboneError(
+                f"{error} (the prompt was learned on this backbone; if it lies elsewhere now, say where: --backbone)"
+            ) from error
 
 
 def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:
