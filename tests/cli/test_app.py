@@ -27,7 +27,7 @@ import typer
 import ptuning.backbone.loading
 from ptuning import Prompt
 from ptuning.cli import app, terminal
-from ptuning.cli.commands import prompts
+from ptuning.cli.commands import predict
 from ptuning.cli.help import EXIT_CODES, GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
@@ -53,12 +53,12 @@ class Outcome:
     err: str
 
 
-def call(*args: object, stdin: bytes = b"") -> Outcome:
-    """Run a command line in this process, as ``ptuning`` does."""
+def call(*args: object, stdin: bytes | io.StringIO = b"") -> Outcome:
+    """Run a command line in this process, as ``ptuning`` does; ``stdin`` may be a stand-in for a terminal."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["ptuning", *map(str, args)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else stdin)
         try:
             app.main()
         except SystemExit as stop:
@@ -620,7 +620,7 @@ def test_predict_a_text(run_folder: Path) -> None:
 def test_predict_records_from_a_file_and_from_the_input(
     run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "PREDICTED_ROWS", 3)  # so that the four records take two steps
+    monkeypatch.setattr(predict, "PREDICTED_ROWS", 3)  # so that the four records take two steps
     from_file = works("predict", run_folder, "--data", data / "dev.jsonl", "--json")
     from_input = works("predict", run_folder, "--data", "-", "--json", stdin=(data / "dev.jsonl").read_bytes())
     assert from_file == from_input
@@ -1145,7 +1145,14 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     fails("predict", run_folder, "Kenya", "--data", data / "dev.jsonl", says=["give either a TEXT or --data"])
     fails("predict", run_folder, "--data", "-", says=["standard input holds no records"])
     fails("predict", run_folder, "--data", "-", stdin=b'{"x": "a"}\n{', says=["standard input, line 2: not a JSON"])
-    fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
+    fails(
+        "predict",
+        run_folder,
+        "--data",
+        "-",
+        stdin=b'{"z": "a"}\n',
+        says=["standard input, line 1: no text in the field 'x'", "fields: z", "--field x=z"],
+    )
     fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
     fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
     fails(

@@ -26,9 +26,9 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "measure_ceiling",
     ),
     "Answers": (
-        "top_k", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample", "temperature",
-        "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop", "without",
-        "force",
+        "top_k", "min_probability", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample",
+        "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
+        "without", "force",
     ),
     "Output": ("out", "overwrite", "json", "log_to", "dry_run", "open", "server"),
     "Machine": (

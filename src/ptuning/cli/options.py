@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -96,6 +97,10 @@ WithoutOption = Annotated[
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
+AnswersOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write answers to a file, .csv or .jsonl.")
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
@@ -366,7 +371,13 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def scoring_of(
-    prompt: Prompt, *, normalise: str | None, calibrate: bool | None, count_stop: bool, candidates: bool
+    prompt: Prompt,
+    *,
+    normalise: str | None,
+    calibrate: bool | None,
+    count_stop: bool,
+    candidates: bool,
+    min_probability: float | None = None,
 ) -> dict[str, Any]:
     """Return how answers are scored, as ``PromptModel.predict`` takes it. Raises ConfigError as that does, before
     anything is loaded.
@@ -374,6 +385,7 @@ def scoring_of(
     prompt.answer_space.scored(
         normalise=cast("Normalise | None", normalise), calibrate=calibrate, candidates=candidates
     )
+    prompt.answer_space.check_threshold(min_probability, candidates=candidates)
     if count_stop:
         prompt.check_stop_counts(candidates=candidates)
     return {"normalise": normalise, "calibrate": calibrate, "count_stop": count_stop}

@@ -215,6 +215,23 @@ def results() -> Console:
     return _Console(highlight=False, emoji=False)
 
 
+def is_interactive() -> bool:
+    """Whether a person can type on the standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def ask(prompt: str) -> str:
+    """Return a line that is typed; an EOFError if there are no more. A result elsewhere does not get the ``prompt``."""
+    if not results().is_terminal:
+        typer.echo(prompt, nl=False, err=True)
+        prompt = ""
+    try:
+        return input(prompt)
+    except UnicodeDecodeError:
+        say("error: the line is not text in the terminal's encoding; type it again")
+        return ask(prompt)
+
+
 def table(*columns: str, narrow: bool = False) -> Table:
     """Return an empty table; a ``narrow`` one leaves room for long texts that should not be wrapped at 80 columns."""
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0) if narrow else (0, 1), show_edge=not narrow)

@@ -13,12 +13,12 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings, derived_seed
 from ptuning.engine.batch import Side, batches
-from ptuning.engine.beams import beam_search
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Draft, Ending, Written, different
 from ptuning.engine.learned import Learned
-from ptuning.engine.masks import fill_masks
 from ptuning.engine.memory import in_parts
+from ptuning.engine.writing.beams import beam_search
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending, OpenRow, Written, alike, different
+from ptuning.engine.writing.masks import fill_masks
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
@@ -27,28 +27,26 @@ from ptuning.template.segments import FILLS_MASKS
 
 def write_answers(
     backbone: Backbone,
-    bound: BoundTemplate,
-    records: Sequence[Record],
+    rows: Sequence[OpenRow],
     learned: Learned,
     *,
     settings: GenerationSettings,
     top_k: int,
-    max_tokens: int,
     pad_side: Side,
 ) -> list[list[Written]]:
-    """Answer records with what the model writes, with one prompt. Targets are ignored.
+    """Answer rows with what the model writes, each with its own prompt. Targets are ignored.
 
-    Returns for each record up to ``top_k`` different answers of at most ``max_tokens``. The first one is that of the
-    settings alone. Others come from a search of ``top_k`` beams if the settings have fewer, or from further draws.
-    Raises a ConfigError for settings of writing if the model fills masks.
+    Returns for each row up to ``top_k`` different answers. The first one is that of the settings alone. Others come
+    from a search of ``top_k`` beams if the settings have fewer, or from further draws. Raises a ConfigError for
+    settings of writing if the model fills masks.
     """
     if backbone.kind in FILLS_MASKS:
         _check_unused(settings)
-        return fill_masks(backbone, bound, records, learned, top_k=top_k, max_tokens=max_tokens, pad_side=pad_side)
-    examples = _contexts(bound, records, room=max_tokens)
+        return fill_masks(backbone, rows, learned, top_k=top_k, pad_side=pad_side)
+    examples = _contexts(rows)
 
     def write(how: GenerationSettings) -> list[list[Written]]:
-        return _write(backbone, bound, examples, learned, settings=how, max_tokens=max_tokens)
+        return _write(backbone, rows, examples, learned, settings=how)
 
     found = write(settings)
     if top_k > settings.num_beams:
@@ -64,22 +62,14 @@ def write_answers(
     return [row[:top_k] for row in found]
 
 
-def stream_answer(
-    backbone: Backbone,
-    bound: BoundTemplate,
-    record: Record,
-    learned: Learned,
-    *,
-    settings: GenerationSettings,
-    max_tokens: int,
-) -> Iterator[str]:
-    """Write the answer to one record as :func:`write_answers` does with one beam, and yield it piece by piece."""
-    ending = Ending(backbone, bound, max_tokens=max_tokens, stop_strings=settings.stop_strings)
-    examples = _contexts(bound, [record], room=max_tokens)
-    ((turns, _),) = _together(backbone, examples, max_tokens=max_tokens)
+def stream_answer(backbone: Backbone, row: OpenRow, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
+    """Write the answer to one row as :func:`write_answers` does with one beam, and yield it piece by piece."""
+    ending = Ending(backbone, row, stop_strings=settings.stop_strings)
+    examples = _contexts([row])
+    ((turns, _),) = _together(backbone, examples, [row.max_tokens])
     rows = Continuation(backbone, examples, learned, keep=not turns)
     sent, draft = "", Draft()
-    for (draft,) in _drafts(backbone, rows, ending, settings):
+    for (draft,) in _drafts(backbone, rows, [ending], settings):
         text = ending.text(draft.ids, is_whole=False)
         if len(text) > len(sent) and text.startswith(sent):
             yield text[len(sent) :]
@@ -90,26 +80,26 @@ def stream_answer(
 
 def _write(
     backbone: Backbone,
-    bound: BoundTemplate,
+    asked: Sequence[OpenRow],
     examples: Sequence[Example],
     learned: Learned,
     *,
     settings: GenerationSettings,
-    max_tokens: int,
 ) -> list[list[Written]]:
     """Return for each row the different answers of its beams, best first; with one beam only one."""
-    ending = Ending(backbone, bound, max_tokens=max_tokens, stop_strings=settings.stop_strings)
+    endings = [Ending(backbone, row, stop_strings=settings.stop_strings) for row in asked]
     found: list[list[Written]] = [[]] * len(examples)
     width = min(settings.num_beams, backbone.vocabulary)
 
     def write(chosen: Sequence[int], *, keep: bool) -> list[list[Draft]]:
-        rows = Continuation(backbone, [examples[index] for index in chosen], learned, keep=keep)
+        rows = Continuation(backbone, [examples[index] for index in chosen], learned.take(chosen), keep=keep)
+        own = [endings[index] for index in chosen]
         if width > 1:
-            return beam_search(rows, ending, settings, width=width)
-        *_, last = _drafts(backbone, rows, ending, settings)
+            return beam_search(rows, own, settings, width=width)
+        *_, last = _drafts(backbone, rows, own, settings)
         return [[draft] for draft in last]
 
-    for turns, same in _together(backbone, examples, max_tokens=max_tokens):
+    for turns, same in _together(backbone, examples, [row.max_tokens for row in asked]):
         for part in batches([[examples[index]] * width for index in same]):
             chosen = [same[place] for place in part]
 
@@ -119,12 +109,12 @@ def _write(
             lengths = [width * len(examples[index].token_ids) for index in chosen]
             drafts = itertools.chain.from_iterable(in_parts(write_some, lengths, backbone=backbone))
             for index, row in zip(chosen, drafts, strict=True):
-                found[index] = different(map(ending.written, row))
+                found[index] = different(map(endings[index].written, row))
     return found
 
 
 def _drafts(
-    backbone: Backbone, rows: Continuation, ending: Ending, settings: GenerationSettings
+    backbone: Backbone, rows: Continuation, endings: Sequence[Ending], settings: GenerationSettings
 ) -> Iterator[list[Draft]]:
     """Write token after token, the likeliest or a drawn one, until all of B rows have ended. Yields B drafts each time.
 
@@ -147,7 +137,7 @@ def _drafts(
         table = zip(active, tokens.tolist(), values.tolist(), rows.full(), strict=True)
         for place, (index, token, value, full) in enumerate(table):
             drafts[index] = drafts[index].grown(token, value)
-            if not full and not ending.reached(drafts[index].ids):
+            if not full and not endings[index].reached(drafts[index].ids):
                 places.append(place)
         yield list(drafts)
         if not places:
@@ -173,27 +163,37 @@ def _check_unused(settings: GenerationSettings) -> None:
         raise ConfigError(f"{' and '.join(unused)}: for models that write; this one fills masks, all at once")
 
 
-def _together(backbone: Backbone, examples: Sequence[Example], *, max_tokens: int) -> Iterable[tuple[bool, list[int]]]:
+def _together(
+    backbone: Backbone, examples: Sequence[Example], max_tokens: Sequence[int]
+) -> Iterable[tuple[bool, list[int]]]:
     """Group examples that can be continued in one batch: all, or without pads on the left those of one length.
 
     Rows on the two sides of a length at which positions change are apart (:meth:`Backbone.side`). A row that may cross
     it while it is written (``True``) is with those of its own length, and reads everything anew for each token.
     """
     groups: dict[tuple[bool, bool, int], list[int]] = {}
-    for index, example in enumerate(examples):
+    for index, (example, more) in enumerate(zip(examples, max_tokens, strict=True)):
         own = len(example.token_ids) - example.encoder_tokens
         is_long = backbone.side(own)
-        turns = backbone.side(own + max_tokens - 1) != is_long
+        turns = backbone.side(own + more - 1) != is_long
         groups.setdefault((turns, is_long, own if turns or not backbone.pads_left else 0), []).append(index)
     return [(turns, same) for (turns, _, _), same in groups.items()]
 
 
-def _contexts(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
-    """Fill the template with room for an answer; a record that may not be truncated gets as much room as is left."""
+def _contexts(rows: Sequence[OpenRow]) -> list[Example]:
+    """Fill the templates with room for the answers; a record that may not be truncated gets as much room as is left."""
+    found: dict[int, Example] = {}
+    for (bound, room), indices in alike(rows):
+        filled = _with_room(bound, [rows[index].record for index in indices], room=room)
+        found |= dict(zip(indices, filled, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def _with_room(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
     try:
         return bound.contexts(records, target_tokens=room)
     except TemplateError:
         bound.contexts(records, target_tokens=1)  # raises again if a record does not fit at all
         if len(records) == 1:
-            return _contexts(bound, records, room=room // 2)
-    return [example for record in records for example in _contexts(bound, [record], room=room)]
+            return _with_room(bound, records, room=room // 2)
+    return [example for record in records for example in _with_room(bound, [record], room=room)]
