@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,23 +43,53 @@ class Candidate:
     text: str
     log_prob: float
 
+    @property
+    def probability(self) -> float:
+        """Its probability, in [0, 1]."""
+        return math.exp(self.log_prob)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``."""
+    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``; labels and
+    choices have the ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer
+    (``abstained``), ``text`` is empty.
+    """
 
     text: str
     candidates: tuple[Candidate, ...]
     tokens: int | None = None
+    probabilities: Mapping[str, float] | None = None
+    abstained: bool = False
+
+    @classmethod
+    def of_classes(
+        cls, ranked: Sequence[Candidate], *, top_k: int | None = None, min_probability: float | None = None
+    ) -> Prediction:
+        """Return the prediction of labels or choices, best first, whose probabilities add up to 1."""
+        probabilities = {one.text: one.probability for one in ranked}
+        abstained = min_probability is not None and not ranked[0].probability >= min_probability
+        text = "" if abstained else ranked[0].text
+        return cls(text, tuple(ranked[:top_k]), probabilities=probabilities, abstained=abstained)
 
     @property
     def log_prob(self) -> float:
-        """Log-probability of the answer."""
+        """Log-probability of the answer, or of the likeliest one that was not given."""
         return self.candidates[0].log_prob
+
+    @property
+    def probability(self) -> float:
+        """Probability of the answer, or of the likeliest one that was not given."""
+        return self.candidates[0].probability
 
     def to_json(self) -> dict[str, Json]:
         """Return the prediction as ``predict --json`` prints it."""
-        row: dict[str, Json] = {"prediction": self.text, "candidates": [dict(vars(one)) for one in self.candidates]}
+        row: dict[str, Json] = {"prediction": None if self.abstained else self.text}
+        if self.abstained:
+            row["abstained"] = True
+        if self.probabilities is not None:
+            row["probabilities"] = dict(self.probabilities)
+        row["candidates"] = [dict(vars(one)) for one in self.candidates]
         return row if self.tokens is None else {**row, "tokens": self.tokens}
 
 
@@ -241,6 +272,7 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
         count_stop: bool = False,
+        min_probability: float | None = None,
     ) -> list[Prediction]:
         """Answer N records, or questions of a task, whose targets are not read, with one prompt for all or one per row.
 
@@ -250,8 +282,9 @@ class PromptModel:
 
         ``candidates`` replace the prompt's own answers. ``top_k`` different answers are returned, the answer first;
         asking for more does not change it. ``normalise``, ``count_stop`` and ``calibrate`` are as in :meth:`rank` and
-        :meth:`classify`. A ConfigError if one of these settings would change nothing, since answers are not written, or
-        are written, or candidates would be calibrated.
+        :meth:`classify`. With ``min_probability``, a label or choice is only given as the answer if it is at least so
+        likely. A ConfigError if one of these settings would change nothing, since answers are not written, or are
+        written, or candidates would be calibrated.
         """
         data = records.records if isinstance(records, Questions) else as_records(records)
         if not data:
@@ -261,6 +294,7 @@ class PromptModel:
         prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+            one.answer_space.check_threshold(min_probability, candidates=candidates is not None)
             if count_stop:
                 one.check_stop_counts(candidates=candidates is not None)
         if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
@@ -274,7 +308,7 @@ class PromptModel:
                 rows = [data[index] for index in indices]
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
-                chosen = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
+                chosen = [Prediction.of_classes(row, top_k=top_k, min_probability=min_probability) for row in ranked]
                 answers |= dict(zip(indices, chosen, strict=True))
         open_rows = [index for index in range(len(data)) if index not in answers]
         written = self._spread(

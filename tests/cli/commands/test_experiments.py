@@ -76,6 +76,7 @@ def test_compare(llama: str) -> None:
     for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
         assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
         assert method in done.out
+    assert " s so far, 4 cells not timed yet\n" in done.err
     assert "train (n = records)" in done.out
     assert "p-tuning - manual: P@1 " in done.out
     assert "report:  out/report.html" in done.out
@@ -183,7 +184,7 @@ def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
 def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> None:
     done = call(*compare(llama, "--methods", "failing,manual"))
     assert done.code == 1
-    assert "seed 0: failed: one by [none]\n" in done.err
+    assert "seed 0: failed: one by [none]; " in done.err
     assert "failed: cells/train/failing/seed-0: one by [none]\n" in done.out
     assert "Traceback" not in done.err
     assert {cell["method"]: cell["status"] for cell in saved()["cells"]} == {"failing": "failed", "manual": "done"}

@@ -93,6 +93,10 @@ def _planned(
         from ptuning.training.tracking import TrainingLog
 
         log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        clock = terminal.Clock()
+
+        def on_cell(result: CellResult, number: int, total: int) -> None:
+            show_cell(result, number, total, more="" if terminal.is_live() else f"; {clock.text}")
 
         def plan() -> PlanOptions:
             return {
@@ -108,9 +112,9 @@ def _planned(
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
-                    on_cell=show_cell,
+                    on_cell=on_cell,
                     on_jobs=show_facts,
                     on_estimate=show_estimates,
                 ),
@@ -299,18 +303,18 @@ def report(
         typer.launch(str(page))
 
 
-def show_cell(result: CellResult, number: int, total: int) -> None:
-    """Print a finished cell; one that was finished by an earlier start is not worth a line."""
+def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
+    """Print a finished cell, and ``more``; one that was finished by an earlier start is not worth a line."""
     if result.was_there:
         return
     cell = result.cell
     where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
     if result.status == "failed":
-        terminal.say(f"{where}failed: {result.error}")
+        terminal.say(f"{where}failed: {result.error}{more}")
         return
     name = result.primary
     score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s")
+    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
 
 
 def show_facts(jobs: Sequence[Job]) -> None:
