@@ -20,6 +20,23 @@ Keep = Literal["difference", "whole"]
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
 
+# What transformers' TrainingArguments and peft's configurations call our settings.
+SETTING_ALIASES: Mapping[str, str] = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "warmup_ratio": "warmup_fraction",
+    "max_seq_length": "max_length",
+    "early_stopping_patience": "patience",
+    "gradient_checkpointing": "checkpointing",
+    "encoder_dropout": "dropout",
+    "lora_r": "lora_rank",
+    "target_modules": "lora_targets",
+}
+
 # Bounds of a temperature and of a repetition penalty: logits multiplied or divided by them stay finite.
 LEAST, MOST = 1e-6, 1e6
 
@@ -227,7 +244,9 @@ def _check_known(settings: type[TrainConfig | GenerationSettings], values: Mappi
     known = [item.name for item in dataclasses.fields(settings)]
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
+            ours = SETTING_ALIASES.get(name)
+            hint = f" Here it is called '{ours}'." if ours in known else closest(name, known)
+            raise ConfigError(f"unknown setting '{name}'.{hint} Known: {', '.join(known)}")
 
 
 def _are_texts(values: object) -> bool:

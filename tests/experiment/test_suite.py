@@ -25,11 +25,11 @@ from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
-from ptuning.experiment.suite import Suite
+from ptuning.experiment.suite import Suite, mean_seconds
 from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
-from ptuning.progress import Interrupted
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
 from ptuning.report.results_file import Cell, Results
@@ -163,6 +163,25 @@ def test_a_folder_of_something_else_is_left_alone(causal: Backbone, tmp_path: Pa
     with pytest.raises(FileError, match=r"holds files, but no results of a comparison; choose another folder"):
         run(causal, tmp_path, methods=["manual"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_progress_says_how_long_the_other_cells_will_take(
+    causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
+) -> None:
+    """By the mean of the finished cells of their method. A failed cell tells nothing of the next one."""
+
+    def fails(*_: object) -> Solution:
+        raise RuntimeError("no room")
+
+    own_method("answers", lambda *_: Solution.of_ranking(lambda _: ["x"]), seeded=True)
+    own_method("fails", fails, seeded=True)
+    told: list[Progress] = []
+    run(causal, tmp_path / "out", methods=["answers", "fails"], seeds=2, watch=Watch(report=told.append))
+    found = [(one.done, one.untimed) for one in told if one.stage == "suite"]
+    assert list(dict.fromkeys(found)) == [(0, 4), (1, 2), (2, 1), (3, 1), (4, 0)]
+    assert {one.seconds_left is None for one in told if one.stage == "suite"} == {False}
+    times = {Cell("a", "m", 0): 2.0, Cell("b", "m", 0): 4.0, Cell("a", "n", 0): 9.0}
+    assert mean_seconds(times) == {"m": 3.0, "n": 9.0}
 
 
 def test_a_failing_cell_does_not_stop_the_others(

@@ -14,6 +14,7 @@ from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.files import Json
 from ptuning.method.base import Task
+from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
 from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
@@ -95,7 +96,7 @@ def check_known(job: Job, backbone: Backbone) -> None:
 def fact_job(
     name: str,
     parts: Mapping[str, Records],
-    pair: tuple[Template, Template],
+    pair: tuple[Template | None, Template],
     *,
     vocabulary: Vocabulary,
     single_token: bool,
@@ -103,13 +104,18 @@ def fact_job(
 ) -> Job:
     """Return the job of a task whose records are facts, in the ``parts`` ``train``, ``dev`` and ``test``.
 
-    ``pair`` is the manual template and the one to learn; ``info`` is added to the task's description.
+    ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
     """
+    manual, learned = pair
     objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary
     train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
-    task = Task(name, train, dev, *pair, objects, closed, single_token=single_token)
+    task = Task(name, train, dev, manual or bare(learned), learned, objects, closed, single_token=single_token)
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
-    about: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
+    about: dict[str, Json] = {
+        "manual": str(manual) if manual is not None else None,
+        "template": str(learned),
+        "data": data,
+    }
     kind = info.get("type")
     return Job(task, test, {**about, **info}, kind if isinstance(kind, str) else None)

@@ -32,12 +32,13 @@ class Watch:
 
     ``report`` gets the progress inside a cell. If ``should_stop``, which is called regularly, returns true,
     :class:`ptuning.progress.Interrupted` is raised. ``on_cell`` gets the result of each cell, its number from 1, and
-    the number of cells; ``on_estimate`` the cells of a dry run.
+    the number of cells; ``on_jobs`` the tasks before anything runs, and ``on_estimate`` the cells of a dry run.
     """
 
     report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
     on_cell: Callable[[CellResult, int, int], None] | None = None
+    on_jobs: Callable[[Sequence[Job]], None] | None = None
     on_estimate: Callable[[Sequence[CellEstimate]], None] | None = None
 
 
@@ -149,12 +150,15 @@ def run_jobs(
     )
     empty = _empty_results(suite, plan, settings)
     collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
+    _check_folder(plan.out)
+    if not (plan.dry_run and plan.overwrite):  # which would remove cells
+        suite.check(overwrite=plan.overwrite)
+    if plan.watch.on_jobs is not None:
+        plan.watch.on_jobs(jobs)
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(suite.estimates())
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
-    _check_folder(plan.out)
-    suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
     suite.tidy()
     # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.

@@ -57,12 +57,26 @@ class _Going:
 
     report: OnProgress | None
     should_stop: Callable[[], bool] | None
-    total: int
-    done: int = 0
+    cells: Sequence[Cell]
+    finished: dict[Cell, CellResult] = dataclasses.field(default_factory=dict)
 
-    def tell(self, cell: Cell) -> None:
+    @property
+    def done(self) -> int:
+        return len(self.finished)
+
+    @property
+    def total(self) -> int:
+        return len(self.cells)
+
+    def tell(self, cell: Cell | None = None) -> None:
+        """Report how far the run is, which cell begins now, and how long the others will take."""
         if self.report is not None:
-            self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
+            waiting = [one for one in self.cells if one not in self.finished]
+            means = mean_seconds({cell: one.seconds for cell, one in self.finished.items() if one.status == "done"})
+            known = [means[one.method] for one in waiting if one.method in means]
+            note, untimed = "" if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
+            now = Progress("suite", self.done, self.total, note, seconds_left=sum(known), untimed=untimed)
+            self.report(now)
 
 
 class Suite:
@@ -139,15 +153,16 @@ class Suite:
         interrupted (:class:`ptuning.progress.Interrupted`).
         """
         cells = self.cells
-        going = _Going(report, should_stop, len(cells))
+        going = _Going(report, should_stop, cells)
         for _, group in itertools.groupby(cells, key=lambda cell: (cell.seed, cell.method)):
             same = list(group)
             run = self._run_together if self._trains_together(same) else self._run_in_turn
             for result in run(same, going):
-                going.done += 1
+                going.finished[result.cell] = result
+                if not result.was_there:
+                    going.tell()
                 yield result
-        if report is not None:
-            report(Progress("suite", len(cells), len(cells), ""))
+        going.tell()
 
     def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
         for cell in cells:
@@ -256,10 +271,7 @@ class Suite:
     def estimates(self) -> list[CellEstimate]:
         """Return all cells. Those that wait are estimated by the mean time of their method's finished cells."""
         taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell)) is not None}
-        times: dict[str, list[float]] = {}
-        for cell, seconds in taken.items():
-            times.setdefault(cell.method, []).append(seconds)
-        means = {method: sum(listed) / len(listed) for method, listed in times.items()}
+        means = mean_seconds(taken)
         return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in self.cells]
 
     def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
@@ -374,6 +386,14 @@ class Suite:
             "seconds": result.seconds,
             **more,
         }
+
+
+def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
+    """Return method -> mean seconds of its cells."""
+    times: dict[str, list[float]] = {}
+    for cell, seconds in taken.items():
+        times.setdefault(cell.method, []).append(seconds)
+    return {method: sum(listed) / len(listed) for method, listed in times.items()}
 
 
 def _saved_identity(folder: Path) -> Mapping[str, Json] | None:

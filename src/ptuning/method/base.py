@@ -116,6 +116,7 @@ class Method:
         tune: What it trains of the backbone; None if unknown. Methods that train less run first.
         seeded: Whether its result depends on the seed. Other methods run once.
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
+        reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
         open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
@@ -130,6 +131,7 @@ class Method:
     tune: Tune | None = None
     seeded: bool = False
     reads_train: bool = True
+    reads_manual: bool = True
     open_only: bool = False
     default_for: tuple[str, ...] = ()
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
@@ -153,6 +155,7 @@ class Methods(dict[str, Method]):
         learns_slots: bool = False,
         seeded: bool = False,
         reads_train: bool = True,
+        reads_manual: bool = True,
         prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method. The arguments are those of :class:`Method`.
@@ -167,7 +170,15 @@ class Methods(dict[str, Method]):
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
             self[name] = Method(
-                name, describe, fit, trained, learns_slots, seeded=seeded, reads_train=reads_train, prompts=prompts
+                name,
+                describe,
+                fit,
+                trained,
+                learns_slots,
+                seeded=seeded,
+                reads_train=reads_train,
+                reads_manual=reads_manual,
+                prompts=prompts,
             )
             return fit
 
