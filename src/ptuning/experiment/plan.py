@@ -14,6 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import NOT_VARIED, Setting, TrainConfig, acts_on, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job
+from ptuning.experiment.jobs import check_known
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, make_folder
@@ -171,6 +172,8 @@ def run_jobs(
     ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
     A FileError if the folder holds other files, or results that were made with other settings.
     """
+    for job in jobs:
+        check_known(job, plan.backbone)
     suite = Suite(
         plan.out,
         jobs=jobs,
