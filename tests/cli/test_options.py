@@ -32,6 +32,19 @@ def test_settings_of_options_and_of_set() -> None:
     assert options.config_of(["epochs=3"], epochs=3) == options.config_of(["epochs=3"], epochs=TrainConfig().epochs)
 
 
+def test_values_to_vary_settings_by() -> None:
+    pairs = ["encoder=mlp,none", "learning_rate=0.1, 1", "learn-to-stop=false", "encoder=lstm"]
+    found = options.varied_by(pairs, TrainConfig())
+    assert found == {"encoder": ["mlp", "none", "lstm"], "lr": [0.1, 1], "learn_to_stop": [False]}
+    for wrong, says in {
+        "encoder": "'encoder' is not --vary NAME=VALUE,VALUE, such as encoder=mlp,none",
+        "encoder=gru": "it must be one of lstm, mlp, none",
+        "epochs=two": "setting 'epochs' is 'two'; it must be a whole number",
+    }.items():
+        with pytest.raises(ConfigError, match=says):
+            options.varied_by([wrong], TrainConfig())
+
+
 def test_other_libraries_words_for_settings(capsys: pytest.CaptureFixture[str]) -> None:
     """As transformers' TrainingArguments and peft call them; what they are called here is said once."""
     words = ["learning-rate=0.01", "per_device_train_batch_size=4", "weight_decay=0.1", "warmup_ratio=0.2", "lora_r=4"]

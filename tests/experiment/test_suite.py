@@ -126,6 +126,40 @@ def test_further_methods_and_seeds_join_what_is_there(causal: Backbone, tmp_path
     ]  # fmt: skip
 
 
+def test_a_setting_is_varied_as_further_methods(causal: Backbone, tmp_path: Path) -> None:
+    """Each value is a method of its own, with the same result as a comparison with that value; the others stay."""
+    options: dict[str, Any] = {"methods": ["manual", "p-tuning"], "seeds": 2}
+    base = run(causal, tmp_path / "out", **options)
+    found = run(causal, tmp_path / "out", **options, vary={"encoder": ["lstm", "none"], "lr": [0.1]})
+    assert list(found.tasks["task"]) == ["manual", "p-tuning", "p-tuning encoder=none", "p-tuning lr=0.1"]
+    assert found.tasks["task"]["p-tuning"] == base.tasks["task"]["p-tuning"]
+    assert found.methods["p-tuning encoder=none"].describe.endswith("; encoder=none")
+    assert list(found.differences)[:3] == [
+        "p-tuning - manual", "p-tuning - p-tuning encoder=none", "p-tuning - p-tuning lr=0.1",
+    ]  # fmt: skip
+    assert found.settings["vary"] == {"encoder": ["lstm", "none"], "lr": [0.1]}
+    alone = run(causal, tmp_path / "alone", **options, config=replace(FAST, encoder="none"))
+    assert found.tasks["task"]["p-tuning encoder=none"] == alone.tasks["task"]["p-tuning"]
+    cell = json.loads((tmp_path / "out/cells/task/p-tuning lr=0.1/seed-0/run.json").read_text(encoding="utf-8"))
+    assert (cell["settings"]["lr"], cell["identity"]["lr"]) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ({"encoder": ["gru"]}, "setting 'encoder' is 'gru'; it must be one of lstm, mlp, none"),
+        ({"encodr": ["mlp"]}, r"unknown setting 'encodr'\. Did you mean 'encoder'\?"),
+        ({"seed": [1]}, "the setting 'seed' is not varied: --seeds N repeats"),
+        ({"lora_rank": [2]}, "none of the methods manual, p-tuning depends on 'lora_rank'"),
+        ({"lr": []}, "no value is given to vary 'lr' by"),
+    ],
+)
+def test_what_cannot_be_varied(causal: Backbone, tmp_path: Path, vary: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(causal, tmp_path / "out", methods=["manual", "p-tuning"], vary=vary)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

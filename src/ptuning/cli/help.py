@@ -22,7 +22,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
     ),
     "Training": (
-        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "resume", "at_once",
+        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",
         "measure_ceiling",
     ),
     "Answers": (

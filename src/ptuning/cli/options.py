@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
-from ptuning.config import SETTING_ALIASES, GenerationSettings, TrainConfig
+from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
 
@@ -345,6 +345,19 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
+
+
+def varied_by(pairs: Sequence[str] | None, config: TrainConfig) -> dict[str, list[Setting]]:
+    """Return setting -> its values, from ``--vary NAME=VALUE,VALUE``; a ConfigError for one that cannot be."""
+    found: dict[str, list[Setting]] = {}
+    for pair in pairs or ():
+        ((name, texts),) = named_values([pair], expected="--vary NAME=VALUE,VALUE, such as encoder=mlp,none").items()
+        ours = setting_name(name)
+        values = [setting_of(f"{ours}={text}")[1] for text in listed_names(texts)]
+        for value in values:
+            config.with_settings({ours: value})
+        found[ours] = list(dict.fromkeys((*found.get(ours, ()), *values)))
+    return found
 
 
 def setting_name(name: str) -> str:

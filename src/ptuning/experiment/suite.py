@@ -102,6 +102,10 @@ class Suite:
         self.tries = tries
         self._random: tuple[int, Backbone] | None = None
 
+    def config_of(self, cell: Cell) -> TrainConfig:
+        """Return the settings of a cell's trainings."""
+        return self.config.with_settings(self.methods[cell.method].settings)
+
     @property
     def cells(self) -> list[Cell]:
         """All cells in the order in which they run: cheap methods first, so that a useful table exists early."""
@@ -173,7 +177,7 @@ class Suite:
             yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
-        several = len(cells) * self.tries * self.config.starts > 1
+        several = len(cells) * self.tries * self.config_of(cells[0]).starts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
     def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
@@ -295,7 +299,7 @@ class Suite:
         task, parts = job.task_of(cell.seed), self._parts(cell)
         if job.unlabelled is not None:
             parts["unlabelled"] = job.unlabelled
-        settings: dict[str, Json] = dict(self.config.to_json()) if method.trained else {}
+        settings: dict[str, Json] = dict(self.config_of(cell).to_json()) if method.trained else {}
         found = identity(
             {**settings, "seed": cell.seed},
             {part: digest(data) for part, data in parts.items()},
@@ -343,7 +347,7 @@ class Suite:
     def _setup(self, cell: Cell, going: _Going) -> Setup:
         return Setup(
             self._backbone_of(cell),
-            config=self.config,
+            config=self.config_of(cell),
             seed=cell.seed,
             tries=self.tries,
             folder=self.out / cell.folder,
@@ -379,7 +383,7 @@ class Suite:
             "identity": self.identity(cell),
             "data": {part: described(data) for part, data in self._parts(cell).items()},
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
-            "settings": dict(self.config.to_json()),
+            "settings": dict(self.config_of(cell).to_json()),
             "versions": dict(versions()),
             "scores": {name: result.score(name).to_json() for name in result.values},
             "n": result.n,

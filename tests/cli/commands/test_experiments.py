@@ -168,6 +168,14 @@ def test_report_is_made_again_of_the_json_alone(llama: str) -> None:
     assert {path.name: path.read_bytes() for path in Path("out").glob("report.*")} == pages
 
 
+def test_an_ablation_is_further_columns_of_one_table(llama: str) -> None:
+    out = works(*compare(llama, "--methods", "manual,p-tuning", "--vary", "encoder=mlp,none"))
+    assert "p-tuning - p-tuning encoder=mlp: P@1 " in out
+    assert list(saved()["methods"]) == ["manual", "p-tuning", "p-tuning encoder=mlp", "p-tuning encoder=none"]
+    assert works("report", "out") == "out/report.html\n"
+    fails(*compare(llama, "--vary", "encoder=gru"), says=["setting 'encoder' is 'gru'; it must be one of lstm, mlp"])
+
+
 def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
     works(*compare(llama, "--methods", "manual"))
     before = saved()

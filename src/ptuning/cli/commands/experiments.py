@@ -55,6 +55,10 @@ WordingsOption = Annotated[
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
 FactFieldOption = Annotated[
@@ -78,6 +82,7 @@ def _planned(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")] = SETTINGS.epochs,
     seed: Annotated[int, typer.Option(metavar="N", help="The first seed.")] = SETTINGS.seed,
     set_: SetOption = None,
+    vary: VaryOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
@@ -88,6 +93,7 @@ def _planned(
     if control not in (None, "random-weights"):
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
+    varied = options.varied_by(vary, config)
     with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
@@ -107,6 +113,7 @@ def _planned(
                 "tries": tries,
                 "control": control is not None,
                 "config": config,
+                "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
                 "command": options.command_line(),
