@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ptuning.template.language import Template
     from ptuning.template.segments import Kind
     from ptuning.training.spec import TrainSpec
+
+Spec = TypeVar("Spec", bound="TrainSpec")
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
@@ -140,6 +142,32 @@ def training_spec(
         task=task,
         calibrate=given.get("calibrate"),
     )
+
+
+def placed(
+    spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, told: Callable[[str], None] = terminal.say
+) -> Spec:
+    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay;
+    say where that is (``told``).
+    """
+    from ptuning.data.questions import as_questions
+    from ptuning.training.prepare import place_slots
+
+    manual, task = given.get("manual"), spec.task
+    if manual is None:
+        return spec
+    questions = as_questions(spec.data)
+    found = place_slots(
+        manual,
+        questions.records,
+        backbone,
+        config=spec.settings,
+        closed=spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed),
+        about=given.get("about"),
+    )
+    if found.told:
+        told(found.told)
+    return replace(spec, template=found.template)
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:

@@ -132,8 +132,8 @@ def place_slots(
     except TemplateError:
         return Placement(both, f"{front}; of words between the last field and [Y], it would read those alone")
     fewer = _read_tokens(behind, some, backbone, config)
-    if fewer >= read:
-        return Placement(both)
+    if read - fewer < MIN_PREFIX_TOKENS:
+        return Placement(both)  # nothing is kept, or hardly anything
     times = f"{read / fewer:.1f} times as many (counted on {len(some)} records)"
     if about is not None and about.strip():
         return Placement(both, f"{front}; without --about it would read {fewer:.0f}, and now reads {times}")
@@ -154,8 +154,11 @@ def _field_tokens(template: Template, records: Sequence[Record], backbone: Backb
 
 
 def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbone, config: TrainConfig) -> float:
-    """Return the mean number of tokens that a training pass reads of a record, its target left out."""
-    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
+    """Return the mean number of tokens that a training pass reads of a record, its target left out: those from the first
+    slot on if what stands in front is worth keeping, as :meth:`PrefixCache.pays` says.
+    """
+    seen, _ = template.without_tail()
+    bound = BoundTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
     filled = bound.contexts(records)
     every, kept = sum(len(one.token_ids) for one in filled), sum(len(cacheable_ids(one)) for one in filled)
     return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, training_spec
+from ptuning.cli.inputs import load, placed, training_spec
 from ptuning.cli.options import AskedBackbone, JsonOption, TrainInputs, backbone_options, takes, training
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def estimate(
     """
     spec = training_spec(asked)
     loaded = load(backbone)
+    spec = placed(spec, asked.inputs, loaded)
     with terminal.bar() as report:
         from ptuning.training.estimate import estimate_spec
 

@@ -55,6 +55,11 @@ def fleet(
     prompts = read_prompts(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
+    # A line about the slots of each of dozens of templates would bury all others.
+    prompts = [
+        inputs.placed(prompt, entry.inputs, loaded, told=lambda _: None)
+        for prompt, entry in zip(prompts, asked.entries, strict=True)
+    ]
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, training_spec
+from ptuning.cli.inputs import load, placed, training_spec
 from ptuning.cli.options import (
     AskedBackbone,
     JsonOption,
@@ -55,11 +55,12 @@ def train(
 
     check_writable(out, RUN, overwrite=overwrite, resume=resume)
     spec = training_spec(asked)
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
+    loaded = load(backbone)
+    spec = placed(spec, asked.inputs, loaded)
+    log.settings["template"] = str(spec.template)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")
-    settings = {"template": str(spec.template), **spec.settings.to_json()}
-    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=settings)
-    loaded = load(backbone)
     with stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.prepare import prepare
         from ptuning.training.run import TrainingRun
