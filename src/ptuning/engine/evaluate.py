@@ -19,13 +19,13 @@ from ptuning.progress import OnProgress, Progress
 @dataclass(frozen=True)
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
-    With classes also the most likely class of each record, and its natural log-probability among all classes.
+    With classes also the most likely class of each record, and the natural log-probabilities of its classes.
     """
 
     loss: float
     hits: tuple[float, ...]
     guesses: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
+    log_probs: tuple[tuple[float, ...], ...] = ()
 
     @property
     def score(self) -> float:
@@ -47,7 +47,7 @@ def evaluate(
     loss_sum, count, done = 0.0, 0.0, 0
     found: dict[int, float] = {}
     guesses: dict[int, int] = {}
-    log_probs: dict[int, float] = {}
+    log_probs: dict[int, tuple[float, ...]] = {}
     prefix = prefix_tokens(backbone, inputs_of(items))
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
@@ -56,9 +56,9 @@ def evaluate(
         loss_sum, count, done = loss_sum + float(batch_sum), count + batch_count, done + len(chosen)
         found |= dict(zip(chosen, hits(group, scored), strict=True))
         if group[0].answers:
-            likeliest = torch.log_softmax(class_scores(group, scored), dim=-1).max(dim=-1)  # (I,)
-            guesses |= dict(zip(chosen, likeliest.indices.tolist(), strict=True))
-            log_probs |= dict(zip(chosen, likeliest.values.tolist(), strict=True))
+            of_classes = torch.log_softmax(class_scores(group, scored), dim=-1)  # (I, K)
+            guesses |= dict(zip(chosen, of_classes.argmax(dim=-1).tolist(), strict=True))
+            log_probs |= dict(zip(chosen, map(tuple, of_classes.tolist()), strict=True))
         if report is not None:
             report(Progress("dev", done, len(items), note))
     return Evaluation(
