@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ import ptuning.backbone.loading
 from ptuning import Prompt
 from ptuning.cli import app, terminal
 from ptuning.cli.commands import predict
-from ptuning.cli.help import GENERAL, group_of
+from ptuning.cli.help import EXIT_CODES, GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
@@ -192,6 +193,16 @@ def test_help_of_every_command_has_an_example() -> None:
 def commands_of(group: Any) -> Iterator[Any]:
     for command in group.commands.values():
         yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
+def test_the_help_says_what_the_exit_codes_mean() -> None:
+    """The same as the page of files."""
+    shown = works("--help")
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    for code, _ in EXIT_CODES:
+        assert re.search(rf"^  {code} +[a-z]", shown, re.MULTILINE)
+        assert f"| {code} |" in page
+    assert "Exit codes" not in works("train", "--help")
 
 
 def test_every_option_stands_in_a_group_of_the_help() -> None:
@@ -385,6 +396,15 @@ def test_train_prints_results_on_one_stream_and_progress_on_the_other(llama: str
     assert f"development part: 2 records of {data}/train.jsonl (20% set aside, seed 0)\n" in done.out
     assert "\nprompt:  out/prompt\n" in done.out
     assert f"\nnext:    {terminal.program()} eval out --data FILE\n" in done.out
+
+
+def test_train_prints_its_record_as_json(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--manual", "[X] is [Y]", "--backbone", llama, "--out", "out", *QUICK)
+    done = call("train", *args, "--json")
+    assert "epoch 2/2" in done.err
+    found = json.loads(done.out)
+    assert found.pop("prompt") == "out/prompt"
+    assert found == json.loads(Path("out/run.json").read_text(encoding="utf-8"))
 
 
 def test_train_with_development_data(llama: str, data: Path) -> None:
@@ -882,6 +902,8 @@ def test_bad_label_words(labels: str, says: list[str], bert: str, data: Path) ->
         (["--epoch", "3"], ["unknown option '--epoch'. Did you mean '--epochs'?"]),
         (["--patence=3"], ["unknown option '--patence'. Did you mean --set patience=VALUE?"]),
         (["--weight-decay", "1"], ["Did you mean --set weight_decay=VALUE?"]),
+        (["--learning-rate", "1"], ["unknown option '--learning-rate'. Did you mean '--lr'?"]),
+        (["--warmup-ratio=0.1"], ["Did you mean --set warmup_fraction=VALUE?"]),
         (["--set", "epoch=3"], ["unknown setting 'epoch'. Did you mean 'epochs'?"]),
         (["--set", "epochs"], ["'epochs' is not --set NAME=VALUE"]),
         (["--set", "patience=soon"], ["setting 'patience' is 'soon'; it must be a whole number"]),

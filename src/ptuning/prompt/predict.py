@@ -27,6 +27,7 @@ from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 
@@ -38,10 +39,25 @@ RANKED_ROWS = 2048
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible answer with its total natural log-probability."""
+    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with
+    the same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
+    """
 
     text: str
     log_prob: float
+    rivals: tuple[str, ...] | None = ()
+
+    @classmethod
+    def ranked(
+        cls, texts: Sequence[str], log_probs: Sequence[float], rivals: Sequence[frozenset[int] | None]
+    ) -> list[Candidate]:
+        """Return candidates, best first, on a tie in the given order; ``rivals`` are places among the texts."""
+        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in rivals]
+        return sorted(map(cls, texts, log_probs, named), key=lambda one: -one.log_prob)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the candidate as ``predict --json`` prints it."""
+        return {"text": self.text, "log_prob": self.log_prob}
 
     @property
     def probability(self) -> float:
@@ -89,7 +105,7 @@ class Prediction:
             row["abstained"] = True
         if self.probabilities is not None:
             row["probabilities"] = dict(self.probabilities)
-        row["candidates"] = [dict(vars(one)) for one in self.candidates]
+        row["candidates"] = [one.to_json() for one in self.candidates]
         return row if self.tokens is None else {**row, "tokens": self.tokens}
 
 
@@ -220,7 +236,7 @@ class PromptModel:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
         ranked = []
-        at_once = max(1, RANKED_ROWS // len(candidates))
+        at_once, every = max(1, RANKED_ROWS // len(candidates)), range(len(candidates))
         for start in range(0, len(data), at_once):
             part = range(start, min(start + at_once, len(data)))
             examples = [bound[index].answers([data[index]], [candidates], with_stop=count_stop)[0] for index in part]
@@ -228,7 +244,9 @@ class PromptModel:
             for index, filled, values in zip(part, examples, totals, strict=True):
                 if normalise[index] == "mean":
                     values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
-                ranked.append(sorted(map(Candidate, candidates, values), key=lambda one: -one.log_prob))
+                rivals = rivals_of([(one.token_ids, one.target_ids) if one.known else None for one in filled], every)
+                warn(check_candidates(rivals, candidates))
+                ranked.append(Candidate.ranked(candidates, values, rivals))
         return ranked
 
     @torch.no_grad()
@@ -401,7 +419,7 @@ def rank_classes(
         scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
         for index, values in zip(chosen, scores.tolist(), strict=True):
             # An item with fewer classes than others of the batch has no names for those that it lacks.
-            found[index] = sorted(map(Candidate, names[index], values), key=lambda candidate: -candidate.log_prob)
+            found[index] = Candidate.ranked(names[index], values, items[index].rivals)
     return found
 
 

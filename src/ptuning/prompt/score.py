@@ -98,7 +98,7 @@ def score_prompt(
     records, said = questions.records, guessed(prompt, questions, found)
     if not said and (prompt.task is not None or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
-    scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found.hits)}
+    scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found)}
     rows = prediction_rows(records, said, found.hits) if said else []
     ranked: list[Answer] = []
     if candidates is not None:
@@ -114,11 +114,12 @@ def score_prompt(
 
 
 def _metrics(
-    questions: Questions, task: TaskFile | None, said: Sequence[Prediction], hits: Sequence[float]
+    questions: Questions, task: TaskFile | None, said: Sequence[Prediction], found: Evaluation
 ) -> dict[str, Score]:
     if task is None:
         return {}
-    answers = [Answer(one.text, bool(hit)) for one, hit in zip(said, hits, strict=True)]
+    rows = zip(said, found.hits, found.known, strict=True)
+    answers = [Answer(one.text, bool(hit), known=known) for one, hit, known in rows]
     values = score_values(answers, questions, task.metrics)
     return {name: summary([values[name]]) for name in task.metrics}
 

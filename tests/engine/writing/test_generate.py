@@ -364,7 +364,7 @@ def test_the_context_of_a_decoder_counts_as_written(monkeypatch: pytest.MonkeyPa
     filled = bound(backbone, "[X] is [>] so [P] [Y]")
     examples: list[Example] = filled.contexts(RECORDS)
     rows = Continuation(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
-    ids = rows.ids[0].tolist()
+    ids = rows.before[0]
     assert ids == [*backbone.tokenizer.decoder_ids, *backbone.tokenizer.encode(["so"])[0]]
 
 
