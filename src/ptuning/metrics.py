@@ -19,13 +19,15 @@ class Answer:
     """The answer to one record, and whether it is the target (``hit``).
 
     ``rank`` is the one-based rank of the target among the possible answers, 0 if it is not among them, None if they
-    were not ranked. ``log_prob`` is the natural log-probability of the answer, where there is one.
+    were not ranked. ``log_prob`` is its natural log-probability, where there is one. ``known`` is false if
+    the tokenizer does not tell the target from unknown text or a wrong answer: the row scores nothing then.
     """
 
     text: str
     hit: bool
     rank: int | None = None
     log_prob: float | None = None
+    known: bool = True
 
     @classmethod
     def of_ranked(cls, texts: Sequence[str], right: Collection[str]) -> Answer:
@@ -111,13 +113,18 @@ def normalised(text: str) -> str:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
+    """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    An empty text is no answer, not even to a question whose answer is an article.
+    """
+    words, right = normalised(prediction).split(), (normalised(one).split() for one in answers)
+    return max((_word_f1(words, one) for one in right), default=0.0) if prediction.strip() else 0.0
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return float(normalised(prediction) in map(normalised, answers))
+    """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    An empty text is no answer.
+    """
+    return float(bool(prediction.strip()) and normalised(prediction) in map(normalised, answers))
 
 
 def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
@@ -128,7 +135,9 @@ def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[fl
     if not asked:
         return _hits(answers, asked)
     pairs = zip(answers, asked, strict=True)
-    return all_right([max(float(one.hit), exact_match(one.text, row.right)) for one, row in pairs], _groups(asked))
+    return all_right(
+        [max(float(one.hit), exact_match(one.text, _right(one, row))) for one, row in pairs], _groups(asked)
+    )
 
 
 def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
@@ -150,7 +159,11 @@ def _ranks(answers: Sequence[Answer]) -> list[int]:
 
 
 def _texts(answers: Sequence[Answer]) -> list[str]:
-    return [answer.text for answer in answers]
+    return [answer.text if answer.known else "" for answer in answers]
+
+
+def _right(answer: Answer, asked: Asked) -> Sequence[str]:
+    return asked.right if answer.known else ()
 
 
 def _targets(asked: Sequence[Asked]) -> list[str]:
@@ -201,7 +214,9 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "f1",
             "F1",
-            lambda answers, asked: [word_f1(one.text, row.right) for one, row in zip(answers, asked, strict=True)],
+            lambda answers, asked: [
+                word_f1(one.text, _right(one, row)) for one, row in zip(answers, asked, strict=True)
+            ],
         ),
         Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
     )

@@ -23,8 +23,8 @@ from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
-from ptuning.engine.continuation import Continuation
 from ptuning.engine.passes import target_logits
+from ptuning.engine.writing.continuation import Continuation
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+import ptuning.engine.evaluate
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.task_files import TaskFile, load_task
+from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, RecordError
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -18,6 +22,7 @@ from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
+from tests.families import built, without_words
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
@@ -229,3 +234,61 @@ def test_a_result_as_json() -> None:
         "loss": 1.25,
         "targets_not_among_candidates": 1,
     }
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "t5", "xlnet", "gpt2"])
+def test_a_vocabulary_that_knows_no_answer_is_an_error(name: str) -> None:
+    """A random BERT whose vocabulary was lost scored 0.903: every target was the unknown token, as was every guess."""
+    backbone = without_words(name)
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    with pytest.raises(RecordError, match=r"5 of 5 targets of in memory are unknown .*: the vocabulary does not fit"):
+        score_prompt(PromptModel(backbone), RECORDS, prompt)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "xlnet"])
+def test_an_unknown_answer_is_a_miss_and_not_part_of_the_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even for a model that writes nothing but the unknown token."""
+    backbone = built(name)
+    rare = [{"x": "Kenya", "y": "\U0001f642"}, {"x": "Peru", "y": "東京"}]
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    known = score_prompt(PromptModel(backbone), RECORDS, prompt)
+    real = target_logits
+
+    def says_unknown(*given: Any, **named: Any) -> Any:
+        logits = real(*given, **named)
+        logits[:, backbone.tokenizer.unknown_id] = 1e4
+        return logits
+
+    found = score_prompt(PromptModel(backbone), [*rare, *RECORDS], prompt)
+    assert math.isclose(found.loss, known.loss, rel_tol=1e-4)
+    assert "2 of 7 targets of in memory are unknown to the tokenizer, such as '\U0001f642' (in memory, record 1)" in (
+        caplog.text
+    )
+    monkeypatch.setattr(ptuning.engine.evaluate, "target_logits", says_unknown)
+    assert set(score_prompt(PromptModel(backbone), [*rare, *RECORDS], prompt).hits) == {0.0}
+
+
+def test_a_byte_level_vocabulary_knows_every_answer(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = built("gpt2")
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    with caplog.at_level(logging.WARNING):
+        score_prompt(PromptModel(backbone), [{"x": "\U0001f642", "y": "\U0001f642"}], prompt)
+    assert not caplog.records
+
+
+def test_candidates_that_the_tokenizer_does_not_know_or_tell_apart_are_never_hits(
+    masked: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their order in the list must not decide: "a film" and "a  film" are the same tokens."""
+    targets = ["a film", "a  film", "\U0001f642", "\U0001f643"]
+    rows = [{"x": "Kenya", "y": text} for text in targets]
+    for candidates in (targets, targets[::-1]):
+        for seed in range(5):
+            prompt = learned(masked, TEMPLATE, seed=seed)
+            found = score_prompt(PromptModel(masked), rows, prompt, candidates=[*candidates, "yes"])
+            assert found.scores["accuracy"].value == 0.0
+    assert (
+        "4 of 5 possible answers, such as 'a film', are unknown to the tokenizer or have the tokens of" in caplog.text
+    )

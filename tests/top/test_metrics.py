@@ -197,3 +197,16 @@ def test_one_score_stands_for_all() -> None:
     assert primary(["mrr", "exact_match"]) == "exact_match"
     assert primary(["mrr", "accuracy"]) == "mrr"
     assert primary([]) == "score"
+
+
+def test_an_empty_text_is_no_answer() -> None:
+    """Not even where nothing is left of the right one without articles and punctuation."""
+    assert exact_match(" ", ["the", "..."]) == word_f1(" ", ["the", "..."]) == 0.0
+    assert exact_match("!", ["!"]) == word_f1("!", ["!"]) == 1.0
+
+
+def test_a_row_whose_target_is_not_known_scores_nothing() -> None:
+    """Whatever the answer's text is: a choice is named by its own text even if its tokens are those of another."""
+    rows = Questions([Question({"x": "a", "y": "yes"})])
+    answers = [Answer("yes", False, known=False)]
+    assert set(values(rows, answers, "accuracy", "exact_match", "f1", "macro_f1").values()) == {0.0}

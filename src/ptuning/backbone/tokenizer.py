@@ -54,7 +54,7 @@ class TextTokenizer:
         self.mask_id: int | None = tokenizer.mask_token_id
         self.stop_id: int | None = tokenizer.eos_token_id
         self.end_ids: frozenset[int] = frozenset({self.stop_id, *end_ids} - {None})
-        self.unknown_id: int | None = tokenizer.unk_token_id
+        self.unknown_id: int | None = _unknown_id(tokenizer)
         self.line_end_id = self._probe_line_end()
         self.special_ids: Mapping[str, int] = {
             token.content: index
@@ -239,6 +239,15 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token of text that has no other. One that only the vocabulary itself knows of is written as well."""
+    found: int | None = tokenizer.unk_token_id
+    if found is None and tokenizer.is_fast:
+        named = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        found = None if named is None else tokenizer.backend_tokenizer.token_to_id(named)
+    return found
 
 
 def _is_permuted(model_type: str) -> bool:

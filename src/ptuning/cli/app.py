@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ptuning.cli import terminal
-from ptuning.cli.commands import data, demo, estimate, exchange, experiments, fleet, prompts, tasks, train
+from ptuning.cli.commands import data, demo, estimate, exchange, experiments, fleet, predict, prompts, tasks, train
 from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -112,7 +112,7 @@ def common(
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": prompts.evaluate,
-    "predict": prompts.predict,
+    "predict": predict.predict,
     "inspect": prompts.inspect,
     "export": exchange.export,
     "data": data.data,

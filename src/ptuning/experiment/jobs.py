@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data import task_check
 from ptuning.data.questions import as_questions
 from ptuning.data.word_lists import read_words
 from ptuning.errors import RecordError, TemplateError
@@ -18,6 +19,7 @@ from ptuning.prompt.prompt import as_template
 from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
+from ptuning.template.known import warn
 from ptuning.template.language import Template
 
 # The vocabulary that consists of all targets of the data.
@@ -34,7 +36,6 @@ class OneToken:
     ) -> None:
         self._bound = [BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
         self._words = frozenset(words) if words is not None else None
-        self._unknown_id = backbone.tokenizer.unknown_id
 
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
@@ -46,13 +47,10 @@ class OneToken:
                 examples = bound.examples(records)
             except (RecordError, TemplateError):
                 if len(records) == 1:
-                    return [False]  # its target has no tokens there, or does not fit
+                    return [False]  # it has no target, or does not fit
                 return [self([record])[0] for record in records]
-            # The unknown token stands for text that is not in the tokenizer's vocabulary.
-            known = [example.target_ids != (self._unknown_id,) for example in examples]
             keep = [
-                kept and example.own_tokens == 1 and is_known
-                for kept, example, is_known in zip(keep, examples, known, strict=True)
+                kept and example.own_tokens == 1 and example.known for kept, example in zip(keep, examples, strict=True)
             ]
         return keep
 
@@ -83,6 +81,16 @@ def template_pair(
     if not learned.has_slots:
         raise TemplateError(f"the template '{learned}' has no slots, so there is nothing to learn; write [P:words]")
     return manual, learned
+
+
+def check_known(job: Job, backbone: Backbone) -> None:
+    """Warn about targets and fields of a job that the tokenizer does not know; an error as of
+    :func:`ptuning.data.task_check.check_known`, before anything runs.
+    """
+    task = job.task
+    for template in (task.manual, task.template):
+        bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        warn(task_check.check_known(bound, task.answer_space, (task.train, task.dev, job.test)))
 
 
 def fact_job(

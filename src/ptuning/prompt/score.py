@@ -91,7 +91,8 @@ def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Ev
     if prompt.task is None:
         return {}
     said = guessed(prompt, questions, found) or model.predict(questions.records, prompt)
-    answers = [Answer(one.text, bool(hit)) for one, hit in zip(said, found.hits, strict=True)]
+    rows = zip(said, found.hits, found.known, strict=True)
+    answers = [Answer(one.text, bool(hit), known=known) for one, hit, known in rows]
     values = score_values(answers, questions, prompt.task.metrics)
     return {name: summary([values[name]]) for name in prompt.task.metrics}
 

@@ -76,6 +76,7 @@ def test_compare(llama: str) -> None:
     for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
         assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
         assert method in done.out
+    assert " s so far, 4 cells not timed yet\n" in done.err
     assert "train (n = records)" in done.out
     assert "p-tuning - manual: P@1 " in done.out
     assert "report:  out/report.html" in done.out
@@ -167,6 +168,14 @@ def test_report_is_made_again_of_the_json_alone(llama: str) -> None:
     assert {path.name: path.read_bytes() for path in Path("out").glob("report.*")} == pages
 
 
+def test_an_ablation_is_further_columns_of_one_table(llama: str) -> None:
+    out = works(*compare(llama, "--methods", "manual,p-tuning", "--vary", "encoder=mlp,none"))
+    assert "p-tuning - p-tuning encoder=mlp: P@1 " in out
+    assert list(saved()["methods"]) == ["manual", "p-tuning", "p-tuning encoder=mlp", "p-tuning encoder=none"]
+    assert works("report", "out") == "out/report.html\n"
+    fails(*compare(llama, "--vary", "encoder=gru"), says=["setting 'encoder' is 'gru'; it must be one of lstm, mlp"])
+
+
 def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
     works(*compare(llama, "--methods", "manual"))
     before = saved()
@@ -183,7 +192,7 @@ def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
 def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> None:
     done = call(*compare(llama, "--methods", "failing,manual"))
     assert done.code == 1
-    assert "seed 0: failed: one by [none]\n" in done.err
+    assert "seed 0: failed: one by [none]; " in done.err
     assert "failed: cells/train/failing/seed-0: one by [none]\n" in done.out
     assert "Traceback" not in done.err
     assert {cell["method"]: cell["status"] for cell in saved()["cells"]} == {"failing": "failed", "manual": "done"}

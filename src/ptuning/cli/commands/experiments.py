@@ -55,6 +55,10 @@ WordingsOption = Annotated[
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
 FactFieldOption = Annotated[
@@ -78,6 +82,7 @@ def _planned(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")] = SETTINGS.epochs,
     seed: Annotated[int, typer.Option(metavar="N", help="The first seed.")] = SETTINGS.seed,
     set_: SetOption = None,
+    vary: VaryOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
@@ -88,11 +93,16 @@ def _planned(
     if control not in (None, "random-weights"):
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
+    varied = options.varied_by(vary, config)
     with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
 
         log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        clock = terminal.Clock()
+
+        def on_cell(result: CellResult, number: int, total: int) -> None:
+            show_cell(result, number, total, more="" if terminal.is_live() else f"; {clock.text}")
 
         def plan() -> PlanOptions:
             return {
@@ -103,14 +113,15 @@ def _planned(
                 "tries": tries,
                 "control": control is not None,
                 "config": config,
+                "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
-                    on_cell=show_cell,
+                    on_cell=on_cell,
                     on_jobs=show_facts,
                     on_estimate=show_estimates,
                 ),
@@ -299,18 +310,18 @@ def report(
         typer.launch(str(page))
 
 
-def show_cell(result: CellResult, number: int, total: int) -> None:
-    """Print a finished cell; one that was finished by an earlier start is not worth a line."""
+def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
+    """Print a finished cell, and ``more``; one that was finished by an earlier start is not worth a line."""
     if result.was_there:
         return
     cell = result.cell
     where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
     if result.status == "failed":
-        terminal.say(f"{where}failed: {result.error}")
+        terminal.say(f"{where}failed: {result.error}{more}")
         return
     name = result.primary
     score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s")
+    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
 
 
 def show_facts(jobs: Sequence[Job]) -> None:

@@ -6,19 +6,16 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings, derived_seed
 from ptuning.engine.batch import Side, batches
-from ptuning.engine.beams import beam_search
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Asked, Draft, Ending, Written, alike, different
 from ptuning.engine.learned import Learned
-from ptuning.engine.masks import fill_masks
 from ptuning.engine.memory import in_parts
+from ptuning.engine.writing.beams import beam_search
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending, OpenRow, Written, alike, different
+from ptuning.engine.writing.masks import fill_masks
+from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
@@ -27,7 +24,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 def write_answers(
     backbone: Backbone,
-    rows: Sequence[Asked],
+    rows: Sequence[OpenRow],
     learned: Learned,
     *,
     settings: GenerationSettings,
@@ -62,14 +59,16 @@ def write_answers(
     return [row[:top_k] for row in found]
 
 
-def stream_answer(backbone: Backbone, row: Asked, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
+def stream_answer(backbone: Backbone, row: OpenRow, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
     """Write the answer to one row as :func:`write_answers` does with one beam, and yield it piece by piece."""
     ending = Ending(backbone, row, stop_strings=settings.stop_strings)
     examples = _contexts([row])
     ((turns, _),) = _together(backbone, examples, [row.max_tokens])
     rows = Continuation(backbone, examples, learned, keep=not turns)
     sent, draft = "", Draft()
-    for (draft,) in _drafts(backbone, rows, [ending], settings):
+    writer = Writer(backbone, rows, [Line(ending, settings)])
+    for (line,) in writer.steps():
+        draft = line.draft
         text = ending.text(draft.ids, is_whole=False)
         if len(text) > len(sent) and text.startswith(sent):
             yield text[len(sent) :]
@@ -80,7 +79,7 @@ def stream_answer(backbone: Backbone, row: Asked, learned: Learned, *, settings:
 
 def _write(
     backbone: Backbone,
-    asked: Sequence[Asked],
+    asked: Sequence[OpenRow],
     examples: Sequence[Example],
     learned: Learned,
     *,
@@ -96,8 +95,10 @@ def _write(
         own = [endings[index] for index in chosen]
         if width > 1:
             return beam_search(rows, own, settings, width=width)
-        *_, last = _drafts(backbone, rows, own, settings)
-        return [[draft] for draft in last]
+        lines = [Line(ending, settings) for ending in own]
+        for _ in Writer(backbone, rows, lines).steps():
+            pass
+        return [[line.draft] for line in lines]
 
     for turns, same in _together(backbone, examples, [row.max_tokens for row in asked]):
         for part in batches([[examples[index]] * width for index in same]):
@@ -111,50 +112,6 @@ def _write(
             for index, row in zip(chosen, drafts, strict=True):
                 found[index] = different(map(endings[index].written, row))
     return found
-
-
-def _drafts(
-    backbone: Backbone, rows: Continuation, endings: Sequence[Ending], settings: GenerationSettings
-) -> Iterator[list[Draft]]:
-    """Write token after token, the likeliest or a drawn one, until all of B rows have ended. Yields B drafts each time.
-
-    Each row draws from a generator of its own with the one seed, so that it is answered as it would be alone. A row
-    that has ended leaves the batch.
-    """
-    process = logits_processor(settings)
-    drafts = [Draft()] * len(rows.logits)
-    active = list(range(len(drafts)))
-    device = rows.logits.device
-    draws = [torch.Generator(device).manual_seed(settings.seed) for _ in active if settings.do_sample]
-    while True:
-        scores = process(rows.ids, rows.logits)  # (B, V)
-        if settings.do_sample:
-            tokens = _draw(scores, [draws[index] for index in active], width=backbone.embedding_rows)
-        else:
-            tokens = scores.argmax(dim=-1)  # (B,)
-        values = torch.log_softmax(rows.logits, dim=-1).gather(1, tokens[:, None])[:, 0]  # (B,)
-        places = []
-        table = zip(active, tokens.tolist(), values.tolist(), rows.full(), strict=True)
-        for place, (index, token, value, full) in enumerate(table):
-            drafts[index] = drafts[index].grown(token, value)
-            if not full and not endings[index].reached(drafts[index].ids):
-                places.append(place)
-        yield list(drafts)
-        if not places:
-            return
-        after = None if len(places) == len(active) else torch.tensor(places, device=device)
-        rows.read(tokens if after is None else tokens[after], after=after)
-        active = [active[place] for place in places]
-
-
-def _draw(scores: Tensor, generators: Sequence[torch.Generator], *, width: int) -> Tensor:
-    """Draw a token for each row of (B, V) scores, (B,). Rows that pad the model's table are never drawn, but count as
-    tokens (``width``), so that the draws are those of transformers' ``generate``.
-    """
-    padded = torch.nn.functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)
-    chances = padded.softmax(dim=-1)
-    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(chances, generators, strict=True)]
-    return torch.cat(drawn)
 
 
 def _check_unused(settings: GenerationSettings) -> None:
@@ -180,7 +137,7 @@ def _together(
     return [(turns, same) for (turns, _, _), same in groups.items()]
 
 
-def _contexts(rows: Sequence[Asked]) -> list[Example]:
+def _contexts(rows: Sequence[OpenRow]) -> list[Example]:
     """Fill the templates with room for the answers; a record that may not be truncated gets as much room as is left."""
     found: dict[int, Example] = {}
     for (bound, room), indices in alike(rows):

@@ -16,7 +16,7 @@ MORE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenRow:
     """A row to be answered by writing: the prompt's template, the record, and the most tokens of the answer."""
 
     bound: BoundTemplate
@@ -50,7 +50,7 @@ class Ending:
     unless the prompt's targets have several lines, after its first line.
     """
 
-    def __init__(self, backbone: Backbone, row: Asked, *, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer = backbone.tokenizer
         self._multiline = row.bound.multiline
         self._max_tokens = row.max_tokens
@@ -94,7 +94,7 @@ class Ending:
         return ids[:-1] if ends else ids
 
 
-def alike(rows: Sequence[Asked]) -> Iterator[tuple[tuple[BoundTemplate, int], list[int]]]:
+def alike(rows: Sequence[OpenRow]) -> Iterator[tuple[tuple[BoundTemplate, int], list[int]]]:
     """Group rows by prompt and by the most tokens of their answers; yield both with the indices of the rows."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):

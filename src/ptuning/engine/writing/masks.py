@@ -8,16 +8,16 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import Side, batches
-from ptuning.engine.ending import Asked, Written, alike
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
+from ptuning.engine.writing.ending import OpenRow, Written, alike
 from ptuning.errors import TemplateError
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
 
 
 def fill_masks(
-    backbone: Backbone, rows: Sequence[Asked], learned: Learned, *, top_k: int, pad_side: Side
+    backbone: Backbone, rows: Sequence[OpenRow], learned: Learned, *, top_k: int, pad_side: Side
 ) -> list[list[Written]]:
     """Fill 1, 2, ... masks with their most likely tokens; the best mean log-probability wins."""
     every: list[list[tuple[float, Written]]] = [[] for _ in rows]
