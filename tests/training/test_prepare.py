@@ -1,4 +1,4 @@
-"""Where a template made from a manual one has its slots: behind the text, where that saves tokens of training passes."""
+"""Where a template made from a manual one has its slots: behind the text, where that makes training passes shorter."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.language import Template
-    from ptuning.template.segments import Kind
+    from ptuning.template.segments import Kind, Tokenizer
     from ptuning.training.spec import TrainSpec
 
 Spec = TypeVar("Spec", bound="TrainSpec")
@@ -144,16 +144,37 @@ def training_spec(
     )
 
 
-def placed(
-    spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, told: Callable[[str], None] = terminal.say
-) -> Spec:
-    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay;
-    say where that is (``told``).
+def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer) -> None:
+    """Warn about a template with a backslash and an n, as a shell passes them on, where a line break may be meant."""
+    if pattern is None or "\\n" not in pattern or tokenizer.line_end_id is None:
+        return
+    terminal.say(
+        "warning: the template has a backslash and an n, and not a line break, which this tokenizer knows; if you mean "
+        f"line breaks, write in bash or zsh\n  {as_shell_text(pattern)}\nor put the template into a file, with line "
+        "breaks as they are (--template-file FILE)"
+    )
+
+
+def as_shell_text(pattern: str) -> str:
+    r"""Return a template as bash and zsh read it with its line breaks, where a backslash and an n stand for one.
+
+    >>> print(as_shell_text(r"It's\n[Y]"))
+    $'It\'s\n[Y]'
+    """
+    escaped = pattern.replace("\\", "\\\\").replace("\\\\n", "\\n").replace("\n", "\\n").replace("'", "\\'")
+    return f"$'{escaped}'"
+
+
+def placed(spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, quiet: bool = False) -> Spec:
+    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay.
+    Unless ``quiet``, say where that is, and what may be wrong with the template's line breaks.
     """
     from ptuning.data.questions import as_questions
     from ptuning.training.prepare import place_slots
 
     manual, task = given.get("manual"), spec.task
+    if not quiet:
+        notice_line_breaks(manual or given.get("template"), backbone.tokenizer)
     if manual is None:
         return spec
     questions = as_questions(spec.data)
@@ -165,8 +186,8 @@ def placed(
         closed=spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed),
         about=given.get("about"),
     )
-    if found.told:
-        told(found.told)
+    if found.told and not quiet:
+        terminal.say(found.told)
     return replace(spec, template=found.template)
 
 
@@ -386,13 +407,16 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
         from ptuning.backbone.loading import load_backbone
 
         try:
-            return load_backbone(name, **vars(options))
+            found = load_backbone(name, **vars(options))
         except BackboneError as error:
             if asked.name is not None or own is None:
                 raise
             raise BackboneError(
                 f"{error} (the prompt was learned on this backbone; if it lies elsewhere now, say where: --backbone)"
             ) from error
+    if prompt is not None and own is None:
+        notice_line_breaks(str(prompt.template), found.tokenizer)
+    return found
 
 
 def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:

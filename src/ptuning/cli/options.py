@@ -20,8 +20,8 @@ from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
-from ptuning.errors import ConfigError, closest
-from ptuning.files import parse_json
+from ptuning.errors import ConfigError, TemplateError, closest
+from ptuning.files import parse_json, read_text
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -94,6 +94,10 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALU
 WithoutOption = Annotated[
     str | None,
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
+]
+TemplateFileOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The template, with line breaks as they are; without slots as --manual."),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
@@ -212,6 +216,7 @@ def training(
     ],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
+    template_file: TemplateFileOption = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
     task: TaskOption = None,
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
@@ -255,6 +260,10 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    if template_file is not None:
+        if template is not None or manual is not None or pattern is not None:
+            raise ConfigError("--template-file brings the template; leave --template, --manual and --pattern out")
+        template, manual = templates_in(template_file, learns_words=tune == "frozen")
     named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
     return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
 
@@ -287,6 +296,28 @@ def writing(
         "seed": seed,
     }
     return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
+
+
+def read_template(path: Path) -> str:
+    """Return the template in a file: its text as it is, without line breaks at its end."""
+    from ptuning.template.language import Template
+
+    text = read_text(path, error=TemplateError).replace("\r\n", "\n").rstrip("\n")
+    try:
+        Template.parse(text)
+    except TemplateError as error:
+        raise TemplateError(f"{path}: {error}") from error
+    return text
+
+
+def templates_in(path: Path, *, learns_words: bool) -> tuple[str | None, str | None]:
+    """Return the template in a file as --template and --manual would give it: the latter if it has no slots, unless it
+    can be learned with as it is.
+    """
+    from ptuning.template.language import Template
+
+    text = read_template(path)
+    return (None, text) if learns_words and not Template.parse(text).has_slots else (text, None)
 
 
 @functools.cache

@@ -113,8 +113,8 @@ def place_slots(
     closed: bool,
     about: str | None = None,
 ) -> Placement:
-    """Make a learned template from a manual one. With a ``closed`` set of answers or long fields, its slots stand behind
-    the text, if the text is then read once for all epochs: the one place where that is decided.
+    """Make a learned template from a manual one: the one place where the place of its slots is decided. With a
+    ``closed`` set of answers or long fields they stand behind the text, if it is then read once for all epochs.
 
     A TemplateError if the manual template is malformed, or a record does not fit. Source: docs/decisions.md, decision
     38.
@@ -154,8 +154,8 @@ def _field_tokens(template: Template, records: Sequence[Record], backbone: Backb
 
 
 def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbone, config: TrainConfig) -> float:
-    """Return the mean number of tokens that a training pass reads of a record, its target left out: those from the first
-    slot on if what stands in front is worth keeping, as :meth:`PrefixCache.pays` says.
+    """Return the mean number of tokens that a training pass reads of a record, its target left out: those from the
+    first slot on if what stands in front is worth keeping, as :meth:`PrefixCache.pays` says.
     """
     seen, _ = template.without_tail()
     bound = BoundTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)

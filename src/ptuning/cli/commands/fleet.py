@@ -57,7 +57,7 @@ def fleet(
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
     # A line about the slots of each of dozens of templates would bury all others.
     prompts = [
-        inputs.placed(prompt, entry.inputs, loaded, told=lambda _: None)
+        inputs.placed(prompt, entry.inputs, loaded, quiet=True)
         for prompt, entry in zip(prompts, asked.entries, strict=True)
     ]
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
