@@ -86,6 +86,7 @@ class Prompt:
         scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
+        merge: Labels that count as others, as ``biling=billing``, or ``case``.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -109,6 +110,7 @@ class Prompt:
     learned_to_stop: bool = False
     scored_on: int | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    merge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -400,6 +402,7 @@ class Prompt:
             "scores": dict(self.scores),
             "scored_on": self.scored_on,
             "fields": dict(self.fields),
+            "merge": list(self.merge),
         }
 
 
@@ -437,4 +440,5 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         max_length=manifest.optional("max_length", Unchecked.whole),
         scored_on=manifest.optional("scored_on", Unchecked.whole),
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
+        merge=tuple(manifest.at("merge", []).texts()),
     )

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import data_of, data_to_answer, load, prompt_of, read_candidates, task_of
+from ptuning.cli.inputs import data_of, data_to_answer, labelled, load, prompt_of, read_candidates, task_of
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
 from ptuning.metrics import called
@@ -41,6 +41,8 @@ def evaluate(
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
     field: options.FieldOption = None,
+    labels: options.LabelsOption = None,
+    merge: options.MergeOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -51,17 +53,14 @@ def evaluate(
 
     Example: ptuning eval capitals --data capitals:test
     """
-    from ptuning.data.questions import as_questions
-    from ptuning.records import require_targets
-
     chosen = prompt_of(prompt, task_of(task), without=without)
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
+    chosen, rows = labelled(chosen, rows, labels, merge)
     if candidates is not None:
         chosen.check_open()
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
-    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
-    require_targets(as_questions(rows).records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
