@@ -1,11 +1,13 @@
 """What do the number format, the threads and the kind of attention bring to a training step?
 
-Forward and backward of the bare backbone over one batch of short facts; no setting of ptuning's own takes part.
+Forward and backward of the bare backbone over one batch of short facts, where no setting of ptuning's own takes part;
+and, on a processor with units for bfloat16, whole steps of ptuning in either format.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,18 +15,45 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.common import Settings, interleave, parser, ratios, settings_of, spread, write_result
-from benchmarks.material import backbone_of, bare_logits, bare_seconds, bind, every, items_of, repeated
+from benchmarks.common import (
+    Json,
+    Settings,
+    answer,
+    interleave,
+    no_answer,
+    parser,
+    ratios,
+    settings_of,
+    spread,
+    write_result,
+)
+from benchmarks.material import (
+    FACTS_TEMPLATE,
+    backbone_of,
+    bare_logits,
+    bare_seconds,
+    bind,
+    every,
+    items_of,
+    mean_tokens,
+    passes,
+    repeated,
+    train_seconds,
+)
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import has_units
 from ptuning.engine.objective import Item
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 ROWS = 16
-DEFAULT = "float32"
+DEFAULT, HALF = "float32", "bfloat16"
+# Batches in which whole steps are compared, each with a number of steps.
+STEPS = {8: 8, 16: 6, 64: 2}
 METHOD = (
     f"Forward and backward of the bare backbone over {ROWS} rows of {TEMPLATE}, in rounds. All start from the same "
     "weights; off is the largest difference of a logit from float32's, over the largest logit. TF32 is "
-    "measured on a GPU, where it exists."
+    "measured on a GPU, where it exists. bf16-cpu: whole steps of ptuning's Trainer with its defaults on short facts, "
+    "on a processor with units for bfloat16 only."
 )
 
 
@@ -61,6 +90,7 @@ def main(settings: Settings) -> None:
             (logits_of(way, backbones, items, slots=bound.slots) - plain).abs().max() / plain.abs().max()
         )
     found = interleave(contestants, repeats=settings.pick(5, 1), seconds=30, seed=settings.seed, note="arithmetic")
+    steps, gain = steps_of(backbones, settings)
     write_result(
         settings,
         "arithmetic",
@@ -74,11 +104,42 @@ def main(settings: Settings) -> None:
                 "gap": gaps[name],
             }
             for name, values in found.items()
-        ],
-        answers={},
+        ]
+        + steps,
+        answers={"bf16-cpu": gain},
         method=METHOD,
         seconds=time.monotonic() - began,
     )
+
+
+def steps_of(backbones: Mapping[str, Backbone], settings: Settings) -> tuple[list[dict[str, Json]], dict[str, Json]]:
+    """Return a row for each size of batches, with how many times faster a step is in bfloat16 than in float32; and the
+    entry of the summary, the size at which that is least.
+    """
+    device = backbones[DEFAULT].device
+    if device.type != "cpu":
+        return [], no_answer(f"asks for a processor, and this run was on {device.type}")
+    if not has_units():
+        return [], no_answer("no units for bfloat16 on this processor")
+    bound = bind(backbones[DEFAULT], FACTS_TEMPLATE)
+    gains: dict[int, list[float]] = {}
+    for batch_size, steps in STEPS.items():
+        items = repeated(items_of(bound, every("capitals")), batch_size * settings.pick(steps, 1))
+        contestants = {dtype: stepping(backbones[dtype], items, batch_size) for dtype in (DEFAULT, HALF)}
+        name = f"steps of {batch_size}"
+        found = interleave(contestants, repeats=settings.pick(5, 1), seconds=70, seed=settings.seed, note=name)
+        gains[batch_size] = ratios(found[DEFAULT], found[HALF])
+    worst = min(gains, key=lambda size: statistics.median(gains[size]))
+    listed = ", ".join(f"{size}: {statistics.median(values):.2f}" for size, values in gains.items())
+    rows = [{"cell": "steps", "batch_size": size, "bfloat16_gain": spread(values)} for size, values in gains.items()]
+    return rows, answer(gains[worst], f"by size of batches {listed}")
+
+
+def stepping(backbone: Backbone, items: list[Item], batch_size: int) -> Callable[[int], float]:
+    """Return what trains on items for an epoch and returns the seconds of its steps."""
+    bound = bind(backbone, FACTS_TEMPLATE)
+    rows, parts = passes(batch_size, mean_tokens(items))
+    return lambda number: train_seconds(backbone, bound, items, batch_size=rows, parts=parts, seed=number)
 
 
 def ways(device: str) -> Mapping[str, Way]:

@@ -40,6 +40,17 @@ PEER = "PEFT + Trainer"
 GOALS: dict[str, Goal] = {
     "peft-short-16": Goal(f"one prompt, short facts, batch 16, against {PEER}", "training", 1.8),
     "peft-short-64": Goal(f"the same, batch 64, against {PEER}", "training", 2.2),
+    "peft-short-16-auto": Goal(
+        f"one prompt, short facts, batch 16, number format as auto chooses, against {PEER} in its own best format",
+        "training",
+        1.8,
+    ),
+    "peft-short-64-auto": Goal(f"the same, batch 64, against {PEER} in its own best format", "training", 2.2),
+    "bf16-cpu": Goal(
+        "a training step in bfloat16 on a processor with units for it, batches of 8, 16 and 64, worst, against float32",
+        "arithmetic",
+        1.7,
+    ),
     "ceiling-short-16": Goal("one prompt, short facts, batch 16, against bare forward and backward", "training", 0.85),
     "ceiling-short-64": Goal("the same, batch 64, against bare forward and backward", "training", 0.85),
     "late-sentences": Goal(

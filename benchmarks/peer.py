@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.material import synchronised
+from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone, quiet
 from ptuning.engine.objective import Item
 from ptuning.training.encoder import MAX_ENCODER_WIDTH
@@ -41,6 +42,13 @@ IGNORED = -100  # what a label is where nothing is learned
 SETTINGS = (__doc__ or "").split("\n\n", 1)[1].strip()
 # Rows of one forward pass without gradients.
 SCORED_ROWS = 64
+
+
+def with_own_attention(backbone: Backbone) -> Backbone:
+    """Give a model that is loaded for the peer alone the attention that its users have: transformers' own."""
+    for module in backbone.model.modules():
+        setattr(module, MARK, False)
+    return backbone
 
 
 def is_installed() -> bool:

@@ -1,14 +1,18 @@
 """How fast does one prompt train, beside PEFT with transformers' ``Trainer`` and beside the bare backbone?
 
 Cells: short facts, sentences of 20 to 60 tokens, and records of 128 and 512 tokens, in batches of 16 and 64. All three
-read the same tokens: six slots, the text, the target.
+read the same tokens: six slots, the text, the target. Short facts also run in the number format that is best for each.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
 
 from benchmarks.common import (
     Json,
@@ -39,9 +43,10 @@ from benchmarks.material import (
     repeated,
     train_seconds,
 )
-from benchmarks.peer import MISSING, Peer, is_installed, rows_of
+from benchmarks.peer import MISSING, Peer, is_installed, rows_of, with_own_attention
 from benchmarks.peer import SETTINGS as PEER_SETTINGS
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import has_units, short_name
 from ptuning.engine.objective import Item
 from ptuning.records import Record
 
@@ -49,7 +54,9 @@ METHOD = (
     "Samples per second of training steps, in rounds in one process, the three in random order in each. ptuning: its "
     "Trainer with its defaults, from the end of the first development pass to the end of the last step. bare: "
     "forward and backward of the backbone over the same batches, logits at the targets, the embeddings as leaves. "
-    f"All three cut a batch into passes of about {PASS_TOKENS} tokens at most and gather gradients."
+    f"All three cut a batch into passes of about {PASS_TOKENS} tokens at most and gather gradients. They run on one "
+    "loaded model, so the peer has ptuning's attention. On short facts it also runs as its users have it, with "
+    "transformers' attention, in each number format that the device has units for; ptuning chooses its own (auto)."
 )
 
 
@@ -74,8 +81,8 @@ class Cell:
 # A cell of one round is left out on a machine where that round would take longer.
 MOST_SECONDS = 300.0
 FULL = (
-    Cell("short", 0, 0, 16, 6, 5, 70),
-    Cell("short", 0, 0, 64, 2, 5, 70),
+    Cell("short", 0, 0, 16, 6, 5, 100),
+    Cell("short", 0, 0, 64, 2, 5, 100),
     Cell("sentences", 20, 60, 16, 2, 3, 50),
     Cell("sentences", 20, 60, 64, 1, 3, 60),
     Cell("long-128", 128, 128, 16, 1, 3, 50),
@@ -94,7 +101,9 @@ def main(settings: Settings) -> None:
     """Measure all cells."""
     began = time.monotonic()
     backbone = backbone_of(settings)
-    measure(Cell("warm-up", 0, 0, 16, 1, 1, 0), backbone, settings)  # what a process does once, before the clock runs
+    others = own_formats(backbone, settings)
+    # What a process does once, before the clock runs.
+    measure(Cell("warm-up", 0, 0, 16, 1, 1, 0), backbone, settings, others=others)
     rows: list[dict[str, Json]] = []
     answers: dict[str, dict[str, Json]] = {}
     left_out, last_round = "", 0.0
@@ -104,13 +113,14 @@ def main(settings: Settings) -> None:
             say(left_out.strip())
             continue
         start = time.monotonic()
-        found = measure(cell, backbone, settings)
+        found = measure(cell, backbone, settings, others=others if cell.kind == "short" else {})
         last_round = (time.monotonic() - start) / len(found["bare"][1])
         rows += [row for row, _ in found.values()]
         rates = {name: values for name, (_, values) in found.items()}
         if cell.kind == "short":
             size = 16 if cell.batch_size in (4, 16) else 64
             answers |= short_answers(rates, size)
+            answers[f"peft-short-{size}-auto"] = best_format_answer(rates, [*others], backbone, settings)
     write_result(
         settings,
         "training",
@@ -133,8 +143,37 @@ def short_answers(rates: dict[str, list[float]], batch_size: int) -> dict[str, d
     }
 
 
-def measure(cell: Cell, backbone: Backbone, settings: Settings) -> dict[str, tuple[dict[str, Json], list[float]]]:
-    """Return, for each contestant, its row and its samples per second in every round."""
+def own_formats(backbone: Backbone, settings: Settings) -> dict[str, Backbone]:
+    """Return, by names for people, what the peer runs on as its users have it: transformers' attention, in each number
+    format that the device has units for. Nothing without a peer, or where ``auto`` does not choose ours.
+    """
+    if settings.dtype != "auto" or not is_installed():
+        return {}
+    device = backbone.device
+    has_half = has_units() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    formats = ("float32", "bfloat16") if has_half else ("float32",)
+    return {f"peft, {name}": with_own_attention(backbone_of(replace(settings, dtype=name))) for name in formats}
+
+
+def best_format_answer(
+    rates: Mapping[str, list[float]], peers: Sequence[str], backbone: Backbone, settings: Settings
+) -> dict[str, Json]:
+    """Return the entry on short facts in the number formats that are fastest for either."""
+    if settings.dtype != "auto":
+        return no_answer("asks for --dtype auto")
+    if not peers:
+        return no_answer(MISSING)
+    best = max(peers, key=lambda name: statistics.median(rates[name]))
+    note = f"capitals, six slots; ptuning in {short_name(backbone.dtype)}; best of the peer: {best}"
+    return answer(ratios(rates["ptuning"], rates[best]), note)
+
+
+def measure(
+    cell: Cell, backbone: Backbone, settings: Settings, *, others: Mapping[str, Backbone]
+) -> dict[str, tuple[dict[str, Json], list[float]]]:
+    """Return, for each contestant, its row and its samples per second in every round; ``others`` are further models
+    that the peer runs on.
+    """
     items, template = records_of(cell, backbone, settings)
     bound = bind(backbone, template)
     tokens = mean_tokens(items)
@@ -149,11 +188,15 @@ def measure(cell: Cell, backbone: Backbone, settings: Settings) -> dict[str, tup
         order = random.Random(number).sample(items, len(items))
         return len(items) / bare_seconds(backbone, order, batch_size=batch_size, slots=SLOTS)
 
-    def peer(number: int) -> float:
-        with Peer(backbone, slots=SLOTS, seed=number) as model:
-            return len(items) / model.train(peer_rows, epochs=1, batch_size=batch_size, parts=parts, seed=number)
+    def peer_on(model: Backbone) -> Callable[[int], float]:
+        def run(number: int) -> float:
+            with Peer(model, slots=SLOTS, seed=number) as prompt:
+                return len(items) / prompt.train(peer_rows, epochs=1, batch_size=batch_size, parts=parts, seed=number)
 
-    contestants = {"ptuning": ours, "bare": bare} | ({"peft": peer} if is_installed() else {})
+        return run
+
+    peers = {"peft": backbone, **others} if is_installed() else {}
+    contestants = {"ptuning": ours, "bare": bare, **{name: peer_on(model) for name, model in peers.items()}}
     found = interleave(contestants, repeats=cell.repeats, seconds=cell.seconds, seed=settings.seed, note=cell.name)
     line = ", ".join(f"{name} {spread(values)['median']:.1f}" for name, values in found.items())
     say(f"  {cell.name}: {line} samples/s ({tokens:.0f} tokens)")

@@ -11,8 +11,9 @@ from benchmarks.material import backbone_of, bind, every, seconds_of
 from ptuning.backbone.backbone import quiet
 from ptuning.config import GenerationSettings
 from ptuning.engine.batch import collate
-from ptuning.engine.generate import write_answers
 from ptuning.engine.passes import inject
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import write_answers
 from ptuning.prompt.prompt import Prompt
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
@@ -37,9 +38,8 @@ def main(settings: Settings) -> None:
     texts: dict[str, list[str]] = {}
 
     def ours() -> None:
-        found = write_answers(
-            backbone, bound, records, learned, settings=how, top_k=1, max_tokens=tokens, pad_side="right"
-        )
+        rows = [OpenRow(bound, record, tokens) for record in records]
+        found = write_answers(backbone, rows, learned, settings=how, top_k=1, pad_side="right")
         texts["ptuning"] = [row[0].text for row in found]
 
     def generate() -> None:

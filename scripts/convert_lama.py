@@ -22,16 +22,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ptuning.data.layouts import FACT_SUFFIXES, FACTS, PART_NAMES, PATTERN_FOLDER, RELATION_LIST
 from ptuning.data.reading import SPLITS, SUFFIXES, raw_rows
-from ptuning.data.relations import (
-    FACT_SUFFIXES,
-    FACTS,
-    GOOGLE_RE_TEMPLATES,
-    PART_NAMES,
-    PATTERN_FOLDER,
-    RELATION_LIST,
-    relation_of,
-)
+from ptuning.data.relations import GOOGLE_RE_TEMPLATES, relation_of
 from ptuning.errors import FileError, PTuningError, RecordError
 from ptuning.files import read_bytes, write_json_lines
 from ptuning.names import is_folder_name, publish_folder

@@ -39,6 +39,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.engine.objective import Item, target_items
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
+from ptuning.template import known
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Template
 
@@ -90,6 +91,11 @@ def load_script(name: str) -> ModuleType:
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _warned_anew() -> None:
+    known._warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

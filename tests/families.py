@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -349,6 +350,27 @@ def unigram(
         model_max_length=CONTEXT,
         **{name: value for name, value in given.items() if not isinstance(value, str) or value in specials},
     )
+
+
+def without_words(name: str) -> Backbone:
+    """Return a family's backbone with a tokenizer that has its special tokens alone, as if its vocabulary was lost."""
+    whole = tokenizer_of(FAMILIES[name].tokenizer)
+    written = json.loads(whole.backend_tokenizer.to_str())
+    model, specials = written["model"], [token["content"] for token in written["added_tokens"]]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: model["vocab"][token] for token in specials}
+    else:
+        model["vocab"] = [one for one in model["vocab"] if one[0] in (*specials, "▁")]
+    if "merges" in model:
+        model["merges"] = []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)),
+        model_max_length=CONTEXT,
+        **{key: token for key, token in whole.special_tokens_map.items() if isinstance(token, str)},
+    )
+    backbone = Backbone(model_of(name), tokenizer, name=name)
+    backbone.freeze()
+    return backbone
 
 
 def examine(name: str) -> Row:

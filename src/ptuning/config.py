@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,42 @@ EncoderKind = Literal["lstm", "mlp", "none"]
 RandomStart = Literal["random", "vocabulary"]
 Tune = Literal["frozen", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
+Setting = int | float | str | bool  # the value of one
 
 # Version of the training code. Raise it when the same settings give another result, so that older results and
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
+
+# What transformers' TrainingArguments and peft's configurations call our settings.
+SETTING_ALIASES: Mapping[str, str] = {
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "warmup_ratio": "warmup_fraction",
+    "max_seq_length": "max_length",
+    "early_stopping_patience": "patience",
+    "gradient_checkpointing": "checkpointing",
+    "encoder_dropout": "dropout",
+    "lora_r": "lora_rank",
+    "target_modules": "lora_targets",
+}
+
+# Settings of a part that only some methods train; all others act on every training.
+SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
+BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
+    "tuned": ("backbone_lr", "backbone_weight_decay"),
+    "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
+}
+# Settings that a comparison does not vary -> what is there instead.
+NOT_VARIED: Mapping[str, str] = {
+    "seed": "--seeds N repeats the methods with other seeds",
+    "tune": "--methods names methods that train the backbone as well",
+    "dev_fraction": "all methods choose on the same development part",
+    "keep": "it changes no result",
+}
 
 # Bounds of a temperature and of a repetition penalty: logits multiplied or divided by them stay finite.
 LEAST, MOST = 1e-6, 1e6
@@ -131,9 +164,13 @@ class TrainConfig:
         """Bytes on the disk for the prefix cache."""
         return int(min(self.cache_disk * 1e9, sys.maxsize))
 
-    def to_json(self) -> dict[str, int | float | str | bool]:
+    def to_json(self) -> dict[str, Setting]:
         """Return the settings as in ``run.json``."""
         return dataclasses.asdict(self)
+
+    def with_settings(self, values: Mapping[str, object]) -> TrainConfig:
+        """Return the settings with some changed; a ConfigError as of :meth:`from_json`."""
+        return TrainConfig.from_json({**self.to_json(), **values})
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> TrainConfig:
@@ -227,7 +264,9 @@ def _check_known(settings: type[TrainConfig | GenerationSettings], values: Mappi
     known = [item.name for item in dataclasses.fields(settings)]
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown setting '{name}'.{closest(name, known)} Known: {', '.join(known)}")
+            ours = SETTING_ALIASES.get(name)
+            hint = f" Here it is called '{ours}'." if ours in known else closest(name, known)
+            raise ConfigError(f"unknown setting '{name}'.{hint} Known: {', '.join(known)}")
 
 
 def _are_texts(values: object) -> bool:
@@ -250,6 +289,27 @@ def listed_names(names: Sequence[str] | str) -> list[str]:
     """Return names given as a list, or as one text with commas."""
     given = names.split(",") if isinstance(names, str) else names
     return [name.strip() for name in given if name.strip()]
+
+
+def setting_of(text: str) -> tuple[str, Setting]:
+    """Read ``NAME=VALUE``; the value is JSON, or else the text as it is."""
+    name, _, value = text.partition("=")
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = value
+    return name, found if isinstance(found, int | float | str) else value
+
+
+def as_setting(name: str, value: Setting) -> str:
+    """Write a setting as :func:`setting_of` reads it."""
+    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def acts_on(setting: str, *, tune: Tune | None, learns_slots: bool) -> bool:
+    """Whether a setting changes anything for a training of this kind."""
+    others = [name for kind, names in BACKBONE_SETTINGS.items() if kind != tune for name in names]
+    return setting not in others and (learns_slots or setting not in SLOT_SETTINGS)
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0) -> int:

@@ -19,19 +19,68 @@ class Answer:
     """The answer to one record, and whether it is the target (``hit``).
 
     ``rank`` is the one-based rank of the target among the possible answers, 0 if it is not among them, None if they
-    were not ranked. ``log_prob`` is the natural log-probability of the answer, where there is one.
+    were not ranked. ``log_prob`` is its natural log-probability, where there is one. ``known`` is false if
+    the tokenizer does not tell the target from unknown text or a wrong answer: the row scores nothing then.
     """
 
     text: str
     hit: bool
     rank: int | None = None
     log_prob: float | None = None
+    known: bool = True
 
     @classmethod
     def of_ranked(cls, texts: Sequence[str], right: Collection[str]) -> Answer:
         """Return the answer of a method that ranks texts; a target that is not among them has rank 0."""
         rank = next((at for at, text in enumerate(texts, start=1) if text in right), 0)
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """How well a label is told from the others: precision, recall and F1, each 0 where there is nothing to count, and
+    ``n``, the number of rows whose target it is. Source: scikit-learn, ``precision_recall_fscore_support``.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix: ``counts[i][j]`` rows whose target is ``labels[i]`` were answered with ``labels[j]``."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str], targets: Sequence[str], answers: Sequence[str]) -> Confusion:
+        """Count pairs of targets and answers, which are labels; other answers are left out."""
+        found = Counter(zip(targets, answers, strict=True))
+        return cls(tuple(labels), tuple(tuple(found[target, answer] for answer in labels) for target in labels))
+
+    @property
+    def scores(self) -> dict[str, LabelScore]:
+        """Precision, recall and F1 of each label."""
+        found = {}
+        for at, label in enumerate(self.labels):
+            hits, given, right = self.counts[at][at], sum(row[at] for row in self.counts), sum(self.counts[at])
+            shares = (hits / given if given else 0.0, hits / right if right else 0.0)
+            found[label] = LabelScore(*shares, 2 * hits / (given + right) if given + right else 0.0, right)
+        return found
+
+    def shortened(self, most: int, *, others: str) -> Confusion:
+        """Return the matrix of the ``most`` frequent targets, in their order, with all others as one label."""
+        if len(self.labels) <= most:
+            return self
+        by_size = sorted(range(len(self.labels)), key=lambda at: -sum(self.counts[at]))
+        groups = [*([at] for at in sorted(by_size[:most])), by_size[most:]]
+        counts = [
+            [sum(self.counts[row][at] for row in rows for at in columns) for columns in groups] for rows in groups
+        ]
+        return Confusion((*(self.labels[at] for (at,) in groups[:-1]), others), tuple(map(tuple, counts)))
 
 
 class Asked(Protocol):
@@ -111,13 +160,18 @@ def normalised(text: str) -> str:
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return max((_word_f1(normalised(prediction).split(), normalised(one).split()) for one in answers), default=0.0)
+    """Return the F1 of the words against the closest right answer. Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    An empty text is no answer, not even to a question whose answer is an article.
+    """
+    words, right = normalised(prediction).split(), (normalised(one).split() for one in answers)
+    return max((_word_f1(words, one) for one in right), default=0.0) if prediction.strip() else 0.0
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1."""
-    return float(normalised(prediction) in map(normalised, answers))
+    """Return 1.0 for a right answer, both :func:`normalised`. Source: Zhang et al. (2018), ReCoRD, section 5.1.
+    An empty text is no answer.
+    """
+    return float(bool(prediction.strip()) and normalised(prediction) in map(normalised, answers))
 
 
 def _hits(answers: Sequence[Answer], _: Sequence[Asked]) -> list[float]:
@@ -128,7 +182,9 @@ def _exact_matches(answers: Sequence[Answer], asked: Sequence[Asked]) -> list[fl
     if not asked:
         return _hits(answers, asked)
     pairs = zip(answers, asked, strict=True)
-    return all_right([max(float(one.hit), exact_match(one.text, row.right)) for one, row in pairs], _groups(asked))
+    return all_right(
+        [max(float(one.hit), exact_match(one.text, _right(one, row))) for one, row in pairs], _groups(asked)
+    )
 
 
 def _f1_counts(predictions: Sequence[str], targets: Sequence[str], labels: Sequence[str]) -> Ratios:
@@ -150,7 +206,11 @@ def _ranks(answers: Sequence[Answer]) -> list[int]:
 
 
 def _texts(answers: Sequence[Answer]) -> list[str]:
-    return [answer.text for answer in answers]
+    return [answer.text if answer.known else "" for answer in answers]
+
+
+def _right(answer: Answer, asked: Asked) -> Sequence[str]:
+    return asked.right if answer.known else ()
 
 
 def _targets(asked: Sequence[Asked]) -> list[str]:
@@ -201,7 +261,9 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "f1",
             "F1",
-            lambda answers, asked: [word_f1(one.text, row.right) for one, row in zip(answers, asked, strict=True)],
+            lambda answers, asked: [
+                word_f1(one.text, _right(one, row)) for one, row in zip(answers, asked, strict=True)
+            ],
         ),
         Metric(EXACT_MATCH, "exact match", _exact_matches, by_default=True, primary=True),
     )

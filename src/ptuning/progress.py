@@ -14,14 +14,17 @@ class Progress:
     """The progress of a run, which callbacks (``report``) get.
 
     Args:
-        stage: ``train`` after each step, ``dev`` while the development part is scored, ``epoch`` after that (also
-            before training, as epoch 0), ``cache`` while the KV cache of the text before the slots is filled.
+        stage: ``suite`` before and after each cell of a comparison, ``train`` after each step, ``dev`` while the
+            development part is scored, ``epoch`` after that (also before training, as epoch 0), ``cache`` while the KV
+            cache of the text before the slots is filled.
         done, total: Records, for ``cache`` tokens, and for ``epoch`` epochs.
         note: What a person reads.
         name: Which training it is, where there are several: the prompt of a fleet, the cell of a comparison.
         numbers: Of a training: ``step`` (optimizer steps taken) and ``epoch``; after a step its ``loss`` (mean over
             the tokens, or records with labels, of the batch), ``lr`` (learning rate) and ``tokens_per_second``; after
             an epoch ``train_loss`` (its mean, not before training), ``dev_loss`` and ``dev_score``.
+        seconds_left: Of a comparison: how long its other cells will take.
+        untimed: How many cells this leaves out, because no cell of their method is finished yet.
     """
 
     stage: str
@@ -30,6 +33,8 @@ class Progress:
     note: str
     name: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
+    seconds_left: float | None = None
+    untimed: int = 0
 
 
 OnProgress = Callable[[Progress], None]

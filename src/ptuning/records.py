@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,3 +184,19 @@ def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
             f"{records.place(number)}: no target; the field '{field}' is missing or empty, the record has "
             f"{', '.join(sorted(record)) or 'no fields'}. {remedy}"
         )
+
+
+def require_fields(records: Records, fields: Sequence[str]) -> None:
+    """Raise a RecordError at the first record that lacks one of the fields; it says where the record stands, what it
+    has, and what to type if another of its fields is meant.
+    """
+    for number, record in enumerate(records, start=1):
+        for name in fields:
+            if name in record:
+                continue
+            others = [other for other in record if other != TARGET_FIELD]
+            meant = difflib.get_close_matches(name, others, n=1) or (others if len(others) == 1 else ["NAME"])
+            raise RecordError(
+                f"{records.place(number)}: no text in the field '{name}'; its fields: {', '.join(record) or 'none'}. "
+                f"If another one is meant, add --field {name}={meant[0]}"
+            )

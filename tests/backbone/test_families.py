@@ -22,10 +22,10 @@ from ptuning.backbone.families import families as shipped
 from ptuning.backbone.loading import load_backbone, load_tokenizer
 from ptuning.backbone.probes import check_reading
 from ptuning.config import GenerationSettings, TrainConfig
-from ptuning.engine.ending import Written
-from ptuning.engine.generate import write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.writing.ending import OpenRow, Written
+from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
 from ptuning.prompt.predict import PromptModel
@@ -229,12 +229,10 @@ def test_written_answers(name: str) -> None:
         assert prompt.slot_vectors is not None
         found = write_answers(
             backbone,
-            filled,
-            RECORDS,
+            [OpenRow(filled, row, 5) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(),
             top_k=1,
-            max_tokens=5,
             pad_side="right",
         )
         for record, answers in zip(RECORDS, found, strict=True):
@@ -243,23 +241,19 @@ def test_written_answers(name: str) -> None:
         # Beams are those of each record alone.
         beams = write_answers(
             backbone,
-            filled,
-            RECORDS,
+            [OpenRow(filled, row, 4) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(num_beams=3),
             top_k=3,
-            max_tokens=4,
             pad_side="right",
         )
         for record, answers in zip(RECORDS, beams, strict=True):
             alone = write_answers(
                 backbone,
-                filled,
-                [record],
+                [OpenRow(filled, record, 4)],
                 prompt.learned(backbone),
                 settings=GenerationSettings(num_beams=3),
                 top_k=3,
-                max_tokens=4,
                 pad_side="right",
             )[0]
             assert [one.text for one in answers] == [one.text for one in alone]
@@ -421,12 +415,10 @@ def test_beams_without_a_cache_are_those_with_one(monkeypatch: pytest.MonkeyPatc
         filled = bound(backbone, TEMPLATE)
         return write_answers(
             backbone,
-            filled,
-            RECORDS,
+            [OpenRow(filled, row, 6) for row in RECORDS],
             prompt.learned(backbone),
             settings=GenerationSettings(num_beams=3),
             top_k=3,
-            max_tokens=6,
             pad_side="right",
         )
 

@@ -390,3 +390,11 @@ def test_kinds() -> None:
     assert kind_of(Named(model_type="t5"), has_mask=False) == "encoder-decoder"
     with pytest.raises(BackboneError, match="model type 'vit' has neither"):
         kind_of(named(model_type="vit"), has_mask=False)
+
+
+def test_the_unknown_token_of_the_vocabulary_itself_counts_where_none_is_named() -> None:
+    raw = tokenizer_of("bert")
+    bare = PreTrainedTokenizerFast(tokenizer_object=raw.backend_tokenizer, model_max_length=64)
+    assert bare.unk_token_id is None
+    assert TextTokenizer(bare, max_tokens=64).unknown_id == raw.unk_token_id
+    assert TextTokenizer(tokenizer_of("gpt2"), max_tokens=64).unknown_id == tokenizer_of("gpt2").unk_token_id

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,8 @@ import typer
 import ptuning.backbone.loading
 from ptuning import Prompt
 from ptuning.cli import app, terminal
-from ptuning.cli.commands import prompts
-from ptuning.cli.help import GENERAL, group_of
+from ptuning.cli.commands import predict
+from ptuning.cli.help import EXIT_CODES, GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
@@ -52,12 +53,12 @@ class Outcome:
     err: str
 
 
-def call(*args: object, stdin: bytes = b"") -> Outcome:
-    """Run a command line in this process, as ``ptuning`` does."""
+def call(*args: object, stdin: bytes | io.StringIO = b"") -> Outcome:
+    """Run a command line in this process, as ``ptuning`` does; ``stdin`` may be a stand-in for a terminal."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["ptuning", *map(str, args)])
-        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)) if isinstance(stdin, bytes) else stdin)
         try:
             app.main()
         except SystemExit as stop:
@@ -192,6 +193,16 @@ def test_help_of_every_command_has_an_example() -> None:
 def commands_of(group: Any) -> Iterator[Any]:
     for command in group.commands.values():
         yield from commands_of(command) if hasattr(command, "commands") else [command]
+
+
+def test_the_help_says_what_the_exit_codes_mean() -> None:
+    """The same as the page of files."""
+    shown = works("--help")
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    for code, _ in EXIT_CODES:
+        assert re.search(rf"^  {code} +[a-z]", shown, re.MULTILINE)
+        assert f"| {code} |" in page
+    assert "Exit codes" not in works("train", "--help")
 
 
 def test_every_option_stands_in_a_group_of_the_help() -> None:
@@ -385,6 +396,15 @@ def test_train_prints_results_on_one_stream_and_progress_on_the_other(llama: str
     assert f"development part: 2 records of {data}/train.jsonl (20% set aside, seed 0)\n" in done.out
     assert "\nprompt:  out/prompt\n" in done.out
     assert f"\nnext:    {terminal.program()} eval out --data FILE\n" in done.out
+
+
+def test_train_prints_its_record_as_json(llama: str, data: Path) -> None:
+    args = ("--data", data / "train.jsonl", "--manual", "[X] is [Y]", "--backbone", llama, "--out", "out", *QUICK)
+    done = call("train", *args, "--json")
+    assert "epoch 2/2" in done.err
+    found = json.loads(done.out)
+    assert found.pop("prompt") == "out/prompt"
+    assert found == json.loads(Path("out/run.json").read_text(encoding="utf-8"))
 
 
 def test_train_with_development_data(llama: str, data: Path) -> None:
@@ -600,7 +620,7 @@ def test_predict_a_text(run_folder: Path) -> None:
 def test_predict_records_from_a_file_and_from_the_input(
     run_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "PREDICTED_ROWS", 3)  # so that the four records take two steps
+    monkeypatch.setattr(predict, "PREDICTED_ROWS", 3)  # so that the four records take two steps
     from_file = works("predict", run_folder, "--data", data / "dev.jsonl", "--json")
     from_input = works("predict", run_folder, "--data", "-", "--json", stdin=(data / "dev.jsonl").read_bytes())
     assert from_file == from_input
@@ -882,6 +902,8 @@ def test_bad_label_words(labels: str, says: list[str], bert: str, data: Path) ->
         (["--epoch", "3"], ["unknown option '--epoch'. Did you mean '--epochs'?"]),
         (["--patence=3"], ["unknown option '--patence'. Did you mean --set patience=VALUE?"]),
         (["--weight-decay", "1"], ["Did you mean --set weight_decay=VALUE?"]),
+        (["--learning-rate", "1"], ["unknown option '--learning-rate'. Did you mean '--lr'?"]),
+        (["--warmup-ratio=0.1"], ["Did you mean --set warmup_fraction=VALUE?"]),
         (["--set", "epoch=3"], ["unknown setting 'epoch'. Did you mean 'epochs'?"]),
         (["--set", "epochs"], ["'epochs' is not --set NAME=VALUE"]),
         (["--set", "patience=soon"], ["setting 'patience' is 'soon'; it must be a whole number"]),
@@ -1123,7 +1145,14 @@ def test_bad_input_of_predict(run_folder: Path, label_run: Path, data: Path, lla
     fails("predict", run_folder, "Kenya", "--data", data / "dev.jsonl", says=["give either a TEXT or --data"])
     fails("predict", run_folder, "--data", "-", says=["standard input holds no records"])
     fails("predict", run_folder, "--data", "-", stdin=b'{"x": "a"}\n{', says=["standard input, line 2: not a JSON"])
-    fails("predict", run_folder, "--data", "-", stdin=b'{"z": "a"}\n', says=["no field 'x'", "its fields: z"])
+    fails(
+        "predict",
+        run_folder,
+        "--data",
+        "-",
+        stdin=b'{"z": "a"}\n',
+        says=["standard input, line 1: no text in the field 'x'", "fields: z", "--field x=z"],
+    )
     fails("predict", "manual:{a} {b} [Y]", "Kenya", says=["a TEXT fills one field", "reads a, b; use --data"])
     fails("predict", "manual:So [Y]", "Kenya", says=["the template reads none"])
     fails(

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from ptuning.backbone.sources import LoadOptions
 from ptuning.cli import inputs
+from ptuning.cli.options import AskedBackbone
 from ptuning.data.relations import read_relations
 from ptuning.data.task_files import TaskFile, find_split
-from ptuning.errors import ConfigError, FileError, PTuningError, RecordError
-from ptuning.prompt.prompt import Prompt
+from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
+from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import require_fields
 from ptuning.report.results_file import read_results
+from ptuning.template.language import Template
 from ptuning.training.fleet_file import read_fleet
 
 
@@ -36,19 +40,106 @@ def test_a_manual_prompt_is_made_on_the_spot() -> None:
         inputs.prompt_of("missing")
 
 
+def test_a_prompt_whose_backbone_has_moved_says_how_to_name_it() -> None:
+    """A prompt records where its backbone lay, such as the path of a GGUF file, which another folder does not have."""
+    own = BackboneId("../moved.gguf", None, "0-0")
+    prompt = Prompt(Template.parse("[X] is [Y]"), backbone=own)
+    unasked, asked = (AskedBackbone(name, LoadOptions()) for name in (None, "./nowhere"))
+    with pytest.raises(BackboneError, match=r"'\.\./moved\.gguf'.*learned on this backbone.* say where: --backbone"):
+        inputs.load(unasked, prompt=prompt)
+    with pytest.raises(BackboneError, match=r"'\./nowhere'") as found:
+        inputs.load(asked, prompt=prompt)
+    assert "learned on" not in str(found.value)
+
+
+def given(
+    monkeypatch: pytest.MonkeyPatch,
+    typed: bytes,
+    prompt: Prompt,
+    field: list[str] | None = None,
+    *,
+    text: str | None = None,
+    data: str | None = None,
+) -> inputs.ToAnswer:
+    """Read what to answer from the standard input, which ``text`` or ``data`` names."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    return inputs.data_to_answer(prompt, text, data, field)
+
+
 def test_data_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = Prompt.manual("[X] is [Y]")
-    assert inputs.data_to_answer(prompt, "Kenya", None, None) == [{"x": "Kenya"}]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"name": "Peru"}\n')))
-    assert inputs.data_to_answer(prompt, None, "-", ["x=name"]) == [{"x": "Peru"}]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    with pytest.raises(RecordError, match="the standard input holds no records"):
-        inputs.data_to_answer(prompt, None, "-", None)
-    for text, data in ((None, None), ("Kenya", "facts.csv")):
+    assert inputs.data_to_answer(prompt, "Kenya", None, None).questions.records == [{"x": "Kenya"}]
+    for text, data in (("-", None), (None, "-")):
+        found = given(monkeypatch, b'{"name": "Peru"}\n', prompt, ["x=name"], text=text, data=data)
+        assert found.questions.records == [{"x": "Peru"}]
+        with pytest.raises(RecordError, match="the standard input holds no records: lines of text, CSV or JSONL"):
+            given(monkeypatch, b"\n \n", prompt, text=text, data=data)
+    for text, data in ((None, None), ("Kenya", "facts.csv"), ("-", "-")):
         with pytest.raises(ConfigError, match="give either a TEXT or --data"):
             inputs.data_to_answer(prompt, text, data, None)
     with pytest.raises(ConfigError, match="a TEXT fills one field, and the template reads x, z; use --data"):
         inputs.data_to_answer(Prompt.manual("[X] in {z} is [Y]"), "Kenya", None, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "texts", "rows"),
+    [
+        (b"a\nb\n", ["a", "b"], [{"message": "a"}, {"message": "b"}]),
+        (b"a, b\r\n\n[c] d", ["a, b", "", "[c] d"], [{"message": one} for one in ("a, b", "", "[c] d")]),
+        (b"message\na\n", ["a"], [{"message": "a"}]),
+        (b"id;message\n1;a, b\n", ["a, b"], [{"id": "1", "message": "a, b"}]),
+        (b'message\tid\n"a\t1\n', ['"a'], [{"message": '"a', "id": "1"}]),
+        (b'{"id": 1, "message": "a"}\n', ["a"], [{"id": 1, "message": "a"}]),
+        (b'[{"message": "a"}]', ["a"], [{"message": "a"}]),
+    ],
+)
+def test_the_input_is_recognised_by_its_content(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, texts: list[str], rows: list[dict[str, object]]
+) -> None:
+    """Lines of text, CSV with commas, semicolons or tabs, JSONL, a JSON array; also in a file with any ending."""
+    prompt = Prompt.manual("{message} is [Y]")
+    Path("mail.dat").write_bytes(data)
+    for found in (given(monkeypatch, data, prompt, text="-"), inputs.data_to_answer(prompt, None, "mail.dat", None)):
+        assert [one.record["message"] for one in found.questions] == texts
+        assert [row for _, row in found.rows] == rows
+
+
+def test_lines_of_a_text_file_are_texts_whatever_they_look_like() -> None:
+    Path("mail.txt").write_text('{"message": "a"}\nmessage\n', encoding="utf-8")
+    found = inputs.data_to_answer(Prompt.manual("{message} is [Y]"), None, "mail.txt", None)
+    assert [one.record["message"] for one in found.questions] == ['{"message": "a"}', "message"]
+    with pytest.raises(RecordError, match=r"mail\.txt holds lines of text, which fill one field, and the fields a, b"):
+        inputs.data_to_answer(Prompt.manual("{a} {b} [Y]"), None, "mail.txt", None)
+
+
+def test_a_field_that_is_missing_is_named_with_its_line_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to say "no field 'message' in in memory, record 1, answer 1; its fields: msg"."""
+    prompt = Prompt.manual("{message} is [Y]")
+    for data, says in (
+        (b'{"message": "a"}\n{"msg": "x"}\n', "standard input, line 2: .*its fields: msg.*add --field message=msg"),
+        (
+            b'{"msg": "x", "y": "b"}\n',
+            "standard input, line 1: no text in the field 'message'.*add --field message=msg",
+        ),
+        (b"msg,team\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=msg"),
+        (b"a,b\nhello,billing\n", "standard input, line 2: no text in the field 'message'; .*--field message=NAME"),
+        (b'{"message": null}\n', "standard input, line 1: no text in the field 'message'; its fields: none"),
+    ):
+        with pytest.raises(RecordError, match=says):
+            given(monkeypatch, data, prompt, text="-")
+    found = given(monkeypatch, b"msg,team\nhello,billing\n", prompt, ["message=msg"], text="-")
+    assert found.questions.records == [{"message": "hello", "team": "billing"}]
+    Path("mail.csv").write_text("msg;team\na;b\n", encoding="utf-8")
+    with pytest.raises(RecordError, match=r"mail\.csv, line 2: no text in the field 'message'.*message=msg"):
+        require_fields(inputs.records_of("mail.csv", None), ["message"])
+
+
+def test_empty_texts_are_known_with_their_lines() -> None:
+    Path("mail.csv").write_text("message,y\na,b\n ,b\n\n,b\n", encoding="utf-8")
+    found = inputs.data_to_answer(Prompt.manual("{message} is [Y]"), None, "mail.csv", None)
+    assert found.empty_fields(["message"]) == [("mail.csv, line 3", "message"), ("mail.csv, line 5", "message")]
+    with pytest.raises(ConfigError, match="the TEXT is empty"):
+        inputs.data_to_answer(Prompt.manual("{message} is [Y]"), " ", None, None)
 
 
 TASK = """
@@ -110,9 +201,12 @@ def test_prompts_of_a_task() -> None:
 def test_rows_to_answer_are_read_by_the_prompts_task(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = inputs.prompt_of("manual:", write_task())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "z", "label": "unheard of"}\n')))
-    for source in ("-", "d/val.jsonl"):
-        (row,) = inputs.data_to_answer(prompt, None, source, None)
-        assert list(row.record) == ["text"]  # type: ignore[union-attr]
+    for source in ("-", "d/val.jsonl", "d:val"):
+        (row,) = inputs.data_to_answer(prompt, None, source, None).questions
+        assert list(row.record) == ["text"]
+    Path("mail.txt").write_text("one\ntwo\n", encoding="utf-8")
+    found = inputs.data_to_answer(prompt, None, "mail.txt", None).questions
+    assert found.records == [{"text": "one"}, {"text": "two"}]
 
 
 def test_candidates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from ptuning.cli import options
-from ptuning.config import TrainConfig
+from ptuning.config import SETTING_ALIASES, TrainConfig
 from ptuning.errors import ConfigError
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import LabelWords
@@ -29,6 +30,36 @@ def test_settings_of_options_and_of_set() -> None:
     found = options.config_of(["patience=2", "lr=0.01", "learn-to-stop=false", "start=vocabulary"], epochs=3, seed=7)
     assert found == TrainConfig(patience=2, lr=0.01, learn_to_stop=False, start="vocabulary", epochs=3, seed=7)
     assert options.config_of(["epochs=3"], epochs=3) == options.config_of(["epochs=3"], epochs=TrainConfig().epochs)
+
+
+def test_values_to_vary_settings_by() -> None:
+    pairs = ["encoder=mlp,none", "learning_rate=0.1, 1", "learn-to-stop=false", "encoder=lstm"]
+    found = options.varied_by(pairs, TrainConfig())
+    assert found == {"encoder": ["mlp", "none", "lstm"], "lr": [0.1, 1], "learn_to_stop": [False]}
+    for wrong, says in {
+        "encoder": "'encoder' is not --vary NAME=VALUE,VALUE, such as encoder=mlp,none",
+        "encoder=gru": "it must be one of lstm, mlp, none",
+        "epochs=two": "setting 'epochs' is 'two'; it must be a whole number",
+    }.items():
+        with pytest.raises(ConfigError, match=says):
+            options.varied_by([wrong], TrainConfig())
+
+
+def test_other_libraries_words_for_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers' TrainingArguments and peft call them; what they are called here is said once."""
+    words = ["learning-rate=0.01", "per_device_train_batch_size=4", "weight_decay=0.1", "warmup_ratio=0.2", "lora_r=4"]
+    wanted = TrainConfig(lr=0.01, batch_size=4, weight_decay=0.1, warmup_fraction=0.2, lora_rank=4)
+    assert options.config_of(words) == wanted
+    said = capsys.readouterr().err
+    assert said.splitlines()[0] == "learning_rate is called lr here"
+    assert "weight_decay" not in said
+    assert set(SETTING_ALIASES.values()) <= {field.name for field in dataclasses.fields(TrainConfig)}
+    with pytest.raises(ConfigError, match="'lr' is given twice by --set"):
+        options.config_of(["lr=1", "learning_rate=2"])
+    with pytest.raises(ConfigError, match="'epochs' is given twice: 3 by its option, and 4 by --set"):
+        options.config_of(["num_train_epochs=4"], epochs=3)
+    with pytest.raises(ConfigError, match=r"unknown setting 'learning_rate'\. Here it is called 'lr'\."):
+        TrainConfig.from_json({"learning_rate": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,45 @@ def test_a_terminal_shows_bars_and_a_line_per_epoch(screen: Screen) -> None:
     assert "scoring" not in shown  # a stage that is over at once has no bar
 
 
+def test_the_clock_says_how_long_it_takes() -> None:
+    """By the share of a training since this process began with it, and by what a comparison says of its cells."""
+    now = 100.0
+    clock = terminal.Clock(lambda: now)
+    now += 20
+    assert clock.text == "20 s so far"
+    clock(Progress("train", 100, 400, ""))  # resumed
+    clock(Progress("dev", 5, 10, ""))
+    assert clock.text == "20 s so far"
+    now += 60
+    clock(Progress("train", 200, 400, ""))
+    assert clock.text == "1 min so far, at most 2 min left"
+    clock(Progress("suite", 1, 6, "P36 manual", seconds_left=0.0, untimed=5))
+    assert clock.left == "5 cells not timed yet"
+    clock(Progress("suite", 2, 6, "P36 p-tuning", seconds_left=240.0, untimed=1))
+    assert clock.left == "about 4 min left, 1 cell not timed yet"
+    clock(Progress("train", 300, 400, ""))  # of one of its cells
+    assert clock.left == "about 4 min left, 1 cell not timed yet"
+    clock(Progress("suite", 6, 6, "", seconds_left=0.0))
+    assert clock.left == ""
+
+
+def test_a_comparisons_bar_has_its_time_left(screen: Screen) -> None:
+    """It said -:--:-- all the time: cells are too far apart for a speed."""
+    with terminal.bar() as report:
+        report(Progress("suite", 6, 12, "P36 p-tuning", seconds_left=180.0))
+        time.sleep(0.15)
+    assert "about 3 min left" in screen.getvalue()
+    assert "-:--:--" not in screen.getvalue().split("comparing")[1]
+
+
+def test_a_log_has_the_time_in_the_line_of_an_epoch() -> None:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), terminal.bar() as report:
+        report(Progress("train", 10, 40, ""))
+        report(Progress("epoch", 1, 4, "loss 3"))
+    assert err.getvalue() == "epoch 1/4: loss 3; 0 s so far\n"
+
+
 def test_messages_are_printed_as_they_are(screen: Screen) -> None:
     text = "a [bold]template[/] :warning: " + " ".join(["[P*3] [X] [Y]"] * 12) + "\n  ^ column 1"
     terminal.complain(text)

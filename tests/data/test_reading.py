@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import load_records, read_rows, with_fields
+from ptuning.data.reading import load_records, raw_rows, read_rows, with_fields
 from ptuning.data.splits import split_records
 from ptuning.errors import FileError, RecordError
 from ptuning.files import sha256
@@ -35,6 +35,8 @@ def write(folder: Path, name: str, data: str | bytes) -> Path:
         ("a.JSON", '{"x": "Kenya", "y": "Nairobi"}\n{"x": "São Tomé", "y": "\\"b\\", a"}'),
         ("a.csv", 'x,y\nKenya,Nairobi\n\n"São Tomé","""b"", a"\n'),
         ("a.csv", 'x,y\r\nKenya,Nairobi\r\n"São Tomé","""b"", a"'),
+        ("a.csv", 'x;y\nKenya;Nairobi\nSão Tomé;"""b"", a"\n'),
+        ("a.csv", 'x\ty\nKenya\tNairobi\n"São Tomé"\t"""b"", a"\n'),
         ("a.tsv", 'x\ty\nKenya\tNairobi\nSão Tomé\t"b", a\n'),
     ],
 )
@@ -46,6 +48,31 @@ def test_every_text_format_gives_the_same_records(tmp_path: Path, name: str, tex
     assert list(records) == ROWS
     assert records.name == str(tmp_path / name)
     assert records.sha256 == sha256(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("a;b\nhello, you;1\nhello;2\n", ["a", "b"]),
+        ("a,b\n1;2,3\n4;5,6\n", ["a", "b"]),
+        ("a\tb\n1,2\t3\n", ["a", "b"]),
+        ('"a;b",c\n1,2\n', ["a;b", "c"]),
+        ('a;b\n"1\n;2";3\n', ["a", "b"]),
+        ("name; surname\nAda\nBob\n", ["name; surname"]),
+        ("text\na; b\nc\n", ["text"]),
+        ("a;b\n", ["a", "b"]),
+    ],
+)
+def test_what_separates_a_csv_is_seen_in_its_first_rows(text: str, columns: list[str]) -> None:
+    assert list(raw_rows(text.encode(), name="a.csv").columns) == columns
+
+
+def test_a_mixed_csv_is_named_with_its_line() -> None:
+    """Most rows decide, so that a row with another mark is an error, and no row of one cell."""
+    with pytest.raises(RecordError, match=r"a\.csv, line 3: 1 cells, and the header has 2 .*by semicolons"):
+        read_rows(b"x;y\n1;2\n3,4\n", name="a.csv")
+    with pytest.raises(RecordError, match=r"line 2: 3 cells, .*separated by commas; .*stands in quotation marks"):
+        read_rows(b"x,y\nhello, you,1\n", name="a.csv")
 
 
 def test_parquet(tmp_path: Path) -> None:

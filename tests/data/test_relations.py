@@ -215,6 +215,61 @@ def test_files_that_name_no_relation_are_relations_themselves(tmp_path: Path) ->
     ]
 
 
+OWN: Rows = [
+    {"relation": name, "subject": f"Land {number}", "object": f"Town {number}"}
+    for number in range(6)
+    for name in ("P36", "P1376")
+]
+
+
+def test_own_facts_in_one_file_with_own_names_of_columns(tmp_path: Path) -> None:
+    """The rows name their relations, and fields are read under other names."""
+    path = write(tmp_path / "facts.csv", OWN)
+    write(tmp_path / "relations.jsonl", LIST)
+    fields = {"sub_label": "subject", "obj_label": "object"}
+    for source in (tmp_path, path):
+        first, second = read_relations(source, fields=fields)
+        assert (first.name, second.name) == ("P36", "P1376")
+        assert first.template == "The capital of [X] is [Y] ."
+        assert second.template is None
+        assert pairs(second.parts["facts"]) == [(f"Land {number}", f"Town {number}") for number in range(6)]
+    (only,) = read_relations(path, which=["P1376"], fields={"predicate_id": "relation", **fields})
+    assert pairs(only.parts["facts"]) == pairs(second.parts["facts"])
+    with pytest.raises(
+        RecordError, match=r"'P63'\. Did you mean 'P36'\? Found: P36, P1376, 1-1, all\. A relation is named by"
+    ):
+        read_relations(path, which=["P63"], fields=fields)
+    with pytest.raises(RecordError, match=r"facts\.csv, line 2: no field 'subjekt' to use as 'x'; it has object, re"):
+        read_relations(path, fields={"x": "subjekt"})
+    with pytest.raises(RecordError, match=r"has object, relation, subject\. Name yours with --field sub_label=NAME"):
+        read_relations(path)
+    path.write_text(f"{path.read_text()}\n ,Oslo,Norway\n")
+    with pytest.raises(RecordError, match=r"facts\.csv, line 14: the row names no relation, and others of its file do"):
+        read_relations(path, fields=fields)
+
+
+def test_rows_of_one_relation_are_found_by_its_name_and_by_the_file_s(tmp_path: Path) -> None:
+    write(tmp_path / "facts.csv", [row for row in OWN if row["relation"] == "P36"])
+    fields = {"x": "subject", "y": "object"}
+    for name in ("P36", "facts"):
+        assert [one.name for one in read_relations(tmp_path, which=[name], fields=fields)] == [name]
+
+
+def test_rows_that_all_say_the_same_describe_their_relation(tmp_path: Path) -> None:
+    rows = [{**row, "template": "[X] is led from [Y]", "label": "not of the relation"} for row in CAPITALS]
+    (found,) = read_relations(write(tmp_path / "P36.csv", rows))
+    assert (found.template, found.label) == ("[X] is led from [Y]", None)
+    (found,) = read_relations(write(tmp_path / "P36.csv", [*rows[1:], {**rows[0], "template": "[X], [Y]"}]))
+    assert found.template is None
+
+
+def test_paraphrases_in_a_folder_of_pararels_name(tmp_path: Path) -> None:
+    write(tmp_path / "P36.jsonl", CAPITALS)
+    write(tmp_path / "patterns" / "P36.jsonl", [{"pattern": "[Y], capital of [X]", "lemma": "capital"}])
+    (found,) = read_relations(tmp_path)
+    assert found.paraphrases == ("[Y], capital of [X]",)
+
+
 # What is chosen, and what is wrong
 
 
@@ -343,9 +398,13 @@ def test_the_published_data() -> None:
 
 
 def test_a_relation_may_have_a_number_of_any_length(tmp_path: Path) -> None:
-    write(tmp_path / "P36.jsonl", [{"sub_label": "a", "obj_label": "b", "predicate_id": f"P{'9' * 5000}"}])
-    with pytest.raises(RecordError, match="the rows are of the relations P999"):
+    facts = [{"sub_label": "a", "obj_label": "b", "predicate_id": f"P{digit * 5000}"} for digit in "98"]
+    write(tmp_path / "P36.jsonl", facts)
+    assert [relation.name[:3] for relation in read_relations(tmp_path)] == ["P88", "P99"]
+    write(tmp_path / "relations.jsonl", [{"relation": "P36"}])
+    with pytest.raises(RecordError, match="the rows are of the relations P888"):
         read_relations(tmp_path)
+    (tmp_path / "relations.jsonl").unlink()
     names = ["P103", "P17", "P1" + "0" * 60, "P017", "a2", "a10"]
     for name in names:
         write(tmp_path / "many" / f"{name}.jsonl", CAPITALS)

@@ -83,3 +83,18 @@ def test_what_stands_in_the_data() -> None:
     assert check_data(choose, {"dev": rows}).facts == (
         "dev: 3 rows of in memory; 2 to 4 choices, 3 in the middle; 1 groups",
     )
+
+
+def test_targets_and_fields_that_the_tokenizer_does_not_know(check: Check) -> None:
+    task = TASK.replace('[labels]\ngood = ["great", "good"]\nbad = ["terrible"]\n', "")
+    rows: list[dict[str, object]] = [{"text": "a film", "label": "good"}, {"text": "漢漢", "label": "\U0001f642"}]
+    found = check(task, family="bert", rows=rows)
+    assert any(
+        "1 of 2 targets of in memory are unknown to the tokenizer, such as '\U0001f642'" in one for one in found.doubts
+    )
+    assert any("the field 'text' of 1 of 2 records of in memory is mostly unknown" in one for one in found.doubts)
+    assert (len(found.doubts), found.problems) == (2, ())
+    assert check(task, family="llama", rows=rows) == Findings()
+    (manual, learned) = check(task, family="bert", rows=rows[1:]).problems
+    assert "1 of 1 targets" in manual
+    assert "the vocabulary does not fit the data" in learned

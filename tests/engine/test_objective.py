@@ -29,7 +29,7 @@ from ptuning.engine.objective import (
     share_inputs,
 )
 from ptuning.engine.passes import target_logits
-from ptuning.errors import RecordError, TemplateError
+from ptuning.errors import LabelWordError, RecordError, TemplateError
 from ptuning.records import as_records
 from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords, Scoring
@@ -318,3 +318,33 @@ def test_scores_do_not_depend_on_the_order_of_items(backbone: Backbone) -> None:
     order = random.Random(2).sample(range(len(items)), len(items))
     found, shuffled = scored_by(backbone, items), scored_by(backbone, [items[index] for index in order])
     torch.testing.assert_close(shuffled.all_log_probs, found.all_log_probs[order], atol=1e-5, rtol=1e-5)
+
+
+def test_choices_that_the_tokenizer_does_not_tell_apart_are_no_hits(masked: Backbone) -> None:
+    """Whichever comes first; two right ones with the same tokens are as good as one."""
+
+    def question(*choices: str, right: int = 0, also: int | None = None) -> Question:
+        answers = (right,) if also is None else (right, also)
+        return Question({"x": "Kenya", "y": choices[right]}, choices, answers)
+
+    asked = [
+        question("a film", "a  film", "yes"),
+        question("a film", "a  film", "yes", right=1),
+        question("a film", "a  film", "yes", also=1),
+        question("a film", "a  film", "yes", right=2),
+        question("\U0001f642", "yes"),
+        question("\U0001f642", "yes", right=1),
+    ]
+    items = question_items(bound(masked, TEMPLATE), Questions(asked), AnswerSpace(own_choices=True))
+    assert [sorted(item.can_be_hit) for item in items] == [[], [], [0, 1], [2], [], [1]]
+    with torch.no_grad():
+        found = hits(items, scored_by(masked, items))
+    assert [found[at] for at in (0, 1, 4)] == [0.0, 0.0, 0.0]
+
+
+def test_label_words_that_are_the_same_tokens_are_refused_wherever_they_are_scored(masked: Backbone) -> None:
+    words = LabelWords({"a": "a film", "b": "a  film"})
+    asked = as_questions([{"x": "Kenya", "y": "a"}])
+    for labelled in (True, False):
+        with pytest.raises(LabelWordError, match="have the same token ids"):
+            question_items(bound(masked, "[X] is [Y]"), asked, AnswerSpace(words), labelled=labelled)

@@ -6,18 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
+from ptuning.errors import FileError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Task
 from ptuning.records import Record
 from ptuning.template.language import Template
 from tests.conftest import WARM
+from tests.experiment.test_compare import run_compare
 
 WORDS = ("yes", "good", "great")
 FACTS: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(30)]
@@ -37,6 +40,24 @@ def test_nothing_is_known_of_methods_without_a_finished_cell(causal: Backbone, t
         ("majority", False, None), ("p-tuning", False, None),
     ]  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(causal: Backbone, tmp_path: Path) -> None:
+    """It used to say how long the cells would take that a run then refused to mix with those of other settings."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"methods": "p-tuning", "config": TrainConfig(epochs=1, batch_size=8)}
+    run_compare(causal, out, **options)
+    options["config"] = replace(options["config"], encoder="none")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(FileError, match=r"other settings.*encoder was lstm and is none"):
+        run_compare(causal, out, **options, dry_run=True)
+    waiting = run_compare(causal, out, **options, dry_run=True, overwrite=True)
+    assert [cell.status for cell in waiting.cells] == ["waiting"]
+    assert sorted(out.rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(FileError, match="holds files, but no results of a comparison"):
+        run_compare(causal, tmp_path / "other", **options, dry_run=True)
 
 
 def test_finished_cells_give_the_times_of_the_others(

@@ -11,7 +11,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.relations import read_relations
-from ptuning.errors import FileError, RecordError, TemplateError
+from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.lama import lama, relation_job
 from ptuning.records import Record
@@ -147,6 +147,31 @@ def test_one_template_for_all(data: Path, causal: Backbone) -> None:
     assert info(found, "P36")["template"] == "[P*3] [X] [P*3] [Y]"
 
 
+def test_a_manual_template_is_needed_only_where_a_method_reads_it(data: Path, causal: Backbone) -> None:
+    lines(data / "relations.jsonl", LIST[:1])
+    learned = {"relations": "P17", "template": "[P*3] [X] [P*3] [Y]", "targets": "any"}
+    found = run_lama(data, causal, **learned, methods="majority,p-tuning", dry_run=True)
+    assert info(found, "P17")["manual"] is None
+    assert info(found, "P17")["template"] == "[P*3] [X] [P*3] [Y]"
+    with pytest.raises(
+        TemplateError, match=r"and manual, in-context need one\. Give it with --manual .*\(--methods\)$"
+    ):
+        run_lama(data, causal, **learned, methods="manual,in-context,p-tuning")
+    with pytest.raises(TemplateError, match=r"and p-tuning needs one\. .* or give the template to learn"):
+        run_lama(data, causal, relations="P17", methods="majority,p-tuning,fine-tuning")
+    given = run_lama(data, causal, manual="[X] lies in [Y]", out=data.parent / "given")
+    assert (info(given, "P36")["manual"], info(given, "P17")["manual"]) == ("[X] is [Y] .", "[X] lies in [Y]")
+
+
+def test_facts_under_other_names(data: Path, causal: Backbone) -> None:
+    rows = [{"land": row["sub_label"], "town": row["obj_label"]} for row in ROWS]
+    lines(data.parent / "own" / "P36.jsonl", rows)
+    fields = {"sub_label": "land", "obj_label": "town"}
+    found = run_lama(data.parent / "own", causal, fields=fields)
+    assert info(found, "P36")["data"]["test"]["rows"] == 4
+    assert found.settings["fields"] == fields
+
+
 def test_what_lama_refuses(data: Path, causal: Backbone) -> None:
     with pytest.raises(RecordError, match=r"no relation of the name 'P63'\. Did you mean 'P36'\?"):
         run_lama(data, causal, relations="P63")
@@ -155,6 +180,8 @@ def test_what_lama_refuses(data: Path, causal: Backbone) -> None:
     with pytest.raises(FileError, match=r"no such|cannot|is no"):
         run_lama(data / "missing", causal)
     lines(data / "relations.jsonl", LIST[:1])
-    with pytest.raises(TemplateError, match=r"P17 has no manual template \(.*P17\.jsonl\); leave it out"):
-        run_lama(data, causal)
+    with pytest.raises(TemplateError, match=r"P17 has no manual template \(.*P17\.jsonl\), and manual needs one\. "):
+        run_lama(data, causal, methods="majority,manual")
+    with pytest.raises(ConfigError, match="a manual template is given for relations without one, and each of P36 has"):
+        run_lama(data, causal, relations="P36", manual="[X] is [Y]")
     assert not (data.parent / "out").exists()

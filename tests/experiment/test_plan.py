@@ -14,7 +14,8 @@ import ptuning.experiment.plan
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
-from ptuning.errors import ConfigError, FileError
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import ConfigError, FileError, LabelWordError, RecordError
 from ptuning.experiment.cells import CellResult, Job
 from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.method.base import Task
@@ -23,6 +24,7 @@ from ptuning.progress import Interrupted
 from ptuning.records import Record
 from ptuning.report.results_file import Results, TrainingWarning
 from ptuning.template.language import Template
+from tests.families import without_words
 
 WORDS = ("yes", "good", "great")
 FACTS: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(12)]
@@ -154,3 +156,24 @@ def test_the_report_is_made_of_the_folder(causal: Backbone, tmp_path: Path, monk
     monkeypatch.setattr(ptuning.experiment.plan, "write_report", asked.append)
     run(causal, tmp_path / "out")
     assert asked == [tmp_path / "out"]
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_by_a_dry_run_as_well(tmp_path: Path) -> None:
+    for dry_run in (True, False):
+        with pytest.raises(RecordError, match=r"targets of in memory are unknown .* the vocabulary does not fit"):
+            run(without_words("bert"), tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_label_words_that_are_the_same_tokens_are_refused_before_anything_runs(
+    masked: Backbone, tmp_path: Path
+) -> None:
+    file = TaskFile.parse(
+        'name = "moods"\nversion = "1"\nlabels = {yes = ["a film"], no = ["a  film"]}\n[[patterns]]\n'
+        'manual = "{x} It was [Y]"'
+    )
+    rows = file.read_rows([{"x": "Kenya", "label": "yes"}])
+    task = Task("moods", rows, rows, file.manual[0], file.learned[0], ("yes", "no"), file=file)
+    plan = Plan("superglue", tmp_path / "out", masked, methods=["majority"])
+    with pytest.raises(LabelWordError, match="have the same token ids"):
+        run_jobs([Job(task, rows, {})], plan=plan, settings={})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptuning.experiment.cells import CellResult
-from ptuning.experiment.results import Collector, differences, over_records, over_tasks
+from ptuning.experiment.results import Collector, compared, differences, over_records, over_tasks
 from ptuning.report.results_file import Cell, Results
 from ptuning.statistics import mean_difference, mean_score, score
 
@@ -108,6 +108,22 @@ def test_scores_that_not_all_tasks_have_are_left_out_of_their_mean() -> None:
     assert over_tasks(by_method(*cells), ["m", "never-run"]).keys() == {"m"}
 
 
+def test_the_pairs_that_are_compared() -> None:
+    """Each with the learned and the manual prompt, a method with its variants, and the best with the next."""
+    names = ["majority", "manual", "p-tuning", "p-tuning encoder=mlp"]
+    pairs = [
+        ("p-tuning", "majority"), ("p-tuning", "manual"), ("p-tuning", "p-tuning encoder=mlp"),
+        ("majority", "manual"), ("p-tuning encoder=mlp", "manual"),
+    ]  # fmt: skip
+    assert compared(names, []) == pairs
+    assert compared(names, ["manual", "p-tuning"]) == pairs  # there, the other way round
+    assert compared(names, ["p-tuning encoder=mlp", "majority", "manual"]) == [
+        *pairs,
+        ("p-tuning encoder=mlp", "majority"),
+    ]
+    assert compared(["manual+lora", "manual+lora lora_rank=2"], []) == [("manual+lora", "manual+lora lora_rank=2")]
+
+
 def test_differences_are_paired_over_tasks() -> None:
     cells = [
         done("a", "p-tuning", [1, 1]), done("a", "manual", [1, 0]),
@@ -115,7 +131,7 @@ def test_differences_are_paired_over_tasks() -> None:
         done("c", "p-tuning", [0, 0]), done("c", "manual", [0, 1]),
         done("d", "p-tuning", [1, 1]),
     ]  # fmt: skip
-    found = differences(by_method(*cells), ["manual", "p-tuning"])
+    found = differences(by_method(*cells), compared(["manual", "p-tuning"], []))
     assert list(found) == ["p-tuning - manual"]
     gap = found["p-tuning - manual"]["p_at_1"]
     expected = mean_difference([0.5, 0.5, -0.5])  # d has one of the two only
@@ -127,7 +143,7 @@ def test_differences_on_one_task_are_paired_over_its_records() -> None:
         done("a", "p-tuning", [1, 1, 0, 1]), done("a", "p-tuning", [1, 0, 0, 1], seed=1),
         done("a", "manual", [0, 1, 0, 1]),
     ]  # fmt: skip
-    gap = differences(by_method(*cells), ["manual", "p-tuning"])["p-tuning - manual"]["p_at_1"]
+    gap = differences(by_method(*cells), compared(["manual", "p-tuning"], []))["p-tuning - manual"]["p_at_1"]
     expected = mean_difference([1.0, -0.5, 0.0, 0.0])
     assert (gap.value, gap.low, gap.high, gap.n) == (0.125, expected.low, expected.high, 4)
 
@@ -135,17 +151,17 @@ def test_differences_on_one_task_are_paired_over_its_records() -> None:
 def test_which_methods_are_compared() -> None:
     names = ["majority", "manual", "p-tuning", "fine-tuning"]
     cells = [done("a", name, [1, 0]) for name in names]
-    assert list(differences(by_method(*cells), names)) == [
+    assert list(differences(by_method(*cells), compared(names, []))) == [
         "p-tuning - majority", "p-tuning - manual", "p-tuning - fine-tuning", "majority - manual",
         "fine-tuning - manual",
     ]  # fmt: skip
-    assert list(differences(by_method(*cells), ["majority", "fine-tuning"])) == []
-    assert list(differences(by_method(*cells[:2]), names)) == ["majority - manual"]
+    assert list(differences(by_method(*cells), compared(["majority", "fine-tuning"], []))) == []
+    assert list(differences(by_method(*cells[:2]), compared(names, []))) == ["majority - manual"]
     apart = [done("a", "p-tuning", [1]), done("b", "manual", [1])]
-    assert differences(by_method(*apart), ["manual", "p-tuning"]) == {}
+    assert differences(by_method(*apart), compared(["manual", "p-tuning"], [])) == {}
     # Written answers have no rank, ranked ones do: what both have is compared.
     mixed = [done("a", "p-tuning", [1, 0]), done("a", "majority", [0, 0], ranks=[2, 3])]
-    assert list(differences(by_method(*mixed), names)["p-tuning - majority"]) == ["p_at_1", "exact_match"]
+    assert list(differences(by_method(*mixed), compared(names, []))["p-tuning - majority"]) == ["p_at_1", "exact_match"]
 
 
 def test_tables_hold_what_is_done() -> None:

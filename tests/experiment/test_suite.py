@@ -25,11 +25,11 @@ from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.experiment.cells import Job
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
-from ptuning.experiment.suite import Suite
+from ptuning.experiment.suite import Suite, mean_seconds
 from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
-from ptuning.progress import Interrupted
+from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
 from ptuning.report.results_file import Cell, Results
@@ -126,6 +126,40 @@ def test_further_methods_and_seeds_join_what_is_there(causal: Backbone, tmp_path
     ]  # fmt: skip
 
 
+def test_a_setting_is_varied_as_further_methods(causal: Backbone, tmp_path: Path) -> None:
+    """Each value is a method of its own, with the same result as a comparison with that value; the others stay."""
+    options: dict[str, Any] = {"methods": ["manual", "p-tuning"], "seeds": 2}
+    base = run(causal, tmp_path / "out", **options)
+    found = run(causal, tmp_path / "out", **options, vary={"encoder": ["lstm", "none"], "lr": [0.1]})
+    assert list(found.tasks["task"]) == ["manual", "p-tuning", "p-tuning encoder=none", "p-tuning lr=0.1"]
+    assert found.tasks["task"]["p-tuning"] == base.tasks["task"]["p-tuning"]
+    assert found.methods["p-tuning encoder=none"].describe.endswith("; encoder=none")
+    assert list(found.differences)[:3] == [
+        "p-tuning - manual", "p-tuning - p-tuning encoder=none", "p-tuning - p-tuning lr=0.1",
+    ]  # fmt: skip
+    assert found.settings["vary"] == {"encoder": ["lstm", "none"], "lr": [0.1]}
+    alone = run(causal, tmp_path / "alone", **options, config=replace(FAST, encoder="none"))
+    assert found.tasks["task"]["p-tuning encoder=none"] == alone.tasks["task"]["p-tuning"]
+    cell = json.loads((tmp_path / "out/cells/task/p-tuning lr=0.1/seed-0/run.json").read_text(encoding="utf-8"))
+    assert (cell["settings"]["lr"], cell["identity"]["lr"]) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ({"encoder": ["gru"]}, "setting 'encoder' is 'gru'; it must be one of lstm, mlp, none"),
+        ({"encodr": ["mlp"]}, r"unknown setting 'encodr'\. Did you mean 'encoder'\?"),
+        ({"seed": [1]}, "the setting 'seed' is not varied: --seeds N repeats"),
+        ({"lora_rank": [2]}, "none of the methods manual, p-tuning depends on 'lora_rank'"),
+        ({"lr": []}, "no value is given to vary 'lr' by"),
+    ],
+)
+def test_what_cannot_be_varied(causal: Backbone, tmp_path: Path, vary: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run(causal, tmp_path / "out", methods=["manual", "p-tuning"], vary=vary)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -163,6 +197,25 @@ def test_a_folder_of_something_else_is_left_alone(causal: Backbone, tmp_path: Pa
     with pytest.raises(FileError, match=r"holds files, but no results of a comparison; choose another folder"):
         run(causal, tmp_path, methods=["manual"], overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_progress_says_how_long_the_other_cells_will_take(
+    causal: Backbone, tmp_path: Path, own_method: Callable[..., None]
+) -> None:
+    """By the mean of the finished cells of their method. A failed cell tells nothing of the next one."""
+
+    def fails(*_: object) -> Solution:
+        raise RuntimeError("no room")
+
+    own_method("answers", lambda *_: Solution.of_ranking(lambda _: ["x"]), seeded=True)
+    own_method("fails", fails, seeded=True)
+    told: list[Progress] = []
+    run(causal, tmp_path / "out", methods=["answers", "fails"], seeds=2, watch=Watch(report=told.append))
+    found = [(one.done, one.untimed) for one in told if one.stage == "suite"]
+    assert list(dict.fromkeys(found)) == [(0, 4), (1, 2), (2, 1), (3, 1), (4, 0)]
+    assert {one.seconds_left is None for one in told if one.stage == "suite"} == {False}
+    times = {Cell("a", "m", 0): 2.0, Cell("b", "m", 0): 4.0, Cell("a", "n", 0): 9.0}
+    assert mean_seconds(times) == {"m": 3.0, "n": 9.0}
 
 
 def test_a_failing_cell_does_not_stop_the_others(

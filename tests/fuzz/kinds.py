@@ -115,7 +115,7 @@ def labels(draw: Draw) -> None:
         template = Template.parse("{x} [P*2] [Y].")
         bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
         tried(words.examples, bound, {"x": "a film"})
-        tried(words.check_ids, bound, {"x": "a film"}, unknown_id=None)
+        tried(lambda: words.check_known(words.examples(bound, {"x": "a film"})))
 
 
 ROWS = [

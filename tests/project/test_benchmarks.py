@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import common, goals, material, peer, picture, report, run, scaling, scores
+from benchmarks import arithmetic, common, goals, material, peer, picture, report, run, scaling, scores, training
 
+from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.number_format import has_units
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.engine.learned import Learned
@@ -26,9 +28,10 @@ from tests.conftest import RECORDS, bound, items_of, learned
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
-    "peft-short-16", "peft-short-64", "ceiling-short-16", "ceiling-short-64", "late-sentences", "late-512",
-    "shared-prefix", "time-to-peft-score", "fleet-16-cpu", "fleet-16-gpu", "candidates-100", "writing-32",
-    "memory-worst", "rank-memory", "import-seconds", "help-seconds", "load-against-transformers",
+    "peft-short-16", "peft-short-64", "peft-short-16-auto", "peft-short-64-auto", "bf16-cpu", "ceiling-short-16",
+    "ceiling-short-64", "late-sentences", "late-512", "shared-prefix", "time-to-peft-score", "fleet-16-cpu",
+    "fleet-16-gpu", "candidates-100", "writing-32", "memory-worst", "rank-memory", "import-seconds", "help-seconds",
+    "load-against-transformers",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}; make bench installs it")
@@ -69,6 +72,8 @@ def test_a_smoke_run_answers_what_it_can_and_gives_reasons(smoke: Path) -> None:
         if name == "fleet-16-gpu":
             assert found["measured"] is None
             assert "no GPU" in found["note"]
+        elif name == "bf16-cpu" and not has_units():
+            assert found["note"] == "no units for bfloat16 on this processor"
         elif found["measured"] is None:
             # A random model may score anything; nothing else is an excuse.
             assert name in ("late-sentences", "time-to-peft-score") or WITHOUT_PEER in found["note"], found["note"]
@@ -333,6 +338,55 @@ def test_steps_are_timed_without_what_surrounds_them(causal: Backbone) -> None:
     assert 0 < seconds < 60
     assert 0 < material.bare_seconds(causal, items, batch_size=2, slots=6) < 60
     assert all(weight.grad is None for weight in causal.model.parameters())
+
+
+def test_steps_in_bfloat16_are_compared_where_the_processor_has_units(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere there is a reason instead of a figure. The worst size of batches stands for all."""
+    settings, backbones = common.Settings(smoke=True), {"float32": causal, "bfloat16": causal}
+    monkeypatch.setattr(arithmetic, "has_units", lambda: False)
+    none = common.no_answer("no units for bfloat16 on this processor")
+    assert arithmetic.steps_of(backbones, settings) == ([], none)
+    monkeypatch.setattr(arithmetic, "has_units", lambda: True)
+    rounds = iter(
+        (
+            {"float32": [4.0], "bfloat16": [2.0]},
+            {"float32": [3.0], "bfloat16": [2.0]},
+            {"float32": [9.0], "bfloat16": [3.0]},
+        )
+    )
+    monkeypatch.setattr(arithmetic, "interleave", lambda *_, **__: next(rounds))
+    rows, found = arithmetic.steps_of(backbones, settings)
+    assert [row["batch_size"] for row in rows] == [8, 16, 64]
+    assert (found["measured"], found["note"]) == (1.5, "by size of batches 8: 2.00, 16: 1.50, 64: 3.00; 1 round")
+
+
+def test_the_peer_runs_in_its_best_format(causal: Backbone) -> None:
+    """Whichever that is; and only where ours is chosen by ``auto``."""
+    rates, peers = {"ptuning": [6.0, 8.0], "a": [4.0, 5.0], "b": [3.0, 4.0]}, ["a", "b"]
+    found = training.best_format_answer(rates, peers, causal, common.Settings())
+    assert (found["low"], found["high"]) == (1.5, 1.6)
+    assert "ptuning in float32; best of the peer: a" in str(found["note"])
+    assert training.best_format_answer(rates, [], causal, common.Settings()) == common.no_answer(peer.MISSING)
+    other = common.Settings(dtype="float32")
+    assert training.best_format_answer(rates, peers, causal, other) == common.no_answer("asks for --dtype auto")
+    assert training.own_formats(causal, other) == {}
+
+
+def test_the_peer_has_the_attention_of_its_users(monkeypatch: pytest.MonkeyPatch, model_folder: Any) -> None:
+    """The models that it runs on in formats of its own have transformers' attention, ours stay as they are."""
+    monkeypatch.setattr(training, "is_installed", lambda: True)
+    monkeypatch.setattr(training, "has_units", lambda: True)
+    settings = common.Settings(backbone=str(model_folder("llama")), device="cpu")
+    ours = material.backbone_of(settings)
+    found = training.own_formats(ours, settings)
+    assert {name: str(one.dtype) for name, one in found.items()} == {
+        "peft, float32": "torch.float32",
+        "peft, bfloat16": "torch.bfloat16",
+    }
+    attends = [[getattr(part, MARK) for part in one.model.modules()] for one in (ours, *found.values())]
+    assert [any(marks) for marks in attends] == [True, False, False]
 
 
 @needs_peer

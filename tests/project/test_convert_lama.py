@@ -128,23 +128,29 @@ def test_the_hubs_files(tmp_path: Path, names: list[str]) -> None:
     for index, name in enumerate(names):
         write(tmp_path / "a" / name, rows[index :: len(names)])
     write(tmp_path / "a" / "dataset_infos.json", [{"no": "facts"}])
-    country, capital = converted(tmp_path / "a", tmp_path / "b")
+    is_read = len(names) == 1 and "/" not in names[0]  # one file needs no conversion
+    country, capital = converted(tmp_path / "a", tmp_path / "b", is_refused=not is_read)
     assert (country.name, country.template, country.label, country.type) == ("P17", None, None, None)
     assert (capital.template, capital.label, capital.type) == ("The capital of [X] is [Y] .", "capital", "1-1")
     assert sorted(pairs(capital.parts["facts"])) == sorted((str(f["sub_label"]), str(f["obj_label"])) for f in CAPITALS)
     assert "template" not in capital.parts["facts"][0]
     assert [each.name for each in read_relations(tmp_path / "b", which=["1-1"])] == ["P36"]
-    with pytest.raises(PTuningError, match="python scripts/convert_lama"):
-        read_relations(tmp_path / "a", which=["P36"])
+    if is_read:
+        direct = [replace(one, source="", parts={}) for one in read_relations(tmp_path / "a")]
+        assert direct == [replace(one, source="", parts={}) for one in (country, capital)]
+    else:
+        with pytest.raises(PTuningError, match="python scripts/convert_lama"):
+            read_relations(tmp_path / "a", which=["P36"])
     if len(names) == 1:
-        assert len(converted(tmp_path / "a" / names[0], tmp_path / "c")) == 2
+        assert len(converted(tmp_path / "a" / names[0], tmp_path / "c", is_refused=not is_read)) == 2
 
 
 def test_a_relations_label_is_no_object(tmp_path: Path) -> None:
     """A fact without an object would else be one whose object is "capital"."""
     write(tmp_path / "a.jsonl", [*hub_rows(), {"predicate_id": "P36", "label": "capital", "sub_label": "Chad"}])
-    _, capital = converted(tmp_path / "a.jsonl", tmp_path / "b")
+    _, capital = converted(tmp_path / "a.jsonl", tmp_path / "b", is_refused=False)
     assert capital.parts["facts"][-1] == {"sub_label": "Chad", "x": "Chad"}
+    assert read_relations(tmp_path / "a.jsonl")[1].parts["facts"][-1].get("y") is None
     assert split_relation(capital).dropped == {"no subject or object": 1}
 
 
@@ -154,7 +160,7 @@ def test_rows_of_several_relations_are_not_taken_for_one(tmp_path: Path) -> None
         RecordError, match=r"the rows are of several relations \(P17, P36\).* give this file or its fold"
     ):
         script.convert(tmp_path, tmp_path / "b")
-    assert len(converted(tmp_path / "download", tmp_path / "b")) == 2
+    assert len(converted(tmp_path / "download", tmp_path / "b", is_refused=False)) == 2
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object], version: str = "4.0.0") -> None:

@@ -126,6 +126,7 @@ PUBLIC = {
 def test_the_public_names_are_these() -> None:
     """What `import ptuning` offers: a name that goes would break users, and a new one is a promise."""
     assert sorted(ptuning.__all__) == sorted(PUBLIC)
+    assert {*PUBLIC, "__version__"} <= {*dir(ptuning)}  # completion in a shell asks this
     for name in ptuning.__all__:
         value = getattr(ptuning, name)
         assert getattr(value, "__name__", name) == name  # the list of methods is an object without a name

@@ -116,11 +116,10 @@ def test_a_target_of_several_tokens_cannot_be_ranked_among_tokens(causal: Backbo
 
 def test_tokens_of_texts(masked: Backbone) -> None:
     at = bound(masked, MANUAL)
-    unknown = masked.tokenizer.unknown_id
-    ids = token_ids_of(at, FACTS, ["good", "\u2603", "good", "film noir"], unknown_id=unknown)
+    ids = token_ids_of(at, FACTS, ["good", "\u2603", "good", "film noir"])
     assert masked.tokenizer.decode(ids.tolist()) == "good"
     with pytest.raises(RecordError, match="none of the 1 possible answers, such as '\u2603', is one token"):
-        token_ids_of(at, FACTS, ["\u2603"], unknown_id=unknown)
+        token_ids_of(at, FACTS, ["\u2603"])
 
 
 def test_a_closed_set_of_longer_texts_is_ranked_by_their_log_probability(backbone: Backbone) -> None:
@@ -199,3 +198,41 @@ def test_the_order_of_records_is_kept_and_progress_told(causal: Backbone) -> Non
     )
     assert [answer.rank for answer in found] == [answer.rank for answer in reversed(turned)]
     assert (told[-1].stage, told[-1].done, told[-1].total) == ("dev", len(FACTS), len(FACTS))
+
+
+def test_an_unknown_target_is_never_the_answer(masked: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among tokens, where the unknown token is one as well; among a closed set; and written."""
+    logits = torch.zeros(masked.vocabulary)
+    logits[masked.tokenizer.unknown_id] = 9.0
+    monkeypatch.setattr(answers, "target_logits", fixed_logits(logits))
+    records = Records([{"x": "a", "y": "\u2603"}, {"x": "a", "y": "yes"}])
+    model, prompt = PromptModel(masked), Prompt.manual(MANUAL)
+    among_tokens = answer_records(model, prompt, records, single_token=True)
+    assert [(one.hit, one.known) for one in among_tokens] == [(False, False), (False, True)]
+    assert [one.rank == 0 for one in among_tokens] == [True, False]
+    closed = answer_records(model, prompt, records, closed=["\u2603", "yes", "no"])
+    assert [(one.rank == 0, one.known) for one in closed] == [(True, False), (False, True)]
+    assert closed[0].text != "\u2603"
+    written = answer_records(model, prompt, records, max_tokens=1)
+    assert (written[0].hit, written[0].known) == (False, False)
+
+
+def test_a_target_with_the_token_of_another_answer_shares_its_place(masked: Backbone) -> None:
+    records = Records([{"x": "a", "y": text} for text in ("yes", "y\u200bes", "good")])
+    found = answer_records(
+        PromptModel(masked), Prompt.manual(MANUAL), records, closed=["yes", "y\u200bes", "good"], single_token=True
+    )
+    assert [one.known for one in found] == [False, False, True]
+    assert not any(one.hit for one in found[:2])
+    assert min(found[0].rank or 0, found[1].rank or 0) >= 2
+
+
+def test_right_answers_may_be_the_same_tokens() -> None:
+    found = [Candidate("US", -1.0, ("us",)), Candidate("us", -1.0, ("US",)), Candidate("UK", -2.0)]
+    assert answers.among_candidates(("US", "us"), found) == Answer("US", True, 1, -1.0)
+    assert answers.among_candidates(("US",), found) == Answer("us", False, 2, -1.0, known=False)
+    assert answers.among_candidates(("UK",), found) == Answer("US", False, 3, -1.0)
+    # On a graphics card their sums may differ in the last bit.
+    found[1] = Candidate("us", -1.0000001, ("US",))
+    assert answers.among_candidates(("US",), found) == Answer("us", False, 2, -1.0000001, known=False)
+    assert answers.among_candidates(("UK",), [Candidate("UK", -1.0, None)]) == Answer("UK", False, 0, -1.0, known=False)

@@ -24,6 +24,7 @@ from ptuning.config import Tune
 from ptuning.data.task_files import TaskFile
 from ptuning.engine import batch as batch_module
 from ptuning.engine.passes import target_logits
+from ptuning.engine.writing.continuation import Continuation
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
@@ -473,6 +474,32 @@ def test_mixed_prompts_equal_single_ones(backbone: Backbone, side: str) -> None:
     for row, prompt, found in zip(RECORDS, prompts, ranked, strict=True):
         single = model.rank([row], prompt, CANDIDATES)[0]
         assert {c.text: c.log_prob for c in found} == pytest.approx({c.text: c.log_prob for c in single}, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.8}], ids=str)
+def test_prompts_of_one_batch_write_together(
+    causal: Backbone, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant *Alone or in company*: rows of several prompts, and of none, are written in the same passes, each up to
+    its own prompt's length and with its own rule for line breaks.
+    """
+    long = replace(learned(causal, "[P*3] [X] [P*3] [Y]", seed=1), target_tokens=5, multiline=True)
+    short = replace(learned(causal, "[P:about] {x} [P] so [Y]", seed=2), target_tokens=1)
+    prompts = [long, short, Prompt.manual("The capital of [X] is [Y]"), long, short]
+    model = PromptModel(causal)
+    alone = [model.predict([row], prompt, generation=settings)[0] for row, prompt in zip(RECORDS, prompts, strict=True)]
+    passes = []
+    run = Continuation.__init__
+
+    def counted(self: Continuation, backbone: Backbone, examples: Sequence[Example], *args: Any, **named: Any) -> None:
+        passes.append(len(examples))
+        run(self, backbone, examples, *args, **named)
+
+    monkeypatch.setattr(Continuation, "__init__", counted)
+    together = model.predict(RECORDS, prompts, generation=settings)
+    same(together, alone)
+    assert passes == [len(RECORDS)]
+    assert max(one.tokens or 0 for one in (together[1], together[4])) <= 3
 
 
 def test_targets_are_not_looked_at(backbone: Backbone) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+import ptuning.engine.evaluate
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.task_files import TaskFile, load_task
+from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, RecordError
+from ptuning.metrics import Confusion
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
@@ -18,6 +23,7 @@ from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
+from tests.families import built, without_words
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 CANDIDATES = ["yes", "no", "Nairobi", "São Tomé", "25", "great"]
@@ -143,6 +149,39 @@ def test_label_words_are_scored_by_class(backbone: Backbone) -> None:
     answers = [answer.text for answer in PromptModel(backbone).predict(rows, prompt)]
     assert list(found.hits) == [float(answer == row["y"]) for answer, row in zip(answers, rows, strict=True)]
     assert set(found.scores) == {"accuracy"}
+    assert [row["prediction"] for row in found.rows] == answers
+    assert [row["hit"] for row in found.rows] == [bool(hit) for hit in found.hits]
+    for row, answer in zip(found.rows, PromptModel(backbone).predict(rows, prompt), strict=True):
+        assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+    confusion = found.confusion
+    assert confusion is not None
+    assert confusion.labels == ("good", "bad")
+    assert confusion.counts == tuple(
+        tuple(
+            sum(row["y"] == own and answer == other for row, answer in zip(rows, answers, strict=True))
+            for other in words.labels
+        )
+        for own in words.labels
+    )
+    worst = found.worst(9)
+    assert [found.rows[at]["hit"] for at in worst] == [False] * found.hits.count(0.0)
+    sure = [float(str(found.rows[at]["log_prob"])) for at in worst]
+    assert sure == sorted(sure, reverse=True)
+    assert found.worst(1) == worst[:1]
+
+
+def test_answers_that_are_written_come_if_they_are_asked_for(causal: Backbone) -> None:
+    """They take a pass of their own; candidates are ranked anyway."""
+    model, prompt = PromptModel(causal), learned(causal, TEMPLATE)
+    assert score_prompt(model, RECORDS, prompt).rows == []
+    found = score_prompt(model, RECORDS, prompt, with_rows=True)
+    assert [row["prediction"] for row in found.rows] == [one.text for one in model.predict(RECORDS, prompt)]
+    assert [row["hit"] for row in found.rows] == [bool(hit) for hit in found.hits]
+    assert found.confusion is None
+    ranked = score_prompt(model, RECORDS, prompt, candidates=CANDIDATES)
+    best = [one[0].text for one in model.rank(RECORDS, prompt, CANDIDATES)]
+    assert [row["prediction"] for row in ranked.rows] == best
+    assert [row["hit"] for row in ranked.rows] == [row["rank"] == 1 for row in ranked.rows]
 
 
 def test_a_manual_prompt_is_scored_like_a_learned_one(causal: Backbone) -> None:
@@ -229,3 +268,67 @@ def test_a_result_as_json() -> None:
         "loss": 1.25,
         "targets_not_among_candidates": 1,
     }
+    found = Result({}, 1.0, (), confusion=Confusion(("a", "b"), ((1, 1), (0, 0)))).to_json()
+    assert found["confusion"] == [[1, 1], [0, 0]]
+    assert found["labels"] == {
+        "a": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "n": 2},
+        "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0},
+    }
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "t5", "xlnet", "gpt2"])
+def test_a_vocabulary_that_knows_no_answer_is_an_error(name: str) -> None:
+    """A random BERT whose vocabulary was lost scored 0.903: every target was the unknown token, as was every guess."""
+    backbone = without_words(name)
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    with pytest.raises(RecordError, match=r"5 of 5 targets of in memory are unknown .*: the vocabulary does not fit"):
+        score_prompt(PromptModel(backbone), RECORDS, prompt)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "xlnet"])
+def test_an_unknown_answer_is_a_miss_and_not_part_of_the_loss(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even for a model that writes nothing but the unknown token."""
+    backbone = built(name)
+    rare = [{"x": "Kenya", "y": "\U0001f642"}, {"x": "Peru", "y": "東京"}]
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    known = score_prompt(PromptModel(backbone), RECORDS, prompt)
+    real = target_logits
+
+    def says_unknown(*given: Any, **named: Any) -> Any:
+        logits = real(*given, **named)
+        logits[:, backbone.tokenizer.unknown_id] = 1e4
+        return logits
+
+    found = score_prompt(PromptModel(backbone), [*rare, *RECORDS], prompt)
+    assert math.isclose(found.loss, known.loss, rel_tol=1e-4)
+    assert "2 of 7 targets of in memory are unknown to the tokenizer, such as '\U0001f642' (in memory, record 1)" in (
+        caplog.text
+    )
+    monkeypatch.setattr(ptuning.engine.evaluate, "target_logits", says_unknown)
+    assert set(score_prompt(PromptModel(backbone), [*rare, *RECORDS], prompt).hits) == {0.0}
+
+
+def test_a_byte_level_vocabulary_knows_every_answer(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = built("gpt2")
+    prompt = Prompt.from_token_ids("[P*2] [X] [P] [Y]", [5, 5, 5], backbone)
+    with caplog.at_level(logging.WARNING):
+        score_prompt(PromptModel(backbone), [{"x": "\U0001f642", "y": "\U0001f642"}], prompt)
+    assert not caplog.records
+
+
+def test_candidates_that_the_tokenizer_does_not_know_or_tell_apart_are_never_hits(
+    masked: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their order in the list must not decide: "a film" and "a  film" are the same tokens."""
+    targets = ["a film", "a  film", "\U0001f642", "\U0001f643"]
+    rows = [{"x": "Kenya", "y": text} for text in targets]
+    for candidates in (targets, targets[::-1]):
+        for seed in range(5):
+            prompt = learned(masked, TEMPLATE, seed=seed)
+            found = score_prompt(PromptModel(masked), rows, prompt, candidates=[*candidates, "yes"])
+            assert found.scores["accuracy"].value == 0.0
+    assert (
+        "4 of 5 possible answers, such as 'a film', are unknown to the tokenizer or have the tokens of" in caplog.text
+    )

@@ -134,6 +134,7 @@ def test_answers_are_read_back(tmp_path: Path) -> None:
     rows = [
         AnsweredRow({"x": "Kenya", "y": "yes"}, "yes", Answer("no", False, 2, -1.5)),
         AnsweredRow({"x": "a"}, None, Answer("", False, None, float("-inf")), {"p": 1}, "g", ["yes", "no"]),
+        AnsweredRow({"x": "a"}, "b", Answer("b", False, known=False)),
     ]
     path = tmp_path / "predictions.jsonl"
     write_answers(path, rows)
@@ -144,8 +145,8 @@ def test_answers_are_read_back(tmp_path: Path) -> None:
     assert list(json.loads(path.read_text(encoding="utf-8").splitlines()[1])) == [
         "record", "idx", "group", "choices", "target", "prediction", "rank", "hit", "log_prob",
     ]  # fmt: skip
-    first, second = read_answers(path)
-    assert (first.answer, second.answer) == (rows[0].answer, rows[1].answer)
+    first, second, third = read_answers(path)
+    assert [one.answer for one in (first, second, third)] == [row.answer for row in rows]
     assert (first.record, first.target, first.idx, first.group, first.choices) == (
         rows[0].record,
         "yes",

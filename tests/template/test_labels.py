@@ -139,7 +139,7 @@ def test_the_ids_of_words_are_those_in_the_filled_sentence(
 ) -> None:
     """ " great" and "great" are different tokens; shown and scored is the one that stands in the sentence."""
     raw, bound = raw_tokenizer(family), bind(family)
-    lines = WORDS.check_ids(bound, {"text": "A film."}, unknown_id=raw.unk_token_id)
+    lines = WORDS.check_known(WORDS.examples(bound, {"text": "A film."}))
     in_sentence = [
         raw(f"It was {word}", add_special_tokens=False)["input_ids"] for word in ("great", "good", "terrible")
     ]
@@ -162,10 +162,10 @@ def test_words_of_two_labels_with_the_same_ids_collide(bind: Bind) -> None:
     with pytest.raises(
         LabelWordError, match=r"the words 'a film' and 'a  film' of the labels 'a' and 'b' have the same to"
     ):
-        words.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)
+        words.check_known(words.examples(bind("bert"), {"text": "x"}))
     same = LabelWords({"a": ("a film", "a  film"), "b": ("yes",)})
-    assert len(same.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)) == 3
-    assert len(words.check_ids(bind("gpt2"), {"text": "x"}, unknown_id=0)) == 2
+    assert len(same.check_known(same.examples(bind("bert"), {"text": "x"}))) == 3
+    assert len(words.check_known(words.examples(bind("gpt2"), {"text": "x"}))) == 2
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_refused(bind: Bind) -> None:
@@ -174,5 +174,5 @@ def test_a_word_that_the_tokenizer_does_not_know_is_refused(bind: Bind) -> None:
     with pytest.raises(
         LabelWordError, match=r"the word '東京' of label 'b' is unknown to the tokenizer \(ids \[1, 1\]\)"
     ):
-        words.check_ids(bind("bert"), {"text": "x"}, unknown_id=1)
-    assert len(words.check_ids(bind("gpt2"), {"text": "x"}, unknown_id=0)) == 2
+        words.check_known(words.examples(bind("bert"), {"text": "x"}))
+    assert len(words.check_known(words.examples(bind("gpt2"), {"text": "x"}))) == 2

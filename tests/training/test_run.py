@@ -991,3 +991,23 @@ def test_the_written_predictions_are_those_of_predict(
     for row, wanted in zip(rows, predict(PromptModel(causal), held, found.prompt), strict=True):
         assert row["prediction"] == wanted.text
         assert row["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-4)
+
+
+def test_answers_that_the_tokenizer_does_not_know_are_not_learned_and_never_hits(masked: Backbone) -> None:
+    """To learn the unknown token is to forget answers."""
+    rare: list[Record] = [{"x": "Kenya", "y": "\U0001f642"}, {"x": "Peru", "y": "東京"}]
+    dev = [*FACTS[:4], *rare]
+    plain, found = run(masked, dev=dev), run(masked, data=[*FACTS, *rare], dev=dev)
+    assert plain.prompt.slot_vectors is not None
+    assert found.prompt.slot_vectors is not None
+    assert torch.equal(plain.prompt.slot_vectors, found.prompt.slot_vectors)
+    counts = cast("Any", found.record["data"])["train"]
+    assert (counts["rows"], counts["kept"], counts["dropped"]) == (len(FACTS) + 2, len(FACTS), 2)
+    assert cast("Any", found.record["data"])["dev"]["dropped"] == 0
+    assert found.prompt.scored_on == 6
+
+
+def test_a_part_without_any_known_answer_is_an_error(masked: Backbone) -> None:
+    rows: list[Record] = [{"x": "Kenya", "y": "yes"}, *({"x": f"Peru {at}", "y": "\U0001f642"} for at in range(3))]
+    with pytest.raises(RecordError, match="the tokenizer knows no target of in memory"):
+        run(masked, data=rows)

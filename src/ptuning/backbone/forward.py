@@ -59,6 +59,28 @@ class Memory:
         layers = cast("Sequence[DynamicLayer]", self.cache.layers)
         return [(layer.keys, layer.values) for layer in layers]  # type: ignore[misc]  # all were filled
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the cache holds all keys and values of all positions and nothing else, so that it can be joined."""
+        from transformers.cache_utils import DynamicLayer
+
+        return self.encoded is None and all(
+            type(layer) is DynamicLayer and layer.is_initialized for layer in self.cache.layers
+        )
+
+    def join(self, other: Memory, *, width: int) -> Memory:
+        """Return the plain memory of both, one's rows below the other's, padded on the left to ``width`` positions."""
+
+        def both(one: Tensor, two: Tensor) -> Tensor:
+            return torch.cat([nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in (one, two)])
+
+        pairs = zip(self.layers, other.layers, strict=True)
+        return Memory.of([(both(keys, more), both(values, others)) for (keys, values), (more, others) in pairs])
+
+    def drop_first(self, positions: int) -> Memory:
+        """Return the plain memory without its first positions, which are pads in every row."""
+        return Memory.of([(keys[:, :, positions:], values[:, :, positions:]) for keys, values in self.layers])
+
     def reorder(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``, in place (to repeat rows, or to follow beams)."""
         self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # any int64 tensor will do

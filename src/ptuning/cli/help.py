@@ -22,15 +22,15 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
     ),
     "Training": (
-        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "resume", "at_once",
+        "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",
         "measure_ceiling",
     ),
     "Answers": (
-        "top_k", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample", "temperature",
-        "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop", "without",
-        "force",
+        "top_k", "min_probability", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample",
+        "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
+        "without", "force",
     ),
-    "Output": ("out", "overwrite", "json", "log_to", "dry_run", "open", "server"),
+    "Output": ("out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "server"),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
         "cache_memory", "cache_disk",
@@ -42,6 +42,13 @@ ALWAYS = ("help", "version", "verbose", "install_completion", "show_completion")
 # Wider names and values of options go on a line of their own.
 NAME_WIDTH = 30
 WIDTH = 80
+# What the program ends with (docs/files.md says it, too).
+EXIT_CODES = (
+    ("0", "all is well"),
+    ("1", "some cells of a comparison or prompts of a fleet failed; the others are done"),
+    ("2", "an error; one message says what is wrong and what to do"),
+    ("130", "stopped by Ctrl-C (143: by a termination signal); the same command goes on"),
+)
 
 
 def group_of(option: Any) -> str:
@@ -78,6 +85,10 @@ def print_help(command: Any, context: Any, commands: Mapping[str, Sequence[str]]
             for name, about in rows:
                 _print_row(name, about, width)
             _print("")
+    if context.parent is None:
+        _print("Exit codes", style="bold")
+        for code, about in EXIT_CODES:
+            _print_row(code, about, width)
 
 
 def _print(text: str, style: str = "") -> None:

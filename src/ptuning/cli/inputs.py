@@ -7,20 +7,21 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
-from ptuning.errors import ConfigError, FileError, RecordError, closest
+from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.labelling import Findings, Labelled
     from ptuning.data.questions import Questions
+    from ptuning.data.reading import RawRows, Row
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 
+STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
 Once = Callable[[tuple[str, str], Callable[[], Any]], Any]
 TARGET_TAKEN = "target: the column '{}' (--field y=NAME for another)"
 
@@ -79,23 +81,29 @@ def data_of(
     """
     if task is None:
         return records_of(source, field, prompt=prompt)
+    path = _place_of(source, field, task, part=part)
+    with terminal.waiting(f"reading {path}"):
+        return task.read(path, labelled=labelled)
+
+
+def _place_of(source: str, field: Sequence[str] | None, task: TaskFile, *, part: str) -> Path:
+    """Return the file of a task's data, which may be given as a folder, or as a part of one."""
     if field:
         raise ConfigError("--field goes without a task; the task file says where the fields of a row are")
     from ptuning.data.task_files import find_split
 
     path, (folder, colon, named) = Path(source), source.rpartition(":")
     if os.path.isdir(path):
-        path = find_split(path, task, part)
-    elif colon and not os.path.exists(path) and os.path.isdir(folder):
-        path = find_split(Path(folder), task, named)
-    elif not os.path.exists(path):
+        return find_split(path, task, part)
+    if colon and not os.path.exists(path) and os.path.isdir(folder):
+        return find_split(Path(folder), task, named)
+    if not os.path.exists(path):
         there = [entry.name for entry in path.parent.iterdir()] if os.path.isdir(path.parent) else []
         raise FileError(
             f"no such data: {source}.{closest(path.name, there)} With the task {task.name}, data is a file, a folder "
             "such as DIR, or a part of one such as DIR:val"
         )
-    with terminal.waiting(f"reading {path}"):
-        return task.read(path, labelled=labelled)
+    return path
 
 
 def dev_part(data: str, task: TaskFile | None) -> Questions | None:
@@ -316,30 +324,106 @@ def template_of(
     return pattern_of(task.learned, task, 1 if pattern is None else pattern)
 
 
-def data_to_answer(
-    prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None
-) -> Records | Questions:
-    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
-    from ptuning.data.reading import raw_rows, read_rows
-    from ptuning.records import Records
+@dataclass(frozen=True)
+class ToAnswer:
+    """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
+    rows of the file, which know their columns.
+    """
 
+    questions: Questions
+    rows: Sequence[Row]
+    raw: RawRows
+
+    @classmethod
+    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str) -> ToAnswer:
+        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file."""
+        from ptuning.data.questions import Question, Questions
+        from ptuning.data.reading import RawRows
+        from ptuning.records import check_text
+
+        for text in texts.values():
+            check_text(text, where=where, what="it")
+        record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
+        asked, row = Questions([Question(record)], name=where), (where, texts)
+        return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
+
+    def empty_fields(self, fields: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (file and line, field) of each field of a template that has no text in a record."""
+        asked = zip(self.questions, self.rows, strict=True)
+        return [(where, name) for one, (where, _) in asked for name in fields if not one.record[name].strip()]
+
+
+def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:
+    """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
     if (text is None) == (data is None):
-        raise ConfigError("give either a TEXT or --data (a file, or - for JSONL on the standard input)")
-    if data == "-":
-        given = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
-        if not given.strip():
-            raise RecordError("the standard input holds no records; it needs one JSON object per line")
-        if prompt.task is not None:
-            return prompt.task.read_named(raw_rows(given, name="standard input"), name="standard input", labelled=False)
-        return remembered(read_rows(given, name="standard input", fields=fields_of(field)), prompt)
-    if data is not None:
-        return data_of(data, field, prompt.task, part="test", labelled=False, prompt=prompt)
-    if prompt.task is not None:
-        return Records([prompt.task.record_of(text or "")], name="the command line")
-    fields = prompt.template.fields
-    if len(fields) != 1:
+        raise ConfigError(
+            "give either a TEXT or --data (a file, or - for lines of text, CSV or JSONL on the standard input)"
+        )
+    fields = typed_fields(prompt) if text not in (None, "-") else ()
+    if len(fields) > 1 or (text not in (None, "-") and not fields):
         raise ConfigError(f"a TEXT fills one field, and the template reads {', '.join(fields) or 'none'}; use --data")
-    return Records([{fields[0]: text or ""}], name="the command line")
+    if text is not None and text != "-":
+        if not text.strip():
+            raise ConfigError("the TEXT is empty, so there is nothing to answer; - reads texts from the standard input")
+        return ToAnswer.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
+    rows = _rows_to_answer(prompt, "-" if data is None else data, field)
+    asked, origins = _questions_of(rows, prompt, field)
+    if not asked:
+        what = "records: lines of text, CSV or JSONL" if rows.name == STANDARD_INPUT else "records to answer"
+        raise RecordError(f"{'the ' * (rows.name == STANDARD_INPUT)}{rows.name} holds no {what}")
+    return ToAnswer(asked, origins, rows)
+
+
+def typed_fields(prompt: Prompt) -> Sequence[str]:
+    """Return the fields of a record that a user types; a RecordError if rows of the task have more than fields."""
+    if prompt.task is None:
+        return prompt.template.fields
+    if prompt.answer_space.has_choices:
+        raise RecordError(
+            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; use --data "
+            "with JSONL or CSV"
+        )
+    return prompt.task.fields
+
+
+def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> RawRows:
+    from ptuning.data.reading import load_rows, raw_rows
+    from ptuning.records import ALIASES
+
+    task = prompt.task
+    if task is not None:
+        asked: dict[str, Sequence[str]] = {name: (name,) for name in task.columns}
+    else:
+        given = {**prompt.fields, **fields_of(field)}
+        asked = {name: (given.get(name, name), name, *ALIASES.get(name, ())) for name in prompt.template.fields}
+    if data == "-":
+        typed = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None if it is closed
+        return raw_rows(typed, name=STANDARD_INPUT, asked=asked)
+    place = data if task is None else _place_of(data, field, task, part="test")
+    with terminal.waiting(f"reading {place}"):
+        return load_rows(place, asked=asked)
+
+
+def _questions_of(rows: RawRows, prompt: Prompt, field: Sequence[str] | None) -> tuple[Questions, list[Row]]:
+    """Return the questions of rows with the row of each: a task may read a list in a row, and so several questions."""
+    from ptuning.data.questions import Question, Questions, as_questions
+    from ptuning.data.reading import as_read
+    from ptuning.records import require_fields
+
+    task = prompt.task
+    if task is None:
+        records = remembered(as_read(rows, fields=fields_of(field)), prompt)
+        require_fields(records, prompt.template.fields)
+        return as_questions(records), rows
+    if rows.format != "text":
+        found = [(one, row) for row in rows for one in task.reader.read([row], labelled=False)]
+        return Questions([one for one, _ in found], name=rows.name, digest=rows.sha256), [row for _, row in found]
+    fields = typed_fields(prompt)
+    if len(fields) > 1:
+        raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(fields)}")
+    typed = [task.typed({fields[0]: str(text)}, where=where) for where, row in rows for text in row.values()]
+    asked = [Question(record, where=where) for record, (where, _) in zip(typed, rows, strict=True)]
+    return Questions(asked, name=rows.name, digest=rows.sha256), rows
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:
@@ -370,6 +454,22 @@ def _training_part(prompt: str, data: str | None) -> tuple[str, dict[str, str]]:
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 
+def development_records(prompt: str) -> Records | None:
+    """Return the development records of a prompt's run folder, if it is in one: those that its answers are kept of."""
+    from ptuning.files import read_json_lines
+    from ptuning.names import PREDICTIONS_FILE, PROMPT_FOLDER
+    from ptuning.records import as_records
+
+    folder = Path(prompt)
+    found = (folder.parent if folder.name == PROMPT_FOLDER else folder) / PREDICTIONS_FILE
+    if not os.path.isfile(found):
+        return None
+    kept = [row["record"] for row in read_json_lines(found) if isinstance(row.get("record"), dict)]
+    rows = as_records([row for row in kept if isinstance(row, dict)])
+    rows.name = str(found)
+    return rows if rows else None
+
+
 def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
     """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default."""
     own = prompt.backbone if prompt is not None else None
@@ -380,7 +480,14 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
     with terminal.loading(name):
         from ptuning.backbone.loading import load_backbone
 
-        return load_backbone(name, **vars(options))
+        try:
+            return load_backbone(name, **vars(options))
+        except BackboneError as error:
+            if asked.name is not None or own is None:
+                raise
+            raise BackboneError(
+                f"{error} (the prompt was learned on this backbone; if it lies elsewhere now, say where: --backbone)"
+            ) from error
 
 
 def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:

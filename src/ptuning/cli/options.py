@@ -10,14 +10,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
+from ptuning.cli import terminal
 from ptuning.cli.help import print_help
-from ptuning.config import GenerationSettings, TrainConfig
+from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
 
@@ -108,6 +110,10 @@ WithoutOption = Annotated[
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
+AnswersOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write answers to a file, .csv or .jsonl.")
+]
+ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
@@ -264,16 +270,9 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    named: dict[str, object] = {
-        "data": data,
-        "dev": dev,
-        "template": template,
-        "manual": manual,
-        "about": about,
-        "task": task,
-    }
-    named |= {"pattern": pattern, "labels": labels, "merge": merge, "strict": strict, "calibrate": calibrate}
-    return TrainInputs({**named, "field": field}, config)
+    named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
+    named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 
 def writing(
@@ -350,13 +349,40 @@ def command_line() -> str:
 def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
     """Return the settings from options and from ``--set``; the others have the defaults of ``TrainConfig``."""
     given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
-    values: dict[str, Any] = {name.replace("-", "_"): text for name, text in given.items()}
+    values: dict[str, Any] = {}
+    for name, text in given.items():
+        ours = setting_name(name)
+        if ours in values:
+            raise ConfigError(f"'{ours}' is given twice by --set")
+        values[ours] = text
     for name, text in values.items():
         with contextlib.suppress(ValueError):
             values[name] = parse_json(text)
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
     return TrainConfig.from_json({**options, **values})
+
+
+def varied_by(pairs: Sequence[str] | None, config: TrainConfig) -> dict[str, list[Setting]]:
+    """Return setting -> its values, from ``--vary NAME=VALUE,VALUE``; a ConfigError for one that cannot be."""
+    found: dict[str, list[Setting]] = {}
+    for pair in pairs or ():
+        ((name, texts),) = named_values([pair], expected="--vary NAME=VALUE,VALUE, such as encoder=mlp,none").items()
+        ours = setting_name(name)
+        values = [setting_of(f"{ours}={text}")[1] for text in listed_names(texts)]
+        for value in values:
+            config.with_settings({ours: value})
+        found[ours] = list(dict.fromkeys((*found.get(ours, ()), *values)))
+    return found
+
+
+def setting_name(name: str) -> str:
+    """Return what a setting is called here; another library's word for it is translated with a notice."""
+    plain = name.replace("-", "_")
+    ours = SETTING_ALIASES.get(plain, plain)
+    if ours != plain:
+        terminal.say(f"{plain} is called {ours} here")
+    return ours
 
 
 def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, object]:
@@ -374,7 +400,13 @@ def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def scoring_of(
-    prompt: Prompt, *, normalise: str | None, calibrate: bool | None, count_stop: bool, candidates: bool
+    prompt: Prompt,
+    *,
+    normalise: str | None,
+    calibrate: bool | None,
+    count_stop: bool,
+    candidates: bool,
+    min_probability: float | None = None,
 ) -> dict[str, Any]:
     """Return how answers are scored, as ``PromptModel.predict`` takes it. Raises ConfigError as that does, before
     anything is loaded.
@@ -382,6 +414,7 @@ def scoring_of(
     prompt.answer_space.scored(
         normalise=cast("Normalise | None", normalise), calibrate=calibrate, candidates=candidates
     )
+    prompt.answer_space.check_threshold(min_probability, candidates=candidates)
     if count_stop:
         prompt.check_stop_counts(candidates=candidates)
     return {"normalise": normalise, "calibrate": calibrate, "count_stop": count_stop}
@@ -403,6 +436,9 @@ def unknown_option(name: str, options: Sequence[str]) -> ConfigError:
     dashed = [option for option in options if option.startswith("-")]
     settings = {f"--{field.name.replace('_', '-')}": field.name for field in dataclasses.fields(TrainConfig)}
     hint = closest(name, [*dashed, *settings] if "--set" in dashed else dashed)
+    ours = SETTING_ALIASES.get(name.lstrip("-").replace("-", "_"))
+    if ours is not None and "--set" in dashed:
+        hint = f" Did you mean '--{ours.replace('_', '-')}'?"
     for option, setting in settings.items():
         if option not in dashed and f"'{option}'" in hint:
             hint = f" Did you mean --set {setting}=VALUE?"

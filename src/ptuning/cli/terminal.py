@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,22 +81,75 @@ def loading(name: str) -> Iterator[None]:
         yield
 
 
+class Clock:
+    """How long the work has taken, and how long it will: by the share of a training that is done, or by what a
+    comparison says.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began = now()
+        self._suite: Progress | None = None
+        self._first: Progress | None = None  # of the training, in this process
+        self._first_at = 0.0
+        self._last: Progress | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Take note of a progress."""
+        if progress.stage == "suite":
+            self._suite = progress
+        elif progress.stage == "train":
+            if self._first is None or progress.total != self._first.total:
+                self._first, self._first_at = progress, self._now()
+            self._last = progress
+
+    @property
+    def text(self) -> str:
+        """The time so far and the time left, as far as it is known."""
+        return ", ".join(filter(None, (f"{duration(self._now() - self._began)} so far", self.left)))
+
+    @property
+    def left(self) -> str:
+        """The time left; empty if nothing is known."""
+        first, last, suite = self._first, self._last, self._suite
+        if suite is not None:
+            known = f"about {duration(suite.seconds_left)} left" if suite.seconds_left else ""
+            cells = f"{suite.untimed} cell{'s' if suite.untimed > 1 else ''} not timed yet" if suite.untimed else ""
+            return ", ".join(filter(None, (known, cells)))
+        if first is None or last is None or last.done == first.done:
+            return ""
+        seconds = (self._now() - self._first_at) * (last.total - last.done) / (last.done - first.done)
+        return f"at most {duration(seconds)} left"  # a training may stop early
+
+
 @contextmanager
 def bar() -> Iterator[Callable[[Progress], None]]:
     """Show progress on the error stream: a bar per running stage on a terminal, a line per epoch anywhere."""
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    def say_epoch(progress: Progress) -> None:
+    def say_epoch(progress: Progress, more: str = "") -> None:
         if progress.stage == "epoch" and progress.done:
-            say(f"{progress.name} epoch {progress.done}/{progress.total}: {progress.note}".lstrip())
+            say(f"{progress.name} epoch {progress.done}/{progress.total}: {progress.note}{more}".lstrip())
 
-    console = _errors()
+    console, clock = _errors(), Clock()
     if not console.is_terminal:
-        yield say_epoch
+
+        def log(progress: Progress) -> None:
+            clock(progress)
+            say_epoch(progress, f"; {clock.text}")
+
+        yield log
         return
     fields = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("count", "note")]
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], TimeRemainingColumn())
+
+    class Left(TimeRemainingColumn):
+        """The time left; that of cells, which are few and unlike each other, as the comparison says it."""
+
+        def render(self, task: Task) -> Text:
+            return Text(clock.left) if task.description == STAGES["suite"] else super().render(task)
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), fields[0], Left())
     with Bar(*columns, fields[1], console=console, transient=True) as live:
         # Shown while no stage runs: before the first, between two, and while files are written.
         idle = live.add_task("working", total=None, count="", note="")
@@ -105,6 +159,7 @@ def bar() -> Iterator[Callable[[Progress], None]]:
             if progress.stage == "epoch":
                 say_epoch(progress)
                 return
+            clock(progress)
             live.update(
                 tasks[progress.stage],
                 completed=progress.done,
@@ -116,6 +171,11 @@ def bar() -> Iterator[Callable[[Progress], None]]:
             live.update(idle, visible=not any(task.visible for task in live.tasks if task.id != idle))
 
         yield report
+
+
+def is_live() -> bool:
+    """Whether progress bars are shown, so that nobody needs the time in lines."""
+    return _errors().is_terminal
 
 
 def program() -> str:
@@ -153,6 +213,23 @@ def _errors() -> Console:
 def results() -> Console:
     """The one console of the standard output; a script that draws it may record what it prints."""
     return _Console(highlight=False, emoji=False)
+
+
+def is_interactive() -> bool:
+    """Whether a person can type on the standard input."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def ask(prompt: str) -> str:
+    """Return a line that is typed; an EOFError if there are no more. A result elsewhere does not get the ``prompt``."""
+    if not results().is_terminal:
+        typer.echo(prompt, nl=False, err=True)
+        prompt = ""
+    try:
+        return input(prompt)
+    except UnicodeDecodeError:
+        say("error: the line is not text in the terminal's encoding; type it again")
+        return ask(prompt)
 
 
 def table(*columns: str, narrow: bool = False) -> Table:

@@ -77,6 +77,20 @@ class AnswerSpace:
             raise ConfigError("calibrate (--calibrate) is for label words and a task's choices; leave it out here")
         return replace(self, scoring=how)
 
+    def check_threshold(self, probability: float | None, *, candidates: bool = False) -> None:
+        """Raise a ConfigError if answers cannot be held back below a probability: it is none, or answers are open."""
+        if probability is None:
+            return
+        if not 0 <= probability <= 1:
+            raise ConfigError(
+                f"min_probability (--min-probability) is {probability:g}; a probability lies between 0 and 1"
+            )
+        if candidates or not self.is_closed:
+            raise ConfigError(
+                "min_probability (--min-probability) is for labels and choices, whose probabilities add up to 1; "
+                f"{'candidates' if candidates else 'answers that are written'} have none that do"
+            )
+
     def names(self, question: Question) -> Sequence[str]:
         """Return the names of a question's K classes, which are its possible answers."""
         return self.labels or question.choices

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptuning.data.parquet import parquet_rows
 from ptuning.errors import FileError, RecordError, closest
@@ -20,11 +22,42 @@ if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
 
 
+T = TypeVar("T")
 Row = tuple[str, Mapping[str, object]]  # file and line, and the row as the file has it
 SPLITS = ("train", "dev", "test")
 # A cell of a table may hold a whole document.
 MAX_CELL_CHARACTERS = 2**31 - 1
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+# Ending of a data file -> its format.
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+SUFFIXES = tuple(FORMATS)
+TEXT_SUFFIX = ".txt"
+# What separates the cells of a CSV, and so many rows tell which one it is.
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SNIFFED_ROWS = 20
+PARQUET_MARK = b"PAR1"
+
+
+# Field -> the names that it may have in a file.
+Asked = Mapping[str, Sequence[str]]
+
+
+class RawRows(list[Row]):
+    """The rows of a data file as it has them, each with its file and line: ``name``, ``sha256``, ``format`` (one of
+    :data:`FORMATS`, or ``text``), the ``delimiter`` of a table, and the names of its ``columns``.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        *,
+        name: str,
+        digest: str,
+        format: str,  # noqa: A002  # what a user calls it
+        delimiter: str | None = None,
+        columns: Sequence[str] = (),
+    ) -> None:
+        super().__init__(rows)
+        self.name, self.sha256, self.format, self.delimiter, self.columns = name, digest, format, delimiter, columns
 
 
 def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
@@ -32,7 +65,8 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
 
     Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
     is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``. ``fields`` maps new names of
-    fields to those in the file, such as ``{"y": "answer"}``.
+    fields to those in the file, such as ``{"y": "answer"}``. The cells of a .csv file are separated by commas,
+    semicolons or tabs, which its first rows tell.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.
@@ -42,30 +76,40 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
         >>> load_records("capitals:train")[0].keys()
         dict_keys(['x', 'y'])
     """
+    records = as_read(load_rows(source), fields=fields)
+    if not records:
+        raise RecordError(f"{source} holds no records; it needs one record per line")
+    return records
+
+
+def load_rows(source: str | Path, *, asked: Asked | None = None) -> RawRows:
+    """Read a data file or shipped facts as :func:`raw_rows` does. A file with another ending is an error, unless it is
+    known for which fields it is ``asked``. Errors as for :func:`load_records`.
+    """
     path = Path(source)
     exists = os.path.exists(path)  # unlike Path.exists, False for a name that cannot be a path
     if not exists and ":" in str(source) and not path.suffix:
-        return _shipped_records(str(source))
+        return _shipped_rows(str(source))
     try:
         str(source).encode("utf-8")
     except UnicodeEncodeError as error:  # every record that names its data would fail
         raise FileError(f"the name of the data file {str(source)!r} is not UTF-8 text; rename it") from error
     if not exists:
         raise FileError(f"no such data file: {source}.{_hint(path)}")
-    if path.suffix.lower() not in SUFFIXES:
+    if asked is None and path.suffix.lower() not in SUFFIXES:
         raise FileError(f"cannot tell the format of {source}; a data file ends in one of {', '.join(SUFFIXES)}")
-    data = read_bytes(path)
-    records = read_rows(data, name=str(source), fields=fields)
-    if not records:
-        raise RecordError(f"{source} holds no records; it needs one record per line")
-    return records
+    return raw_rows(read_bytes(path), name=str(source), asked=asked)
 
 
 def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None) -> Records:
     """Parse the bytes of a data file as :func:`raw_rows` does, into records."""
-    rows = raw_rows(data, name=name)
+    return as_read(raw_rows(data, name=name), fields=fields)
+
+
+def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None) -> Records:
+    """Return rows as records: values as text, and ``fields`` renamed; a RecordError names file and line."""
     read = [_renamed(clean(row, where=where), fields, where=where) for where, row in rows]
-    return Records(read, name=name, digest=sha256(data), places=[where for where, _ in rows], fields=fields)
+    return Records(read, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
 
 
 def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
@@ -79,19 +123,33 @@ def with_fields(records: Records, fields: Mapping[str, str]) -> Records:
     return Records(rows, name=records.name, digest=records.sha256, places=records.places, fields=found)
 
 
-def raw_rows(data: bytes, *, name: str) -> list[Row]:
-    """Parse the bytes of a data file; its format follows from the ending of ``name`` (JSONL for any other).
+def raw_rows(data: bytes, *, name: str, asked: Asked | None = None) -> RawRows:
+    """Parse the bytes of a data file; its format follows from the ending of ``name``. For any other it is JSONL; or,
+    if it is known for which fields it is ``asked`` and which names each may have in the file, what the content looks
+    like: JSONL, a JSON array, a table, Parquet, or lines of text for the one field (which .txt always is).
 
     Returns (file and line, row as the file has it) pairs; raises a RecordError with both if a row cannot be read.
     """
-    suffix = Path(name).suffix.lower()
-    if suffix == ".parquet":
-        return [(f"{name}, row {number}", row) for number, row in enumerate(parquet_rows(data, name=name), start=1)]
-    if suffix in (".csv", ".tsv"):
-        return _delimited_rows(_text(data, name), name, tab=suffix == ".tsv")
-    if suffix == ".json" and _text(data, name).lstrip().startswith("["):
-        return _array_rows(_text(data, name), name)
-    return _json_line_rows(_text(data, name), name)
+    suffix, digest = Path(name).suffix.lower(), sha256(data)
+    kind = FORMATS.get(suffix) or ("text" if suffix == TEXT_SUFFIX else None)
+    if kind == "parquet" or (kind is None and asked is not None and data.startswith(PARQUET_MARK)):
+        table = ((f"{name}, row {number}", row) for number, row in enumerate(parquet_rows(data, name=name), start=1))
+        return RawRows(table, name=name, digest=digest, format="parquet")
+    text = _text(data, name)
+    if asked is None:
+        kind = "jsonl" if kind in (None, "text") else kind
+    elif kind is None:
+        kind = _format_of(text, asked)
+    if kind in ("csv", "tsv"):
+        delimiter = "\t" if kind == "tsv" else _delimiter(text)
+        rows, columns = _delimited_rows(text, name, delimiter, quoted=kind == "csv")
+        return RawRows(rows, name=name, digest=digest, format=kind, delimiter=delimiter, columns=columns)
+    if kind == "text":
+        rows, column = _text_rows(text, name, asked or {})
+        return RawRows(rows, name=name, digest=digest, format="text", columns=[column])
+    is_array = kind == "json" and text.lstrip().startswith("[")
+    rows = _array_rows(text, name) if is_array else _json_line_rows(text, name)
+    return RawRows(rows, name=name, digest=digest, format="json" if is_array else "jsonl")
 
 
 def shipped_facts() -> dict[str, dict[str, object]]:
@@ -104,7 +162,7 @@ def _facts_folder() -> Traversable:
     return resources.files("ptuning.data") / "facts"
 
 
-def _shipped_records(source: str) -> Records:
+def _shipped_rows(source: str) -> RawRows:
     name, _, split = source.partition(":")
     known = shipped_facts()
     if name not in known:
@@ -114,8 +172,9 @@ def _shipped_records(source: str) -> Records:
     if split not in SPLITS:
         raise FileError(f"'{source}': the parts of shipped facts are {', '.join(SPLITS)}, not '{split}'")
     data = (_facts_folder() / name / f"{split}.jsonl").read_bytes()
-    found = read_rows(data, name=f"{source}.jsonl")
-    return Records(found, name=source, digest=found.sha256, places=found.places)
+    rows = raw_rows(data, name=f"{source}.jsonl")
+    rows.name = source
+    return rows
 
 
 def _names() -> str:
@@ -158,35 +217,113 @@ def _array_rows(text: str, name: str) -> list[Row]:
         raise RecordError(f"{name}: not valid JSON ({error})") from error
 
 
-def _delimited_rows(text: str, name: str, *, tab: bool) -> list[Row]:
-    # Tab-separated benchmark files hold bare quotation marks as text, comma-separated ones quote with them.
-    stream = io.StringIO(text, newline="")
+def _format_of(text: str, asked: Asked) -> str:
+    """Return the format of a text that has no name to tell it. A text may begin with a bracket as well, but hardly as a
+    list of objects does; and a line of text may have a comma, but hardly names of columns.
+    """
+    start = text.lstrip()
+    if start.startswith("{"):
+        return "jsonl"
+    if re.match(r"\[\s*[{\]]", start):
+        return "json"
+    for kind, delimiter in (("csv", _delimiter(text)), ("tsv", "\t")):
+        (header, *rows), is_whole = _sample(text, delimiter, quoted=kind == "csv")
+        is_asked = all({*names} & {*header} for names in asked.values())
+        are_names = len({*header}) == len(header) > 1 and all(re.fullmatch(r"\w[\w.-]*", name) for name in header)
+        is_even = is_whole and {len(row) for row in rows} == {len(header)}
+        if rows and (is_asked or (are_names and is_even)):
+            return "tsv" if delimiter == "\t" else kind
+    return "text"
+
+
+def _delimiter(text: str) -> str:
+    """Return what separates the cells of a CSV: of :data:`DELIMITERS` the one that makes the most columns, first of all
+    with as many cells in at least half of the first rows; without such, one column or the most names in the header.
+    """
+
+    def rank(delimiter: str) -> tuple[int, int]:
+        (header, *rows), _ = _sample(text, delimiter)
+        fitting = sum(len(row) == len(header) for row in rows)
+        if len(header) == 1:
+            return int(delimiter == ","), 1
+        return 2 * (2 * fitting >= len(rows)), len(header)
+
+    return max(DELIMITERS, key=rank)
+
+
+def _sample(text: str, delimiter: str, *, quoted: bool = True) -> tuple[list[list[str]], bool]:
+    """Return the cells of a table's header and first rows, and whether they could all be read with this delimiter."""
+    rows: list[list[str]] = []
+    try:
+        for cells in itertools.islice(filter(None, _cells(text, delimiter, quoted=quoted)), SNIFFED_ROWS + 1):
+            rows.append(cells)  # what stands before an error counts
+    except csv.Error:
+        return rows or [[]], False
+    return rows or [[]], True
+
+
+def _cells(text: str, delimiter: str, *, quoted: bool) -> Iterator[list[str]]:
+    """Return the reader of a table's cells, which counts its lines."""
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    reader = csv.reader(stream, "excel-tab", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
+    stream = io.StringIO(text, newline="")
+    if quoted:
+        return csv.reader(stream, delimiter=delimiter, strict=True)
+    return csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+
+
+def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tuple[list[Row], Sequence[str]]:
+    """Return the rows of a table and its columns. Tab-separated benchmark files hold bare quotation marks as text, and
+    so .tsv is read without quoting; .csv is quoted, whatever separates it.
+    """
+    reader: Any = _cells(text, delimiter, quoted=quoted)
     rows: list[Row] = []
     try:
-        header = next(reader, [])
+        header: list[str] = next(filter(None, reader), [])
         check_columns(header, where=f"{name}, line 1")
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
+                remedy = "; a text that has one in it stands in quotation marks" if quoted else ""
                 raise RecordError(
-                    f"{name}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)} columns"
+                    f"{name}, line {reader.line_num}: {len(cells)} cells, and the header has {len(header)} columns, "
+                    f"separated by {DELIMITERS[delimiter]}{remedy}"
                 )
             rows.append((f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))))
     except csv.Error as error:
         raise RecordError(f"{name}, line {reader.line_num}: {error}") from error
-    return rows
+    return rows, header
 
 
-def _renamed(record: dict[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
-    """Return a record with fields under their new names only, so that no copy of an answer is left."""
-    renamed = {}
+def _text_rows(text: str, name: str, asked: Asked) -> tuple[list[Row], str]:
+    """Return one row per line for the one field that is asked for, and its name; empty lines at the end are none."""
+    if len(asked) != 1:
+        wanted = f"the fields {', '.join(asked)}" if asked else "no field"
+        raise RecordError(
+            f"{name} holds lines of text, which fill one field, and {wanted} would be read; give a CSV with names of "
+            "columns in its first line, or JSONL"
+        )
+    (names,) = asked.values()
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [(f"{name}, line {number}", {names[0]: line}) for number, line in enumerate(lines, start=1)], names[0]
+
+
+def renamed(record: Mapping[str, T], fields: Mapping[str, str] | None, *, where: str) -> dict[str, T]:
+    """Return a record with ``fields`` (new name -> name in the file) under their new names only, so that no copy of an
+    answer is left; a RecordError if one is missing.
+    """
+    found = {}
     for new, old in (fields or {}).items():
         if old not in record:
             raise RecordError(
                 f"{where}: no field '{old}' to use as '{new}'; it has {', '.join(sorted(record)) or 'no fields'}"
             )
-        renamed[new] = record[old].strip() if new == TARGET_FIELD else record[old]
-    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | renamed
+        found[new] = record[old]
+    return {name: text for name, text in record.items() if name not in (fields or {}).values()} | found
+
+
+def _renamed(record: Mapping[str, str], fields: Mapping[str, str] | None, *, where: str) -> dict[str, str]:
+    found = renamed(record, fields, where=where)
+    return {name: text.strip() if name == TARGET_FIELD else text for name, text in found.items()}

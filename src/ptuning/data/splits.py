@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ptuning.data.layouts import FACTS
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import SPLITS
-from ptuning.data.relations import FACTS, FLAW, SENTENCE_FIELDS, Relation, subject_of
+from ptuning.data.relations import FLAW, SENTENCE_FIELDS, Relation, subject_of
 from ptuning.errors import RecordError
 from ptuning.records import ALIASES, TARGET_FIELD, Record, Records, canonical_json
 

@@ -1,16 +1,18 @@
-"""Check a task file with its data and a tokenizer, before a model is loaded."""
+"""Check a task with its data and a tokenizer, before a model runs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import Findings, empty_fields, repeated
 from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
 from ptuning.records import TARGET_FIELD
 from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.known import check_fields, check_targets
 from ptuning.template.language import Field, Template
 from ptuning.template.segments import Kind, Tokenizer
 
@@ -58,6 +60,29 @@ def check_words(
     return Findings(*(tuple(dict.fromkeys(lines)) for lines in vars(found).values()))
 
 
+def check_known(bound: BoundTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
+    """Return warnings about text in the parts of a task that the tokenizer does not know. Each different target is
+    tokenised once, without its row's fields.
+
+    Raises LabelWordError if it does not know a label's word, or not from that of another; RecordError if it knows
+    hardly any target of a part.
+    """
+    bare = dict.fromkeys(bound.template.fields, "")
+    warnings = []
+    if answers.words is not None:
+        answers.words.check_known(answers.words.examples(bound, bare))
+    for questions in parts:
+        records = questions.records
+        if answers.words is None and all(row.right for row in questions):
+            texts = list(dict.fromkeys(text for row in questions for text in row.right))
+            examples = bound.examples([bare] * len(texts), targets=texts)
+            known = {text for text, example in zip(texts, examples, strict=True) if example.known}
+            can_be_hit = [not known.isdisjoint(row.right) for row in questions]
+            warnings += check_targets(can_be_hit, records, is_choice=answers.has_choices)
+        warnings += check_fields(bound.tokenizer, records, bound.template.fields)
+    return warnings
+
+
 def _check_template(
     name: str,
     task: TaskFile,
@@ -71,7 +96,7 @@ def _check_template(
     try:
         bound = BoundTemplate(template, tokenizer=tokenizer, kind=kind)
         if task.label_words is not None:
-            lines = task.label_words.check_ids(bound, sample.record, unknown_id=tokenizer.unknown_id)
+            lines = task.label_words.check_known(task.label_words.examples(bound, sample.record))
             facts.append(f"label words and their tokens: {'; '.join(lines)}")
         filled: list[Example] = []
         for questions in parts:
@@ -79,6 +104,7 @@ def _check_template(
             texts = [max(task.answer_space.texts(row) or ("a",), key=len) for row in chosen]
             records = [row.record for row in chosen]
             filled += bound.examples(records, targets=texts, source=f"{questions.name}, row")
+        doubts += check_known(bound, task.answer_space, parts)
         short = sum(example.shortened for example in filled)
         if short:
             fields = [piece for piece in template.pieces if isinstance(piece, Field)]

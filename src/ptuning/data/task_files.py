@@ -123,13 +123,14 @@ class TaskFile:
         """Fields that hold one of a few words, such as "because" and "so"."""
         return tuple(name for name in self.reader.values if name != TARGET_FIELD)
 
-    def record_of(self, text: str) -> Record:
-        """Return the record of a task with one field, from the text that a file would have there."""
-        has_choices = self.answer_space.has_choices
-        if has_choices or len(self.fields) != 1:
-            what = "choices of their own" if has_choices else f"the fields {', '.join(self.fields)}"
-            raise RecordError(f"a TEXT is not enough for the task {self.name}, whose rows have {what}; use --data")
-        return {self.fields[0]: self.reader.filled(self.fields[0], text, where="the command line")}
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names at the top of a row that its fields are read from."""
+        return tuple(dict.fromkeys(path.names[0].removesuffix("[]") for path in self.reader.fields.values()))
+
+    def typed(self, texts: Mapping[str, str], *, where: str) -> Record:
+        """Return the record of texts, by field, as a file would have them; ``where`` starts the messages of errors."""
+        return {name: self.reader.filled(name, texts[name], where=where) for name in self.fields}
 
     def to_json(self) -> dict[str, Json]:
         """Return the task as a prompt's manifest and a run's record hold it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids
 
@@ -24,11 +26,14 @@ STOP_WEIGHT = 0.2
 
 @dataclass(frozen=True)
 class Choice:
-    """A text to score after an input: its ``own_tokens`` ids, and then perhaps the stop token."""
+    """A text to score after an input: its ``own_tokens`` ids, and then perhaps the stop token. ``known`` says whether
+    the tokenizer knows it.
+    """
 
     input: int
     target_ids: Ids
     own_tokens: int
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,18 @@ class Item:
         """Number of tokens that the model reads for it."""
         return sum(len(example.token_ids) for example in self.inputs)
 
+    @functools.cached_property
+    def rivals(self) -> list[frozenset[int] | None]:
+        """The rivals of each class (:func:`~ptuning.template.known.rivals_of`)."""
+        scored = [(self.inputs[one.input].token_ids, one.target_ids) if one.known else None for one in self.choices]
+        return rivals_of(scored, self.classes or range(len(scored)))
+
+    @functools.cached_property
+    def can_be_hit(self) -> frozenset[int]:
+        """The classes that are right, or the target alone, as far as the tokenizer tells them from wrong ones."""
+        right = self.answers or (0,)
+        return frozenset(one for one in right if can_hit(self.rivals[one], right))
+
 
 def inputs_of(items: Iterable[Item]) -> list[Example]:
     """Return the rows of items, one item after the other."""
@@ -72,14 +89,28 @@ def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tupl
         if key not in inputs:
             inputs[key] = len(kept)
             kept.append(example)
-        choices.append(Choice(inputs[key], example.target_ids, example.own_tokens))
+        choices.append(_choice(example, inputs[key]))
     return tuple(kept), tuple(choices)
 
 
+def _choice(example: Example, place: int = 0) -> Choice:
+    return Choice(place, example.target_ids, example.own_tokens, example.known)
+
+
 def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> list[Item]:
-    """Return one item per record, with its target as the only choice."""
+    """Return one item per record, with its target as the only choice. Warns about targets that the tokenizer does not
+    know, and raises a RecordError if there are hardly any others.
+    """
     examples = bound.examples(records, with_stop=with_stop, source=f"{records.name}, record")
-    return [Item((example,), (Choice(0, example.target_ids, example.own_tokens),)) for example in examples]
+    items = [Item((example,), (_choice(example),)) for example in examples]
+    _check_known(bound, records, items)
+    return items
+
+
+def _check_known(bound: BoundTemplate, records: Records, items: Sequence[Item]) -> None:
+    is_choice = any(item.answers for item in items)
+    warn(check_targets([bool(item.can_be_hit) for item in items], records, is_choice=is_choice))
+    warn(check_fields(bound.tokenizer, records, bound.template.fields))
 
 
 def question_items(
@@ -88,7 +119,8 @@ def question_items(
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
     A written target gets a stop token ``with_stop``. Items of a closed space have their right classes if ``labelled``.
-    Raises RecordError if a question cannot be answered, or its target is not an answer.
+    Raises RecordError if a question cannot be answered, or its target is not an answer; LabelWordError if the tokenizer
+    does not know a label's word, or not from that of another; warns and raises as :func:`target_items`.
     """
     records, scoring = questions.records, answers.scoring
     if not answers.is_closed:
@@ -96,6 +128,8 @@ def question_items(
     answers.check(questions, labelled=labelled)
     texts = [answers.texts(question) for question in questions]
     filled = bound.answers(records, texts, source=f"{records.name}, record")
+    if answers.words is not None and filled:
+        answers.words.check_known(filled[0])
     items = []
     empty: dict[tuple[object, ...], list[Example]] = {}
     for question, listed, own in zip(questions, texts, filled, strict=True):
@@ -116,6 +150,8 @@ def question_items(
                 scoring.normalise,
             )
         )
+    if labelled:
+        _check_known(bound, records, items)
     return items
 
 
@@ -237,8 +273,10 @@ def loss_count(items: Sequence[Item]) -> float:
 
 
 def hits(items: Sequence[Item], scored: Scored) -> list[float]:
-    """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right."""
+    """Return 1.0 for each item answered correctly: greedy decoding would write the target, or its class is right.
+    What the tokenizer does not know or tell apart is never a hit (:attr:`Item.can_be_hit`).
+    """
     if not items[0].answers:
-        return [float(value) for value in scored.correct.tolist()]
+        return [float(hit and bool(item.can_be_hit)) for hit, item in zip(scored.correct.tolist(), items, strict=True)]
     guesses = class_scores(items, scored).argmax(dim=-1).tolist()
-    return [float(guess in item.answers) for guess, item in zip(guesses, items, strict=True)]
+    return [float(guess in item.can_be_hit) for guess, item in zip(guesses, items, strict=True)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data import task_check
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.data.word_lists import read_words
@@ -14,10 +15,12 @@ from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.cells import Job
 from ptuning.files import Json
 from ptuning.method.base import Task
+from ptuning.method.tuned import bare
 from ptuning.prompt.prompt import as_template
 from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
+from ptuning.template.known import warn
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
@@ -35,7 +38,6 @@ class OneToken:
     ) -> None:
         self._bound = [BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
         self._words = frozenset(words) if words is not None else None
-        self._unknown_id = backbone.tokenizer.unknown_id
 
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
@@ -47,13 +49,10 @@ class OneToken:
                 examples = bound.examples(records)
             except (RecordError, TemplateError):
                 if len(records) == 1:
-                    return [False]  # its target has no tokens there, or does not fit
+                    return [False]  # it has no target, or does not fit
                 return [self([record])[0] for record in records]
-            # The unknown token stands for text that is not in the tokenizer's vocabulary.
-            known = [example.target_ids != (self._unknown_id,) for example in examples]
             keep = [
-                kept and example.own_tokens == 1 and is_known
-                for kept, example, is_known in zip(keep, examples, known, strict=True)
+                kept and example.own_tokens == 1 and example.known for kept, example in zip(keep, examples, strict=True)
             ]
         return keep
 
@@ -86,10 +85,20 @@ def template_pair(
     return manual, learned
 
 
+def check_known(job: Job, backbone: Backbone) -> None:
+    """Warn about targets and fields of a job that the tokenizer does not know; an error as of
+    :func:`ptuning.data.task_check.check_known`, before anything runs.
+    """
+    task = job.task
+    for template in (task.manual, task.template):
+        bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+        warn(task_check.check_known(bound, task.answer_space, (task.train, task.dev, job.test)))
+
+
 def fact_job(
     name: str,
     parts: Mapping[str, Records | Questions],
-    pair: tuple[Template, Template],
+    pair: tuple[Template | None, Template],
     *,
     vocabulary: Vocabulary = None,
     single_token: bool = False,
@@ -100,13 +109,19 @@ def fact_job(
     """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``, whose answers are text, labels with
     their ``words``, or as the task's ``file`` says.
 
-    ``pair`` is the manual template and the one to learn; ``info`` is added to the task's description.
+    ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
     """
+    manual, learned = pair
     train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
     objects = tuple(sorted({row.record[TARGET_FIELD].strip() for rows in (train, dev, test) for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary
-    task = Task(name, train, dev, *pair, objects, closed, single_token=single_token, file=file, words=words)
+    asked = manual or bare(learned)
+    task = Task(name, train, dev, asked, learned, objects, closed, single_token=single_token, file=file, words=words)
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
-    about: dict[str, Json] = {"manual": str(pair[0]), "template": str(pair[1]), "data": data}
+    about: dict[str, Json] = {
+        "manual": str(manual) if manual is not None else None,
+        "template": str(learned),
+        "data": data,
+    }
     kind = info.get("type")
     return Job(task, test, {**about, **info}, kind if isinstance(kind, str) else None)

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import listed_names
+from ptuning.data.layouts import PATTERN_FOLDERS
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
 from ptuning.experiment.cells import CellResult, Job
@@ -32,16 +33,18 @@ def paraphrases(
     wordings: int | None = None,
     limit: int | None = None,
     split_seed: int = 0,
+    fields: Mapping[str, str] | None = None,
     **options: Unpack[PlanOptions],
 ) -> Results:
     """Measure how far the scores of a relation's wordings differ, before and after learning from each of them.
 
     Args:
-        data: A folder in one of the layouts of :func:`ptuning.data.relations.read_relations`, with paraphrases.
+        data: A folder in one of the layouts of :mod:`ptuning.data.layouts`, with a folder of paraphrases.
         relations: Names, types, or ``all``. Relations with fewer than two usable wordings are left out with a warning.
         wordings: Use only this many wordings of a relation, the first of its file.
         limit: Maximum number of facts per relation.
         split_seed: Seed of the split of relations that come in one file.
+        fields: New names of fields -> those in the files of facts, such as ``{"sub_label": "subject"}``.
         **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
 
     Returns all scores; ``paraphrases`` holds the spread of each relation, and the files are in ``out``. A PTuningError
@@ -52,7 +55,8 @@ def paraphrases(
     plan = Plan.of("paraphrases", **options)
     patterns: dict[str, dict[str, str]] = {}
     jobs: list[Job] = []
-    for relation in read_relations(data, which=listed_names(relations)):
+    found = read_relations(data, which=listed_names(relations), fields=fields)
+    for relation in found:
         usable = usable_wordings(relation, kind=plan.backbone.kind)[:wordings]
         if len(usable) < 2:
             why = f"fewer than two wordings that a {plan.backbone.kind} model can use"
@@ -62,7 +66,11 @@ def paraphrases(
         patterns[relation.name] = named
         jobs += wording_jobs(relation, named, backbone=plan.backbone, limit=limit, seed=split_seed)
     if not jobs:
-        raise RecordError(f"{data}: none of the relations has two wordings; is there a folder of paraphrases?")
+        folders = " or ".join(str(Path(data) / one / f"{found[0].name}.jsonl") for one in PATTERN_FOLDERS)
+        raise RecordError(
+            f"{data}: none of the relations has two wordings. They are read from {folders}, or .csv, named after the "
+            'relation: one {"pattern": "[X] is ruled from [Y] ."} a line'
+        )
     settings: dict[str, Json] = {"data": str(data), "wordings": wordings, "limit": limit, "split_seed": split_seed}
     settings["template"] = "made of each wording"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig, listed_names
+from ptuning.config import NOT_VARIED, Setting, TrainConfig, acts_on, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellResult, Job
+from ptuning.experiment.jobs import check_known
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
 from ptuning.files import Json, make_folder
+from ptuning.method.base import Method
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
 from ptuning.names import ALL_METHODS, COMPARISON, RANDOM_WEIGHTS, check_writable
@@ -31,12 +34,13 @@ class Watch:
 
     ``report`` gets the progress inside a cell. If ``should_stop``, which is called regularly, returns true,
     :class:`ptuning.progress.Interrupted` is raised. ``on_cell`` gets the result of each cell, its number from 1, and
-    the number of cells; ``on_estimate`` the cells of a dry run.
+    the number of cells; ``on_jobs`` the tasks before anything runs, and ``on_estimate`` the cells of a dry run.
     """
 
     report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
     on_cell: Callable[[CellResult, int, int], None] | None = None
+    on_jobs: Callable[[Sequence[Job]], None] | None = None
     on_estimate: Callable[[Sequence[CellEstimate]], None] | None = None
 
 
@@ -50,6 +54,7 @@ class PlanOptions(TypedDict, total=False):
     tries: int
     control: bool
     config: TrainConfig | None
+    vary: Mapping[str, Sequence[Setting]]
     overwrite: bool
     dry_run: bool
     command: str | None
@@ -69,6 +74,8 @@ class Plan:
         tries: Number of settings that each trained method tries.
         control: Whether each trained method also runs on a backbone with random weights.
         config: Training settings.
+        vary: Setting -> other values of it. Each trained method that depends on it runs with each of them as well, as
+            a method of its own (``p-tuning encoder=mlp``); one setting is varied at a time.
         overwrite: Whether to replace results that were made with other settings.
         dry_run: List the cells and the time they will take, and run nothing.
         command: The command line, for the record.
@@ -85,6 +92,7 @@ class Plan:
     tries: int = 1
     control: bool = False
     config: TrainConfig = field(default_factory=TrainConfig)
+    vary: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
     command: str | None = None
@@ -99,8 +107,12 @@ class Plan:
                 f"tune is {self.config.tune!r}, but in a comparison each method says what it trains; leave it out, and "
                 "name fine-tuning among the methods"
             )
+        check_varied(self.vary, self.config)
         if not self.method_names:
             raise ConfigError(f"there are no methods to compare; known: {ALL_METHODS}, {', '.join(METHODS)}")
+        for setting in self.vary:
+            if not any(_depends(METHODS.find(name), setting) for name in self.method_names):
+                raise ConfigError(f"none of the methods {', '.join(self.method_names)} depends on '{setting}'")
 
     @classmethod
     def of(cls, suite: str, **options: Unpack[PlanOptions]) -> Plan:
@@ -115,12 +127,37 @@ class Plan:
         """The methods in the order of the tables, followed by their controls."""
         asked = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
         chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
-        names = [method.name for method in chosen]
+        names = [name for method in chosen for name in (method.name, *self._variants(method))]
         if self.control:
-            trained = [method.name for method in chosen if method.trained and "@" not in method.name]
+            trained = [method.name for method in chosen if method.trained and not re.search("[ @]", method.name)]
             names += [name + RANDOM_WEIGHTS for name in trained]
         plain = list(METHODS)
-        return sorted(set(names), key=lambda name: ("@" in name, plain.index(name.partition("@")[0])))
+        # Variants stay in the order in which they are given.
+        return sorted(
+            dict.fromkeys(names), key=lambda name: ("@" in name, plain.index(re.split("[ @]", name)[0]), " " in name)
+        )
+
+    def _variants(self, method: Method) -> list[str]:
+        if method.settings or "@" in method.name:
+            return []
+        own = self.config.to_json()
+        depends = [setting for setting in self.vary if _depends(method, setting)]
+        return [method.varied(name, value).name for name in depends for value in self.vary[name] if value != own[name]]
+
+
+def _depends(method: Method, setting: str) -> bool:
+    return method.trained and acts_on(setting, tune=method.tune, learns_slots=method.learns_slots)
+
+
+def check_varied(vary: Mapping[str, Sequence[Setting]], config: TrainConfig) -> None:
+    """Raise a ConfigError if a setting is unknown, is not varied by comparisons, or cannot have one of the values."""
+    for name, values in vary.items():
+        for value in values:
+            config.with_settings({name: value})
+        if name in NOT_VARIED:
+            raise ConfigError(f"the setting '{name}' is not varied: {NOT_VARIED[name]}")
+        if not values:
+            raise ConfigError(f"no value is given to vary '{name}' by")
 
 
 def run_jobs(
@@ -135,6 +172,8 @@ def run_jobs(
     ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
     A FileError if the folder holds other files, or results that were made with other settings.
     """
+    for job in jobs:
+        check_known(job, plan.backbone)
     suite = Suite(
         plan.out,
         jobs=jobs,
@@ -146,12 +185,15 @@ def run_jobs(
     )
     empty = _empty_results(suite, plan, settings)
     collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
+    _check_folder(plan.out)
+    if not (plan.dry_run and plan.overwrite):  # which would remove cells
+        suite.check(overwrite=plan.overwrite)
+    if plan.watch.on_jobs is not None:
+        plan.watch.on_jobs(jobs)
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(suite.estimates())
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
-    _check_folder(plan.out)
-    suite.check(overwrite=plan.overwrite)
     make_folder(plan.out)
     suite.tidy()
     # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.
@@ -191,7 +233,13 @@ def _empty_results(suite: Suite, plan: Plan, settings: Mapping[str, Json]) -> Re
             **backbone.to_json(),
             "device": str(backbone.device),
         },
-        settings={**settings, "seeds": plan.seeds, "tries": plan.tries, **plan.config.to_json()},
+        settings={
+            **settings,
+            "seeds": plan.seeds,
+            "tries": plan.tries,
+            **({"vary": {name: list(values) for name, values in plan.vary.items()}} if plan.vary else {}),
+            **plan.config.to_json(),
+        },
         versions=dict(versions()),
         task_info={name: job.info for name, job in suite.jobs.items()},
         methods={

@@ -41,14 +41,14 @@ class Collector:
             kind: over_tasks({task: methods for task, methods in done.items() if self.types.get(task) == kind}, names)
             for kind in kinds
         }
-        return replace(
+        found = replace(
             self.empty,
             cells=[one.record for one in cells],
             tasks=tasks,
             macro=over_tasks(done, names),
             by_type=by_type,
-            differences=differences(done, names),
         )
+        return replace(found, differences=differences(done, compared(names, found.ranked)))
 
     def _summary(self, task: str, method: str, results: Sequence[CellResult]) -> Scores:
         """Return the scores of a method on a task; the bootstrap is drawn again only when a seed joins."""
@@ -87,16 +87,24 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
     return table
 
 
-def differences(
-    done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: Sequence[str]
-) -> dict[str, dict[str, Score]]:
-    """Return ``A - B`` -> score -> paired difference with an interval over tasks, or over records of the only task.
-
-    Every method is compared with the learned prompt and with the manual prompt.
+def compared(names: Sequence[str], ranked: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs of methods to compare: every method with the learned and with the manual prompt, a method with
+    its variants, and the best of the ``ranked`` methods with the next.
     """
     learned = next((name for name, method in METHODS.items() if method.learns_slots and name in names), LEARNED)
     pairs = [(learned, name) for name in names if name != learned and learned in names]
     pairs += [(name, MANUAL) for name in names if name not in (learned, MANUAL) and MANUAL in names]
+    pairs += [(base, name) for name in names if (base := name.partition(" ")[0]) != name and base in names]
+    best = (ranked[0], ranked[1]) if len(ranked) > 1 else None
+    if best is not None and best not in pairs and best[::-1] not in pairs:
+        pairs.append(best)
+    return list(dict.fromkeys(pairs))
+
+
+def differences(
+    done: Mapping[str, Mapping[str, Sequence[CellResult]]], pairs: Iterable[tuple[str, str]]
+) -> dict[str, dict[str, Score]]:
+    """Return ``A - B`` -> score -> paired difference with an interval over tasks, or over records of the only task."""
     found = {}
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]

@@ -57,12 +57,26 @@ class _Going:
 
     report: OnProgress | None
     should_stop: Callable[[], bool] | None
-    total: int
-    done: int = 0
+    cells: Sequence[Cell]
+    finished: dict[Cell, CellResult] = dataclasses.field(default_factory=dict)
 
-    def tell(self, cell: Cell) -> None:
+    @property
+    def done(self) -> int:
+        return len(self.finished)
+
+    @property
+    def total(self) -> int:
+        return len(self.cells)
+
+    def tell(self, cell: Cell | None = None) -> None:
+        """Report how far the run is, which cell begins now, and how long the others will take."""
         if self.report is not None:
-            self.report(Progress("suite", self.done, self.total, f"{cell.task} {cell.method}"))
+            waiting = [one for one in self.cells if one not in self.finished]
+            means = mean_seconds({cell: one.seconds for cell, one in self.finished.items() if one.status == "done"})
+            known = [means[one.method] for one in waiting if one.method in means]
+            note, untimed = "" if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
+            now = Progress("suite", self.done, self.total, note, seconds_left=sum(known), untimed=untimed)
+            self.report(now)
 
 
 class Suite:
@@ -87,6 +101,10 @@ class Suite:
         self.config = config
         self.tries = tries
         self._random: tuple[int, Backbone] | None = None
+
+    def config_of(self, cell: Cell) -> TrainConfig:
+        """Return the settings of a cell's trainings."""
+        return self.config.with_settings(self.methods[cell.method].settings)
 
     @property
     def cells(self) -> list[Cell]:
@@ -139,15 +157,16 @@ class Suite:
         interrupted (:class:`ptuning.progress.Interrupted`).
         """
         cells = self.cells
-        going = _Going(report, should_stop, len(cells))
+        going = _Going(report, should_stop, cells)
         for _, group in itertools.groupby(cells, key=lambda cell: (cell.seed, cell.method)):
             same = list(group)
             run = self._run_together if self._trains_together(same) else self._run_in_turn
             for result in run(same, going):
-                going.done += 1
+                going.finished[result.cell] = result
+                if not result.was_there:
+                    going.tell()
                 yield result
-        if report is not None:
-            report(Progress("suite", len(cells), len(cells), ""))
+        going.tell()
 
     def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
         for cell in cells:
@@ -158,7 +177,7 @@ class Suite:
             yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
-        several = len(cells) * self.tries * self.config.starts > 1
+        several = len(cells) * self.tries * self.config_of(cells[0]).starts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
     def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
@@ -256,10 +275,7 @@ class Suite:
     def estimates(self) -> list[CellEstimate]:
         """Return all cells. Those that wait are estimated by the mean time of their method's finished cells."""
         taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell)) is not None}
-        times: dict[str, list[float]] = {}
-        for cell, seconds in taken.items():
-            times.setdefault(cell.method, []).append(seconds)
-        means = {method: sum(listed) / len(listed) for method, listed in times.items()}
+        means = mean_seconds(taken)
         return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in self.cells]
 
     def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
@@ -283,7 +299,7 @@ class Suite:
         task, parts = job.task_of(cell.seed), self._parts(cell)
         if job.unlabelled is not None:
             parts["unlabelled"] = job.unlabelled
-        settings: dict[str, Json] = dict(self.config.to_json()) if method.trained else {}
+        settings: dict[str, Json] = dict(self.config_of(cell).to_json()) if method.trained else {}
         found = identity(
             {**settings, "seed": cell.seed},
             {part: digest(data) for part, data in parts.items()},
@@ -333,7 +349,7 @@ class Suite:
     def _setup(self, cell: Cell, going: _Going) -> Setup:
         return Setup(
             self._backbone_of(cell),
-            config=self.config,
+            config=self.config_of(cell),
             seed=cell.seed,
             tries=self.tries,
             folder=self.out / cell.folder,
@@ -369,13 +385,21 @@ class Suite:
             "identity": self.identity(cell),
             "data": {part: described(data) for part, data in self._parts(cell).items()},
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
-            "settings": dict(self.config.to_json()),
+            "settings": dict(self.config_of(cell).to_json()),
             "versions": dict(versions()),
             "scores": {name: result.score(name).to_json() for name in result.values},
             "n": result.n,
             "seconds": result.seconds,
             **more,
         }
+
+
+def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
+    """Return method -> mean seconds of its cells."""
+    times: dict[str, list[float]] = {}
+    for cell, seconds in taken.items():
+        times.setdefault(cell.method, []).append(seconds)
+    return {method: sum(listed) / len(listed) for method, listed in times.items()}
 
 
 def _saved_identity(folder: Path) -> Mapping[str, Json] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig, Tune
+from ptuning.config import Setting, TrainConfig, Tune, acts_on, as_setting, setting_of
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
@@ -120,8 +120,10 @@ class Method:
         tune: What it trains of the backbone; None if unknown. Methods that train less run first.
         seeded: Whether its result depends on the seed. Other methods run once.
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
+        reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
         open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
+        settings: Training settings in which it differs from the comparison's.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
             many tasks beforehand.
     """
@@ -134,9 +136,20 @@ class Method:
     tune: Tune | None = None
     seeded: bool = False
     reads_train: bool = True
+    reads_manual: bool = True
     open_only: bool = False
     default_for: tuple[str, ...] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
+
+    def varied(self, name: str, value: Setting) -> Method:
+        """Return the method with another value of a setting; a ConfigError if it does not train with it."""
+        if not (self.trained and acts_on(name, tune=self.tune, learns_slots=self.learns_slots)):
+            raise ConfigError(f"{self.name} does not depend on the setting '{name}'")
+        setting = as_setting(name, value)
+        return replace(
+            self, name=f"{self.name} {setting}", describe=f"{self.describe}; {setting}", settings={name: value}
+        )
 
 
 class Methods(dict[str, Method]):
@@ -157,6 +170,7 @@ class Methods(dict[str, Method]):
         learns_slots: bool = False,
         seeded: bool = False,
         reads_train: bool = True,
+        reads_manual: bool = True,
         prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None,
     ) -> Callable[[Callable[[Task, Setup], Solution]], Callable[[Task, Setup], Solution]]:
         """Return a decorator that adds a function as a method. The arguments are those of :class:`Method`.
@@ -171,22 +185,34 @@ class Methods(dict[str, Method]):
 
         def add(fit: Callable[[Task, Setup], Solution]) -> Callable[[Task, Setup], Solution]:
             self[name] = Method(
-                name, describe, fit, trained, learns_slots, seeded=seeded, reads_train=reads_train, prompts=prompts
+                name,
+                describe,
+                fit,
+                trained,
+                learns_slots,
+                seeded=seeded,
+                reads_train=reads_train,
+                reads_manual=reads_manual,
+                prompts=prompts,
             )
             return fit
 
         return add
 
     def find(self, name: str) -> Method:
-        """Return a method by its name. ``NAME@random-weights`` returns the control of a trained method.
+        """Return a method by its name. ``NAME@random-weights`` returns the control of a trained method, and
+        ``NAME SETTING=VALUE`` a trained method with another setting (:meth:`Method.varied`).
 
         Raises:
             ConfigError: If there is no such method; the message suggests the closest name.
         """
-        plain, sign, control = name.partition("@")
+        called, sign, control = name.partition("@")
+        plain, space, setting = called.partition(" ")
         if plain not in self:
             raise ConfigError(f"unknown method '{plain}'.{closest(plain, self)} Known: {', '.join(self)}")
         method = self[plain]
+        if space:
+            method = method.varied(*setting_of(setting))
         if not sign:
             return method
         if f"@{control}" != RANDOM_WEIGHTS or not method.trained:

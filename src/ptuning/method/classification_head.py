@@ -26,6 +26,7 @@ from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import rank_classes
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
 from ptuning.training.step import with_gradients
@@ -80,10 +81,12 @@ def head_items(bound: BoundTemplate, questions: Questions, answers: AnswerSpace)
     filled = bound.contexts(rows, source=questions.name)
     examples = iter([_at_summary(one, kind=bound.kind, stop_id=bound.tokenizer.stop_id) for one in filled])
     items = []
+    unknown_id = bound.tokenizer.unknown_id
     for question in questions:
         inputs = tuple(next(examples) for _ in _filled(question, answers))
         if answers.has_choices:
-            choices = tuple(Choice(place, (1,), 1) for place in range(len(inputs)))
+            known = [is_known(tuple(ids), unknown_id) for ids in bound.tokenizer.encode(question.choices)]
+            choices = tuple(Choice(place, (1,), 1, one) for place, one in enumerate(known))
         else:
             choices = tuple(Choice(0, (label,), 1) for label in range(len(answers.labels)))
         items.append(Item(inputs, choices, tuple(range(len(choices))), answers.right(question)))

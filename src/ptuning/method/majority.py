@@ -37,5 +37,6 @@ MAJORITY = Method(
     "majority",
     "the most frequent answer of the training part",
     majority,
+    reads_manual=False,
     default_for=("compare", "lama", "superglue"),
 )

@@ -178,6 +178,7 @@ def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for
         learns_slots=learns_slots,
         tune=tune,
         seeded=True,
+        reads_manual=not learns_slots,
         default_for=default_for,
         prompts=prompts if tune == "frozen" else None,
     )
@@ -199,6 +200,7 @@ TUNED = (
         trained=True,
         tune="tuned",
         seeded=True,
+        reads_manual=False,
         default_for=("superglue",),
     ),
     _with_template(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records, Rows
 from ptuning.template.fill import BoundTemplate
+from ptuning.template.known import can_hit
 
 
 def answer_records(
@@ -60,17 +62,28 @@ def answer_records(
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, learned, report=report, note=data.name)
-    return [Answer(one.text, bool(hit), log_prob=one.log_prob) for one, hit in zip(written, found.hits, strict=True)]
+    return [
+        Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
+        for one, hit, known in zip(written, found.hits, found.known, strict=True)
+    ]
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:
-    """Return the answer among sorted candidates. On a tie the right one ranks last; if none is right, the rank is 0."""
+    """Return the answer among sorted candidates. On a tie the right one ranks last, and so it does beside one that the
+    tokenizer does not tell from it; if none is right, or none of the right ones is known, the rank is 0.
+    """
     others = [one for one in found if one.text.strip() not in right]
-    own = next((one for one in found if one.text.strip() in right), None)
+    answers = [one for one in found if one.text.strip() in right]
+    own = next((one for one in answers if one.rivals is not None), None)
     # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob for one in others)
-    best = own if own is not None and rank == 1 else others[0]
-    return Answer(best.text.strip(), best is own, rank, best.log_prob)
+    rank = 0 if own is None else 1 + sum(not one.log_prob < own.log_prob or _are_rivals(one, own) for one in others)
+    best = own if own is not None and rank == 1 else next(iter(others), found[0])
+    known = not answers or any(can_hit(one.rivals, right) for one in answers)
+    return Answer(best.text.strip(), best is own, rank, best.log_prob, known=known)
+
+
+def _are_rivals(one: Candidate, other: Candidate) -> bool:
+    return one.text.strip() in (other.rivals or ())
 
 
 @torch.no_grad()
@@ -85,28 +98,30 @@ def _among_tokens(
 ) -> list[Answer]:
     """Rank each record's target among all tokens, or among those of the closed set. On a tie it ranks last."""
     items = target_items(bound, records, with_stop=False)
-    if closed is None:
-        allowed = torch.arange(backbone.vocabulary, device=backbone.device)  # (C,)
-    else:
-        found = token_ids_of(bound, records, closed, unknown_id=backbone.tokenizer.unknown_id)
-        allowed = found.to(backbone.device)  # (C,)
+    counts = {} if closed is None else _single_tokens(bound, records, closed)
+    allowed = torch.tensor(list(counts)) if counts else torch.arange(backbone.vocabulary)  # (C,)
+    allowed = allowed.to(backbone.device)
     answers: dict[int, Answer] = {}
     prefix = prefix_tokens(backbone, inputs_of(items))
     for chosen in batches([item.inputs for item in items], prefix=prefix):
         group = [items[index] for index in chosen]
         logits = target_logits(backbone, inputs_of(group), learned)  # (N, V)
         log_probs = torch.log_softmax(logits, dim=-1)[:, allowed]  # (N, C)
-        gold = torch.tensor([_only_token(item) for item in group], device=allowed.device)  # (N,)
-        is_gold = allowed[None] == gold[:, None]  # (N, C)
+        targets = [_only_token(item) for item in group]
+        gold = torch.tensor(targets, device=allowed.device)  # (N,)
+        is_known = torch.tensor([item.choices[0].known for item in group], device=allowed.device)  # (N,)
+        shared = torch.tensor([counts.get(token, 1) - 1 for token in targets], device=allowed.device)  # (N,)
+        is_gold = (allowed[None] == gold[:, None]) & is_known[:, None]  # (N, C)
         own = log_probs.masked_fill(~is_gold, -torch.inf).amax(dim=-1, keepdim=True)  # (N, 1)
         # "Not lower" rather than "higher or equal": comparing with a NaN is never true.
-        ranks = is_gold.any(dim=-1) * (1 + (~(log_probs < own) & ~is_gold).sum(dim=-1))  # (N,)
+        ranks = is_gold.any(dim=-1) * (1 + (~(log_probs < own) & ~is_gold).sum(dim=-1) + shared)  # (N,)
         # A target that only shares the first place is not the answer.
         is_shared = is_gold & (ranks > 1)[:, None]  # (N, C)
         best, places = log_probs.masked_fill(is_shared, -torch.inf).max(dim=-1)  # (N,), (N,)
         tokens = allowed[places].tolist()
-        for index, rank, value, token in zip(chosen, ranks.tolist(), best.tolist(), tokens, strict=True):
-            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value)
+        known = (is_known & (shared == 0)).tolist()
+        for index, rank, value, token, one in zip(chosen, ranks.tolist(), best.tolist(), tokens, known, strict=True):
+            answers[index] = Answer(backbone.tokenizer.decode([token]).strip(), rank == 1, rank, value, known=one)
         if report is not None:
             report(Progress("dev", len(answers), len(items), records.name))
     return [answers[index] for index in range(len(items))]
@@ -119,15 +134,18 @@ def _only_token(item: Item) -> int:
     return ids[0]
 
 
-def token_ids_of(
-    bound: BoundTemplate, records: Records, texts: Sequence[str], *, unknown_id: int | None = None
-) -> Tensor:
+def token_ids_of(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> Tensor:
     """Return the token ids of the texts that are one token in a template filled from the first record, (C,) int64, each
-    once. ``unknown_id`` is nobody's own token. A RecordError if there are none.
+    once. Text that the tokenizer does not know is none. A RecordError if there are none.
     """
-    examples = bound.examples([records[0]] * len(texts), targets=list(texts), source="answer")
-    single = (example.target_ids[0] for example in examples if example.own_tokens == 1)
-    ids = dict.fromkeys(one for one in single if one != unknown_id)
+    return torch.tensor(list(_single_tokens(bound, records, texts)), dtype=torch.int64)
+
+
+def _single_tokens(bound: BoundTemplate, records: Records, texts: Sequence[str]) -> dict[int, int]:
+    """Return the number of different texts for each token of :func:`token_ids_of`."""
+    different = list(dict.fromkeys(texts))
+    examples = bound.examples([records[0]] * len(different), targets=different, source="answer")
+    ids = Counter(example.target_ids[0] for example in examples if example.own_tokens == 1 and example.known)
     if not ids:
         raise RecordError(f"none of the {len(texts)} possible answers, such as '{texts[0]}', is one token of the model")
-    return torch.tensor(list(ids), dtype=torch.int64)
+    return dict(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,15 +17,17 @@ from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
-from ptuning.engine.generate import stream_answer, write_answers
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import stream_answer, write_answers
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.files import Json
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
 
@@ -36,28 +39,73 @@ RANKED_ROWS = 2048
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible answer with its total natural log-probability."""
+    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with
+    the same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
+    """
 
     text: str
     log_prob: float
+    rivals: tuple[str, ...] | None = ()
+
+    @classmethod
+    def ranked(
+        cls, texts: Sequence[str], log_probs: Sequence[float], rivals: Sequence[frozenset[int] | None]
+    ) -> list[Candidate]:
+        """Return candidates, best first, on a tie in the given order; ``rivals`` are places among the texts."""
+        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in rivals]
+        return sorted(map(cls, texts, log_probs, named), key=lambda one: -one.log_prob)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the candidate as ``predict --json`` prints it."""
+        return {"text": self.text, "log_prob": self.log_prob}
+
+    @property
+    def probability(self) -> float:
+        """Its probability, in [0, 1]."""
+        return math.exp(self.log_prob)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``."""
+    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``; labels and
+    choices have the ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer
+    (``abstained``), ``text`` is empty.
+    """
 
     text: str
     candidates: tuple[Candidate, ...]
     tokens: int | None = None
+    probabilities: Mapping[str, float] | None = None
+    abstained: bool = False
+
+    @classmethod
+    def of_classes(
+        cls, ranked: Sequence[Candidate], *, top_k: int | None = None, min_probability: float | None = None
+    ) -> Prediction:
+        """Return the prediction of labels or choices, best first, whose probabilities add up to 1."""
+        probabilities = {one.text: one.probability for one in ranked}
+        abstained = min_probability is not None and not ranked[0].probability >= min_probability
+        text = "" if abstained else ranked[0].text
+        return cls(text, tuple(ranked[:top_k]), probabilities=probabilities, abstained=abstained)
 
     @property
     def log_prob(self) -> float:
-        """Log-probability of the answer."""
+        """Log-probability of the answer, or of the likeliest one that was not given."""
         return self.candidates[0].log_prob
+
+    @property
+    def probability(self) -> float:
+        """Probability of the answer, or of the likeliest one that was not given."""
+        return self.candidates[0].probability
 
     def to_json(self) -> dict[str, Json]:
         """Return the prediction as ``predict --json`` prints it."""
-        row: dict[str, Json] = {"prediction": self.text, "candidates": [dict(vars(one)) for one in self.candidates]}
+        row: dict[str, Json] = {"prediction": None if self.abstained else self.text}
+        if self.abstained:
+            row["abstained"] = True
+        if self.probabilities is not None:
+            row["probabilities"] = dict(self.probabilities)
+        row["candidates"] = [one.to_json() for one in self.candidates]
         return row if self.tokens is None else {**row, "tokens": self.tokens}
 
 
@@ -188,7 +236,7 @@ class PromptModel:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
         ranked = []
-        at_once = max(1, RANKED_ROWS // len(candidates))
+        at_once, every = max(1, RANKED_ROWS // len(candidates)), range(len(candidates))
         for start in range(0, len(data), at_once):
             part = range(start, min(start + at_once, len(data)))
             examples = [bound[index].answers([data[index]], [candidates], with_stop=count_stop)[0] for index in part]
@@ -196,7 +244,9 @@ class PromptModel:
             for index, filled, values in zip(part, examples, totals, strict=True):
                 if normalise[index] == "mean":
                     values = [one / len(example.target_ids) for one, example in zip(values, filled, strict=True)]
-                ranked.append(sorted(map(Candidate, candidates, values), key=lambda one: -one.log_prob))
+                rivals = rivals_of([(one.token_ids, one.target_ids) if one.known else None for one in filled], every)
+                warn(check_candidates(rivals, candidates))
+                ranked.append(Candidate.ranked(candidates, values, rivals))
         return ranked
 
     @torch.no_grad()
@@ -240,6 +290,7 @@ class PromptModel:
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
         count_stop: bool = False,
+        min_probability: float | None = None,
     ) -> list[Prediction]:
         """Answer N records, or questions of a task, whose targets are not read, with one prompt for all or one per row.
 
@@ -249,8 +300,9 @@ class PromptModel:
 
         ``candidates`` replace the prompt's own answers. ``top_k`` different answers are returned, the answer first;
         asking for more does not change it. ``normalise``, ``count_stop`` and ``calibrate`` are as in :meth:`rank` and
-        :meth:`classify`. A ConfigError if one of these settings would change nothing, since answers are not written, or
-        are written, or candidates would be calibrated.
+        :meth:`classify`. With ``min_probability``, a label or choice is only given as the answer if it is at least so
+        likely. A ConfigError if one of these settings would change nothing, since answers are not written, or are
+        written, or candidates would be calibrated.
         """
         data = records.records if isinstance(records, Questions) else as_records(records)
         if not data:
@@ -260,6 +312,7 @@ class PromptModel:
         prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
             one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
+            one.answer_space.check_threshold(min_probability, candidates=candidates is not None)
             if count_stop:
                 one.check_stop_counts(candidates=candidates is not None)
         if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
@@ -269,14 +322,20 @@ class PromptModel:
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
         answers: dict[int, Prediction] = {}
         for one, indices in _by_prompt(prompts):
-            rows = [data[index] for index in indices]
             if one.answer_space.is_closed:
+                rows = [data[index] for index in indices]
                 asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
                 ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
-                found = [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
-            else:
-                found = self.for_prompt(one)._write(rows, one, top_k=top_k, settings=settings)
-            answers |= dict(zip(indices, found, strict=True))
+                chosen = [Prediction.of_classes(row, top_k=top_k, min_probability=min_probability) for row in ranked]
+                answers |= dict(zip(indices, chosen, strict=True))
+        open_rows = [index for index in range(len(data)) if index not in answers]
+        written = self._spread(
+            [prompts[index] for index in open_rows],
+            lambda model, at: model._write(
+                [data[open_rows[i]] for i in at], [prompts[open_rows[i]] for i in at], top_k=top_k, settings=settings
+            ),
+        )
+        answers |= dict(zip(open_rows, written, strict=True))
         return [answers[index] for index in range(len(data))]
 
     def stream(
@@ -303,29 +362,21 @@ class PromptModel:
             raise ConfigError(f"num_beams is {settings.num_beams}; only an answer of one beam can be streamed")
         if self.backbone.kind in FILLS_MASKS:
             raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
-        pieces = stream_answer(
-            model.backbone,
-            prompt.bind(model.backbone, force=self.force),
-            as_records([record])[0],
-            prompt.learned(model.backbone),
-            settings=settings,
-            max_tokens=_longest(settings, prompt),
-        )
+        bound = prompt.bind(model.backbone, force=self.force)
+        row = OpenRow(bound, as_records([record])[0], _longest(settings, prompt))
+        pieces = stream_answer(model.backbone, row, prompt.learned(model.backbone), settings=settings)
         return _without_gradients(pieces)
 
     def _write(
-        self, records: Sequence[Record], prompt: Prompt, *, top_k: int, settings: GenerationSettings
+        self, data: Sequence[Record], prompts: Sequence[Prompt], *, top_k: int, settings: GenerationSettings
     ) -> list[Prediction]:
-        written = write_answers(
-            self.backbone,
-            prompt.bind(self.backbone, force=self.force),
-            records,
-            prompt.learned(self.backbone),
-            settings=settings,
-            top_k=top_k,
-            max_tokens=_longest(settings, prompt),
-            pad_side=self.pad_side,
-        )
+        groups, learned = self._bind(prompts)
+        bound = {index: one for one, indices in groups for index in indices}
+        rows = [
+            OpenRow(bound[index], record, _longest(settings, prompt))
+            for index, (record, prompt) in enumerate(zip(data, prompts, strict=True))
+        ]
+        written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
             Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
             for row in written
@@ -368,7 +419,7 @@ def rank_classes(
         scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
         for index, values in zip(chosen, scores.tolist(), strict=True):
             # An item with fewer classes than others of the batch has no names for those that it lacks.
-            found[index] = sorted(map(Candidate, names[index], values), key=lambda candidate: -candidate.log_prob)
+            found[index] = Candidate.ranked(names[index], values, items[index].rivals)
     return found
 
 

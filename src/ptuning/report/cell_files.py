@@ -38,6 +38,7 @@ class AnsweredRow:
             "rank": self.answer.rank,
             "hit": self.answer.hit,
             "log_prob": self.answer.log_prob,
+            **({} if self.answer.known else {"known": False}),
         }
 
     @classmethod
@@ -51,6 +52,7 @@ class AnsweredRow:
                 value.at("hit").flag(),
                 value.optional("rank", Unchecked.whole),
                 value.optional("log_prob", lambda number: number.number(finite=False)),
+                value.at("known", default=True).flag(),
             ),
             value.mapping().get("idx"),
             value.optional("group", Unchecked.text),

@@ -236,6 +236,20 @@ class Results:
         return written, next((name for name in learned if name in self.overall), LEARNED)
 
     @property
+    def ranked(self) -> list[str]:
+        """The methods by their primary score over all tasks, the best first."""
+        scores = {method: found[self.primary].value for method, found in self.overall.items() if self.primary in found}
+        return sorted(scores, key=lambda method: -scores[method])
+
+    def difference(self, one: str, other: str, score: str) -> Score | None:
+        """Return a paired difference of two methods, whichever way round the file has it; None if it has none."""
+        found = self.differences.get(f"{one} - {other}", {}).get(score)
+        if found is None:
+            back = self.differences.get(f"{other} - {one}", {}).get(score)
+            found = None if back is None else Score(-back.value, -back.high, -back.low, back.n)
+        return found
+
+    @property
     def controls(self) -> list[str]:
         """The methods that ran on a backbone with random weights."""
         return [name for name in self.ordered(self.overall) if name.endswith(RANDOM_WEIGHTS)]

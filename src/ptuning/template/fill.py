@@ -11,6 +11,7 @@ from operator import itemgetter
 
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
+from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import (
     ANCHOR_WORD,
@@ -48,6 +49,8 @@ class Example:
         own_tokens: Number of ``target_ids`` without the stop token.
         shortened: Whether a field was truncated to fit.
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
+        known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
+            tokens stands there as one.
     """
 
     token_ids: Ids
@@ -57,6 +60,7 @@ class Example:
     own_tokens: int
     shortened: bool = False
     encoder_tokens: int = 0
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class BoundTemplate:
     ) -> list[Example]:
         """Fill the template with N records and their targets; by default each record's own. ``with_stop`` scores the
         stop token as well. Raises a TemplateError if a record lacks a field, or slots, literals, target and kept fields
-        do not fit; a RecordError with the name of the ``source`` if a target is missing or has no tokens.
+        do not fit; a RecordError with the name of the ``source`` if a target is missing.
         """
         if targets is None:
             targets = [record.get(TARGET_FIELD, "") for record in records]
@@ -210,6 +214,23 @@ class BoundTemplate:
         literals = [piece.characters for piece in self._pieces if isinstance(piece, MarkedText)]
         written = {i for token, i in self.tokenizer.special_ids.items() if any(token in text for text in literals)}
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
+
+    def texts(self, record: Record) -> tuple[str, ...]:
+        """Return the filled template up to the target as text: in front of, between and behind its P slots, P + 1
+        texts. A space in front of the target is the target's. Nothing is truncated.
+        """
+        texts = [""]
+        for piece in self._pieces:
+            if isinstance(piece, Target):
+                break
+            if isinstance(piece, _Slots):
+                texts += [""] * len(piece.start_ids)
+            elif isinstance(piece, Field):
+                texts[-1] += record[piece.name]
+            elif isinstance(piece, MarkedText):
+                texts[-1] += piece.characters
+        texts[-1] = texts[-1].removesuffix(" ")
+        return tuple(texts)
 
     def _prepare(self) -> tuple[_Piece, ...]:
         """Tokenise the words of slots, find markup, and move spaces to the piece after them."""
@@ -331,6 +352,7 @@ class BoundTemplate:
         positions: range = range(0)
         target_ids: Ids = ()
         own = encoder_tokens = 0
+        known = True
         for part, span in spans:
             if part == TURN:
                 if not ids:
@@ -342,9 +364,10 @@ class BoundTemplate:
             if part != TARGET:
                 ids += span
                 continue
+            if row.target is not None:
+                known = is_known(span, self.tokenizer.unknown_id)
+                span = span or (self.tokenizer.unknown_id or 0,)
             target_ids, own = span, len(span)
-            if row.target is not None and not own:
-                raise RecordError(f"{row.where}: the target {row.target!r} has no tokens of its own there")
             if self.kind in FILLS_MASKS:
                 assert self.tokenizer.mask_id is not None
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
@@ -358,7 +381,9 @@ class BoundTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
-        return Example(tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens)
+        return Example(
+            tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens, known=known
+        )
 
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0

@@ -145,13 +145,15 @@ class LabelWords:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
         return bound.answers([record], [[word for _, word in self.flat]])[0]
 
-    def check_ids(self, bound: BoundTemplate, record: Record, *, unknown_id: int | None) -> list[str]:
-        """Return a line per word with its ids; unknown words and equal ids of two labels are a LabelWordError."""
+    def check_known(self, examples: Sequence[Example]) -> list[str]:
+        """Return a line per word with its ids, from :meth:`examples`; words that the tokenizer does not know, and equal
+        ids of two labels, are a LabelWordError.
+        """
         lines = []
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
-        for (label, word), example in zip(self.flat, self.examples(bound, record), strict=True):
+        for (label, word), example in zip(self.flat, examples, strict=True):
             ids = example.target_ids
-            if unknown_id is not None and unknown_id in ids:
+            if not example.known:
                 raise LabelWordError(
                     f"the word '{word}' of label '{self.labels[label]}' is unknown to the tokenizer "
                     f"(ids {list(ids)}); choose another"

@@ -16,7 +16,7 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, question_items
-from ptuning.errors import ConfigError, FileError, TemplateError
+from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, require_targets
 from ptuning.template.fill import BoundTemplate
@@ -70,8 +70,6 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     for name, questions in parts.items():
         _check(name, questions, answers)
     bound = _bound(template, parts["train"], backbone, config)
-    if words is not None:
-        words.check_ids(bound, parts["train"].records[0], unknown_id=backbone.tokenizer.unknown_id)
 
     def items_of(questions: Questions) -> list[Item]:
         return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -80,8 +78,16 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     fields = parts["train"].fields
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
+    learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
+    if not (learned and any(item.can_be_hit for item in items["dev"])):
+        raise RecordError(
+            f"the tokenizer knows no target of {parts['dev' if learned else 'train'].name}; give more records, or take "
+            "another backbone (--backbone)"
+        )
     if parts["train"].has_choices:
-        items["train"] = items_of(answers.to_learn(parts["train"], seed=config.seed))
+        items["train"] = items_of(answers.to_learn(Questions(learned, name=parts["train"].name), seed=config.seed))
+    else:
+        items["train"] = [item for item in items["train"] if item.can_be_hit]
     for name, made in items.items():
         shortened = sum(any(example.shortened for example in item.inputs) for item in made)
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)

@@ -10,7 +10,7 @@ import pytest
 
 import ptuning
 from ptuning.data.reading import shipped_facts
-from tests.cli.test_app import WARM, fails, works
+from tests.cli.test_app import WARM, call, fails, works
 
 
 def test_data_lists_the_shipped_facts() -> None:
@@ -86,3 +86,12 @@ def test_the_table_of_backbones() -> None:
     assert rows["T5ForConditionalGeneration"]["slots"] == "on either side"
     assert rows["LlamaForCausalLM"]["shared_prefix"] is True
     assert "identity" in rows["BertForMaskedLM"]["tested"]
+
+
+def test_template_show_says_that_a_target_is_unknown(bert: str) -> None:
+    """A masked model's row shows masks in the target's place, whatever the target is."""
+    for target, is_known in (("\U0001f642", False), ("Nairobi", True)):
+        record = json.dumps({"x": "a", "y": target})
+        done = call("template", "show", "[P] [X] [Y]", "--backbone", bert, "--record", record)
+        assert done.code == 0
+        assert (f"the target '{target}' is unknown" in done.err) != is_known

@@ -76,6 +76,7 @@ def test_compare(llama: str) -> None:
     for number, method in enumerate(("majority", "manual", "manual-restricted", "in-context", "p-tuning"), start=1):
         assert f"{number}/5  train  {method}  seed 0: P@1 0." in done.err
         assert method in done.out
+    assert " s so far, 4 cells not timed yet\n" in done.err
     assert "train (n = records)" in done.out
     assert "p-tuning - manual: P@1 " in done.out
     assert "report:  out/report.html" in done.out
@@ -127,9 +128,33 @@ def test_lama_on_several_relations_prints_means(llama: str) -> None:
     assert "P17 (n = records)" in out
 
 
+def test_own_facts_and_a_line_for_each_relation(llama: str) -> None:
+    """How many facts are left is said before anything runs, in a dry run too."""
+    long = [{"land": f"Peru {at}", "town": "a good film"} for at in range(3)]
+    own = [{"relation": "P1", "land": row["sub_label"], "town": row["obj_label"]} for row in ROWS]
+    lines(
+        Path("own.jsonl"),
+        [*own, *({"relation": "P2", **row} for row in long), *({**row, "relation": "P2"} for row in own)],
+    )
+    args = ("--data", "own.jsonl", "--field", "sub_label=land", "--field", "obj_label=town", "--backbone", llama)
+    fails(
+        "lama", *args, "--out", "o", says=["P1 has no manual template (own.jsonl)", '--manual "The ... of [X] is [Y]"']
+    )
+    whole = ("lama", *args, "--manual", "[X] is [Y]", "--methods", "majority,manual", "--out", "o")
+    for more in (("--dry-run",), ()):
+        done = call(*whole, *more)
+        assert done.code == 0, done.err
+        assert "P1: 20 of 20 facts kept: 12 train, 4 dev, 4 test\n" in done.err
+        assert "P2: 20 of 23 facts kept: " in done.err
+        assert " test; dropped: 3 object is not one token (--targets any keeps these)\n" in done.err
+    assert list(saved("o")["tasks"]) == ["P1", "P2"]
+
+
 def test_paraphrases(llama: str) -> None:
     args = ("paraphrases", "--data", "LAMA", "--relations", "P36", "--backbone", llama, "--out", "out", *QUICK)
-    out = works(*args, "--wordings", 2)
+    done = call(*args, "--wordings", 2)
+    assert done.err.count("facts kept") == 1, done.err  # both wordings have the same
+    out = done.out
     assert "mean over 2 tasks (n = tasks)" in out
     found = saved()
     assert (found["suite"], list(found["tasks"])) == ("paraphrases", ["P36.01", "P36.02"])
@@ -143,6 +168,14 @@ def test_report_is_made_again_of_the_json_alone(llama: str) -> None:
         Path("out", name).unlink()
     assert works("report", "out") == "out/report.html\n"
     assert {path.name: path.read_bytes() for path in Path("out").glob("report.*")} == pages
+
+
+def test_an_ablation_is_further_columns_of_one_table(llama: str) -> None:
+    out = works(*compare(llama, "--methods", "manual,p-tuning", "--vary", "encoder=mlp,none"))
+    assert "p-tuning - p-tuning encoder=mlp: P@1 " in out
+    assert list(saved()["methods"]) == ["manual", "p-tuning", "p-tuning encoder=mlp", "p-tuning encoder=none"]
+    assert works("report", "out") == "out/report.html\n"
+    fails(*compare(llama, "--vary", "encoder=gru"), says=["setting 'encoder' is 'gru'; it must be one of lstm, mlp"])
 
 
 def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
@@ -161,7 +194,7 @@ def test_a_dry_run_prints_cells_and_leaves_nothing(llama: str) -> None:
 def test_a_failed_cell_ends_with_exit_code_1_after_the_others(llama: str) -> None:
     done = call(*compare(llama, "--methods", "failing,manual"))
     assert done.code == 1
-    assert "seed 0: failed: one by [none]\n" in done.err
+    assert "seed 0: failed: one by [none]; " in done.err
     assert "failed: cells/train/failing/seed-0: one by [none]\n" in done.out
     assert "Traceback" not in done.err
     assert {cell["method"]: cell["status"] for cell in saved()["cells"]} == {"failing": "failed", "manual": "done"}
@@ -191,7 +224,8 @@ def test_what_single_commands_refuse(llama: str) -> None:
     fails(*lama(llama, "--targets", "tokens"), says=["--targets is token or any, not 'tokens'"])
     fails(*compare(llama), "--test", "tset.jsonl", says=["no such data file: tset.jsonl", "test.jsonl"])
     fails("paraphrases", "--data", "LAMA", "--relations", "P17", "--backbone", llama, "--out", "out",
-          says=["none of the relations has two wordings"])  # fmt: skip
+          says=["none of the relations has two wordings", "LAMA/paraphrases/P17.jsonl", "LAMA/patterns/P17.jsonl",
+                '{"pattern": "[X] is ruled from [Y] ."}'])  # fmt: skip
     fails("report", "missing", says=["missing"])
 
 

@@ -14,6 +14,7 @@ from ptuning.cli import terminal
 from ptuning.cli.inputs import load_tokenizer
 from ptuning.cli.options import AskedBackbone, JsonOption, takes, tokenizer_options
 from ptuning.errors import RecordError
+from ptuning.records import TARGET_FIELD
 
 if TYPE_CHECKING:
     from ptuning.backbone.tokenizer import TextTokenizer
@@ -75,7 +76,11 @@ def show_template(
     tokenizer, kind = load_tokenizer(backbone)
     from ptuning.template.fill import BoundTemplate
 
-    _show_positions(BoundTemplate(parsed, tokenizer=tokenizer, kind=kind).describe(row), tokenizer, as_json=as_json)
+    bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
+    _show_positions(bound.describe(row), tokenizer, as_json=as_json)
+    target = row.get(TARGET_FIELD, "")
+    if target.strip() and not bound.examples([row])[0].known:
+        terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
 
 
 def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:

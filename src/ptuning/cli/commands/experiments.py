@@ -21,6 +21,7 @@ from ptuning.cli.options import (
     FieldOption,
     SetOption,
     StartsOption,
+    fields_of,
 )
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
@@ -29,7 +30,7 @@ from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellResult
+    from ptuning.experiment.cells import CellEstimate, CellResult, Job
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.results_file import Results, Scores
@@ -43,12 +44,26 @@ else:
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
 
-LamaOption = Annotated[str, typer.Option(metavar="DIR", help="LAMA's facts: its release, or a folder per relation.")]
+LamaOption = Annotated[str, typer.Option(metavar="DIR", help="Facts: LAMA's release, or a file or folder a relation.")]
+WordingsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        help='Facts as of lama, and paraphrases/P36.jsonl with {"pattern": "[X] is ruled from [Y]"} a line.',
+    ),
+]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
 TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+VaryOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
+FactFieldOption = Annotated[
+    list[str] | None, typer.Option("--field", metavar="NEW=NAME", help="As sub_label=subject; repeatable.")
+]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
 VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", help="Closed set of answers.")]
 SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split of relations in one file.")]
@@ -67,6 +82,7 @@ def _planned(
     epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the training part.")] = SETTINGS.epochs,
     seed: Annotated[int, typer.Option(metavar="N", help="The first seed.")] = SETTINGS.seed,
     set_: SetOption = None,
+    vary: VaryOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results made with other settings.")] = False,
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
@@ -77,11 +93,16 @@ def _planned(
     if control not in (None, "random-weights"):
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
+    varied = options.varied_by(vary, config)
     with signals.stoppable(out) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
 
         log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        clock = terminal.Clock()
+
+        def on_cell(result: CellResult, number: int, total: int) -> None:
+            show_cell(result, number, total, more="" if terminal.is_live() else f"; {clock.text}")
 
         def plan() -> PlanOptions:
             return {
@@ -92,14 +113,16 @@ def _planned(
                 "tries": tries,
                 "control": control is not None,
                 "config": config,
+                "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
-                    on_cell=show_cell,
+                    on_cell=on_cell,
+                    on_jobs=show_facts,
                     on_estimate=show_estimates,
                 ),
             }
@@ -182,6 +205,9 @@ def lama(
     data: LamaOption,
     plan: GetPlan,
     relations: RelationsOption = "all",
+    manual: Annotated[
+        str | None, typer.Option(metavar="M", help="Manual template of relations that have none.")
+    ] = None,
     template: Annotated[
         str | None, typer.Option(metavar="T", help="One for all; else made of each manual one.")
     ] = None,
@@ -192,8 +218,12 @@ def lama(
     ] = "token",
     vocabulary: VocabularyOption = None,
     split_seed: SplitOption = 0,
+    field: FactFieldOption = None,
 ) -> Results:
     """Run the paper's LAMA experiment: every method on every relation, with a report.
+
+    Own facts: --data FILE --field sub_label=NAME --field obj_label=NAME --manual "[X] is in [Y]"; if FILE has several
+    relations, --field predicate_id=NAME.
 
     Example: ptuning lama --data LAMA --relations P36,P103 --out runs/lama
     """
@@ -204,24 +234,27 @@ def lama(
     return run(
         data,
         relations=relations,
+        manual=manual,
         template=template,
         limit=limit,
         train_size=train_size,
         targets=cast("Targets", targets),
         vocabulary=vocabulary,
         split_seed=split_seed,
+        fields=fields_of(field),
         **plan(),
     )
 
 
 @_comparison()
 def paraphrases(
-    data: LamaOption,
+    data: WordingsOption,
     plan: GetPlan,
     relations: RelationsOption = "all",
     wordings: Annotated[int | None, typer.Option(metavar="N", help="Wordings per relation, at most.", min=2)] = None,
     limit: LimitOption = None,
     split_seed: SplitOption = 0,
+    field: FactFieldOption = None,
 ) -> Results:
     """Measure how much the wording of a prompt matters, before and after it is learned from.
 
@@ -229,7 +262,15 @@ def paraphrases(
     """
     from ptuning.experiment.paraphrases import paraphrases as run
 
-    return run(data, relations=relations, wordings=wordings, limit=limit, split_seed=split_seed, **plan())
+    return run(
+        data,
+        relations=relations,
+        wordings=wordings,
+        limit=limit,
+        split_seed=split_seed,
+        fields=fields_of(field),
+        **plan(),
+    )
 
 
 @_comparison(seeds=3)
@@ -280,18 +321,37 @@ def report(
         typer.launch(str(page))
 
 
-def show_cell(result: CellResult, number: int, total: int) -> None:
-    """Print a finished cell; one that was finished by an earlier start is not worth a line."""
+def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
+    """Print a finished cell, and ``more``; one that was finished by an earlier start is not worth a line."""
     if result.was_there:
         return
     cell = result.cell
     where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
     if result.status == "failed":
-        terminal.say(f"{where}failed: {result.error}")
+        terminal.say(f"{where}failed: {result.error}{more}")
         return
     name = result.primary
     score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s")
+    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
+
+
+def show_facts(jobs: Sequence[Job]) -> None:
+    """Print how many facts of each relation were kept and why others were dropped; wordings of one have the same."""
+    for text in dict.fromkeys(map(_facts_of, jobs)):
+        if text:
+            terminal.say(text)
+
+
+def _facts_of(job: Job) -> str:
+    name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
+    if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
+        return ""  # of a comparison that drops nothing
+    parts = {"train": job.task.train, "dev": job.task.dev, "test": job.test}
+    kept = ", ".join(f"{len(part):,} {part_name}" for part_name, part in parts.items())
+    why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    lost = sum(count for count in dropped.values() if isinstance(count, int))
+    remedy = " (--targets any keeps these)" if name == job.task.name and "object is not one token" in dropped else ""
+    return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}{remedy}" if why else "")
 
 
 def show_estimates(found: Sequence[CellEstimate]) -> None:

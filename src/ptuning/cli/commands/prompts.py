@@ -1,32 +1,30 @@
-"""`ptuning eval`, `predict` and `inspect`: score a prompt, answer with it, and look inside it."""
+"""`ptuning eval` and `inspect`: score a prompt, and look inside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import data_of, data_to_answer, labelled, load, prompt_of, read_candidates, task_of
-from ptuning.config import GenerationSettings
-from ptuning.errors import ConfigError
+from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of
+from ptuning.cli.labels import show_errors, show_labels
+from ptuning.cli.outputs import check_file, write_scored
 from ptuning.metrics import called
 from ptuning.provenance import described
-from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
+    from ptuning.files import Json
     from ptuning.prompt.inspect import Inspection, Neighbour
-    from ptuning.prompt.predict import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.prompt.score import Result
     from ptuning.records import Records
 
-# Number of records that are answered between two steps of the progress bar.
-PREDICTED_ROWS = 64
+# Worst errors of labels, unless another number is asked for.
+SHOWN_ERRORS = 10
 # Neighbours of a slot on the terminal; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 
@@ -45,17 +43,27 @@ def evaluate(
     merge: options.MergeOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
+    errors: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Worst errors to show; {SHOWN_ERRORS} of labels.", min=0)
+    ] = None,
+    out: options.AnswersOption = None,
+    overwrite: options.ReplaceOption = False,
     as_json: options.JsonOption = False,
     *,
     backbone: options.AskedBackbone,
 ) -> None:
-    """Score a prompt on records, with 95 % intervals.
+    """Score a prompt on records, with 95 % intervals; labels one by one, with what they are taken for.
 
     Example: ptuning eval capitals --data capitals:test
     """
+    from ptuning.records import require_fields
+
     chosen = prompt_of(prompt, task_of(task), without=without)
+    check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     chosen, rows = labelled(chosen, rows, labels, merge)
+    records = rows.records
+    require_fields(records, chosen.template.fields)
     if candidates is not None:
         chosen.check_open()
     how = options.scoring_of(
@@ -68,67 +76,12 @@ def evaluate(
 
     with terminal.bar() as report:
         model = PromptModel(loaded, force=force)
-        found = score_prompt(model, rows, chosen, candidates=listed, report=report, **how)
-    _show_scores(prompt, rows, found, as_json=as_json)
-
-
-@options.takes(writing=options.writing, backbone=options.backbone_options)
-def predict(
-    prompt: options.PromptArgument,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Value of the template's one field.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE|-", help="Records; - reads JSONL from the input.")] = None,
-    candidates: options.CandidatesOption = None,
-    top_k: Annotated[int, typer.Option(metavar="N", help="How many answers to show.", min=1)] = 1,
-    stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
-    task: options.TaskOption = None,
-    calibrate: options.CalibrateOption = None,
-    normalise: options.NormaliseOption = None,
-    count_stop: options.CountStopOption = False,
-    field: options.FieldOption = None,
-    without: options.WithoutOption = None,
-    force: options.ForceOption = False,
-    as_json: options.JsonOption = False,
-    *,
-    writing: GenerationSettings,
-    backbone: options.AskedBackbone,
-) -> None:
-    """Answer a text or records; with --json one object per line.
-
-    Example: ptuning predict capitals Kenya
-    """
-    from ptuning.data.questions import Questions, as_questions
-
-    chosen = prompt_of(prompt, task_of(task), without=without)
-    closed = candidates is not None or chosen.answer_space.is_closed
-    how = options.scoring_of(
-        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
-    )
-    if closed and (writing.changed or stream):
-        name = "stream" if stream else writing.changed[0]
-        raise ConfigError(f"{name} is for answers that are written, not for candidates or label words")
-    if stream and (as_json or top_k > 1):
-        raise ConfigError(f"--stream shows one answer as text; leave {'--json' if as_json else '--top-k'} out")
-    rows = as_questions(data_to_answer(chosen, text, data, field))
-    listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
-    loaded = load(backbone, prompt=chosen)
-    from ptuning.progress import Progress
-    from ptuning.prompt.predict import PromptModel
-
-    model, found = PromptModel(loaded, force=force), []
-    if stream:
-        for record in rows.records:
-            for piece in model.stream(record, chosen, generation=writing):
-                typer.echo(terminal.visible(piece), nl=False)
-            typer.echo()
-        return
-    with terminal.bar() as report:
-        for at in range(0, len(rows), PREDICTED_ROWS):
-            part = Questions(rows[at : at + PREDICTED_ROWS])
-            found += model.predict(part, chosen, listed, top_k=top_k, generation=writing, **how)
-            report(Progress("predict", len(found), len(rows), rows.name))
-    if loaded.kind not in FILLS_MASKS:
-        found = [replace(one, tokens=None) for one in found]  # only a model that fills masks chooses a length
-    _show_predictions(rows.records, found, as_json=as_json)
+        asked = out is not None or bool(errors)
+        found = score_prompt(model, rows, chosen, candidates=listed, with_rows=asked, report=report, **how)
+    if out is not None:
+        write_scored(out, found.rows)
+    most = SHOWN_ERRORS if errors is None and found.confusion is not None else errors or 0
+    _show_scores(prompt, rows, found, records=records, fields=chosen.template.fields, errors=most, as_json=as_json)
 
 
 @options.takes(backbone=options.backbone_options)
@@ -155,9 +108,21 @@ def inspect(
     _show_inspection(chosen, found, as_json=as_json)
 
 
-def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
+def _show_scores(
+    name: str,
+    data: Records | Questions,
+    found: Result,
+    *,
+    records: Records,
+    fields: Sequence[str],
+    errors: int,
+    as_json: bool,
+) -> None:
+    worst, places = found.worst(errors), [records.place(number) for number in range(1, len(records) + 1)]
     if as_json:
-        terminal.print_json({"prompt": name, "data": described(data), **found.to_json()})
+        listed: list[Json] = [{"place": places[at], **found.rows[at]} for at in worst]
+        more: dict[str, Json] = {"errors": listed} if found.rows else {}
+        terminal.print_json({"prompt": name, "data": described(data), **found.to_json(), **more})
         return
     terminal.heading(f"{name} on {data.name}, n = {len(data)}")
     table = terminal.table("score", "value  [95 % interval]")
@@ -167,19 +132,10 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
     terminal.line(f"loss {found.loss:.3f}")
     if found.missing:
         terminal.line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
-
-
-def _show_predictions(data: Records, found: Sequence[Prediction], *, as_json: bool) -> None:
-    for record, prediction in zip(data, found, strict=True):
-        if as_json:
-            terminal.print_json({"record": dict(record), **prediction.to_json()}, indent=None)
-        elif len(prediction.candidates) > 1:
-            typer.echo("\t".join(f"{terminal.visible(one.text)} ({one.log_prob:.2f})" for one in prediction.candidates))
-        elif prediction.tokens is not None:
-            count = f"{prediction.tokens} token{'s' * (prediction.tokens != 1)}"
-            typer.echo(f"{terminal.visible(prediction.text)}\t({count})")
-        else:
-            typer.echo(terminal.visible(prediction.text))
+    if found.confusion is not None:
+        show_labels(found.confusion)
+    if errors:
+        show_errors(found.rows, worst, places=places, fields=fields)
 
 
 def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:

@@ -13,9 +13,18 @@ from rich.table import Table
 
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
-from ptuning.cli.options import AskedBackbone, LogOption, TrainInputs, backbone_options, command_line, takes, training
+from ptuning.cli.options import (
+    AskedBackbone,
+    JsonOption,
+    LogOption,
+    TrainInputs,
+    backbone_options,
+    command_line,
+    takes,
+    training,
+)
 from ptuning.cli.signals import stoppable
-from ptuning.names import LOG_FOLDER
+from ptuning.names import LOG_FOLDER, PROMPT_FOLDER
 from ptuning.progress import each
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
     log_to: LogOption = None,
+    json_: JsonOption = False,
     *,
     backbone: AskedBackbone,
 ) -> None:
@@ -59,7 +69,10 @@ def train(
             prepared, out=out, resume=resume, overwrite=overwrite, ceiling=measure_ceiling, command=command_line()
         )
         result = run.train(report=each(report, log), should_stop=should_stop)
-    show(result)
+    if json_:
+        terminal.print_json({"prompt": str(out / PROMPT_FOLDER), **result.record})
+    else:
+        show(result)
 
 
 def show(result: TrainResult) -> None:

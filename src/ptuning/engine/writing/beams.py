@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ptuning.backbone.forward import logits_processor
 from ptuning.config import GenerationSettings
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Draft, Ending
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending
+from ptuning.engine.writing.writer import NextToken
 
 
 @dataclass
@@ -22,8 +22,14 @@ class _Search:
 
     width: int
     length_penalty: float
+    ending: Ending
     running: list[tuple[float, Draft]] = field(default_factory=lambda: [(0.0, Draft())])
     ended: list[tuple[float, Draft]] = field(default_factory=list)
+
+    def drafts(self, rows: int) -> list[Draft]:
+        """Return the drafts of a search's rows; one with fewer than W drafts repeats its last one."""
+        running = [draft for _, draft in self.running]
+        return running + running[-1:] * (rows - len(running))
 
     def grow(self, found: Sequence[tuple[float, Draft, bool]]) -> list[int]:
         """Go on with the likeliest continuations (score, draft, whether it ends), sorted. Returns the places of those
@@ -42,23 +48,26 @@ class _Search:
         return [] if len(self.ended) == self.width and best <= self.ended[-1][0] else places
 
 
-def beam_search(rows: Continuation, ending: Ending, settings: GenerationSettings, *, width: int) -> list[list[Draft]]:
+def beam_search(
+    rows: Continuation, endings: Sequence[Ending], settings: GenerationSettings, *, width: int
+) -> list[list[Draft]]:
     """Return for each row up to W ended drafts, best first. Rows do not depend on each other; one that is done leaves.
     Source: ``_beam_search`` of transformers 5, with ``early_stopping=False``.
     """
-    process = logits_processor(settings)
-    searches = [_Search(width, settings.length_penalty) for _ in range(len(rows.logits))]
+    chooses = NextToken(settings)
+    searches = [_Search(width, settings.length_penalty, ending) for ending in endings]
     active, beams, device = searches, 1, rows.logits.device
     while active:
         log_probs = torch.log_softmax(rows.logits, dim=-1)  # (B * W, V)
         vocabulary = log_probs.shape[-1]
         # A row with fewer than W drafts repeats its last one, which leads nowhere.
         scores = [[score for score, _ in one.running] + [-math.inf] * (beams - len(one.running)) for one in active]
-        totals = process(rows.ids, log_probs).reshape(len(active), -1) + torch.tensor(
+        drafts = [draft for one in active for draft in one.drafts(beams)]
+        totals = chooses.scores(log_probs, rows.before, drafts).reshape(len(active), -1) + torch.tensor(
             scores, device=device
         ).repeat_interleave(vocabulary, dim=1)  # (B, W * V)
         # So many that W go on even if all tokens that end a text are among them.
-        kept = min(max(2, 1 + len(ending.ids)) * width, totals.shape[-1])
+        kept = min(max(2, 1 + len(endings[0].ids)) * width, totals.shape[-1])
         best, places = totals.topk(kept, dim=-1)  # (B, K) each
         parents, tokens = places // vocabulary, places % vocabulary
         firsts = torch.arange(0, len(log_probs), beams, device=device)[:, None]  # (B, 1)
@@ -67,9 +76,9 @@ def beam_search(rows: Continuation, ending: Ending, settings: GenerationSettings
         table = zip(best.tolist(), parents.tolist(), tokens.tolist(), own.tolist(), strict=True)
         for row, (search, lists) in enumerate(zip(active, table, strict=True)):
             entries = [one for one in zip(*lists, strict=True) if one[0] > -math.inf]
-            drafts = [search.running[parent][1].grown(token, value) for _, parent, token, value in entries]
-            ends = [full[row * beams] or ending.reached(draft.ids) for draft in drafts]
-            on = search.grow([(one[0], draft, end) for one, draft, end in zip(entries, drafts, ends, strict=True)])
+            grown = [search.running[parent][1].grown(token, value) for _, parent, token, value in entries]
+            ends = [full[row * beams] or search.ending.reached(draft.ids) for draft in grown]
+            on = search.grow([(one[0], draft, end) for one, draft, end in zip(entries, grown, ends, strict=True)])
             if on:
                 on += on[-1:] * (width - len(on))
                 after += [row * beams + entries[at][1] for at in on]

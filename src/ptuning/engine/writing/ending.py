@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate
 
 # What a tokenizer's decoder shows for the bytes of a letter that is not whole yet.
 UNFINISHED = "\ufffd"
 # A stop string of N letters is looked for in the last tokens only: at most 4 bytes a letter, and some more.
 MORE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class OpenRow:
+    """A row to be answered by writing: the prompt's template, the record, and the most tokens of the answer."""
+
+    bound: BoundTemplate
+    record: Record
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,14 @@ class Draft:
 
 
 class Ending:
-    """Where a written answer ends: at a token that ends the model's texts, at a stop string, at ``max_tokens`` and,
-    unless targets have several lines, after its first line.
+    """Where the answer to a row ends: at a token that ends the model's texts, at a stop string, at its most tokens and,
+    unless the prompt's targets have several lines, after its first line.
     """
 
-    def __init__(
-        self, backbone: Backbone, bound: BoundTemplate, *, max_tokens: int, stop_strings: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer = backbone.tokenizer
-        self._multiline = bound.multiline
-        self._max_tokens = max_tokens
+        self._multiline = row.bound.multiline
+        self._max_tokens = row.max_tokens
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
         # The ends of a text; and the end of a filled gap, for a model that learned to write one.
@@ -84,6 +92,15 @@ class Ending:
         """Return the tokens without one that ended them and that has no text."""
         ends = ids[-1] in self.ids or (self._ends_line(ids) and not self._tokenizer.decode(ids[-1:]).strip())
         return ids[:-1] if ends else ids
+
+
+def alike(rows: Sequence[OpenRow]) -> Iterator[tuple[tuple[BoundTemplate, int], list[int]]]:
+    """Group rows by prompt and by the most tokens of their answers; yield both with the indices of the rows."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault((id(row.bound), row.max_tokens), []).append(index)
+    for indices in groups.values():
+        yield (rows[indices[0]].bound, rows[indices[0]].max_tokens), indices
 
 
 def different(written: Iterable[Written]) -> list[Written]:

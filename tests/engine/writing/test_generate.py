@@ -13,10 +13,10 @@ from transformers import GenerationConfig
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.config import GenerationSettings
-from ptuning.engine.continuation import Continuation
-from ptuning.engine.ending import Draft, Ending
-from ptuning.engine.generate import _write
 from ptuning.engine.passes import run_pass, target_logits
+from ptuning.engine.writing.continuation import Continuation
+from ptuning.engine.writing.ending import Draft, Ending, OpenRow
+from ptuning.engine.writing.generate import _write
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -112,11 +112,10 @@ def written(
     with torch.no_grad():
         found = _write(
             backbone,
-            filled,
+            [OpenRow(filled, record, TOKENS) for record in records],
             examples,
             prompt.learned(backbone),
             settings=GenerationSettings(**way),
-            max_tokens=TOKENS,
         )
     return [seen[f"{row[0].text}/{row[0].log_prob}"] for row in found]
 
@@ -269,7 +268,7 @@ def ending_of(backbone: Backbone, *stops: str) -> Ending:
     """Return the ending of long answers of several lines."""
     filled = bound(backbone, TEMPLATE)
     filled.multiline = True
-    return Ending(backbone, filled, max_tokens=999, stop_strings=stops)
+    return Ending(backbone, OpenRow(filled, RECORDS[0], 999), stop_strings=stops)
 
 
 def test_an_answer_ends_before_a_stop_string(causal: Backbone) -> None:
@@ -365,7 +364,7 @@ def test_the_context_of_a_decoder_counts_as_written(monkeypatch: pytest.MonkeyPa
     filled = bound(backbone, "[X] is [>] so [P] [Y]")
     examples: list[Example] = filled.contexts(RECORDS)
     rows = Continuation(backbone, examples, learned(backbone, "[X] is [>] so [P] [Y]").learned(backbone))
-    ids = rows.ids[0].tolist()
+    ids = rows.before[0]
     assert ids == [*backbone.tokenizer.decoder_ids, *backbone.tokenizer.encode(["so"])[0]]
 
 

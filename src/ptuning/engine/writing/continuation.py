@@ -13,13 +13,16 @@ from ptuning.engine.passes import run_pass
 from ptuning.errors import BackboneError
 from ptuning.template.fill import Example
 
+# Pads in front of all rows are dropped by so many at a time, since that copies all keys and values.
+DROPPED_PADS = 16
+
 
 class Continuation:
     """B rows with what the model has read of each. ``logits`` are those of the next token, (B, V) float32.
 
-    ``ids`` are the tokens that count as written before, (B, T): those read since the start and, in front of them, the
-    tokens of a decoder's side, which rows of one batch have equally many of. Without ``keep`` no keys and values are
-    kept. Raises a BackboneError if an encoder-decoder model keeps none.
+    ``before`` has for each row the tokens that count as written before the answer: those of a decoder's side, which
+    rows of one batch have equally many of. Without ``keep`` no keys and values are kept. Raises a BackboneError if an
+    encoder-decoder model keeps none.
     """
 
     def __init__(self, backbone: Backbone, examples: Sequence[Example], learned: Learned, *, keep: bool = True) -> None:
@@ -33,7 +36,24 @@ class Continuation:
         self._memory, self._embeddings, self._positions = first.memory, first.embeddings, batch.positions
         self._mask = batch.mask[:, batch.encoder_tokens :]  # (B, T)
         self.logits = first.logits
-        self.ids = torch.tensor([_decoder_ids(one) for one in examples], dtype=torch.int64, device=backbone.device)
+        self.before = [_decoder_ids(one) for one in examples]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def joins(self, other: Continuation) -> bool:
+        """Whether rows of both can be read in one batch from now on: if both keep keys and values, and nothing else."""
+        return all(one._memory is not None and one._memory.is_plain for one in (self, other))
+
+    def join(self, other: Continuation) -> None:
+        """Take in the rows of another continuation below one's own, with pads on the left of the shorter ones."""
+        assert self._memory is not None
+        assert other._memory is not None
+        width = max(self._mask.shape[1], other._mask.shape[1])
+        self._memory = self._memory.join(other._memory, width=width)
+        self._mask = torch.cat([_padded(one._mask, width) for one in (self, other)])
+        self.before = [*self.before, *other.before]
+        self.logits = torch.cat([self.logits, other.logits])
 
     def full(self) -> list[bool]:
         """Return for each row whether the model can read no token more."""
@@ -45,7 +65,6 @@ class Continuation:
         if after is not None:
             self._follow(after)
         at = self._mask.sum(dim=1, keepdim=True)  # (B, 1)
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)  # (B, T + 1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)  # (B, T + 1)
         new = self._backbone.embed(tokens[:, None])  # (B, 1, E)
         if self._memory is None:
@@ -63,11 +82,23 @@ class Continuation:
         )
 
     def _follow(self, rows: Tensor) -> None:
-        self.ids, self._mask = self.ids[rows], self._mask[rows]
+        self.before, self._mask = [self.before[row] for row in rows.tolist()], self._mask[rows]
         if self._memory is not None:
             self._memory.reorder(rows)
+            self._drop_pads()
         else:
             self._embeddings, self._positions = self._embeddings[rows], self._positions[rows]
+
+    def _drop_pads(self) -> None:
+        """Forget the first positions once they are pads in every row that is left, and enough of them to pay."""
+        assert self._memory is not None
+        pads = int(self._mask.any(dim=0).int().argmax())
+        if pads >= DROPPED_PADS and self._memory.is_plain:
+            self._memory, self._mask = self._memory.drop_first(pads), self._mask[:, pads:]
+
+
+def _padded(mask: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))
 
 
 def _decoder_ids(example: Example) -> list[int]:
