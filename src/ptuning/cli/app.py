@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from ptuning.cli import terminal
-from ptuning.cli.commands import data, demo, estimate, experiments, fleet, predict, prompts, tasks, train
+from ptuning.cli.commands import data, demo, estimate, exchange, experiments, fleet, predict, prompts, tasks, train
 from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -137,6 +137,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "eval": prompts.evaluate,
     "predict": predict.predict,
     "inspect": prompts.inspect,
+    "export": exchange.export,
     "data": data.data,
     "backbones": data.backbones,
     "demo": demo.demo,
@@ -154,7 +155,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "fleet", "demo"),
+    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
     "Look first": ("data", "backbones", "template", "task", "estimate"),
 }
