@@ -305,7 +305,7 @@ def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(com
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
     if code == 2 and done.stderr:
-        assert done.stderr == b"error: the standard input holds no records; it needs one JSON object per line\n"
+        assert done.stderr == b"error: the standard input holds no records: lines of text, CSV or JSONL\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train
