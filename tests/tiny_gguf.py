@@ -14,12 +14,14 @@ from tests.conftest import CONTEXT, make_tokenizer
 WIDTH, HEADS, KEPT_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "F32") -> Path:
-    """Write the file; ``kind`` is how matrices are stored: F32, F16, or quantised, as Q8_0."""
+def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "F32", blocks: int = LAYERS) -> Path:
+    """Write the file; ``kind`` is how matrices are stored: F32, F16, or quantised, as Q8_0. It says that it has so many
+    ``blocks``.
+    """
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEPT_HEADS)

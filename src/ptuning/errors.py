@@ -64,6 +64,10 @@ class TrainingError(PTuningError):
     """A training run cannot start, go on or be resumed."""
 
 
+class ExchangeError(PTuningError):
+    """A prompt cannot be written in the form of another program, or read from it, or is not the same there."""
+
+
 def shown(value: object) -> str:
     """Return a value of any kind as a message shows it: cut to a line, its type alone if it is too long to write."""
     try:

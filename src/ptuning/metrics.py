@@ -36,6 +36,53 @@ class Answer:
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
+@dataclass(frozen=True)
+class LabelScore:
+    """How well a label is told from the others: precision, recall and F1, each 0 where there is nothing to count, and
+    ``n``, the number of rows whose target it is. Source: scikit-learn, ``precision_recall_fscore_support``.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix: ``counts[i][j]`` rows whose target is ``labels[i]`` were answered with ``labels[j]``."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str], targets: Sequence[str], answers: Sequence[str]) -> Confusion:
+        """Count pairs of targets and answers, which are labels; other answers are left out."""
+        found = Counter(zip(targets, answers, strict=True))
+        return cls(tuple(labels), tuple(tuple(found[target, answer] for answer in labels) for target in labels))
+
+    @property
+    def scores(self) -> dict[str, LabelScore]:
+        """Precision, recall and F1 of each label."""
+        found = {}
+        for at, label in enumerate(self.labels):
+            hits, given, right = self.counts[at][at], sum(row[at] for row in self.counts), sum(self.counts[at])
+            shares = (hits / given if given else 0.0, hits / right if right else 0.0)
+            found[label] = LabelScore(*shares, 2 * hits / (given + right) if given + right else 0.0, right)
+        return found
+
+    def shortened(self, most: int, *, others: str) -> Confusion:
+        """Return the matrix of the ``most`` frequent targets, in their order, with all others as one label."""
+        if len(self.labels) <= most:
+            return self
+        by_size = sorted(range(len(self.labels)), key=lambda at: -sum(self.counts[at]))
+        groups = [*([at] for at in sorted(by_size[:most])), by_size[most:]]
+        counts = [
+            [sum(self.counts[row][at] for row in rows for at in columns) for columns in groups] for rows in groups
+        ]
+        return Confusion((*(self.labels[at] for (at,) in groups[:-1]), others), tuple(map(tuple, counts)))
+
+
 class Asked(Protocol):
     """The part of a question that scoring reads: its record with the target, its right answers, and its group."""
 

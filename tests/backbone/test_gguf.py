@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from ptuning.backbone.loading import load_backbone, load_tokenizer
@@ -90,6 +91,15 @@ def test_a_file_that_is_cut_off(part: float, tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"tiny.gguf is not a whole GGUF file, but cut off or") as caught:
         load_backbone(path)
     assert "\n" not in str(caught.value)
+    assert copies() == []
+
+
+def test_a_file_that_asks_for_more_than_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a million layers would be made before its weights are missed."""
+    path = write_gguf(tmp_path / "tiny.gguf", blocks=10**6)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", pytest.fail)
+    with pytest.raises(BackboneError, match=r"the header of tiny.gguf asks for 1,000,000 layers, and the weights are"):
+        load_backbone(path)
     assert copies() == []
 
 

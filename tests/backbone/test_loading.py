@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
+from ptuning.backbone.sources import check_folder
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -182,3 +185,77 @@ def test_float16_learns(llama: str) -> None:
     assert embeddings.grad is not None
     assert embeddings.grad.isfinite().all()
     assert embeddings.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_hidden_layers": 10**6}, r"asks for 1,000,000 layers, and the weights are \d+ tensors"),
+        ({"num_hidden_layers": 1e12}, "layers, and the weights are"),
+        ({"text_config": {"n_layer": 10**6}}, "asks for 1,000,000 layers"),
+        ({"num_hidden_layers": 900}, r"asks for 900 layers with sizes up to 32 and 48, and there are [\d,]+ weights"),
+        ({"hidden_size": 10**5}, "sizes up to 48 and 100,000"),
+        ({"num_attention_heads": 10**9}, "sizes up to 48 and 1,000,000,000"),
+        ({"vocab_size": 10**8}, r"a vocabulary of 100,000,000, and the longest table of weights has \d+ rows"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_backbone, load_tokenizer])
+def test_a_config_that_no_weights_can_fill_is_refused_before_a_model_is_made(
+    load: Callable[[str], object],
+    changed: dict[str, object],
+    says: str,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A million layers take minutes to make, and already their list of kinds takes the memory."""
+    folder = shutil.copytree(llama, tmp_path / "huge")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", pytest.fail)
+    with pytest.raises(BackboneError, match=says) as caught:
+        load(str(folder))
+    assert "it is damaged, or belongs to another model" in str(caught.value)
+
+
+def test_layers_that_share_their_weights_may_be_more_than_tensors(tmp_path: Path) -> None:
+    """ALBERT has one layer of weights, however often it runs."""
+    config = transformers.AlbertConfig(
+        vocab_size=400,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=40,
+        num_attention_heads=4,
+    )
+    transformers.AlbertForMaskedLM(config).save_pretrained(tmp_path)
+    check_folder(tmp_path, "albert")
+
+
+@pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "sub/../../model.safetensors"])
+def test_an_index_of_weights_stays_in_its_folder(named: str, llama: str, tmp_path: Path) -> None:
+    """transformers would read what it names, and weights of another folder would be taken for the model's own."""
+    folder = shutil.copytree(llama, tmp_path / "split")
+    shutil.copytree(llama, tmp_path / "other")
+    (folder / "model.safetensors").unlink()
+    listed = {"model.embed_tokens.weight": named}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    with pytest.raises(BackboneError, match=r"model.safetensors.index.json names the file '.*', which is not in the"):
+        load_backbone(str(folder))
+
+
+def test_a_model_in_several_files_is_read(llama: str, tmp_path: Path) -> None:
+    """Its index names files of the folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    shutil.copytree(llama, tmp_path / "split", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(tmp_path / "split", max_shard_size="40KB")
+    assert len([*(tmp_path / "split").glob("*.safetensors")]) > 1
+    assert load_backbone(tmp_path / "split").fingerprint == load_backbone(llama).fingerprint
+
+
+@pytest.mark.parametrize("head", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x04" + b"\0" * 7 + b'{"a"'])
+def test_weights_without_a_head_of_safetensors(head: bytes, llama: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes(head)
+    with pytest.raises(BackboneError, match=r"model.safetensors is not a whole safetensors file, but cut off or"):
+        load_backbone(str(folder))

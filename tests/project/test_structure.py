@@ -41,7 +41,7 @@ BREACHES = {
     "transformers outside of backbone": (
         "prompt/prompt.py",
         "import transformers\n",
-        "transformers and peft are known in backbone only",
+        "transformers and peft are known in backbone and exchange only",
     ),
     "rich outside of cli": ("report/tables.py", "import rich\n", "rich and typer are known in cli only"),
 }

@@ -15,6 +15,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, RecordError
+from ptuning.metrics import Confusion
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
@@ -148,6 +149,39 @@ def test_label_words_are_scored_by_class(backbone: Backbone) -> None:
     answers = [answer.text for answer in PromptModel(backbone).predict(rows, prompt)]
     assert list(found.hits) == [float(answer == row["y"]) for answer, row in zip(answers, rows, strict=True)]
     assert set(found.scores) == {"accuracy"}
+    assert [row["prediction"] for row in found.rows] == answers
+    assert [row["hit"] for row in found.rows] == [bool(hit) for hit in found.hits]
+    for row, answer in zip(found.rows, PromptModel(backbone).predict(rows, prompt), strict=True):
+        assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+    confusion = found.confusion
+    assert confusion is not None
+    assert confusion.labels == ("good", "bad")
+    assert confusion.counts == tuple(
+        tuple(
+            sum(row["y"] == own and answer == other for row, answer in zip(rows, answers, strict=True))
+            for other in words.labels
+        )
+        for own in words.labels
+    )
+    worst = found.worst(9)
+    assert [found.rows[at]["hit"] for at in worst] == [False] * found.hits.count(0.0)
+    sure = [float(str(found.rows[at]["log_prob"])) for at in worst]
+    assert sure == sorted(sure, reverse=True)
+    assert found.worst(1) == worst[:1]
+
+
+def test_answers_that_are_written_come_if_they_are_asked_for(causal: Backbone) -> None:
+    """They take a pass of their own; candidates are ranked anyway."""
+    model, prompt = PromptModel(causal), learned(causal, TEMPLATE)
+    assert score_prompt(model, RECORDS, prompt).rows == []
+    found = score_prompt(model, RECORDS, prompt, with_rows=True)
+    assert [row["prediction"] for row in found.rows] == [one.text for one in model.predict(RECORDS, prompt)]
+    assert [row["hit"] for row in found.rows] == [bool(hit) for hit in found.hits]
+    assert found.confusion is None
+    ranked = score_prompt(model, RECORDS, prompt, candidates=CANDIDATES)
+    best = [one[0].text for one in model.rank(RECORDS, prompt, CANDIDATES)]
+    assert [row["prediction"] for row in ranked.rows] == best
+    assert [row["hit"] for row in ranked.rows] == [row["rank"] == 1 for row in ranked.rows]
 
 
 def test_a_manual_prompt_is_scored_like_a_learned_one(causal: Backbone) -> None:
@@ -233,6 +267,12 @@ def test_a_result_as_json() -> None:
         "scores": {"accuracy": {"value": 0.5, "low": 0.2, "high": 0.8, "n": 4}},
         "loss": 1.25,
         "targets_not_among_candidates": 1,
+    }
+    found = Result({}, 1.0, (), confusion=Confusion(("a", "b"), ((1, 1), (0, 0)))).to_json()
+    assert found["confusion"] == [[1, 1], [0, 0]]
+    assert found["labels"] == {
+        "a": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "n": 2},
+        "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0},
     }
 
 

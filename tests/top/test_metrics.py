@@ -12,6 +12,7 @@ from ptuning.metrics import (
     SCORES,
     TASK_METRICS,
     Answer,
+    Confusion,
     all_right,
     called,
     exact_match,
@@ -197,6 +198,26 @@ def test_one_score_stands_for_all() -> None:
     assert primary(["mrr", "exact_match"]) == "exact_match"
     assert primary(["mrr", "accuracy"]) == "mrr"
     assert primary([]) == "score"
+
+
+def test_labels_one_by_one() -> None:
+    """As scikit-learn 1.9 counts them: ``precision_recall_fscore_support(..., zero_division=0)``."""
+    targets = ["a", "a", "a", "a", "b", "b", "b", "c", "c", "d"]
+    answers = ["a", "a", "b", "a", "b", "a", "b", "c", "a", "e"]
+    found = Confusion.of(["a", "b", "c", "d"], targets, answers)
+    assert found.counts == ((3, 1, 0, 0), (1, 2, 0, 0), (1, 0, 1, 0), (0, 0, 0, 0))
+    kept = Confusion.of("abcd", targets[:9], answers[:9]).scores
+    expected = {"a": (0.6, 0.75, 2 / 3, 4), "b": (2 / 3, 2 / 3, 2 / 3, 3), "c": (1.0, 0.5, 2 / 3, 2), "d": (0, 0, 0, 0)}
+    for label, numbers in expected.items():
+        assert tuple(vars(kept[label]).values()) == pytest.approx(numbers)
+
+
+def test_the_most_frequent_labels_of_many_and_the_others_together() -> None:
+    whole = Confusion(tuple("abcd"), ((1, 0, 2, 0), (0, 5, 0, 1), (0, 1, 0, 0), (3, 0, 0, 4)))
+    assert whole.shortened(4, others="rest") is whole
+    found = whole.shortened(2, others="rest")
+    assert found == Confusion(("b", "d", "rest"), ((5, 1, 0), (0, 4, 3), (1, 0, 3)))
+    assert sum(map(sum, found.counts)) == sum(map(sum, whole.counts))
 
 
 def test_an_empty_text_is_no_answer() -> None:

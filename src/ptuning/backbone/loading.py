@@ -214,16 +214,22 @@ def _convert(gguf: Path, folder: Path, *, name: str) -> None:
 
 def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:
     """Return the dtype that loses nothing of weights that were not quantised; of the others bfloat16 is enough.
-    Raises BackboneError if the file is damaged: transformers would read past the end of one that is cut off.
+    Raises BackboneError if the file is damaged, since transformers would read past the end of one that is cut off; or
+    if it asks for more than its weights can fill.
     """
     from gguf import GGMLQuantizationType, GGUFReader
 
     try:
-        matrices = [tensor for tensor in GGUFReader(gguf).tensors if len(tensor.shape) > 1]
+        reader = GGUFReader(gguf)
+        matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1]
+        single = {name: field.parts[-1] for name, field in reader.fields.items() if len(field.types) == 1}
+        asked = {name: part.item() for name, part in single.items() if part.size == 1}
+        shapes = [tensor.shape.tolist() for tensor in reader.tensors]
     except Exception as error:
         raise BackboneError(
             f"cannot read the weights of {name}: {gguf.name} is not a whole GGUF file, but cut off or damaged ({error})"
         ) from error
+    sources.check_plausible(asked, shapes, where=f"the header of {gguf.name}")
     exact = {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
     return torch.float32 if all(one.tensor_type in exact for one in matrices) else torch.bfloat16
 

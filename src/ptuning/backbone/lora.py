@@ -1,4 +1,4 @@
-"""LoRA adapters on a model's linear layers, made by peft. The only module that imports peft."""
+"""LoRA adapters on a model's linear layers, made by peft."""
 
 from __future__ import annotations
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, PTuningError, closest
-from ptuning.files import check_room, file_sha256, is_temporary, parse_json, write_json
+from ptuning.files import Json, check_room, file_sha256, is_temporary, open_regular, parse_json, read_json, write_json
 from ptuning.names import publish_folder
 
 BACKBONE = "smollm2-135m"
@@ -29,6 +30,18 @@ GGUF_MAGIC = b"GGUF"
 GGUF_COPY = "gguf-"
 # A converted copy has at most 16 bits for each weight of a file with 4 bits.
 GGUF_GROWTH = 4
+# Whole numbers of a config that say how many parts a model has, how large they are, and how many tokens it knows.
+PARTS = re.compile(r"(layers?|groups?|blocks?|group_num|block_count)$")
+SIZES = re.compile(
+    r"(size|dim|width|inner|embd|d_model|d_ff|d_kv|feed_?forward|heads?|experts?|embedding_length|feed_forward_length"
+    r"|head_count)$"
+)
+VOCABULARY = "vocab_size"
+# Parts that may be asked for whatever the weights are, since layers can share theirs (ALBERT).
+PLAUSIBLE_PARTS = 1000
+# Stored numbers stand for at most so many weights: 8 weights of 4 bits are one number of 32 bits.
+PACKED = 8
+LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 
 
 @dataclass(frozen=True)
@@ -210,6 +223,69 @@ def _is(what: Callable[[Path], bool], path: Path) -> bool:
         return False
 
 
+def check_plausible(asked: Mapping[str, Json], shapes: Sequence[Sequence[int]], *, where: str) -> None:
+    """Check, before memory or minutes are spent, that a config asks for a model that weights of such shapes can fill.
+    Raises BackboneError, which says ``where`` the config stands.
+    """
+    numbers = list(_numbers(asked))
+    parts = max((value for name, value in numbers if PARTS.search(name)), default=1)
+    sizes = sorted(value for name, value in numbers if SIZES.search(name) and not name.endswith(VOCABULARY))
+    tokens = max((value for name, value in numbers if name == VOCABULARY or name.endswith(f".{VOCABULARY}")), default=0)
+    counts = [math.prod(shape) for shape in shapes]
+    rows = max((max(shape, default=1) for shape, count in zip(shapes, counts, strict=True) if count), default=0)
+    wrong = ""
+    if parts > max(PLAUSIBLE_PARTS, len(shapes)):
+        wrong = f"{parts:,} layers, and the weights are {len(shapes):,} tensors"
+    elif shapes and tokens > rows:
+        wrong = f"a vocabulary of {tokens:,}, and the longest table of weights has {rows:,} rows"
+    elif shapes and parts * math.prod(sizes[-2:]) > PACKED * sum(counts):
+        wrong = (
+            f"{parts:,} layers with sizes up to {' and '.join(f'{size:,}' for size in sizes[-2:])}, and there are "
+            f"{sum(counts):,} weights"
+        )
+    if wrong:
+        raise BackboneError(f"{where} asks for {wrong}; it is damaged, or belongs to another model")
+
+
+def _numbers(asked: Mapping[str, Json]) -> Iterator[tuple[str, int | float]]:
+    """Yield the names and values of all positive numbers of a config, those of inner tables (text_config) as well."""
+    for name, value in asked.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            yield name, value
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Check what a folder says of itself before anything is made of it: a config that its weights can fill, an index
+    of weights (of a model in several files) that stays in the folder. Raises BackboneError.
+    """
+    try:
+        asked = read_json(folder / "config.json")
+        shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in _shapes(file)]
+        for index in sorted(folder.glob("*.index.json")):
+            listed = read_json(index).get("weight_map")
+            for file in {str(one) for one in listed.values()} if isinstance(listed, Mapping) else ():
+                if Path(file).is_absolute() or ".." in Path(file).parts:
+                    raise BackboneError(f"{index.name} names the file '{file}', which is not in the folder")
+    except PTuningError as error:
+        raise BackboneError(f"cannot load the backbone '{name}': {error}") from error
+    check_plausible(asked, shapes, where=f"the config.json of the backbone '{name}'")
+
+
+def _shapes(file: Path) -> list[list[int]]:
+    """Return the shapes of the tensors of a safetensors file. Raises FileError if it does not begin as one."""
+    with open_regular(file) as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        try:
+            if size > LARGEST_HEADER:
+                raise ValueError(f"its header would have {size:,} bytes")
+            found = parse_json(handle.read(size).decode("utf-8"))
+            return [[int(side) for side in one["shape"]] for key, one in found.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"{file.name} is not a whole safetensors file, but cut off or damaged ({error})") from error
+
+
 def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     """Return the folder of a backbone, local or from the hub, and its hub revision, if any.
     Raises BackboneError if there is neither; the message names the known names.
@@ -224,6 +300,7 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
                 + ("" if packed else "a folder must hold a model and its tokenizer as save_pretrained writes them")
             )
         check_no_revision(name, asked)
+        check_folder(path, name)
         return str(path), None
     if _is(Path.is_file, path):
         raise BackboneError(f"{name} is a file; a backbone is a folder with config.json, or a file in GGUF format")
@@ -240,6 +317,7 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     patterns += ["*.py"] if asked.trust_remote_code else []
     folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice)
+    check_folder(Path(folder), name)
     return folder, Path(folder).name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ UNBOUNDED_TOKENS = 1 << 20
 BARE: Mapping[str, bool] = {
     "add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False,
 }  # fmt: skip
+# What tokens are called that a vocabulary keeps for later.
+UNUSED = re.compile("unused|reserved", re.IGNORECASE)
 SENTINELS = (("<extra_id_0>", "<extra_id_1>"), ("▁<extra_id_0>", "▁<extra_id_1>"))
 
 
@@ -59,6 +62,7 @@ class TextTokenizer:
             if token.special and (rows is None or index < rows)
         }
         self._names = re.compile("|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True))) or "$^")
+        self._rows = rows
         self.decoder_ids = decoder_ids
         self.gap = self._find_gap(rows)
         named = {*self.special_ids.values(), *self.gap.encoder_ids, self.gap.end_id}
@@ -133,6 +137,31 @@ class TextTokenizer:
             else:
                 spelled.append(token)
         return spelled
+
+    def read(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids that the tokenizer itself gives a text in which special tokens are such."""
+        return list(self._with_specials(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    @functools.cached_property
+    def reserved_ids(self) -> Mapping[int, str]:
+        """Tokens that never stand in a text, with their names: special ones without a use that is known here, and those
+        that are called unused or reserved, which come first.
+        """
+        tokenizer = self._tokenizer
+        chat = json.dumps(tokenizer.chat_template)  # a text, several by their names, or none
+        used: set[int | None] = {*self.prefix_ids, *self.suffix_ids, *self.end_ids, *self.decoder_ids}
+        used |= set(self.gap.encoder_ids)
+        used |= {self.gap.end_id, self.mask_id, self.unknown_id}
+        used |= {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "sep", "cls")}
+        found = {
+            index: token.content
+            for index, token in sorted(tokenizer.added_tokens_decoder.items())
+            if (token.content in self.special_ids or UNUSED.search(token.content))
+            and index not in used
+            and json.dumps(token.content)[1:-1] not in chat
+            and (self._rows is None or index < self._rows)
+        }
+        return dict(sorted(found.items(), key=lambda item: UNUSED.search(item[1]) is None))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files as transformers reads them."""

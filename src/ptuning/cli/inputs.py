@@ -331,6 +331,22 @@ def _training_part(prompt: str, data: str | None) -> tuple[str, dict[str, str]]:
     raise ConfigError("--candidates train needs the prompt's run.json, or shipped facts as --data; name a file instead")
 
 
+def development_records(prompt: str) -> Records | None:
+    """Return the development records of a prompt's run folder, if it is in one: those that its answers are kept of."""
+    from ptuning.files import read_json_lines
+    from ptuning.names import PREDICTIONS_FILE, PROMPT_FOLDER
+    from ptuning.records import as_records
+
+    folder = Path(prompt)
+    found = (folder.parent if folder.name == PROMPT_FOLDER else folder) / PREDICTIONS_FILE
+    if not os.path.isfile(found):
+        return None
+    kept = [row["record"] for row in read_json_lines(found) if isinstance(row.get("record"), dict)]
+    rows = as_records([row for row in kept if isinstance(row, dict)])
+    rows.name = str(found)
+    return rows if rows else None
+
+
 def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
     """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default."""
     own = prompt.backbone if prompt is not None else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -19,21 +20,26 @@ from ptuning.names import check_output
 
 if TYPE_CHECKING:
     from ptuning.data.reading import RawRows
+    from ptuning.files import Json
     from ptuning.prompt.predict import Prediction
     from ptuning.records import Record
 
 TABLE, LINES = ".csv", (".jsonl", ".ndjson")
 # Columns that a table of answers has besides those of the data.
-PREDICTION, PROBABILITY = "prediction", "probability"
+PREDICTION, PROBABILITY, HIT = "prediction", "probability", "hit"
 ABSTAINED = "abstained"
 # So many other labels stand beside the answer on a terminal; --json has all.
 SHOWN_OTHERS = 3
 
 
-def check_file(path: Path, *, overwrite: bool, data: str | None = None) -> None:
+def check_file(path: Path | None, *, overwrite: bool, data: str | None = None) -> None:
     """Check that answers can be written into a file, before any work: it is new or may be replaced, its ending tells
     the format, and it is not the ``data`` itself.
     """
+    if path is None:
+        if overwrite:
+            raise ConfigError("--overwrite is for the file of the answers; name it with --out")
+        return
     if path.suffix.lower() not in (TABLE, *LINES):
         raise ConfigError(f"cannot tell the format of {path}; --out ends in one of {', '.join((TABLE, *LINES))}")
     check_output(path.parent)
@@ -90,7 +96,8 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
     """Yield what writes an answer into a file, with the row of the data that it answers and that row's record. A table
     has the columns of the data, and its separator if it is a CSV.
     """
-    columns = columns_of([dict.fromkeys(raw.columns), *(row for _, row in raw)], (PREDICTION, PROBABILITY))
+    rows = [dict.fromkeys(raw.columns), *(row for _, row in raw)]
+    columns = columns_of(rows, (PREDICTION, PROBABILITY)) if is_table(path) else ()
     delimiter = raw.delimiter if raw.format == "csv" and raw.delimiter else ","
     with writing_to(path, columns, delimiter=delimiter) as write:
 
@@ -101,6 +108,16 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
                 write({"record": dict(record), **found.to_json()})
 
         yield take
+
+
+def write_scored(path: Path, rows: Sequence[Mapping[str, Json]]) -> None:
+    """Write the answers to records with targets. A table has the fields of the records, the target among them."""
+    records = [cast("Mapping[str, Json]", row["record"]) for row in rows]
+    columns = columns_of(records, (PREDICTION, PROBABILITY, HIT)) if is_table(path) else ()
+    with writing_to(path, columns) as write:
+        for record, row in zip(records, rows, strict=True):
+            found = {PREDICTION: row[PREDICTION], PROBABILITY: round(math.exp(cast("float", row["log_prob"])), 6)}
+            write({**record, **found, HIT: row[HIT]} if is_table(path) else row)
 
 
 def show_answer(record: Record, found: Prediction, *, as_json: bool) -> None:

@@ -204,6 +204,10 @@ class _Console(Console):
         """Return a text as rich prints it. Whatever prints through a console comes by here, cells of tables too."""
         return super().render_str(visible(text, lines=True), **options)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line how the program ends when nobody reads on; rich would end it with code 1."""
+        raise BrokenPipeError
+
 
 @functools.cache
 def _errors() -> Console:

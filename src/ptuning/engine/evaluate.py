@@ -20,14 +20,14 @@ from ptuning.progress import OnProgress, Progress
 @dataclass(frozen=True)
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
-    With classes also the most likely class of each record, and its natural log-probability among all classes.
+    With classes also the most likely class of each record, and the natural log-probabilities of its classes.
     ``known`` says which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.can_be_hit`).
     """
 
     loss: float
     hits: tuple[float, ...]
     guesses: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
+    log_probs: tuple[tuple[float, ...], ...] = ()
     known: tuple[bool, ...] = ()
 
     @property
@@ -54,7 +54,7 @@ def evaluate(
     found = {index: 0.0 for index, item in enumerate(items) if not (item.answers or known[index])}
     asked = [index for index in range(len(items)) if index not in found]
     guesses: dict[int, int] = {}
-    log_probs: dict[int, float] = {}
+    log_probs: dict[int, tuple[float, ...]] = {}
     prefix = prefix_tokens(backbone, inputs_of(items))
     for places in batches([items[index].inputs for index in asked], prefix=prefix):
         chosen = [asked[place] for place in places]
@@ -64,9 +64,9 @@ def evaluate(
         loss_sum, count = loss_sum + float(batch_sum), count + batch_count
         found |= dict(zip(chosen, hits(group, scored), strict=True))
         if group[0].answers:
-            likeliest = torch.log_softmax(class_scores(group, scored), dim=-1).max(dim=-1)  # (I,)
-            guesses |= dict(zip(chosen, likeliest.indices.tolist(), strict=True))
-            log_probs |= dict(zip(chosen, likeliest.values.tolist(), strict=True))
+            of_classes = torch.log_softmax(class_scores(group, scored), dim=-1)  # (I, K)
+            guesses |= dict(zip(chosen, of_classes.argmax(dim=-1).tolist(), strict=True))
+            log_probs |= dict(zip(chosen, map(tuple, of_classes.tolist()), strict=True))
         if report is not None:
             report(Progress("dev", len(found), len(items), note))
     return Evaluation(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
+from ptuning.data.task_files import TaskFile
 from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.objective import question_items
 from ptuning.errors import RecordError
 from ptuning.files import Json
-from ptuning.metrics import ACCURACY, Answer, score_values
+from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
 from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.records import TARGET_FIELD, Records, Rows, require_targets
+from ptuning.records import TARGET_FIELD, Record, Records, Rows, require_targets
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -28,20 +30,34 @@ class Result:
     candidates also ``accuracy``, ``p_at_10`` and ``mrr`` among them. ``loss`` is the negative log-likelihood in nats
     per target token, or per record with label words or choices. ``hits`` are 1.0 or 0.0 per record, for the first
     score. ``missing`` counts the records whose target is not a candidate; they are misses.
+
+    ``rows`` has the answers, one of :func:`prediction_rows` per record: always those of labels and choices, others
+    where they were asked for. ``confusion`` is that of labels.
     """
 
     scores: Mapping[str, Score]
     loss: float
     hits: tuple[float, ...]
     missing: int = 0
+    rows: Sequence[Mapping[str, Json]] = ()
+    confusion: Confusion | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return the scores as ``eval --json`` prints them."""
-        return {
+        found: dict[str, Json] = {
             "scores": {name: found.to_json() for name, found in self.scores.items()},
             "loss": self.loss,
             "targets_not_among_candidates": self.missing,
         }
+        if self.confusion is not None:
+            found["labels"] = {label: dict(vars(one)) for label, one in self.confusion.scores.items()}
+            found["confusion"] = [list(row) for row in self.confusion.counts]
+        return found
+
+    def worst(self, most: int) -> list[int]:
+        """Return the places of at most so many misses among the rows: those that are surest of a wrong answer first."""
+        misses = [at for at, row in enumerate(self.rows) if not row["hit"]]
+        return sorted(misses, key=lambda at: -cast("float", self.rows[at]["log_prob"]))[:most]
 
 
 def score_prompt(
@@ -53,6 +69,7 @@ def score_prompt(
     normalise: Normalise | None = None,
     calibrate: bool | None = None,
     count_stop: bool = False,
+    with_rows: bool = False,
     report: OnProgress | None = None,
 ) -> Result:
     """Score a prompt on records with targets, or on questions of a task.
@@ -61,8 +78,9 @@ def score_prompt(
     a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise``,
-    ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. A RecordError if there are no records, or
-    one lacks its target; a ConfigError if candidates are given to a prompt with label words or choices.
+    ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. ``with_rows`` asks for the answers even if
+    they must be written. A RecordError if there are no records, or one lacks its target; a ConfigError if candidates
+    are given to a prompt with label words or choices.
     """
     prompt = as_prompt(prompt)
     if candidates is not None:
@@ -77,24 +95,33 @@ def score_prompt(
     model = model.for_prompt(prompt)
     items = question_items(prompt.bind(model.backbone, force=model.force), questions, answers)
     found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=questions.name)
-    scores = {answers.score_name: score(found.hits), **_metrics(model, questions, prompt, found)}
+    records, said = questions.records, guessed(prompt, questions, found)
+    if not said and (prompt.task is not None or (with_rows and candidates is None)):
+        said = model.predict(records, prompt)
+    scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found)}
+    rows = prediction_rows(records, said, found.hits) if said else []
     ranked: list[Answer] = []
     if candidates is not None:
-        ranked = _rank(model, questions.records, prompt, candidates, normalise=normalise, count_stop=count_stop)
+        ranked = _rank(model, records, prompt, candidates, normalise=normalise, count_stop=count_stop)
         values = score_values(ranked)
         names = ("mrr", "p_at_10") if len(candidates) > 10 else ("mrr",)
         scores |= {ACCURACY: summary([values["p_at_1"]]), **{name: summary([values[name]]) for name in names}}
-    return Result(scores, found.loss, found.hits, missing=sum(answer.rank == 0 for answer in ranked))
+        rows = [_answered(record, one) for record, one in zip(records, ranked, strict=True)]
+    targets, given = ([str(row[name]) for row in rows] for name in ("target", "prediction"))
+    confusion = Confusion.of(answers.labels, targets, given) if answers.labels else None
+    missing = sum(answer.rank == 0 for answer in ranked)
+    return Result(scores, found.loss, found.hits, missing=missing, rows=rows, confusion=confusion)
 
 
-def _metrics(model: PromptModel, questions: Questions, prompt: Prompt, found: Evaluation) -> dict[str, Score]:
-    if prompt.task is None:
+def _metrics(
+    questions: Questions, task: TaskFile | None, said: Sequence[Prediction], found: Evaluation
+) -> dict[str, Score]:
+    if task is None:
         return {}
-    said = guessed(prompt, questions, found) or model.predict(questions.records, prompt)
     rows = zip(said, found.hits, found.known, strict=True)
     answers = [Answer(one.text, bool(hit), known=known) for one, hit, known in rows]
-    values = score_values(answers, questions, prompt.task.metrics)
-    return {name: summary([values[name]]) for name in prompt.task.metrics}
+    values = score_values(answers, questions, task.metrics)
+    return {name: summary([values[name]]) for name in task.metrics}
 
 
 def _rank(
@@ -114,16 +141,17 @@ def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Pre
     """Return the likeliest labels or choices, which scoring has found already; an empty list for written answers."""
     if not found.guesses:
         return []
-    names = map(prompt.answer_space.names, questions)
-    best = [
-        Candidate(listed[guess], log_prob)
-        for listed, guess, log_prob in zip(names, found.guesses, found.log_probs, strict=True)
-    ]
-    return [Prediction(one.text, (one,)) for one in best]
+    predictions = []
+    for question, guess, log_probs in zip(questions, found.guesses, found.log_probs, strict=True):
+        ranked = list(map(Candidate, prompt.answer_space.names(question), log_probs))
+        best = ranked.pop(guess)
+        ranked.sort(key=lambda one: -one.log_prob)
+        predictions.append(Prediction.of_classes([best, *ranked]))
+    return predictions
 
 
 def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequence[float]) -> list[dict[str, Json]]:
-    """Return one row per record for ``predictions.jsonl``."""
+    """Return one row per record for ``predictions.jsonl``; labels and choices have ``probabilities``."""
     return [
         {
             "record": dict(record),
@@ -131,6 +159,13 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
             "prediction": found.text,
             "hit": bool(hit),
             "log_prob": found.log_prob,
+            **({} if found.probabilities is None else {"probabilities": dict(found.probabilities)}),
         }
         for record, found, hit in zip(data, predictions, hits, strict=True)
     ]
+
+
+def _answered(record: Record, answer: Answer) -> dict[str, Json]:
+    """Return the row of an answer that was ranked."""
+    found: dict[str, Json] = {"record": dict(record), "target": record[TARGET_FIELD], "prediction": answer.text}
+    return {**found, "hit": answer.hit, "log_prob": answer.log_prob, "rank": answer.rank}

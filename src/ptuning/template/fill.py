@@ -215,6 +215,23 @@ class BoundTemplate:
         written = {i for token, i in self.tokenizer.special_ids.items() if any(token in text for text in literals)}
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
+    def texts(self, record: Record) -> tuple[str, ...]:
+        """Return the filled template up to the target as text: in front of, between and behind its P slots, P + 1
+        texts. A space in front of the target is the target's. Nothing is truncated.
+        """
+        texts = [""]
+        for piece in self._pieces:
+            if isinstance(piece, Target):
+                break
+            if isinstance(piece, _Slots):
+                texts += [""] * len(piece.start_ids)
+            elif isinstance(piece, Field):
+                texts[-1] += record[piece.name]
+            elif isinstance(piece, MarkedText):
+                texts[-1] += piece.characters
+        texts[-1] = texts[-1].removesuffix(" ")
+        return tuple(texts)
+
     def _prepare(self) -> tuple[_Piece, ...]:
         """Tokenise the words of slots, find markup, and move spaces to the piece after them."""
         prepared: list[_Piece] = []

@@ -116,11 +116,9 @@ def _check_output(
         shown["--out"] = out is not None
         for name in (name for name, is_given in shown.items() if is_given):
             raise ConfigError(f"--stream shows one answer as text; leave {name} out")
-    if out is None:
-        if overwrite:
-            raise ConfigError("--overwrite is for the file of the answers; name it with --out")
-        return
     check_file(out, overwrite=overwrite, data=data)
+    if out is None:
+        return
     if as_json:
         raise ConfigError("--json prints answers, and --out FILE writes them instead; leave one out")
     if top_k > 1 and out.suffix.lower() == ".csv":

@@ -10,16 +10,21 @@ from rich.markup import escape
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, load, prompt_of, read_candidates, task_of
+from ptuning.cli.labels import show_errors, show_labels
+from ptuning.cli.outputs import check_file, write_scored
 from ptuning.metrics import called
 from ptuning.provenance import described
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
+    from ptuning.files import Json
     from ptuning.prompt.inspect import Inspection, Neighbour
     from ptuning.prompt.prompt import Prompt
     from ptuning.prompt.score import Result
     from ptuning.records import Records
 
+# Worst errors of labels, unless another number is asked for.
+SHOWN_ERRORS = 10
 # Neighbours of a slot on the terminal; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 
@@ -36,11 +41,16 @@ def evaluate(
     field: options.FieldOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
+    errors: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Worst errors to show; {SHOWN_ERRORS} of labels.", min=0)
+    ] = None,
+    out: options.AnswersOption = None,
+    overwrite: options.ReplaceOption = False,
     as_json: options.JsonOption = False,
     *,
     backbone: options.AskedBackbone,
 ) -> None:
-    """Score a prompt on records, with 95 % intervals.
+    """Score a prompt on records, with 95 % intervals; labels one by one, with what they are taken for.
 
     Example: ptuning eval capitals --data capitals:test
     """
@@ -53,6 +63,7 @@ def evaluate(
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
+    check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     records = as_questions(rows).records
     require_fields(records, chosen.template.fields)
@@ -64,8 +75,12 @@ def evaluate(
 
     with terminal.bar() as report:
         model = PromptModel(loaded, force=force)
-        found = score_prompt(model, rows, chosen, candidates=listed, report=report, **how)
-    _show_scores(prompt, rows, found, as_json=as_json)
+        asked = out is not None or bool(errors)
+        found = score_prompt(model, rows, chosen, candidates=listed, with_rows=asked, report=report, **how)
+    if out is not None:
+        write_scored(out, found.rows)
+    most = SHOWN_ERRORS if errors is None and found.confusion is not None else errors or 0
+    _show_scores(prompt, rows, found, records=records, fields=chosen.template.fields, errors=most, as_json=as_json)
 
 
 @options.takes(backbone=options.backbone_options)
@@ -92,9 +107,21 @@ def inspect(
     _show_inspection(chosen, found, as_json=as_json)
 
 
-def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json: bool) -> None:
+def _show_scores(
+    name: str,
+    data: Records | Questions,
+    found: Result,
+    *,
+    records: Records,
+    fields: Sequence[str],
+    errors: int,
+    as_json: bool,
+) -> None:
+    worst, places = found.worst(errors), [records.place(number) for number in range(1, len(records) + 1)]
     if as_json:
-        terminal.print_json({"prompt": name, "data": described(data), **found.to_json()})
+        listed: list[Json] = [{"place": places[at], **found.rows[at]} for at in worst]
+        more: dict[str, Json] = {"errors": listed} if found.rows else {}
+        terminal.print_json({"prompt": name, "data": described(data), **found.to_json(), **more})
         return
     terminal.heading(f"{name} on {data.name}, n = {len(data)}")
     table = terminal.table("score", "value  [95 % interval]")
@@ -104,6 +131,10 @@ def _show_scores(name: str, data: Records | Questions, found: Result, *, as_json
     terminal.line(f"loss {found.loss:.3f}")
     if found.missing:
         terminal.line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")
+    if found.confusion is not None:
+        show_labels(found.confusion)
+    if errors:
+        show_errors(found.rows, worst, places=places, fields=fields)
 
 
 def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> None:

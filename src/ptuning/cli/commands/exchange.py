@@ -1,0 +1,70 @@
+"""`ptuning export`: take a prompt along to another program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ptuning.cli import options, terminal
+from ptuning.cli.inputs import data_of, development_records, load, prompt_of
+from ptuning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ptuning.data.questions import Questions
+    from ptuning.prompt.prompt import Prompt
+    from ptuning.records import Records
+
+FORMS = ("lora", "peft", "embeds")
+
+
+@options.takes(backbone=options.backbone_options)
+def export(
+    prompt: options.PromptArgument,
+    kind: Annotated[
+        str, typer.Option("--as", metavar="|".join(FORMS), help="The form.", autocompletion=options.among(*FORMS))
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="New folder.")],
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Records to compare on; else those of DEV.")] = None,
+    field: options.FieldOption = None,
+    as_json: options.JsonOption = False,
+    *,
+    backbone: options.AskedBackbone,
+) -> None:
+    """Write a prompt in the form of another program, read it back, and compare the answers.
+
+    Example: ptuning export capitals --as lora --out capitals-lora
+    """
+    with terminal.waiting("starting"):
+        from ptuning.exchange.export import EXPORT_FILE, check_exportable, export_prompt, form_of
+        from ptuning.names import check_free
+
+    form_of(kind)
+    check_free(Path(out))
+    chosen = prompt_of(prompt)
+    form = check_exportable(chosen, kind)
+    rows = _compared_on(chosen, prompt, data, field)
+    # The number format of training is for speed; here rounding would hide what is compared.
+    exact = replace(backbone, options=replace(backbone.options, dtype="float32"))
+    loaded = load(exact if backbone.options.dtype == "auto" else backbone, prompt=chosen)
+    with terminal.waiting("writing, reading back, comparing"):
+        about = export_prompt(chosen, loaded, rows, out, kind=kind)
+    if as_json:
+        terminal.print_json(about)
+        return
+    terminal.heading(f"{out}: {form.about}")
+    difference = about["largest_log_prob_difference"]
+    terminal.line(f"read back; log-probabilities differ by {difference:.2g} at most, n = {about['n']} ({rows.name})")
+    terminal.line(f"{out}/README.md says how to use it, {out}/{EXPORT_FILE} has an example")
+
+
+def _compared_on(chosen: Prompt, name: str, data: str | None, field: list[str] | None) -> Records | Questions:
+    if data is not None:
+        return data_of(data, field, chosen.task, part="val", prompt=chosen)
+    from ptuning.exchange.rows import made_record
+
+    if chosen.answer_space.has_choices:
+        raise ConfigError("the prompt chooses among choices that each row brings; name rows to compare on with --data")
+    return development_records(name) or made_record(chosen)

@@ -1,0 +1,127 @@
+"""An export is written beside, read back and compared; it appears whole and right, or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.errors import ExchangeError, FileError
+from ptuning.exchange import embedding_lora, peft_files
+from ptuning.exchange.export import EXPORT_FILE, FORMS
+from ptuning.exchange.form import Exported
+from ptuning.exchange.rows import Source, made_record
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.template.labels import LabelWords
+from tests.conftest import RECORDS, learned
+from tests.exchange.conftest import ANYWHERE, IN_FRONT, exported, reserving
+
+KEYS = [
+    "format_version", "kind", "backbone", "slot_token_ids", "slot_tokens", "largest_log_prob_difference", "n",
+    "example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_says_the_same_of_itself(kind: str, tmp_path: Path) -> None:
+    backbone = reserving()
+    prompt = learned(backbone, IN_FRONT)
+    about = exported(prompt, backbone, tmp_path / "out", kind)
+    assert list(about) == KEYS
+    assert about["kind"] == kind
+    assert about["backbone"]["fingerprint"] == backbone.fingerprint
+    assert list(about["example"]) == ["record", "input_ids", "target_ids", "log_prob"]
+    assert about["largest_log_prob_difference"] < 1e-4
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert str(prompt.template) in card
+    assert f"n = {len(RECORDS)} records" in card
+    assert [path for path in tmp_path.iterdir() if path.name != "out"] == []
+
+
+@pytest.mark.parametrize("wrong", [0.05, float("nan")])
+def test_what_answers_differently_does_not_appear(
+    wrong: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever made it wrong: what counts is what the other program answers with the files that were written."""
+    real = embedding_lora.write
+
+    def damaged(source: Source, folder: Path) -> Exported:
+        written = real(source, folder)
+        file = folder / "adapter_model.safetensors"
+        tensors = safetensors.torch.load(file.read_bytes())
+        name = next(name for name in tensors if name.endswith("_B"))
+        file.write_bytes(safetensors.torch.save({**tensors, name: tensors[name] + wrong}))
+        return written
+
+    monkeypatch.setitem(FORMS, "lora", replace(FORMS["lora"], write=damaged))
+    backbone = reserving()
+    with pytest.raises(ExchangeError, match="more than rounding, so it is not written"):
+        exported(learned(backbone, ANYWHERE), backbone, tmp_path / "out", "lora")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_word_of_every_label_is_compared(tmp_path: Path) -> None:
+    backbone = reserving()
+    words = LabelWords({"good": ["great", "yes"], "bad": ["terrible"]})
+    prompt = replace(learned(backbone, ANYWHERE), label_words=words)
+    about = exported(prompt, backbone, tmp_path / "out", "lora", [{"x": "the movie", "y": "bad"}])
+    found = PromptModel(backbone).rank([{"x": "the movie"}], prompt, ["great", "yes", "terrible"])[0]
+    assert about["example"]["log_prob"] in [pytest.approx(one.log_prob, abs=1e-4) for one in found]
+    assert about["n"] == 1
+
+
+def test_without_data_a_record_is_made_of_the_template() -> None:
+    backbone = reserving()
+    assert list(made_record(learned(backbone, ANYWHERE))) == [{"x": "x", "y": "answer"}]
+    labelled = replace(learned(backbone, ANYWHERE), label_words=LabelWords({"good": ["great"], "bad": ["terrible"]}))
+    assert list(made_record(labelled)) == [{"x": "x", "y": "good"}]
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path, masked: Backbone) -> None:
+    backbone = reserving()
+    prompt = learned(backbone, ANYWHERE)
+    cases = [
+        (Prompt.manual("{x} is [Y]"), backbone, "lora", "has no slots"),
+        (prompt, backbone, "lara", "not as 'lara'. Did you mean 'lora'"),
+        (replace(prompt, weights=TrainedWeights("tuned", "difference", "x", {})), backbone, "lora", "--tune frozen"),
+        (learned(masked, ANYWHERE), masked, "lora", "of the kind masked; prompts of causal models"),
+    ]
+    for one, on, kind, says in cases:
+        with pytest.raises(ExchangeError) as caught:
+            exported(one, on, tmp_path / "out", kind)
+        assert says in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    backbone = reserving()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileError, match="not empty"):
+        exported(learned(backbone, ANYWHERE), backbone, tmp_path, "embeds")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_without_peft_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_files, "find_spec", lambda name: None)
+    backbone = reserving()
+    with pytest.raises(Exception, match=r"pip install 'ptuning\[lora\]'"):
+        exported(learned(backbone, ANYWHERE), backbone, tmp_path / "out", "lora")
+    exported(learned(backbone, ANYWHERE), backbone, tmp_path / "out", "embeds")
+
+
+def test_the_backbone_is_as_it_was(tmp_path: Path) -> None:
+    """PEFT replaces modules, and does so in a copy."""
+    backbone = reserving()
+    prompt, before = learned(backbone, IN_FRONT), {name: id(one) for name, one in backbone.model.named_modules()}
+    for kind in FORMS:
+        exported(prompt, backbone, tmp_path / kind, kind, RECORDS[:1])
+    assert {name: id(one) for name, one in backbone.model.named_modules()} == before
+    fresh = json.loads((tmp_path / "lora" / EXPORT_FILE).read_text(encoding="utf-8"))
+    assert torch.isfinite(torch.tensor(fresh["example"]["log_prob"]))
