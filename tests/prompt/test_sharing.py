@@ -23,7 +23,8 @@ ROWS = [{"x": "Kenya"}, {"x": "France"}]
 @pytest.fixture
 def prompt(causal: Backbone) -> Prompt:
     made = learned(causal, "[P*2] [X] is [P] [Y]")
-    return replace(made, scores={"exact_match": 0.5, "loss": 1.25}, scored_on=36, method="p-tuning")
+    return replace(made, scores={"exact_match": 0.5, "loss": 1.25}, scored_on=36, method="p-tuning",
+                   intervals={"exact_match": (0.345, 0.655)})  # fmt: skip
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def test_a_saved_prompt_comes_back_and_files_beside_it_stay(causal: Backbone, pr
     model = PromptModel(causal)
     assert model.predict(ROWS, found) == model.predict(ROWS, prompt)
     assert found.scored_on == 36
+    assert found.intervals == {"exact_match": (0.345, 0.655)}
     assert (tmp_path / "project" / "thesis.tex").read_text() == "mine"
 
 

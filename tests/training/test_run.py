@@ -993,6 +993,20 @@ def test_the_written_predictions_are_those_of_predict(
         assert row["log_prob"] == pytest.approx(wanted.log_prob, abs=1e-4)
 
 
+def test_the_score_that_chose_has_its_interval_everywhere(causal: Backbone, tmp_path: Path) -> None:
+    """The same as a separate call of scoring gives: in the record, in the prompt, and on its card."""
+    found = run(causal, dev=FACTS[:4], out=tmp_path)
+    own = cast("Any", found.record)["dev_score"]
+    again = score_prompt(PromptModel(causal), as_records(FACTS[:4]), Prompt.load(tmp_path)).scores["exact_match"]
+    assert own == again.to_json()
+    assert own["n"] == 4
+    assert 0 <= own["low"] <= own["value"] <= own["high"] <= 1
+    saved = Prompt.load(tmp_path)
+    assert saved.intervals == found.prompt.intervals == {"exact_match": (own["low"], own["high"])}
+    card = (tmp_path / "prompt" / "README.md").read_text(encoding="utf-8")
+    assert f"n = 4) | {own['value']:.3f} [{own['low']:.3f}, {own['high']:.3f}] |" in card
+
+
 def test_answers_that_the_tokenizer_does_not_know_are_not_learned_and_never_hits(masked: Backbone) -> None:
     """To learn the unknown token is to forget answers."""
     rare: list[Record] = [{"x": "Kenya", "y": "\U0001f642"}, {"x": "Peru", "y": "東京"}]

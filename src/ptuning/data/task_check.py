@@ -72,12 +72,12 @@ def check_words(
 
 def check_known(bound: BoundTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:
     """Return warnings about text in the parts of a task that the tokenizer does not know. Each different target is
-    tokenised once, without its row's fields.
+    tokenised once, beside fields that hold their own names.
 
     Raises LabelWordError if it does not know a label's word, or not from that of another; RecordError if it knows
     hardly any target of a part.
     """
-    bare = dict.fromkeys(bound.template.fields, "")
+    bare = {name: name for name in bound.template.fields}  # a template may begin with a field, which must not be empty
     warnings = []
     if answers.words is not None:
         answers.words.check_known(answers.words.examples(bound, bare))

@@ -83,6 +83,7 @@ class Prompt:
         method: Name of the method that made it.
         seed: Seed of the training, or None.
         scores: Scores on the development part, which chose it.
+        intervals: Score -> the ends of its 95 % interval.
         scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
@@ -108,6 +109,7 @@ class Prompt:
     max_length: int | None = None
     learned_to_stop: bool = False
     scored_on: int | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -399,6 +401,7 @@ class Prompt:
             "seed": self.seed,
             "scores": dict(self.scores),
             "scored_on": self.scored_on,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "fields": dict(self.fields),
         }
 
@@ -436,5 +439,13 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         learned_to_stop=manifest.at("learned_to_stop", default=False).flag(),
         max_length=manifest.optional("max_length", Unchecked.whole),
         scored_on=manifest.optional("scored_on", Unchecked.whole),
+        intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
     )
+
+
+def _interval(found: Unchecked) -> tuple[float, float]:
+    ends = [one.number() for one in found.items()]
+    if len(ends) != 2:
+        raise found.wrong("the two ends of an interval")
+    return ends[0], ends[1]

@@ -258,7 +258,11 @@ def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_byt
         rows.append(("chooses among", "the choices that each row brings"))
     scores = cast("Mapping[str, float]", manifest["scores"])
     where = "development part" + (f", n = {manifest['scored_on']}" if manifest["scored_on"] else "")
-    rows += [(f"{name.replace('_', ' ')} ({where})", f"{value:.3f}") for name, value in scores.items()]
+    ends = cast("Mapping[str, list[float]]", manifest["intervals"])
+    shown = {name: f" [{low:.3f}, {high:.3f}]" for name, (low, high) in ends.items()}
+    rows += [
+        (f"{name.replace('_', ' ')} ({where})", f"{value:.3f}{shown.get(name, '')}") for name, value in scores.items()
+    ]
     rows.append(("seed", str(manifest["seed"])))
     lines = [
         *_metadata(manifest, where),

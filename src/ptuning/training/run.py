@@ -37,6 +37,7 @@ from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.provenance import described, versions
 from ptuning.records import Rows
+from ptuning.statistics import Score, score
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
@@ -210,7 +211,8 @@ class TrainingRun:
         (_, best), prepared, record = self._best, self.prepared, dict(self.record)
         prompt = self.prompt(best)
         seconds = time.monotonic() - prepared.began + self._seconds_before
-        record |= {**_outcome(best, seconds=seconds), **(more or {})}
+        dev_score = _dev_score(best, len(self.items["dev"]))
+        record |= {**_outcome(best, seconds=seconds), "dev_score": dev_score.to_json(), **(more or {})}
         if self.config.starts > 1:
             record["starts"] = [self._starts[number] for number in sorted(self._starts)]
         if self._ceiling:
@@ -225,6 +227,7 @@ class TrainingRun:
         """Return the prompt that a trainer has learned."""
         prepared = self.prepared
         choices = [choice for item in self.items["train"] for choice in item.choices]
+        chosen = _dev_score(trainer, len(self.items["dev"]))
         return Prompt(
             prepared.template,
             trainer.best_vectors if prepared.template.has_slots else None,
@@ -238,12 +241,19 @@ class TrainingRun:
             seed=trainer.config.seed,
             scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
+            intervals={prepared.answers.score_name: (chosen.low, chosen.high)},
             weights=trainer.learner.trained_weights(),
             task=prepared.task,
             calibrate=prepared.answers.scoring.calibrate,
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
         )
+
+
+def _dev_score(trainer: Trainer, n: int) -> Score:
+    """Return the chosen epoch's share of hits on the development part with its interval, as ``eval`` shows scores."""
+    hits = round(trainer.state.best_score * n)
+    return score([1.0] * hits + [0.0] * (n - hits))
 
 
 def _rank(trainer: Trainer) -> tuple[float, float]:

@@ -28,6 +28,8 @@ def test_the_next_command_works_as_it_is_printed(llama: str, mail: tuple[Path, P
     assert out.rstrip().endswith("eval m2 --data FILE")
     record = json.loads(Path("m2/run.json").read_text(encoding="utf-8"))
     assert (record["labels"], record["fields"]) == (None, {"y": "team"})
+    best = record["dev_score"]
+    assert f"\ndev score {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}\n" in out
     moved = Path("elsewhere") / "m2"
     shutil.copytree("m2/prompt", moved)
     for command in ("eval", "inspect"):

@@ -99,6 +99,9 @@ def show(result: TrainResult) -> None:
         )
     console.print(table)
     console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
+    if isinstance(best := record.get("dev_score"), Mapping):  # a run that was finished by an older version has none
+        value, low, high = (cast("float", best[name]) for name in ("value", "low", "high"))
+        terminal.line(f"dev score {value:.3f} [{low:.3f}, {high:.3f}], n = {best['n']}")
     terminal.parameters(record)
     if record.get("ceiling_tokens_per_second"):
         speed, ceiling = cast("float", record["tokens_per_second"]), cast("float", record["ceiling_tokens_per_second"])
