@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,7 +156,10 @@ def test_paraphrases(llama: str) -> None:
     done = call(*args, "--wordings", 2)
     assert done.err.count("facts kept") == 1, done.err  # both wordings have the same
     out = done.out
-    assert "mean over 2 tasks (n = tasks)" in out
+    assert "mean over 2 wordings (n = wordings)" in out
+    assert "P36.02: So [X] is [Y] .\n" in done.err
+    assert "“So [X] is [Y] .” (n = records)" in out
+    assert re.search(r"^P36 \(capital\): manual 0\.\d+ to 0\.\d+, 2 wordings$", out, re.MULTILINE)
     found = saved()
     assert (found["suite"], list(found["tasks"])) == ("paraphrases", ["P36.01", "P36.02"])
     assert list(found["paraphrases"]["P36"]["spread"]) == ["manual", "p-tuning"]

@@ -336,10 +336,15 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
 
 
 def show_facts(jobs: Sequence[Job]) -> None:
-    """Print how many facts of each relation were kept and why others were dropped; wordings of one have the same."""
+    """Print how many facts of each relation were kept and why others were dropped; wordings of one have the same, and
+    are listed with the names of their cells.
+    """
     for text in dict.fromkeys(map(_facts_of, jobs)):
         if text:
             terminal.say(text)
+    for job in jobs:
+        if job.info.get("relation") not in (None, job.task.name):
+            terminal.say(f"{job.task.name}: {job.task.manual}")
 
 
 def _facts_of(job: Job) -> str:
@@ -383,19 +388,24 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 def show_results(found: Results) -> None:
     """Print the main table, the differences, and where everything lies."""
     if len(found.tasks) > 1:
-        _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
-        for kind, scores in found.by_type.items():
-            _table(scores, f"{kind} (n = tasks)")
+        many = found.overall_unit
+        _table(_means(found.macro), f"mean over {len(found.tasks)} {many} (n = {many})")
+        for kind, scores in found.shown_types.items():
+            _table(scores, f"{kind} (n = {many})")
     unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
-        _table(scores, f"{name} (n = {unit})")
+        _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
+    for name, relation in found.paraphrases.items():
+        for method, spread in relation.spread.items():
+            range_ = f"{spread.min:.3f} to {spread.max:.3f}"
+            terminal.line(f"{found.named(name)}: {method} {range_}, {spread.patterns} wordings")
     for name, differences in found.differences.items():
         method = name.partition(" - ")[0]
         if method not in found.controls and found.methods[method].learns_slots:
             first = primary(differences)
             score = differences[first]
-            where = f"[{score.low:+.3f}, {score.high:+.3f}]"
-            terminal.line(f"{name}: {called(first)} {score.value:+.3f}  {where}, n = {score.n}")
+            where = f"  [{score.low:+.3f}, {score.high:+.3f}]" if score.has_interval else ""
+            terminal.line(f"{name}: {called(first)} {score.value:+.3f}{where}, n = {score.n}")
     for result in found.failed:
         terminal.line(f"failed: {result.folder}: {result.error}")
     terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
