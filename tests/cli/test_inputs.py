@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -267,11 +265,3 @@ def test_names_that_cannot_be_paths_are_names_of_nothing(name: str) -> None:
 def test_a_manual_prompt_of_a_number_that_is_no_pattern() -> None:
     with pytest.raises(PTuningError):
         inputs.prompt_of(f"manual:{'9' * 5000}", inputs.task_of("RTE"))
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-@pytest.mark.parametrize("pattern", [r"user\n[X]\nIt's [Y]", "a\n[X] [Y]", r"50\% of [X] is [Y]"])
-def test_bash_reads_a_template_as_it_is_meant(pattern: str) -> None:
-    shown = inputs.as_shell_text(pattern)
-    done = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True)
-    assert done.stdout == pattern.replace(r"\n", "\n")

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
+from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of
 from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
+    from ptuning.data.labelling import Findings, Labelled
     from ptuning.data.questions import Questions
     from ptuning.data.reading import RawRows, Row
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
-    from ptuning.template.language import Template
-    from ptuning.template.segments import Kind, Tokenizer
+    from ptuning.template.segments import Kind
     from ptuning.training.spec import TrainSpec
-
-Spec = TypeVar("Spec", bound="TrainSpec")
 
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 
 STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
+Once = Callable[[tuple[str, str], Callable[[], Any]], Any]
+TARGET_TAKEN = "target: the column '{}' (--field y=NAME for another)"
+
+
+def at_once(_: tuple[str, str], read: Callable[[], Any]) -> Any:
+    """Read something, whether it was read before or not."""
+    return read()
 
 
 def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
@@ -116,79 +124,128 @@ def training_spec(
     asked: TrainInputs,
     *,
     option: str = "--",
-    once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),
+    once: Once = at_once,
 ) -> TrainSpec:
-    """Read the task, the template and the data of one training. ``option`` precedes names in messages; ``once`` gets a
-    source, its part and what reads it, and may return what was read before.
+    """Read the task, the template and the data of one training, and look at the rows and labels. ``option`` precedes
+    names in messages; ``once`` gets a source, its part and what reads it, and may return what was read before.
     """
     from ptuning.training.spec import TrainSpec
 
     given = asked.inputs
-    data, dev, field = given["data"], given.get("dev"), given.get("field")
     task = task_of(given.get("task"))
     named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
     template = template_of(task, *named, option=option)
-    train_rows = once((data, "train"), lambda: data_of(data, field, task, part="train"))
-    if dev is None:
-        dev_rows = once((data, "beside"), lambda: dev_part(data, task))
-    else:
-        dev_rows = once((dev, "dev"), lambda: data_of(dev, field, task, part="dev"))
-    return TrainSpec(
+    sources = {"train": given["data"], "dev": given.get("dev")}
+    parts = read_parts(sources, given.get("field"), task, reads=template.fields, once=once)
+    spec = TrainSpec(
         template,
-        train_rows,
-        dev=dev_rows,
+        parts["train"],
+        dev=parts.get("dev"),
         config=asked.config,
         labels=given.get("labels"),
+        merge=given.get("merge"),
+        strict=bool(given.get("strict")),
         task=task,
         calibrate=given.get("calibrate"),
-    )
+    ).check()
+    if spec.checked is not None:
+        show_findings(spec.checked, once=once)
+    return spec
 
 
-def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer) -> None:
-    """Warn about a template with a backslash and an n, as a shell passes them on, where a line break may be meant."""
-    if pattern is None or "\\n" not in pattern or tokenizer.line_end_id is None:
-        return
-    terminal.say(
-        "warning: the template has a backslash and an n, and not a line break, which this tokenizer knows; if you mean "
-        f"line breaks, write in bash or zsh\n  {as_shell_text(pattern)}\nor put the template into a file, with line "
-        "breaks as they are (--template-file FILE)"
-    )
-
-
-def as_shell_text(pattern: str) -> str:
-    r"""Return a template as bash and zsh read it with its line breaks, where a backslash and an n stand for one.
-
-    >>> print(as_shell_text(r"It's\n[Y]"))
-    $'It\'s\n[Y]'
+def read_parts(
+    sources: Mapping[str, str | None],
+    field: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    reads: Sequence[str],
+    once: Once = at_once,
+) -> dict[str, Records | Questions]:
+    """Read the parts train, dev and test that are named. With a task, a folder may bring the part dev; without, the one
+    column that the template does not read (``reads``) is the target.
     """
-    escaped = pattern.replace("\\", "\\\\").replace("\\\\n", "\\n").replace("\n", "\\n").replace("'", "\\'")
-    return f"$'{escaped}'"
+    found: dict[str, Records | Questions] = {}
+    for part, source in sources.items():
+        if source is not None:
+            read = functools.partial(data_of, source, field, task, part="val" if part == "test" else part)
+            found[part] = once((source, part), read)
+        elif part == "dev" and task is not None:
+            folder = str(sources["train"])
+            beside = once((folder, "beside"), functools.partial(dev_part, folder, task))
+            found |= {part: beside} if beside is not None else {}
+    if task is not None:
+        return found
+    target = target_column(found["train"], reads)
+    if target is None:
+        return found
+    once((target, "told"), functools.partial(terminal.say, TARGET_TAKEN.format(target)))
+    return {part: with_target(rows, target) for part, rows in found.items()}
 
 
-def placed(spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, quiet: bool = False) -> Spec:
-    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay.
-    Unless ``quiet``, say where that is, and what may be wrong with the template's line breaks.
-    """
+def target_column(rows: Records | Questions, reads: Sequence[str]) -> str | None:
+    """Return the one column that a template does not read, if no row has a target; else None."""
+    from ptuning.records import TARGET_FIELD, Records
+
+    if not isinstance(rows, Records) or any(TARGET_FIELD in row for row in rows):
+        return None
+    columns = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows)) if name not in reads]
+    return columns[0] if len(columns) == 1 else None
+
+
+def with_target(rows: Records | Questions, column: str) -> Records | Questions:
+    """Return records whose target is in a column."""
+    from ptuning.data.reading import with_fields
+    from ptuning.records import TARGET_FIELD, Records
+
+    return with_fields(rows, {TARGET_FIELD: column}) if isinstance(rows, Records) else rows
+
+
+def show_findings(found: Findings, *, once: Once = at_once) -> None:
+    """Print what was found in data: facts, and what may be a mistake as warnings."""
+    for line in (*found.facts, *(f"warning: {doubt}" for doubt in found.doubts)):
+        once((line, "told"), functools.partial(terminal.say, line))
+
+
+def looked_at(
+    parts: Mapping[str, Records | Questions],
+    labels: str | None,
+    merge: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    reads: Sequence[str],
+    strict: bool,
+) -> Labelled:
+    """Look at the rows of a comparison and their labels, by default the task's, and say what was found."""
+    from ptuning.data.labelling import label_rows
     from ptuning.data.questions import as_questions
-    from ptuning.training.prepare import place_slots
 
-    manual, task = given.get("manual"), spec.task
-    if not quiet:
-        notice_line_breaks(manual or given.get("template"), backbone.tokenizer)
-    if manual is None:
-        return spec
-    questions = as_questions(spec.data)
-    found = place_slots(
-        manual,
-        questions.records,
-        backbone,
-        config=spec.settings,
-        closed=spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed),
-        about=given.get("about"),
-    )
-    if found.told and not quiet:
-        terminal.say(found.told)
-    return replace(spec, template=found.template)
+    known = task.label_words if task is not None else None
+    rows = {part: as_questions(one) for part, one in parts.items()}
+    found = label_rows(rows, labels, fields=reads, known=known, merge=merge, strict=strict)
+    show_findings(found.findings)
+    return found
+
+
+def labelled(
+    prompt: Prompt, rows: Records | Questions, labels: str | None, merge: Sequence[str] | None
+) -> tuple[Prompt, Questions]:
+    """Return a prompt with the labels that are asked for, or those that it has, and rows to score it on; say what was
+    found in them. With ``auto``, rows with labels that look mistyped are left out.
+    """
+    from ptuning.data.labelling import Findings, label_rows
+    from ptuning.data.questions import as_questions
+
+    is_open, fields = labels is None and not prompt.answer_space.is_closed, prompt.template.fields
+    if prompt.task is None:
+        target = target_column(rows, fields)
+        if target is not None:
+            terminal.say(TARGET_TAKEN.format(target))
+            rows = with_target(rows, target)
+    parts = {"data": as_questions(rows)}
+    found = label_rows(parts, labels, fields=fields, known=prompt.label_words, merge=[*prompt.merge, *(merge or ())])
+    facts = found.findings.facts if labels is not None or (is_open and prompt.backbone is None) else ()
+    show_findings(Findings(facts, found.findings.doubts))
+    return replace(prompt, label_words=found.words), found.parts["data"]
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
@@ -213,41 +270,6 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     if found.task is not None and found.task.name != task.name:
         raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
     return replace(found, task=task, label_words=found.label_words or task.label_words)
-
-
-def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Template:
-    """Return a task's template by its number, from 1."""
-    if not 1 <= number <= len(templates):
-        raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
-    return templates[number - 1]
-
-
-def template_of(
-    task: TaskFile | None,
-    template: str | None,
-    manual: str | None,
-    about: str | None,
-    pattern: int | None,
-    *,
-    option: str = "--",
-) -> Template:
-    """Return the template to learn: as given, from a manual one, or a task's; a ConfigError if these clash."""
-    from ptuning.template.language import Template
-
-    if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):
-        raise ConfigError(
-            f"give either {option}template, or {option}manual to have one made from a manual template, or {option}task"
-        )
-    if about is not None and manual is None:
-        raise ConfigError(f"{option}about goes with {option}manual")
-    if pattern is not None and (task is None or template is not None or manual is not None):
-        raise ConfigError(f"{option}pattern is the number of a task's template; it goes with {option}task alone")
-    if template is not None:
-        return Template.parse(template)
-    if manual is not None:
-        return Template.from_manual(manual, about=about)
-    assert task is not None
-    return pattern_of(task.learned, task, 1 if pattern is None else pattern)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
+from ptuning.cli.templates import template_and_manual
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
-from ptuning.errors import ConfigError, TemplateError, closest
-from ptuning.files import parse_json, read_text
+from ptuning.errors import ConfigError, closest
+from ptuning.files import parse_json
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -82,6 +83,19 @@ NormaliseOption = Annotated[
     str | None,
     typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
 ]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|LIST",
+        help='As "billing;technical", "good=great,fine; bad=poor", or auto: those in the data.',
+        autocompletion=among("auto"),
+    ),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WRONG=RIGHT|case", help="Count a label as another; repeatable. case: capitals and spaces."),
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="What may be a mistake in the data is an error.")]
 CalibrateOption = Annotated[
     bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
 ]
@@ -197,8 +211,8 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
-    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
-    ``calibrate`` and ``field``; one that is None or missing was not given.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``merge``,
+    ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -251,7 +265,9 @@ def training(
         float, typer.Option(metavar="GB", help="Of the disk, for what has no room in that memory.")
     ] = SETTINGS.cache_disk,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
-    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    labels: LabelsOption = None,
+    merge: MergeOption = None,
+    strict: StrictOption = False,
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
@@ -260,12 +276,10 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    if template_file is not None:
-        if template is not None or manual is not None or pattern is not None:
-            raise ConfigError("--template-file brings the template; leave --template, --manual and --pattern out")
-        template, manual = templates_in(template_file, learns_words=tune == "frozen")
-    named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
-    return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+    template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
+    named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
+    named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 
 def writing(
@@ -296,28 +310,6 @@ def writing(
         "seed": seed,
     }
     return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
-
-
-def read_template(path: Path) -> str:
-    """Return the template in a file: its text as it is, without line breaks at its end."""
-    from ptuning.template.language import Template
-
-    text = read_text(path, error=TemplateError).replace("\r\n", "\n").rstrip("\n")
-    try:
-        Template.parse(text)
-    except TemplateError as error:
-        raise TemplateError(f"{path}: {error}") from error
-    return text
-
-
-def templates_in(path: Path, *, learns_words: bool) -> tuple[str | None, str | None]:
-    """Return the template in a file as --template and --manual would give it: the latter if it has no slots, unless it
-    can be learned with as it is.
-    """
-    from ptuning.template.language import Template
-
-    text = read_template(path)
-    return (None, text) if learns_words and not Template.parse(text).has_slots else (text, None)
 
 
 @functools.cache

@@ -11,15 +11,15 @@ from rich.markup import escape
 
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load_tokenizer, notice_line_breaks
+from ptuning.cli.inputs import load_tokenizer
 from ptuning.cli.options import (
     AskedBackbone,
     JsonOption,
     TemplateFileOption,
-    read_template,
     takes,
     tokenizer_options,
 )
+from ptuning.cli.templates import notice_line_breaks, read_template
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 

@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, placed, training_spec
+from ptuning.cli.inputs import load, training_spec
 from ptuning.cli.options import AskedBackbone, JsonOption, TrainInputs, backbone_options, takes, training
+from ptuning.cli.templates import placed
 
 if TYPE_CHECKING:
     from ptuning.training.estimate import Forecast

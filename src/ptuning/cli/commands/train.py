@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
-from ptuning.cli.inputs import load, placed, training_spec
+from ptuning.cli.inputs import load, training_spec
 from ptuning.cli.options import (
     AskedBackbone,
     JsonOption,
@@ -24,6 +24,7 @@ from ptuning.cli.options import (
     training,
 )
 from ptuning.cli.signals import stoppable
+from ptuning.cli.templates import placed
 from ptuning.names import LOG_FOLDER, PROMPT_FOLDER
 from ptuning.progress import each
 
