@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.labels import show_confusion
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -370,7 +371,9 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 
 
 def show_results(found: Results) -> None:
-    """Print the main table, the differences, and where everything lies."""
+    """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
+    from ptuning.report.confusion import confusions
+
     if len(found.tasks) > 1:
         _table(_means(found.macro), f"mean over {len(found.tasks)} tasks (n = tasks)")
         for kind, scores in found.by_type.items():
@@ -378,6 +381,11 @@ def show_results(found: Results) -> None:
     unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{name} (n = {unit})")
+        learned = confusions(found, name).get(found.pair[1])
+        if learned is not None:
+            seeds = len(found.done(found.pair[1], name))
+            added = f", {seeds} seeds added up" if seeds > 1 else ""
+            show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
     for name, differences in found.differences.items():
         method = name.partition(" - ")[0]
         if method not in found.controls and found.methods[method].learns_slots:
