@@ -261,8 +261,16 @@ def test_version_both_ways() -> None:
     assert (done.stdout, done.stderr) == (f"ptuning {ptuning.__version__}\n", "")
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = f"set -o pipefail; {sys.executable} -m ptuning data cities | true"
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data cities", "--help", "train --help", "task --help", "--show-completion bash", "--version", "data",
+        "backbones", "backbones --json", "task list", "task show sentiment", "task check missing 2>&1",
+    ],
+)  # fmt: skip
+def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
+    """As in ``| head``: the exit code is that of the signal that ends other programs there, and nothing is said."""
+    command = f"set -o pipefail; {sys.executable} -m ptuning {command} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -297,7 +305,7 @@ def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(com
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
     if code == 2 and done.stderr:
-        assert done.stderr == b"error: the standard input holds no records; it needs one JSON object per line\n"
+        assert done.stderr == b"error: the standard input holds no records: lines of text, CSV or JSONL\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train
@@ -885,7 +893,7 @@ def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) 
         ("positive=great,great;negative=bad", ["the word 'great' is given twice"]),
         ("positive=great;negative=great\u200b", ["have the same token ids", "'positive'", "'negative'"]),
         ("positive=great", ["at least two labels", "negative=terrible"]),
-        ("positive;negative=bad", ["'positive' have no '='"]),
+        ("positive", ["at least two labels, with ';' between them"]),
         ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
         ("positive=great;bad=bad", ["sentiment.jsonl, line 2: 'negative' is not one of the labels positive, bad"]),
         ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -36,22 +37,45 @@ class _Commands(TyperGroup):
 
 
 class _Program(_Commands):
-    """Ends at Ctrl-C with a message and no traceback. Training stops in :func:`ptuning.cli.signals.stoppable`."""
+    """Ends at Ctrl-C with a message and no traceback, and where nobody reads on without one. Training stops in
+    :func:`ptuning.cli.signals.stoppable`.
+    """
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        """Read the options; ``--help`` and completion print here."""
+        with _ended():
+            return super().make_context(*args, **more)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        """Run the command."""
+        with _ended():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            terminal.stopped("stopped", None, "")
-            raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
-        except BrokenPipeError:
-            _drop_output()
-            raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    """End with the exit code of a signal what Ctrl-C stops, or what prints to a reader that went away."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.stopped("stopped", None, "")
+        raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
+    except BrokenPipeError:
+        _drop_output()
+        raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
 
 
 def main() -> None:
     """Run the command line. An error of the user prints one message and exits with code 2."""
     _prepare_streams()
+    try:
+        _run()
+    except BrokenPipeError:  # of the error stream, too
+        _drop_output()
+        sys.exit(SIGNAL_EXIT + SIGPIPE)
+
+
+def _run() -> None:
     try:
         for number, argument in enumerate(sys.argv[1:], start=1):
             check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
@@ -65,8 +89,7 @@ def main() -> None:
         terminal.stopped("stopped", None, "")
         sys.exit(SIGNAL_EXIT + signal.SIGINT)
     except BrokenPipeError:
-        _drop_output()
-        sys.exit(SIGNAL_EXIT + SIGPIPE)
+        raise
     except OSError as error:
         _drop_output()
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
@@ -115,6 +138,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "predict": predict.predict,
     "inspect": prompts.inspect,
     "export": exchange.export,
+    "import": exchange.import_prompt,
     "data": data.data,
     "backbones": data.backbones,
     "demo": demo.demo,
@@ -132,7 +156,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "fleet", "demo"),
+    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "import", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
     "Look first": ("data", "backbones", "template", "task", "estimate"),
 }

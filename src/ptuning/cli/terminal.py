@@ -191,7 +191,9 @@ def program() -> str:
 
 
 def interval(score: Score) -> str:
-    """Return a score with its interval."""
+    """Return a score with its interval, or with n if values that are all equal give none."""
+    if not score.has_interval:
+        return f"{score.value:.3f}  n = {score.n}"
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 
@@ -201,6 +203,10 @@ class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text as rich prints it. Whatever prints through a console comes by here, cells of tables too."""
         return super().render_str(visible(text, lines=True), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line how the program ends when nobody reads on; rich would end it with code 1."""
+        raise BrokenPipeError
 
 
 @functools.cache
