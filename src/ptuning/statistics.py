@@ -17,6 +17,7 @@ BOOTSTRAP_BATCH_VALUES = 2_000_000
 # With fewer values, percentile intervals of a bootstrap are too narrow: of intervals that should hold the mean in 95
 # cases of 100, those over 3 values do in 75 and those over 8 in 88. Source: docs/decisions.md, decision 15.
 FEW_VALUES = 30
+FEWEST_PAIRS = 5  # of a rank correlation: two pairs always have 1 or -1
 SCORE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
 
 
@@ -28,6 +29,11 @@ class Score:
     low: float
     high: float
     n: int
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether its interval says anything: values that are all equal, or a single one, show no spread."""
+        return self.low < self.high
 
     def to_json(self) -> dict[str, float | int]:
         """Return the score as ``run.json`` holds it."""
@@ -226,10 +232,12 @@ def grouped(values: Sequence[float] | Ratios, groups: Sequence[str]) -> Ratios:
 
 
 def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Return Spearman's (1904) rank correlation; None where all values of one side are equal."""
+    """Return Spearman's (1904) rank correlation; None for fewer than :data:`FEWEST_PAIRS` pairs, or where all values of
+    one side are equal.
+    """
     from scipy import stats
 
-    if any(len(set(side)) < 2 for side in zip(*pairs, strict=True)) or not pairs:
+    if len(pairs) < FEWEST_PAIRS or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
     left, right = zip(*pairs, strict=True)
     return float(stats.spearmanr(left, right).statistic)

@@ -903,7 +903,7 @@ def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) 
         ("positive=great,great;negative=bad", ["the word 'great' is given twice"]),
         ("positive=great;negative=great\u200b", ["have the same token ids", "'positive'", "'negative'"]),
         ("positive=great", ["at least two labels", "negative=terrible"]),
-        ("positive;negative=bad", ["'positive' have no '='"]),
+        ("positive", ["at least two labels, with ';' between them"]),
         ("positive=great;negative=", ["label 'negative' has no name, no word or an empty one"]),
         ("positive=great;bad=bad", ["sentiment.jsonl, line 2: 'negative' is not one of the labels positive, bad"]),
         ("positive=great;negative=\u4e2d", ["the word '\u4e2d' of label 'negative' is unknown to the tokenizer"]),

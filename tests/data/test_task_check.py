@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.labelling import Findings
 from ptuning.data.questions import as_questions
-from ptuning.data.task_check import Findings, check_data, check_known, check_words
+from ptuning.data.task_check import check_data, check_known, check_words
 from ptuning.data.task_files import TaskFile
 from ptuning.template.segments import Kind
 from tests.conftest import bound
@@ -79,7 +80,7 @@ def test_what_stands_in_the_data() -> None:
     task = TaskFile.parse(TASK)
     found = check_data(task, {"train": task.read_rows(ROWS), "test": task.read_rows(ROWS, labelled=False)})
     assert found.facts == ("train: 2 rows of in memory; good 2, bad 0", "test: 2 rows of in memory")
-    assert found.doubts[:2] == ("train: no row has the label bad", "train: the field 'text' is empty in 1 rows")
+    assert found.doubts[:2] == ("train: no row has the label bad", "train: the field 'text' is empty in 1 row: row 2")
     text = 'name="c"\nversion="1"\ngroup="g"\n[choices]\nfrom=["a[]"]\n[[patterns]]\nmanual="[X] is [Y]"'
     choose = TaskFile.parse(text)
     rows = choose.read_rows([{"x": "b", "a": list("abcd"[:n]), "label": 0, "g": 1} for n in (2, 3, 4)])
@@ -103,7 +104,7 @@ def test_targets_and_fields_that_the_tokenizer_does_not_know(check: Check) -> No
     assert "the vocabulary does not fit the data" in learned
 
 
-def test_a_template_may_begin_with_a_field(causal: Backbone) -> None:
-    """Targets are tokenised without their rows, and a causal model needs something in front of them."""
+def test_a_template_may_begin_with_a_field(make_backbone: Callable[[str], Backbone]) -> None:
+    """Targets are tokenised without their rows; a causal model without BOS needs something in front of them."""
     known = as_questions([{"x": "Kenya", "y": "Nairobi"}])
-    assert check_known(bound(causal, "[X] [Y]"), AnswerSpace(), [known]) == []
+    assert check_known(bound(make_backbone("gpt2"), "[X] [Y]"), AnswerSpace(), [known]) == []

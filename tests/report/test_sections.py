@@ -19,28 +19,28 @@ from tests.report.conftest import change, headings, page_of, save
 
 def test_the_order_of_the_sections(lama: Path, tmp_path: Path) -> None:
     assert headings(lama) == [
-        "Settings",
         "Scores",
+        "Wordings",
         "By type of relation",
         "Every task",
         "Written against learned",
         "Random weights: what the training facts teach alone",
         "Differences",
-        "Wordings",
         "Learning curves",
         "Answers gained and lost",
+        "Settings",
         "What this run cannot show",
     ]
 
 
 def test_one_task_is_told_once(compare: Path) -> None:
     assert headings(compare) == [
-        "Settings",
         "Scores",
         "Random weights: what the training facts teach alone",
         "Differences",
         "Learning curves",
         "Answers gained and lost",
+        "Settings",
         "What this run cannot show",
     ]
     page = page_of(compare)
@@ -55,12 +55,70 @@ def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
     answer = build_page(read_results(lama)).answer
     shown = f"{100 * best['value']:.1f}\N{NO-BREAK SPACE}%"
     assert answer.startswith(f"Of 5 methods, p-tuning is best: P@1 {shown} (95 % interval ")
-    difference = "The difference p-tuning − manual is +25.0 points (95 % interval +21.0 to +28.4, n = 120)"
-    assert f"{difference}; its interval is above zero." in answer
+    # Of the best and the next, whoever they are, and whichever way round the file has it.
+    difference = "The difference p-tuning − manual-restricted is +1.0 points (95 % interval −2.0 to +4.0, n = 120)"
+    assert f"{difference}; its interval includes zero, so this run shows no difference." in answer
+    back = {"p_at_1": {"value": -0.2, "low": -0.3, "high": -0.1, "n": 120}}
+    change(lama, lambda found: found["differences"].pop("p-tuning - manual-restricted"))
+    assert "The difference" not in build_page(read_results(lama)).answer
+    change(lama, lambda found: found["differences"].update({"manual-restricted - p-tuning": back}))
+    difference = "The difference p-tuning − manual-restricted is +20.0 points (95 % interval +10.0 to +30.0, n = 120)"
+    assert f"{difference}; its interval is above zero." in build_page(read_results(lama)).answer
     assert "With manual, the scores of one relation's wordings differ by up to 37.1 points" in answer
-    change(lama, lambda found: found["differences"]["p-tuning - manual"]["p_at_1"].update(low=-0.01))
+    back["p_at_1"].update(low=-0.2, high=-0.2, n=2)
+    change(lama, lambda found: found["differences"].update({"manual-restricted - p-tuning": back}))
     answer = build_page(read_results(lama)).answer
-    assert "its interval includes zero, so this run shows no difference." in answer
+    assert "The difference p-tuning − manual-restricted is +20.0 points (no interval, n = 2). With" in answer
+
+
+def test_wordings_are_called_by_their_words(lama: Path) -> None:
+    """P36.01 says nothing to a reader, and wordings are no tasks."""
+
+    def reword(results: dict[str, Any]) -> None:
+        results["suite"] = "paraphrases"
+        results["paraphrases"] = {"P9": results["paraphrases"]["P36"]}
+        for number, (name, info) in enumerate(results["task_info"].items()):
+            info.update(relation="P9", label="capital", manual=f"[X] | wording {number} [Y]")
+            assert name in results["tasks"]
+
+    change(lama, reword)
+    page = page_of(lama)
+    assert "How much the wording matters: 3 wordings, smollm2-135m" in page.text
+    assert "means of 3 wordings; n counts wordings" in page.text
+    assert "P9 (capital): " in page.text
+    assert "“[X] | wording 2 [Y]”" in page.text
+    assert "P103" not in page.text.replace("P103/", "")
+    assert "tasks" not in page.text.replace("--tasks", "")
+    assert headings(lama)[:3] == ["Scores", "Wordings", "By type of relation"]
+
+
+def test_one_type_of_relation_repeats_nothing(lama: Path) -> None:
+    def only(n: int) -> None:
+        def edit(results: dict[str, Any]) -> None:
+            one = {name: {**score, "n": n} for name, score in results["macro"]["manual"].items()}
+            results["by_type"] = {"N-1": {"manual": one}}
+
+        change(lama, edit)
+
+    only(3)
+    assert "By type of relation" not in headings(lama)
+    only(2)
+    assert "By type of relation" in headings(lama)
+
+
+def test_an_own_task_has_no_server(lama: Path) -> None:
+    server, own = "the benchmark's server can score", "Methods compared:"
+    change(
+        lama,
+        lambda found: found.update(suite="superglue", agreement={"cells": [], "correlation": None, "mean_gap": None}),
+    )
+    text = page_of(lama).text
+    assert server in text
+    assert own not in text
+    change(lama, lambda found: [one.update(benchmark=None) for one in found["task_info"].values()])
+    text = page_of(lama).text
+    assert server not in text
+    assert own in text
 
 
 def test_a_report_on_unfinished_work_says_so_first(lama: Path) -> None:

@@ -99,6 +99,42 @@ def test_answers_gained_and_lost_are_those_of_the_files(compare: Path) -> None:
     assert {row[0] for row in tables[1][1:]} < lost
 
 
+def test_methods_stand_as_columns_with_the_best_first(lama: Path) -> None:
+    """On a phone there is room for two of them."""
+    table = next(table for table in page_of(lama).tables if table[0][0] == "task")
+    results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
+    best = sorted(METHODS, key=lambda method: -results["macro"][method]["p_at_1"]["value"])
+    assert table[0] == ["task", *best]
+
+
+def test_spreads_over_seeds_are_short_lines(lama: Path) -> None:
+    """One long line used to cut the table off."""
+    one = {"std": 0.05, "lowest": 0.698, "seeds": 2}
+    change(lama, lambda found: found["macro"]["p-tuning"]["p_at_1"].update(one))
+    page = write_report(lama).read_text(encoding="utf-8")
+    assert "<small>sd 5.0, 2 seeds</small><small>lowest 69.8</small>" in page
+
+
+def test_too_few_choices_have_no_correlation(lama: Path) -> None:
+    """An older file may have one of two pairs, which is 1 or -1."""
+    cells = [{"task": "P36", "method": "manual", "seed": seed, "dev": 0.5, "test": 0.4} for seed in range(4)]
+    found = {"cells": cells, "correlation": 1.0, "mean_gap": 0.1}
+    change(lama, lambda results: results.update(agreement=found))
+    said = "There are too few runs for a rank correlation with the reported score, 5 at least (n = 4 runs), and"
+    assert said in page_of(lama).text
+    cells.append(cells[0])
+    change(lama, lambda results: results.update(agreement=found))
+    assert "is subtracted, is 1.00 (n = 5 runs)" in page_of(lama).text.replace("means are", "means is")
+
+
+def test_equal_values_have_no_interval(lama: Path) -> None:
+    """A width of zero would claim to know the mean exactly."""
+    equal = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 2}
+    change(lama, lambda found: found["macro"]["majority"]["p_at_1"].update(equal))
+    table = next(table for table in page_of(lama).tables if "tried" in table[0])
+    assert table[1][1] == "0.0\N{NO-BREAK SPACE}%, no interval, n = 2"
+
+
 def test_a_single_value_has_no_interval(lama: Path) -> None:
     table = next(table for table in page_of(lama).tables if table[0] == ["method", "1-1", "N-1"])
     assert all("no interval, n = 1" in row[1] and "[" in row[2] for row in table[1:])

@@ -56,7 +56,7 @@ def test_the_markdown_says_the_same(lama: Path) -> None:
 
     assert flat(rendered.tables) == flat(page.tables)
     images = [attributes["src"] for tag, attributes in rendered.tags if tag == "img"]
-    assert images == [f"pictures/{name}.svg" for name in ("dots", "wordings", "curves")]
+    assert images == [f"pictures/{name}.svg" for name in ("wordings", "dots", "curves")]
     assert all((lama / str(name)).is_file() for name in images)
     sections = [section.heading for section in build_page(read_results(lama)).sections]
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == sections

@@ -182,7 +182,8 @@ def test_a_score_of_no_rows_is_an_error() -> None:
 
 
 def test_rank_correlation() -> None:
-    assert correlation([(0.1, 1.0), (0.2, 3.0), (0.9, 9.0)]) == pytest.approx(1.0)
-    assert correlation([(1, 2), (2, 1), (3, 3)]) == pytest.approx(0.5)
-    assert correlation([(1, 2), (1, 3)]) is None
+    assert correlation([(0.1, 1.0), (0.2, 3.0), (0.3, 4.0), (0.8, 5.0), (0.9, 9.0)]) == pytest.approx(1.0)
+    assert correlation([(1, 2), (2, 1), (3, 3), (4, 4), (5, 5)]) == pytest.approx(0.9)
+    assert correlation([(1, 2), (2, 1), (3, 3), (4, 4)]) is None  # of two pairs it would always be 1 or -1
+    assert correlation([(1, number) for number in range(9)]) is None
     assert correlation([]) is None

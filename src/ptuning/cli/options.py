@@ -82,6 +82,19 @@ NormaliseOption = Annotated[
     str | None,
     typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
 ]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|LIST",
+        help='As "billing;technical", "good=great,fine; bad=poor", or auto: those in the data.',
+        autocompletion=among("auto"),
+    ),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WRONG=RIGHT|case", help="Count a label as another; repeatable. case: capitals and spaces."),
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="What may be a mistake in the data is an error.")]
 CalibrateOption = Annotated[
     bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
 ]
@@ -241,8 +254,8 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
-    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
-    ``calibrate`` and ``field``; one that is None or missing was not given.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``merge``,
+    ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -294,7 +307,9 @@ def training(
         float, typer.Option(metavar="GB", help="Of the disk, for what has no room in that memory.")
     ] = SETTINGS.cache_disk,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
-    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    labels: LabelsOption = None,
+    merge: MergeOption = None,
+    strict: StrictOption = False,
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
@@ -303,8 +318,9 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
-    return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+    named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
+    named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 
 def writing(

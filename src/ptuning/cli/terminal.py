@@ -191,7 +191,9 @@ def program() -> str:
 
 
 def interval(score: Score) -> str:
-    """Return a score with its interval."""
+    """Return a score with its interval, or with n if values that are all equal give none."""
+    if not score.has_interval:
+        return f"{score.value:.3f}  n = {score.n}"
     return f"{score.value:.3f}  [{score.low:.3f}, {score.high:.3f}]"
 
 

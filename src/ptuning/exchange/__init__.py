@@ -2,5 +2,5 @@
 
 Knows peft and transformers; must not know how prompts are trained, nor print. Read first: ``export``, then ``rows``,
 ``form``; a module for each form: ``embedding_lora``, ``prompt_tuning``, ``embeddings``; then ``reserved``,
-``peft_files`` and ``card``.
+``peft_files`` and ``card``; ``imports`` is the way back.
 """

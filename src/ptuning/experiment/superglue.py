@@ -171,8 +171,10 @@ def task_job(
         "rows": sum(map(len, parts.values())),
         "dropped": {},
         "split": how,
+        "labels": list(labels) or None,
         "metrics": list(file.metrics),
         "version": file.version,
+        "benchmark": SUITE if file.name in TASKS else None,
         "reported": "val" if val is not None else "dev",
     }
     return Job(task, test, info, by_seed=tasks if few_shot is not None else {}, unlabelled=unlabelled)

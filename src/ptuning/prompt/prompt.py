@@ -88,6 +88,7 @@ class Prompt:
         scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
+        merge: Labels that count as others, as ``biling=billing``, or ``case``.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -112,6 +113,7 @@ class Prompt:
     scored_on: int | None = None
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
+    merge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -404,6 +406,7 @@ class Prompt:
             "scored_on": self.scored_on,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "fields": dict(self.fields),
+            "merge": list(self.merge),
         }
 
 
@@ -442,6 +445,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         scored_on=manifest.optional("scored_on", Unchecked.whole),
         intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
+        merge=tuple(manifest.at("merge", []).texts()),
     )
 
 

@@ -29,11 +29,14 @@ class Items:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a table: a text, smaller lines below it, and whether it is the best of its row or column."""
+    """An entry of a table: a text, smaller lines below it, whether it is the best of its row or column, and the score
+    that it shows, if it shows one.
+    """
 
     text: str
     small: Sequence[str] = ()
     best: bool = False
+    score: Score | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,13 @@ class Page:
     sections: Sequence[Section]
 
 
-NO_INTERVAL = "no interval"  # of a single value
+NO_INTERVAL = "no interval"  # of a single value, or of equal ones
 
 
 def reading(score: Score) -> str:
     """Return whether the interval of a difference is above, below, or around zero."""
+    if not score.has_interval:
+        return NO_INTERVAL
     if score.low > 0:
         return "above zero"
     return "below zero" if score.high < 0 else "includes zero"
@@ -128,16 +133,16 @@ def entry(score: Score | None, *, best: bool = False) -> Entry:
         return Entry("–")
     small = [_interval(score), f"n = {score.n:,}"]
     if isinstance(score, ScoreWithSpread) and score.std is not None and score.seeds > 1:
-        lowest = "" if score.lowest is None else f", lowest {decimal(score.lowest)}"
-        small.append(f"sd {decimal(score.std)}{lowest}, {score.seeds} seeds")
-    return Entry(percent(score.value), small, best)
+        small.append(f"sd {decimal(score.std)}, {score.seeds} seeds")
+        small += [f"lowest {decimal(score.lowest)}"] if score.lowest is not None else []
+    return Entry(percent(score.value), small, best, score)
 
 
 def difference(score: Score | None) -> Entry:
     """Return a difference in points with its interval and n."""
     if score is None:
         return Entry("–")
-    return Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"])
+    return Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"], score=score)
 
 
 def phrase(score: Score, unit: str, *, signed: bool = False) -> str:
@@ -149,7 +154,7 @@ def phrase(score: Score, unit: str, *, signed: bool = False) -> str:
     write = points if signed else decimal
     shown = f"{points(score.value)} points" if signed else percent(score.value)
     n = f"n = {score.n:,} {unit}".rstrip()
-    interval = NO_INTERVAL if score.n == 1 else f"95 % interval {write(score.low)} to {write(score.high)}"
+    interval = NO_INTERVAL if not score.has_interval else f"95 % interval {write(score.low)} to {write(score.high)}"
     return f"{shown} ({interval}, {n})"
 
 
@@ -164,7 +169,7 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 def _interval(score: Score, *, signed: bool = False) -> str:
     write = points if signed else decimal
-    return NO_INTERVAL if score.n == 1 else f"[{write(score.low)}, {write(score.high)}]"
+    return NO_INTERVAL if not score.has_interval else f"[{write(score.low)}, {write(score.high)}]"
 
 
 def decimal(value: float) -> str:

@@ -55,12 +55,16 @@ def _sizes(results: Results) -> Iterator[str]:
     if small:
         named = f"{', '.join(small[:5])}{' and others' if len(small) > 5 else ''}"
         yield (
-            f"Fewer than {SMALL_ROWS} test {results.unit} in {counted(len(small), 'task')} ({named}): differences of "
-            "a few points there are noise."
+            f"Fewer than {SMALL_ROWS} test {results.unit} in {counted(len(small), results.noun)} ({named}): "
+            "differences of a few points there are noise."
         )
     if 1 < len(results.tasks) < SMALL_TASKS:
-        yield f"A mean over {len(results.tasks)} tasks says little about tasks that are not among them."
-    reasons = [info.get("dropped") for info in results.task_info.values()]
+        many = f"{results.noun}s"
+        yield f"A mean over {len(results.tasks)} {many} says little about {many} that are not among them."
+    # The wordings of a relation have the same facts.
+    reasons = {
+        str(info.get("relation") or name): info.get("dropped") for name, info in results.task_info.items()
+    }.values()
     numbers = [number for one in reasons if isinstance(one, Mapping) for number in one.values()]
     dropped = sum(number for number in numbers if isinstance(number, int | float))
     if dropped:
@@ -88,10 +92,11 @@ def _comparison(results: Results) -> Iterator[str]:
 
 
 def _choices(results: Results) -> Iterator[str]:
-    yield (
-        "Scores are on the validation part, whose labels are known. Only the benchmark's server can score its test "
-        "part."
-    )
+    if any(info.get("benchmark", True) for info in results.task_info.values()):  # older files do not say it
+        yield (
+            "Scores are on the validation part, whose labels are known. Only the benchmark's server can score its test "
+            "part."
+        )
     on_dev = [name for name, info in results.task_info.items() if info.get("reported") == "dev"]
     if on_dev:
         yield (

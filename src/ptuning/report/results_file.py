@@ -24,6 +24,7 @@ from ptuning.statistics import Score
 FORMAT_VERSION = 1
 AGAIN = "run the benchmark again"  # the advice about a damaged file
 Status = Literal["done", "failed", "waiting"]
+PARAPHRASES = "paraphrases"  # the suite whose tasks are wordings of relations
 # The methods of the written prompt. A run that lacks the first is compared with the second.
 WRITTEN = (MANUAL, "manual-restricted")
 
@@ -225,7 +226,18 @@ class Results:
     @property
     def overall_unit(self) -> str:
         """What n counts in the scores over all tasks."""
-        return self.unit if len(self.tasks) == 1 else "tasks"
+        return self.unit if len(self.tasks) == 1 else f"{self.noun}s"
+
+    @property
+    def shown_types(self) -> Mapping[str, ScoreTable]:
+        """The scores by type of relation; none if all tasks are of one type, whose means those over all tasks are."""
+        counts = [score.n for table in self.by_type.values() for found in table.values() for score in found.values()]
+        return {} if len(self.by_type) == 1 and max(counts, default=0) >= len(self.tasks) else self.by_type
+
+    @property
+    def noun(self) -> str:
+        """What a task is here."""
+        return "wording" if self.suite == PARAPHRASES else "task"
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -254,6 +266,11 @@ class Results:
         """The methods that ran on a backbone with random weights."""
         return [name for name in self.ordered(self.overall) if name.endswith(RANDOM_WEIGHTS)]
 
+    def best_first(self, names: Iterable[str]) -> list[str]:
+        """Return names of methods, each once, the best over all tasks first: what a narrow screen shows of a table."""
+        found, ranked = self.ordered(names), self.ranked
+        return sorted(found, key=lambda name: ranked.index(name) if name in ranked else len(ranked))
+
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return names of methods, each once, in the order in which the file lists the methods."""
         present = dict.fromkeys(names)
@@ -266,8 +283,14 @@ class Results:
         return dict.fromkeys([*self.methods, *(one.method for one in self.cells)])
 
     def named(self, task: str) -> str:
-        """Return a task's name with its label."""
-        label = self.task_info.get(task, {}).get("label")
+        """Return the name of a task or a relation with its label; of a wording its words."""
+        info = self.task_info.get(task)
+        if info is None:
+            info = next((one for one in self.task_info.values() if one.get("relation") == task), {})
+        elif self.suite == PARAPHRASES and info.get("manual"):
+            relation = f"{info.get('relation') or task}: " if len(self.paraphrases) > 1 else ""
+            return f"{relation}\N{LEFT DOUBLE QUOTATION MARK}{info['manual']}\N{RIGHT DOUBLE QUOTATION MARK}"
+        label = info.get("label")
         return f"{task} ({label})" if label else task
 
     def done(self, method: str, task: str | None = None) -> list[CellRecord]:

@@ -9,11 +9,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from ptuning.metrics import called
-from ptuning.report import pictures, tables
+from ptuning.report import confusion, pictures, tables
 from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
 from ptuning.report.cell_files import read_curve
 from ptuning.report.limits import limits
 from ptuning.report.results_file import Results
+from ptuning.statistics import Score
 
 MOST_ROWS = 100  # of a picture: more are not told apart, and take minutes to draw
 TITLES = {
@@ -26,14 +27,20 @@ TITLES = {
 
 def build_page(results: Results) -> Page:
     """Return the page of a report; raise FileError if a file of a cell is damaged."""
-    tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), "task")
+    tasks = results.named(*results.tasks) if len(results.tasks) == 1 else counted(len(results.tasks), results.noun)
     about = results.backbone.get("name")
     return Page(
-        title=f"{TITLES.get(results.suite, results.suite)}: {tasks}" + (f", {about}" if about else ""),
+        title=f"{_title(results)}: {tasks}" + (f", {about}" if about else ""),
         warning=_warning(results),
         answer=" ".join(_answer(results)),
         sections=[Section(heading, blocks) for heading, make in SECTIONS.items() if (blocks := make(results))],
     )
+
+
+def _title(results: Results) -> str:
+    if results.suite == "superglue" and not any(info.get("benchmark", True) for info in results.task_info.values()):
+        return TITLES["compare"]
+    return TITLES.get(results.suite, results.suite)
 
 
 def _warning(results: Results) -> Fold | None:
@@ -56,25 +63,18 @@ def _warning(results: Results) -> Fold | None:
 
 def _answer(results: Results) -> Iterator[str]:
     score, unit = results.primary, results.overall_unit
-    scores = {method: found[score] for method, found in results.overall.items() if score in found}
-    ranked = sorted(scores, key=lambda method: -scores[method].value)
+    ranked = results.ranked
+    scores = {method: results.overall[method][score] for method in ranked}
     if not ranked:
         yield "No method has finished yet, so there is nothing to compare."
         return
-    best = scores[ranked[0]]
-    yield f"Of {counted(len(ranked), 'method')}, {ranked[0]} is best: {called(score)} {phrase(best, unit)}."
-    if len(ranked) > 1:
-        second = scores[ranked[1]]
-        apart = "is below" if second.high < best.low else "overlaps"
-        yield f"Next is {ranked[1]} with {phrase(second, unit)}; its interval {apart} that of the best."
-    written, learned = results.pair
-    gap = results.differences.get(f"{learned} - {written}", {}).get(score)
-    if gap is not None:
-        verdict = ", so this run shows no difference" if gap.low <= 0 <= gap.high else ""
-        yield (
-            f"The difference {learned} \N{MINUS SIGN} {written} is {phrase(gap, '', signed=True)}; its interval "
-            f"{'is ' if not verdict else ''}{reading(gap)}{verdict}."
-        )
+    best, *others = ranked
+    yield f"Of {counted(len(ranked), 'method')}, {best} is best: {called(score)} {phrase(scores[best], unit)}."
+    if others:
+        yield f"Next is {others[0]} with {phrase(scores[others[0]], unit)}."
+        gap = results.difference(best, others[0], score)
+        if gap is not None:
+            yield f"The difference {best} \N{MINUS SIGN} {others[0]} is {phrase(gap, '', signed=True)}{_verdict(gap)}."
     for method in results.ordered(name for one in results.paraphrases.values() for name in one.spread):
         wide = {task: one.spread[method] for task, one in results.paraphrases.items() if method in one.spread}
         at = max(wide, key=lambda task: wide[task].range)
@@ -83,6 +83,14 @@ def _answer(results: Results) -> Iterator[str]:
             f"({results.named(at)}: {percent(wide[at].min)} to {percent(wide[at].max)} over "
             f"{counted(wide[at].patterns, 'wording')})."
         )
+
+
+def _verdict(gap: Score) -> str:
+    if not gap.has_interval:
+        return ""
+    if gap.low <= 0 <= gap.high:
+        return "; its interval includes zero, so this run shows no difference"
+    return f"; its interval is {reading(gap)}"
 
 
 def _dots(results: Results) -> list[Block]:
@@ -100,9 +108,9 @@ def _dots(results: Results) -> list[Block]:
     shown = rows if len(rows) <= MOST_ROWS else [*rows[: MOST_ROWS // 2], *rows[-MOST_ROWS // 2 :]]
     part = "" if shown == rows else f" The picture has the first and the last {MOST_ROWS // 2} of them."
     caption = (
-        f"{called(score)} of {written} and {learned} on every task, sorted by the difference; {learned} is higher on "
-        f"{better:,} of {counted(len(rows), 'task')}.{part} Whiskers are 95 % intervals; the table under Every task "
-        "has the numbers, with n."
+        f"{called(score)} of {written} and {learned} on every {results.noun}, sorted by the difference; {learned} is "
+        f"higher on {better:,} of {counted(len(rows), results.noun)}.{part} Whiskers are 95 % intervals; the table of "
+        f"every {results.noun} has the numbers, with n."
     )
     svg = pictures.dots(shown, names=(written, learned), unit=called(score), name="dots")
     return [Picture("dots", svg, caption, f"Dot plot. {caption}")]
@@ -135,30 +143,32 @@ def _curves(results: Results) -> list[Block]:
     if not panels:
         return []
     caption = (
-        "Development score per epoch. Each thin line is a training (one task and seed), the line with markers is their "
-        "mean, and n is their number. Epoch 0 is before training. After early stopping a training keeps its last score."
+        f"Development score per epoch. Each thin line is a training (one {results.noun} and seed), the line with "
+        "markers is their mean, and n is their number. Epoch 0 is before training. After early stopping a training "
+        "keeps its last score."
     )
     return [Picture("curves", pictures.curves(panels, name="curves"), caption, f"Learning curves. {caption}")]
 
 
 def _warnings(results: Results) -> list[Block]:
-    listed = [f"{one.task}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
+    listed = [f"{results.named(one.task)}, {one.method}, seed {one.seed}: {one.text}" for one in results.warnings or ()]
     return [Items(listed)] if listed else []
 
 
 # Heading -> the blocks of the section; one without blocks is left out.
 SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
-    "Settings": tables.settings,
     "Scores": tables.main,
+    "Wordings": _wordings,
     "By type of relation": tables.by_type,
     "Every task": tables.per_task,
+    "What is taken for what": confusion.section,
     "Written against learned": _dots,
     "Random weights: what the training facts teach alone": tables.control,
     "Differences": tables.differences,
-    "Wordings": _wordings,
     "Development against reported score": tables.agreement,
     "Warnings": _warnings,
     "Learning curves": _curves,
     "Answers gained and lost": tables.changes,
+    "Settings": tables.settings,
     "What this run cannot show": lambda results: [Items(list(limits(results)))],
 }

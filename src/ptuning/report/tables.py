@@ -25,11 +25,13 @@ from ptuning.report.blocks import (
     reading,
 )
 from ptuning.report.cell_files import AnsweredRow, read_answers
-from ptuning.report.results_file import CellRecord, Results, ScoreTable, ScoreWithSpread
+from ptuning.report.results_file import PARAPHRASES, CellRecord, Results, ScoreTable, ScoreWithSpread
+from ptuning.statistics import FEWEST_PAIRS
 
 SHOWN_HASH_DIGITS = 12
 SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 120
+OPEN_RELATIONS = 3  # with more of them, the tables of their wordings are folded
 
 
 def settings(results: Results) -> list[Block]:
@@ -42,8 +44,8 @@ def settings(results: Results) -> list[Block]:
         table = Table("Every setting, given or by default.", ["setting", "value"], rows, numbers=False)
         blocks.append(Fold(counted(len(rows), "setting"), [table]))
     if results.task_info:
-        title = f"Templates and data of {counted(len(results.task_info), 'task')}"
-        columns = ["task", "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
+        title = f"Templates and data of {counted(len(results.task_info), results.noun)}"
+        columns = [results.noun, "type", "manual template", "learned template", "rows", "dropped", "split", "data"]
         tasks = [_task(results.named(name), info) for name, info in results.task_info.items()]
         blocks.append(Fold(title, [Table(f"{title}.", columns, tasks, numbers=False)]))
     if results.versions:
@@ -93,7 +95,11 @@ def main(results: Results) -> list[Block]:
                 *(column(results, method) for column in COLUMNS.values()),
             ]
         )
-    of = results.named(*results.tasks) if len(results.tasks) == 1 else f"means of {counted(len(results.tasks), 'task')}"
+    of = (
+        results.named(*results.tasks)
+        if len(results.tasks) == 1
+        else f"means of {counted(len(results.tasks), results.noun)}"
+    )
     part = "reported" if results.agreement is not None else "test"
     caption = (
         f"Scores on the {part} part ({of}; n counts {results.overall_unit}), with 95 % intervals; ★ marks the best of "
@@ -121,22 +127,23 @@ COLUMNS: Mapping[str, Callable[[Results, str], Entry]] = {"tried": _tried, "mean
 
 
 def by_type(results: Results) -> list[Block]:
-    """Return the scores for each type of relation, if there are several tasks."""
-    if len(results.tasks) < 2 or not results.by_type:
+    """Return the scores for each type of relation, if there are several tasks, and of several types."""
+    score, types = results.primary, results.shown_types
+    if len(results.tasks) < 2 or not types:
         return []
-    score, types = results.primary, results.by_type
     methods = results.ordered(name for found in types.values() for name in found)
     rows = [[Entry(method), *(entry(_of(found, method, score)) for found in types.values())] for method in methods]
-    caption = f"{called(score)} by type of relation, means over the tasks of a type; n counts tasks."
+    many = f"{results.noun}s"
+    caption = f"{called(score)} by type of relation, means over the {many} of a type; n counts {many}."
     return [Table(caption, ["method", *types], rows)]
 
 
 def per_task(results: Results) -> list[Block]:
     """Return every method's score on every task, if there are several; a task's own metrics have a row each."""
-    if len(results.tasks) < 2:
+    if len(results.tasks) < 2 or results.suite == PARAPHRASES:  # whose wordings have a section of their own
         return []
     score = results.primary
-    methods = results.ordered(name for found in results.tasks.values() for name in found)
+    methods = results.best_first(name for found in results.tasks.values() for name in found)
     rows = []
     for task, found in results.tasks.items():
         own = results.task_info.get(task, {}).get("metrics")
@@ -157,8 +164,11 @@ def agreement(results: Results) -> list[Block]:
     found = results.agreement
     if found is None or not found.cells:
         return []
+    few = len(found.cells) < FEWEST_PAIRS
     said = (
-        "Its rank correlation with the reported score cannot be computed here"
+        f"There are too few runs for a rank correlation with the reported score, {FEWEST_PAIRS} at least"
+        if few
+        else "Its rank correlation with the reported score cannot be computed here"
         if found.correlation is None
         else f"Its rank correlation with the reported score, after each task's means are subtracted, is "
         f"{found.correlation:.2f}"
@@ -166,9 +176,10 @@ def agreement(results: Results) -> list[Block]:
     gap = "" if found.mean_gap is None else f", and their mean difference is {points(found.mean_gap)} points"
     text = (
         "Epochs, learning rates and examples in context are chosen by the development score. "
-        f"{said} (n = {len(found.cells):,} runs){gap}. With a correlation near zero, choosing by so few rows is little "
-        "better than chance."
+        f"{said} (n = {len(found.cells):,} runs){gap}."
     )
+    if not few and found.correlation is not None:
+        text += " With a correlation near zero, choosing by so few rows is little better than chance."
     rows = []
     for one in found.cells:
         texts = [results.named(one.task), one.method, percent(one.dev), percent(one.test), points(one.dev - one.test)]
@@ -225,22 +236,23 @@ def differences(results: Results) -> list[Block]:
 def wordings(results: Results) -> list[Block]:
     """Return the spread between the wordings of a relation, and the score of every wording."""
     score = called(results.primary)
-    rows, folds = [], []
+    rows, each = [], list[Block]()
     for name, relation in results.paraphrases.items():
         title = results.named(name)
         for method, spread in relation.spread.items():
             numbers = [percent(spread.min), percent(spread.max), decimal(spread.range)]
             std = decimal(spread.std) if spread.std is not None else "–"
             rows.append(list(map(Entry, [title, method, str(spread.patterns), *numbers, std])))
-        methods = results.ordered(method for one in relation.patterns for method in one.scores)
+        methods = results.best_first(method for one in relation.patterns for method in one.scores)
         every = [[Entry(one.pattern), *(entry(one.scores.get(name)) for name in methods)] for one in relation.patterns]
         caption = f"{score} of the wordings of {title}, with 95 % intervals; n counts {results.unit}."
-        folds.append(Fold(f"The wordings of {title}", [Table(caption, ["wording", *methods], every)]))
+        table = Table(caption, ["wording", *methods], every)
+        each.append(table if len(results.paraphrases) <= OPEN_RELATIONS else Fold(f"The wordings of {title}", [table]))
     caption = (
         f"Spread of {score} between the wordings of a relation. The tables below have each wording's interval and n."
     )
     columns = ["relation", "method", "wordings", "min", "max", "range in points", "sd in points"]
-    return [Table(caption, columns, rows), *folds]
+    return [Table(caption, columns, rows), *each]
 
 
 def changes(results: Results) -> list[Block]:
