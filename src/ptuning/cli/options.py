@@ -9,7 +9,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -132,6 +132,42 @@ LogOption = Annotated[
 ]
 
 
+@functools.cache
+def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(options, eval_str=True).parameters
+
+
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
+
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
+
+        @functools.wraps(command)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
+
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
+
+    return decorated
+
+
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
+    """Give a command the parameters that Typer makes its options of."""
+    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in every}
+    return run
+
+
 # How a backbone is found and loaded.
 BackboneOption = Annotated[
     str | None,
@@ -180,6 +216,18 @@ def backbone_options(
         trust_remote_code=trust_remote_code,
     )
     return AskedBackbone(backbone, options)
+
+
+@takes(asked=backbone_options)
+def limited_backbone_options(
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.")
+    ] = None,
+    *,
+    asked: AskedBackbone,
+) -> AskedBackbone:
+    """Collect the options of a backbone and the length of its rows, which trainings have among their settings."""
+    return replace(asked, options=replace(asked.options, max_length=max_length))
 
 
 def tokenizer_options(
@@ -303,42 +351,6 @@ def writing(
         "seed": seed,
     }
     return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
-
-
-@functools.cache
-def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(options, eval_str=True).parameters
-
-
-def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
-    the command's argument ``asked``. They stand where that argument stands, those without a default first.
-    """
-
-    def decorated(command: Callable[..., T]) -> Callable[..., T]:
-        own = inspect.signature(command, eval_str=True).parameters
-        shared = {argument: _parameters(collect) for argument, collect in options.items()}
-        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
-
-        @functools.wraps(command)
-        def run(**given: object) -> T:
-            asked = {
-                argument: options[argument](**{name: given.pop(name) for name in names})
-                for argument, names in shared.items()
-            }
-            return command(**asked, **given)
-
-        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
-
-    return decorated
-
-
-def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
-    """Give a command the parameters that Typer makes its options of."""
-    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in every}
-    return run
 
 
 def command_line() -> str:

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
@@ -60,6 +60,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         PTuningError: If anything cannot be used.
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
+    if backbone.max_length is not None:
+        config = replace(config, max_length=min(config.max_length, backbone.max_length))
     template = _trainable(as_template(spec.template), config)
     spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None

@@ -327,8 +327,11 @@ def test_superglue(llama: str) -> None:
     assert "1/3  CB  majority  seed 0: score 0." in done.err
     assert "macro F1  [95 % interval]" in done.out
     assert "p-tuning - majority: score " in done.out
+    assert "confusion of CB, p-tuning, 2 seeds added up: a row for each target" in done.out
+    assert Path("out/pictures/confusion-1.svg").is_file()
     found = saved()
     assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
+    assert sorted(found["task_info"]["CB"]["labels"]) == sorted(labels)
     again = call(*command, "--tasks", "CB", "--seeds", 2)
     assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
     fails(*command, "--few-shot", "32", "--overwrite", says=["32 examples to learn from and 32 to choose by"])

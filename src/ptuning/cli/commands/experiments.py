@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.labels import show_confusion
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -386,7 +387,9 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 
 
 def show_results(found: Results) -> None:
-    """Print the main table, the differences, and where everything lies."""
+    """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
+    from ptuning.report.confusion import confusions
+
     if len(found.tasks) > 1:
         many = found.overall_unit
         _table(_means(found.macro), f"mean over {len(found.tasks)} {many} (n = {many})")
@@ -395,6 +398,11 @@ def show_results(found: Results) -> None:
     unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
+        learned = confusions(found, name).get(found.pair[1])
+        if learned is not None:
+            seeds = len(found.done(found.pair[1], name))
+            added = f", {seeds} seeds added up" if seeds > 1 else ""
+            show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
     for name, relation in found.paraphrases.items():
         for method, spread in relation.spread.items():
             range_ = f"{spread.min:.3f} to {spread.max:.3f}"
