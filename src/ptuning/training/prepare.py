@@ -16,9 +16,9 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, question_items
-from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
+from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.prompt.prompt import as_template
-from ptuning.records import TARGET_FIELD, require_targets
+from ptuning.records import TARGET_FIELD
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
@@ -69,8 +69,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
-    for name, questions in parts.items():
-        _check(name, questions, answers)
+    for questions in parts.values():
+        answers.check(questions)
     bound = _bound(template, parts["train"], backbone, config)
 
     def items_of(questions: Questions) -> list[Item]:
@@ -134,14 +134,6 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
             "them; move them in front of it"
         )
     return bound
-
-
-def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
-    records = questions.records
-    if not records:
-        raise FileError(f"the {name} data ({records.name}) holds no records")
-    require_targets(records)
-    answers.check(questions)
 
 
 @functools.lru_cache(maxsize=1024)
