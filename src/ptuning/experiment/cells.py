@@ -50,7 +50,7 @@ class CellResult:
     score to its values, one for each test record or group of them. ``seconds`` is the time taken by the start that
     finished it, ``tried`` how many settings were compared on the development part. ``hits`` is the share of the test
     records answered correctly, whatever the scores are, and ``dev_score`` that of the development part for the chosen
-    setting; None where nothing was chosen.
+    setting; None where nothing was chosen. ``folder`` is where its files are, if not in the cell's own place.
     """
 
     cell: Cell
@@ -63,6 +63,7 @@ class CellResult:
     hits: float | None = None
     dev_score: float | None = None
     warnings: Sequence[str] = ()
+    folder: str | None = None
 
     @property
     def n(self) -> int:
@@ -88,7 +89,7 @@ class CellResult:
             n=self.n,
             seconds=self.seconds,
             tried=self.tried,
-            run=self.cell.folder,
+            run=self.folder or self.cell.folder,
             error=self.error,
         )
 
