@@ -36,6 +36,10 @@ class Answer:
         return cls(texts[0] if texts else "", bool(texts) and texts[0] in right, rank)
 
 
+# More labels make a table or a picture that nobody reads. The others stand together.
+MOST_LABELS, OTHERS = 12, "(others)"
+
+
 @dataclass(frozen=True)
 class LabelScore:
     """How well a label is told from the others: precision, recall and F1, each 0 where there is nothing to count, and
@@ -71,7 +75,7 @@ class Confusion:
             found[label] = LabelScore(*shares, 2 * hits / (given + right) if given + right else 0.0, right)
         return found
 
-    def shortened(self, most: int, *, others: str) -> Confusion:
+    def shortened(self, most: int = MOST_LABELS, *, others: str = OTHERS) -> Confusion:
         """Return the matrix of the ``most`` frequent targets, in their order, with all others as one label."""
         if len(self.labels) <= most:
             return self

@@ -50,7 +50,7 @@ UNLABELLED_FILE = "unlabelled.jsonl"
 
 # Means every method where a list of methods is asked for.
 ALL_METHODS = "all"
-MANUAL, LEARNED = "manual", "p-tuning"
+MAJORITY, MANUAL, LEARNED = "majority", "manual", "p-tuning"
 # Setting "tune" -> what is added to the name of a method that trains the backbone as well.
 ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
 # Added to the name of a method that ran on a backbone with random weights.
@@ -147,10 +147,11 @@ CELL = Owned(
     },
     folders={"try-#": RUN},
 )
+_PICTURES = ("dots", "wordings", "curves", "confusion-#")
 REPORT = Owned(
     pages={HTML_FILE: _page(HTML_FILE), MARKDOWN_FILE: _page(MARKDOWN_FILE)},
     folders={
-        PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in ("dots", "wordings", "curves")}),
+        PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in _PICTURES}),
         TABLES_FOLDER: Owned(pages={f"table-#-*{ending}": _page(ending) for ending in (".tex", ".csv")}),
     },
 )

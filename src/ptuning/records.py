@@ -171,13 +171,19 @@ def check_columns(names: Sequence[str], *, where: str) -> None:
 
 
 def require_targets(records: Records, *, field: str = TARGET_FIELD) -> None:
-    """Raise a RecordError at the first record without a target; it gives the record's number and its fields."""
+    """Raise a RecordError at the first record without a target; it gives the record's place and its fields."""
     for number, record in enumerate(records, start=1):
-        if not record.get(field, "").strip():
-            raise RecordError(
-                f"{records.place(number)}: no target; the field '{field}' is missing or empty, the record has "
-                f"{', '.join(sorted(record)) or 'no fields'}. Name another field with --field {field}=NAME"
-            )
+        if record.get(field, "").strip():
+            continue
+        others = sum(not row.get(field, "").strip() for row in records) - 1
+        remedy = f"Name another field with --field {field}=NAME"
+        if others + 1 < len(records):
+            more = f" ({others} other record{'s' * (others > 1)} too)" if others else ""
+            remedy += f", or fill it in{more} or remove the record"
+        raise RecordError(
+            f"{records.place(number)}: no target; the field '{field}' is missing or empty, the record has "
+            f"{', '.join(sorted(record)) or 'no fields'}. {remedy}"
+        )
 
 
 def require_fields(records: Records, fields: Sequence[str]) -> None:

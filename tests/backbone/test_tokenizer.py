@@ -398,3 +398,22 @@ def test_the_unknown_token_of_the_vocabulary_itself_counts_where_none_is_named()
     assert bare.unk_token_id is None
     assert TextTokenizer(bare, max_tokens=64).unknown_id == raw.unk_token_id
     assert TextTokenizer(tokenizer_of("gpt2"), max_tokens=64).unknown_id == tokenizer_of("gpt2").unk_token_id
+
+
+def test_reserved_tokens_are_those_without_a_use() -> None:
+    """Not the ends of texts, nor what the chat template writes; those that say so come first."""
+    made = make_tokenizer("llama")
+    made.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<file>", "<unused7>"]})
+    made.chat_template = "{% for message in messages %}<|turn|>{{ message.content }}{% endfor %}"
+    names = list(TextTokenizer(made, max_tokens=64).reserved_ids.values())
+    assert names == ["<unused7>", "<file>"]
+    assert list(TextTokenizer(made, max_tokens=64, rows=len(made) - 1).reserved_ids.values()) == ["<file>"]
+
+
+def test_read_is_what_the_tokenizer_itself_gives() -> None:
+    made = make_tokenizer("llama")
+    tokenizer = TextTokenizer(made, max_tokens=64)
+    text = "Kenya</s> is"
+    assert tokenizer.read(text) == made(text)["input_ids"]
+    assert tokenizer.read(text, add_special_tokens=False) == made(text, add_special_tokens=False)["input_ids"]
+    assert made.eos_token_id in tokenizer.read(text)

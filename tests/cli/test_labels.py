@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ptuning.cli.labels import OTHERS, SHOWN_LABELS, show_confusion, show_errors, show_labels
+from ptuning.cli.labels import show_confusion, show_errors, show_labels
 from ptuning.files import Json
-from ptuning.metrics import Confusion
+from ptuning.metrics import MOST_LABELS, OTHERS, Confusion
 
 TEAMS = ("billing", "shipping", "technical", "returns")
 FOUND = Confusion(TEAMS, ((5, 1, 0, 0), (0, 7, 0, 2), (1, 0, 4, 0), (0, 0, 0, 0)))
@@ -38,10 +38,10 @@ def test_many_labels_have_numbers_and_the_most_frequent_are_shown(
     )
     show_labels(Confusion(labels, counts))
     printed = lines_of(capsys)
-    shown = min(size, SHOWN_LABELS + (size > SHOWN_LABELS))
+    shown = min(size, MOST_LABELS + (size > MOST_LABELS))
     assert [str(at) for at in range(1, shown + 1)] in [line.split() for line in printed]
     assert any("12 most frequent of 40 labels; --json has all" in line for line in printed) == (size == 40)
-    assert any(OTHERS in line for line in printed) == (size > SHOWN_LABELS)
+    assert any(OTHERS in line for line in printed) == (size > MOST_LABELS)
     assert any(", in % of the row" in line for line in printed) == (count == 12345 and size > 7)
 
 

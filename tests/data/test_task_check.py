@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.labelling import Findings
 from ptuning.data.questions import as_questions
-from ptuning.data.task_check import Findings, check_data, check_known, check_words
+from ptuning.data.task_check import check_data, check_known, check_words
 from ptuning.data.task_files import TaskFile
 from ptuning.template.segments import Kind
 from tests.conftest import bound
@@ -79,7 +80,7 @@ def test_what_stands_in_the_data() -> None:
     task = TaskFile.parse(TASK)
     found = check_data(task, {"train": task.read_rows(ROWS), "test": task.read_rows(ROWS, labelled=False)})
     assert found.facts == ("train: 2 rows of in memory; good 2, bad 0", "test: 2 rows of in memory")
-    assert found.doubts[:2] == ("train: no row has the label bad", "train: the field 'text' is empty in 1 rows")
+    assert found.doubts[:2] == ("train: no row has the label bad", "train: the field 'text' is empty in 1 row: row 2")
     text = 'name="c"\nversion="1"\ngroup="g"\n[choices]\nfrom=["a[]"]\n[[patterns]]\nmanual="[X] is [Y]"'
     choose = TaskFile.parse(text)
     rows = choose.read_rows([{"x": "b", "a": list("abcd"[:n]), "label": 0, "g": 1} for n in (2, 3, 4)])

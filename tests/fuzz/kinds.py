@@ -30,6 +30,7 @@ from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
 from ptuning.errors import PTuningError, TaskError
+from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
@@ -288,6 +289,30 @@ def prompt_folders(draw: Draw) -> None:
             Prompt.load(path / "again")
 
 
+def peft_folders(draw: Draw) -> None:
+    """A folder of PEFT: its config changed, or its tensors, or any bytes; and a template for it."""
+    backbone = tiny("gpt2")
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "token_dim": 32}
+    data = safetensors.torch.save({"prompt_embeddings": torch.ones(2, backbone.width)})
+    how = draw(st.integers(0, 2))
+    written = as_json(draw(changed_json(config)) if how == 0 else config).encode()
+    if how == 1:
+        size = int.from_bytes(data[:8], "little")
+        header = as_json(draw(changed_json(json.loads(data[8 : 8 + size])))).encode()
+        data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    elif how == 2:
+        written, data = draw(changed_bytes(written)), draw(changed_bytes(data))
+    template = draw(st.sampled_from(("[P*2]{x} is [Y]", "[P*2] {x}[Y]", "{x} [P*2] [Y]", "[P:a b c]{x} [Y]", "[Y]")))
+    with folder() as path:
+        (path / "adapter_config.json").write_bytes(written)
+        (path / "adapter_model.safetensors").write_bytes(data)
+        adapter = tried(read_adapter_folder, path)
+        prompt = tried(import_prompt, adapter, template, backbone) if adapter is not None else None
+        if prompt is not None:
+            prompt.save(path / "prompt")
+            Prompt.load(path / "prompt")
+
+
 @functools.cache
 def results() -> dict[str, Any]:
     """The content of results.json."""
@@ -391,7 +416,7 @@ def odd_texts(draw: Draw) -> None:
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
-        templates, labels, data_files, parquet_files, task_rows, task_files, fleet_files, prompt_folders, reports, runs,
-        relation_folders, odd_texts,
+        templates, labels, data_files, parquet_files, task_rows, task_files, fleet_files, prompt_folders, peft_folders,
+        reports, runs, relation_folders, odd_texts,
     )
 }  # fmt: skip

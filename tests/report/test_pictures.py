@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from xml.dom.minidom import parseString
 
-from ptuning.report.pictures import curves, dots, mean_curve, strips
+from ptuning.metrics import Confusion
+from ptuning.report.pictures import curves, dots, matrices, mean_curve, strips
 from ptuning.statistics import Score
 
 
@@ -27,6 +28,7 @@ def test_control_characters_in_names_leave_the_pictures_well_formed() -> None:
         dots([(name, score, score), ("b", score, score)], names=(name, "c"), unit=name, name="dots"),
         strips([(name, {name: [0.5, 0.25]})], unit=name, name="wordings"),
         curves({name: [[(0, 0.5), (1, 0.25)]]}, name="curves"),
+        matrices({name: Confusion((f"{name[:1]}\x00\U0001f600", "b"), ((1, 0), (0, 2)))}, name="confusion-1"),
     )
     for svg in pictures:
         shown = parseString(svg).toxml()
@@ -39,3 +41,17 @@ def test_the_lowest_panel_of_each_column_names_the_epochs() -> None:
     curve = [(epoch, 0.5) for epoch in range(7)]
     drawn = curves({name: [curve] for name in ("one", "two", "three")}, name="curves")
     assert len(re.findall(r">\s*6\s*</text>", drawn)) == 2
+
+
+def test_matrices_are_drawn_as_shapes_and_few_labels_beside_each_other() -> None:
+    def drawn(size: int, panels: int = 3) -> str:
+        one = Confusion(tuple(f"label {at}" for at in range(size)), tuple((at + 1,) * size for at in range(size)))
+        return matrices({f"method {at}": one for at in range(panels)}, name="confusion-1")
+
+    few, many = drawn(3), drawn(13)
+    assert "<image" not in few + many
+    assert drawn(3) == few
+    heights = [float(str(re.search(r'height="([0-9.]+)pt"', svg)[1])) for svg in (few, many)]  # type: ignore[index]
+    assert heights[1] > 3 * heights[0]
+    assert few.count("label 0 1") == 2  # the first panel of each line
+    assert few.count(">3<") >= 3 * 3

@@ -386,6 +386,20 @@ def test_a_target_is_always_text(family: Family) -> None:
     assert example.own_tokens > 3
 
 
+def test_the_first_token_of_a_text_may_stand_behind_slots(families: dict[str, Family]) -> None:
+    """As in prompts of PEFT; it does not come in front of them as well."""
+    family = families["llama"]
+    row = family.bind("[P*2]<s>{x} is [Y]").examples([{"x": "Kenya", "y": "Nairobi"}])[0]
+    assert row.slot_positions == (0, 1)
+    assert list(row.token_ids[2:]) == family.whole("Kenya is Nairobi")[: len(row.token_ids) - 2]
+    assert family.bind("[P*2]{x} is [Y]").examples([{"x": "Kenya", "y": "Nairobi"}])[0].slot_positions == (1, 2)
+
+
+def test_texts_are_what_stands_between_the_slots(families: dict[str, Family]) -> None:
+    bound = families["llama"].bind("The [P*2] {x} [P] is [Y] .")
+    assert bound.texts({"x": "Kenya"}) == ("The", "", " Kenya", " is")
+
+
 def test_a_special_token_that_the_template_writes_is_one(family: Family) -> None:
     token = str(family.raw.eos_token or family.raw.sep_token)
     written = token.replace("[", "[[")

@@ -49,9 +49,10 @@ def test_label_words_are_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r'label words need at least two labels, as in "positive=great,good;negative=terrible"'),
+        ("", r"label words need at least two labels, with ';' between them, as in \"positive=great,good;negative="),
         ("positive=great", "label words need at least two labels"),
-        ("positive;negative=terrible", r"label words 'positive' have no '='; write them as in \"positive="),
+        ("good,bad", "label words need at least two labels, with ';' between them"),
+        ("good; good ", "label 'good' is given twice in the label words"),
         ("a=great;b=bad;a=good", "label 'a' is given twice in the label words"),
         ("a=great;b=", "label 'b' has no name, no word or an empty one; write"),
         ("a=great,;b=bad", "label 'a' has no name, no word or an empty one"),
@@ -80,6 +81,14 @@ def test_label_words_are_given_as_a_mapping_or_a_text(labels: object) -> None:
     assert found.words == {"a": ("yes",), "b": ("no",)}
     assert found.flat == ((0, "yes"), (1, "no"))
     assert LabelWords.of(found) is found
+
+
+@pytest.mark.parametrize("labels", ["billing; very late", ["billing", "very late"], ("billing ", "very late")])
+def test_labels_without_words_are_their_own_words(labels: str | list[str] | tuple[str, ...]) -> None:
+    assert LabelWords.of(labels).words == {"billing": ("billing",), "very late": ("very late",)}
+    assert LabelWords.parse("billing;bad=poor,worse").words == {"billing": ("billing",), "bad": ("poor", "worse")}
+    with pytest.raises(LabelWordError, match="label 'a' is given twice"):
+        LabelWords.of(["a", "b", "a"])
 
 
 @pytest.mark.parametrize(
@@ -114,8 +123,12 @@ def test_a_records_label_is_known_by_its_name() -> None:
     with pytest.raises(RecordError) as caught:
         WORDS.check_records(Records([{"y": "negative"}, {"y": "postive"}], name="a.jsonl"))
     assert str(caught.value) == (
-        "a.jsonl, record 2: 'postive' is not one of the labels positive, negative. Did you mean 'positive'?"
+        "a.jsonl, record 2: 'postive' is not one of the labels positive, negative. Did you mean 'positive'? "
+        'Correct the file, name the label (--labels), or count it as another (--merge "postive=positive")'
     )
+    many = Records([{"y": "negative"}, *({"y": f"odd {at}"} for at in range(8))], name="a.jsonl")
+    with pytest.raises(RecordError, match=r"record 2: 'odd 0' .* Neither is a.jsonl, record 3: 'odd 1'; .*; 8 rows in"):
+        WORDS.check_records(many)
     with pytest.raises(RecordError, match="here: '' is not one of the labels"):
         WORDS.label_of({}, where="here")
 

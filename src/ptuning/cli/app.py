@@ -138,6 +138,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "predict": predict.predict,
     "inspect": prompts.inspect,
     "export": exchange.export,
+    "import": exchange.import_prompt,
     "data": data.data,
     "backbones": data.backbones,
     "demo": demo.demo,
@@ -155,7 +156,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "fleet", "demo"),
+    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "import", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
     "Look first": ("data", "backbones", "template", "task", "estimate"),
 }

@@ -14,12 +14,12 @@ from ptuning.cli import terminal
 # The groups of options, in the order of every command's help. A test finds an option that has none.
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
-        "template", "manual", "about", "pattern", "labels", "tune", "keep", "encoder", "starts", "methods", "control",
-        "vocabulary",
+        "template", "manual", "about", "pattern", "labels", "merge", "tune", "keep", "encoder", "starts", "methods",
+        "control", "vocabulary",
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",
-        "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
+        "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
     ),
     "Training": (
         "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",

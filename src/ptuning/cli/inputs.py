@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, c
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.backbone.tokenizer import TextTokenizer
+    from ptuning.data.labelling import Findings, Labelled
     from ptuning.data.questions import Questions
     from ptuning.data.reading import RawRows, Row
     from ptuning.data.task_files import TaskFile
@@ -30,6 +33,13 @@ if TYPE_CHECKING:
 
 
 STANDARD_INPUT, COMMAND_LINE = "standard input", "the command line"
+Once = Callable[[tuple[str, str], Callable[[], Any]], Any]
+TARGET_TAKEN = "target: the column '{}' (--field y=NAME for another)"
+
+
+def at_once(_: tuple[str, str], read: Callable[[], Any]) -> Any:
+    """Read something, whether it was read before or not."""
+    return read()
 
 
 def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
@@ -114,32 +124,128 @@ def training_spec(
     asked: TrainInputs,
     *,
     option: str = "--",
-    once: Callable[[tuple[str, str], Callable[[], Any]], Any] = lambda _, read: read(),
+    once: Once = at_once,
 ) -> TrainSpec:
-    """Read the task, the template and the data of one training. ``option`` precedes names in messages; ``once`` gets a
-    source, its part and what reads it, and may return what was read before.
+    """Read the task, the template and the data of one training, and look at the rows and labels. ``option`` precedes
+    names in messages; ``once`` gets a source, its part and what reads it, and may return what was read before.
     """
     from ptuning.training.spec import TrainSpec
 
     given = asked.inputs
-    data, dev, field = given["data"], given.get("dev"), given.get("field")
     task = task_of(given.get("task"))
     named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
     template = template_of(task, *named, option=option)
-    train_rows = once((data, "train"), lambda: data_of(data, field, task, part="train"))
-    if dev is None:
-        dev_rows = once((data, "beside"), lambda: dev_part(data, task))
-    else:
-        dev_rows = once((dev, "dev"), lambda: data_of(dev, field, task, part="dev"))
-    return TrainSpec(
+    sources = {"train": given["data"], "dev": given.get("dev")}
+    parts = read_parts(sources, given.get("field"), task, reads=template.fields, once=once)
+    spec = TrainSpec(
         template,
-        train_rows,
-        dev=dev_rows,
+        parts["train"],
+        dev=parts.get("dev"),
         config=asked.config,
         labels=given.get("labels"),
+        merge=given.get("merge"),
+        strict=bool(given.get("strict")),
         task=task,
         calibrate=given.get("calibrate"),
-    )
+    ).check()
+    if spec.checked is not None:
+        show_findings(spec.checked, once=once)
+    return spec
+
+
+def read_parts(
+    sources: Mapping[str, str | None],
+    field: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    reads: Sequence[str],
+    once: Once = at_once,
+) -> dict[str, Records | Questions]:
+    """Read the parts train, dev and test that are named. With a task, a folder may bring the part dev; without, the one
+    column that the template does not read (``reads``) is the target.
+    """
+    found: dict[str, Records | Questions] = {}
+    for part, source in sources.items():
+        if source is not None:
+            read = functools.partial(data_of, source, field, task, part="val" if part == "test" else part)
+            found[part] = once((source, part), read)
+        elif part == "dev" and task is not None:
+            folder = str(sources["train"])
+            beside = once((folder, "beside"), functools.partial(dev_part, folder, task))
+            found |= {part: beside} if beside is not None else {}
+    if task is not None:
+        return found
+    target = target_column(found["train"], reads)
+    if target is None:
+        return found
+    once((target, "told"), functools.partial(terminal.say, TARGET_TAKEN.format(target)))
+    return {part: with_target(rows, target) for part, rows in found.items()}
+
+
+def target_column(rows: Records | Questions, reads: Sequence[str]) -> str | None:
+    """Return the one column that a template does not read, if no row has a target; else None."""
+    from ptuning.records import TARGET_FIELD, Records
+
+    if not isinstance(rows, Records) or any(TARGET_FIELD in row for row in rows):
+        return None
+    columns = [name for name in dict.fromkeys(itertools.chain.from_iterable(rows)) if name not in reads]
+    return columns[0] if len(columns) == 1 else None
+
+
+def with_target(rows: Records | Questions, column: str) -> Records | Questions:
+    """Return records whose target is in a column."""
+    from ptuning.data.reading import with_fields
+    from ptuning.records import TARGET_FIELD, Records
+
+    return with_fields(rows, {TARGET_FIELD: column}) if isinstance(rows, Records) else rows
+
+
+def show_findings(found: Findings, *, once: Once = at_once) -> None:
+    """Print what was found in data: facts, and what may be a mistake as warnings."""
+    for line in (*found.facts, *(f"warning: {doubt}" for doubt in found.doubts)):
+        once((line, "told"), functools.partial(terminal.say, line))
+
+
+def looked_at(
+    parts: Mapping[str, Records | Questions],
+    labels: str | None,
+    merge: Sequence[str] | None,
+    task: TaskFile | None,
+    *,
+    reads: Sequence[str],
+    strict: bool,
+) -> Labelled:
+    """Look at the rows of a comparison and their labels, by default the task's, and say what was found."""
+    from ptuning.data.labelling import label_rows
+    from ptuning.data.questions import as_questions
+
+    known = task.label_words if task is not None else None
+    rows = {part: as_questions(one) for part, one in parts.items()}
+    found = label_rows(rows, labels, fields=reads, known=known, merge=merge, strict=strict)
+    show_findings(found.findings)
+    return found
+
+
+def labelled(
+    prompt: Prompt, rows: Records | Questions, labels: str | None, merge: Sequence[str] | None
+) -> tuple[Prompt, Questions]:
+    """Return a prompt with the labels that are asked for, or those that it has, and rows to score it on; say what was
+    found in them. With ``auto``, rows with labels that look mistyped are left out.
+    """
+    from ptuning.data.labelling import Findings, label_rows
+    from ptuning.data.questions import as_questions
+
+    is_open, fields = labels is None and not prompt.answer_space.is_closed, prompt.template.fields
+    if prompt.task is None:
+        target = target_column(rows, fields)
+        if target is not None:
+            terminal.say(TARGET_TAKEN.format(target))
+            rows = with_target(rows, target)
+    parts = {"data": as_questions(rows)}
+    found = label_rows(parts, labels, fields=fields, known=prompt.label_words, merge=[*prompt.merge, *(merge or ())])
+    facts = found.findings.facts if labels is not None or (is_open and prompt.backbone is None) else ()
+    show_findings(Findings(facts, found.findings.doubts))
+    return replace(prompt, label_words=found.words), found.parts["data"]
 
 
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
@@ -171,6 +277,23 @@ def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Te
     if not 1 <= number <= len(templates):
         raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
     return templates[number - 1]
+
+
+def template_pair(
+    task: TaskFile | None, manual: str | None, template: str | None, pattern: int | None
+) -> tuple[Template, Template | None]:
+    """Return the manual template of a comparison and the one to learn, if it is given: as asked for, or a task's."""
+    from ptuning.template.language import Template
+
+    if pattern is not None and (task is None or manual is not None):
+        raise ConfigError("--pattern is the number of a task's template; it goes with --task, and without --manual")
+    given = Template.parse(template) if template is not None else None
+    if manual is not None:
+        return Template.parse(manual), given
+    if task is None:
+        raise ConfigError("give the manual template (--manual), or --task")
+    number = 1 if pattern is None else pattern
+    return pattern_of(task.manual, task, number), given or pattern_of(task.learned, task, number)
 
 
 def template_of(

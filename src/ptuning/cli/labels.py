@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, cast
 from rich.markup import escape
 
 from ptuning.cli import terminal
+from ptuning.metrics import MOST_LABELS
 
 if TYPE_CHECKING:
     from ptuning.files import Json
     from ptuning.metrics import Confusion
 
-# More labels make a table that nobody reads; --json has all.
-SHOWN_LABELS = 12
-OTHERS = "(others)"
 WIDTH, LABEL_WIDTH, LEAST_WIDTH = 80, 24, 8
 # Between two columns.
 GAP = 2
@@ -24,7 +22,7 @@ SHORT_WIDTH = 12  # of targets and answers beside a text
 
 def show_labels(confusion: Confusion) -> None:
     """Print precision, recall and F1 of each label, and the confusion matrix; of many labels the most frequent."""
-    count, shown = len(confusion.labels), confusion.shortened(SHOWN_LABELS, others=OTHERS)
+    count, shown = len(confusion.labels), confusion.shortened()
     table = terminal.table("label", "n", "precision", "recall", "F1", narrow=True)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -35,13 +33,13 @@ def show_labels(confusion: Confusion) -> None:
         table.add_row(escape(_short(label, LABEL_WIDTH)), str(one.n), *numbers)
     terminal.results().print(table)
     if len(shown.labels) < count:
-        terminal.line(f"the {SHOWN_LABELS} most frequent of {count} labels; --json has all")
+        terminal.line(f"the {MOST_LABELS} most frequent of {count} labels; --json has all")
     show_confusion(shown)
 
 
-def show_confusion(confusion: Confusion) -> None:
-    """Print a confusion matrix. Where the names of labels would not fit, columns have numbers; where the counts would
-    not, they are percentages of their row.
+def show_confusion(confusion: Confusion, *, of: str = "") -> None:
+    """Print a confusion matrix, with what it is ``of``. Where the names of labels would not fit, columns have numbers;
+    where the counts would not, they are percentages of their row.
     """
     heads = labels = [_short(label, LABEL_WIDTH) for label in confusion.labels]
     counts, unit = [["." if not count else str(count) for count in row] for row in confusion.counts], ""
@@ -56,7 +54,7 @@ def show_confusion(confusion: Confusion) -> None:
         room = max(LEAST_WIDTH, min(LABEL_WIDTH, WIDTH - width - GAP - _taken(heads, counts)))
         labels = [f"{head:>{width - 1}} {_short(label, room)}" for head, label in zip(heads, labels, strict=True)]
     terminal.line("")
-    terminal.heading(f"confusion: a row for each target, a column for each answer{unit}")
+    terminal.heading(f"confusion{f' of {of}' * bool(of)}: a row for each target, a column for each answer{unit}")
     table = terminal.table("", *map(escape, heads), narrow=True)
     for column in table.columns[1:]:
         column.justify = "right"

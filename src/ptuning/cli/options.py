@@ -9,7 +9,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -82,6 +82,19 @@ NormaliseOption = Annotated[
     str | None,
     typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
 ]
+LabelsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|LIST",
+        help='As "billing;technical", "good=great,fine; bad=poor", or auto: those in the data.',
+        autocompletion=among("auto"),
+    ),
+]
+MergeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WRONG=RIGHT|case", help="Count a label as another; repeatable. case: capitals and spaces."),
+]
+StrictOption = Annotated[bool, typer.Option("--strict", help="What may be a mistake in the data is an error.")]
 CalibrateOption = Annotated[
     bool | None, typer.Option("--calibrate/--no-calibrate", help="Take off what an empty record would score.")
 ]
@@ -117,6 +130,42 @@ LogOption = Annotated[
         autocompletion=among("csv", "tensorboard", "wandb", "mlflow"),
     ),
 ]
+
+
+@functools.cache
+def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(options, eval_str=True).parameters
+
+
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
+
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
+
+        @functools.wraps(command)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
+
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
+
+    return decorated
+
+
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
+    """Give a command the parameters that Typer makes its options of."""
+    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in every}
+    return run
 
 
 # How a backbone is found and loaded.
@@ -169,6 +218,18 @@ def backbone_options(
     return AskedBackbone(backbone, options)
 
 
+@takes(asked=backbone_options)
+def limited_backbone_options(
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.")
+    ] = None,
+    *,
+    asked: AskedBackbone,
+) -> AskedBackbone:
+    """Collect the options of a backbone and the length of its rows, which trainings have among their settings."""
+    return replace(asked, options=replace(asked.options, max_length=max_length))
+
+
 def tokenizer_options(
     backbone: BackboneOption = None, revision: RevisionOption = None, trust_remote_code: TrustOption = False
 ) -> AskedBackbone:
@@ -193,8 +254,8 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
-    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``,
-    ``calibrate`` and ``field``; one that is None or missing was not given.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``merge``,
+    ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -246,7 +307,9 @@ def training(
         float, typer.Option(metavar="GB", help="Of the disk, for what has no room in that memory.")
     ] = SETTINGS.cache_disk,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything random.")] = SETTINGS.seed,
-    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    labels: LabelsOption = None,
+    merge: MergeOption = None,
+    strict: StrictOption = False,
     calibrate: CalibrateOption = None,
     set_: SetOption = None,
     field: FieldOption = None,
@@ -255,8 +318,9 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
-    named = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about, "task": task}
-    return TrainInputs({**named, "pattern": pattern, "labels": labels, "calibrate": calibrate, "field": field}, config)
+    named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
+    named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 
 def writing(
@@ -287,42 +351,6 @@ def writing(
         "seed": seed,
     }
     return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
-
-
-@functools.cache
-def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(options, eval_str=True).parameters
-
-
-def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
-    the command's argument ``asked``. They stand where that argument stands, those without a default first.
-    """
-
-    def decorated(command: Callable[..., T]) -> Callable[..., T]:
-        own = inspect.signature(command, eval_str=True).parameters
-        shared = {argument: _parameters(collect) for argument, collect in options.items()}
-        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
-
-        @functools.wraps(command)
-        def run(**given: object) -> T:
-            asked = {
-                argument: options[argument](**{name: given.pop(name) for name in names})
-                for argument, names in shared.items()
-            }
-            return command(**asked, **given)
-
-        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
-
-    return decorated
-
-
-def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
-    """Give a command the parameters that Typer makes its options of."""
-    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in every}
-    return run
 
 
 def command_line() -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.labelling import Findings, empty_fields, repeated
 from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
@@ -20,20 +20,10 @@ from ptuning.template.segments import Kind, Tokenizer
 FILLED_ROWS = 500
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The findings of a check, a line each: counts, possible mistakes, and mistakes that make the task unusable."""
-
-    facts: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-
-    def __add__(self, other: Findings) -> Findings:
-        return Findings(self.facts + other.facts, self.doubts + other.doubts, self.problems + other.problems)
-
-
 def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
-    """Count rows, choices, labels and groups of a task's data. Missing labels and empty fields are doubts."""
+    """Count rows, choices, labels and groups of a task's data. Missing labels, empty fields, and rows of two parts with
+    the same text are doubts.
+    """
     facts, doubts = [], []
     for name, questions in parts.items():
         labels = Counter(row.record[TARGET_FIELD] for row in questions if TARGET_FIELD in row.record)
@@ -48,9 +38,9 @@ def check_data(task: TaskFile, parts: Mapping[str, Questions]) -> Findings:
                 doubts.append(f"{name}: no row has the label {' or '.join(missing)}")
         groups = {row.group for row in questions if row.group is not None}
         facts.append(line + (f"; {len(groups)} groups" if groups else ""))
-        empty = Counter(field for row in questions for field in task.fields if not row.record[field].strip())
-        doubts += [f"{name}: the field '{field}' is empty in {count} rows" for field, count in empty.items()]
-    return Findings(tuple(facts), tuple(doubts))
+        doubts += empty_fields(name, questions, task.fields)
+    again = repeated(parts, task.fields, labelled=task.label_words is not None)
+    return Findings(tuple(facts), tuple(doubts)) + again
 
 
 def check_words(
@@ -67,7 +57,7 @@ def check_words(
         for what, template in zip(("manual", "learned"), pair, strict=True):
             found += _check_template(f"pattern {number}, {what}", task, template, tokenizer, kind, sample, given)
     # Words are mostly the same tokens in all patterns, and mistakes in them the same mistakes.
-    return Findings(*(tuple(dict.fromkeys(lines)) for lines in (found.facts, found.doubts, found.problems)))
+    return Findings(*(tuple(dict.fromkeys(lines)) for lines in vars(found).values()))
 
 
 def check_known(bound: BoundTemplate, answers: AnswerSpace, parts: Iterable[Questions]) -> list[str]:

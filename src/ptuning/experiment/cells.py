@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from ptuning.data.questions import Questions
 from ptuning.files import Json, sha256
 from ptuning.method.base import Task
-from ptuning.metrics import Answer, primary
+from ptuning.metrics import Answer, primary, score_values
 from ptuning.records import Records
 from ptuning.report.cell_files import AnsweredRow
 from ptuning.report.results_file import Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
+
+# The metrics of a task with labels and no task file.
+LABEL_METRICS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,15 @@ class Job:
     @property
     def metrics(self) -> Sequence[str]:
         """Names of the task's own metrics; none if answers are scored by their ranks."""
-        return self.task.file.metrics if self.task.file is not None else ()
+        if self.task.file is not None:
+            return self.task.file.metrics
+        return LABEL_METRICS if self.task.words is not None else ()
+
+    def values(self, answers: Sequence[Answer]) -> dict[str, Values]:
+        """Return score -> values of the answers to the test part."""
+        found = score_values(answers, self.test, self.metrics)
+        # Accuracy is what labels are trained and chosen for; its mean with another metric would be neither.
+        return found if self.task.words is None else {name: found[name] for name in self.metrics}
 
     def task_of(self, seed: int) -> Task:
         """Return the task with the parts of a seed."""

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import Unpack
 
-from ptuning.data.splits import draw_records, split_records
-from ptuning.errors import RecordError
-from ptuning.experiment.jobs import OneToken, are_listed, fact_job, read_vocabulary, template_pair
+from ptuning.config import listed_names
+from ptuning.data.labelling import Labelled, Labels, Merge, label_rows
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import draw_questions, draw_records, split_questions
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import ConfigError
+from ptuning.experiment.jobs import OneToken, Vocabulary, are_listed, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
+from ptuning.method.registry import METHODS
 from ptuning.method.tuned import bare
+from ptuning.names import ALL_METHODS
 from ptuning.prompt.prompt import as_template
-from ptuning.records import Rows, as_records, require_targets
+from ptuning.records import Rows
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template
 
 logger = logging.getLogger(__name__)
 
+SUITE = "compare"
+
 
 def compare(
-    data: Rows,
+    data: Rows | Questions,
     *,
-    test: Rows,
     manual: str | Template,
+    test: Rows | Questions | None = None,
     template: str | Template | None = None,
-    dev: Rows | None = None,
+    dev: Rows | Questions | None = None,
+    labels: Labels | None = None,
+    merge: Merge | None = None,
+    strict: bool = False,
+    task: TaskFile | None = None,
     vocabulary: str | Path | None = None,
     train_size: int | None = None,
     name: str = "task",
@@ -36,11 +49,16 @@ def compare(
     """Compare methods on your own data. Finished cells of an earlier run are not run again.
 
     Args:
-        data: Records to learn from.
-        test: Records to report on. Nothing is chosen by them.
+        data: Records to learn from, or questions of a task.
         manual: A manual template.
+        test: Records to report on. Nothing is chosen by them. Without, a share of ``data`` is set aside.
         template: The template to learn; by default made from the manual one.
-        dev: Records to choose settings by; without them a seeded share of ``data`` is set aside.
+        dev: Records to choose settings by; without them a seeded share of ``data`` is set aside, the same one as
+            :func:`ptuning.train` takes.
+        labels: Labels to choose among, as in :func:`ptuning.train`; ``auto`` for the targets of the data.
+        merge: Labels to count as others, as in :func:`ptuning.train`.
+        strict: Whether what may be a mistake in the data is an error.
+        task: The task that the rows belong to.
         vocabulary: A closed set of answers: ``objects`` (all targets of the data), or a file.
         train_size: Learn from a seeded draw of this many records.
         name: Name of the task.
@@ -49,30 +67,91 @@ def compare(
     Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
     has been run then.
     """
-    plan = Plan.of("compare", **options)
-    config = plan.config
-    parts = {"train": as_records(data), "test": as_records(test)}
-    if dev is not None:
-        parts["dev"] = as_records(dev)
-    for part, rows in parts.items():
-        if not rows:
-            raise RecordError(f"the {part} data ({rows.name}) holds no records")
-        require_targets(rows)
-    how = "the parts given"
-    if dev is None:
-        parts["train"], parts["dev"] = split_records(parts["train"], fraction=config.dev_fraction, seed=config.seed)
-        how = f"{config.dev_fraction:.0%} of the training part set aside to choose by, seed {config.seed}"
-    parts["train"] = draw_records(parts["train"], train_size, seed=config.seed)
+    given = {"train": data, "dev": dev, "test": test}
+    parts = {part: as_questions(rows) for part, rows in given.items() if rows is not None}
+    words = labels if labels is not None or task is None else task.label_words
+    found = label_rows(parts, words, fields=as_template(manual).fields, merge=merge, strict=strict)
+    for doubt in found.findings.doubts:
+        logger.warning("%s", doubt)
+    return compare_labelled(
+        found,
+        manual=manual,
+        template=template,
+        task=task,
+        vocabulary=vocabulary,
+        train_size=train_size,
+        name=name,
+        **options,
+    )
+
+
+def compare_labelled(
+    rows: Labelled,
+    *,
+    manual: str | Template,
+    template: str | Template | None = None,
+    task: TaskFile | None = None,
+    vocabulary: str | Path | None = None,
+    train_size: int | None = None,
+    name: str = "task",
+    **options: Unpack[PlanOptions],
+) -> Results:
+    """Compare methods on rows that were looked at, as :func:`compare` does."""
+    words = rows.words
+    is_closed = words is not None or (task is not None and task.answer_space.is_closed)
+    if is_closed:
+        if vocabulary is not None:
+            raise ConfigError("a vocabulary (--vocabulary) is for answers as text; labels and choices are all there is")
+        options["methods"] = methods_for_labels(options.get("methods"))
+    plan = Plan.of(SUITE, **options)
+    parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
     pair = template_pair(as_template(manual), template)
-    one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
-    single = all(all(one_token(rows)) for rows in parts.values())
-    closed = read_vocabulary(vocabulary)
-    for part, rows in parts.items() if isinstance(closed, tuple) else ():
-        missing = are_listed(rows, closed or ()).count(False)
-        if missing:
-            logger.warning("%d of %d %s targets are not in %s: never right", missing, len(rows), part, vocabulary)
-    rows_read = sum(map(len, parts.values()))
-    info: dict[str, Json] = {"label": None, "type": None, "rows": rows_read, "dropped": {}, "split": how}
-    job = fact_job(name, parts, pair, vocabulary=closed, single_token=single, info=info)
+    info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
+    info["split"] = how
+    closed: Vocabulary = None
+    single = False
+    if is_closed:
+        info |= {"labels": list(words.labels) if words is not None else None}
+        info |= {"left_out": list(rows.findings.left_out)} if rows.findings.left_out else {}
+    else:
+        one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
+        single = all(all(one_token(part.records)) for part in parts.values())
+        closed = read_vocabulary(vocabulary)
+        for part, questions in parts.items() if isinstance(closed, tuple) else ():
+            missing = are_listed(questions.records, closed or ()).count(False)
+            if missing:
+                text = "%d of %d %s targets are not in %s: never right"
+                logger.warning(text, missing, len(questions), part, vocabulary)
+    own = words if task is None or words != task.label_words else None
+    job = fact_job(name, parts, pair, vocabulary=closed, single_token=single, info=info, file=task, words=own)
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
     return run_jobs([job], plan=plan, settings=settings)
+
+
+def methods_for_labels(methods: Sequence[str] | str | None) -> list[str]:
+    """Return names of methods; by default, and for all, without those that are for answers as text only."""
+    asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
+    if methods is None or asked == [ALL_METHODS]:
+        names = METHODS if asked == [ALL_METHODS] else asked
+        return [name for name in names if not METHODS.find(name).open_only]
+    return asked
+
+
+def _parted(
+    given: dict[str, Questions], plan: Plan, *, train_size: int | None, grouped: bool
+) -> tuple[dict[str, Questions], str]:
+    """Return the parts train, dev and test, and how they were made. The development part that is set aside is that of
+    a training with the same data and seed.
+    """
+    parts, config, how = dict(given), plan.config, []
+    if "dev" not in parts:
+        parts["train"], parts["dev"] = split_questions(parts["train"], fraction=config.dev_fraction, seed=config.seed)
+        how.append(f"{config.dev_fraction:.0%} of the training part set aside to choose by, seed {config.seed}")
+    if "test" not in parts:
+        parts["train"], parts["test"] = split_questions(parts["train"], fraction=config.dev_fraction, seed=config.seed)
+        how.append(f"{config.dev_fraction:.0%} of the rest set aside to report on")
+    if train_size is not None:
+        train = parts["train"]
+        fewer = draw_records(train.records, train_size, seed=config.seed)
+        parts["train"] = draw_questions(train, train_size, seed=config.seed) if grouped else as_questions(fewer)
+    return {part: parts[part] for part in ("train", "dev", "test")}, "; ".join(how) or "the parts given"

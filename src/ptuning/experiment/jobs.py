@@ -8,7 +8,8 @@ from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data import task_check
-from ptuning.data.questions import as_questions
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.task_files import TaskFile
 from ptuning.data.word_lists import read_words
 from ptuning.errors import RecordError, TemplateError
 from ptuning.experiment.cells import Job
@@ -20,6 +21,7 @@ from ptuning.provenance import described
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import warn
+from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
 # The vocabulary that consists of all targets of the data.
@@ -95,22 +97,26 @@ def check_known(job: Job, backbone: Backbone) -> None:
 
 def fact_job(
     name: str,
-    parts: Mapping[str, Records],
+    parts: Mapping[str, Records | Questions],
     pair: tuple[Template | None, Template],
     *,
-    vocabulary: Vocabulary,
-    single_token: bool,
+    vocabulary: Vocabulary = None,
+    single_token: bool = False,
     info: Mapping[str, Json],
+    file: TaskFile | None = None,
+    words: LabelWords | None = None,
 ) -> Job:
-    """Return the job of a task whose records are facts, in the ``parts`` ``train``, ``dev`` and ``test``.
+    """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``, whose answers are text, labels with
+    their ``words``, or as the task's ``file`` says.
 
     ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
     """
     manual, learned = pair
-    objects = tuple(sorted({row[TARGET_FIELD].strip() for rows in parts.values() for row in rows}))
-    closed = objects if vocabulary == OBJECTS else vocabulary
     train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
-    task = Task(name, train, dev, manual or bare(learned), learned, objects, closed, single_token=single_token)
+    objects = tuple(sorted({row.record[TARGET_FIELD].strip() for rows in (train, dev, test) for row in rows}))
+    closed = objects if vocabulary == OBJECTS else vocabulary
+    asked = manual or bare(learned)
+    task = Task(name, train, dev, asked, learned, objects, closed, single_token=single_token, file=file, words=words)
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
     about: dict[str, Json] = {
         "manual": str(manual) if manual is not None else None,

@@ -23,7 +23,7 @@ from ptuning.experiment.cells import CellEstimate, CellResult, Job, answered_row
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
-from ptuning.metrics import Answer, score_values
+from ptuning.metrics import Answer
 from ptuning.names import (
     CELL,
     COMPARISON,
@@ -285,7 +285,7 @@ class Suite:
         return CellResult(
             cell,
             "done",
-            score_values(answers, job.test, job.metrics),
+            job.values(answers),
             seconds,
             len(tried) if isinstance(tried, list) and tried else 1,
             hits=sum(answer.hit for answer in answers) / len(answers),
@@ -314,8 +314,12 @@ class Suite:
             "restricted": task.vocabulary is not None,
             "single token": task.single_token,
         }
+        if task.words is not None:
+            found["label words"] = task.words.to_json()
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
+        if self.backbone.max_length is not None:
+            found["max_length of the backbone"] = self.backbone.max_length
         if method.trained:
             found["tries"] = self.tries
         return found

@@ -171,6 +171,7 @@ def task_job(
         "rows": sum(map(len, parts.values())),
         "dropped": {},
         "split": how,
+        "labels": list(labels) or None,
         "metrics": list(file.metrics),
         "version": file.version,
         "benchmark": SUITE if file.name in TASKS else None,

@@ -18,6 +18,7 @@ from ptuning.metrics import Answer
 from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, is_folder_name
 from ptuning.progress import OnProgress
 from ptuning.records import Record
+from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Task:
         vocabulary: A closed set of answers for every method, or None.
         single_token: Whether every target is one token of the backbone. Answers are then ranked among all tokens.
         file: The task file, if there is one.
+        words: Label words where there is no task file, or others than its own.
     """
 
     name: str
@@ -49,11 +51,13 @@ class Task:
     vocabulary: tuple[str, ...] | None = None
     single_token: bool = False
     file: TaskFile | None = None
+    words: LabelWords | None = None
 
     @property
     def answer_space(self) -> AnswerSpace:
         """What its questions are answered with."""
-        return self.file.answer_space if self.file is not None else AnswerSpace()
+        own = self.file.answer_space if self.file is not None else AnswerSpace()
+        return own if self.words is None else replace(own, words=self.words)
 
     @property
     def is_written(self) -> bool:

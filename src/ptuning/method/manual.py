@@ -33,7 +33,8 @@ def prompt_solution(
     task: Task, setup: Setup, template: Template, *, closed: Sequence[str] | None, max_length: int | None = None
 ) -> Solution:
     """Return the solution that asks the frozen backbone with a template without slots, with rows of ``max_length``."""
-    prompt = replace(Prompt.manual(template, task=task.file), multiline=is_multiline(task), max_length=max_length)
+    prompt = Prompt.manual(template, label_words=task.words, task=task.file)
+    prompt = replace(prompt, multiline=is_multiline(task), max_length=max_length)
     return answering(task, setup, PromptModel(setup.backbone), prompt, closed=closed)
 
 

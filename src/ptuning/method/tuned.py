@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from ptuning.config import Tune
+from ptuning.data.labelling import Findings
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json
@@ -70,7 +71,14 @@ def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[
     rates = [getattr(setup.config, setting) * factor for factor in tried_factors(setup.tries)]
     return [
         FleetPrompt(
-            f"try-{number}", template, task.train, task.dev, config=replace(same, **{setting: rate}), task=task.file
+            f"try-{number}",
+            template,
+            task.train,
+            task.dev,
+            config=replace(same, **{setting: rate}),
+            labels=task.answer_space.words,
+            task=task.file,
+            checked=Findings(),  # of all methods' rows, before the comparison
         )
         for number, rate in enumerate(rates, start=1)
     ]

@@ -60,7 +60,8 @@ class BackboneId:
     def described(self) -> str:
         """A short description: the name, the revision, and what it was loaded with."""
         revision = [] if self.revision is None else [f"revision {self.revision[:12]}"]
-        return ", ".join([self.name, *revision, *self.loaded.values()])
+        loaded = (f"rows of {value} tokens" if name == "max_length" else value for name, value in self.loaded.items())
+        return ", ".join([self.name, *revision, *loaded])
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class Prompt:
         scored_on: Number of records of the development part, or None.
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
+        merge: Labels that count as others, as ``biling=billing``, or ``case``.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -111,6 +113,7 @@ class Prompt:
     scored_on: int | None = None
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
+    merge: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -403,6 +406,7 @@ class Prompt:
             "scored_on": self.scored_on,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "fields": dict(self.fields),
+            "merge": list(self.merge),
         }
 
 
@@ -441,6 +445,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         scored_on=manifest.optional("scored_on", Unchecked.whole),
         intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
+        merge=tuple(manifest.at("merge", []).texts()),
     )
 
 

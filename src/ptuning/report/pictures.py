@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ptuning.metrics import Confusion
 from ptuning.statistics import Score
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ MARKERS = ("o", "D", "s", "^", "v")
 HOLLOW = (True, False, True, False, False)
 GREY = "#6b6b6b"
 LABEL_CHARACTERS = 22
+MOST_BESIDE = 7  # labels of two confusion matrices that stand beside each other
 # XML 1.0, production 2, has all other characters.
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 INK, RULE, RUN = "#222222", "#e2e2e2", "#a9a9a9"
@@ -96,6 +98,42 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
             axes.tick_params(labelbottom=True)  # the lowest of each column, also above one that is left out
         figure.supxlabel("epoch", fontsize=10)
         figure.supylabel("development score, %", fontsize=10)
+    return svg[0]
+
+
+def matrices(panels: Mapping[str, Confusion], *, name: str) -> str:
+    """Draw confusion matrices, a panel per method: counts, on squares that are darker the larger their share of a row
+    is. Labels have numbers, and names at the left.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    size = max(len(one.labels) for one in panels.values())
+    columns = min(2, len(panels)) if size <= MOST_BESIDE else 1
+    lines = -(-len(panels) // columns)
+    shades = LinearSegmentedColormap.from_list("shares", ["#ffffff", COLOURS[1]])
+    with _canvas(name, height=(0.24 * size + 0.75) * lines) as (figure, svg):
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for place, (axes, (method, one)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+            shares = [[count / max(1, sum(row)) for count in row] for row in one.counts]
+            axes.pcolormesh(shares, cmap=shades, vmin=0, vmax=1, edgecolors="white", linewidth=1.0)
+            for at, column in itertools.product(range(len(one.labels)), repeat=2):
+                colour = "white" if shares[at][column] > 0.5 else INK
+                text = f"{one.counts[at][column]:,}" if one.counts[at][column] else ""
+                axes.text(column + 0.5, at + 0.5, text, color=colour, ha="center", va="center", fontsize=7.5)
+            numbers = [str(number) for number in range(1, len(one.labels) + 1)]
+            cut = [_cut(label, LABEL_CHARACTERS // 2) for label in one.labels]
+            names = [f"{label} {number}" for label, number in zip(cut, numbers, strict=True)]
+            middle = [at + 0.5 for at in range(len(one.labels))]
+            axes.set_xticks(middle, numbers, fontsize=8)
+            axes.set_yticks(middle, names if place % columns == 0 else numbers, fontsize=8)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.invert_yaxis()
+            axes.set_title(method.replace("@", "\n@", 1), fontsize=9)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("answer", fontsize=9)
+        figure.supylabel("target", fontsize=9)
     return svg[0]
 
 
@@ -187,5 +225,9 @@ def _percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
 
 
 def _short(label: str) -> str:
+    return _cut(label, LABEL_CHARACTERS)
+
+
+def _cut(label: str, most: int) -> str:
     flat = " ".join(label.split())
-    return flat if len(flat) <= LABEL_CHARACTERS else f"{flat[: LABEL_CHARACTERS - 1]}…"
+    return flat if len(flat) <= most else f"{flat[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

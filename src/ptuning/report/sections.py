@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from ptuning.metrics import called
-from ptuning.report import pictures, tables
+from ptuning.report import confusion, pictures, tables
 from ptuning.report.blocks import Block, Fold, Items, Page, Picture, Section, counted, decimal, percent, phrase, reading
 from ptuning.report.cell_files import read_curve
 from ptuning.report.limits import limits
@@ -161,6 +161,7 @@ SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Wordings": _wordings,
     "By type of relation": tables.by_type,
     "Every task": tables.per_task,
+    "What is taken for what": confusion.section,
     "Written against learned": _dots,
     "Random weights: what the training facts teach alone": tables.control,
     "Differences": tables.differences,

@@ -270,8 +270,11 @@ class BoundTemplate:
         return Encoded(self.tokenizer, [run]).cut(run)[0][1]
 
     def _opening(self) -> Ids:
-        """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once."""
-        first, ids = self._pieces[0], self.tokenizer.prefix_ids
+        """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once, also
+        where it stands behind slots that the template begins with.
+        """
+        ids = self.tokenizer.prefix_ids
+        first = next((piece for piece in self._pieces if not isinstance(piece, _Slots)), None)
         written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
         return () if written[: len(ids)] == ids else ids
 

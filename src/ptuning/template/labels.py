@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ Normalise = Literal["sum", "mean"]
 # The fields of an empty record. Source: Zhao et al. (2021), arXiv:2102.09690, section 5 ("content-free input").
 EMPTY_TEXT = "N/A"
 EXAMPLE = '"positive=great,good;negative=terrible"'
+SHOWN_ROWS = 5  # in one message
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ PLAIN = Scoring()
 @dataclass(frozen=True)
 class LabelWords:
     """The words of each label, a text standing for one word. Fewer than two labels, no words, or a word of two labels
-    are a LabelWordError.
+    are a LabelWordError. A label that is its own word may be given by its name alone (:meth:`of`).
 
     >>> LabelWords({"positive": ["great", "good"], "negative": "terrible"}).words
     {'positive': ('great', 'good'), 'negative': ('terrible',)}
@@ -57,7 +59,7 @@ class LabelWords:
             raise LabelWordError(f"of the labels {', '.join(map(repr, self.words))} two have the same name")
         object.__setattr__(self, "words", words)
         if len(self.words) < 2:
-            raise LabelWordError(f"label words need at least two labels, as in {EXAMPLE}")
+            raise LabelWordError(f"label words need at least two labels, with ';' between them, as in {EXAMPLE}")
         owner: dict[str, str] = {}
         for label, listed in words.items():
             if not (label and listed and all(listed)):
@@ -71,8 +73,9 @@ class LabelWords:
                 owner[word] = label
 
     @classmethod
-    def of(cls, labels: LabelWords | Mapping[str, Sequence[str]] | str) -> LabelWords:
-        """Return label words given as such, as a mapping, or as the text that :meth:`parse` reads.
+    def of(cls, labels: LabelWords | Mapping[str, Sequence[str]] | Sequence[str] | str) -> LabelWords:
+        """Return label words given as such, as a mapping, as a list of labels that are their own words, or as the text
+        that :meth:`parse` reads.
 
         Raises:
             LabelWordError: If they are malformed, or nothing of the kind.
@@ -83,20 +86,19 @@ class LabelWords:
             return cls.parse(labels)
         if isinstance(labels, Mapping):
             return cls(labels)
+        if isinstance(labels, list | tuple) and all(isinstance(label, str) for label in labels):
+            _check_once(labels)
+            return cls({label: label for label in labels})
         raise LabelWordError(f"label words are a mapping or a text such as {EXAMPLE}, not {labels!r}")
 
     @classmethod
     def parse(cls, text: str) -> LabelWords:
-        """Parse ``positive=great,good;negative=terrible``; raise a LabelWordError if it is malformed."""
-        words: dict[str, list[str]] = {}
-        for part in filter(str.strip, text.split(";")):
-            label, equals, listed = part.partition("=")
-            if not equals:
-                raise LabelWordError(f"label words '{part.strip()}' have no '='; write them as in {EXAMPLE}")
-            if label.strip() in words:
-                raise LabelWordError(f"label '{label.strip()}' is given twice in the label words")
-            words[label.strip()] = listed.split(",")
-        return cls(words)
+        """Parse ``positive=great,good;negative=terrible``, or ``positive;negative`` where labels are their own words;
+        raise a LabelWordError if it is malformed.
+        """
+        parts = [part.partition("=") for part in filter(str.strip, text.split(";"))]
+        _check_once([label for label, _, _ in parts])
+        return cls({label.strip(): listed.split(",") if equals else label for label, equals, listed in parts})
 
     def to_json(self) -> dict[str, Json]:
         """Return the words as a manifest and a record hold them."""
@@ -116,15 +118,28 @@ class LabelWords:
         """Return the index of a record's label; raise a RecordError if its target is not a label."""
         label = record.get(TARGET_FIELD, "")
         if label not in self.words:
-            raise RecordError(
-                f"{where}: '{label}' is not one of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
-            )
+            raise RecordError(self._unknown(label, where=where))
         return self.labels.index(label)
 
+    def _unknown(self, label: str, *, where: str) -> str:
+        return f"{where}: '{label}' is not one of the labels {', '.join(self.labels)}.{closest(label, self.labels)}"
+
     def check_records(self, records: Records) -> None:
-        """Raise a RecordError at the first record without one of the labels."""
-        for number, record in enumerate(records, start=1):
-            self.label_of(record, where=records.place(number))
+        """Raise a RecordError that names the records without one of the labels, if there are any."""
+        given = ((number, row.get(TARGET_FIELD, "")) for number, row in enumerate(records, start=1))
+        wrong = [(number, label) for number, label in given if label not in self.words]
+        if not wrong:
+            return
+        (first, label), others = wrong[0], wrong[1:]
+        also = ""
+        if others:
+            listed = "; ".join(f"{records.place(number)}: '{other}'" for number, other in others[:SHOWN_ROWS])
+            also = f" Neither is {listed}{f'; {len(wrong)} rows in all' * (len(others) > SHOWN_ROWS)}."
+        right = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5) or self.labels[:1]
+        raise RecordError(
+            f"{self._unknown(label, where=records.place(first))}{also} Correct the file, name the label (--labels), or "
+            f'count it as another (--merge "{label}={right[0]}")'
+        )
 
     def examples(self, bound: BoundTemplate, record: Record) -> list[Example]:
         """Fill a template with a record and each word in turn, in the order of :attr:`flat`."""
@@ -151,6 +166,15 @@ class LabelWords:
                 )
             lines.append(f"{self.labels[label]}: '{word}' {list(ids)}")
         return lines
+
+
+def _check_once(labels: Sequence[str]) -> None:
+    """Raise a LabelWordError if a label is given twice."""
+    given: set[str] = set()
+    for label in map(str.strip, labels):
+        if label in given:
+            raise LabelWordError(f"label '{label}' is given twice in the label words")
+        given.add(label)
 
 
 def _words_of(label: object, listed: object) -> tuple[str, ...]:

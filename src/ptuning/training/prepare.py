@@ -6,11 +6,12 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.answer_space import AnswerSpace
+from ptuning.data.labelling import merges
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
@@ -33,6 +34,8 @@ class Prepared:
     Args:
         answers: What rows are answered with: labels, choices or text.
         fields: Which fields of the training part had another name in its file, new name -> name in the file.
+        merge: Labels that count as others.
+        left_out: The rows that are not used, with the reason of each.
         began: When preparing began, by the monotonic clock.
     """
 
@@ -45,6 +48,8 @@ class Prepared:
     parts: Mapping[str, Questions]
     items: Mapping[str, Sequence[Item]]
     fields: Mapping[str, str]
+    merge: tuple[str, ...]
+    left_out: tuple[str, ...]
     began: float
 
 
@@ -55,10 +60,11 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         PTuningError: If anything cannot be used.
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
+    if backbone.max_length is not None:
+        config = replace(config, max_length=min(config.max_length, backbone.max_length))
     template = _trainable(as_template(spec.template), config)
+    spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
-    if task is not None:
-        words = words or task.label_words
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
@@ -87,7 +93,20 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     for name, made in items.items():
         shortened = sum(any(example.shortened for example in item.inputs) for item in made)
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
-    return Prepared(template, bound, backbone, config, answers, task, parts, items, fields, began)
+    left_out = spec.checked.left_out if spec.checked is not None else ()
+    return Prepared(
+        template, bound, backbone, config, answers, task, parts, items, fields, merges(spec.merge), left_out, began
+    )
+
+
+def _checked(spec: TrainSpec) -> TrainSpec:
+    """Look at the rows and labels, unless that was done before; warn of what may be a mistake."""
+    if spec.checked is not None:
+        return spec
+    found = spec.check()
+    for doubt in found.checked.doubts if found.checked is not None else ():
+        logger.warning("%s", doubt)
+    return found
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:

@@ -247,6 +247,7 @@ class TrainingRun:
             calibrate=prepared.answers.scoring.calibrate,
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
+            merge=prepared.merge,
         )
 
 
@@ -303,6 +304,8 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "settings": settings,
         "labels": list(words.labels) if words else None,
         "fields": dict(prepared.fields),
+        "merge": list(prepared.merge),
+        "left_out": list(prepared.left_out),
         "seeds": {"seed": config.seed, **{stream: derived_seed(config.seed, stream) for stream in streams}},
         "versions": dict(versions()),
         "threads": torch.get_num_threads(),

@@ -59,3 +59,22 @@ def test_bad_input_of_export(prompt: str, llama: str) -> None:
     fails(*args, "--as", "lora", "--out", "out", says=["3 slots", "rows that no text uses", "--as embeds"])
     fails("export", "missing", "--as", "lora", "--out", "out", says=["missing is not a prompt folder"])
     fails("export", "manual:{x} is [Y]", "--as", "lora", "--out", "out", "--backbone", llama, says=["no slots"])
+
+
+def test_import_takes_the_model_that_the_adapter_names(llama: str) -> None:
+    """And an export that is imported answers as the prompt did."""
+    Path("facts.jsonl").write_text(FACTS, encoding="utf-8")
+    learned(load_backbone(llama, dtype="float32"), "[P*2] {x} is [Y]").save("prompt")
+    works("export", "prompt", "--as", "peft", "--backbone", llama, "--data", "facts.jsonl", "--out", "adapter")
+    printed = works("import", "adapter", "--template", "[P*2] {x} is [Y]", "--out", "back")
+    assert f"back: 2 slots, prompt tuning of PEFT, for {llama}" in printed
+    asked = ("--data", "facts.jsonl", "--backbone", llama, "--json")
+    before, after = (json.loads(works("eval", name, *asked)) for name in ("prompt", "back"))
+    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+
+
+def test_bad_input_of_import(prompt: str, llama: str) -> None:
+    args = ("import", "adapter", "--backbone", llama, "--out", "out", "--template")
+    fails(*args, "[P*2 [X] [Y]", says=["unknown piece"])
+    fails(*args, "[P*2] [X] [Y]", says=["adapter_config.json", "check the path"])
+    fails("import", prompt, "--template", "[P] [X] [Y]", "--out", prompt, says=["not empty"])

@@ -87,7 +87,9 @@ def test_compare(llama: str) -> None:
     assert found["settings"]["batch_size"] == 8
     assert list(Path("out/log").rglob("log.csv")) == [Path("out/log/p-tuning-seed-0/train/try-1/log.csv")]
     again = call(*compare(llama, "--log-to", "csv"))
-    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    assert (again.code, again.out) == (0, done.out)  # nothing was left to do
+    (note,) = again.err.splitlines()
+    assert note.startswith("4 distinct targets in 18 records: ")
     assert saved() == found
 
 
@@ -341,10 +343,15 @@ def test_superglue(llama: str) -> None:
     assert "1/3  CB  majority  seed 0: score 0." in done.err
     assert "macro F1  [95 % interval]" in done.out
     assert "p-tuning - majority: score " in done.out
+    assert "confusion of CB, p-tuning, 2 seeds added up: a row for each target" in done.out
+    assert Path("out/pictures/confusion-1.svg").is_file()
     found = saved()
     assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
+    assert sorted(found["task_info"]["CB"]["labels"]) == sorted(labels)
     again = call(*command, "--tasks", "CB", "--seeds", 2)
-    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
+    assert (again.code, again.out) == (0, done.out)  # nothing was left to do
+    (note,) = again.err.splitlines()
+    assert note.startswith("4 distinct targets in 18 records: ")
     fails(*command, "--few-shot", "32", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
     assert call(*command, "--few-shot").code == 2  # it takes a number
     works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptuning.cli.commands import tasks
-from ptuning.data.task_check import Findings
+from ptuning.data.labelling import Findings
 from ptuning.data.task_files import load_task, shipped_names, shipped_tasks
 from ptuning.prompt.prompt import Prompt
 from tests.cli.commands.test_experiments import printed as printed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cli.test_app import QUICK, call, works
-from tests.messages import write_mail
+from tests.cli.test_app import QUICK, call, fails, works
+from tests.messages import as_csv, messages, write_mail
 
 TEMPLATE = "{message} [P:This is for] [Y]"
 
@@ -48,3 +49,146 @@ def test_the_next_command_works_as_it_is_printed(llama: str, mail: tuple[Path, P
     }
     done = call("eval", "m2", "--data", test, "--candidates", "train", "--backbone", llama)
     assert done.code == 0, done.err
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def quick(data: object, llama: str, *more: object) -> tuple[object, ...]:
+    return ("--data", data, "--template", TEMPLATE, "--backbone", llama, "--epochs", "1", "--batch-size", "16", *more)
+
+
+def test_labels_are_found_in_a_messy_file(llama: str, mail: tuple[Path, Path]) -> None:
+    """Without a word about columns: the target is the one that the template does not read."""
+    train, test = mail
+    done = call("train", *quick(train, llama), "--labels", "auto", "--out", "mail")
+    assert done.code == 0, done.err
+    for said in (
+        "target: the column 'team' (--field y=NAME for another)",
+        "train: 4 labels in 87 records: account 22, billing 21, shipping 22, technical 22",
+        f"warning: train: the field 'message' is empty in 2 rows: {train}, lines 13, 58",
+        f"warning: train: 'biling' looks like 'billing' ({train}, line 35); left out.",
+    ):
+        assert done.err.count(said) == 1, done.err
+    record = json.loads(Path("mail/run.json").read_text(encoding="utf-8"))
+    assert record["labels"] == ["account", "billing", "shipping", "technical"]
+    assert record["fields"] == {"y": "team"}
+    assert [line.partition(": ")[0] for line in record["left_out"]] == [f"{train}, line {at}" for at in (13, 58, 35)]
+    scored = json.loads(works("eval", "mail", "--data", test, "--backbone", llama, "--json"))
+    assert (scored["data"]["rows"], *scored["scores"]) == (30, "accuracy")
+    assert works("predict", "mail", "my parcel never came", "--backbone", llama).strip() in record["labels"]
+
+
+def test_labels_by_name_alone_and_labels_that_count_as_others(llama: str, mail: tuple[Path, Path]) -> None:
+    """The prompt remembers what counts as what, so a test file with the same slip can be scored."""
+    train, test = mail
+    named = ("--labels", "billing;shipping;technical;account")
+    fails("train", *quick(train, llama), *named, "--out", "a", says=[f"{train}, line 35: 'biling' is not one of"])
+    fails("train", *quick(train, llama), *named, "--merge", "x", "--out", "a", says=["'x' is no merge", "WRONG=RIGHT"])
+    works("train", *quick(train, llama), *named, "--merge", "biling=billing", "--out", "a")
+    assert json.loads(Path("a/run.json").read_text(encoding="utf-8"))["merge"] == ["biling=billing"]
+    test.write_text(test.read_text(encoding="utf-8") + "one more invoice,biling\nanother,Shipping\n", encoding="utf-8")
+    args = ("eval", "a/prompt", "--data", test, "--backbone", llama, "--json")
+    fails(*args, says=[f"{test}, line 33: 'Shipping' is not one of the labels", '--merge "Shipping=shipping"'])
+    assert json.loads(works(*args, "--merge", "case"))["data"]["rows"] == 32
+    assert json.loads(works(*args, "--labels", "auto"))["data"]["rows"] == 31  # the rare look-alike is left out
+
+
+def test_strict_refuses_what_may_be_a_mistake(llama: str, mail: tuple[Path, Path]) -> None:
+    train, _ = mail
+    says = [f"{train}, lines 13, 58", f"'biling' looks like 'billing' ({train}, line 35)"]
+    fails("train", *quick(train, llama), "--labels", "auto", "--strict", "--out", "mail", says=says)
+
+
+def test_few_targets_are_named_where_no_labels_are_asked_for(llama: str, mail: tuple[Path, Path]) -> None:
+    train, _ = mail
+    done = call("estimate", *quick(train, llama))
+    assert "5 distinct targets in 88 records: shipping 22, technical 22, account 22, billing 21, biling 1." in done.err
+    assert '--labels auto, or --labels "shipping;technical;account;billing"' in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "labels", "says"),
+    [
+        ("message,team\na,x,y\n", "auto", ["mail.csv, line 2: 3 cells, and the header has 2 columns"]),
+        ("message,team,id\na,billing,1\n", "auto", ["mail.csv, line 2: no target", "id, message, team", "y=NAME"]),
+        ("message,price\n" + "".join(f"m{at},{at}.5\n" for at in range(9)), "auto", ["numbers", "a few classes"]),
+        ("message,team\n" + "".join(f"m{at},t{at // 2}\n" for at in range(20_000)), "auto", ["10,000 different"]),
+        ("message,team\n" + "a,Sales\nb,sales\n" * 9, "auto", ["'Sales' (9) and 'sales' (9)", "--merge case"]),
+        ("message,team\n" + "a,sales\nb,  \n" * 9, "auto", ["mail.csv, line 3: no target", "fill it in"]),
+        ("message,team\n" + "a,sales\n" * 9, "auto", ["one label only (sales)", "--labels"]),
+    ],
+)
+def test_files_that_give_no_labels_say_what_to_do(llama: str, text: str, labels: str, says: list[str]) -> None:
+    Path("mail.csv").write_text(text, encoding="utf-8")
+    fails("train", *quick("mail.csv", llama), "--labels", labels, "--out", "out", says=says)
+
+
+def test_labels_in_the_spelling_of_a_file_and_spaces_around_them(llama: str) -> None:
+    Path("mail.csv").write_text("message,team\n" + "".join(f"a{n}, sales\nb{n},Help \n" for n in range(9)))
+    done = call("train", *quick("mail.csv", llama), "--labels", "auto", "--out", "out")
+    assert "18 records: Help 9, sales 9" in done.err
+
+
+def test_manual_prompts_are_scored_with_labels(llama: str, mail: tuple[Path, Path]) -> None:
+    train, test = mail
+    args = ("eval", "manual:{message} This is for [Y]", "--data", test, "--backbone", llama, "--json")
+    found = json.loads(works(*args, "--labels", "auto"))
+    assert [*found["scores"]] == ["accuracy"]
+    assert json.loads(works(*args, "--labels", "account;billing;shipping;technical")) == found
+    done = call(*args)
+    assert [*json.loads(done.out)["scores"]] == ["exact_match"]
+    assert "give --labels auto" in done.err
+    fails(*args, "--labels", "auto", "--candidates", train, says=["has label words, which are all its answers"])
+
+
+def test_a_comparison_has_the_labels_and_the_development_part_of_training(llama: str, mail: tuple[Path, Path]) -> None:
+    train, test = mail
+    more = ("--labels", "auto", "--out")
+    works("train", *quick(train, llama), *more, "mail")
+    manual = ("--manual", "{message} This is for [Y]", "--template", TEMPLATE, "--backbone", llama, "--epochs", "1")
+    args = ("compare", "--data", train, *manual, "--set", "batch_size=16")
+    out = call(*args, "--test", test, *more, "both")
+    assert out.code == 0, out.err
+    assert "warning: train: 'biling' looks like 'billing'" in out.err
+    found: dict[str, Any] = json.loads(Path("both/results.json").read_text(encoding="utf-8"))
+    (task,) = found["tasks"].values()
+    assert [*task] == ["majority", "manual", "in-context", "p-tuning"]
+    assert {name for scores in task.values() for name in scores} == {"accuracy", "macro_f1"}
+    (info,) = found["task_info"].values()
+    trained = json.loads(Path("mail/run.json").read_text(encoding="utf-8"))
+    for part in ("train", "dev"):
+        assert info["data"][part]["sha256"] == trained["data"][part]["sha256"]
+    assert (info["labels"], info["left_out"]) == (trained["labels"], trained["left_out"])
+    cell = json.loads(Path("both/cells/mail/p-tuning/seed-0/try-1/run.json").read_text(encoding="utf-8"))
+    assert cell["history"][0]["dev_score"] == trained["history"][0]["dev_score"]
+    scored = json.loads(works("eval", "both/cells/mail/p-tuning/seed-0/try-1", "--data", test, "--backbone", llama,
+                              "--field", "y=team", "--json"))  # fmt: skip
+    assert scored["scores"]["accuracy"]["value"] == pytest.approx(task["p-tuning"]["accuracy"]["value"])
+    alone = call(*args, "--methods", "majority,manual", *more, "alone")
+    assert alone.code == 0, alone.err
+    (info,) = json.loads(Path("alone/results.json").read_text(encoding="utf-8"))["task_info"].values()
+    assert info["data"]["dev"]["sha256"] == trained["data"]["dev"]["sha256"]
+    assert "20% of the rest set aside to report on" in info["split"]
+
+
+def test_a_comparison_takes_a_task_file(llama: str) -> None:
+    Path("teams.toml").write_text(
+        'name = "teams"\nversion = "1"\nlabel = "team"\n[labels]\nbilling = ["bill"]\nshipping = ["ship"]\n'
+        'technical = ["help"]\naccount = ["name"]\n[[patterns]]\nmanual = "{message} This is for [Y]"\n'
+        'learned = "{message} [P:This is for] [Y]"\n',
+        encoding="utf-8",
+    )
+    rows = list(messages())
+    Path("mail.csv").write_text(as_csv(rows[:40]), encoding="utf-8")
+    Path("test.csv").write_text(as_csv(rows[40:60]), encoding="utf-8")
+    args = ("compare", "--task", "teams.toml", "--data", "mail.csv", "--test", "test.csv", "--backbone", llama)
+    works(*args, "--methods", "majority,manual,p-tuning", "--epochs", "1", "--out", "out")
+    found = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    (task,) = found["tasks"].values()
+    assert [*task] == ["majority", "manual", "p-tuning"]
+    assert [*task["manual"]] == ["score", "accuracy"]
+    assert found["task_info"]["mail"]["template"] == "{message} [P:This is for] [Y]"
+    fails(*args, "--pattern", "2", "--out", "no", says=["the task teams has the patterns 1 to 1, not 2"])
+    fails(*args, "--vocabulary", "objects", "--out", "no", says=["a vocabulary (--vocabulary) is for answers as text"])
+    fails("compare", "--data", "mail.csv", "--backbone", llama, "--out", "no", says=["--manual", "--task"])

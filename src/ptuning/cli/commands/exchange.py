@@ -1,4 +1,4 @@
-"""`ptuning export`: take a prompt along to another program."""
+"""`ptuning export` and `import`: take a prompt along to another program, and take one over from PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
 
-FORMS = ("lora", "peft", "embeds")
+FORMS = ("lora", "peft", "tokens", "embeds")
 
 
 @options.takes(backbone=options.backbone_options)
@@ -68,3 +68,32 @@ def _compared_on(chosen: Prompt, name: str, data: str | None, field: list[str] |
     if chosen.answer_space.has_choices:
         raise ConfigError("the prompt chooses among choices that each row brings; name rows to compare on with --data")
     return development_records(name) or made_record(chosen)
+
+
+@options.takes(backbone=options.backbone_options)
+def import_prompt(
+    folder: Annotated[str, typer.Argument(metavar="PEFT_FOLDER", help="Folder of an adapter of PEFT.")],
+    template: Annotated[str, typer.Option(metavar="T", help='As "[P*20]{text} Label: [Y]".')],
+    out: Annotated[str, typer.Option(metavar="DIR", help="New folder.")],
+    labels: Annotated[str | None, typer.Option(metavar="WORDS", help='As "good=great,fine; bad=poor".')] = None,
+    *,
+    backbone: options.AskedBackbone,
+) -> None:
+    """Make a prompt of virtual tokens that PEFT trained (prompt tuning, p-tuning). Its model is the default backbone.
+
+    Example: ptuning import peft-folder --template "[P*20]{text} Label: [Y]" --out mine
+    """
+    with terminal.waiting("starting"):
+        from ptuning.exchange import imports
+        from ptuning.names import check_free
+        from ptuning.template.labels import LabelWords
+        from ptuning.template.language import Template
+
+    parsed, words = Template.parse(template), LabelWords.of(labels) if labels is not None else None
+    check_free(Path(out))
+    adapter = imports.read_adapter_folder(folder)
+    loaded = load(backbone if backbone.name is not None else replace(backbone, name=adapter.base_model))
+    prompt = imports.import_prompt(adapter, parsed, loaded, label_words=words)
+    prompt.save(out)
+    terminal.heading(f"{out}: {prompt.slots} slots, {prompt.method}, for {loaded.name}")
+    terminal.line(f"next: ptuning eval {out} --data FILE")

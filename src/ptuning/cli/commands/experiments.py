@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.labels import show_confusion
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -158,11 +159,20 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
 @_comparison()
 def compare(
     data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
-    test: Annotated[str, typer.Option(metavar="TEST", help="Data to report on; it chooses nothing.")],
-    manual: Annotated[str, typer.Option(metavar="M", help='Manual template, as "The capital of [X] is [Y]".')],
     plan: GetPlan,
+    test: Annotated[
+        str | None, typer.Option(metavar="TEST", help="Data to report on; it chooses nothing. Else a part of TRAIN.")
+    ] = None,
+    manual: Annotated[
+        str | None, typer.Option(metavar="M", help='Manual template, as "The capital of [X] is [Y]".')
+    ] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
     template: Annotated[str | None, typer.Option(metavar="T", help="Template to learn; else made of M.")] = None,
+    labels: options.LabelsOption = None,
+    merge: options.MergeOption = None,
+    strict: options.StrictOption = False,
+    task: options.TaskOption = None,
+    pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     vocabulary: VocabularyOption = None,
     train_size: SizeOption = None,
     field: FieldOption = None,
@@ -172,16 +182,18 @@ def compare(
     Example: ptuning compare --data capitals:train --dev capitals:dev --test capitals:test
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
-    train_rows, test_rows = inputs.records_of(data, field), inputs.records_of(test, field)
-    dev_rows = inputs.records_of(dev, field) if dev is not None else None
-    from ptuning.experiment.compare import compare as run
+    file = inputs.task_of(task)
+    pair = inputs.template_pair(file, manual, template, pattern)
+    sources = {"train": data, "dev": dev, "test": test}
+    parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
+    rows = inputs.looked_at(parts, labels, merge, file, reads=pair[0].fields, strict=strict)
+    from ptuning.experiment.compare import compare_labelled as run
 
     return run(
-        train_rows,
-        test=test_rows,
-        dev=dev_rows,
-        manual=manual,
-        template=template,
+        rows,
+        manual=pair[0],
+        template=pair[1],
+        task=file,
         vocabulary=vocabulary,
         train_size=train_size,
         # It becomes a folder.
@@ -392,7 +404,9 @@ def _time(cells: Sequence[CellEstimate]) -> str:
 
 
 def show_results(found: Results) -> None:
-    """Print the main table, the differences, and where everything lies."""
+    """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
+    from ptuning.report.confusion import confusions
+
     if len(found.tasks) > 1:
         many = found.overall_unit
         _table(_means(found.macro), f"mean over {len(found.tasks)} {many} (n = {many})")
@@ -401,6 +415,11 @@ def show_results(found: Results) -> None:
     unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
     for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
         _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
+        learned = confusions(found, name).get(found.pair[1])
+        if learned is not None:
+            seeds = len(found.done(found.pair[1], name))
+            added = f", {seeds} seeds added up" if seeds > 1 else ""
+            show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
     for name, relation in found.paraphrases.items():
         for method, spread in relation.spread.items():
             range_ = f"{spread.min:.3f} to {spread.max:.3f}"
@@ -451,6 +470,8 @@ def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
     """Return the scores that fit into 80 columns: a task's own or their mean, and P@1 only once."""
     if present[0] == TASK_SCORE:
         return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
-    same = all(scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values())
+    same = EXACT_MATCH in present and all(
+        scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values()
+    )
     left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
     return [name for name in present if name not in left_out]

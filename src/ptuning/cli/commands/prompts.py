@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import data_of, load, prompt_of, read_candidates, task_of
+from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of
 from ptuning.cli.labels import show_errors, show_labels
 from ptuning.cli.outputs import check_file, write_scored
 from ptuning.metrics import called
@@ -29,7 +29,7 @@ SHOWN_ERRORS = 10
 SHOWN_NEIGHBOURS = 3
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(backbone=options.limited_backbone_options)
 def evaluate(
     prompt: options.PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
@@ -39,6 +39,8 @@ def evaluate(
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
     field: options.FieldOption = None,
+    labels: options.LabelsOption = None,
+    merge: options.MergeOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
     errors: Annotated[
@@ -54,20 +56,19 @@ def evaluate(
 
     Example: ptuning eval capitals --data capitals:test
     """
-    from ptuning.data.questions import as_questions
-    from ptuning.records import require_fields, require_targets
+    from ptuning.records import require_fields
 
     chosen = prompt_of(prompt, task_of(task), without=without)
+    check_file(out, overwrite=overwrite, data=data)
+    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
+    chosen, rows = labelled(chosen, rows, labels, merge)
+    records = rows.records
+    require_fields(records, chosen.template.fields)
     if candidates is not None:
         chosen.check_open()
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
-    check_file(out, overwrite=overwrite, data=data)
-    rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
-    records = as_questions(rows).records
-    require_fields(records, chosen.template.fields)
-    require_targets(records)
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
@@ -83,7 +84,7 @@ def evaluate(
     _show_scores(prompt, rows, found, records=records, fields=chosen.template.fields, errors=most, as_json=as_json)
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(backbone=options.limited_backbone_options)
 def inspect(
     prompt: options.PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,

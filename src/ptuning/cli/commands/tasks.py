@@ -11,12 +11,12 @@ from rich.markup import escape
 from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load_tokenizer
-from ptuning.cli.options import AskedBackbone, takes, tokenizer_options
+from ptuning.cli.options import AskedBackbone, StrictOption, takes, tokenizer_options
 from ptuning.errors import FileError, TaskError
 
 if TYPE_CHECKING:
+    from ptuning.data.labelling import Findings
     from ptuning.data.questions import Questions
-    from ptuning.data.task_check import Findings
     from ptuning.data.task_files import TaskFile
 
 TaskArgument = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped task, or a task file.")]
@@ -58,6 +58,7 @@ def show_task(task: TaskArgument) -> None:
 def check_task(
     task: TaskArgument,
     data: Annotated[Path | None, typer.Option(metavar="DIR|FILE", help="Rows to read as well.")] = None,
+    strict: StrictOption = False,
     *,
     backbone: AskedBackbone,
 ) -> None:
@@ -85,8 +86,9 @@ def check_task(
 
     checked = check_data(found, parts) + check_words(found, tokenizer, kind, parts=parts)
     show_findings(found, checked)
-    if checked.problems:
-        raise TaskError(f"{task}: " + "\n  ".join(checked.problems))
+    problems = checked.problems + (checked.doubts if strict else ())
+    if problems:
+        raise TaskError(f"{task}: " + "\n  ".join(problems))
     terminal.line(f"fine with the tokenizer of {backbone.name or sources.BACKBONE}")
 
 

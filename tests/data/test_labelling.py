@@ -1,0 +1,240 @@
+"""Labels found in targets, labels that count as others, and what is told of rows that may be mistakes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from ptuning.data.labelling import (
+    MAX_LABELS,
+    Labelled,
+    Labels,
+    Merge,
+    found_labels,
+    label_rows,
+    look_alikes,
+    merges,
+    seen_labels,
+)
+from ptuning.data.questions import Question, Questions, as_questions
+from ptuning.data.reading import load_records
+from ptuning.errors import LabelWordError, RecordError
+from ptuning.template.labels import LabelWords
+from tests.messages import write_mail
+
+TEAMS = ("account", "billing", "shipping", "technical")
+FIELDS = ("message",)
+
+
+def rows_of(**counts: int) -> Questions:
+    """Rows with different texts and so many rows of each label; a double underscore is a space."""
+    rows = [(label.replace("__", " "), at) for label, count in counts.items() for at in range(count)]
+    return Questions(
+        [Question({"message": f"{label} text {at}", "y": label}, where=f"m.csv, line {line}")
+         for line, (label, at) in enumerate(rows, start=2)],
+        name="m.csv",
+    )  # fmt: skip
+
+
+def look(rows: Questions, labels: Labels | None = "auto", *, merge: Merge | None = None, **more: Questions) -> Labelled:
+    return label_rows({"train": rows, **more}, labels, fields=FIELDS, merge=merge)
+
+
+@pytest.fixture
+def mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Questions:
+    """The messy mailbox; its places are those of a file in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_mail(Path())
+    return as_questions(load_records("mail.csv", fields={"y": "team"}))
+
+
+# ---------------------------------------------------------------------------------------------------- a messy file
+
+
+def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions) -> None:
+    found = look(mail)
+    assert found.words == LabelWords({team: team for team in TEAMS})
+    (counts, twice), doubts = found.findings.facts, found.findings.doubts
+    assert counts == "train: 4 labels in 87 records: account 22, billing 21, shipping 22, technical 22"
+    assert twice == "train: mail.csv, line 62 (as mail.csv, line 21) has the same text and label as another"
+    assert doubts == (
+        "train: the field 'message' is empty in 2 rows: mail.csv, lines 13, 58",
+        "train: 2 of 90 rows have no text and are left out",
+        "train: 'biling' looks like 'billing' (mail.csv, line 35); left out. Correct it in the file, or count it as "
+        "that label: --merge biling=billing",
+    )
+    assert found.findings.left_out == (
+        "mail.csv, line 13: no text",
+        "mail.csv, line 58: no text",
+        "mail.csv, line 35: 'biling' looks like 'billing'",
+    )
+    rows = found.parts["train"]
+    assert (rows.name, len(rows), rows.fields) == ("mail.csv", 87, {"y": "team"})
+    assert rows.sha256 != mail.sha256
+
+
+def test_a_typo_is_never_merged_unless_that_is_asked_for(mail: Questions) -> None:
+    found = look(mail, merge=["biling=billing"])
+    assert "billing 22" in found.findings.facts[0]
+    assert len(found.parts["train"]) == 88
+    assert not any("biling" in doubt for doubt in found.findings.doubts)
+    with pytest.raises(RecordError, match=r"line 35: 'biling' is not one of the labels .*--merge \"biling=billing\""):
+        look(mail, list(TEAMS))
+    assert look(mail, ";".join(TEAMS), merge={"biling": "billing"}).words == found.words
+
+
+def test_without_labels_few_targets_are_named_with_what_to_type(mail: Questions) -> None:
+    found = look(mail, None)
+    assert found.words is None
+    assert len(found.parts["train"]) == 88  # the rows without a text are of no use either way
+    assert found.findings.facts == (
+        "5 distinct targets in 88 records: shipping 22, technical 22, account 22, billing 21, biling 1. If they are "
+        'labels to choose among, give --labels auto, or --labels "shipping;technical;account;billing"; without, the '
+        "answer is written as text",
+    )
+    assert found.findings.doubts[-1] == "'biling' (mail.csv, line 35) looks like 'billing'"
+
+
+def test_strict_makes_an_error_of_every_doubt(mail: Questions) -> None:
+    with pytest.raises(RecordError) as caught:
+        label_rows({"train": mail}, "auto", fields=FIELDS, strict=True)
+    for part in ("--strict", "mail.csv, lines 13, 58", "'biling' looks like 'billing' (mail.csv, line 35)"):
+        assert part in str(caught.value)
+    clean = rows_of(good=4, bad=4)
+    assert label_rows({"train": clean}, "auto", fields=FIELDS, strict=True).parts["train"] is clean
+
+
+# ------------------------------------------------------------------------------------------------- labels in targets
+
+
+def test_what_can_be_no_labels_is_refused_with_the_remedy() -> None:
+    many = Counter({f"label {at}": 3 for at in range(10_000)})
+    with pytest.raises(RecordError, match=r"m.csv: 10,000 different targets in 30,000 records .* Leave --labels out"):
+        found_labels(many, name="m.csv")
+    with pytest.raises(RecordError, match=r"9 different targets in 10 records .* \(--field y=NAME\)"):
+        found_labels(Counter({f"a text of its own {at}": 1 + (at == 0) for at in range(9)}), name="m.csv")
+    with pytest.raises(RecordError, match="one label only"):
+        found_labels(Counter({"billing": 9, "biling": 1}), name="m.csv")
+    assert len(found_labels(Counter({f"label {at}": 3 for at in range(MAX_LABELS)}), name="m.csv")) == MAX_LABELS
+
+
+@pytest.mark.parametrize(
+    "amounts", [[f"{at}.5" for at in range(4)], [str(at) for at in range(11)], ["1,5", "-2", "3%"]]
+)
+def test_amounts_are_no_labels(amounts: list[str]) -> None:
+    counts = Counter(dict.fromkeys(amounts, 9))
+    with pytest.raises(RecordError, match=r"the targets are numbers .* Make them a few classes .*--labels"):
+        found_labels(counts, name="m.csv")
+    (fact,) = seen_labels(counts, {}).facts
+    assert "near miss" in fact
+
+
+def test_stars_and_years_are_labels() -> None:
+    assert found_labels(Counter({str(at): 9 for at in range(1, 6)}), name="m.csv") == ["1", "2", "3", "4", "5"]
+
+
+def test_labels_in_another_spelling_are_one_only_when_asked() -> None:
+    rows = rows_of(billing=9, Billing=5, very__late=6, very____late=1)
+    with pytest.raises(RecordError, match=r"'billing' \(9\) and 'Billing' \(5\)\. Take them as one with --merge case"):
+        look(rows)
+    assert look(rows, merge="case").words == LabelWords({"billing": "billing", "very late": "very late"})
+    given = look(rows, ["Billing", "very late"], merge=["case"])
+    assert given.words is not None
+    assert Counter(row.record["y"] for row in given.parts["train"]) == {"Billing": 14, "very late": 7}
+
+
+def test_a_rare_spelling_is_left_out_and_told() -> None:
+    found = look(rows_of(billing=9, sales=9, Billing=1))
+    assert len(found.parts["train"]) == 18
+    assert "'Billing' looks like 'billing' (m.csv, line 20)" in found.findings.doubts[0]
+
+
+def test_merges_are_pairs_or_case() -> None:
+    assert merges(None) == ()
+    assert merges({"a": "b"}) == merges("a=b") == merges([" a = b "]) == ("a=b",)
+    assert merges(["case", "a=b"]) == ("a=b", "case")
+    with pytest.raises(LabelWordError, match=r"'a' is no merge of labels \(--merge\); write WRONG=RIGHT, or case"):
+        merges("a")
+
+
+@pytest.mark.parametrize(
+    ("counts", "likely"),
+    [
+        ({"billing": 8, "biling": 2}, {"biling": "billing"}),
+        ({"billing": 8, "billign": 1}, {"billign": "billing"}),
+        ({"technical": 20, "tehcnicla": 1}, {"tehcnicla": "technical"}),
+        ({"billing": 8, "biling": 3}, {}),  # too often for a slip
+        ({"billing": 7, "biling": 2}, {}),  # the other is not frequent
+        ({"5 stars": 20, "4 stars": 1}, {}),
+        ({"increase": 20, "decrease": 1}, {}),
+        ({"male": 20, "female": 1}, {}),
+        ({"yes": 20, "yer": 1}, {}),  # too short to tell
+        ({"sales": 20, "refunds": 1}, {}),
+    ],
+)
+def test_rare_labels_that_look_like_frequent_ones(counts: dict[str, int], likely: dict[str, str]) -> None:
+    assert look_alikes(counts) == likely
+
+
+def test_the_test_part_brings_no_labels_and_its_typos_are_left_out() -> None:
+    train, test = rows_of(billing=9, sales=9), rows_of(billing=3, bilings=1)
+    found = label_rows({"train": train, "test": test}, "auto", fields=("other",))
+    assert found.words is not None
+    assert found.words.labels == ("billing", "sales")
+    assert len(found.parts["test"]) == 3
+    with pytest.raises(RecordError, match="'refund' is not one of the labels billing, sales"):
+        label_rows({"train": train, "test": rows_of(refund=5)}, "auto", fields=("other",))
+
+
+def test_known_labels_are_taken_from_a_prompt() -> None:
+    known = LabelWords({"billing": "bill", "sales": "sale"})
+    found = label_rows({"data": rows_of(billing=3, biling=1)}, "auto", fields=FIELDS, known=known)
+    assert (found.words, len(found.parts["data"])) == (known, 3)
+    with pytest.raises(RecordError, match="'biling' is not one of the labels"):
+        label_rows({"data": rows_of(billing=3, biling=1)}, fields=FIELDS, known=known)
+
+
+def test_rows_with_their_own_choices_have_no_labels() -> None:
+    rows = Questions([Question({"message": "a", "y": "b"}, ("b", "c"), (0,))])
+    assert look(rows, None).parts == {"train": rows}
+    with pytest.raises(LabelWordError, match="the rows bring their own choices"):
+        look(rows)
+
+
+# -------------------------------------------------------------------------------------------------------- other rows
+
+
+def test_only_rows_without_any_text_are_left_out_and_test_rows_never() -> None:
+    rows = Questions([Question({"a": text, "b": " ", "y": "y"}, where=f"m.csv, line {at}") for at, text in
+                      enumerate(["", "x", "z"], start=2)], name="m.csv")  # fmt: skip
+    found = label_rows({"train": rows, "test": rows}, fields=("a", "b"))
+    assert [len(part) for part in found.parts.values()] == [2, 3]
+    assert "train: the field 'b' is empty in 3 rows: m.csv, lines 2, 3, 4" in found.findings.doubts
+    assert "test: the field 'a' is empty in 1 row: m.csv, line 2" in found.findings.doubts
+    with pytest.raises(RecordError, match=r"the train data \(m.csv\) has no row with text in b"):
+        label_rows({"train": rows}, fields=("b",))
+    assert label_rows({"train": rows}, fields=()).parts["train"] is rows
+
+
+def test_texts_that_are_there_twice() -> None:
+    def part(*rows: tuple[str, str], start: int) -> Questions:
+        found = [Question({"message": one, "y": two}, where=f"m.csv, line {start + at}")
+                 for at, (one, two) in enumerate(rows)]  # fmt: skip
+        return Questions(found, name="m.csv")
+
+    train = part(("a", "good"), ("b", "bad"), ("a", "bad"), ("c", "good"), start=2)
+    dev = part(("b", "bad"), ("d", "good"), start=12)
+    doubts = label_rows({"train": train, "dev": dev}, ["good", "bad"], fields=FIELDS).findings.doubts
+    assert doubts == (
+        "train: m.csv, line 4 (as m.csv, line 2) has the same text as another, and another label",
+        "dev: m.csv, line 12 (as m.csv, line 3) has the text of a row of train, so the scores may be too good",
+    )
+
+
+def test_empty_parts_and_missing_targets() -> None:
+    with pytest.raises(RecordError, match=r"the dev data \(in memory\) holds no records"):
+        look(rows_of(good=1), None, dev=Questions([]))
+    with pytest.raises(RecordError, match=r"line 2: no target; .* --field y=NAME, or fill it in or remove the record"):
+        look(Questions([Question({"a": "b", "y": " "}, where="m.csv, line 2"), *rows_of(good=1)]), None)
