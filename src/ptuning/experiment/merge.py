@@ -22,7 +22,7 @@ from ptuning.report.results_file import PARAPHRASES, Agreement, Cell, CellRecord
 from ptuning.statistics import value_of
 
 # What the rows of a task are, which folders with the same test rows share.
-OF_ROWS = ("label", "relation", "type", "data", "rows", "dropped", "metrics", "benchmark")
+OF_ROWS = ("label", "relation", "type", "data", "rows", "dropped", "metrics", "benchmark", "labels")
 # A score that is computed anew from the answers must be the cell's own; else it is left out, since it needs more.
 TOLERANCE = 1e-6
 
