@@ -14,8 +14,8 @@ from ptuning.cli import terminal
 # The groups of options, in the order of every command's help. A test finds an option that has none.
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
-        "template", "manual", "about", "pattern", "labels", "merge", "tune", "keep", "encoder", "starts", "methods",
-        "control", "vocabulary",
+        "template", "manual", "template_file", "about", "pattern", "labels", "merge", "tune", "keep", "encoder",
+        "starts", "methods", "control", "vocabulary",
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",

@@ -24,6 +24,7 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
+from ptuning.cli.templates import notice_line_breaks, template_pair
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
 from ptuning.names import LOG_FOLDER
@@ -183,12 +184,15 @@ def compare(
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
     file = inputs.task_of(task)
-    pair = inputs.template_pair(file, manual, template, pattern)
+    pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
     rows = inputs.looked_at(parts, labels, merge, file, reads=pair[0].fields, strict=strict)
     from ptuning.experiment.compare import compare_labelled as run
 
+    planned = plan()
+    for given in (manual, template):
+        notice_line_breaks(given, planned["backbone"].tokenizer)
     return run(
         rows,
         manual=pair[0],
@@ -198,7 +202,7 @@ def compare(
         train_size=train_size,
         # It becomes a folder.
         name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
-        **plan(),
+        **planned,
     )
 
 
