@@ -13,11 +13,14 @@ import transformers
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
-from ptuning.backbone.sources import check_folder
+from ptuning.backbone.sources import LoadOptions, check_folder
+from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from tests.conftest import RECORDS, learned, make_tokenizer, plain_logits
+from ptuning.records import Record
+from ptuning.training.run import train
+from tests.conftest import CONTEXT, RECORDS, bound, learned, make_tokenizer, plain_logits
 
 # A model whose classes come with it: a causal LLaMA under a name that transformers does not know.
 CODE = """
@@ -73,6 +76,9 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
         ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),
         ({"attn_implementation": "somebody/attention"}, "'somebody/attention' is code on the hub, which runs only if"),
+        ({"max_length": 3}, "max_length is 3; it is a number of tokens, 4 or more"),
+        ({"max_length": "many"}, "max_length is 'many'; it is a number of tokens"),
+        ({"max_length": 65}, "max_length is 65, and the model reads 64 tokens at most"),
         ({"revision": "v2"}, "revision 'v2' names a version on the hub, and "),
     ],
 )
@@ -107,6 +113,37 @@ def test_a_prompt_of_an_older_version_says_nothing_of_it(llama: str, tmp_path: P
     assert found is not None
     assert found.loaded == {}
     assert found.described == llama
+
+
+def test_rows_are_as_long_as_asked_for(llama: str, tmp_path: Path) -> None:
+    """By training, answers and the tokenizer alone; records and prompts say so, and a prompt keeps to it."""
+    short, whole = load_backbone(llama, max_length=20), load_backbone(llama)
+    assert (short.tokenizer.max_tokens, whole.tokenizer.max_tokens) == (20, CONTEXT)
+    assert load_tokenizer(llama, LoadOptions(max_length=20))[0].max_tokens == 20
+    assert short.copy().tokenizer.max_tokens == 20
+    assert short.to_json()["max_length"] == "20"
+    assert "max_length" not in whole.loaded
+    long: Record = {"x": "the movie was great and so was the answer " * 3, "y": "yes"}
+    cut = bound(short, "[X] is [Y]").examples([long])[0]
+    assert cut.shortened
+    assert len(cut.token_ids) == 20
+    assert not bound(whole, "[X] is [Y]").examples([long])[0].shortened
+    found = train(
+        "[P:The capital of] [X] [P:is] [Y]",
+        [long, *RECORDS],
+        dev=RECORDS[:2],
+        backbone=short,
+        config=TrainConfig(epochs=1),
+        out=tmp_path / "run",
+    )
+    assert found.record["settings"]["max_length"] == 20  # type: ignore[index,call-overload]
+    prompt = Prompt.load(tmp_path / "run")
+    assert prompt.max_length == 20
+    assert prompt.backbone is not None
+    assert prompt.backbone.described == f"{llama}, float32, sdpa, rows of 20 tokens"
+    # Loaded without it, the backbone is the same, and the prompt goes on cutting rows as it learned to.
+    answers = [PromptModel(one).predict([long], prompt)[0].text for one in (short, whole)]
+    assert answers[0] == answers[1]
 
 
 def test_attention_is_the_one_asked_for(llama: str) -> None:
@@ -149,8 +186,6 @@ def test_code_of_a_model_runs_only_if_asked_for(own_code: tuple[Path, Path], mon
 def test_the_default_is_to_trust_nothing() -> None:
     import inspect
 
-    from ptuning.backbone.sources import LoadOptions
-
     assert inspect.signature(load_backbone).parameters["trust_remote_code"].default is False
     assert LoadOptions().trust_remote_code is False
 
@@ -159,8 +194,6 @@ def test_options_have_one_default() -> None:
     """Those of the function are those of the object that carries them."""
     import dataclasses
     import inspect
-
-    from ptuning.backbone.sources import LoadOptions
 
     carried = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
     taken = {one.name: one.default for one in inspect.signature(load_backbone).parameters.values()}

@@ -665,6 +665,16 @@ def test_the_end_of_candidates_counts_if_asked_for(run_folder: Path, llama: str,
           says=["for prompts that were trained to stop after the target"])  # fmt: skip
 
 
+def test_rows_may_be_shorter_than_the_model_reads(run_folder: Path, llama: str) -> None:
+    """Where a prompt answers; a training has the option among its settings."""
+    text = "The movie was great. " * 4
+    args = ("predict", "manual:[X] is [Y]", text, "--backbone", llama, "--json")
+    whole, short = (json.loads(works(*args, *more))["candidates"] for more in ((), ("--max-length", "8")))
+    assert whole != short
+    fails(*args, "--max-length", "2", says=["max_length is 2; it is a number of tokens, 4 or more"])
+    fails("inspect", run_folder, "--max-length", "999", says=["max_length is 999, and the model reads"])
+
+
 def test_predict_several_written_answers_and_a_limit(run_folder: Path) -> None:
     def answers(*limit: str) -> list[dict[str, Any]]:
         (line,) = works("predict", run_folder, "Kenya", "--json", "--top-k", "3", *limit).splitlines()

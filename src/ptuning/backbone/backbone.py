@@ -57,6 +57,7 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    max_length: int | None = None  # most tokens of a row, where fewer were asked for than the model reads
     # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
     turn: int | None = None
 
@@ -167,7 +168,9 @@ class Backbone:
 
     @property
     def loaded(self) -> dict[str, str]:
-        """What it was loaded with: ``dtype``, ``attn_implementation``, and ``quantization`` if there is one."""
+        """What it was loaded with: ``dtype``, ``attn_implementation``, and ``quantization`` and ``max_length`` if there
+        are any.
+        """
         config = self.model.config
         found = {"dtype": short_name(self.dtype)}
         if isinstance(attention := getattr(config, "_attn_implementation", None), str):
@@ -175,6 +178,8 @@ class Backbone:
         if (quantized := getattr(config, "quantization_config", None)) is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
             found["quantization"] = str(getattr(method, "value", method))
+        if self.max_length is not None:
+            found["max_length"] = str(self.max_length)
         return found
 
     def to_json(self) -> dict[str, Json]:

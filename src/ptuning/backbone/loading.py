@@ -42,6 +42,7 @@ def load_backbone(
     cache_dir: str | Path | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    max_length: int | None = None,
 ) -> Backbone:
     """Load a language model, frozen and in evaluation mode.
 
@@ -58,6 +59,8 @@ def load_backbone(
         cache_dir: Where downloads are kept; by default the hub's own cache.
         attn_implementation: ``sdpa``, ``eager``, ...; by default transformers' choice.
         trust_remote_code: Whether code that comes with the model may run. Read it before.
+        max_length: Most tokens of a row, for everything that this backbone is used for; by default as many as the
+            model reads. Fields of longer rows are truncated.
 
     Raises:
         BackboneError: If there is no such backbone, if it is damaged, unsafe or of an unknown kind, or if an option has
@@ -72,6 +75,7 @@ def load_backbone(
         cache_dir=cache_dir,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        max_length=max_length,
     )
     place = _device(asked.device)
     _check_attention(asked.attn_implementation)
@@ -87,7 +91,7 @@ def load_backbone(
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
     model = _load(folder, kind, name, asked, dtype=dtype)
     backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
-    backbone.dtype_reason = chosen.reason
+    backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
     if is_halved:
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
         model.half()
@@ -154,6 +158,13 @@ def _read_tokenizer(
         trusted = asked.trust_remote_code
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        if asked.max_length is not None:
+            longest = min(longest_row(config), int(tokenizer.model_max_length))
+            if asked.max_length > longest:
+                raise BackboneError(
+                    f"max_length is {asked.max_length:,}, and the model reads {longest:,} tokens at most"
+                )
+            tokenizer.model_max_length = asked.max_length
         return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 

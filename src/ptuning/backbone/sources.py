@@ -24,6 +24,8 @@ MANIFEST = "ptuning-cache.json"
 STALE_SECONDS = 3600.0
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# The shortest row that a backbone can be tried with.
+MIN_LENGTH = 4
 # How long the hub may take to answer; then the copy in its cache is used, if there is one.
 HUB_SECONDS = 5.0
 GGUF_MAGIC = b"GGUF"
@@ -47,7 +49,7 @@ LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 @dataclass(frozen=True)
 class LoadOptions:
     """How a backbone is loaded; the fields are what :func:`ptuning.load_backbone` takes.
-    Raises BackboneError for a dtype or device map that does not exist, and for options that exclude each other.
+    Raises BackboneError for a dtype, device map or length that does not exist, and for options that exclude each other.
     """
 
     dtype: str = "auto"
@@ -58,6 +60,7 @@ class LoadOptions:
     cache_dir: str | Path | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         known = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
@@ -72,6 +75,8 @@ class LoadOptions:
             raise BackboneError(
                 f"device '{self.device}' and a device_map are two answers to one question; give one of them"
             )
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < MIN_LENGTH):
+            raise BackboneError(f"max_length is {self.max_length!r}; it is a number of tokens, {MIN_LENGTH} or more")
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
             raise BackboneError(
                 f"attn_implementation '{self.attn_implementation}' is code on the hub, which runs only if you ask for "

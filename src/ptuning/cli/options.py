@@ -9,7 +9,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
+from ptuning.cli.templates import template_and_manual
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
@@ -108,6 +109,10 @@ WithoutOption = Annotated[
     str | None,
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
 ]
+TemplateFileOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The template, with line breaks as they are; without slots as --manual."),
+]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
 AnswersOption = Annotated[
@@ -130,6 +135,42 @@ LogOption = Annotated[
         autocompletion=among("csv", "tensorboard", "wandb", "mlflow"),
     ),
 ]
+
+
+@functools.cache
+def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(options, eval_str=True).parameters
+
+
+def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
+    the command's argument ``asked``. They stand where that argument stands, those without a default first.
+    """
+
+    def decorated(command: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {argument: _parameters(collect) for argument, collect in options.items()}
+        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
+
+        @functools.wraps(command)
+        def run(**given: object) -> T:
+            asked = {
+                argument: options[argument](**{name: given.pop(name) for name in names})
+                for argument, names in shared.items()
+            }
+            return command(**asked, **given)
+
+        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
+
+    return decorated
+
+
+def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
+    """Give a command the parameters that Typer makes its options of."""
+    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in every}
+    return run
 
 
 # How a backbone is found and loaded.
@@ -182,6 +223,18 @@ def backbone_options(
     return AskedBackbone(backbone, options)
 
 
+@takes(asked=backbone_options)
+def limited_backbone_options(
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.")
+    ] = None,
+    *,
+    asked: AskedBackbone,
+) -> AskedBackbone:
+    """Collect the options of a backbone and the length of its rows, which trainings have among their settings."""
+    return replace(asked, options=replace(asked.options, max_length=max_length))
+
+
 def tokenizer_options(
     backbone: BackboneOption = None, revision: RevisionOption = None, trust_remote_code: TrustOption = False
 ) -> AskedBackbone:
@@ -225,6 +278,7 @@ def training(
     ],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
+    template_file: TemplateFileOption = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
     task: TaskOption = None,
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
@@ -270,6 +324,7 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
@@ -303,42 +358,6 @@ def writing(
         "seed": seed,
     }
     return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
-
-
-@functools.cache
-def _parameters(options: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(options, eval_str=True).parameters
-
-
-def takes(**options: Callable[..., object]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a command the parameters of functions as options: ``takes(asked=training)`` makes what ``training`` returns
-    the command's argument ``asked``. They stand where that argument stands, those without a default first.
-    """
-
-    def decorated(command: Callable[..., T]) -> Callable[..., T]:
-        own = inspect.signature(command, eval_str=True).parameters
-        shared = {argument: _parameters(collect) for argument, collect in options.items()}
-        every = [one for name in own for one in (shared[name].values() if name in shared else [own[name]])]
-
-        @functools.wraps(command)
-        def run(**given: object) -> T:
-            asked = {
-                argument: options[argument](**{name: given.pop(name) for name in names})
-                for argument, names in shared.items()
-            }
-            return command(**asked, **given)
-
-        return signed(run, sorted(every, key=lambda one: one.default is not one.empty))
-
-    return decorated
-
-
-def signed(run: Callable[..., T], parameters: Sequence[inspect.Parameter]) -> Callable[..., T]:
-    """Give a command the parameters that Typer makes its options of."""
-    every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in every}
-    return run
 
 
 def command_line() -> str:

@@ -318,6 +318,8 @@ class Suite:
             found["label words"] = task.words.to_json()
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
+        if self.backbone.max_length is not None:
+            found["max_length of the backbone"] = self.backbone.max_length
         if method.trained:
             found["tries"] = self.tries
         return found

@@ -60,7 +60,8 @@ class BackboneId:
     def described(self) -> str:
         """A short description: the name, the revision, and what it was loaded with."""
         revision = [] if self.revision is None else [f"revision {self.revision[:12]}"]
-        return ", ".join([self.name, *revision, *self.loaded.values()])
+        loaded = (f"rows of {value} tokens" if name == "max_length" else value for name, value in self.loaded.items())
+        return ", ".join([self.name, *revision, *loaded])
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ Answer = Callable[["Questions"], "list[Prediction]"]
 Show = Callable[[ToAnswer], None]
 
 
-@options.takes(writing=options.writing, backbone=options.backbone_options)
+@options.takes(writing=options.writing, backbone=options.limited_backbone_options)
 def predict(
     prompt: options.PromptArgument,
     text: Annotated[

@@ -29,7 +29,7 @@ SHOWN_ERRORS = 10
 SHOWN_NEIGHBOURS = 3
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(backbone=options.limited_backbone_options)
 def evaluate(
     prompt: options.PromptArgument,
     data: Annotated[str, typer.Option(metavar="FILE", help="Records with targets.")],
@@ -84,7 +84,7 @@ def evaluate(
     _show_scores(prompt, rows, found, records=records, fields=chosen.template.fields, errors=most, as_json=as_json)
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(backbone=options.limited_backbone_options)
 def inspect(
     prompt: options.PromptArgument,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Score the nearest tokens as well.")] = None,
