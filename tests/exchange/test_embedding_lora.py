@@ -68,7 +68,7 @@ def test_rows_without_a_token_are_taken_before_special_tokens_with_a_use(family:
 
 def test_too_many_slots_are_refused_with_what_to_do(tmp_path: Path) -> None:
     backbone = reserving()
-    with pytest.raises(ExchangeError, match=r"6 slots, .* has 5 rows that no text uses .*--as embeds"):
+    with pytest.raises(ExchangeError, match=r"6 slots, .* has 5 rows that no text uses .*--as tokens"):
         exported(learned(backbone, "[P*6] {x} [Y]"), backbone, tmp_path / "out", "lora")
     assert not (tmp_path / "out").exists()
 

@@ -28,6 +28,7 @@ def card_of(kind: str, form: Form, source: Source, written: Exported, found: Com
         names = ["no text" if text is None else _code(text) for text in written.tokens.texts]
         listed = ", ".join(f"{index} ({name})" for index, name in zip(written.tokens.ids, names, strict=True))
         rows.append(("token ids of the slots", listed))
+    asks = any("MODEL" in line for line in written.usage)
     lines = [
         "# A prompt, exported",
         "",
@@ -37,9 +38,10 @@ def card_of(kind: str, form: Form, source: Source, written: Exported, found: Com
         "|---|---|",
         *(f"| {name} | {text} |" for name, text in rows),
         "",
-        "MODEL is the backbone above: the other program must load the same weights. `export.json` has an example: the",
-        "program that reads its `input_ids`, followed by its `target_ids`, gives the target the `log_prob`.",
+        "`export.json` has an example: the program that reads its `input_ids`, followed by its `target_ids`, gives the",
+        "target the `log_prob`.",
         "",
+        *(["MODEL is the backbone above: the other program must load the same weights.", ""] if asks else []),
         *written.usage,
         "",
         *_about_text(source, written),

@@ -9,7 +9,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.probes import running
 from ptuning.data.questions import Questions
 from ptuning.errors import ExchangeError, closest
-from ptuning.exchange import embedding_lora, embeddings, prompt_tuning
+from ptuning.exchange import added_tokens, embedding_lora, embeddings, prompt_tuning
 from ptuning.exchange.card import card_of
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.rows import Comparison, Source, compare, source_of
@@ -23,6 +23,7 @@ EXPORT_FILE = "export.json"
 FORMS: Mapping[str, Form] = {
     "lora": embedding_lora.FORM,
     "peft": prompt_tuning.FORM,
+    "tokens": added_tokens.FORM,
     "embeds": embeddings.FORM,
 }
 

@@ -50,8 +50,8 @@ def unused_rows(source: Source) -> SlotTokens:
     if len(chosen) < len(source.vectors):
         raise ExchangeError(
             f"the prompt has {len(source.vectors)} slots, and the embedding table of '{backbone.name}' has "
-            f"{len(chosen)} rows that no text uses (reserved tokens, and rows without a token); take --as embeds, "
-            "which needs none"
+            f"{len(chosen)} rows that no text uses (reserved tokens, and rows without a token); take --as tokens, "
+            "which adds tokens, or --as embeds, which needs none"
         )
     chosen = chosen[: len(source.vectors)]
     return SlotTokens(chosen, tuple(map(reserved.get, chosen)))

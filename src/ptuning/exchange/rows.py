@@ -43,7 +43,7 @@ class ScoredRow:
 @dataclass(frozen=True, eq=False)
 class Source:
     """What is exported: a prompt with its backbone, its bound template, and the rows that it is compared on; ``data``
-    is what these are called.
+    is what these are called. ``least_likely`` is the token that is least likely in all of their targets' places.
     """
 
     prompt: Prompt
@@ -52,6 +52,7 @@ class Source:
     rows: Sequence[ScoredRow]
     records: int
     data: str
+    least_likely: int
 
     @property
     def vectors(self) -> Tensor:
@@ -99,11 +100,12 @@ def source_of(prompt: Prompt, backbone: Backbone, data: Rows | Questions) -> Sou
     questions = Questions(everything[:COMPARED_RECORDS])
     pairs = _filled(prompt, bound, questions)
     learned = prompt.learned(backbone).to(backbone.device)
-    rows = [
-        ScoredRow(record, example, log_prob_of(target_logits(backbone, [example], learned), example.target_ids))
-        for record, example in pairs
-    ]
-    return Source(prompt, backbone, bound, rows, len(questions), everything.name)
+    rows, likeliest = [], torch.full((backbone.vocabulary,), -torch.inf, device=backbone.device)  # (V,)
+    for record, example in pairs:
+        found = torch.log_softmax(target_logits(backbone, [example], learned), dim=-1)  # (N, V)
+        rows.append(ScoredRow(record, example, log_prob_of(found, example.target_ids)))
+        likeliest = torch.maximum(likeliest, found.amax(dim=0))
+    return Source(prompt, backbone, bound, rows, len(questions), everything.name, int(likeliest.argmin()))
 
 
 def _filled(prompt: Prompt, bound: BoundTemplate, questions: Questions) -> list[tuple[Record, Example]]:

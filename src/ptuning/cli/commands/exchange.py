@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
 
-FORMS = ("lora", "peft", "embeds")
+FORMS = ("lora", "peft", "tokens", "embeds")
 
 
 @options.takes(backbone=options.backbone_options)
