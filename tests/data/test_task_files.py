@@ -118,7 +118,7 @@ def test_labels_are_written_as_the_files_have_them() -> None:
 
 def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
     task = TaskFile.parse(MINIMAL)
-    assert [str(one) for one in task.learned] == ["[P*3] {text} [P:It was] [Y]."]
+    assert [str(one) for one in task.learned] == ["{text} [P:It was] [Y]."]
     assert (task.metrics, task.calibrate, task.normalise) == (("accuracy",), False, "sum")
     assert task.read_rows([{"text": "a", "label": "bad", "other": [1]}])[0].record == {"text": "a", "y": "bad"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,16 +12,19 @@ from typing import Any
 import pytest
 
 import ptuning.engine.evaluate
+import ptuning.engine.objective
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile, load_task
 from ptuning.engine.passes import target_logits
-from ptuning.errors import ConfigError, RecordError
+from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.metrics import Confusion
 from ptuning.prompt.predict import Candidate, PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
+from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
 from tests.families import built, without_words
@@ -274,6 +278,64 @@ def test_a_result_as_json() -> None:
         "a": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "n": 2},
         "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 0},
     }
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_few_questions_are_filled_in_at_a_time(
+    causal: Backbone, calibrate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers and scores of 40 questions with 3 choices take the memory of 4, and are those of all at once."""
+    rows = [Question({"x": f"{number} a film", "y": "yes"}, ("yes", "no", "25"), (number % 3,)) for number in range(40)]
+    questions, model = Questions(rows, name="film.jsonl"), PromptModel(causal)
+    prompt = replace(learned(causal, TEMPLATE), task=load_task("COPA"))
+    answers = prompt.answer_space
+    assert answers.has_choices
+    at_once = (
+        model.classify(questions, prompt, calibrate=calibrate),
+        score_prompt(model, questions, prompt, calibrate=calibrate),
+    )
+    alive: list[weakref.ref[Example]] = []
+    most: list[int] = []
+    real, run = BoundTemplate.answers, causal.run
+
+    def filled(*given: Any, **named: Any) -> list[list[Example]]:
+        found = real(*given, **named)
+        alive.extend(weakref.ref(example) for row in found for example in row)
+        return found
+
+    def counted(*given: Any, **named: Any) -> Any:
+        most.append(sum(one() is not None for one in alive))
+        return run(*given, **named)
+
+    monkeypatch.setattr(BoundTemplate, "answers", filled)
+    monkeypatch.setattr(causal, "run", counted)
+    monkeypatch.setattr(ptuning.engine.objective, "TEXTS_AT_ONCE", 12)
+    progress: list[tuple[int, int]] = []
+    few = (
+        model.classify(questions, prompt, calibrate=calibrate),
+        score_prompt(
+            model, questions, prompt, calibrate=calibrate, report=lambda one: progress.append((one.done, one.total))
+        ),
+    )
+    assert max(most) <= 2 * 12 * (1 + calibrate)
+    assert len(most) >= 20
+    for one, other in zip(at_once[0], few[0], strict=True):
+        assert [a.text for a in one] == [b.text for b in other]
+        assert [a.log_prob for a in one] == pytest.approx([b.log_prob for b in other], abs=1e-5)
+    assert few[1].hits == at_once[1].hits
+    assert few[1].loss == pytest.approx(at_once[1].loss, abs=1e-5)
+    assert progress[-1] == (40, 40)
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_a_record_that_does_not_fit_is_named_in_any_part(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number in the data, not in the part that is filled in with it."""
+    monkeypatch.setattr(ptuning.engine.objective, "TEXTS_AT_ONCE", 4)
+    rows: list[Record] = [{"x": "a film", "z": "a", "y": "good"} for _ in range(9)]
+    rows[7] = {**rows[7], "z": "a film " * 80}
+    prompt = Prompt.manual("{z!} [X] is [Y]", label_words="good=great;bad=poor")
+    with pytest.raises(TemplateError, match=r"in memory, record 8, answer \d does not fit"):
+        PromptModel(causal).classify(rows, prompt)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "t5", "xlnet", "gpt2"])

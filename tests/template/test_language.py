@@ -204,6 +204,30 @@ def test_a_manual_template_becomes_a_learned_one(manual: str, about: str | None,
     assert template.has_slots
 
 
+@pytest.mark.parametrize(
+    ("manual", "about", "learned"),
+    [
+        ("{text} It was [Y]", None, "{text} [P:It was] [Y]"),
+        ("{text} This is for the [Y] team", None, "{text} [P:This is for the] [Y] [P:team]"),
+        # What stands in front of the last field never changes, so that it can be kept.
+        ("Message: {text} It was [Y]", None, "Message: {text} [P:It was] [Y]"),
+        ("{a} and {b!}? It was [Y]", None, "{a} and {b!}[P:? It was] [Y]"),
+        ("{text} It was [Y]", "mood", "The mood: {text} [P:It was] [Y]"),
+        ("{text} It was [Y] for {who}", None, "{text} [P:It was] [Y] [P:for] {who}"),
+    ],
+)
+def test_slots_behind_the_text(manual: str, about: str | None, learned: str) -> None:
+    template = Template.from_manual(manual, about=about, behind=True)
+    assert str(template) == learned
+    assert Template.parse(learned) == template
+
+
+@pytest.mark.parametrize("manual", ["Text: {text} [Y]", "{text}: [Y] it is", "It was [Y]: {text}", "It was [Y]"])
+def test_slots_behind_the_text_need_words_there(manual: str) -> None:
+    with pytest.raises(TemplateError, match=r"no words between the last field and \[Y\]"):
+        Template.from_manual(manual, behind=True)
+
+
 @pytest.mark.parametrize("manual", ["a [P*2] [X] [Y]", "a [P:b] [X] [Y]"])
 def test_a_manual_template_with_slots_is_refused(manual: str) -> None:
     with pytest.raises(TemplateError, match="a manual template has no slots; give this one as --template") as caught:

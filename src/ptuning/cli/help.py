@@ -14,8 +14,8 @@ from ptuning.cli import terminal
 # The groups of options, in the order of every command's help. A test finds an option that has none.
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
-        "template", "manual", "about", "pattern", "labels", "merge", "tune", "keep", "encoder", "starts", "methods",
-        "control", "vocabulary",
+        "template", "manual", "template_file", "about", "pattern", "labels", "merge", "tune", "keep", "encoder",
+        "starts", "methods", "control", "vocabulary",
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",
@@ -30,7 +30,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
         "without", "force",
     ),
-    "Output": ("out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "server"),
+    "Output": ("out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
         "cache_memory", "cache_disk",

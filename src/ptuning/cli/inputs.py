@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
+from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of
 from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ptuning.data.task_files import TaskFile
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
-    from ptuning.template.language import Template
     from ptuning.template.segments import Kind
     from ptuning.training.spec import TrainSpec
 
@@ -272,58 +272,6 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
-def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Template:
-    """Return a task's template by its number, from 1."""
-    if not 1 <= number <= len(templates):
-        raise ConfigError(f"the task {task.name} has the patterns 1 to {len(templates)}, not {number}")
-    return templates[number - 1]
-
-
-def template_pair(
-    task: TaskFile | None, manual: str | None, template: str | None, pattern: int | None
-) -> tuple[Template, Template | None]:
-    """Return the manual template of a comparison and the one to learn, if it is given: as asked for, or a task's."""
-    from ptuning.template.language import Template
-
-    if pattern is not None and (task is None or manual is not None):
-        raise ConfigError("--pattern is the number of a task's template; it goes with --task, and without --manual")
-    given = Template.parse(template) if template is not None else None
-    if manual is not None:
-        return Template.parse(manual), given
-    if task is None:
-        raise ConfigError("give the manual template (--manual), or --task")
-    number = 1 if pattern is None else pattern
-    return pattern_of(task.manual, task, number), given or pattern_of(task.learned, task, number)
-
-
-def template_of(
-    task: TaskFile | None,
-    template: str | None,
-    manual: str | None,
-    about: str | None,
-    pattern: int | None,
-    *,
-    option: str = "--",
-) -> Template:
-    """Return the template to learn: as given, from a manual one, or a task's; a ConfigError if these clash."""
-    from ptuning.template.language import Template
-
-    if (template is not None) + (manual is not None) != 1 and (task is None or template is not None):
-        raise ConfigError(
-            f"give either {option}template, or {option}manual to have one made from a manual template, or {option}task"
-        )
-    if about is not None and manual is None:
-        raise ConfigError(f"{option}about goes with {option}manual")
-    if pattern is not None and (task is None or template is not None or manual is not None):
-        raise ConfigError(f"{option}pattern is the number of a task's template; it goes with {option}task alone")
-    if template is not None:
-        return Template.parse(template)
-    if manual is not None:
-        return Template.from_manual(manual, about=about)
-    assert task is not None
-    return pattern_of(task.learned, task, 1 if pattern is None else pattern)
-
-
 @dataclass(frozen=True)
 class ToAnswer:
     """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
@@ -481,13 +429,16 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
         from ptuning.backbone.loading import load_backbone
 
         try:
-            return load_backbone(name, **vars(options))
+            found = load_backbone(name, **vars(options))
         except BackboneError as error:
             if asked.name is not None or own is None:
                 raise
             raise BackboneError(
                 f"{error} (the prompt was learned on this backbone; if it lies elsewhere now, say where: --backbone)"
             ) from error
+    if prompt is not None and own is None:
+        notice_line_breaks(str(prompt.template), found.tokenizer)
+    return found
 
 
 def load_tokenizer(asked: AskedBackbone) -> tuple[TextTokenizer, Kind]:

@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
+from ptuning.cli.templates import template_and_manual
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
@@ -107,6 +108,10 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALU
 WithoutOption = Annotated[
     str | None,
     typer.Option(metavar="slots|backbone", help="Leave a trained part out.", autocompletion=among("slots", "backbone")),
+]
+TemplateFileOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The template, with line breaks as they are; without slots as --manual."),
 ]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
@@ -273,6 +278,7 @@ def training(
     ],
     template: Annotated[str | None, typer.Option(metavar="T", help='As "[P:The capital of] [X] [P:is] [Y]".')] = None,
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
+    template_file: TemplateFileOption = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
     task: TaskOption = None,
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
@@ -318,6 +324,7 @@ def training(
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)

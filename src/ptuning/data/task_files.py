@@ -251,10 +251,18 @@ def _patterns(task: Unchecked) -> tuple[tuple[Template, ...], tuple[Template, ..
         if manual[-1].has_slots:
             raise TaskError(f"pattern {number}: the manual template has slots; write them as learned = '...'")
         given = pattern.optional("learned", lambda one: Template.parse(one.text(blank=False)))
-        learned.append(given or Template.from_manual(str(manual[-1])))
+        learned.append(given or _made_of(manual[-1], behind="labels" in task.table() or "choices" in task.table()))
         if not learned[-1].has_slots:
             raise TaskError(f"pattern {number}: the learned template has no slots; write words as [P:words]")
     return tuple(manual), tuple(learned)
+
+
+def _made_of(manual: Template, *, behind: bool) -> Template:
+    """Return the template to learn; ``behind`` the text, where there are words for that: it is then read only once."""
+    try:
+        return Template.from_manual(str(manual), behind=behind)
+    except TemplateError:
+        return Template.from_manual(str(manual))
 
 
 def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> Reader:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +21,8 @@ from ptuning.progress import OnProgress, Progress
 class Evaluation:
     """The mean loss per target token (or per record with classes), and 1.0 or 0.0 per record for a hit or a miss.
     With classes also the most likely class of each record, and the natural log-probabilities of its classes.
-    ``known`` says which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.can_be_hit`).
+    ``known`` says which records can be a hit at all (:attr:`~ptuning.engine.objective.Item.can_be_hit`), and ``count``
+    of how many tokens (or records) the loss is the mean.
     """
 
     loss: float
@@ -29,6 +30,7 @@ class Evaluation:
     guesses: tuple[int, ...] = ()
     log_probs: tuple[tuple[float, ...], ...] = ()
     known: tuple[bool, ...] = ()
+    count: float = 0.0
 
     @property
     def score(self) -> float:
@@ -75,4 +77,36 @@ def evaluate(
         tuple(guesses[at] for at in sorted(guesses)),
         tuple(log_probs[at] for at in sorted(log_probs)),
         tuple(known),
+        count,
+    )
+
+
+def evaluate_parts(
+    backbone: Backbone,
+    parts: Iterable[Sequence[Item]],
+    learned: Learned,
+    *,
+    total: int,
+    report: OnProgress | None = None,
+    note: str = "",
+) -> Evaluation:
+    """Score items as :func:`evaluate` does, part by part as they come, so that only a part is in memory at a time."""
+    found: list[Evaluation] = []
+    done = 0
+
+    def tell(progress: Progress) -> None:
+        if report is not None:
+            report(replace(progress, done=done + progress.done, total=total))
+
+    for items in parts:
+        found.append(evaluate(backbone, items, learned, report=tell, note=note))
+        done += len(items)
+    count = sum(one.count for one in found)
+    return Evaluation(
+        sum(one.loss * one.count for one in found if one.count) / count if count else math.nan,
+        tuple(hit for one in found for hit in one.hits),
+        tuple(guess for one in found for guess in one.guesses),
+        tuple(values for one in found for values in one.log_probs),
+        tuple(known for one in found for known in one.known),
+        count,
     )

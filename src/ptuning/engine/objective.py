@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import Questions
+from ptuning.data.questions import Question, Questions
 from ptuning.records import Records
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
@@ -22,6 +22,8 @@ from ptuning.template.segments import Ids
 # Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
 # takes half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
+# Texts of questions that are filled in and scored together: what bounds the memory.
+TEXTS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,12 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> 
     """
     examples = bound.examples(records, with_stop=with_stop, source=f"{records.name}, record")
     items = [Item((example,), (_choice(example),)) for example in examples]
-    _check_known(bound, records, items)
+    _check_known(bound, records, [bool(item.can_be_hit) for item in items], is_choice=False)
     return items
 
 
-def _check_known(bound: BoundTemplate, records: Records, items: Sequence[Item]) -> None:
-    is_choice = any(item.answers for item in items)
-    warn(check_targets([bool(item.can_be_hit) for item in items], records, is_choice=is_choice))
+def _check_known(bound: BoundTemplate, records: Records, known: Sequence[bool], *, is_choice: bool) -> None:
+    warn(check_targets(known, records, is_choice=is_choice))
     warn(check_fields(bound.tokenizer, records, bound.template.fields))
 
 
@@ -122,12 +123,57 @@ def question_items(
     Raises RecordError if a question cannot be answered, or its target is not an answer; LabelWordError if the tokenizer
     does not know a label's word, or not from that of another; warns and raises as :func:`target_items`.
     """
-    records, scoring = questions.records, answers.scoring
+    parts = item_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled)
+    return [item for part in parts for item in part]
+
+
+def item_parts(
+    bound: BoundTemplate, questions: Questions, answers: AnswerSpace, *, with_stop: bool = False, labelled: bool = True
+) -> Iterator[list[Item]]:
+    """Yield the items of :func:`question_items` in parts, each made when it is asked for, so that the labels or choices
+    of a few questions are in memory at a time. What it says of all records is said before it yields the last part.
+    """
     if not answers.is_closed:
-        return target_items(bound, records, with_stop=with_stop)
+        yield target_items(bound, questions.records, with_stop=with_stop)
+        return
     answers.check(questions, labelled=labelled)
-    texts = [answers.texts(question) for question in questions]
-    filled = bound.answers(records, texts, source=f"{records.name}, record")
+    source, known = f"{questions.name}, record", list[bool]()
+    for part in _few(questions, answers):
+        asked = questions[part.start : part.stop]
+        items = _closed_items(bound, asked, answers, source=source, first=part.start + 1, labelled=labelled)
+        if labelled:
+            known += [bool(item.can_be_hit) for item in items]
+            if part.stop == len(questions):
+                is_choice = any(answers.right(question) for question in questions)
+                _check_known(bound, questions.records, known, is_choice=is_choice)
+        yield items
+        del items  # while the next part is made
+
+
+def _few(questions: Sequence[Question], answers: AnswerSpace) -> Iterator[range]:
+    """Cut questions into parts of about :data:`TEXTS_AT_ONCE` texts."""
+    start = texts = 0
+    for index, question in enumerate(questions):
+        count = len(answers.texts(question))
+        if texts and texts + count > TEXTS_AT_ONCE:
+            yield range(start, index)
+            start, texts = index, 0
+        texts += count
+    if texts:
+        yield range(start, len(questions))
+
+
+def _closed_items(
+    bound: BoundTemplate,
+    questions: Sequence[Question],
+    answers: AnswerSpace,
+    *,
+    source: str,
+    first: int,
+    labelled: bool,
+) -> list[Item]:
+    scoring, texts = answers.scoring, [answers.texts(question) for question in questions]
+    filled = bound.answers([question.record for question in questions], texts, source=source, first=first)
     if answers.words is not None and filled:
         answers.words.check_known(filled[0])
     items = []
@@ -150,8 +196,6 @@ def question_items(
                 scoring.normalise,
             )
         )
-    if labelled:
-        _check_known(bound, records, items)
     return items
 
 

@@ -24,6 +24,7 @@ from ptuning.prompt.prompt import as_template
 from ptuning.records import Rows
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template
+from ptuning.training.prepare import place_slots
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,10 @@ def compare_labelled(
     plan = Plan.of(SUITE, **options)
     parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
     pair = template_pair(as_template(manual), template)
+    if template is None:
+        found = place_slots(str(pair[0]), parts["train"].records, plan.backbone, config=plan.config, closed=is_closed)
+        logger.info("learned template: %s; %s", found.template, found.told)
+        pair = pair[0], found.template
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
     info["split"] = how
     closed: Vocabulary = None

@@ -18,7 +18,7 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, inputs_of, question_items, score_choices
+from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import stream_answer, write_answers
@@ -273,10 +273,12 @@ class PromptModel:
             return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
         questions, bound = as_questions(records), prompt.bind(self.backbone, force=self.force)
         learned = prompt.learned(self.backbone).to(self.backbone.device)
-        items = question_items(bound, questions, answers, labelled=False)
-        prefix = self._prefix(inputs_of(items), learned)
-        names = list(map(answers.names, questions))
-        return rank_classes(items, names, lambda inputs: self._run(inputs, learned), prefix=prefix)
+        found: list[list[Candidate]] = []
+        for items in item_parts(bound, questions, answers, labelled=False):
+            names = [answers.names(question) for question in questions[len(found) : len(found) + len(items)]]
+            prefix = self._prefix(inputs_of(items), learned)
+            found += rank_classes(items, names, lambda inputs: self._run(inputs, learned), prefix=prefix)
+        return found
 
     @torch.no_grad()
     def predict(

@@ -8,8 +8,8 @@ from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.objective import question_items
+from ptuning.engine.evaluate import Evaluation, evaluate_parts
+from ptuning.engine.objective import item_parts
 from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
@@ -93,8 +93,9 @@ def score_prompt(
     answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
-    items = question_items(prompt.bind(model.backbone, force=model.force), questions, answers)
-    found = evaluate(model.backbone, items, prompt.learned(model.backbone), report=report, note=questions.name)
+    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, answers)
+    learned, total = prompt.learned(model.backbone), len(questions)
+    found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)
     if not said and (prompt.task is not None or (with_rows and candidates is None)):
         said = model.predict(records, prompt)

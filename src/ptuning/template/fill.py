@@ -171,18 +171,19 @@ class BoundTemplate:
         *,
         with_stop: bool = False,
         source: str = "record",
+        first: int = 1,
     ) -> list[list[Example]]:
         """Fill the template with each of N records and each of its own ``texts`` in turn as the target.
 
         All texts of a record stand behind the same context: a record that is too long for its longest text is truncated
-        alike for all of them. Errors as for :meth:`examples`; they name record and answer.
+        alike for all of them. Errors as for :meth:`examples`; they name record, counted from ``first``, and answer.
         """
         groups = [
             [
                 _Row(record, text, f"{source} {number}, answer {place}", with_stop=with_stop)
                 for place, text in enumerate(listed, start=1)
             ]
-            for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=1)
+            for number, (record, listed) in enumerate(zip(records, texts, strict=True), start=first)
         ]
         examples = iter(self._build(groups))
         return [list(itertools.islice(examples, len(group))) for group in groups]

@@ -104,21 +104,30 @@ class Template:
         return cls(tuple(_joined(_scan(pattern))))
 
     @classmethod
-    def from_manual(cls, manual: str, *, about: str | None = None) -> Template:
+    def from_manual(cls, manual: str, *, about: str | None = None, behind: bool = False) -> Template:
         """Make a learned template from a manual one: its words become slots that start from them.
 
         ``about``, a noun, goes in front. Without it, a manual template that begins with a field gets three random slots
         in front, since slots on both sides learn better. Source: docs/decisions.md, decision 34 (six LAMA relations).
-        Raises a TemplateError if the manual template is malformed or has slots already.
+        With ``behind``, only words behind the last field become slots, and others stay words: a causal model then reads
+        a long text once for all epochs (decision 38).
+        Raises a TemplateError if the manual template is malformed or has slots already, or if there are no words
+        between the last field and the target to be slots ``behind`` it.
 
         >>> str(Template.from_manual("[X] is located in [Y]", about="country"))
         '[P:The country:] [X] [P:is located in] [Y]'
+        >>> str(Template.from_manual("Message: {text} It is for [Y]", behind=True))
+        'Message: {text} [P:It is for] [Y]'
         """
         parsed = cls.parse(manual)
         for index, piece in enumerate(parsed.pieces):
             if isinstance(piece, Slots | TextSlots):
                 raise parsed.error("a manual template has no slots; give this one as --template", index)
         front: list[Piece] = []
+        if behind:
+            words = [Literal(f"The {about.strip()}: ")] if about is not None and about.strip() else []
+            at = parsed.end_of_fields()
+            return cls(tuple(_joined([*words, *parsed.pieces[:at], *_words_to_slots(parsed.pieces[at:])])))
         if about is not None and about.strip():
             front = [TextSlots(f"The {about.strip()}:"), Literal(" ")]
         elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
@@ -139,6 +148,14 @@ class Template:
     def fields(self) -> tuple[str, ...]:
         """Names of the record's fields that the template reads, without the target, in order of appearance."""
         return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
+
+    def end_of_fields(self) -> int:
+        """Return the index behind the last field in front of the target; a TemplateError if no words stand there."""
+        target = next(index for index, piece in enumerate(self.pieces) if isinstance(piece, Target))
+        at = 1 + max((index for index in range(target) if isinstance(self.pieces[index], Field)), default=-1)
+        if not at or not any(map(_has_words, self.pieces[at:target])):
+            raise self.error("no words between the last field and [Y], which could be slots behind the text", at)
+        return at
 
     def without_tail(self) -> tuple[Template, str]:
         """Return the template up to the target, and the dropped rest as a pattern (for models that write)."""
@@ -283,11 +300,15 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     return joined
 
 
+def _has_words(piece: Piece) -> bool:
+    return isinstance(piece, Literal) and re.search(r"\w", piece.text) is not None
+
+
 def _words_to_slots(pieces: Iterable[Piece]) -> list[Piece]:
     turned: list[Piece] = []
     for piece in pieces:
         # Punctuation alone stays an anchor: it holds the sentence together, and there is no wording to learn.
-        if not isinstance(piece, Literal) or not re.search(r"\w", piece.text):
+        if not isinstance(piece, Literal) or not _has_words(piece):
             turned.append(piece)
             continue
         words = piece.text.strip()

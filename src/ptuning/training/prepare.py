@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +17,20 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, question_items
+from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.prompt.prompt import as_template
-from ptuning.records import TARGET_FIELD, require_targets
+from ptuning.records import TARGET_FIELD, Record, Records, require_targets
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
 from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
+
+# From so many tokens on, a record's fields are a text, and no longer a name or a question. Records that are counted.
+LONG_FIELD_TOKENS = 32
+COUNTED = 200
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,74 @@ def _checked(spec: TrainSpec) -> TrainSpec:
     for doubt in found.checked.doubts if found.checked is not None else ():
         logger.warning("%s", doubt)
     return found
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A template made from a manual one, with its slots where they pay, and what a user should know of that."""
+
+    template: Template
+    told: str = ""
+
+
+def place_slots(
+    manual: str,
+    records: Records,
+    backbone: Backbone,
+    *,
+    config: TrainConfig,
+    closed: bool,
+    about: str | None = None,
+) -> Placement:
+    """Make a learned template from a manual one: the one place where the place of its slots is decided. With a
+    ``closed`` set of answers or long fields they stand behind the text, if it is then read once for all epochs.
+
+    A TemplateError if the manual template is malformed, or a record does not fit. Source: docs/decisions.md, decision
+    38.
+    """
+    both = Template.from_manual(manual, about=about)
+    some = [one for one in records if all(name in one for name in both.fields)]
+    some = some[:: max(1, len(some) // COUNTED)][:COUNTED]
+    is_kept = bool(config.prefix_cache_share) and backbone.shares_prefix
+    if not (some and is_kept and (closed or _field_tokens(both, some, backbone) >= LONG_FIELD_TOKENS)):
+        return Placement(both)
+    read = _read_tokens(both, some, backbone, config)
+    front = f"slots stand in front of the text, so a training pass reads all of it, {read:.0f} tokens a record"
+    try:
+        behind = Template.from_manual(manual, behind=True)
+    except TemplateError:
+        return Placement(both, f"{front}; of words between the last field and [Y], it would read those alone")
+    fewer = _read_tokens(behind, some, backbone, config)
+    if read - fewer < MIN_PREFIX_TOKENS:
+        return Placement(both)  # nothing is kept, or hardly anything
+    times = f"{read / fewer:.1f} times as many (counted on {len(some)} records)"
+    if about is not None and about.strip():
+        return Placement(both, f"{front}; without --about it would read {fewer:.0f}, and now reads {times}")
+    return Placement(
+        behind,
+        f"slots stand behind the text: it is read once, and each training pass reads {fewer:.0f} tokens a record; with "
+        f"slots in front as well it would read {read:.0f}, {times}: --template {shlex.quote(str(both))}",
+    )
+
+
+def _field_tokens(template: Template, records: Sequence[Record], backbone: Backbone) -> float:
+    """Return the mean number of tokens of a record's fields; their bytes, where these are few: tokens are no more."""
+    texts = [record[name] for record in records for name in template.fields]
+    size = sum(len(text.encode()) for text in texts)
+    if size >= LONG_FIELD_TOKENS * len(records):
+        size = sum(map(len, backbone.tokenizer.encode(texts)))
+    return size / len(records)
+
+
+def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbone, config: TrainConfig) -> float:
+    """Return the mean number of tokens that a training pass reads of a record, its target left out: those from the
+    first slot on if what stands in front is worth keeping, as :meth:`PrefixCache.pays` says.
+    """
+    seen, _ = template.without_tail()
+    bound = BoundTemplate(seen, tokenizer=backbone.tokenizer, kind=backbone.kind, max_length=config.max_length)
+    filled = bound.contexts(records)
+    every, kept = sum(len(one.token_ids) for one in filled), sum(len(cacheable_ids(one)) for one in filled)
+    return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
 
 
 def _trainable(template: Template, config: TrainConfig) -> Template:

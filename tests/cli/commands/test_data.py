@@ -95,3 +95,15 @@ def test_template_show_says_that_a_target_is_unknown(bert: str) -> None:
         done = call("template", "show", "[P] [X] [Y]", "--backbone", bert, "--record", record)
         assert done.code == 0
         assert (f"the target '{target}' is unknown" in done.err) != is_known
+
+
+def test_template_show_reads_a_file_and_warns_of_letters_for_a_line_break(llama: str) -> None:
+    Path("chat.txt").write_text("user\n[X]\n[Y]\n", encoding="utf-8")
+    done = call("template", "show", "--template-file", "chat.txt", "--backbone", llama, "--json")
+    assert done.code == 0, done.err
+    assert "".join(row["token"] for row in json.loads(done.out) if row["part"] != "special").startswith("user\\n")
+    assert "a backslash and an n" not in done.err
+    done = call("template", "show", r"user\n[X] [Y]", "--backbone", llama)
+    assert "a backslash and an n" in done.err
+    fails("template", "show", says=["give either a TEMPLATE, or --template-file"])
+    fails("template", "show", "a [Y]", "--template-file", "chat.txt", says=["give either a TEMPLATE"])

@@ -12,8 +12,15 @@ from rich.markup import escape
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load_tokenizer
-from ptuning.cli.options import AskedBackbone, JsonOption, takes, tokenizer_options
-from ptuning.errors import RecordError
+from ptuning.cli.options import (
+    AskedBackbone,
+    JsonOption,
+    TemplateFileOption,
+    takes,
+    tokenizer_options,
+)
+from ptuning.cli.templates import notice_line_breaks, read_template
+from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 
 if TYPE_CHECKING:
@@ -53,7 +60,8 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
 
 @takes(backbone=tokenizer_options)
 def show_template(
-    template: Annotated[str, typer.Argument(metavar="TEMPLATE")],
+    template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE]")] = None,
+    template_file: TemplateFileOption = None,
     record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
     as_json: JsonOption = False,
     *,
@@ -66,7 +74,10 @@ def show_template(
     from ptuning.data.reading import read_rows
     from ptuning.template.language import Template
 
-    parsed = Template.parse(template)
+    if (template is None) == (template_file is None):
+        raise ConfigError("give either a TEMPLATE, or --template-file")
+    pattern = read_template(template_file) if template_file is not None else template or ""
+    parsed = Template.parse(pattern)
     row = {name: name for name in parsed.fields}
     if record is not None:
         rows = read_rows(record.replace("\n", " ").encode(), name="--record")
@@ -74,6 +85,7 @@ def show_template(
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
         row = dict(rows[0])
     tokenizer, kind = load_tokenizer(backbone)
+    notice_line_breaks(pattern, tokenizer)
     from ptuning.template.fill import BoundTemplate
 
     bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)

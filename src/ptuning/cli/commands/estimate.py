@@ -11,6 +11,7 @@ from rich.table import Table
 from ptuning.cli import terminal
 from ptuning.cli.inputs import load, training_spec
 from ptuning.cli.options import AskedBackbone, JsonOption, TrainInputs, backbone_options, takes, training
+from ptuning.cli.templates import placed
 
 if TYPE_CHECKING:
     from ptuning.training.estimate import Forecast
@@ -29,6 +30,7 @@ def estimate(
     """
     spec = training_spec(asked)
     loaded = load(backbone)
+    spec = placed(spec, asked.inputs, loaded)
     with terminal.bar() as report:
         from ptuning.training.estimate import estimate_spec
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.options import AskedBackbone
+from ptuning.cli.templates import placed
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
 from ptuning.names import LOG_FOLDER
@@ -55,6 +56,10 @@ def fleet(
     prompts = read_prompts(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
+    # A line about the slots of each of dozens of templates would bury all others.
+    prompts = [
+        placed(prompt, entry.inputs, loaded, quiet=True) for prompt, entry in zip(prompts, asked.entries, strict=True)
+    ]
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet

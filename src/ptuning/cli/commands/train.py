@@ -24,6 +24,7 @@ from ptuning.cli.options import (
     training,
 )
 from ptuning.cli.signals import stoppable
+from ptuning.cli.templates import placed
 from ptuning.names import LOG_FOLDER, PROMPT_FOLDER
 from ptuning.progress import each
 
@@ -55,11 +56,12 @@ def train(
 
     check_writable(out, RUN, overwrite=overwrite, resume=resume)
     spec = training_spec(asked)
+    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
+    loaded = load(backbone)
+    spec = placed(spec, asked.inputs, loaded)
+    log.settings["template"] = str(spec.template)
     if asked.inputs["template"] is None:
         terminal.say(f"learned template: {spec.template}")
-    settings = {"template": str(spec.template), **spec.settings.to_json()}
-    log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=settings)
-    loaded = load(backbone)
     with stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.prepare import prepare
         from ptuning.training.run import TrainingRun
