@@ -27,9 +27,11 @@ KEYS = [
     "format_version", "kind", "backbone", "slot_token_ids", "slot_tokens", "largest_log_prob_difference", "n",
     "example",
 ]  # fmt: skip
+# The forms that any causal model has; a GGUF file is copied of one.
+ANY_MODEL = [kind for kind in FORMS if kind != "gguf"]
 
 
-@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("kind", ANY_MODEL)
 def test_every_form_says_the_same_of_itself(kind: str, tmp_path: Path) -> None:
     backbone = reserving()
     prompt = learned(backbone, IN_FRONT)
@@ -120,7 +122,7 @@ def test_the_backbone_is_as_it_was(tmp_path: Path) -> None:
     """PEFT replaces modules, and does so in a copy."""
     backbone = reserving()
     prompt, before = learned(backbone, IN_FRONT), {name: id(one) for name, one in backbone.model.named_modules()}
-    for kind in FORMS:
+    for kind in ANY_MODEL:
         exported(prompt, backbone, tmp_path / kind, kind, RECORDS[:1])
     assert {name: id(one) for name, one in backbone.model.named_modules()} == before
     fresh = json.loads((tmp_path / "lora" / EXPORT_FILE).read_text(encoding="utf-8"))
