@@ -42,7 +42,7 @@ FLEET_FILE = "fleet.json"
 # A comparison: its cells, checkpoints of prompts that are trained together, and its report.
 CELLS_FOLDER = "cells"
 FLEETS_FOLDER = "fleets"
-HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER = "report.html", "report.md", "pictures"
+HTML_FILE, MARKDOWN_FILE, PICTURES_FOLDER, TABLES_FOLDER = "report.html", "report.md", "pictures", "tables"
 # The identity of a cell that is not finished. With other settings, its checkpoints must not be resumed.
 STARTED_FILE = "started.json"
 # Answers to rows without labels, such as the test split of SuperGLUE.
@@ -100,6 +100,8 @@ PAGE_MARKS = {
     HTML_FILE: '<meta name="generator" content="ptuning">',
     MARKDOWN_FILE: "<!-- written by ptuning -->",
     ".svg": "<!-- drawn by ptuning -->",
+    ".tex": "% written by ptuning",
+    ".csv": "ptuning table,",
 }
 
 
@@ -148,7 +150,10 @@ CELL = Owned(
 _PICTURES = ("dots", "wordings", "curves", "confusion-#")
 REPORT = Owned(
     pages={HTML_FILE: _page(HTML_FILE), MARKDOWN_FILE: _page(MARKDOWN_FILE)},
-    folders={PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in _PICTURES})},
+    folders={
+        PICTURES_FOLDER: Owned(pages={f"{name}.svg": _page(".svg") for name in _PICTURES}),
+        TABLES_FOLDER: Owned(pages={f"table-#-*{ending}": _page(ending) for ending in (".tex", ".csv")}),
+    },
 )
 COMPARISON = Owned(
     {RESULTS_FILE: _keys("format_version", "suite")},

@@ -61,7 +61,7 @@ class CellResult:
     score to its values, one for each test record or group of them. ``seconds`` is the time taken by the start that
     finished it, ``tried`` how many settings were compared on the development part. ``hits`` is the share of the test
     records answered correctly, whatever the scores are, and ``dev_score`` that of the development part for the chosen
-    setting; None where nothing was chosen.
+    setting; None where nothing was chosen. ``folder`` is where its files are, if not in the cell's own place.
     """
 
     cell: Cell
@@ -74,6 +74,7 @@ class CellResult:
     hits: float | None = None
     dev_score: float | None = None
     warnings: Sequence[str] = ()
+    folder: str | None = None
 
     @property
     def n(self) -> int:
@@ -99,7 +100,7 @@ class CellResult:
             n=self.n,
             seconds=self.seconds,
             tried=self.tried,
-            run=self.cell.folder,
+            run=self.folder or self.cell.folder,
             error=self.error,
         )
 

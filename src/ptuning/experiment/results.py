@@ -91,10 +91,13 @@ def compared(names: Sequence[str], ranked: Sequence[str]) -> list[tuple[str, str
     """Return the pairs of methods to compare: every method with the learned and with the manual prompt, a method with
     its variants, and the best of the ``ranked`` methods with the next.
     """
-    learned = next((name for name, method in METHODS.items() if method.learns_slots and name in names), LEARNED)
+    bases = {name: name.partition(" ")[0] for name in names}
+    slots = [name for name, base in bases.items() if "@" not in name and base in METHODS and METHODS[base].learns_slots]
+    learned = next(iter(slots), LEARNED)
     pairs = [(learned, name) for name in names if name != learned and learned in names]
     pairs += [(name, MANUAL) for name in names if name not in (learned, MANUAL) and MANUAL in names]
-    pairs += [(base, name) for name in names if (base := name.partition(" ")[0]) != name and base in names]
+    first = {base: name for name, base in reversed(bases.items())}  # of a method and its variants
+    pairs += [(first[base], name) for name, base in bases.items() if first[base] != name]
     best = (ranked[0], ranked[1]) if len(ranked) > 1 else None
     if best is not None and best not in pairs and best[::-1] not in pairs:
         pairs.append(best)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ptuning.experiment.cells import CellEstimate, CellResult, Job
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
+    from ptuning.report.exports import Format
     from ptuning.report.results_file import Results, Scores
 
     # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
@@ -310,18 +311,34 @@ def superglue(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of results.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of results.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Of several folders: where the report goes [report, beside them]."),
+    ] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Every table as LaTeX, too, in tables/.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Every table as CSV, too, with unrounded numbers.")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Rebuild the tables, pictures and pages of results from their JSON alone.
+    """Rebuild the tables, pictures and pages of results from their JSON alone; of several folders as one report.
 
-    Example: ptuning report runs/lama --open
+    Example: ptuning report runs/lstm runs/mlp --out runs/encoders --latex
     """
+    formats: list[Format] = [name for name, asked in (("latex", latex), ("csv", csv)) if asked]  # type: ignore[misc]
     with terminal.waiting("writing the report"):
-        from ptuning.report.write import write_report
+        from ptuning.report.write import write_pages, write_report
 
-        page = write_report(folder)
-    typer.echo(str(page))
+        if len(folders) == 1 and out is None:
+            page = write_report(folders[0], formats=formats)
+        else:
+            from ptuning.experiment.merge import merged
+
+            results = merged(folders)
+            beside = results.folder / "report"
+            if beside.is_relative_to(Path.cwd()):
+                beside = beside.relative_to(Path.cwd())
+            page = write_pages(results, beside if out is None else out, formats=formats)
+    terminal.line(str(page))
     if open_:
         typer.launch(str(page))
 
