@@ -8,16 +8,25 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import CONTEXT, make_tokenizer
 
 WIDTH, HEADS, KEPT_HEADS, INNER, LAYERS = 64, 4, 2, 96, 2
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "F32", blocks: int = LAYERS) -> Path:
+def write_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    kind: str = "F32",
+    blocks: int = LAYERS,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """Write the file; ``kind`` is how matrices are stored: F32, F16, or quantised, as Q8_0. It says that it has so many
     ``blocks``.
     """
+    tokenizer = tokenizer or make_tokenizer("llama")
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -27,8 +36,8 @@ def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "F32", bl
     writer.add_head_count_kv(KEPT_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    _add_tokenizer(writer)
-    tokens = len(make_tokenizer("llama"))
+    _add_tokenizer(writer, tokenizer)
+    tokens = len(tokenizer)
     kept = WIDTH * KEPT_HEADS // HEADS
     matrices = {"attn_q": (WIDTH, WIDTH), "attn_k": (kept, WIDTH), "attn_v": (kept, WIDTH)}
     matrices |= {"attn_output": (WIDTH, WIDTH)}
@@ -50,8 +59,7 @@ def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "F32", bl
     return path
 
 
-def _add_tokenizer(writer: GGUFWriter) -> None:
-    tokenizer = make_tokenizer("llama")
+def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast) -> None:
     ids, specials = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
     listed = sorted(ids, key=lambda word: ids[word])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]

@@ -816,7 +816,10 @@ def test_verbose_shows_an_error_in_full() -> None:
 LONG = "a good film and a bad one " * 12
 
 TEMPLATES = {
-    "unknown field": ("[P] {city} [Y]", ["no field 'city'", "its fields: x, y", "[P] {city} [Y]\n      ^ column 5"]),
+    "unknown field": (
+        "[P] {city} [Y]",
+        ["train.jsonl, line 1", "field 'city'; its fields: x, y", "--field city=x"],
+    ),
     "no target": ("[P] [X]", ["needs one [Y]", "^ column 8"]),
     "two targets": ("[P] [X] [Y] [Y]", ["exactly one [Y]", "^ column 13"]),
     "unclosed bracket": ("[X] [P*3", ["unclosed bracket", "expected [P], [P*3]", "[X] [P*3\n      ^ column 5"]),

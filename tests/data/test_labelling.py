@@ -60,8 +60,8 @@ def test_a_messy_mailbox_gives_its_teams_and_names_what_is_wrong(mail: Questions
     assert counts == "train: 4 labels in 87 records: account 22, billing 21, shipping 22, technical 22"
     assert twice == "train: mail.csv, line 62 (as mail.csv, line 21) has the same text and label as another"
     assert doubts == (
-        "train: the field 'message' is empty in 2 rows: mail.csv, lines 13, 58",
-        "train: 2 of 90 rows have no text and are left out",
+        "train: the field 'message' is empty in 2 rows: mail.csv, lines 13, 58; 2 of 90 rows have no text at all and "
+        "are left out",
         "train: 'biling' looks like 'billing' (mail.csv, line 35); left out. Correct it in the file, or count it as "
         "that label: --merge biling=billing",
     )
@@ -165,7 +165,7 @@ def test_merges_are_pairs_or_case() -> None:
         ({"billing": 8, "biling": 2}, {"biling": "billing"}),
         ({"billing": 8, "billign": 1}, {"billign": "billing"}),
         ({"technical": 20, "tehcnicla": 1}, {"tehcnicla": "technical"}),
-        ({"billing": 8, "biling": 3}, {}),  # too often for a slip
+        ({"billing": 20, "biling": 3}, {}),  # too often for a slip
         ({"billing": 7, "biling": 2}, {}),  # the other is not frequent
         ({"5 stars": 20, "4 stars": 1}, {}),
         ({"increase": 20, "decrease": 1}, {}),
@@ -211,7 +211,9 @@ def test_only_rows_without_any_text_are_left_out_and_test_rows_never() -> None:
                       enumerate(["", "x", "z"], start=2)], name="m.csv")  # fmt: skip
     found = label_rows({"train": rows, "test": rows}, fields=("a", "b"))
     assert [len(part) for part in found.parts.values()] == [2, 3]
-    assert "train: the field 'b' is empty in 3 rows: m.csv, lines 2, 3, 4" in found.findings.doubts
+    assert found.findings.doubts[1].endswith(
+        "3 rows: m.csv, lines 2, 3, 4; 1 of 3 rows have no text at all and are left out"
+    )
     assert "test: the field 'a' is empty in 1 row: m.csv, line 2" in found.findings.doubts
     with pytest.raises(RecordError, match=r"the train data \(m.csv\) has no row with text in b"):
         label_rows({"train": rows}, fields=("b",))

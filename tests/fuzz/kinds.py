@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.data.reading import read_rows
+from ptuning.cli.outputs import answers_to
+from ptuning.data.reading import as_read, raw_rows, read_rows
 from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
@@ -32,8 +33,9 @@ from ptuning.data.word_lists import read_words
 from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
-from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.predict import Candidate, Prediction, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
@@ -160,6 +162,36 @@ def _read_data(draw: Draw, name: str, data: bytes) -> None:
         write_bytes(path / name, data)
         tried(task(draw(st.sampled_from(shipped_names()))).read, path / name)
         tried(read_words, path / name)
+
+
+def inputs_to_answer(draw: Draw) -> None:
+    """What ``predict`` reads without being told the format: lines, tables with any mark, JSON; as records and, if there
+    are some, written again as a CSV.
+    """
+    shapes = [table(name) for name in ("a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet")]
+    lines = draw(st.lists(texts, max_size=4)).copy()
+    shapes += ["\n".join(lines).encode(errors="replace"), table("a.csv").replace(b",", b";")]
+    data = draw(changed_bytes(draw(st.sampled_from(shapes))))
+    fields = draw(st.sampled_from(({"x": ("x",)}, {"x": ("text", "x")}, {"x": ("x",), "y": ("y",)}, {})))
+    found = tried(
+        raw_rows, data, name=draw(st.sampled_from(("standard input", "a.txt", "a.dat", "a.csv"))), asked=fields
+    )
+    records = tried(as_read, found) if found is not None else None
+    if found is None or not records:
+        return
+    tried(require_fields, records, list(fields))
+    with folder() as path:
+
+        def write() -> None:
+            answer = Prediction.of_classes([Candidate("a", -0.5)])
+            with answers_to(path / "a.csv", found) as take:
+                for (_, row), record in zip(found, records, strict=True):
+                    take(row, record, answer)
+
+        tried(write)
+        if (path / "a.csv").exists() and found.delimiter in (",", ";"):
+            again = raw_rows((path / "a.csv").read_bytes(), name="a.csv")
+            assert len(again) in (len(found), 0) or len(found.columns) < 2
 
 
 @functools.cache
@@ -416,7 +448,7 @@ def odd_texts(draw: Draw) -> None:
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
-        templates, labels, data_files, parquet_files, task_rows, task_files, fleet_files, prompt_folders, peft_folders,
-        reports, runs, relation_folders, odd_texts,
+        templates, labels, data_files, parquet_files, inputs_to_answer, task_rows, task_files, fleet_files,
+        prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts,
     )
 }  # fmt: skip

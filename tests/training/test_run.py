@@ -438,7 +438,7 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
         ({"template": "[P] {z} [Y]"}, TemplateError, "no field 'z'"),
         ({"data": [{"x": "a", "y": "b"}, {"x": "c"}]}, RecordError, "record 2: no target"),
         ({"data": [{"x": "a", "y": "b"}]}, RecordError, "too few different records to set some aside"),
-        ({"dev": []}, FileError, r"the dev data \(in memory\) holds no records"),
+        ({"dev": []}, RecordError, r"the dev data \(in memory\) holds no records"),
         ({"labels": "yes=great;no=bad"}, RecordError, "'São Tomé' is not one of the labels"),
         ({"labels": "yes=great"}, PTuningError, "at least two labels"),
         ({"data": [{"x": "a", "y": "1 " * 200}, {"x": "b", "y": "c"}]}, TemplateError, "does not fit"),

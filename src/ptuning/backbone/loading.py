@@ -48,8 +48,8 @@ def load_backbone(
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, a GGUF file, or a hub id.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the fastest one that loses nothing
-            on the device (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the GPU's half precision, and
+            float32 elsewhere (:func:`~ptuning.backbone.number_format.automatic`); the backbone's ``dtype_reason`` says
             why.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``auto`` takes a GPU (CUDA, then Apple's) if there is one.
         device_map: Instead of a device, where each module goes, as transformers takes it: ``auto`` for all GPUs and
@@ -82,7 +82,7 @@ def load_backbone(
     name = str(name)
     folder, found_revision = _find(name, asked)
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    chosen = _chosen(asked.dtype) or automatic(place, config)
+    chosen = _chosen(asked.dtype) or automatic(place)
     warn_if_slow(chosen.dtype, place)
     logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
     is_placed = asked.device_map is not None
@@ -206,13 +206,8 @@ def _convert(gguf: Path, folder: Path, *, name: str) -> None:
     dtype = _dtype_of_gguf(gguf, name=name)
     # The reader of GGUF files has its own progress bar, which only this silences.
     with _reading(name, needs=GGUF_NEEDS), contextlib.redirect_stderr(io.StringIO()):
-        # Unpack on reading: newer releases would otherwise keep the weights in GGUF blocks.
-        packing = getattr(transformers, "GgufConfig", None)
-        options = {"quantization_config": packing(dequantize=True)} if packing else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        read = transformers.AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
-        )
+    read = read_gguf(gguf, name=name)
     # A model read from GGUF refuses save_pretrained, so its weights go into a new model.
     plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     with quiet():
@@ -221,6 +216,20 @@ def _convert(gguf: Path, folder: Path, *, name: str) -> None:
         fresh.to(dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
         fresh.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def read_gguf(gguf: Path, *, name: str) -> PreTrainedModel:
+    """Return the model of a GGUF file with unpacked float32 weights. Raises BackboneError if transformers cannot."""
+    import transformers
+
+    with _reading(name, needs=GGUF_NEEDS), contextlib.redirect_stderr(io.StringIO()):
+        # Unpack on reading: newer releases would otherwise keep the weights in GGUF blocks.
+        packing = getattr(transformers, "GgufConfig", None)
+        options = {"quantization_config": packing(dequantize=True)} if packing else {}
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
+        )
+    return cast("PreTrainedModel", read)
 
 
 def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:

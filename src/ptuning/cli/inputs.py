@@ -162,8 +162,11 @@ def read_parts(
     once: Once = at_once,
 ) -> dict[str, Records | Questions]:
     """Read the parts train, dev and test that are named. With a task, a folder may bring the part dev; without, the one
-    column that the template does not read (``reads``) is the target.
+    column that the template does not read (``reads``) is the target. A RecordError if a record lacks what it reads.
     """
+    from ptuning.data.questions import as_questions
+    from ptuning.records import require_fields
+
     found: dict[str, Records | Questions] = {}
     for part, source in sources.items():
         if source is not None:
@@ -176,10 +179,12 @@ def read_parts(
     if task is not None:
         return found
     target = target_column(found["train"], reads)
-    if target is None:
-        return found
-    once((target, "told"), functools.partial(terminal.say, TARGET_TAKEN.format(target)))
-    return {part: with_target(rows, target) for part, rows in found.items()}
+    if target is not None:
+        once((target, "told"), functools.partial(terminal.say, TARGET_TAKEN.format(target)))
+        found = {part: with_target(rows, target) for part, rows in found.items()}
+    for rows in found.values():
+        require_fields(as_questions(rows).records, reads)
+    return found
 
 
 def target_column(rows: Records | Questions, reads: Sequence[str]) -> str | None:

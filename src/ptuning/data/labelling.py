@@ -265,7 +265,7 @@ def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[
         if learns and not rows:
             raise RecordError(f"the {name} data ({questions.name}) has no row with text in {', '.join(fields)}")
         if learns:
-            lines.append(f"{name}: {len(questions) - len(rows)} of {len(questions)} rows have no text and are left out")
+            lines[-1] += f"; {len(questions) - len(rows)} of {len(questions)} rows have no text at all and are left out"
             used = set(map(id, rows))
             left = tuple(f"{_place(row)}: no text" for row in questions if id(row) not in used)
             found += Findings(left_out=left)

@@ -9,7 +9,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.probes import running
 from ptuning.data.questions import Questions
 from ptuning.errors import ExchangeError, closest
-from ptuning.exchange import added_tokens, embedding_lora, embeddings, prompt_tuning
+from ptuning.exchange import added_tokens, embedding_lora, embeddings, gguf_copy, prompt_tuning
 from ptuning.exchange.card import card_of
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.rows import Comparison, Source, compare, source_of
@@ -24,6 +24,7 @@ FORMS: Mapping[str, Form] = {
     "lora": embedding_lora.FORM,
     "peft": prompt_tuning.FORM,
     "tokens": added_tokens.FORM,
+    "gguf": gguf_copy.FORM,
     "embeds": embeddings.FORM,
 }
 
@@ -67,7 +68,7 @@ def export_prompt(
         source = source_of(prompt, backbone, data)
         written = form.write(source, folder)
         with running(f"'{backbone.name}' cannot be read back with the export", do="take another form (--as)"):
-            found = compare(source, written.open())
+            found = compare(source, written.open(), at_most=written.max_difference or source.rounding)
         about = _described(kind, source, written, found)
         write_json(folder / EXPORT_FILE, about)
         write_text(folder / CARD_FILE, card_of(kind, form, source, written, found))

@@ -22,6 +22,7 @@ class Exported:
         ids: Returns the ids of a row, target included, that the other program is given.
         text: The texts of the slots' tokens, where a template written as text has the ids of the rows.
         why_no_text: Why it has others, if it has.
+        max_difference: The largest difference per token that is rounding, if it is not that of the number format.
         usage: Lines of the card: how it is used in the other program.
     """
 
@@ -31,6 +32,7 @@ class Exported:
     text: Sequence[str] | None = None
     why_no_text: str | None = None
     usage: Sequence[str] = ()
+    max_difference: float | None = None
 
 
 @dataclass(frozen=True)

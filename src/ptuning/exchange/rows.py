@@ -61,8 +61,8 @@ class Source:
         return self.prompt.slot_vectors
 
     @property
-    def max_difference(self) -> float:
-        """The largest difference per token that is rounding."""
+    def rounding(self) -> float:
+        """The largest difference per token that is rounding in the backbone's number format."""
         return EXACT if self.backbone.dtype == torch.float32 else ROUGH
 
 
@@ -126,8 +126,10 @@ def log_prob_of(logits: Tensor, target_ids: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def compare(source: Source, reader: Reader) -> Comparison:
-    """Run every row in another program, beside ours. An ExchangeError if the difference is more than rounding."""
+def compare(source: Source, reader: Reader, *, at_most: float) -> Comparison:
+    """Run every row in another program, beside ours. An ExchangeError if they differ by more than ``at_most`` per token
+    of a target.
+    """
     largest = within = beyond = 0.0
     first = None
     own = source.backbone.vocabulary
@@ -136,7 +138,7 @@ def compare(source: Source, reader: Reader) -> Comparison:
         theirs = log_prob_of(logits, row.example.target_ids)
         first = theirs if first is None else first
         inside = abs(log_prob_of(logits[:, :own], row.example.target_ids) - row.log_prob) / len(row.example.target_ids)
-        if not inside <= source.max_difference:  # also if it is NaN
+        if not inside <= at_most:  # also if it is NaN
             raise ExchangeError(
                 f"read back, the export gives {theirs:.4f} to the target of {dict(row.record)}, and the prompt "
                 f"{row.log_prob:.4f}; that is more than rounding, so it is not written"

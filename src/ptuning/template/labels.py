@@ -135,7 +135,7 @@ class LabelWords:
         if others:
             listed = "; ".join(f"{records.place(number)}: '{other}'" for number, other in others[:SHOWN_ROWS])
             also = f" Neither is {listed}{f'; {len(wrong)} rows in all' * (len(others) > SHOWN_ROWS)}."
-        right = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5) or self.labels[:1]
+        right = difflib.get_close_matches(label, self.labels, n=1, cutoff=0.5) or ["RIGHT"]
         raise RecordError(
             f"{self._unknown(label, where=records.place(first))}{also} Correct the file, name the label (--labels), or "
             f'count it as another (--merge "{label}={right[0]}")'

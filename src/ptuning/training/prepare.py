@@ -18,9 +18,9 @@ from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
-from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
+from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.prompt.prompt import as_template
-from ptuning.records import TARGET_FIELD, Record, Records, require_targets
+from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
@@ -75,8 +75,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
-    for name, questions in parts.items():
-        _check(name, questions, answers)
+    for questions in parts.values():
+        answers.check(questions)
     bound = _bound(template, parts["train"], backbone, config)
 
     def items_of(questions: Questions) -> list[Item]:
@@ -208,14 +208,6 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
             "them; move them in front of it"
         )
     return bound
-
-
-def _check(name: str, questions: Questions, answers: AnswerSpace) -> None:
-    records = questions.records
-    if not records:
-        raise FileError(f"the {name} data ({records.name}) holds no records")
-    require_targets(records)
-    answers.check(questions)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -349,9 +349,7 @@ def test_superglue(llama: str) -> None:
     assert (found["suite"], found["settings"]["few_shot"]) == ("superglue", None)
     assert sorted(found["task_info"]["CB"]["labels"]) == sorted(labels)
     again = call(*command, "--tasks", "CB", "--seeds", 2)
-    assert (again.code, again.out) == (0, done.out)  # nothing was left to do
-    (note,) = again.err.splitlines()
-    assert note.startswith("4 distinct targets in 18 records: ")
+    assert (again.code, again.out, again.err) == (0, done.out, "")  # nothing was left to do
     fails(*command, "--few-shot", "32", "--overwrite", says=["32 examples to learn from and 32 to choose by"])
     assert call(*command, "--few-shot").code == 2  # it takes a number
     works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)

@@ -220,3 +220,19 @@ def test_facts_are_results_and_doubts_are_warnings(printed: Callable[[], tuple[s
     assert "RTE, version 1: 2 labels, 2 patterns" in out
     assert "  train: 3 rows" in out
     assert err.strip() == "warning: odd"
+
+
+def test_warnings_of_a_check_name_lines_and_are_errors_with_strict(llama: str) -> None:
+    Path("moods.toml").write_text(
+        'name = "moods"\nversion = "1"\n[labels]\ngood = ["great"]\nbad = ["terrible"]\n'
+        '[[patterns]]\nmanual = "{text} It was [Y]."\n',
+        encoding="utf-8",
+    )
+    Path("moods.csv").write_text("text,label\na film,good\n,bad\nanother,bad\n", encoding="utf-8")
+    args = ("task", "check", "moods.toml", "--data", "moods.csv", "--backbone", llama)
+    done = call(*args)
+    assert done.code == 0, done.err
+    assert "warning: data: the field 'text' is empty in 1 row: moods.csv, line 3" in done.err
+    done = call(*args, "--strict")
+    assert done.code == 2
+    assert "error: moods.toml: data: the field 'text' is empty in 1 row: moods.csv, line 3" in done.err

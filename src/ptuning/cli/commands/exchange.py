@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
 
-FORMS = ("lora", "peft", "tokens", "embeds")
+FORMS = ("lora", "peft", "tokens", "gguf", "embeds")
 
 
 @options.takes(backbone=options.backbone_options)

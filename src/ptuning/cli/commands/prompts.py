@@ -61,11 +61,13 @@ def evaluate(
     chosen = prompt_of(prompt, task_of(task), without=without)
     check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
-    chosen, rows = labelled(chosen, rows, labels, merge)
-    records = rows.records
-    require_fields(records, chosen.template.fields)
     if candidates is not None:
         chosen.check_open()
+    chosen, rows = labelled(chosen, rows, labels, merge)
+    if candidates is not None and labels is not None:
+        chosen.check_open()
+    records = rows.records
+    require_fields(records, chosen.template.fields)
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
