@@ -262,7 +262,23 @@ def test_layers_that_share_their_weights_may_be_more_than_tensors(tmp_path: Path
         num_attention_heads=4,
     )
     transformers.AlbertForMaskedLM(config).save_pretrained(tmp_path)
-    check_folder(tmp_path, "albert")
+    check_folder(tmp_path, "albert", LoadOptions())
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: {"": one}, lambda one: {"text": {"config": one}}])
+def test_a_config_runs_no_code_of_the_hub(
+    key: str, wrap: Callable[[str], object], llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would fetch and run the attention that a config.json names, where the package kernels is there."""
+    folder = shutil.copytree(llama, tmp_path / "hostile")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: wrap("somebody/attention")}))
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.AutoConfig, "from_pretrained", pytest.fail)
+        with pytest.raises(BackboneError, match=r"'somebody/attention' is code on the hub, which runs only if you ask"):
+            load_backbone(str(folder))
+    check_folder(folder, "hostile", LoadOptions(trust_remote_code=True))
 
 
 @pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "sub/../../model.safetensors"])

@@ -51,6 +51,7 @@ def test_data_and_shipped_facts_give_their_targets(tmp_path: Path) -> None:
         ("b.json", lines),
         ("c.jsonl", lines),
         ("d.csv", "x,y\na,no\nb,yes\n"),
+        ("e.csv", "x;y\na, b;no\nb;yes\n"),
         ("e.tsv", "y\nno\nyes\n"),
     ):
         assert read_words(file(tmp_path, content, name=name)) == ("no", "yes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, learned
-from tests.exchange.conftest import ANYWHERE, IN_FRONT, exported, reserving
+from tests.exchange.conftest import ANYWHERE, IN_FRONT, exported, reserving, reserving_model, reserving_tokenizer
 
 KEYS = [
     "format_version", "kind", "backbone", "slot_token_ids", "slot_tokens", "largest_log_prob_difference", "n",
@@ -67,6 +68,16 @@ def test_what_answers_differently_does_not_appear(
     with pytest.raises(ExchangeError, match="more than rounding, so it is not written"):
         exported(learned(backbone, ANYWHERE), backbone, tmp_path / "out", "lora")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ANY_MODEL)
+def test_a_model_of_16_bits(kind: str, tmp_path: Path) -> None:
+    """Rows are taken as they are stored; the other program's head rounds its logits, and no more."""
+    model = reserving_model().to(torch.bfloat16)  # type: ignore[arg-type]  # the stub of Module.to is lost
+    backbone = Backbone.from_model(model, reserving_tokenizer(), name="tiny")
+    about = exported(learned(backbone, IN_FRONT), backbone, tmp_path / "out", kind)
+    assert about["largest_log_prob_difference"] < 0.2
+    assert about["backbone"]["loaded"]["dtype"] == "bfloat16"
 
 
 def test_every_word_of_every_label_is_compared(tmp_path: Path) -> None:
@@ -127,3 +138,16 @@ def test_the_backbone_is_as_it_was(tmp_path: Path) -> None:
     assert {name: id(one) for name, one in backbone.model.named_modules()} == before
     fresh = json.loads((tmp_path / "lora" / EXPORT_FILE).read_text(encoding="utf-8"))
     assert torch.isfinite(torch.tensor(fresh["example"]["log_prob"]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers, as a reader of the card would see them
+@pytest.mark.parametrize("kind", ["lora", "peft", "tokens"])
+def test_the_python_of_the_card_runs(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = reserving()
+    exported(learned(backbone, IN_FRONT), backbone, tmp_path / "out", kind)
+    reserving_model().save_pretrained(tmp_path / "model")
+    reserving_tokenizer().save_pretrained(tmp_path / "model")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "out")).replace("MODEL", str(tmp_path / "model")), {})
+    assert capsys.readouterr().out.strip()

@@ -48,8 +48,8 @@ def load_backbone(
 
     Args:
         name: A known name (``smollm2-135m``), a local folder, a GGUF file, or a hub id.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the fastest one that loses nothing
-            on the device (:func:`~ptuning.backbone.number_format.automatic`), and the backbone's ``dtype_reason`` says
+        dtype: ``float32``, ``bfloat16`` or ``float16``, or torch's; ``auto`` takes the GPU's half precision, and
+            float32 elsewhere (:func:`~ptuning.backbone.number_format.automatic`); the backbone's ``dtype_reason`` says
             why.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ...; ``auto`` takes a GPU (CUDA, then Apple's) if there is one.
         device_map: Instead of a device, where each module goes, as transformers takes it: ``auto`` for all GPUs and
@@ -82,7 +82,7 @@ def load_backbone(
     name = str(name)
     folder, found_revision = _find(name, asked)
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    chosen = _chosen(asked.dtype) or automatic(place, config)
+    chosen = _chosen(asked.dtype) or automatic(place)
     warn_if_slow(chosen.dtype, place)
     logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
     is_placed = asked.device_map is not None

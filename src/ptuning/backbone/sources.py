@@ -38,7 +38,7 @@ SIZES = re.compile(
     r"(size|dim|width|inner|embd|d_model|d_ff|d_kv|feed_?forward|heads?|experts?|embedding_length|feed_forward_length"
     r"|head_count)$"
 )
-VOCABULARY = "vocab_size"
+VOCABULARY, ATTENTION = "vocab_size", "attn_implementation"
 # Parts that may be asked for whatever the weights are, since layers can share theirs (ALBERT).
 PLAUSIBLE_PARTS = 1000
 # Stored numbers stand for at most so many weights: 8 weights of 4 bits are one number of 32 bits.
@@ -77,11 +77,19 @@ class LoadOptions:
             )
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < MIN_LENGTH):
             raise BackboneError(f"max_length is {self.max_length!r}; it is a number of tokens, {MIN_LENGTH} or more")
-        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
-            raise BackboneError(
-                f"attn_implementation '{self.attn_implementation}' is code on the hub, which runs only if you ask for "
-                "it with trust_remote_code=True (--trust-remote-code)"
-            )
+        self.check_attention({ATTENTION: self.attn_implementation})
+
+    def check_attention(self, config: Mapping[str, Json], *, within: bool = False) -> None:
+        """Check that the attention that a config names is no code on the hub, unless that was asked for."""
+        for name, value in config.items():
+            here = within or name.endswith(ATTENTION)
+            if isinstance(value, Mapping):
+                self.check_attention(value, within=here)
+            elif here and "/" in str(value) and not self.trust_remote_code:
+                raise BackboneError(
+                    f"{ATTENTION} '{value}' is code on the hub, which runs only if you ask for it with "
+                    "trust_remote_code=True (--trust-remote-code)"
+                )
 
 
 @dataclass(frozen=True)
@@ -261,12 +269,13 @@ def _numbers(asked: Mapping[str, Json]) -> Iterator[tuple[str, int | float]]:
             yield name, value
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """Check what a folder says of itself before anything is made of it: a config that its weights can fill, an index
-    of weights (of a model in several files) that stays in the folder. Raises BackboneError.
+def check_folder(folder: Path, name: str, options: LoadOptions) -> None:
+    """Check what a folder says of itself before anything is made of it: a config that its weights can fill and that
+    names no code, and an index of weights (of a model in several files) that stays in the folder. Raises BackboneError.
     """
     try:
         asked = read_json(folder / "config.json")
+        options.check_attention(asked)
         shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in _shapes(file)]
         for index in sorted(folder.glob("*.index.json")):
             listed = read_json(index).get("weight_map")
@@ -305,7 +314,7 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
                 + ("" if packed else "a folder must hold a model and its tokenizer as save_pretrained writes them")
             )
         check_no_revision(name, asked)
-        check_folder(path, name)
+        check_folder(path, name, asked)
         return str(path), None
     if _is(Path.is_file, path):
         raise BackboneError(f"{name} is a file; a backbone is a folder with config.json, or a file in GGUF format")
@@ -322,7 +331,7 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     patterns += ["*.py"] if asked.trust_remote_code else []
     folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice)
-    check_folder(Path(folder), name)
+    check_folder(Path(folder), name, asked)
     return folder, Path(folder).name
 
 

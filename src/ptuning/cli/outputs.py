@@ -67,6 +67,12 @@ def columns_of(rows: Sequence[Mapping[str, object]], added: Sequence[str]) -> li
     return [*found, *added]
 
 
+def answer_columns(path: Path, raw: RawRows) -> Sequence[str]:
+    """Return the columns of a file of answers to the rows of a file; none if it is no table."""
+    rows = [dict.fromkeys(raw.columns), *(row for _, row in raw)]
+    return columns_of(rows, (PREDICTION, PROBABILITY)) if is_table(path) else ()
+
+
 @contextmanager
 def writing_to(
     path: Path, columns: Sequence[str], *, delimiter: str = ","
@@ -96,8 +102,7 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
     """Yield what writes an answer into a file, with the row of the data that it answers and that row's record. A table
     has the columns of the data, and its separator if it is a CSV.
     """
-    rows = [dict.fromkeys(raw.columns), *(row for _, row in raw)]
-    columns = columns_of(rows, (PREDICTION, PROBABILITY)) if is_table(path) else ()
+    columns = answer_columns(path, raw)
     delimiter = raw.delimiter if raw.format == "csv" and raw.delimiter else ","
     with writing_to(path, columns, delimiter=delimiter) as write:
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ptuning.data.reading import SUFFIXES, load_records
+from ptuning.data.reading import DELIMITERS, SUFFIXES, load_records
 from ptuning.errors import FileError
 from ptuning.files import parse_json, read_text
 from ptuning.records import ALIASES, TARGET_FIELD, as_records
@@ -47,7 +47,7 @@ def _lists(path: Path) -> list[list[str]]:
     if suffix in (".csv", ".tsv"):
         lines = read_text(path).splitlines() or [""]
         # One column without a target's name is a list of words.
-        is_table = any(mark in lines[0] for mark in ",\t") or lines[0].strip('" ') in TARGETS
+        is_table = any(mark in lines[0] for mark in DELIMITERS) or lines[0].strip('" ') in TARGETS
         return [] if is_table else [lines]
     return []
 

@@ -120,7 +120,7 @@ def test_nothing_is_overwritten_unasked(llama: str) -> None:
     fails(*args, "--overwrite", says=["--overwrite is for the file of the answers; name it with --out"])
     fails(*args, "--out", "a.csv", "--json", says=["--json prints answers, and --out FILE writes them"])
     fails(*args, "--out", "a.csv", "--top-k", "2", says=["a CSV has one answer for each row; leave --top-k out"])
-    fails("predict", "moods", "--data", "done.csv", "--out", "a.csv", "--backbone", llama,
+    fails("predict", "moods", "--data", "done.csv", "--out", "a.csv", "--backbone", "not looked for",
           says=["the data has a column 'prediction' already; rename it there, or write .jsonl"])  # fmt: skip
     works(*args, "--out", "answers.csv", "--overwrite", "--backbone", llama)
     assert table_of("answers.csv")[0]["message"] == "a"

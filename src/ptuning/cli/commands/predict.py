@@ -21,7 +21,7 @@ from ptuning.cli.inputs import (
     task_of,
     typed_fields,
 )
-from ptuning.cli.outputs import Take, answers_to, check_file, show_answer
+from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError, PTuningError
@@ -136,6 +136,8 @@ def _given(
             raise ConfigError("the template reads no field, so there is nothing to type; use --data")
         return None
     given = data_to_answer(prompt, text, data, field)
+    if out is not None:
+        answer_columns(out, given.raw)  # an error about them comes before the backbone is loaded
     fields = prompt.template.fields
     empty = given.empty_fields(fields)
     for where, name in empty[:SHOWN_WARNINGS]:
