@@ -18,6 +18,7 @@ BOOTSTRAP_BATCH_VALUES = 2_000_000
 # cases of 100, those over 3 values do in 75 and those over 8 in 88. Source: docs/decisions.md, decision 15.
 FEW_VALUES = 30
 FEWEST_PAIRS = 5  # of a rank correlation: two pairs always have 1 or -1
+ROUNDING = 1e-9  # differences below this are those of sums of fractions
 SCORE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
 
 
@@ -33,7 +34,7 @@ class Score:
     @property
     def has_interval(self) -> bool:
         """Whether its interval says anything: values that are all equal, or a single one, show no spread."""
-        return self.low < self.high
+        return self.high - self.low > ROUNDING
 
     def to_json(self) -> dict[str, float | int]:
         """Return the score as ``run.json`` holds it."""

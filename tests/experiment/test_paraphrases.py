@@ -82,6 +82,20 @@ def test_a_fact_must_be_one_token_in_all_wordings(data: Path, make_backbone: Cal
     assert [told[task]["dropped"] for task in told] == [{"object is not one token": cut}] * 5
 
 
+def test_it_says_where_wordings_are_looked_for(data: Path, causal: Backbone) -> None:
+    """Beside a file of facts, too; and a folder of ParaRel's name is found."""
+    says = (
+        r"none of the relations has two wordings\. They are read from .*LAMA/paraphrases/P17\.jsonl or .*LAMA/patterns/"
+    )
+    with pytest.raises(RecordError, match=says):
+        run(data, causal, relations="P17")
+    (data / "paraphrases").rename(data / "patterns")
+    assert len(run(data, causal).paraphrases["P36"].patterns) == 3
+    (data / "patterns").rename(data / "unknown")
+    with pytest.raises(RecordError, match=r"read from .*LAMA/TREx/paraphrases/P36\.jsonl or"):
+        paraphrases(data / "TREx" / "P36.jsonl", methods="manual", backbone=causal, out=data.parent / "out")
+
+
 def test_relations_with_one_wording_are_left_out_with_a_notice(
     data: Path, causal: Backbone, caplog: pytest.LogCaptureFixture
 ) -> None:

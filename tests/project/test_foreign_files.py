@@ -223,8 +223,9 @@ def test_no_name_from_data_leads_out_of_the_output_folder(causal: Backbone, tmp_
     with pytest.raises(FileError, match="cannot be the name of a task or a method"):
         _ = Cell(name, "manual", 0).folder
     rows = [
-        {"sub_label": f"Kenya {i}", "obj_label": "yes", "predicate_id": name, "template": "[X] is [Y]"}
+        {"sub_label": f"Kenya {i}", "obj_label": "yes", "predicate_id": relation, "template": "[X] is [Y]"}
         for i in range(9)
+        for relation in ("P36", name)
     ]
     import json
 

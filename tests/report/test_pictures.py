@@ -55,3 +55,12 @@ def test_matrices_are_drawn_as_shapes_and_few_labels_beside_each_other() -> None
     assert heights[1] > 3 * heights[0]
     assert few.count("label 0 1") == 2  # the first panel of each line
     assert few.count(">3<") >= 3 * 3
+
+
+def test_long_names_of_variants_are_broken() -> None:
+    """In one line, the title of a panel was cut off."""
+    curve = [(0, 0.1), (1, 0.2)]
+    drawn = curves({"p-tuning encoder=none": [curve], "p-tuning@random-weights": [curve]}, name="curves")
+    assert re.findall(r">\s*(p-tuning|encoder\S* n = 1|@random\S* n = 1)\s*<", drawn) == [
+        "p-tuning", "encoder=none, n = 1", "p-tuning", "@random-weights, n = 1",
+    ]  # fmt: skip

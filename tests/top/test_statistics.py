@@ -88,6 +88,10 @@ def test_one_value_or_equal_values_have_no_interval_to_show() -> None:
     assert score([0.5]) == Score(0.5, 0.5, 0.5, 1)
     assert score([0.5, 0.5]) == Score(0.5, 0.5, 0.5, 2)
     assert score([0.5, 0.5]).to_json() == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 2}
+    assert not score([0.5, 0.5]).has_interval
+    assert not mean_difference([0.1 + 0.2, 0.3]).has_interval  # equal but for rounding
+    assert score([0.5, 0.6]).has_interval
+    assert score([0.0, 0.0]).has_interval  # Wilson's
 
 
 def test_a_bootstrap_over_many_rows_fits_into_memory() -> None:

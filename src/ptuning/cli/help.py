@@ -30,7 +30,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
         "without", "force",
     ),
-    "Output": ("out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
+    "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
         "cache_memory", "cache_disk",

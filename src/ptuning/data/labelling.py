@@ -80,10 +80,7 @@ def label_rows(
             something may be a mistake and the check is ``strict``.
         LabelWordError: If label words or what is to be merged is malformed.
     """
-    for name, questions in parts.items():
-        if not questions:
-            raise RecordError(f"the {name} data ({questions.name}) holds no records")
-        require_targets(questions.records)
+    require_rows(parts)
     has_choices = any(questions.has_choices for questions in parts.values())
     words = known if labels is None or labels == AUTO else LabelWords.of(labels)
     kept = dict(parts) if has_choices else _merged(parts, merge, words.labels if words is not None else ())
@@ -106,6 +103,14 @@ def label_rows(
     if strict and found.doubts:
         raise RecordError("\n  ".join(("what the data holds is an error with --strict:", *found.doubts)))
     return Labelled(kept, words, found)
+
+
+def require_rows(parts: Mapping[str, Questions]) -> None:
+    """Raise a RecordError if a part is empty or lacks a target."""
+    for name, questions in parts.items():
+        if not questions:
+            raise RecordError(f"the {name} data ({questions.name}) holds no records")
+        require_targets(questions.records)
 
 
 def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:

@@ -66,7 +66,8 @@ def paraphrases(
         patterns[relation.name] = named
         jobs += wording_jobs(relation, named, backbone=plan.backbone, limit=limit, seed=split_seed)
     if not jobs:
-        folders = " or ".join(str(Path(data) / one / f"{found[0].name}.jsonl") for one in PATTERN_FOLDERS)
+        base = Path(data).parent if Path(data).is_file() else Path(data)
+        folders = " or ".join(str(base / one / f"{found[0].name}.jsonl") for one in PATTERN_FOLDERS)
         raise RecordError(
             f"{data}: none of the relations has two wordings. They are read from {folders}, or .csv, named after the "
             'relation: one {"pattern": "[X] is ruled from [Y] ."} a line'

@@ -21,7 +21,8 @@ def limits(results: Results) -> Iterator[str]:
     yield from _knowledge(results)
     name = results.backbone.get("name")
     called = f" ({name})" if name else ""
-    yield f"There is one backbone{called}: the order of the methods may differ with other sizes and families."
+    if "; " not in str(results.backbone.get("fingerprint")):  # which a report over folders has of each
+        yield f"There is one backbone{called}: the order of the methods may differ with other sizes and families."
 
 
 def _cells(results: Results) -> Iterator[str]:

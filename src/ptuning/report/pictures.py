@@ -88,7 +88,8 @@ def curves(panels: Mapping[str, Sequence[Sequence[tuple[int, float]]]], *, name:
                 axes.plot(*_percent(points), color=RUN, linewidth=0.9, zorder=1)
             mean = mean_curve(trainings)
             axes.plot(*_percent(mean), color=COLOURS[1], marker="D", markersize=4, linewidth=1.8, zorder=2)
-            title = f"{method}, n = {len(trainings)}".replace("@", "\n@", 1)  # the names of controls are long
+            name_lines = re.sub(" |(?=@)", "\n", method, count=1)  # names of controls and of variants are long
+            title = f"{name_lines}, n = {len(trainings)}"
             axes.set_title(title, fontsize=9)
             axes.grid(visible=True, axis="y")
             axes.xaxis.get_major_locator().set_params(integer=True)

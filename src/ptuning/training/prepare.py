@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.labelling import merges
+from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
@@ -75,6 +75,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
+    require_rows(parts)
     for questions in parts.values():
         answers.check(questions)
     bound = _bound(template, parts["train"], backbone, config)

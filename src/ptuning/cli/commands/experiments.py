@@ -375,10 +375,10 @@ def _facts_of(job: Job) -> str:
         return ""  # of a comparison that drops nothing
     parts = {"train": job.task.train, "dev": job.task.dev, "test": job.test}
     kept = ", ".join(f"{len(part):,} {part_name}" for part_name, part in parts.items())
-    why = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     lost = sum(count for count in dropped.values() if isinstance(count, int))
-    remedy = " (--targets any keeps these)" if name == job.task.name and "object is not one token" in dropped else ""
-    return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}{remedy}" if why else "")
+    remedies = {"object is not one token": " (--targets any keeps these)"} if name == job.task.name else {}
+    why = ", ".join(f"{count:,} {reason}{remedies.get(reason, '')}" for reason, count in dropped.items())
+    return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
 
 
 def show_estimates(found: Sequence[CellEstimate]) -> None:
