@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 # A template's error shows so many characters on either side of the fault.
-SHOWN_CHARACTERS = 200
-
+SHOWN_AROUND = 200
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
 
 
@@ -33,8 +32,8 @@ class TemplateError(PTuningError):
         self.column = column
         if pattern is not None and column is not None:
             # The caret needs a single line that can be printed: no line breaks, no half characters, no book.
-            start = max(0, column - SHOWN_CHARACTERS)
-            part = pattern[start : column + SHOWN_CHARACTERS].replace("\n", "\u23ce").replace("\t", " ")
+            start = max(0, column - SHOWN_AROUND)
+            part = pattern[start : column + SHOWN_AROUND].replace("\n", "\u23ce").replace("\t", " ")
             shown = f"{'...' * (start > 0)}{part.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')}"
             message = f"{message}\n  {shown}\n  {' ' * (column - start + 3 * (start > 0))}^ column {column + 1}"
         super().__init__(message)

@@ -20,6 +20,7 @@ from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.prompt.prompt import Prompt
 from tests.conftest import RECORDS, learned
 from tests.exchange.conftest import IN_FRONT, exported, loaded_by_peft, of_targets, ours, reserving, reserving_model
+from tests.families import model_of, tokenizer_of
 
 TOKENS = 4
 
@@ -158,6 +159,15 @@ def test_a_template_whose_slots_are_others_is_refused(template: str, says: str, 
     with pytest.raises(PTuningError, match=says) as caught:
         import_prompt(read_adapter_folder(folder), template, reserving())
     assert isinstance(caught.value, TemplateError) == ("unknown" in says)
+
+
+def test_a_text_that_peft_reads_differently_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that puts a space in front of every text does so behind virtual tokens, too."""
+    backbone = Backbone.from_model(model_of("llama"), tokenizer_of("t5"), name="unigram")
+    adapter = read_adapter_folder(write_folder(tmp_path / "adapter"))
+    with pytest.raises(PTuningError, match=r"behind the slots .* so PEFT reads another text"):
+        import_prompt(adapter, f"[P*{TOKENS}], {{x}} is [Y]", backbone)
+    assert import_prompt(adapter, f"[P*{TOKENS}]{{x}} is [Y]", backbone).slots == TOKENS
 
 
 def test_a_masked_model_has_no_virtual_tokens(tmp_path: Path, masked: Backbone) -> None:
