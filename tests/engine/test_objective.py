@@ -337,9 +337,15 @@ def test_choices_that_the_tokenizer_does_not_tell_apart_are_no_hits(masked: Back
     ]
     items = question_items(bound(masked, TEMPLATE), Questions(asked), AnswerSpace(own_choices=True))
     assert [sorted(item.can_be_hit) for item in items] == [[], [], [0, 1], [2], [], [1]]
-    with torch.no_grad():
-        found = hits(items, scored_by(masked, items))
-    assert [found[at] for at in (0, 1, 4)] == [0.0, 0.0, 0.0]
+    right = [float(place in item.answers) for item in items for place in range(len(item.choices))]
+    sure = replace(scored_by(masked, items), log_probs=torch.tensor(right))  # of all right choices
+    assert hits(items, sure) == [0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_a_target_that_the_tokenizer_does_not_know_is_no_hit_though_its_token_is_written(masked: Backbone) -> None:
+    items = items_of(masked, TEMPLATE, [{"x": "Kenya", "y": "yes"}, {"x": "Kenya", "y": "\U0001f642"}])
+    sure = replace(scored_by(masked, items), correct=torch.tensor([True, True]))
+    assert hits(items, sure) == [1.0, 0.0]
 
 
 def test_label_words_that_are_the_same_tokens_are_refused_wherever_they_are_scored(masked: Backbone) -> None:

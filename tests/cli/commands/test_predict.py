@@ -260,3 +260,10 @@ def test_what_cannot_be_typed() -> None:
 def test_without_a_terminal_nothing_is_waited_for() -> None:
     fails("predict", "moods", says=["give either a TEXT or --data (a file, or - for lines of text, CSV or JSONL"])
     assert sys.stdin is not None
+
+
+def test_text_that_the_tokenizer_does_not_know_is_warned_of(bert: str, caplog: pytest.LogCaptureFixture) -> None:
+    works("predict", "manual:{x} is [Y]", "the movie", "--backbone", bert)
+    assert not caplog.records
+    works("predict", "manual:{x} is [Y]", "\U0001f642", "--backbone", bert)
+    assert "the field 'x' of 1 of 1 records of the command line is mostly unknown to the tokenizer" in caplog.text

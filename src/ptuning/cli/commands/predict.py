@@ -92,8 +92,11 @@ def predict(
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
+    from ptuning.template.known import check_fields, warn
 
     model = PromptModel(loaded, force=force)
+    if given is not None:
+        warn(check_fields(loaded.tokenizer, given.questions.records, chosen.template.fields))
 
     def answer(part: Questions) -> list[Prediction]:
         found = model.predict(
