@@ -157,6 +157,16 @@ def test_merges_are_pairs_or_case() -> None:
     assert merges(["case", "a=b"]) == ("a=b", "case")
     with pytest.raises(LabelWordError, match=r"'a' is no merge of labels \(--merge\); write WRONG=RIGHT, or case"):
         merges("a")
+    for wrong in (7, ["a=b", 7]):
+        with pytest.raises(LabelWordError, match="labels to merge are a mapping or texts such as"):
+            merges(wrong)  # type: ignore[arg-type]
+
+
+def test_long_targets_take_no_time() -> None:
+    """Each pair of texts of a million characters would be compared letter by letter."""
+    texts = ("9" * 1_000_000 + "x", "9" * 1_000_000 + "y")
+    assert look_alikes({texts[0]: 20, texts[1]: 1}) == {}
+    assert len(seen_labels({texts[0]: 20, texts[1]: 9}, {}).facts[0]) < 500
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.cli.outputs import answers_to
+from ptuning.data.labelling import label_rows
+from ptuning.data.questions import as_questions
 from ptuning.data.reading import as_read, raw_rows, read_rows
 from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
@@ -119,6 +121,19 @@ def labels(draw: Draw) -> None:
         bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind)
         tried(words.examples, bound, {"x": "a film"})
         tried(lambda: words.check_known(words.examples(bound, {"x": "a film"})))
+
+
+def labelled_rows(draw: Draw) -> None:
+    """Rows whose targets are looked at for labels, with what is to be merged."""
+    target = st.sampled_from(("billing", "Billing", "biling", "sales", "3.5", "")) | texts
+    rows = draw(st.lists(st.fixed_dictionaries({"x": texts, "y": target}), max_size=12))
+    more = [{"x": f"text {at}", "y": ("billing", "sales")[at % 2]} for at in range(draw(st.integers(0, 12)))]
+    questions = tried(as_questions, [*rows, *more])
+    if questions is not None:
+        asked = draw(st.sampled_from((None, "auto", "billing;sales")) | texts)
+        merge = draw(st.sampled_from((None, "case", ["biling=billing", "case"], {"sales": "billing"})) | values)
+        parts = dict.fromkeys(draw(st.sampled_from((("train",), ("train", "test")))), questions)
+        tried(label_rows, parts, asked, fields=("x",), merge=merge, strict=draw(st.booleans()))
 
 
 ROWS = [
@@ -448,7 +463,7 @@ def odd_texts(draw: Draw) -> None:
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
-        templates, labels, data_files, parquet_files, inputs_to_answer, task_rows, task_files, fleet_files,
-        prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts,
+        templates, labels, labelled_rows, data_files, parquet_files, inputs_to_answer, task_rows, task_files,
+        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts,
     )
 }  # fmt: skip

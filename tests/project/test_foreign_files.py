@@ -222,6 +222,8 @@ def test_no_name_from_data_leads_out_of_the_output_folder(causal: Backbone, tmp_
     """A row's `predicate_id` used to decide where results were written and what `--overwrite` removed."""
     with pytest.raises(FileError, match="cannot be the name of a task or a method"):
         _ = Cell(name, "manual", 0).folder
+    if not name:
+        return  # a row that names no relation is one of the file's
     rows = [
         {"sub_label": f"Kenya {i}", "obj_label": "yes", "predicate_id": relation, "template": "[X] is [Y]"}
         for i in range(9)

@@ -31,6 +31,7 @@ MAX_NUMBERS = 10
 SEEN_LABELS, SEEN_ROWS = 50, 3
 # A label with this many rows or fewer may be a mistyped one, if a similar one is there so many times more often.
 RARE, TIMES = 2, 4
+LONGEST = 64  # characters of what may be mistyped, or a number
 SHOWN = 5  # places, labels and the like in one message
 
 
@@ -119,7 +120,7 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
     """
     rows, most = sum(counts.values()), Counter(counts).most_common(3)
     remedy = 'name the labels (--labels "good;bad"), or the column that holds them (--field y=NAME)'
-    shown = ", ".join(text[:40] for text, _ in most)
+    shown = ", ".join(_cut(text) for text, _ in most)
     if _are_amounts(counts):
         raise RecordError(
             f"{name}: the targets are numbers ({shown}, ...; {len(counts)} different ones): a prompt chooses among "
@@ -163,9 +164,11 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Fi
         return Findings()
     mistyped = look_alikes(counts)
     ordered = [label for label, _ in Counter(counts).most_common()]
-    listed = ", ".join(f"{label} {counts[label]}" for label in ordered[: 2 * SHOWN])
+    listed = ", ".join(f"{_cut(label)} {counts[label]}" for label in ordered[: 2 * SHOWN])
     kept = [label for label in ordered if label not in mistyped]
-    named = f', or --labels "{";".join(kept)}"' if len(kept) <= 2 * SHOWN and not set(";=,") & {*"".join(kept)} else ""
+    text = ";".join(kept)
+    can_be_typed = len(kept) <= 2 * SHOWN and len(text) <= 4 * LONGEST and not set('=,"') & set(text)
+    named = f', or --labels "{text}"' if can_be_typed and text.count(";") == len(kept) - 1 else ""
     fact = (
         f"{len(counts)} distinct targets in {rows} records: {listed}{', ...' * (len(ordered) > 2 * SHOWN)}. If they "
         f"are labels to choose among, give --labels auto{named}; without, the answer is written as text"
@@ -249,7 +252,10 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
     if isinstance(merge, Mapping):
         return {str(old): str(new) for old, new in merge.items()}, False
     pairs, by_case = {}, False
-    for text in [merge] if isinstance(merge, str) else merge:
+    texts = [merge] if isinstance(merge, str) else merge
+    if not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+        raise LabelWordError(f"labels to merge are a mapping or texts such as biling=billing and {CASE}, not {merge!r}")
+    for text in texts:
         old, equals, new = (part.strip() for part in text.partition("="))
         if text.strip() == CASE:
             by_case = True
@@ -323,7 +329,7 @@ def _check_spellings(counts: Mapping[str, int], mistyped: Mapping[str, str], *, 
 
 def _counts(name: str, questions: Questions, labels: Sequence[str]) -> str:
     counts = Counter(row.record[TARGET_FIELD] for row in questions)
-    listed = ", ".join(f"{label} {counts[label]}" for label in labels[: 4 * SHOWN])
+    listed = ", ".join(f"{_cut(label)} {counts[label]}" for label in labels[: 4 * SHOWN])
     return f"{name}: {len(labels)} labels in {len(questions)} records: {listed}{', ...' * (len(labels) > 4 * SHOWN)}"
 
 
@@ -357,6 +363,10 @@ def _pairs(pairs: Sequence[tuple[Question, Question]]) -> str:
     return f"{listed}{more} {'has' if len(pairs) == 1 else 'have'}"
 
 
+def _cut(label: str) -> str:
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
+
+
 def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w=.+-]+", text) else f'"{text}"'
 
@@ -367,8 +377,8 @@ def _folded(label: str) -> str:
 
 def _are_amounts(counts: Mapping[str, int]) -> bool:
     """Whether all targets are numbers, and too many or too exact ones to be names of classes."""
-    number = re.compile(r"[-+]?\d*[.,]?\d+(e[-+]?\d+)?%?", re.IGNORECASE)
-    if not all(number.fullmatch(text) for text in counts):
+    number = re.compile(r"[-+]?(\d+([.,]\d+)?|[.,]\d+)(e[-+]?\d+)?%?", re.IGNORECASE)
+    if not counts or not all(len(text) <= LONGEST and number.fullmatch(text) for text in counts):
         return False
     return len(counts) > MAX_NUMBERS or any("." in text or "," in text for text in counts)
 
@@ -379,6 +389,8 @@ def _is_alike(one: str, other: str) -> bool:
     if left == right:
         return True
     shortest = min(len(left), len(right))
+    if max(len(left), len(right)) > LONGEST:
+        return False  # a text, and no label
     if re.findall(r"\d", left) != re.findall(r"\d", right) or shortest < 4 or abs(len(left) - len(right)) > 2:
         return False
     # Mistyped words seldom differ in the first letter, and other words often do: increase, decrease.
