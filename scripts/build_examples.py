@@ -90,6 +90,7 @@ CORES = {
 OPENINGS = ("", "Hello, ", "Hi there, ", "Dear team, ", "Good morning, ", "Hey! ")
 CLOSINGS = ("", ".", ". Thanks!", ". Please help.", ", thank you", ". Best regards, Kim", ' (order no. "4711")')
 TYPO = ("billing", "biling")
+TEMPLATES = {"currencies": "The currency of [X] is called [Y]", "continents": "[X] is a country in [Y]"}
 
 Row = tuple[str, str]
 
@@ -155,9 +156,11 @@ def build(out: Path) -> None:
     write_csv(out / "mail-test.csv", messages(test=True))
     unseen = [said(cores[-1], VARIATIONS) for cores in CORES.values()]
     (out / "new-mail.txt").write_text("".join(f"{line}\n" for line in unseen), encoding="utf-8")
-    for relation in ("currencies", "continents"):
+    for relation in TEMPLATES:
         text = own_facts(relation, "train") + own_facts(relation, "test")
         (out / "facts" / f"{relation}.jsonl").write_text(text, encoding="utf-8")
+    lines = [json.dumps({"relation": relation, "template": template}) for relation, template in TEMPLATES.items()]
+    (out / "facts" / "relations.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
