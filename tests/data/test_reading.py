@@ -248,7 +248,7 @@ def test_records_without_a_target_are_named() -> None:
         require_targets(Records([{"y": "1"}, {"a": "1", "y": " ", "b": ""}], name="a.jsonl"))
     assert str(caught.value) == (
         "a.jsonl, record 2: no target; the field 'y' is missing or empty, the record has a, b, y. "
-        "Name another field with --field y=NAME"
+        "Name another field with --field y=NAME, or fill it in or remove the record"
     )
     with pytest.raises(RecordError, match="the record has no fields"):
         require_targets(Records([{}]))

@@ -316,9 +316,9 @@ def test_it_stops_when_asked_and_goes_on(causal: Backbone, tmp_path: Path) -> No
 
 
 PROGRAM = """
-import json, sys
+import json, pathlib, sys
 from ptuning import TrainConfig, compare, load_backbone
-train, dev, test = json.load(open(sys.argv[2]))
+train, dev, test = json.loads(pathlib.Path(sys.argv[2]).read_text())
 compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out=sys.argv[3],
         backbone=load_backbone(sys.argv[1], dtype="float32", device="cpu"), methods=sys.argv[6].split(","),
         tries=int(sys.argv[7]),
@@ -328,18 +328,19 @@ compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out
 
 @pytest.mark.parametrize(("method", "tries"), [("p-tuning", 1), ("p-tuning", 3), ("fine-tuning", 1)])
 def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
-    model_folder: Callable[[str], Path], tmp_path: Path, method: str, tries: int
+    model_folder: Callable[[str], Path], tmp_path: Path, method: str, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Done when: ``kill -9`` in a cell, started again, the same ``results.json``; also where prompts train at once."""
     (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
     model = str(model_folder("llama"))
 
-    def start(out: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", PROGRAM, model, str(tmp_path / "data.json"), str(tmp_path / out), MANUAL, WARM]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*command, f"manual,{method}", str(tries)], env=environment, stderr=subprocess.PIPE)
+    def arguments(out: str) -> list[str]:
+        folder = str(tmp_path / out)
+        return ["-c", model, str(tmp_path / "data.json"), folder, MANUAL, WARM, f"manual,{method}", str(tries)]
 
-    with start("cut") as process:
+    command = [sys.executable, "-c", PROGRAM, *arguments("cut")[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         folder = tmp_path / f"cut/cells/task/{method}/seed-0"
         end = time.monotonic() + 200
         while not folder.is_dir():
@@ -352,8 +353,8 @@ def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
         process.communicate()
     assert not (folder / "run.json").exists()
     for out in ("cut", "whole"):
-        with start(out) as process:
-            assert process.wait(timeout=120) == 0, process.communicate()
+        monkeypatch.setattr(sys, "argv", arguments(out))
+        exec(PROGRAM, {})
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
     said = [(tmp_path / out / f"cells/task/{method}/seed-0/predictions.jsonl").read_bytes() for out in ("cut", "whole")]
     assert said[0] == said[1]

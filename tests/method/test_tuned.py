@@ -31,6 +31,7 @@ from ptuning.template.language import Template
 from ptuning.template.segments import Ids
 from ptuning.training import step as steps
 from ptuning.training.trainer import Trainer
+from tests.conftest import bound
 
 MANUAL = "The capital of [X] is [Y] ."
 WORDS = ("yes", "good", "great", "bad")
@@ -116,9 +117,9 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
     assert share(solution.answer(as_questions(TRAIN))) == 1.0 > plain
-    assert solution.record["prompt"] == {
-        "fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL, "p-tuning+fine-tuning": "[P:The capital] [X] [P] [Y]",
-    }[method]  # fmt: skip
+    learned = {"fine-tuning": "[X] [Y]", "manual+fine-tuning": MANUAL}.get(method, "[P:The capital] [X] [P] [Y]")
+    # The prompt has what the model sees of it.
+    assert solution.record["prompt"] == str(bound(backbone, learned).template)
     everything = sum(weight.numel() for weight in backbone.model.parameters())
     trained: Any = solution.record["trainable_parameters"]
     assert trained > everything if method.startswith("p-tuning") else trained == everything

@@ -353,7 +353,15 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
-    subprocess.run([sys.executable, script, tmp_path / "whole"], check=True, timeout=300)
+
+    def here(out: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), str(tmp_path / out)])
+            patch.setattr(sys, "path", list(sys.path))
+            patch.setattr(fleet, "SAVING_PAUSE", 0.0)  # the script sets it, too
+            exec(script.read_text(), {})
+
+    here("whole")
     state = tmp_path / "killed" / CHECKPOINT_FOLDER / STATE_FILE
     for moment in range(3):
         process = subprocess.Popen([sys.executable, script, tmp_path / "killed"])
@@ -366,7 +374,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         assert process.poll() is None, f"it was to be killed after {changes} checkpoints"
         process.kill()
         process.wait()
-    subprocess.run([sys.executable, script, tmp_path / "killed"], check=True, timeout=300)
+    here("killed")
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole") != {}
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.engine.batch import collate
+from ptuning.engine.learned import Learned
+from ptuning.engine.passes import inject
 from ptuning.errors import ExchangeError
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
@@ -79,8 +82,8 @@ def _check_rest(source: Source, taken: int) -> None:
 @torch.no_grad()
 def _virtual_tokens(backbone: Backbone, example: Example, vectors: Tensor, taken: int) -> Tensor:
     """Return the vectors of the first tokens of a row, (taken, E) float32: embeddings, and slot vectors at slots."""
-    found = backbone.vectors_of(torch.tensor(example.token_ids[:taken])).cpu()
-    return found.index_copy(0, torch.tensor(example.slot_positions), vectors)
+    words = backbone.vectors_of(torch.tensor(example.token_ids)).cpu()  # (T, E)
+    return inject(words[None], vectors, collate([example], Learned(vectors)))[0, :taken]
 
 
 def _reader(source: Source, folder: Path, taken: int) -> Reader:

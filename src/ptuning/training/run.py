@@ -229,7 +229,7 @@ class TrainingRun:
         choices = [choice for item in self.items["train"] for choice in item.choices]
         chosen = _dev_score(trainer, len(self.items["dev"]))
         return Prompt(
-            prepared.template,
+            prepared.bound.template,  # without what this model cannot see
             trainer.best_vectors if prepared.template.has_slots else None,
             BackboneId.of(trainer.learner.frozen),
             label_words=prepared.answers.words,

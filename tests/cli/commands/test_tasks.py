@@ -107,7 +107,7 @@ def test_train_eval_and_predict_with_label_words(llama: str) -> None:
     works("train", *args)
     record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     assert (record["task"]["name"], record["task"]["version"]) == ("moods", "3")
-    assert record["settings"]["template"] == "[P:Text:] {text} [P:All in all,] [Y]."
+    assert record["settings"]["template"] == "Text: {text} [P:All in all,] [Y]."
     assert record["settings"]["label_words"] == {"good": ["great"], "bad": ["terrible"]}
     assert [record["data"][part]["name"] for part in ("train", "dev")] == [
         "d/moods/train.jsonl", "d/moods/dev32.jsonl"

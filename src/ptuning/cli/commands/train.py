@@ -41,7 +41,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in DIR.")] = False,
     measure_ceiling: Annotated[bool, typer.Option("--measure-ceiling", help="Time the bare backbone too.")] = False,
     log_to: LogOption = None,
-    json_: JsonOption = False,
+    as_json: JsonOption = False,
     *,
     backbone: AskedBackbone,
 ) -> None:
@@ -71,7 +71,7 @@ def train(
             prepared, out=out, resume=resume, overwrite=overwrite, ceiling=measure_ceiling, command=command_line()
         )
         result = run.train(report=each(report, log), should_stop=should_stop)
-    if json_:
+    if as_json:
         terminal.print_json({"prompt": str(out / PROMPT_FOLDER), **result.record})
     else:
         show(result)
