@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptuning.backbone import sources
+from ptuning.backbone.loading import load_tokenizer
 from tests.cli.test_app import call, works
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md",)
+PAGES = ("README.md", "docs/messages.md", "docs/facts.md", "docs/table.md")
 # Commands that train get one epoch: a random model learns nothing in six either.
 TRAINING = ("train", "compare", "lama", "paraphrases", "demo", "superglue")
 # Files that a page calls the reader's own, and where the reader has them from here.
@@ -39,10 +42,30 @@ def run(line: str) -> str:
     return works(*words, *quick, stdin=stdin)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with the default backbone's tokenizer, so that words are cut as the pages say."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer()[0]._tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[[str], Path]) -> Path:
-    """The folder of somebody who follows a page, whose default backbone is a tiny one."""
-    monkeypatch.setattr(sources, "BACKBONE", str(model_folder("llama")))
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
+    """The folder of somebody who follows a page, whose default backbone is the tiny one."""
+    monkeypatch.setattr(sources, "BACKBONE", str(tiny))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for name, source in OWN.items():
@@ -54,7 +77,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callab
 @pytest.mark.usefixtures("reader")
 def test_every_command_of_a_page_runs(page: str) -> None:
     lines = list(commands(page))
-    assert len(lines) > 2, f"{page} has no commands"
+    assert len(lines) > 1, f"{page} has no commands"
     for line in lines:
         try:
             run(line)
