@@ -73,7 +73,12 @@ def shown(value: object) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists inside of each other
         return type(value).__name__
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+    return cut(text)
+
+
+def cut(text: str, most: int = SHOWN_CHARACTERS) -> str:
+    """Return a text of at most so many characters; one that goes on ends with three dots."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def closest(name: str, known: Iterable[str]) -> str:

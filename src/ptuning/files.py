@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ptuning.errors import SHOWN_CHARACTERS, FileError, PTuningError, closest
+from ptuning.errors import FileError, PTuningError, closest, cut
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,8 +64,7 @@ class Unchecked:
 
     def wrong(self, wanted: str) -> PTuningError:
         """Return the error that says what the value must be, and what it is."""
-        shown = json.dumps(self.value, ensure_ascii=False, default=str)
-        shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[: SHOWN_CHARACTERS - 1]}…"
+        shown = cut(json.dumps(self.value, ensure_ascii=False, default=str))
         return self.failure(f"{repr(self.path) if self.path else 'it'} must be {wanted}, and is {shown}")
 
     def at(self, key: str, default: object = None) -> Unchecked:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from ptuning.data.questions import Question, Questions
-from ptuning.errors import LabelWordError, RecordError
+from ptuning.errors import LabelWordError, RecordError, cut
 from ptuning.records import TARGET_FIELD, canonical_json, require_targets
 from ptuning.template.labels import LabelWords
 
@@ -120,7 +120,7 @@ def found_labels(counts: Mapping[str, int], *, name: str) -> list[str]:
     """
     rows, most = sum(counts.values()), Counter(counts).most_common(3)
     remedy = 'name the labels (--labels "good;bad"), or the column that holds them (--field y=NAME)'
-    shown = ", ".join(_cut(text) for text, _ in most)
+    shown = ", ".join(cut(text, LONGEST) for text, _ in most)
     if _are_amounts(counts):
         raise RecordError(
             f"{name}: the targets are numbers ({shown}, ...; {len(counts)} different ones): a prompt chooses among "
@@ -164,7 +164,7 @@ def seen_labels(counts: Mapping[str, int], parts: Mapping[str, Questions]) -> Fi
         return Findings()
     mistyped = look_alikes(counts)
     ordered = [label for label, _ in Counter(counts).most_common()]
-    listed = ", ".join(f"{_cut(label)} {counts[label]}" for label in ordered[: 2 * SHOWN])
+    listed = ", ".join(f"{cut(label, LONGEST)} {counts[label]}" for label in ordered[: 2 * SHOWN])
     kept = [label for label in ordered if label not in mistyped]
     text = ";".join(kept)
     can_be_typed = len(kept) <= 2 * SHOWN and len(text) <= 4 * LONGEST and not set('=,"') & set(text)
@@ -329,7 +329,7 @@ def _check_spellings(counts: Mapping[str, int], mistyped: Mapping[str, str], *, 
 
 def _counts(name: str, questions: Questions, labels: Sequence[str]) -> str:
     counts = Counter(row.record[TARGET_FIELD] for row in questions)
-    listed = ", ".join(f"{_cut(label)} {counts[label]}" for label in labels[: 4 * SHOWN])
+    listed = ", ".join(f"{cut(label, LONGEST)} {counts[label]}" for label in labels[: 4 * SHOWN])
     return f"{name}: {len(labels)} labels in {len(questions)} records: {listed}{', ...' * (len(labels) > 4 * SHOWN)}"
 
 
@@ -361,10 +361,6 @@ def _pairs(pairs: Sequence[tuple[Question, Question]]) -> str:
     listed = "; ".join(f"{_place(row)} (as {_place(first)})" for row, first in pairs[:SHOWN])
     more = f"; {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
     return f"{listed}{more} {'has' if len(pairs) == 1 else 'have'}"
-
-
-def _cut(label: str) -> str:
-    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
 def _quoted(text: str) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from ptuning.errors import cut
 from ptuning.files import Json, sha256
 from ptuning.metrics import TASK_SCORE, Answer, called, in_order
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
@@ -289,8 +290,8 @@ def _changed(pairs: list[tuple[AnsweredRow, AnsweredRow]], caption: str, names: 
     for before, after in pairs[:SHOWN_ANSWERS]:
         fields = {name: text for name, text in after.record.items() if name != "y"}
         record = fields.get("x") or "; ".join(f"{name}: {text}" for name, text in fields.items())
-        answers = [Entry(_cut(one.answer.text), _ranked(one.answer)) for one in (before, after)]
-        rows.append([Entry(_cut(record)), Entry(_cut(after.target or "")), *answers])
+        answers = [Entry(cut(one.answer.text, SHOWN_CHARACTERS), _ranked(one.answer)) for one in (before, after)]
+        rows.append([Entry(cut(record, SHOWN_CHARACTERS)), Entry(cut(after.target or "", SHOWN_CHARACTERS)), *answers])
     return Table(caption.replace("{shown}", shown), ["record", "target", *names], rows, numbers=False)
 
 
@@ -310,10 +311,6 @@ def _ranked(answer: Answer) -> list[str]:
     if answer.rank == 0:
         return ["target is none of the answers"]
     return [] if answer.rank is None else [f"target has rank {answer.rank:,}"]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
 
 
 def _of(found: ScoreTable, method: str, score: str) -> ScoreWithSpread | None:

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Collection, Hashable, Sequence
 
-from ptuning.errors import RecordError
+from ptuning.errors import RecordError, cut
 from ptuning.records import TARGET_FIELD, Records
 from ptuning.template.segments import Ids, Tokenizer
 
@@ -134,4 +134,4 @@ def _warn_once(text: str) -> None:
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…")
+    return repr(cut(text, SHOWN_CHARACTERS))
