@@ -135,21 +135,39 @@ def _put(folder: Path, new: Path, sums: Mapping[str, str], manifest: Mapping[str
         raise file_error("write", folder, error) from error
 
 
+def prompts_in(folder: str | Path) -> dict[str, Path]:
+    """Return the folders in a folder that hold a prompt, or the training run that made one, by their names."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        raise file_error("read", Path(folder), error) from error
+    return {name: Path(folder) / name for name in names if _home(Path(folder) / name) is not None}
+
+
+def is_prompt(folder: str | Path) -> bool:
+    """Whether a folder holds a prompt, or the training run that made one."""
+    return _home(Path(folder)) is not None
+
+
+def _home(path: Path) -> Path | None:
+    """Return where a prompt's files are: in a folder, or in that of the training run; None if there are none."""
+    # Unlike Path.is_file, this is False for a name that cannot be a path.
+    return next((one for one in (path, path / PROMPT_FOLDER) if os.path.isfile(one / MANIFEST_FILE)), None)
+
+
 def read_prompt(folder: str | Path) -> Stored:
     """Read a prompt's folder, or that of the training run which holds one, and check its files.
 
     Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
     """
-    path = Path(folder)
-    # Unlike Path.is_file, these are False for a name that cannot be a path.
-    if not os.path.isfile(path / MANIFEST_FILE) and os.path.isfile(path / PROMPT_FOLDER / MANIFEST_FILE):
-        path = path / PROMPT_FOLDER
-    where = path / MANIFEST_FILE
-    if not os.path.isfile(where):
+    path = _home(Path(folder))
+    if path is None:
         raise FileError(
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
         )
+    where = path / MANIFEST_FILE
     for attempt in itertools.count(1):
         before = read_bytes(where, at_most=MAX_MANIFEST_BYTES)
         try:
