@@ -20,6 +20,7 @@ from ptuning.cli.inputs import (
     read_candidates,
     task_of,
     typed_fields,
+    with_labels,
 )
 from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -59,6 +60,10 @@ def predict(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help='As "billing;technical"; a learned prompt remembers its own.'),
+    ] = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
@@ -78,7 +83,7 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = prompt_of(prompt, task_of(task), without=without)
+    chosen = with_labels(prompt_of(prompt, task_of(task), without=without), labels)
     among = candidates is not None
     how = options.scoring_of(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among,
