@@ -13,13 +13,11 @@ import typer
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import (
-    ToAnswer,
     data_to_answer,
     load,
     prompt_of,
     read_candidates,
     task_of,
-    typed_fields,
 )
 from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -29,6 +27,7 @@ from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
+    from ptuning.prompt.asked import ToAnswer
     from ptuning.prompt.predict import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
@@ -39,7 +38,7 @@ PREDICTED_ROWS = 64
 SHOWN_WARNINGS = 5
 
 Answer = Callable[["Questions"], "list[Prediction]"]
-Show = Callable[[ToAnswer], None]
+Show = Callable[["ToAnswer"], None]
 
 
 @options.takes(writing=options.writing, backbone=options.limited_backbone_options)
@@ -133,6 +132,8 @@ def _given(
 ) -> ToAnswer | None:
     """Read what to answer, and warn of records without a text; None if it will be typed."""
     if text is None and data is None and terminal.is_interactive():
+        from ptuning.prompt.asked import typed_fields
+
         if out is not None:
             raise ConfigError("--out is for answers to --data (a file, or - for the standard input)")
         if not typed_fields(prompt):
@@ -201,6 +202,8 @@ def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: b
 
 def _converse(prompt: Prompt, reply: Show) -> None:
     """Answer what is typed until an empty line or the end of the input. An error ends nothing."""
+    from ptuning.prompt.asked import ToAnswer, typed_fields
+
     fields = typed_fields(prompt)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called again
