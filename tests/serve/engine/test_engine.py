@@ -15,7 +15,7 @@ from ptuning.data.questions import Question
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import Prediction, PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine import beginnings, turn
+from ptuning.serve.engine import beginnings, scheduler
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import (
     Answering,
@@ -179,15 +179,8 @@ def test_the_base_model_goes_on_and_scores_a_text(causal: Backbone, serve: Calla
         written = causal.model.generate(
             given, max_new_tokens=5, do_sample=False, eos_token_id=list(causal.tokenizer.end_ids), pad_token_id=0
         )[0, len(ids) :].tolist()
-        logits = (
-            causal.model(given)
-            .logits[
-                0,  # type: ignore[operator]
-                :,
-                : causal.vocabulary,
-            ]
-            .log_softmax(-1)
-        )
+        output = causal.model.forward(given)  # type: ignore[operator]
+        logits = output.logits[0, :, : causal.vocabulary].log_softmax(-1)
     how = Answering(generation=GenerationSettings(max_new_tokens=5), alternatives=1)
     by_text, by_ids = engine.ask([TextRow(text, how), TextRow(ids, how)])
     assert [token.id for token in by_text.tokens] == written == [token.id for token in by_ids.tokens]
@@ -344,7 +337,7 @@ def test_a_fault_of_the_engine_ends_it_and_fails_what_waits(
     def broken(*_: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(turn.Turn, "_classify", broken)
+    monkeypatch.setattr(scheduler.Scheduler, "_classify", broken)
     engine, heard = serve(causal), Heard(1)
     engine.submit(Job([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))], heard))
     assert heard.ready.wait(60)

@@ -17,7 +17,7 @@ from ptuning.serve.engine.beginnings import Beginnings
 from ptuning.serve.engine.filling import Filling
 from ptuning.serve.engine.job import CallRow, Job, Outcome, QueueFullError, Row, StoppedError, Token
 from ptuning.serve.engine.passes import Passes
-from ptuning.serve.engine.turn import Turn
+from ptuning.serve.engine.scheduler import Scheduler
 from ptuning.serve.engine.waiting import Queue, Tally, Waiting
 from ptuning.serve.engine.writing import Writing
 
@@ -69,7 +69,7 @@ class Engine:
         self._kept = Beginnings(model.backbone, memory_share=cache_memory)
         self._passes = Passes(model.backbone, self._kept)
         self._writing = Writing(self._passes)
-        self._turn = Turn(model, Filling(model), self._passes, self._writing)
+        self._scheduler = Scheduler(model, Filling(model), self._passes, self._writing)
         self._tally = Tally()
         self._queue = Queue(self._tally)
         self._changed = threading.Condition()  # guards what follows, and the queue
@@ -97,7 +97,7 @@ class Engine:
         with self._changed:
             if self._closed or self._stopped:
                 raise StoppedError("the engine takes no more requests; it is about to end")
-            waiting = len(self._queue) + len(self._turn)
+            waiting = len(self._queue) + len(self._scheduler)
             if rows and waiting + rows > self.queue_rows:
                 least, most = RETRY_SECONDS
                 raise QueueFullError(
@@ -151,7 +151,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """What it is doing, and has done."""
         return EngineStatus(
-            rows_waiting=len(self._queue) + len(self._turn),
+            rows_waiting=len(self._queue) + len(self._scheduler),
             rows_writing=len(self._writing),
             rows_done=self._tally.done,
             rows_failed=self._tally.failed,
@@ -170,7 +170,7 @@ class Engine:
         try:
             while self._wait():
                 started, done = time.monotonic(), self._tally.done
-                self._turn.once(self._take)
+                self._scheduler.once(self._take)
                 self._ticked = time.monotonic()
                 self._note(self._ticked - started, self._tally.done - done)
         except Exception as fault:
@@ -182,13 +182,13 @@ class Engine:
                 left = self._queue.take_all()
             for one in left:
                 one.fail(error)
-            self._turn.fail(error)
+            self._scheduler.fail(error)
             self._count()
 
     def _wait(self) -> bool:
         """Wait for something to do, and drop what was cancelled; return whether to go on."""
         with self._changed:
-            while not self._stopped and not (self._queue or len(self._turn) or len(self._writing)):
+            while not self._stopped and not (self._queue or len(self._scheduler) or len(self._writing)):
                 self._ticked = time.monotonic()
                 self._changed.wait()
             self._ticked = time.monotonic()
@@ -196,7 +196,7 @@ class Engine:
             stopped = self._stopped
         for one in gone:
             one.drop()
-        self._turn.drop_cancelled()
+        self._scheduler.drop_cancelled()
         self._count()
         return not stopped
 
@@ -213,7 +213,7 @@ class Engine:
     def _count(self) -> None:
         """Note how many rows are not answered."""
         with self._changed:
-            self._unanswered = len(self._queue) + len(self._turn) + len(self._writing)
+            self._unanswered = len(self._queue) + len(self._scheduler) + len(self._writing)
             self._changed.notify_all()
 
 

@@ -1,4 +1,4 @@
-"""One turn of the engine: what it takes from the queue, and the passes that answer it."""
+"""Which rows are run next, and in which passes: one turn of the engine after the other."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class WholeRow:
 Filled = ScoredRow | WholeRow | WrittenRow | PassRow
 
 
-class Turn:
+class Scheduler:
     """Takes rows and answers them, turn by turn."""
 
     def __init__(self, model: PromptModel, filling: Filling, passes: Passes, writing: Writing) -> None:
