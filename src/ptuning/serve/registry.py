@@ -100,7 +100,7 @@ class Registry:
         check: Callable[[Prompt], object],
     ) -> None:
         self._root = None if folder is None else Path(os.path.abspath(folder))
-        self._base_name = base_name
+        self.base_name = base_name
         self._check = check
         self._named = {self._allowed(name): Path(os.path.abspath(one)) for name, one in (named or {}).items()}
         self._lock = threading.Lock()
@@ -132,6 +132,12 @@ class Registry:
             broken = " Its folder is there, and could not be loaded." if name in self._failures else ""
             raise UnknownPromptError(f"there is no prompt '{cut(name)}' here.{broken}{hint}")
         return found
+
+    def path_of(self, served: Served) -> str:
+        """Return a prompt's path in the folder of prompts; of one from elsewhere, only its folder's name."""
+        root = self._root
+        is_inside = root is not None and served.folder.is_relative_to(root)
+        return served.folder.relative_to(root).as_posix() if root is not None and is_inside else served.folder.name
 
     def load(self, name: str, path: str) -> Served:
         """Take a prompt into service under a new name.
@@ -278,7 +284,7 @@ class Registry:
     def _allowed(self, name: str) -> str:
         if not _is_name(name, NAME_PARTS):
             raise RefusedNameError(f"a prompt cannot have the name {cut(repr(name))}; names have {NAMED}", param="name")
-        if name.casefold() == self._base_name.casefold():
+        if name.casefold() == self.base_name.casefold():
             raise RefusedNameError(f"'{name}' is the name of the base model; choose another one", param="name")
         return name
 
