@@ -32,7 +32,7 @@ from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellResult, Job
+    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.exports import Format
@@ -365,7 +365,7 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
     terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
 
 
-def show_jobs(jobs: Sequence[Job]) -> None:
+def show_jobs(jobs: Sequence[CellJob]) -> None:
     """Print what a user should know of each task: its notes, how many facts of a relation were kept and why others were
     dropped. Wordings of one relation have the same facts, and are listed with the names of their cells.
     """
@@ -380,7 +380,7 @@ def show_jobs(jobs: Sequence[Job]) -> None:
             terminal.say(f"{job.task.name}: {job.task.manual}")
 
 
-def _facts_of(job: Job) -> str:
+def _facts_of(job: CellJob) -> str:
     name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
     if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
         return ""  # of a comparison that drops nothing
