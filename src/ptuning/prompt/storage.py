@@ -135,10 +135,9 @@ def _put(folder: Path, new: Path, sums: Mapping[str, str], manifest: Mapping[str
         raise file_error("write", folder, error) from error
 
 
-def read_prompt(folder: str | Path) -> Stored:
-    """Read a prompt's folder, or that of the training run which holds one, and check its files.
-
-    Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
+def manifest_of(folder: str | Path) -> Path:
+    """Return the path of the manifest in a prompt's folder, or in that of the training run which holds one; a FileError
+    if there is none.
     """
     path = Path(folder)
     # Unlike Path.is_file, these are False for a name that cannot be a path.
@@ -150,6 +149,16 @@ def read_prompt(folder: str | Path) -> Stored:
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
         )
+    return where
+
+
+def read_prompt(folder: str | Path) -> Stored:
+    """Read a prompt's folder, or that of the training run which holds one, and check its files.
+
+    Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
+    """
+    where = manifest_of(folder)
+    path = where.parent
     for attempt in itertools.count(1):
         before = read_bytes(where, at_most=MAX_MANIFEST_BYTES)
         try:

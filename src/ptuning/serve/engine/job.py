@@ -119,6 +119,7 @@ class Outcome:
         finish: Whether a written answer ended by itself (or at a stop string), or was cut off at its most tokens.
         tokens: The tokens of a written answer, if asked for; of an EchoRow, those of its text.
         value: What a CallRow returned.
+        waited: Seconds for which the row waited until the engine took it.
     """
 
     prediction: Prediction | None = None
@@ -126,6 +127,7 @@ class Outcome:
     finish: Finish = "stop"
     tokens: tuple[Token, ...] = ()
     value: object = None
+    waited: float = 0.0
 
 
 class Listener(Protocol):
