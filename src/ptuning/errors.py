@@ -39,7 +39,7 @@ class TemplateError(PTuningError):
         super().__init__(message)
 
 
-class TooLongError(TemplateError):
+class TooLongError(TemplateError, RecordError):
     """What must stand in a row is longer than what the model reads."""
 
 

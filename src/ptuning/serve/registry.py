@@ -100,7 +100,7 @@ class Registry:
         check: Callable[[Prompt], object],
     ) -> None:
         self._root = None if folder is None else Path(os.path.abspath(folder))
-        self._base_name = base_name
+        self.base_name = base_name
         self._check = check
         self._named = {self._allowed(name): Path(os.path.abspath(one)) for name, one in (named or {}).items()}
         self._lock = threading.Lock()
@@ -278,7 +278,7 @@ class Registry:
     def _allowed(self, name: str) -> str:
         if not _is_name(name, NAME_PARTS):
             raise RefusedNameError(f"a prompt cannot have the name {cut(repr(name))}; names have {NAMED}", param="name")
-        if name.casefold() == self._base_name.casefold():
+        if name.casefold() == self.base_name.casefold():
             raise RefusedNameError(f"'{name}' is the name of the base model; choose another one", param="name")
         return name
 

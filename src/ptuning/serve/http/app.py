@@ -57,7 +57,11 @@ async def _invalid(_: Request, error: Exception) -> Response:
         why = first.get("ctx", {}).get("error", "it cannot be read")
         return error_response(ApiError(400, f"the body is not JSON: {why}", code="invalid_json"))
     where = _place(first.get("loc", ()))
-    what = "the field is missing" if first.get("type") == "missing" else str(first.get("msg", "it is not valid"))
+    what = (
+        "the field is missing"
+        if first.get("type") == "missing"
+        else str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    )
     code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(str(first.get("type")), "invalid_value")
     return error_response(ApiError(400, f"'{where or 'the body'}': {what}", code=code, param=where or None))
 
@@ -66,6 +70,8 @@ def _place(found: tuple[int | str, ...]) -> str:
     """Return the field that an error is about, as ``records[3].x``; names of alternatives are not the request's."""
     text = ""
     for part in found[1:]:
+        if isinstance(part, str) and part.startswith("function-"):
+            continue
         if isinstance(part, int):
             text += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "int", "dict", "list", "float", "bool"):

@@ -72,7 +72,7 @@ class Front:
         except ClientGoneError:
             status = CLIENT_GONE
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the client gets an answer
-            found = api_error(error, request_id=request_id)
+            found = api_error(error, request_id=request_id, param=scope["state"].get("param"))
             if not status:
                 await error_response(found)(scope, receive, sending)
         finally:

@@ -42,8 +42,10 @@ class Keys:
                 raise ConfigError(f"{path}, line {number}: a key has letters, digits and signs of ASCII without spaces")
             found.append(key)
         if not found:
-            raise ConfigError(f"{path} holds no key; write one in each line (python -c 'import secrets; "
-                              "print(secrets.token_urlsafe(32))' makes one)")
+            raise ConfigError(
+                f"{path} holds no key; write one in each line (python -c 'import secrets; "
+                "print(secrets.token_urlsafe(32))' makes one)"
+            )
         return cls.of(*found)
 
     def hold(self, key: str) -> bool:

@@ -10,14 +10,21 @@ import functools
 import secrets
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ptuning.serve.http.errors import refused
 
 # What may be sent and changes no answer.
-IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention extra_headers "
-    "request_id priority".split()
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "priority",
 )
 # What would change the answer -> the values that ask for nothing.
 NOTHING: dict[str, tuple[object, ...]] = {
@@ -51,9 +58,9 @@ MOST_MODELS = 1024
 MOST_LOGPROBS = 20
 
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
-Text = str
+Text = Annotated[str, AfterValidator(lambda text: _whole(text))]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MOST_IDS)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 # The value of a record's field as a file may have it; what it may be is the task's business.
 RowLike = dict[str, Any] | str
 
@@ -128,7 +135,7 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     type: str
-    text: str | None = None
+    text: Text | None = None
 
 
 class Message(BaseModel):
@@ -137,7 +144,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | Annotated[list[Part], Field(max_length=MOST_TEXTS)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=MOST_TEXTS)] | None = None
 
 
 class ChatRequest(Sampling):
@@ -205,6 +212,15 @@ class DetokenizeRequest(BaseModel):
 
     model: Name | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_IDS)]
+
+
+def _whole(text: str) -> str:
+    """Return a text; a ValueError if it holds half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a character (a lone surrogate)") from None
+    return text
 
 
 def _shown(name: str) -> str:

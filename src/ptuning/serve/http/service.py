@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ptuning.errors import ConfigError
@@ -73,6 +74,8 @@ class ServedPrompt(Protocol):
     @property
     def prompt(self) -> Prompt: ...  # noqa: D102
     @property
+    def folder(self) -> Path: ...  # noqa: D102
+    @property
     def sha256(self) -> str: ...  # noqa: D102
     @property
     def loaded_at(self) -> float: ...  # noqa: D102
@@ -106,8 +109,11 @@ class Service:
         assert isinstance(found, cls)
         return found
 
-    def find(self, request: HTTPConnection, name: str) -> ServedPrompt | None:
-        """Return the prompt of a name, None for the base model; an UnknownPromptError if there is neither."""
+    def find(self, request: HTTPConnection, name: str, *, param: str | None = None) -> ServedPrompt | None:
+        """Return the prompt of a name, None for the base model; an UnknownPromptError if there is neither. ``param`` is
+        the field that holds what is asked: errors of rows name it.
+        """
+        request.scope["state"]["param"] = param
         found = None if name == self.registry.base_name else self.registry.get(name)
         request.scope["state"]["model"] = name
         return found

@@ -54,7 +54,7 @@ class Turns(Told):
 @router.post("/v1/chat/completions")
 async def chat(asked: ChatRequest, request: Request) -> Response:
     """Answer the last user message, ``n`` times."""
-    service, served = opened(asked, request)
+    service, served = opened(asked, request, param="messages" if asked.fields is None else "fields")
     if served is None:
         raise refused("model", "the base model has no form of a chat here; ask it at /v1/completions", "unsupported")
     if asked.top_logprobs is not None and not asked.logprobs:

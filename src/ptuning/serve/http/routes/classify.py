@@ -1,4 +1,4 @@
-"""``POST /v1/classify`` (and ``/classify``): labels or choices with their probabilities, as vLLM's clients read them."""
+"""``POST /v1/classify`` and ``/classify``: labels or choices with their probabilities, as vLLM's clients read them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ router = APIRouter()
 async def classify(asked: ClassifyRequest, request: Request) -> Response:
     """Classify texts, or rows of a task. ``probs`` are in the order of ``labels``."""
     service = Service.of(request)
-    served = service.find(request, asked.model)
+    served = service.find(request, asked.model, param="input")
     if served is None or not served.prompt.answer_space.is_closed:
         raise refused("model", "this model writes its answers; a prompt with label words or choices classifies",
                       "unsupported")  # fmt: skip

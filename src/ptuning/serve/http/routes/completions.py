@@ -49,7 +49,7 @@ class Texts(Told):
 @router.post("/v1/completions")
 async def complete(asked: CompletionRequest, request: Request) -> Response:
     """Answer texts, each ``n`` times."""
-    service, served = opened(asked, request)
+    service, served = opened(asked, request, param="prompt" if asked.fields is None else "fields")
     inputs = _inputs(asked, served)
     told = Texts(asked.model, service.fingerprint(served), **frame(asked), log_probs=asked.logprobs)
     if asked.echo:
@@ -62,10 +62,10 @@ async def complete(asked: CompletionRequest, request: Request) -> Response:
     return JsonResponse(told.whole(checked(await answered(request, rows))))
 
 
-def opened(asked: Sampling, request: Request) -> tuple[Service, ServedPrompt | None]:
+def opened(asked: Sampling, request: Request, *, param: str) -> tuple[Service, ServedPrompt | None]:
     """Return the service and the prompt that is asked for, None for the base model, after a look at the request."""
     service = Service.of(request)
-    served = service.find(request, asked.model)
+    served = service.find(request, asked.model, param=param)
     asked.check_extras()
     most = service.settings.most_choices
     if asked.n is not None and asked.n > most:

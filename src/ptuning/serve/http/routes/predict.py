@@ -73,7 +73,7 @@ async def predict(asked: PredictRequest, request: Request) -> Response:
 
 
 def _prompt(service: Service, request: Request, name: str) -> ServedPrompt:
-    found = service.find(request, name)
+    found = service.find(request, name, param="records")
     if found is None:
         raise refused("model", "records are answered by a prompt, and this is the base model; ask it at "
                       "/v1/completions", "unsupported")  # fmt: skip

@@ -1,4 +1,4 @@
-"""``POST /tokenize``, ``POST /detokenize`` and ``GET /tokenizer_info``: the model's tokenizer, as lm-eval asks for it."""
+"""``POST /tokenize``, ``/detokenize`` and ``GET /tokenizer_info``: the model's tokenizer, as lm-eval asks for it."""
 
 from __future__ import annotations
 
