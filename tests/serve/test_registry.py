@@ -102,6 +102,7 @@ def test_a_prompt_is_named_by_its_path_in_the_folder(tmp_path: Path) -> None:
     assert (found.name, found.folder) == ("run", tmp_path / "prompts" / "run")
     manifest = tmp_path / "prompts" / "run" / "prompt" / MANIFEST_FILE
     assert found.sha256 == hashlib.sha256(manifest.read_bytes()).hexdigest()
+    assert [registry.path_of(one) for one in registry.served.values()] == ["x", "run", "sentiment", "team/topic.v2"]
 
 
 def test_a_folder_that_is_a_prompt_itself_is_served_under_its_own_name(tmp_path: Path) -> None:

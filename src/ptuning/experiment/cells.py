@@ -20,7 +20,7 @@ LABEL_METRICS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
-class Job:
+class CellJob:
     """A task with its ``test`` part, which no method sees.
 
     ``info`` is the task's entry in ``task_info`` of ``results.json``. Scores are averaged over each ``type`` as well.

@@ -133,6 +133,12 @@ class Registry:
             raise UnknownPromptError(f"there is no prompt '{cut(name)}' here.{broken}{hint}")
         return found
 
+    def path_of(self, served: Served) -> str:
+        """Return a prompt's path in the folder of prompts; of one from elsewhere, only its folder's name."""
+        root = self._root
+        is_inside = root is not None and served.folder.is_relative_to(root)
+        return served.folder.relative_to(root).as_posix() if root is not None and is_inside else served.folder.name
+
     def load(self, name: str, path: str) -> Served:
         """Take a prompt into service under a new name.
 

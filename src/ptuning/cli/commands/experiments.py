@@ -32,7 +32,7 @@ from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellResult, Job
+    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.exports import Format
@@ -357,7 +357,7 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
     terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
 
 
-def show_facts(jobs: Sequence[Job]) -> None:
+def show_facts(jobs: Sequence[CellJob]) -> None:
     """Print how many facts of each relation were kept and why others were dropped; wordings of one have the same, and
     are listed with the names of their cells.
     """
@@ -369,7 +369,7 @@ def show_facts(jobs: Sequence[Job]) -> None:
             terminal.say(f"{job.task.name}: {job.task.manual}")
 
 
-def _facts_of(job: Job) -> str:
+def _facts_of(job: CellJob) -> str:
     name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
     if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
         return ""  # of a comparison that drops nothing

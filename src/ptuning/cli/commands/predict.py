@@ -28,7 +28,7 @@ from ptuning.template.segments import FILLS_MASKS
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
     from ptuning.prompt.asked import ToAnswer
-    from ptuning.prompt.predict import Prediction
+    from ptuning.prompt.prediction import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
 

@@ -42,7 +42,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class ScoredRow:
+class ClosedRow:
     """A row whose answers are labels or choices: what is scored, and the names of its classes."""
 
     item: Item
@@ -102,11 +102,11 @@ class Filling:
             min_probability=how.min_probability,
         )
 
-    def scored(self, row: PromptRow, answers: AnswerSpace) -> ScoredRow:
+    def scored(self, row: PromptRow, answers: AnswerSpace) -> ClosedRow:
         """Fill a row for each different text of its labels or choices."""
         ready, questions = self.ready(row.prompt), Questions([row.question], name="the request")
         (item,) = question_items(ready.bound, questions, answers, labelled=False)
-        return ScoredRow(item, tuple(answers.names(row.question)), ready)
+        return ClosedRow(item, tuple(answers.names(row.question)), ready)
 
     def written(self, row: PromptRow) -> WrittenRow:
         """Fill a row whose answer is written."""

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question
 from ptuning.errors import PTuningError
-from ptuning.prompt.predict import Prediction
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids
