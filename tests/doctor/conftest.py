@@ -15,9 +15,11 @@ import safetensors.torch
 import torch
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Questions
 from ptuning.doctor.checks import Check
 from ptuning.files import sha256
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
+from ptuning.prompt.asked import ToAnswer, typed_fields
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.template.labels import LabelWords
@@ -102,9 +104,12 @@ def serves(one: StandIn, backbone: Backbone, prompts: Mapping[str, Prompt], **ch
     model = PromptModel(backbone)
 
     def predict(asked: Any) -> Page:
-        found = model.predict(asked["records"], prompts[asked["model"]], top_k=asked["top_k"])
-        rows = [one.to_json() for one in found]
-        return 200, {"predictions": [{**rows[0], **changed}, *rows[1:]]}
+        prompt = prompts[asked["model"]]
+        rows = [one if isinstance(one, dict) else {typed_fields(prompt)[0]: one} for one in asked["records"]]
+        questions = [ToAnswer.typed(prompt, row, where="here").questions[0] for row in rows]
+        found = model.predict(Questions(questions), prompt, top_k=asked["top_k"])
+        shown = [one.to_json() for one in found]
+        return 200, {"predictions": [{**shown[0], **changed}, *shown[1:]]}
 
     listed = [{"id": name, "object": "model", "owned_by": "ptuning"} for name in prompts]
     one.pages |= {

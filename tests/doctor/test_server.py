@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.task_files import load_task
 from ptuning.doctor.checks import Check
 from ptuning.doctor.prompts import ReadPrompt
 from ptuning.doctor.remote import Remote
@@ -158,12 +159,22 @@ def test_a_server_with_a_key(stand_in: StandIn, causal: Backbone, prompts: dict[
 
 
 def test_a_prompt_whose_rows_bring_choices_is_not_compared(stand_in: StandIn, causal: Backbone) -> None:
-    from ptuning.data.task_files import load_task
-
     prompt = replace(learned(causal, "{premise} [P*2] [Y]"), task=load_task("COPA"))
     serves(stand_in, causal, {"copa": prompt})
     found = looked_at(stand_in, causal, {"copa": prompt})
     assert found["answer of copa"].found == "not compared: its rows bring choices of their own"
+
+
+def test_prompts_of_tasks_are_asked_as_a_row_of_theirs_would_be(stand_in: StandIn, causal: Backbone) -> None:
+    """A text fills the one field of a task; a row of several is not made up."""
+    sentiment, entails = load_task("sentiment"), load_task("RTE")
+    one = Prompt.manual("{text} It was [Y]", task=sentiment)
+    several = Prompt.manual("{premise}? [Y], {hypothesis}", task=entails)
+    serves(stand_in, causal, {"one": one, "several": several})
+    found = looked_at(stand_in, causal, {"one": one, "several": several})
+    assert found["answer of one"].status == "ok", found
+    assert "as in process" in found["answer of one"].found
+    assert found["answer of several"].found == "not compared: a row of its task RTE has several fields"
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ptuning.exchange.rows import made_record
 from ptuning.names import MANIFEST_FILE, PROMPT_FOLDER
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.sharing import find_prompt
-from ptuning.prompt.storage import Stored, is_prompt, prompts_in, read_prompt
+from ptuning.prompt.storage import Stored, has_prompt, prompt_folders, read_prompt
 from ptuning.template.fill import BoundTemplate
 
 # The norm of a slot beside the mean norm of a token. 28 prompts that were trained on the default backbone have 0.6 to
@@ -58,13 +59,12 @@ def read_prompts(asked: Iterable[str]) -> list[ReadPrompt]:
 
 def _named(source: str) -> list[tuple[str, str]]:
     """Return (name, place) of a prompt, or of every prompt in a folder of prompts."""
-    if os.path.isdir(source) and not is_prompt(source):
-        try:
-            found = prompts_in(source)
-        except PTuningError:
-            found = {}
-        if found:
-            return [(name, str(place)) for name, place in found.items()]
+    folder = Path(source)
+    if os.path.isdir(source) and not has_prompt(folder):
+        with contextlib.suppress(OSError):
+            found = list(prompt_folders(folder))
+            if found:
+                return [(one.relative_to(folder).as_posix(), str(one)) for one in found]
     path = Path(os.path.abspath(source))
     own = path.parent.name if path.name == PROMPT_FOLDER else path.name
     return [(own or source, source)]

@@ -6,18 +6,18 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.data.questions import Questions
 from ptuning.doctor.checks import Check, Group
 from ptuning.doctor.prompts import ReadPrompt
 from ptuning.doctor.remote import Remote, RemoteAnswer
 from ptuning.errors import PTuningError
-from ptuning.exchange.rows import made_record
 from ptuning.files import Json, Unchecked
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.asked import ToAnswer, typed_fields
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import TARGET_FIELD
 
 SERVER = Group("server")
 # The largest difference of two log-probabilities that is rounding.
@@ -29,7 +29,7 @@ GIVE_KEY = "give the key that the server was started with: --api-key-file FILE"
 
 
 @dataclass(frozen=True)
-class Served:
+class Listed:
     """What a server lists: names of models, and whether it is vLLM."""
 
     names: Sequence[str]
@@ -54,19 +54,19 @@ def check_server(remote: Remote, prompts: Sequence[ReadPrompt], backbone: Backbo
     if served.is_vllm:
         yield from _vllm(remote, served)
         return
-    asked = None
+    asked: Mapping[str, Json] | None = None
     for one in prompts:
         if one.prompt is None or backbone is None:
             continue
         if one.name not in served.names:
             yield SERVER.warning(_named(one), "the server has no prompt of this name", "load it there, or see its name")
             continue
-        request = _request(one.name, one.prompt)
-        if request is None:
-            yield SERVER.ok(_named(one), "not compared: its rows bring choices of their own")
+        asking = _asking(one.name, one.prompt)
+        if isinstance(asking, str):
+            yield SERVER.ok(_named(one), f"not compared: {asking}")
             continue
-        check = _compared(remote, one, backbone, request)
-        asked = request if asked is None and check.status == "ok" else asked
+        check = _compared(remote, one, backbone, asking)
+        asked = asking.request if asked is None and check.status == "ok" else asked
         yield check
     yield _latency(remote, asked)
 
@@ -103,14 +103,14 @@ def _version(version: RemoteAnswer) -> Iterator[Check]:
         yield SERVER.failed("version", version.told, "look into the server's log")
 
 
-def _served(listed: RemoteAnswer) -> Served | None:
+def _served(listed: RemoteAnswer) -> Listed | None:
     """Return what the server lists; None if it refuses to, or lists something else."""
     if not listed.is_ok:
         return None
     try:
         models = Unchecked(listed.value).at("data").items()
         names = [one.at("id").text() for one in models]
-        return Served(names, any(one.at("owned_by").value == "vllm" for one in models))
+        return Listed(names, any(one.at("owned_by").value == "vllm" for one in models))
     except PTuningError:
         return None
 
@@ -122,21 +122,35 @@ def _unlisted(listed: RemoteAnswer) -> Check:
     return SERVER.failed("models", found, "see whether --url is the address of a server of language models")
 
 
-def _request(name: str, prompt: Prompt) -> dict[str, Json] | None:
-    """Return a request that the prompt can be asked with, made of its template; None if rows bring choices."""
+@dataclass(frozen=True)
+class Asking:
+    """What a prompt is asked, made of its template: the question in process, and the request that says the same."""
+
+    questions: Questions
+    top_k: int
+    request: Mapping[str, Json]
+
+
+def _asking(name: str, prompt: Prompt) -> Asking | str:
+    """Return what a prompt is asked, or why nothing can be made up."""
     if prompt.answer_space.has_choices:
-        return None
-    record = {name: text for name, text in made_record(prompt)[0].items() if name != TARGET_FIELD}
+        return "its rows bring choices of their own"
+    fields = typed_fields(prompt)
+    if prompt.task is not None and len(fields) != 1:
+        return f"a row of its task {prompt.task.name} has several fields"
+    texts: dict[str, Json] = {field: field for field in fields}
     most = min(len(prompt.label_words.labels), COMPARED_ANSWERS) if prompt.label_words is not None else 1
-    return {"model": name, "records": [record], "top_k": most}
+    # A text fills the one field of a task; what the columns of its files are called is its own business.
+    record: Json = texts if prompt.task is None else fields[0]
+    asked = ToAnswer.typed(prompt, {field: field for field in fields}, where="the template")
+    return Asking(asked.questions, most, {"model": name, "records": [record], "top_k": most})
 
 
-def _compared(remote: Remote, one: ReadPrompt, backbone: Backbone, request: Mapping[str, Json]) -> Check:
+def _compared(remote: Remote, one: ReadPrompt, backbone: Backbone, asking: Asking) -> Check:
     assert one.prompt is not None
-    records = cast("list[dict[str, str]]", request["records"])
-    name = _named(one)
+    name, request = _named(one), asking.request
     try:
-        ours = PromptModel(backbone).predict(records, one.prompt, top_k=cast("int", request["top_k"]))[0]
+        ours = PromptModel(backbone).predict(asking.questions, one.prompt, top_k=asking.top_k)[0]
     except PTuningError as error:
         return SERVER.failed(name, f"not answered in process: {error}", "see the checks of the prompt")
     answer = remote.post("/v1/predict", request)
@@ -177,7 +191,7 @@ def _latency(remote: Remote, request: Mapping[str, Json] | None) -> Check:
     return SERVER.ok("latency", found) if math.isfinite(max(taken)) else SERVER.ok("latency", f"{what}: not measured")
 
 
-def _vllm(remote: Remote, served: Served) -> Iterator[Check]:
+def _vllm(remote: Remote, served: Listed) -> Iterator[Check]:
     """Look what a server of vLLM takes of a prompt. Nothing is loaded there."""
     loads = remote.get("/v1/load_lora_adapter").status != 404  # of another method, so that it only says that it exists
     yield SERVER.ok(
