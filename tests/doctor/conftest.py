@@ -162,7 +162,12 @@ def _no_template(folder: Path, _: Backbone) -> None:
 
 
 def _other_backbone(folder: Path, _: Backbone) -> None:
-    other = {"name": "other/model", "revision": None, "fingerprint": "0" * 16 + "-" + "1" * 16, "loaded": {}}
+    other: dict[str, Any] = {
+        "name": "other/model",
+        "revision": None,
+        "fingerprint": "0" * 16 + "-" + "1" * 16,
+        "loaded": {},
+    }
     _rewrite(folder, backbone=other)
 
 

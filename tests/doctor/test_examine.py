@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.sources import LoadOptions
 from ptuning.doctor import machine, model
 from ptuning.doctor.examine import Examination, examine
@@ -23,7 +24,7 @@ PLAIN = LoadOptions(dtype="float32", device="cpu")
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of backbones that are loaded. Nothing is measured."""
     found: list[str] = []
-    real = model.load_backbone
+    real = load_backbone
 
     def load(name: str, **options: object) -> Backbone:
         found.append(name)

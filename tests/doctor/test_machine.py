@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -78,7 +80,7 @@ def test_more_threads_than_processors_are_a_warning(
 
 def test_memory_is_bounded_by_the_control_group(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = SimpleNamespace(available=8 * 10**9, total=16 * 10**9)
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: there)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
     assert named(check_machine())["memory"].found == "8.0 GB free of 16.0 GB"
     (groups / "memory.max").write_text("max\n")
     (groups / "memory.current").write_text("1500000000\n")
@@ -96,7 +98,7 @@ def test_a_cache_without_room_or_rights_is_a_warning(tmp_path: Path, monkeypatch
     assert str(tmp_path / "new" / "cache") in found.found
     assert not (tmp_path / "new").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
         found = named(check_machine())["disk"]
         assert (found.status, found.found[:7]) == ("warning", "0.1 GB ")
     monkeypatch.setattr(os, "access", lambda *_: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 from email.message import Message
@@ -49,9 +50,9 @@ def there(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         version(name)
         return about if name == "ptuning" else Message()
 
-    monkeypatch.setattr(packages.metadata, "version", version)
-    monkeypatch.setattr(packages.metadata, "requires", lambda name: version(name) and lists.get(name))
-    monkeypatch.setattr(packages.metadata, "metadata", of)
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "requires", lambda name: version(name) and lists.get(name))
+    monkeypatch.setattr(metadata, "metadata", of)
     return found
 
 
@@ -105,7 +106,7 @@ def test_what_is_not_installed_fails_unless_it_is_optional(there: dict[str, str]
 
 
 def test_a_python_that_is_too_old_fails(there: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages.platform, "python_version", lambda: "3.9.2")
+    monkeypatch.setattr(platform, "python_version", lambda: "3.9.2")
     found = named(check_versions())["python"]
     assert (found.status, found.found) == ("failed", "3.9.2, and >=3.10 is needed")
 

@@ -73,9 +73,12 @@ class Remote:
         if parts.username is not None or parts.password is not None:
             raise ConfigError("the URL (--url) holds a password; keys are read from a file (--api-key-file)")
         host = parts.hostname or ""
-        fits = re.fullmatch(r"[\w.:%-]+", host, re.ASCII) and re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII)
-        fits = fits and url.isprintable()
-        if parts.scheme not in ("http", "https") or not fits or parts.query or parts.fragment or port == 0:
+        plain = (
+            url.isprintable()
+            and re.fullmatch(r"[\w.:%-]+", host, re.ASCII)
+            and re.fullmatch(r"[\w./~-]*", parts.path, re.ASCII)
+        )
+        if parts.scheme not in ("http", "https") or not plain or parts.query or parts.fragment or port == 0:
             raise wrong
         is_secure = parts.scheme == "https"
         # The address that clients of OpenAI's are given ends in /v1.
