@@ -46,9 +46,9 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
     assert "secret" not in repr(Remote.of("http://host", "secret"))
 
 
-def test_a_key_is_the_first_line_of_a_file(tmp_path: Path) -> None:
+def test_a_key_is_the_first_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
-    file.write_bytes(b"\n sk-1234 \nanother\n")
+    file.write_bytes(b"# of the team\n\n sk-1234 \nanother\n")
     assert read_key(file) == "sk-1234"
     for wrong in (b"", b"  \n", b"two words", "sch\u00f6n".encode(), b"\xff\xfe", b"a\x00b"):
         file.write_bytes(wrong)

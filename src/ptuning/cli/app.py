@@ -25,6 +25,7 @@ from ptuning.cli.commands import (
     fleet,
     predict,
     prompts,
+    serve,
     tasks,
     train,
 )
@@ -148,6 +149,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": prompts.evaluate,
     "predict": predict.predict,
+    "serve": serve.serve,
     "inspect": prompts.inspect,
     "export": exchange.export,
     "import": exchange.import_prompt,
@@ -169,7 +171,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "import", "fleet", "demo"),
+    "Learn a prompt and use it": ("train", "eval", "predict", "serve", "inspect", "export", "import", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
     "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
 }

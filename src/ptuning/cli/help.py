@@ -31,7 +31,9 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "without", "force",
     ),
     "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
-    "Server": ("url", "api_key_file", "port"),
+    "Server": (
+        "prompts", "url", "host", "port", "api_key_file", "admin_key_file", "open_to_all", "queue_rows", "drain",
+    ),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
         "cache_memory", "cache_disk",

@@ -21,7 +21,7 @@ from ptuning.files import Json, parse_json, read_bytes
 # How long a request may take in all, and one that computes answers.
 SECONDS, LONG_SECONDS = 10.0, 120.0
 MOST_BYTES = 2**22
-MOST_KEY_BYTES = 2**12
+MOST_KEY_BYTES = 2**16
 EXAMPLE = "http://127.0.0.1:8000"
 
 
@@ -117,11 +117,13 @@ class Remote:
 
 
 def read_key(file: Path) -> str:
-    """Read a key from the first line of a file. A FileError if it cannot be read; a ConfigError if it is no key."""
-    lines = read_bytes(file, at_most=MOST_KEY_BYTES).decode("utf-8", "replace").strip().splitlines()
-    key = lines[0].strip() if lines else ""
+    """Read the first key of a file such as `ptuning serve` takes, which may have comments and more keys.
+    A FileError if it cannot be read; a ConfigError if that is no key.
+    """
+    lines = map(str.strip, read_bytes(file, at_most=MOST_KEY_BYTES).decode("utf-8", "replace").splitlines())
+    key = next((line for line in lines if line and not line.startswith("#")), "")
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"{file} holds no key: its first line is the key, of letters, digits and signs")
+        raise ConfigError(f"{file} holds no key: the first line that is no comment is one, of letters and digits")
     return key
 
 
