@@ -85,10 +85,11 @@ def run(
     listener: socket.socket,
     *,
     drain: float,
-    on_ready: Callable[[], None],
+    on_ready: Callable[[Callable[[], None]], None],
 ) -> None:
     """Serve until a signal comes. It drains: ``/ready`` and new requests get 503, and requests that run have ``drain``
-    seconds to end. A second signal ends the process at once.
+    seconds to end. A second signal ends the process at once. ``on_ready`` is called once connections are taken, with
+    what does the same as a signal and may be called from any thread.
     """
     config = uvicorn.Config(
         app,
@@ -136,7 +137,7 @@ class _Server(uvicorn.Server):
     ending: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[Callable[[], None]], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
         self._signals = 0
@@ -145,7 +146,7 @@ class _Server(uvicorn.Server):
         """Begin to take connections, and say so."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
-        self._on_ready()
+        self._on_ready(self.end)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -168,5 +169,9 @@ class _Server(uvicorn.Server):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
             os._exit(SIGNAL_EXIT + sig)  # nothing is left behind: no child, no half-written file
+        self.end()
+
+    def end(self) -> None:
+        """Begin to end."""
         with contextlib.suppress(AttributeError, RuntimeError):  # before the start, or behind the end
             self._loop.call_soon_threadsafe(self.at_signal)

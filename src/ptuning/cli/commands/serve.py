@@ -79,7 +79,7 @@ def serve(
     _show_failures(registry.reload().failed)
     app = create_app(engine, registry, settings)
     said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
-    run(app, engine, registry, listener, drain=drain, on_ready=lambda: typer.echo(said))
+    run(app, engine, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said))
 
 
 def _check_extra() -> None:

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ptuning.errors import cut
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
@@ -67,18 +68,18 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 
 def _place(found: tuple[int | str, ...]) -> str:
-    """Return the field that an error is about, as ``records[3].x``; names of alternatives are not the request's."""
+    """Return the field that an error is about, as ``records[3].x``. Pydantic puts in which alternative of a type it has
+    tried; those are not the request's words.
+    """
     text = ""
-    for part in found[1:]:
-        if isinstance(part, str) and part.startswith("function-"):
-            continue
+    for at, part in enumerate(found[1:]):
         if isinstance(part, int):
             text += f"[{part}]"
+        elif at == 0:
+            text = part if part.isprintable() and part.isascii() else ascii(part)[1:-1]
         elif part.isidentifier() and part not in ("str", "int", "dict", "list", "float", "bool"):
-            text += f".{part}" if text else part
-        elif not part.isidentifier() and "[" not in part:
-            text += ascii(part[:64])
-    return text
+            text += f".{part}"
+    return cut(text, 100)
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -23,7 +23,7 @@ from ptuning.serve.http.questions import read_row
 from ptuning.serve.http.replies import answered
 from ptuning.serve.http.schemas import PredictRequest
 from ptuning.serve.http.service import ServedPrompt, Service
-from ptuning.serve.http.shapes import Shape, added, log_prob_of, usage_json
+from ptuning.serve.http.shapes import Shape, added, finite, usage_json
 from ptuning.template.segments import FILLS_MASKS
 
 router = APIRouter()
@@ -129,10 +129,10 @@ def _shown(asked: Asked, outcome: Outcome | Exception, service: Service) -> Shap
     prediction = outcome.prediction
     assert prediction is not None
     assert isinstance(asked.question, Question)
-    log_prob_of(prediction.log_prob)  # no number is a fault of this row alone
     if service.engine.model.backbone.kind not in FILLS_MASKS:
         prediction = replace(prediction, tokens=None)  # only a model that fills masks chooses a length
-    return {"record": dict(asked.question.record), **prediction.to_json()}
+    answer = {name: finite(value) for name, value in prediction.to_json().items()}  # NaN is a fault of this row alone
+    return {"record": dict(asked.question.record), **answer}
 
 
 def _raise_if_all_failed(shown: Sequence[Shape | ApiError]) -> None:
