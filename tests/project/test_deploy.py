@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer.main
 import yaml
@@ -19,7 +18,6 @@ from ptuning.cli import app
 from ptuning.serve.http.watch import Watch
 from ptuning.serve.registry import Registry
 from tests.conftest import ROOT
-from tests.serve.http.test_watch import Status
 
 DEPLOY = ROOT / "deploy"
 ADMIN_ROUTES = [
@@ -47,28 +45,34 @@ def text(name: str) -> str:
 def options() -> set[str]:
     """The options of ``ptuning serve``."""
     command = typer.main.get_command(app._app())
-    assert isinstance(command, click.Group)
-    return {option for parameter in command.commands["serve"].params for option in parameter.opts}
+    (serve,) = [one for one in commands_of(command) if one.name == "serve"]
+    return {option for parameter in serve.params for option in parameter.opts}
 
 
 @pytest.fixture(scope="module")
 def metrics() -> set[str]:
     """The names of all samples that the service can expose."""
-    watch = Watch(Registry(None, base_name="base", check=id), base_name="base", status=Status)
+    watch = Watch(Registry(None, base_name="base", check=id), status=lambda: None)
     exposed = watch.exposition()[0].decode()
     found = set()
     for name, kind in re.findall(r"# TYPE (\S+) (\S+)", exposed):
+        if name.endswith("_created"):
+            continue
         found |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
     return found
 
 
 def container() -> dict[str, Any]:
-    return pod()["containers"][0]
+    (found,) = pod()["containers"]
+    assert isinstance(found, dict)
+    return found
 
 
 def pod() -> dict[str, Any]:
     deployment = next(yaml.safe_load_all(text("kubernetes.yaml")))
-    return deployment["spec"]["template"]["spec"]
+    found = deployment["spec"]["template"]["spec"]
+    assert isinstance(found, dict)
+    return found
 
 
 def arguments(args: list[str]) -> dict[str, str]:

@@ -247,6 +247,29 @@ def labelled(
     return replace(prompt, label_words=found.words), found.parts["data"]
 
 
+def with_labels(prompt: Prompt, labels: str | None) -> Prompt:
+    """Return a prompt that answers with the labels that are asked for: for a manual one there is no other way to have
+    any, and a learned one remembers its own, which is said.
+    """
+    from ptuning.data.labelling import AUTO
+    from ptuning.template.labels import LabelWords
+
+    if labels is None:
+        return prompt
+    own = prompt.label_words
+    if labels == AUTO and own is None:
+        raise ConfigError(
+            "--labels auto finds the labels in targets, and what is to be answered has none; name them, as in "
+            '--labels "billing;technical"'
+        )
+    words = own if labels == AUTO else LabelWords.of(labels)
+    if own is not None and words == own:
+        terminal.say(f"--labels is not needed: the prompt remembers its labels, {', '.join(own.labels)}")
+    elif own is not None:
+        terminal.say(f"note: --labels takes the place of the labels that the prompt learned, {', '.join(own.labels)}")
+    return replace(prompt, label_words=words)
+
+
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, less its part ``without``, or make a manual one of ``manual:TEMPLATE`` or, with a task,
     ``manual:N``. The given task comes before the prompt's own.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from ptuning.errors import RecordError, TemplateError
+from ptuning.errors import RecordError, TemplateError, TooLongError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
@@ -418,7 +418,7 @@ class BoundTemplate:
         bare = self._fill([row], 0)[0]
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
-            raise TemplateError(
+            raise TooLongError(
                 f"{row.where} does not fit: slots ({self.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and "

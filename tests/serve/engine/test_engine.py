@@ -13,7 +13,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine import beginnings, scheduler
 from ptuning.serve.engine.engine import Engine
@@ -176,10 +177,10 @@ def test_the_base_model_goes_on_and_scores_a_text(causal: Backbone, serve: Calla
     ids = (*causal.tokenizer.prefix_ids, *causal.tokenizer.encode([text])[0])
     given = torch.tensor([ids])
     with torch.no_grad():
-        written = causal.model.generate(
+        written = causal.model.generate(  # type: ignore[operator]
             given, max_new_tokens=5, do_sample=False, eos_token_id=list(causal.tokenizer.end_ids), pad_token_id=0
         )[0, len(ids) :].tolist()
-        output = causal.model.forward(given)  # type: ignore[operator]
+        output = causal.model.forward(given)
         logits = output.logits[0, :, : causal.vocabulary].log_softmax(-1)
     how = Answering(generation=GenerationSettings(max_new_tokens=5), alternatives=1)
     by_text, by_ids = engine.ask([TextRow(text, how), TextRow(ids, how)])

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
-from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
-from ptuning.serve.engine.job import Usage
+from ptuning.errors import FileError
+from ptuning.prompt.prediction import Candidate, Prediction
+from ptuning.serve.engine.engine import EngineStatus
+from ptuning.serve.engine.job import Job, Outcome, QueueFullError, Usage
 from ptuning.serve.http import watch as watching
-from ptuning.serve.http.watch import OTHER, UNKNOWN, Watch, Watched, access_log, metrics_route, seen_of
+from ptuning.serve.http.app import create_app
+from ptuning.serve.http.service import Settings
+from ptuning.serve.http.watch import OTHER, UNKNOWN, Seen, Watch, access_log
 from ptuning.serve.registry import Registry
 from tests.serve.test_registry import save
 
-
-@dataclass
-class Status:
-    """As much of an engine's as is shown."""
-
-    rows_waiting: int = 3
-    rows_writing: int = 2
-    rows_done: int = 10
-    passes: int = 5
-    tokens_read: int = 100
-    tokens_written: int = 20
-    cached_tokens: int = 40
-    kept_bytes: int = 4096
-    kept_texts: int = 1
-    cancelled: int = 1
-    failed: int = 2
+STATUS = EngineStatus(
+    rows_waiting=3, rows_writing=2, rows_done=10, rows_failed=2, rows_cancelled=1, passes=5, tokens_read=100,
+    tokens_written=20, cached_tokens=40, kept_texts=1, kept_bytes=4096,
+)  # fmt: skip
+USAGE = Usage(prompt_tokens=10, completion_tokens=2, cached_tokens=4)
 
 
 @pytest.fixture
@@ -58,44 +50,39 @@ def log_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def watch(registry: Registry, log_file: Path) -> Iterator[Watch]:
     log = access_log(log_file)
-    yield Watch(registry, base_name="base", status=Status, log=log)
+    yield Watch(registry, status=lambda: STATUS, log=log)
     for handler in log.handlers:
         handler.close()
 
 
-def app_of(watch: Watch) -> FastAPI:
-    """An app whose routes report as those of the service do."""
-    app = FastAPI()
-    app.include_router(metrics_route(watch))
-
-    @app.post("/v1/predict")
-    async def predict(request: Request) -> Any:
-        asked = await request.json()
-        seen = seen_of(request)
-        seen.admitted(asked["models"], asked["rows"])
-        if asked.get("refuse"):
-            seen.refused("rate_limit_exceeded")
-            return JSONResponse({}, 429)
-        if asked.get("unknown"):
-            seen.refused("model_not_found")
-            return JSONResponse({}, 404)
-        if asked.get("fail"):
-            raise RuntimeError("secret text")
-        seen.begun(0.5)
-        for name in asked["models"]:
-            for _ in range(asked["rows"]):
-                seen.answered(name, Usage(prompt_tokens=10, completion_tokens=2, cached_tokens=4))
-        return {}
-
-    @app.get("/v1/models/{name:path}")
-    def model(name: str) -> None:
-        raise HTTPException(404)
-
-    return app
+def answers(job: Job) -> None:
+    """An engine that answers at once, half a second late."""
+    job.is_begun = True
+    for number in range(len(job.rows)):
+        job.listener.answered(number, Outcome(Prediction("x", (Candidate("x", -1.0),)), USAGE, waited=0.5))
 
 
-def client_of(watch: Watch) -> TestClient:
-    return TestClient(Watched(app_of(watch), watch), raise_server_exceptions=False)
+def is_full(job: Job) -> None:
+    raise QueueFullError("256 rows wait already", retry_after=2.0)
+
+
+def breaks(job: Job) -> None:
+    raise RuntimeError("secret text")
+
+
+def client_of(watch: Watch, submit: Callable[[Job], None] = answers) -> TestClient:
+    """A client of a service that is watched."""
+    backbone = SimpleNamespace(fingerprint="f", kind="causal")
+    engine: Any = SimpleNamespace(queue_rows=64, is_alive=True, submit=submit, model=SimpleNamespace(backbone=backbone))
+    names: Any = watch._in_service
+    return TestClient(create_app(engine, names, Settings(open_metrics=True), watch=watch))
+
+
+def ask(client: TestClient, *names: str, rows: int = 1, **headers: str) -> Any:
+    body = {"model": list(names), "records": [{"text": "s3cret"}] * rows}
+    return client.post(
+        "/v1/predict", json=body, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
 
 
 def numbers(watch: Watch, accept: str = "") -> dict[str, float]:
@@ -115,23 +102,34 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def test_requests_are_counted_by_what_operators_ask_for(watch: Watch) -> None:
-    client = client_of(watch)
-    assert client.post("/v1/predict", json={"models": ["a", "b"], "rows": 3}).status_code == 200
-    assert client.post("/v1/predict", json={"models": ["a"], "rows": 1, "refuse": True}).status_code == 429
-    assert client.post("/v1/predict", json={"models": ["a"], "rows": 1, "fail": True}).status_code == 500
+    assert ask(client_of(watch), "a", "b", rows=3).status_code == 200
+    assert ask(client_of(watch, is_full), "a").status_code == 429
+    assert ask(client_of(watch, breaks), "a").status_code == 500
     found = numbers(watch)
     assert found["ptuning_requests_total{route=/v1/predict,status=200}"] == 1
     assert found["ptuning_requests_total{route=/v1/predict,status=429}"] == 1
     assert found["ptuning_requests_total{route=/v1/predict,status=500}"] == 1
     assert found["ptuning_refusals_total{reason=rate_limit_exceeded}"] == 1
-    assert found["ptuning_refusals_total{reason=500}"] == 1
+    assert found["ptuning_refusals_total{reason=internal_error}"] == 1
     assert found["ptuning_model_requests_total{model=a}"] == 3
-    assert found["ptuning_model_rows_total{model=b}"] == 3
-    assert found["ptuning_model_prompt_tokens_total{model=a}"] == 30
-    assert found["ptuning_model_generation_tokens_total{model=a}"] == 6
+    assert found["ptuning_model_rows_total{model=a}"] == found["ptuning_model_rows_total{model=b}"] == 3
+    assert found["ptuning_model_prompt_tokens_total{model=b}"] == 30
+    assert found["ptuning_model_generation_tokens_total{model=b}"] == 6
     assert found["ptuning_request_queue_time_seconds_sum"] == 0.5
     assert found["ptuning_time_to_first_token_seconds_count"] == 1
-    assert found["ptuning_e2e_request_latency_seconds_count"] == 3
+    assert found["ptuning_e2e_request_latency_seconds_count"] == 1
+
+
+def test_what_is_no_good_request_is_counted_by_its_code(watch: Watch) -> None:
+    client = client_of(watch)
+    client.post("/v1/predict", content="{", headers={"content-type": "application/json"})
+    client.post("/v1/predict", json={"model": "a"})
+    client.get("/nowhere")
+    found = numbers(watch)
+    reasons = {"invalid_json", "missing_field", "not_found"}
+    assert {
+        name.removeprefix("ptuning_refusals_total{reason=")[:-1] for name in found if "refusals_total" in name
+    } == reasons
 
 
 def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Watch, registry: Registry, tmp_path: Path) -> None:
@@ -156,9 +154,10 @@ def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Watch, registr
 
 def test_requests_that_wait_and_run_are_told_apart(watch: Watch) -> None:
     first, second, third = (watch.begin("", "POST") for _ in range(3))
-    first.admitted(["a"], 2)
-    second.admitted(["a"], 1)
-    first.begun()
+    jobs = [Job([SimpleNamespace()], SimpleNamespace()) for _ in range(2)]  # type: ignore[list-item]
+    first.submitted(jobs[0])
+    second.submitted(jobs[1])
+    jobs[0].is_begun = True
     found = numbers(watch)
     assert (found["ptuning_num_requests_running"], found["ptuning_num_requests_waiting"]) == (1, 1)
     for one in (first, second, third):
@@ -171,16 +170,15 @@ def test_requests_that_wait_and_run_are_told_apart(watch: Watch) -> None:
 def test_names_that_nobody_serves_are_one_name(watch: Watch, log_file: Path) -> None:
     """Abuse case 19: what a client makes up becomes neither a label nor a line."""
     client = client_of(watch)
-    for number in range(50):
-        asked = {"models": [f"made-up-{number}", f"other-{number}"], "rows": 1, "unknown": True}
-        client.post("/v1/predict", json=asked)
+    for number in range(20):
+        assert ask(client, f"made-up-{number}").status_code == 404
         client.get(f"/v1/models/made-up-{number}")
         client.get(f"/made-up-{number}", headers={"x-request-id": f"made-up {number}"})
         client.request(f"MADEUP{number}", "/v1/predict")
     found = numbers(watch)
-    assert found[f"ptuning_model_requests_total{{model={UNKNOWN}}}"] == 50
-    assert found["ptuning_requests_total{route=/v1/models/{name:path},status=404}"] == 50
-    assert found[f"ptuning_requests_total{{route={UNKNOWN},status=404}}"] == 50
+    assert found[f"ptuning_model_requests_total{{model={UNKNOWN}}}"] == 40
+    assert found["ptuning_requests_total{route=/v1/models/{name:path},status=404}"] == 20
+    assert found[f"ptuning_requests_total{{route={UNKNOWN},status=404}}"] == 20
     assert not [name for name in found if "made" in name.lower()]
     assert "made" not in log_file.read_text(encoding="ascii").lower()
     assert lines(log_file)[0]["models"] == [UNKNOWN]
@@ -194,33 +192,15 @@ def test_many_names_in_turn_do_not_grow_the_metrics(
     for name in ("x", "y", "z", "u"):
         registry.load(name, "a")
         seen = watch.begin("", "POST")
-        seen.admitted([name], 1)
+        seen.asked(name)
+        seen.status = 400
         watch.end(seen, route="/v1/predict")
     found = [name for name in numbers(watch) if name.startswith("ptuning_model_requests_total")]
     assert found == [f"ptuning_model_requests_total{{model={name}}}" for name in ("x", "y", OTHER)]
 
 
-def test_the_route_gives_both_forms_of_the_metrics(watch: Watch) -> None:
-    client = client_of(watch)
-    plain = client.get("/metrics")
-    assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert "ptuning_prompts_loaded 2.0" in plain.text
-    other = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
-    assert other.text.endswith("# EOF\n")
-
-
-def test_a_guard_guards_the_metrics(watch: Watch) -> None:
-    def guard() -> None:
-        raise HTTPException(401)
-
-    app = FastAPI()
-    app.include_router(metrics_route(watch, guard=guard))
-    assert TestClient(app).get("/metrics").status_code == 401
-
-
 def test_a_request_is_a_line(watch: Watch, log_file: Path) -> None:
-    client = client_of(watch)
-    answer = client.post("/v1/predict", json={"models": ["a"], "rows": 2}, headers={"x-request-id": "mine-1"})
+    answer = ask(client_of(watch), "a", rows=2, x_request_id="mine-1")
     assert answer.headers["x-request-id"] == "mine-1"
     (line,) = lines(log_file)
     assert {name: value for name, value in line.items() if name not in ("time", "total_ms", "first_token_ms")} == {
@@ -233,15 +213,14 @@ def test_a_request_is_a_line(watch: Watch, log_file: Path) -> None:
 
 def test_a_line_holds_neither_keys_nor_texts(watch: Watch, log_file: Path) -> None:
     """Abuse case 16: of the address only the route is logged, of a request only numbers; a failure is no exception."""
-    client = client_of(watch)
     secret = {"authorization": "Bearer s3cret", "x-request-id": "s3cret\n{}", "user-agent": "s3cret"}
-    asked = {"models": ["a"], "rows": 1, "text": "s3cret"}
-    assert client.post("/v1/predict?key=s3cret", json=asked, headers=secret).status_code == 200
-    client.post("/v1/predict?key=s3cret", json={**asked, "fail": True}, headers=secret)
+    for submit in (answers, breaks, is_full):
+        client = client_of(watch, submit)
+        client.post("/v1/predict?key=s3cret", json={"model": "a", "records": [{"text": "s3cret"}]}, headers=secret)
     client.get("/v1/models/s3cret?key=s3cret", headers=secret)
     client.get("/s3cret", headers=secret)
     text = log_file.read_text(encoding="ascii")
-    assert len(lines(log_file)) == 4
+    assert [line["status"] for line in lines(log_file)] == [200, 500, 429, 404, 404]
     assert "s3cret" not in text
     assert "secret text" not in text
 
@@ -252,7 +231,7 @@ def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Watch, log_
     client = client_of(watch)
     answer = client.get("/metrics", headers=[(b"x-request-id", given.encode())])
     found = answer.headers["x-request-id"]
-    assert len(found) == 32
+    assert found.startswith("req-")
     assert lines(log_file)[0]["request_id"] == found
 
 
@@ -266,13 +245,9 @@ def test_whatever_is_logged_is_escaped(watch: Watch, log_file: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_hurts_no_request(
-    watch: Watch,
-    log_file: Path,
-    registry: Registry,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    watch: Watch, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Abuse case 23: a full disk loses lines, and a folder that is not there, too."""
+    """Abuse case 23: a full disk, or a folder that goes, loses lines; one that is not there at first is an error."""
     client = client_of(watch)
 
     def full(*_: object) -> None:
@@ -281,11 +256,21 @@ def test_a_log_that_cannot_be_written_hurts_no_request(
     with monkeypatch.context() as patch:
         patch.setattr(logging.StreamHandler, "flush", full)
         assert client.get("/metrics").status_code == 200
-    nowhere = Watch(registry, base_name="base", status=Status, log=access_log(log_file.parent / "no" / "log"))
-    assert client_of(nowhere).get("/metrics").status_code == 200
-    assert client.get("/metrics").status_code == 200
+    client.get("/metrics")
     assert lines(log_file)[-1]["route"] == "/metrics"
+    folder = log_file.parent / "logs"
+    folder.mkdir()
+    log = access_log(folder / "log")
+    other = client_of(Watch(watch._in_service, status=lambda: STATUS, log=log))
+    shutil.rmtree(folder)
+    assert other.get("/metrics").status_code == 200
+    folder.mkdir()
+    assert other.get("/metrics").status_code == 200
+    assert len(lines(folder / "log")) == 1
+    log.handlers[0].close()
     assert capsys.readouterr().err == ""
+    with pytest.raises(FileError, match=r"cannot write .*No such file"):
+        access_log(folder / "none" / "log")
 
 
 def test_a_log_may_be_rotated(watch: Watch, log_file: Path) -> None:
@@ -297,7 +282,7 @@ def test_a_log_may_be_rotated(watch: Watch, log_file: Path) -> None:
 
 
 def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    client = client_of(Watch(registry, base_name="base", status=Status, log=access_log(None)))
+    client = client_of(Watch(registry, status=lambda: STATUS, log=access_log(None)))
     client.get("/metrics")
     said = capsys.readouterr()
     assert json.loads(said.err)["route"] == "/metrics"
@@ -306,16 +291,9 @@ def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys:
 
 def test_a_client_that_goes_is_seen(watch: Watch, log_file: Path) -> None:
     """The request ends without an answer, and is no longer counted as waiting."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope["state"]["seen"].admitted(["a"], 1)
-        raise asyncio.CancelledError
-
-    async def nothing(*_: object) -> Any:
-        return None
-
-    scope = {"type": "http", "method": "POST", "headers": []}
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(Watched(app, watch)(scope, nothing, nothing))
+    seen = watch.begin("", "POST")
+    seen.submitted(Job([SimpleNamespace()], SimpleNamespace()))  # type: ignore[list-item]
+    watch.end(seen, route="/v1/predict")
     assert lines(log_file)[0]["status"] == 499
     assert numbers(watch)["ptuning_num_requests_waiting"] == 0
+    assert isinstance(seen, Seen)

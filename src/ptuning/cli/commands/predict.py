@@ -18,6 +18,7 @@ from ptuning.cli.inputs import (
     prompt_of,
     read_candidates,
     task_of,
+    with_labels,
 )
 from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -28,7 +29,7 @@ from ptuning.template.segments import FILLS_MASKS
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
     from ptuning.prompt.asked import ToAnswer
-    from ptuning.prompt.predict import Prediction
+    from ptuning.prompt.prediction import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
 
@@ -58,6 +59,7 @@ def predict(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
+    labels: options.OwnLabelsOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
@@ -77,12 +79,11 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = prompt_of(prompt, task_of(task), without=without)
-    among = candidates is not None
+    chosen = with_labels(prompt_of(prompt, task_of(task), without=without), labels)
+    among, least = candidates is not None, min_probability
     how = options.scoring_of(
-        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among,
-        min_probability=min_probability,
-    )  # fmt: skip
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among, min_probability=least
+    )
     changed = ["stream"] * stream or writing.changed
     if changed and (among or chosen.answer_space.is_closed):
         raise ConfigError(f"{changed[0]} is for answers that are written, not for candidates or label words")
@@ -98,13 +99,11 @@ def predict(
         warn(check_fields(loaded.tokenizer, given.questions.records, chosen.template.fields))
 
     def answer(part: Questions) -> list[Prediction]:
-        found = model.predict(
-            part, chosen, listed, top_k=top_k, generation=writing, min_probability=min_probability, **how
-        )
+        found = model.predict(part, chosen, listed, top_k=top_k, generation=writing, min_probability=least, **how)
         # Only a model that fills masks chooses a length.
         return found if loaded.kind in FILLS_MASKS else [replace(one, tokens=None) for one in found]
 
-    show = _shown(answer, out, as_json=as_json, min_probability=min_probability if given is not None else None)
+    show = _shown(answer, out, as_json=as_json, min_probability=least if given is not None else None)
     if stream:
         show = _streamed(lambda record: model.stream(record, chosen, generation=writing))
     show(given) if given is not None else _converse(chosen, show)

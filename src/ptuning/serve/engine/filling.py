@@ -15,7 +15,7 @@ from ptuning.engine.objective import Item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
 from ptuning.engine.writing.writer import Line
-from ptuning.errors import PTuningError, RecordError
+from ptuning.errors import PTuningError, RecordError, TooLongError
 from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
@@ -42,7 +42,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class ScoredRow:
+class ClosedRow:
     """A row whose answers are labels or choices: what is scored, and the names of its classes."""
 
     item: Item
@@ -102,11 +102,11 @@ class Filling:
             min_probability=how.min_probability,
         )
 
-    def scored(self, row: PromptRow, answers: AnswerSpace) -> ScoredRow:
+    def scored(self, row: PromptRow, answers: AnswerSpace) -> ClosedRow:
         """Fill a row for each different text of its labels or choices."""
         ready, questions = self.ready(row.prompt), Questions([row.question], name="the request")
         (item,) = question_items(ready.bound, questions, answers, labelled=False)
-        return ScoredRow(item, tuple(answers.names(row.question)), ready)
+        return ClosedRow(item, tuple(answers.names(row.question)), ready)
 
     def written(self, row: PromptRow) -> WrittenRow:
         """Fill a row whose answer is written."""
@@ -122,7 +122,7 @@ class Filling:
         ids, how = self.ids(row.text), row.how
         room = self._backbone.tokenizer.max_tokens - len(ids) + 1
         if not ids or room < 1:
-            raise RecordError(
+            raise (TooLongError if ids else RecordError)(
                 f"the text has {len(ids)} tokens; the model reads from 1 to {self._backbone.tokenizer.max_tokens}"
             )
         most = min(how.generation.max_new_tokens or BASE_TOKENS, room)
@@ -137,7 +137,9 @@ class Filling:
         ids = self.ids(row.text)
         most = min(self._backbone.tokenizer.max_tokens, ECHO_LOGITS // self._backbone.vocabulary)
         if not 2 <= len(ids) <= most:
-            raise RecordError(f"the text has {len(ids)} tokens; from 2 to {most} can be scored (echo)")
+            raise (TooLongError if ids[1:] else RecordError)(
+                f"the text has {len(ids)} tokens; from 2 to {most} can be scored (echo)"
+            )
         return self._plain(Example(ids, (), tuple(range(len(ids))), (), 0))
 
     def ids(self, text: str | Ids) -> Ids:

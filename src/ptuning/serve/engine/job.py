@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question
 from ptuning.errors import PTuningError
-from ptuning.prompt.predict import Prediction
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids
@@ -144,11 +144,14 @@ class Listener(Protocol):
 
 
 class Job:
-    """The rows of one request. Rows are answered in any order, each on its own."""
+    """The rows of one request. Rows are answered in any order, each on its own. ``is_begun`` says whether the engine
+    has taken one of them.
+    """
 
     def __init__(self, rows: Sequence[Row], listener: Listener) -> None:
         self.rows = list(rows)
         self.listener = listener
+        self.is_begun = False
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:

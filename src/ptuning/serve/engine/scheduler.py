@@ -9,9 +9,10 @@ from typing import TypeVar, cast
 
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
 from ptuning.serve.engine.beginnings import PassRow
-from ptuning.serve.engine.filling import Filling, ScoredRow, WrittenRow
+from ptuning.serve.engine.filling import ClosedRow, Filling, WrittenRow
 from ptuning.serve.engine.job import CallRow, EchoRow, Outcome, PromptRow, TextRow, Usage
 from ptuning.serve.engine.passes import Passes
 from ptuning.serve.engine.scoring import checked, classify, each_alone, echo
@@ -46,7 +47,7 @@ class WholeRow:
         return how.candidates, how.top_k, how.generation, how.normalise, how.count_stop
 
 
-Filled = ScoredRow | WholeRow | WrittenRow | PassRow
+Filled = ClosedRow | WholeRow | WrittenRow | PassRow
 
 
 class Scheduler:
@@ -83,7 +84,7 @@ class Scheduler:
         """Take rows (``take`` returns the next one), answer those that are scored, and write a token of the others."""
         rows = self._take(take)
         self._in_hand = [one for one, _ in rows]
-        self._classify([(one, filled) for one, filled in rows if isinstance(filled, ScoredRow)])
+        self._classify([(one, filled) for one, filled in rows if isinstance(filled, ClosedRow)])
         self._predict([(one, filled) for one, filled in rows if isinstance(filled, WholeRow)])
         for one, filled in rows:
             if isinstance(filled, PassRow):
@@ -151,7 +152,7 @@ class Scheduler:
             return WholeRow(row, 1 + characters // CHARACTERS_PER_TOKEN + TOKENS_PER_CANDIDATE * listed)
         return self._filling.written(row)
 
-    def _classify(self, rows: Sequence[tuple[Waiting, ScoredRow]]) -> None:
+    def _classify(self, rows: Sequence[tuple[Waiting, ClosedRow]]) -> None:
         if rows:
             asked = [(cast("PromptRow", one.row), filled) for one, filled in rows]
             _answer((one for one, _ in rows), each_alone(lambda some: classify(self._passes, some), asked))

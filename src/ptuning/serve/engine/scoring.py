@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 
 from ptuning.errors import BackboneError
-from ptuning.prompt.predict import Candidate, Prediction, rank_classes
+from ptuning.prompt.predict import rank_classes
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.beginnings import PassRow
-from ptuning.serve.engine.filling import ScoredRow, pass_row
+from ptuning.serve.engine.filling import ClosedRow, pass_row
 from ptuning.serve.engine.job import Outcome, PromptRow, Token, Usage
 from ptuning.serve.engine.passes import Passes
 
@@ -20,7 +21,7 @@ Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 
-def classify(passes: Passes, rows: Sequence[tuple[PromptRow, ScoredRow]]) -> list[Outcome]:
+def classify(passes: Passes, rows: Sequence[tuple[PromptRow, ClosedRow]]) -> list[Outcome]:
     """Answer rows with the likeliest of their labels or choices, rows of all prompts in the same passes."""
     items = [filled.item for _, filled in rows]
     inputs = [[pass_row(example, filled.ready) for example in filled.item.inputs] for _, filled in rows]

@@ -48,6 +48,7 @@ class Waiting:
     def taken(self) -> None:
         """Note that the engine has taken it."""
         self.waited = time.monotonic() - self.since
+        self.job.is_begun = True
 
     def answer(self, outcome: Outcome) -> None:
         """Tell the job the answer."""

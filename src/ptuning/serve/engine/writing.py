@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ptuning.engine.writing.continuation import Continuation
 from ptuning.engine.writing.ending import Growing
 from ptuning.engine.writing.writer import Line, Writer
-from ptuning.prompt.predict import Candidate, Prediction
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.filling import WrittenRow
 from ptuning.serve.engine.job import Finish, Outcome, Token, Usage
 from ptuning.serve.engine.passes import Passes

@@ -1,5 +1,5 @@
-"""The service's HTTP side: routes, keys, limits, errors, metrics and the access log.
+"""The service over HTTP: what is asked in OpenAI's words becomes rows of the engine, and outcomes become answers.
 
-It must not know torch or how rows are answered: it makes jobs of requests, and answers of outcomes.
-Read first: ``admin``, ``watch``.
+It must not know torch or the tokenizer: those belong to the engine's thread.
+Read first: ``app``, ``front``, ``service``, ``replies``, ``questions``, ``routes/completions.py``.
 """

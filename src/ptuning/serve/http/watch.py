@@ -5,32 +5,33 @@ Neither holds keys, texts or answers; names that are not in service are all one 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import logging.handlers
-import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ptuning.files import file_error
+from ptuning.prompt.prompt import Prompt
 from ptuning.provenance import VERSION
-from ptuning.serve.engine.job import Usage
-from ptuning.serve.registry import Registry
+from ptuning.serve.engine.job import CallRow, Job, Outcome, PromptRow, Row, Usage
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
 
 UNKNOWN, OTHER = "(unknown)", "(other)"
 MOST_NAMES = 5000  # of prompts in the metrics, over the life of a service; later ones are counted together
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 CLIENT_GONE = 499  # the client went before it was answered, as nginx writes it
-REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+LOGGED_NAMES = 10  # in a line, of a request that asks many prompts
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 # Metric -> what it is, and the number of the engine's status that it shows.
@@ -46,75 +47,103 @@ ENGINE_COUNTERS = {
     "prompt_tokens": ("Tokens read, slots included", "tokens_read"),
     "generation_tokens": ("Tokens written", "tokens_written"),
     "cached_tokens": ("Tokens read whose keys and values were kept", "cached_tokens"),
-    "rows_cancelled": ("Rows whose client went before they were answered", "cancelled"),
-    "rows_failed": ("Rows that failed", "failed"),
+    "rows_cancelled": ("Rows whose client went before they were answered", "rows_cancelled"),
+    "rows_failed": ("Rows that failed", "rows_failed"),
 }
 
 
-@dataclass(eq=False)
+class Names(Protocol):
+    """The names that are in service, as the watch sees them."""
+
+    @property
+    def base_name(self) -> str: ...  # noqa: D102
+    @property
+    def served(self) -> Mapping[str, object]: ...  # noqa: D102
+    @property
+    def failures(self) -> Mapping[str, str]: ...  # noqa: D102
+
+
 class Seen:
-    """What is seen of one request; its route says what it knows, and the rest is measured."""
+    """What is seen of one request: its routes tell what it asks, the engine's thread what becomes of it."""
 
-    id: str
-    method: str
-    began: float
-    rows: int = 0
-    models: dict[str, list[Usage]] = field(default_factory=dict)
-    status: int = 0
-    error: str | None = None
-    queue_seconds: float | None = None
-    first_seconds: float | None = None
-    is_begun: bool = False
+    def __init__(self, request_id: str, method: str) -> None:
+        self.id = request_id
+        self.method = method if method in METHODS else OTHER
+        self.status = 0
+        self.error: str | None = None
+        self.usage: dict[str, list[Usage]] = {}  # of what is answered, by the name that was asked
+        self.rows = 0
+        self.queue_seconds: float | None = None
+        self.first_seconds: float | None = None
+        self._began = time.perf_counter()
+        self._jobs: list[Job] = []
+        self._names: dict[int, str] = {}
 
-    def admitted(self, models: Iterable[str], rows: int) -> None:
-        """The request is in the queue with so many rows for each of these models."""
-        self.models = {name: [] for name in models}
-        self.rows = rows * len(self.models)
+    @property
+    def seconds(self) -> float:
+        """Seconds since it came."""
+        return time.perf_counter() - self._began
 
-    def begun(self, queue_seconds: float | None = None) -> None:
-        """The first of its rows is out of the queue."""
-        if not self.is_begun:
-            self.is_begun = True
-            self.queue_seconds = time.perf_counter() - self.began if queue_seconds is None else queue_seconds
+    @property
+    def is_begun(self) -> bool:
+        """Whether one of its rows is out of the queue."""
+        return any(job.is_begun for job in self._jobs)
 
-    def answered(self, model: str, usage: Usage | None = None) -> None:
-        """A first piece of an answer is there, or with ``usage`` a whole row."""
-        self.begun()
+    def asked(self, name: str, prompt: Prompt | None = None) -> None:
+        """It asks a model of this name, which there may not be."""
+        self.usage.setdefault(name, [])
+        if prompt is not None:
+            self._names[id(prompt)] = name
+
+    def submitted(self, job: Job) -> None:
+        """Its rows are in the queue."""
+        self._jobs.append(job)
+        self.rows += sum(not isinstance(row, CallRow) for row in job.rows)
+
+    def first(self) -> None:
+        """A first piece of an answer is there."""
         if self.first_seconds is None:
-            self.first_seconds = time.perf_counter() - self.began
-        if usage is not None:
-            self.models.setdefault(model, []).append(usage)
+            self.first_seconds = self.seconds
+
+    def answered(self, row: Row, outcome: Outcome) -> None:
+        """A row is answered."""
+        if isinstance(row, CallRow):
+            return
+        self.first()
+        if self.queue_seconds is None:
+            self.queue_seconds = outcome.waited
+        asked = [*self.usage]
+        name = self._names.get(id(row.prompt)) if isinstance(row, PromptRow) else None
+        if asked:
+            self.usage[name or asked[0]].append(outcome.usage)
 
     def refused(self, code: str) -> None:
-        """The request ends with an error of this code."""
+        """It ends with an error of this code."""
         self.error = code
 
 
-def seen_of(request: Request) -> Seen:
-    """Return what is seen of a request; one that nobody watches is seen by nobody."""
-    found = getattr(request.state, "seen", None)
-    return found if isinstance(found, Seen) else Seen("", request.method, time.perf_counter())
+def seen_of(request: HTTPConnection) -> Seen:
+    """Return what is seen of a request."""
+    found = request.scope["state"]["seen"]
+    assert isinstance(found, Seen)
+    return found
 
 
 class Watch:
-    """Counts what :class:`Watched` sees of requests.
+    """Counts requests, and writes a line for each.
 
     Args:
-        registry: Whose prompts have a name in the metrics and the log.
-        base_name: Of the base model, which has one, too.
+        names: The prompts and the base model, which have a name in the metrics and the log.
         status: Returns the engine's numbers; see :data:`ENGINE_GAUGES`.
         log: Takes the lines of the access log; see :func:`access_log`. None for no log.
     """
 
-    def __init__(
-        self, registry: Registry, *, base_name: str, status: Callable[[], object], log: logging.Logger | None = None
-    ) -> None:
-        self._registry = registry
-        self._base_name = base_name
+    def __init__(self, names: Names, *, status: Callable[[], object], log: logging.Logger | None = None) -> None:
+        self._in_service = names
         self._status = status
         self._log = log
         self._live: set[Seen] = set()
-        self._names: set[str] = set()
+        self._labels: set[str] = set()
         self._metrics = CollectorRegistry()
         self._metrics.register(self)
         ProcessCollector(registry=self._metrics)
@@ -143,13 +172,13 @@ class Watch:
     def collect(self) -> Iterable[Metric]:
         """Yield what is not counted but looked up (called by the Prometheus client)."""
         info = GaugeMetricFamily("ptuning_build_info", "Version and base model", labels=("version", "model"))
-        info.add_metric((VERSION, self._base_name), 1)
+        info.add_metric((VERSION, self._in_service.base_name), 1)
         yield info
         working = [one for one in [*self._live] if one.rows]
         yield _gauge("num_requests_running", "Requests that are being answered", sum(one.is_begun for one in working))
         yield _gauge("num_requests_waiting", "Requests in the queue", sum(not one.is_begun for one in working))
-        yield _gauge("prompts_loaded", "Prompts in service", len(self._registry.served))
-        yield _gauge("prompts_failed", "Prompts that could not be loaded", len(self._registry.failures))
+        yield _gauge("prompts_loaded", "Prompts in service", len(self._in_service.served))
+        yield _gauge("prompts_failed", "Prompts that could not be loaded", len(self._in_service.failures))
         status = self._status()
         for name, (text, of) in ENGINE_GAUGES.items():
             yield _gauge(name, text, getattr(status, of, 0))
@@ -157,98 +186,59 @@ class Watch:
             yield CounterMetricFamily(f"ptuning_{name}", text, value=getattr(status, of, 0))
 
     def begin(self, request_id: str, method: str) -> Seen:
-        """Begin to watch a request; an id that is none is replaced."""
-        given = request_id if REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
-        found = Seen(given, method if method in METHODS else OTHER, time.perf_counter())
+        """Begin to watch a request."""
+        found = Seen(request_id, method)
         self._live.add(found)
         return found
 
     def end(self, seen: Seen, *, route: str) -> None:
-        """Count a request that has ended, and write its line."""
+        """Count a request that has ended, and write its line. ``route`` is its route's own path: an address as it was
+        sent may hold anything.
+        """
         self._live.discard(seen)
-        total = time.perf_counter() - seen.began
-        status = seen.status or CLIENT_GONE
+        seconds, status = seen.seconds, seen.status or CLIENT_GONE
         self._requests.labels(route, str(status)).inc()
-        if status >= 400:
+        if status >= 400 or seen.error is not None:
             self._refusals.labels(seen.error or str(status)).inc()
-        models: dict[str, list[Usage]] = {}
-        for given, usages in seen.models.items():
-            models.setdefault(self._known(given), []).extend(usages)
-        for name, usages in models.items():
-            label = self._label(name)
-            self._by_model.labels(label).inc()
-            self._rows_by_model.labels(label).inc(len(usages))
-            self._read_by_model.labels(label).inc(sum(one.prompt_tokens for one in usages))
-            self._written_by_model.labels(label).inc(sum(one.completion_tokens for one in usages))
+        usage: dict[str, list[Usage]] = {}
+        for name, listed in seen.usage.items():
+            usage.setdefault(self._known(name), []).extend(listed)
+        if seen.rows or status >= 400:
+            self._count(usage)
         if seen.rows:
-            self._whole_time.observe(total)
-        for timed, seconds in ((self._queue_time, seen.queue_seconds), (self._first_time, seen.first_seconds)):
-            if seconds is not None:
-                timed.observe(seconds)
+            self._whole_time.observe(seconds)
+        for timed, measured in ((self._queue_time, seen.queue_seconds), (self._first_time, seen.first_seconds)):
+            if measured is not None:
+                timed.observe(measured)
         if self._log is not None:
-            self._log.info("%s", json.dumps(_line(seen, models, route=route, status=status, total=total)))
+            self._log.info("%s", json.dumps(_line(seen, usage, route=route, status=status, seconds=seconds)))
+
+    def _count(self, usage: Mapping[str, list[Usage]]) -> None:
+        for name, listed in usage.items():
+            label = name
+            if name not in self._labels and len(self._labels) >= MOST_NAMES:
+                label = OTHER
+            self._labels.add(label)
+            self._by_model.labels(label).inc()
+            self._rows_by_model.labels(label).inc(len(listed))
+            self._read_by_model.labels(label).inc(sum(one.prompt_tokens for one in listed))
+            self._written_by_model.labels(label).inc(sum(one.completion_tokens for one in listed))
 
     def _known(self, name: str) -> str:
-        return name if name == self._base_name or name in self._registry.served else UNKNOWN
-
-    def _label(self, name: str) -> str:
-        if name not in self._names and len(self._names) >= MOST_NAMES:
-            return OTHER
-        self._names.add(name)
-        return name
-
-
-def metrics_route(watch: Watch, *, guard: Callable[..., object] | None = None) -> APIRouter:
-    """Return the route ``/metrics``; ``guard`` is a dependency that lets nobody in without an admin key."""
-    made = APIRouter(dependencies=[] if guard is None else [Depends(guard)], tags=["admin"])
-
-    @made.get("/metrics")
-    def metrics(request: Request) -> Response:
-        """What Prometheus reads."""
-        body, content_type = watch.exposition(request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
-
-    return made
-
-
-class Watched:
-    """ASGI middleware, the outermost one: each request is watched, has an id, and tells it in ``x-request-id``."""
-
-    def __init__(self, app: ASGIApp, watch: Watch) -> None:
-        self._app = app
-        self._watch = watch
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Watch a request; what is not HTTP passes by."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        seen = self._watch.begin(given.decode("latin-1"), scope["method"])
-        scope.setdefault("state", {})["seen"] = seen
-
-        async def sending(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                seen.status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", seen.id.encode())]}
-            await send(message)
-
-        try:
-            await self._app(scope, receive, sending)
-        except Exception:
-            seen.status = seen.status or 500
-            raise
-        finally:
-            # What the router has found: an address as it was sent may hold anything.
-            self._watch.end(seen, route=getattr(scope.get("route"), "path", UNKNOWN))
+        return name if name == self._in_service.base_name or name in self._in_service.served else UNKNOWN
 
 
 def access_log(file: Path | None) -> logging.Logger:
-    """Return what writes the access log into a file, which may be rotated meanwhile, or to the error stream.
+    """Return what writes the access log into a file, which may be rotated meanwhile, or to the error stream. A log that
+    later cannot be written, as on a full disk, loses lines and hurts no request.
 
-    A log that cannot be written, as on a full disk, loses lines and hurts no request.
+    Raises:
+        FileError: If the file cannot be opened.
     """
-    handler = _Lines() if file is None else _Files(file, encoding="utf-8", delay=True)
+    try:
+        handler = _Lines() if file is None else _Files(file, encoding="utf-8")
+    except OSError as error:
+        raise file_error("write", Path(file or "-"), error) from error
     handler.setFormatter(logging.Formatter("%(message)s"))
     made = logging.Logger("ptuning.access", logging.INFO)
     made.addHandler(handler)
@@ -261,6 +251,11 @@ class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _Files(logging.handlers.WatchedFileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; lose it if the file cannot be opened again."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lose the line."""
 
@@ -269,12 +264,14 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"ptuning_{name}", text, value=value)
 
 
-def _line(seen: Seen, models: Mapping[str, list[Usage]], *, route: str, status: int, total: float) -> dict[str, object]:
+def _line(
+    seen: Seen, usage: Mapping[str, list[Usage]], *, route: str, status: int, seconds: float
+) -> dict[str, object]:
     """Return a line of the access log; JSON escapes whatever is no letter, digit or sign of ASCII."""
-    usages = [usage for listed in models.values() for usage in listed]
+    every = [one for listed in usage.values() for one in listed]
 
-    def ms(seconds: float | None) -> float | None:
-        return None if seconds is None else round(1000 * seconds, 1)
+    def ms(measured: float | None) -> float | None:
+        return None if measured is None else round(1000 * measured, 1)
 
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -283,12 +280,12 @@ def _line(seen: Seen, models: Mapping[str, list[Usage]], *, route: str, status: 
         "route": route,
         "status": status,
         "error": seen.error,
-        "models": list(models)[:10],
+        "models": list(usage)[:LOGGED_NAMES],
         "rows": seen.rows,
-        "prompt_tokens": sum(one.prompt_tokens for one in usages),
-        "completion_tokens": sum(one.completion_tokens for one in usages),
-        "cached_tokens": sum(one.cached_tokens for one in usages),
+        "prompt_tokens": sum(one.prompt_tokens for one in every),
+        "completion_tokens": sum(one.completion_tokens for one in every),
+        "cached_tokens": sum(one.cached_tokens for one in every),
         "queue_ms": ms(seen.queue_seconds),
         "first_token_ms": ms(seen.first_seconds),
-        "total_ms": ms(total),
+        "total_ms": ms(seconds),
     }

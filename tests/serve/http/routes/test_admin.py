@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from fastapi import FastAPI, HTTPException
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
 from ptuning.errors import PromptError
 from ptuning.names import MANIFEST_FILE
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.http.admin import router
+from ptuning.serve.http.app import create_app
+from ptuning.serve.http.keys import Keys
+from ptuning.serve.http.service import Settings
 from ptuning.serve.registry import Registry
 from tests.serve.test_registry import BAD_NAMES, save, version_of, versions
+
+ROUTES: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/prompts", None),
+    ("POST", "/v1/prompts", {"name": "c", "path": "c"}),
+    ("POST", "/v1/prompts/reload", None),
+    ("PUT", "/v1/prompts/a", {"path": "c"}),
+    ("DELETE", "/v1/prompts/a", None),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "c", "lora_path": "c"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "a"}),
+    ("GET", "/metrics", None),
+]
 
 
 def check(prompt: Prompt) -> None:
@@ -34,11 +47,17 @@ def registry(tmp_path: Path) -> Registry:
     return made
 
 
+def client_of(registry: Registry, **settings: Any) -> TestClient:
+    engine: Any = SimpleNamespace(queue_rows=4, is_alive=True, status=None)
+    return TestClient(create_app(engine, registry, Settings(**settings)))
+
+
 @pytest.fixture
 def client(registry: Registry) -> TestClient:
-    app = FastAPI()
-    app.include_router(router(registry))
-    return TestClient(app, raise_server_exceptions=False)
+    """An operator's client."""
+    made = client_of(registry, admin_keys=Keys.of("boss"))
+    made.headers["authorization"] = "Bearer boss"
+    return made
 
 
 def error_of(answer: Any) -> tuple[int, str, str | None]:
@@ -107,9 +126,9 @@ def test_what_cannot_be_done_is_an_error_of_openai_s_form(client: TestClient, tm
         answer = post("/v1/prompts", json={"name": "x", "path": path})
         assert error_of(answer) == (400, "prompt_unfit", None)
         assert str(tmp_path) not in answer.text
-    assert error_of(client.put("/v1/prompts/x", json={"path": "c"})) == (404, "model_not_found", None)
+    assert error_of(client.put("/v1/prompts/x", json={"path": "c"})) == (404, "model_not_found", "model")
     assert error_of(client.put("/v1/prompts/a", json={"path": "unfit"})) == (400, "prompt_unfit", None)
-    assert error_of(client.delete("/v1/prompts/x")) == (404, "model_not_found", None)
+    assert error_of(client.delete("/v1/prompts/x")) == (404, "model_not_found", "model")
     assert [one["id"] for one in client.get("/v1/prompts").json()["data"]] == ["a", "team/b"]
 
 
@@ -136,7 +155,7 @@ def test_a_load_during_the_drain_is_refused(client: TestClient, registry: Regist
         client.post("/v1/prompts/reload"),
         client.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": "c"}),
     ):
-        assert error_of(answer) == (503, "shutting_down", None)
+        assert error_of(answer) == (503, "not_serving", None)
     assert client.get("/v1/prompts").status_code == 200
 
 
@@ -153,29 +172,57 @@ def test_tools_load_prompts_as_lora_adapters(client: TestClient, registry: Regis
     assert client.post("/v1/load_lora_adapter", json=new).status_code == 200
     done = client.post("/v1/unload_lora_adapter", json={"lora_name": "c"})
     assert (done.status_code, done.text) == (200, "Success: LoRA adapter 'c' removed successfully.")
-    assert error_of(client.post("/v1/unload_lora_adapter", json={"lora_name": "c"})) == (404, "model_not_found", None)
+    assert error_of(client.post("/v1/unload_lora_adapter", json={"lora_name": "c"})) == (
+        404,
+        "model_not_found",
+        "model",
+    )
     assert versions(registry) == {"a": 1, "d": 1, "team/b": 2}
 
 
 def test_a_field_that_is_not_known_is_an_error(client: TestClient) -> None:
     """A path that is misspelt must not load something else."""
     for body in ({"name": "x", "path": "c", "force": True}, {"name": "x"}, {"name": 1, "path": "c"}, [], "x"):
-        assert client.post("/v1/prompts", json=body).status_code == 422
-    assert client.put("/v1/prompts/a", json={"path": "c", "name": "b"}).status_code == 422
+        assert error_of(client.post("/v1/prompts", json=body))[0] == 400
+    answer = client.put("/v1/prompts/a", json={"path": "c", "name": "b"})
+    assert error_of(answer) == (400, "unknown_field", "name")
 
 
-def test_nobody_comes_in_without_the_guard(registry: Registry) -> None:
-    def guard() -> None:
-        raise HTTPException(403)
-
-    app = FastAPI()
-    app.include_router(router(registry, guard=guard))
-    client = TestClient(app)
-    for route in app.routes:
-        for method in getattr(route, "methods", None) or ():
-            path = getattr(route, "path", "")
-            if path.startswith("/v1"):
-                body = {"name": "c", "path": "c", "lora_name": "c", "lora_path": "c"}
-                body = {"path": "c"} if method == "PUT" else body if "lora" in path else {"name": "c", "path": "c"}
-                assert client.request(method, path.replace("{name:path}", "a"), json=body).status_code == 403
+def test_a_folder_that_cannot_be_read_is_told(client: TestClient, registry: Registry, tmp_path: Path) -> None:
+    """It is the machine's fault, and not the request's; the prompts go on."""
+    (tmp_path / "prompts").rename(tmp_path / "away")
+    answer = client.post("/v1/prompts/reload")
+    assert error_of(answer) == (500, "folder_not_readable", None)
+    assert "No such file" in answer.json()["error"]["message"]
     assert versions(registry) == {"a": 1, "team/b": 2}
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_operators_alone_come_in(method: str, path: str, body: Any, registry: Registry) -> None:
+    """Abuse case 16: without admin keys there are no such routes; with them, no key and a wrong one is 401, a user's
+    403.
+    """
+    users = client_of(registry, keys=Keys.of("user"))
+    asked = {"authorization": "Bearer user"}
+    assert error_of(users.request(method, path, json=body, headers=asked))[:2] == (404, "not_found")
+    both = client_of(registry, keys=Keys.of("user"), admin_keys=Keys.of("boss"))
+    for key, status in ((None, 401), ("wrong", 401), ("user", 403)):
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        answer = both.request(method, path, json=body, headers=headers)
+        assert error_of(answer)[0] == status
+        assert both.request(method, f"{path}?key=boss&api_key=boss", json=body).status_code == 401
+    assert versions(registry) == {"a": 1, "team/b": 2}
+    assert both.request(method, path, json=body, headers={"authorization": "Bearer boss"}).status_code in (200, 201)
+
+
+def test_the_metrics_may_be_open_where_nobody_else_comes(registry: Registry) -> None:
+    """On this machine alone, without keys; they are told while the service ends, too."""
+    assert client_of(registry).get("/metrics").status_code == 404
+    client = client_of(registry, open_metrics=True)
+    client.app.state.service.phase = "draining"  # type: ignore[attr-defined]
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "ptuning_prompts_loaded 2.0" in answer.text
+    other = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert other.text.endswith("# EOF\n")
