@@ -386,3 +386,8 @@ def _stamp(folder: Path) -> Stamp:
                 about = (inner / name).stat()
                 found += about.st_ino, about.st_size, about.st_mtime_ns
     return tuple(found)
+
+
+def prompts_in(root: Path) -> Iterator[Path]:
+    """Yield the folders of prompts that a registry finds in a folder, which may be a prompt's itself."""
+    yield from ([root] if _has_prompt(root) else _prompt_folders(root, NAME_PARTS))

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ptuning.data.questions import Question
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.job import Answering, EchoRow, Outcome, PromptRow, Row, TextRow, Token, Usage
 from ptuning.serve.http.errors import JsonResponse, refused
 from ptuning.serve.http.questions import fields_questions, generation_of, typed_question
@@ -165,8 +166,6 @@ async def _echo(
 
 def _after(before: str, head: Outcome, tail: Outcome | None) -> Outcome:
     """Return an outcome whose text and tokens are a text and what was written behind it."""
-    from ptuning.prompt.predict import Candidate, Prediction
-
     text = before + ("" if tail is None else text_of(tail))
     usage = Usage(head.usage.prompt_tokens) if tail is None else tail.usage
     tokens = head.tokens if tail is None else (*head.tokens, *tail.tokens)
