@@ -17,6 +17,7 @@ import yaml
 from ptuning.cli import app
 from ptuning.serve.http.watch import Watch
 from ptuning.serve.registry import Registry
+from tests.cli.test_app import commands_of
 from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"

@@ -86,9 +86,11 @@ def run(
     *,
     drain: float,
     on_ready: Callable[[], None],
+    on_hangup: Callable[[], None],
 ) -> None:
     """Serve until a signal comes. It drains: ``/ready`` and new requests get 503, and requests that run have ``drain``
-    seconds to end. A second signal ends the process at once.
+    seconds to end. A second signal ends the process at once. ``on_hangup`` is called in a thread at a SIGHUP; in a
+    terminal that ends the process, as ever.
     """
     config = uvicorn.Config(
         app,
@@ -105,7 +107,7 @@ def run(
         timeout_graceful_shutdown=LAST_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    server = _Server(config, on_ready)
+    server = _Server(config, on_ready, on_hangup)
 
     def drained() -> None:
         registry.close()
@@ -136,9 +138,9 @@ class _Server(uvicorn.Server):
     ending: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], on_hangup: Callable[[], None]) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._on_hangup = on_ready, on_hangup
         self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -154,11 +156,19 @@ class _Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        # A terminal sends it when it is closed, and nohup has it ignored: both mean something else by it.
+        if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL and not _has_terminal():
+            before[hangup] = signal.signal(hangup, self._hung_up)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _hung_up(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        with contextlib.suppress(AttributeError, RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: self._loop.run_in_executor(None, self._on_hangup))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Take a signal."""
@@ -170,3 +180,7 @@ class _Server(uvicorn.Server):
             os._exit(SIGNAL_EXIT + sig)  # nothing is left behind: no child, no half-written file
         with contextlib.suppress(AttributeError, RuntimeError):  # before the start, or behind the end
             self._loop.call_soon_threadsafe(self.at_signal)
+
+
+def _has_terminal() -> bool:
+    return any(stream is not None and not stream.closed and stream.isatty() for stream in (sys.stdin, sys.stderr))

@@ -182,7 +182,8 @@ def test_tools_load_prompts_as_lora_adapters(client: TestClient, registry: Regis
 
 def test_a_field_that_is_not_known_is_an_error(client: TestClient) -> None:
     """A path that is misspelt must not load something else."""
-    for body in ({"name": "x", "path": "c", "force": True}, {"name": "x"}, {"name": 1, "path": "c"}, [], "x"):
+    wrong: list[Any] = [{"name": "x", "path": "c", "force": True}, {"name": "x"}, {"name": 1, "path": "c"}, [], "x"]
+    for body in wrong:
         assert error_of(client.post("/v1/prompts", json=body))[0] == 400
     answer = client.put("/v1/prompts/a", json={"path": "c", "name": "b"})
     assert error_of(answer) == (400, "unknown_field", "name")
