@@ -18,6 +18,7 @@ from ptuning.cli import terminal
 from ptuning.cli.commands import (
     data,
     demo,
+    doctor,
     estimate,
     exchange,
     experiments,
@@ -154,6 +155,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "import": exchange.import_prompt,
     "data": data.data,
     "backbones": data.backbones,
+    "doctor": doctor.doctor,
     "demo": demo.demo,
     "estimate": estimate.estimate,
     "fleet": fleet.fleet,
@@ -171,7 +173,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 TITLES: Mapping[str, Sequence[str]] = {
     "Learn a prompt and use it": ("train", "eval", "predict", "serve", "inspect", "export", "import", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
-    "Look first": ("data", "backbones", "template", "task", "estimate"),
+    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
 }
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",

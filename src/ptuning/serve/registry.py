@@ -21,12 +21,12 @@ from ptuning.errors import FileError, PromptError, PTuningError, closest, cut
 from ptuning.files import Json, file_error, read_bytes, read_json, sha256
 from ptuning.names import MANIFEST_FILE, MAX_MANIFEST_BYTES, PROMPT_FOLDER, VECTORS_FILE
 from ptuning.prompt.prompt import Prompt
-from ptuning.prompt.storage import ATTEMPTS, manifest_of
+from ptuning.prompt.storage import ATTEMPTS, NAME_PARTS, has_prompt, manifest_of, prompt_folders
 from ptuning.serve.engine.job import StoppedError
 
 # Letters of ASCII alone: two names that look alike are alike. No name of this form leads out of a folder.
 PART = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
-NAME_PARTS, PATH_PARTS = 4, 16
+PATH_PARTS = 16
 NAMED = "parts of 1 to 128 letters (a-z), digits, '.', '_' and '-', the first a letter or digit, with '/' between them"
 # Of slot vectors: 1,000 slots of the widest models. A larger file is refused before it is read.
 MAX_VECTORS_BYTES = 2**26
@@ -349,23 +349,6 @@ def _is_name(name: str, most_parts: int) -> bool:
     return len(parts) <= most_parts and all(PART.fullmatch(part) for part in parts)
 
 
-def _prompt_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders that hold a prompt, in order; what is in those, hidden and deeper ones are not looked at."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    for name in names:
-        inner = folder / name
-        if _has_prompt(inner):
-            yield inner
-        elif depth > 1 and not inner.is_symlink():
-            with contextlib.suppress(OSError):  # one that cannot be read keeps nobody out
-                yield from _prompt_folders(inner, depth - 1)
-
-
-def _has_prompt(folder: Path) -> bool:
-    return any(os.path.lexists(one) for one in (folder / MANIFEST_FILE, folder / PROMPT_FOLDER / MANIFEST_FILE))
-
-
 def _is_gone(folder: Path) -> bool:
     """Whether a folder is there no more; one that cannot be looked at may be."""
     try:
@@ -389,4 +372,4 @@ def _stamp(folder: Path) -> Stamp:
 
 def prompts_in(root: Path) -> Iterator[Path]:
     """Yield the folders of prompts that a registry finds in a folder, which may be a prompt's itself."""
-    yield from ([root] if _has_prompt(root) else _prompt_folders(root, NAME_PARTS))
+    yield from ([root] if has_prompt(root) else prompt_folders(root))
