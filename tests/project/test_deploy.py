@@ -15,7 +15,7 @@ import typer.main
 import yaml
 
 from ptuning.cli import app
-from ptuning.serve.http.watch import Watch
+from ptuning.serve.http.watch import Monitor
 from ptuning.serve.registry import Registry
 from tests.cli.test_app import commands_of
 from tests.conftest import ROOT
@@ -53,7 +53,7 @@ def options() -> set[str]:
 @pytest.fixture(scope="module")
 def metrics() -> set[str]:
     """The names of all samples that the service can expose."""
-    watch = Watch(Registry(None, base_name="base", check=id), status=lambda: None)
+    watch = Monitor(Registry(None, base_name="base", check=id), status=lambda: None)
     exposed = watch.exposition()[0].decode()
     found = set()
     for name, kind in re.findall(r"# TYPE (\S+) (\S+)", exposed):

@@ -22,7 +22,7 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import Job
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Service, Settings
-from ptuning.serve.http.watch import Seen, Watch
+from ptuning.serve.http.watch import Monitor, Seen
 from ptuning.serve.registry import UnknownPromptError
 from tests.conftest import learned
 
@@ -73,7 +73,7 @@ class Shelf:
         return self.served[name]
 
 
-class Told(Watch):
+class Told(Monitor):
     """Notes the requests that are done."""
 
     def __init__(self, shelf: Shelf) -> None:

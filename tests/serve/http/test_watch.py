@@ -22,7 +22,7 @@ from ptuning.serve.engine.job import Job, Outcome, QueueFullError, Usage
 from ptuning.serve.http import watch as watching
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Settings
-from ptuning.serve.http.watch import OTHER, UNKNOWN, Seen, Watch, access_log
+from ptuning.serve.http.watch import OTHER, UNKNOWN, Monitor, Seen, access_log
 from ptuning.serve.registry import Registry
 from tests.serve.test_registry import save
 
@@ -48,9 +48,9 @@ def log_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def watch(registry: Registry, log_file: Path) -> Iterator[Watch]:
+def watch(registry: Registry, log_file: Path) -> Iterator[Monitor]:
     log = access_log(log_file)
-    yield Watch(registry, status=lambda: STATUS, log=log)
+    yield Monitor(registry, status=lambda: STATUS, log=log)
     for handler in log.handlers:
         handler.close()
 
@@ -70,7 +70,7 @@ def breaks(job: Job) -> None:
     raise RuntimeError("secret text")
 
 
-def client_of(watch: Watch, submit: Callable[[Job], None] = answers) -> TestClient:
+def client_of(watch: Monitor, submit: Callable[[Job], None] = answers) -> TestClient:
     """A client of a service that is watched."""
     backbone = SimpleNamespace(fingerprint="f", kind="causal")
     engine: Any = SimpleNamespace(queue_rows=64, is_alive=True, submit=submit, model=SimpleNamespace(backbone=backbone))
@@ -85,7 +85,7 @@ def ask(client: TestClient, *names: str, rows: int = 1, **headers: str) -> Any:
     )
 
 
-def numbers(watch: Watch, accept: str = "") -> dict[str, float]:
+def numbers(watch: Monitor, accept: str = "") -> dict[str, float]:
     """All samples of the exposition: name and labels -> value."""
     text = watch.exposition(accept)[0].decode()
     found = {}
@@ -101,7 +101,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="ascii").split("\n") if line]
 
 
-def test_requests_are_counted_by_what_operators_ask_for(watch: Watch) -> None:
+def test_requests_are_counted_by_what_operators_ask_for(watch: Monitor) -> None:
     assert ask(client_of(watch), "a", "b", rows=3).status_code == 200
     assert ask(client_of(watch, is_full), "a").status_code == 429
     assert ask(client_of(watch, breaks), "a").status_code == 500
@@ -120,7 +120,7 @@ def test_requests_are_counted_by_what_operators_ask_for(watch: Watch) -> None:
     assert found["ptuning_e2e_request_latency_seconds_count"] == 1
 
 
-def test_what_is_no_good_request_is_counted_by_its_code(watch: Watch) -> None:
+def test_what_is_no_good_request_is_counted_by_its_code(watch: Monitor) -> None:
     client = client_of(watch)
     client.post("/v1/predict", content="{", headers={"content-type": "application/json"})
     client.post("/v1/predict", json={"model": "a"})
@@ -132,7 +132,7 @@ def test_what_is_no_good_request_is_counted_by_its_code(watch: Watch) -> None:
     } == reasons
 
 
-def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Watch, registry: Registry, tmp_path: Path) -> None:
+def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Monitor, registry: Registry, tmp_path: Path) -> None:
     found = numbers(watch)
     assert {name: found[f"ptuning_{name}"] for name in (
         "num_rows_waiting", "num_rows_running", "kept_bytes", "kept_texts", "rows_total", "passes_total",
@@ -152,7 +152,7 @@ def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Watch, registr
     assert (found["ptuning_prompts_loaded"], found["ptuning_prompts_failed"]) == (2, 1)
 
 
-def test_requests_that_wait_and_run_are_told_apart(watch: Watch) -> None:
+def test_requests_that_wait_and_run_are_told_apart(watch: Monitor) -> None:
     first, second, third = (watch.begin("", "POST") for _ in range(3))
     jobs = [Job([SimpleNamespace()], SimpleNamespace()) for _ in range(2)]  # type: ignore[list-item]
     first.submitted(jobs[0])
@@ -167,7 +167,7 @@ def test_requests_that_wait_and_run_are_told_apart(watch: Watch) -> None:
     assert found["ptuning_requests_total{route=/v1/predict,status=499}"] == 3
 
 
-def test_names_that_nobody_serves_are_one_name(watch: Watch, log_file: Path) -> None:
+def test_names_that_nobody_serves_are_one_name(watch: Monitor, log_file: Path) -> None:
     """Abuse case 19: what a client makes up becomes neither a label nor a line."""
     client = client_of(watch)
     for number in range(20):
@@ -185,7 +185,7 @@ def test_names_that_nobody_serves_are_one_name(watch: Watch, log_file: Path) -> 
 
 
 def test_many_names_in_turn_do_not_grow_the_metrics(
-    watch: Watch, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    watch: Monitor, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A service whose prompts come and go for a year stays as it is."""
     monkeypatch.setattr(watching, "MOST_NAMES", 2)
@@ -199,7 +199,7 @@ def test_many_names_in_turn_do_not_grow_the_metrics(
     assert found == [f"ptuning_model_requests_total{{model={name}}}" for name in ("x", "y", OTHER)]
 
 
-def test_a_request_is_a_line(watch: Watch, log_file: Path) -> None:
+def test_a_request_is_a_line(watch: Monitor, log_file: Path) -> None:
     answer = ask(client_of(watch), "a", rows=2, x_request_id="mine-1")
     assert answer.headers["x-request-id"] == "mine-1"
     (line,) = lines(log_file)
@@ -211,7 +211,7 @@ def test_a_request_is_a_line(watch: Watch, log_file: Path) -> None:
     assert line["time"].endswith("+00:00")
 
 
-def test_a_line_holds_neither_keys_nor_texts(watch: Watch, log_file: Path) -> None:
+def test_a_line_holds_neither_keys_nor_texts(watch: Monitor, log_file: Path) -> None:
     """Abuse case 16: of the address only the route is logged, of a request only numbers; a failure is no exception."""
     secret = {"authorization": "Bearer s3cret", "x-request-id": "s3cret\n{}", "user-agent": "s3cret"}
     for submit in (answers, breaks, is_full):
@@ -226,7 +226,7 @@ def test_a_line_holds_neither_keys_nor_texts(watch: Watch, log_file: Path) -> No
 
 
 @pytest.mark.parametrize("given", ["", "a b", 'x"y', "x" * 65, "{}", "\x7f", "é", "a\\nb"])
-def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Watch, log_file: Path) -> None:
+def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Monitor, log_file: Path) -> None:
     """Abuse case 18: log injection by a header."""
     client = client_of(watch)
     answer = client.get("/metrics", headers=[(b"x-request-id", given.encode())])
@@ -235,7 +235,7 @@ def test_an_id_that_could_be_anything_is_replaced(given: str, watch: Watch, log_
     assert lines(log_file)[0]["request_id"] == found
 
 
-def test_whatever_is_logged_is_escaped(watch: Watch, log_file: Path) -> None:
+def test_whatever_is_logged_is_escaped(watch: Monitor, log_file: Path) -> None:
     """Whatever reaches a line: it stays one line, of ASCII."""
     seen = watch.begin("", "POST")
     seen.refused("x\n\r\u2028\x1b[31m\udcff\u202e")
@@ -245,7 +245,7 @@ def test_whatever_is_logged_is_escaped(watch: Watch, log_file: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_hurts_no_request(
-    watch: Watch, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    watch: Monitor, log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Abuse case 23: a full disk, or a folder that goes, loses lines; one that is not there at first is an error."""
     client = client_of(watch)
@@ -261,7 +261,7 @@ def test_a_log_that_cannot_be_written_hurts_no_request(
     folder = log_file.parent / "logs"
     folder.mkdir()
     log = access_log(folder / "log")
-    other = client_of(Watch(watch._in_service, status=lambda: STATUS, log=log))
+    other = client_of(Monitor(watch._in_service, status=lambda: STATUS, log=log))
     shutil.rmtree(folder)
     assert other.get("/metrics").status_code == 200
     folder.mkdir()
@@ -273,7 +273,7 @@ def test_a_log_that_cannot_be_written_hurts_no_request(
         access_log(folder / "none" / "log")
 
 
-def test_a_log_may_be_rotated(watch: Watch, log_file: Path) -> None:
+def test_a_log_may_be_rotated(watch: Monitor, log_file: Path) -> None:
     client = client_of(watch)
     client.get("/metrics")
     log_file.rename(log_file.with_name("old.log"))
@@ -282,14 +282,14 @@ def test_a_log_may_be_rotated(watch: Watch, log_file: Path) -> None:
 
 
 def test_without_a_file_lines_go_to_the_error_stream(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
-    client = client_of(Watch(registry, status=lambda: STATUS, log=access_log(None)))
+    client = client_of(Monitor(registry, status=lambda: STATUS, log=access_log(None)))
     client.get("/metrics")
     said = capsys.readouterr()
     assert json.loads(said.err)["route"] == "/metrics"
     assert said.out == ""
 
 
-def test_a_client_that_goes_is_seen(watch: Watch, log_file: Path) -> None:
+def test_a_client_that_goes_is_seen(watch: Monitor, log_file: Path) -> None:
     """The request ends without an answer, and is no longer counted as waiting."""
     seen = watch.begin("", "POST")
     seen.submitted(Job([SimpleNamespace()], SimpleNamespace()))  # type: ignore[list-item]

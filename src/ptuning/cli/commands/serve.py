@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def serve(
     folders = options.named_values(named or (), expected="NAME=FOLDER, such as capitals=runs/capitals")
     if prompts is None and not folders:
         raise ConfigError("there is nothing to serve; give --prompts DIR, or prompts as NAME=FOLDER")
-    from ptuning.serve.http.watch import Watch
+    from ptuning.serve.http.watch import Monitor
     from ptuning.serve.http.watch import access_log as requests_log
     from ptuning.serve.server import address_of, listening, run
 
@@ -84,17 +85,10 @@ def serve(
         check=lambda prompt: engine.call(lambda: prompt.bind(loaded)),
     )
     _show_failures(registry.reload().failed)
-    app = create_app(engine, registry, settings, watch=Watch(registry, status=lambda: engine.status, log=log))
+    app = create_app(engine, registry, settings, watch=Monitor(registry, status=lambda: engine.status, log=log))
     said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
-    run(
-        app,
-        engine,
-        registry,
-        listener,
-        drain=drain,
-        on_ready=lambda: typer.echo(said),
-        on_hangup=lambda: _reload(registry),
-    )
+    again = functools.partial(_reload, registry)
+    run(app, engine, registry, listener, drain=drain, on_ready=lambda: typer.echo(said), on_hangup=again)
 
 
 def _check_extra() -> None:

@@ -14,7 +14,7 @@ from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
 from ptuning.serve.http.routes import about, admin, chat, classify, completions, predict, tokens
 from ptuning.serve.http.service import Answers, Prompts, Service, Settings
-from ptuning.serve.http.watch import Watch, seen_of
+from ptuning.serve.http.watch import Monitor, seen_of
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 # The statuses that any route with a body may answer with, for /openapi.json.
@@ -24,7 +24,7 @@ STATUSES: dict[int | str, dict[str, object]] = {
 
 
 def create_app(
-    engine: Answers, registry: Prompts, settings: Settings | None = None, *, watch: Watch | None = None
+    engine: Answers, registry: Prompts, settings: Settings | None = None, *, watch: Monitor | None = None
 ) -> FastAPI:
     """Return the service over HTTP. ``app.state.service`` has its phase.
 
@@ -38,7 +38,9 @@ def create_app(
         title="ptuning", version=VERSION, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         responses=STATUSES, redirect_slashes=False,
     )  # fmt: skip
-    service = Service(engine, registry, settings or Settings(), watch or Watch(registry, status=lambda: engine.status))
+    service = Service(
+        engine, registry, settings or Settings(), watch or Monitor(registry, status=lambda: engine.status)
+    )
     app.state.service = service
     for part in (about, completions, chat, predict, classify, tokens):
         app.include_router(part.router)

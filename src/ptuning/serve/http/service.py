@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ptuning.errors import ConfigError
 from ptuning.serve.http.keys import Keys
-from ptuning.serve.http.watch import Watch, seen_of
+from ptuning.serve.http.watch import Monitor, seen_of
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -103,7 +103,7 @@ class Service:
     engine: Answers
     registry: Prompts
     settings: Settings
-    watch: Watch
+    watch: Monitor
     phase: Phase = "serving"
     started: float = field(default_factory=time.time)
 

@@ -129,7 +129,7 @@ def seen_of(request: HTTPConnection) -> Seen:
     return found
 
 
-class Watch:
+class Monitor:
     """Counts requests, and writes a line for each.
 
     Args:

@@ -23,7 +23,7 @@ router = APIRouter(tags=["admin"])
 metrics_router = APIRouter(tags=["admin"])
 
 
-class Placement(BaseModel):
+class PromptPlace(BaseModel):
     """A name, and the folder of its prompt within the service's folder of prompts."""
 
     model_config = ConfigDict(extra="forbid")
@@ -31,7 +31,7 @@ class Placement(BaseModel):
     path: str
 
 
-class Replacement(BaseModel):
+class PromptChange(BaseModel):
     """The folder of the prompt that takes another's place; the name stands in the address."""
 
     model_config = ConfigDict(extra="forbid")
@@ -62,7 +62,7 @@ def list_prompts(request: Request) -> Response:
 
 
 @router.post("/v1/prompts", status_code=201)
-def load_prompt(asked: Placement, request: Request) -> Response:
+def load_prompt(asked: PromptPlace, request: Request) -> Response:
     """Take a prompt into service under a new name."""
     registry = _registry(request)
     return JsonResponse(_described(registry, registry.load(asked.name, asked.path)), status_code=201)
@@ -80,7 +80,7 @@ def reload_prompts(request: Request) -> Response:
 
 
 @router.put("/v1/prompts/{name:path}")
-def replace_prompt(name: str, asked: Replacement, request: Request) -> Response:
+def replace_prompt(name: str, asked: PromptChange, request: Request) -> Response:
     """Put another prompt under a name; running requests end with the one that they began with."""
     registry = _registry(request)
     return JsonResponse(_described(registry, registry.replace(name, asked.path)))
