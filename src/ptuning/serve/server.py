@@ -28,6 +28,8 @@ SIGNAL_EXIT = 128
 LAST_SECONDS = 5
 IDLE_SECONDS = 30  # of a connection between two requests
 BACKLOG = 512
+# Is given what ends the service as a signal does.
+OnReady = Callable[[Callable[[], None]], None]
 
 
 class Drains(Protocol):
@@ -85,12 +87,13 @@ def run(
     listener: socket.socket,
     *,
     drain: float,
-    on_ready: Callable[[], None],
-    on_hangup: Callable[[], None],
+    on_ready: OnReady,
+    on_hangup: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal comes. It drains: ``/ready`` and new requests get 503, and requests that run have ``drain``
-    seconds to end. A second signal ends the process at once. ``on_hangup`` is called in a thread at a SIGHUP; in a
-    terminal that ends the process, as ever.
+    seconds to end. A second signal ends the process at once. ``on_ready`` is called once connections are taken, with
+    what does the same as a signal and may be called from any thread. ``on_hangup`` is called in a thread at a SIGHUP;
+    in a terminal that ends the process, as ever.
     """
     config = uvicorn.Config(
         app,
@@ -138,7 +141,7 @@ class _Server(uvicorn.Server):
     ending: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], on_hangup: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: OnReady, on_hangup: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._on_ready, self._on_hangup = on_ready, on_hangup
         self._signals = 0
@@ -147,7 +150,7 @@ class _Server(uvicorn.Server):
         """Begin to take connections, and say so."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
-        self._on_ready()
+        self._on_ready(self.end)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -157,8 +160,7 @@ class _Server(uvicorn.Server):
             return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        # A terminal sends it when it is closed, and nohup has it ignored: both mean something else by it.
-        if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL and not _has_terminal():
+        if hangup is not None and self._on_hangup is not None and _may_hear(hangup):
             before[hangup] = signal.signal(hangup, self._hung_up)
         try:
             yield
@@ -167,8 +169,10 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _hung_up(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        with contextlib.suppress(AttributeError, RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: self._loop.run_in_executor(None, self._on_hangup))
+        again = self._on_hangup
+        if again is not None:
+            with contextlib.suppress(AttributeError, RuntimeError):
+                self._loop.call_soon_threadsafe(lambda: self._loop.run_in_executor(None, again))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Take a signal."""
@@ -178,9 +182,15 @@ class _Server(uvicorn.Server):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
             os._exit(SIGNAL_EXIT + sig)  # nothing is left behind: no child, no half-written file
+        self.end()
+
+    def end(self) -> None:
+        """Begin to end."""
         with contextlib.suppress(AttributeError, RuntimeError):  # before the start, or behind the end
             self._loop.call_soon_threadsafe(self.at_signal)
 
 
-def _has_terminal() -> bool:
-    return any(stream is not None and not stream.closed and stream.isatty() for stream in (sys.stdin, sys.stderr))
+def _may_hear(hangup: signal.Signals) -> bool:
+    """Whether a SIGHUP is meant as a request. A terminal sends it when it is closed, and nohup has it ignored."""
+    streams = (stream for stream in (sys.stdin, sys.stderr) if stream is not None and not stream.closed)
+    return signal.getsignal(hangup) == signal.SIG_DFL and not any(stream.isatty() for stream in streams)

@@ -69,26 +69,26 @@ def serve(
 
     settings = _settings(api_key_file, admin_key_file, host, open_to_all=open_to_all)
     log = requests_log(access_log)
-    listener = listening(host, port)  # an error about it comes before the backbone is loaded
-    loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
-    from ptuning.prompt.predict import PromptModel
-    from ptuning.serve.engine.engine import Engine
-    from ptuning.serve.http.app import create_app
-    from ptuning.serve.registry import Registry
+    with listening(host, port) as listener:  # an error about it comes before the backbone is loaded
+        loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
+        from ptuning.prompt.predict import PromptModel
+        from ptuning.serve.engine.engine import Engine
+        from ptuning.serve.http.app import create_app
+        from ptuning.serve.registry import Registry
 
-    engine = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
-    engine.start()
-    registry = Registry(
-        prompts,
-        {name: Path(one) for name, one in folders.items()},
-        base_name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
-        check=lambda prompt: engine.call(lambda: prompt.bind(loaded)),
-    )
-    _show_failures(registry.reload().failed)
-    app = create_app(engine, registry, settings, watch=Monitor(registry, status=lambda: engine.status, log=log))
-    said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
-    again = functools.partial(_reload, registry)
-    run(app, engine, registry, listener, drain=drain, on_ready=lambda: typer.echo(said), on_hangup=again)
+        engine = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
+        engine.start()
+        registry = Registry(
+            prompts,
+            {name: Path(one) for name, one in folders.items()},
+            base_name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
+            check=lambda prompt: engine.call(lambda: prompt.bind(loaded)),
+        )
+        _show_failures(registry.reload().failed)
+        app = create_app(engine, registry, settings, watch=Monitor(registry, status=lambda: engine.status, log=log))
+        said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
+        again = functools.partial(_reload, registry)
+        run(app, engine, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said), on_hangup=again)
 
 
 def _check_extra() -> None:

@@ -43,11 +43,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class ClosedRow:
-    """A row whose answers are labels or choices: what is scored, and the names of its classes."""
+    """A row whose answers are labels or choices: what is scored, the rows to read, and the names of its classes."""
 
     item: Item
     names: tuple[str, ...]
-    ready: Ready
+    rows: tuple[PassRow, ...]
 
     @property
     def tokens(self) -> int:
@@ -62,6 +62,11 @@ class WrittenRow:
     row: PassRow
     line: Line
     company: Company
+
+    @property
+    def rows(self) -> tuple[PassRow, ...]:
+        """The row to read, alone."""
+        return (self.row,)
 
     @property
     def tokens(self) -> int:
@@ -106,7 +111,8 @@ class Filling:
         """Fill a row for each different text of its labels or choices."""
         ready, questions = self.ready(row.prompt), Questions([row.question], name="the request")
         (item,) = question_items(ready.bound, questions, answers, labelled=False)
-        return ClosedRow(item, tuple(answers.names(row.question)), ready)
+        rows = tuple(pass_row(example, ready) for example in item.inputs)
+        return ClosedRow(item, tuple(answers.names(row.question)), rows)
 
     def written(self, row: PromptRow) -> WrittenRow:
         """Fill a row whose answer is written."""

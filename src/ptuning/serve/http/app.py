@@ -9,11 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ptuning.errors import cut
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
 from ptuning.serve.http.routes import about, admin, chat, classify, completions, predict, tokens
-from ptuning.serve.http.service import Answers, Prompts, Service, Settings
+from ptuning.serve.http.service import Prompts, RowEngine, Service, Settings
 from ptuning.serve.http.watch import Monitor, seen_of
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -24,7 +25,7 @@ STATUSES: dict[int | str, dict[str, object]] = {
 
 
 def create_app(
-    engine: Answers, registry: Prompts, settings: Settings | None = None, *, watch: Monitor | None = None
+    engine: RowEngine, registry: Prompts, settings: Settings | None = None, *, watch: Monitor | None = None
 ) -> FastAPI:
     """Return the service over HTTP. ``app.state.service`` has its phase.
 
@@ -73,18 +74,18 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _place(found: tuple[int | str, ...]) -> str:
-    """Return the field that an error is about, as ``records[3].x``; names of alternatives are not the request's."""
+    """Return the field that an error is about, as ``records[3].x``. Pydantic puts in which alternative of a type it has
+    tried; those are not the request's words.
+    """
     text = ""
-    for part in found[1:]:
-        if isinstance(part, str) and part.startswith("function-"):
-            continue
+    for at, part in enumerate(found[1:]):
         if isinstance(part, int):
             text += f"[{part}]"
+        elif at == 0:
+            text = part if part.isprintable() and part.isascii() else ascii(part)[1:-1]
         elif part.isidentifier() and part not in ("str", "int", "dict", "list", "float", "bool"):
-            text += f".{part}" if text else part
-        elif not part.isidentifier() and "[" not in part:
-            text += ascii(part[:64])
-    return text
+            text += f".{part}"
+    return cut(text, 100)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

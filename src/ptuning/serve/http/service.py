@@ -56,7 +56,7 @@ class Settings:
             raise ConfigError("the limits of the service are 1 or more")
 
 
-class Answers(Protocol):
+class RowEngine(Protocol):
     """The engine, as the routes see it."""
 
     model: PromptModel
@@ -100,7 +100,7 @@ class Prompts(Protocol):
 class Service:
     """The service as its routes see it. ``phase`` is what ``GET /ready`` tells."""
 
-    engine: Answers
+    engine: RowEngine
     registry: Prompts
     settings: Settings
     watch: Monitor
