@@ -20,11 +20,11 @@ from ptuning.errors import (
     PTuningError,
     RecordError,
     TemplateError,
-    TooLongError,
     cut,
 )
 from ptuning.serve.engine.job import CancelledError, QueueFullError, StoppedError
 from ptuning.serve.registry import ConflictError, RefusedNameError, UnknownPromptError
+from ptuning.template.fill import TooLongError
 
 logger = logging.getLogger(__name__)
 
