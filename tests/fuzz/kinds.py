@@ -476,20 +476,22 @@ def service() -> TestClient:
 
 
 # What a route takes; the values are right for one prompt or another.
+COPA = {"premise": "a", "choice1": "b", "choice2": "c", "question": "d"}
+MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}]}
 BODIES: tuple[tuple[str, Any], ...] = (
     ("/v1/predict", {"model": ["mood", "write"], "records": ["a", {"x": "b"}], "top_k": 2, "min_probability": None,
                      "normalise": "mean", "calibrate": False, "count_stop": False, "candidates": None,
                      "generation": {"max_new_tokens": 2, "stop_strings": ["a"], "temperature": 0.5, "do_sample": True,
                                     "num_beams": 1}}),
     ("/v1/predict", {"model": "write", "records": [{"x": "b"}], "candidates": ["yes", "no"], "top_k": 2}),
-    ("/v1/predict", {"model": "choose", "records": [{"premise": "a", "choice1": "b", "choice2": "c", "question": "d"}]}),
+    ("/v1/predict", {"model": "choose", "records": [COPA]}),
     ("/v1/completions", {"model": "write", "prompt": ["a", "b"], "max_tokens": 2, "temperature": 0.5, "top_p": 0.9,
                          "n": 2, "seed": 1, "stop": ["a"], "stream": True, "stream_options": {"include_usage": True},
                          "logprobs": 2, "user": "me", "logit_bias": {}, "best_of": 1}),
     ("/v1/completions", {"model": "tiny", "prompt": [[5, 6], [7, 8]], "max_tokens": 1, "echo": True, "logprobs": 1}),
     ("/v1/completions", {"model": "pair", "fields": {"x": "a", "z": "b"}, "logprobs": 1}),
-    ("/v1/chat/completions", {"model": "write", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
-                              "max_completion_tokens": 2, "logprobs": True, "top_logprobs": 2, "tools": []}),
+    ("/v1/chat/completions", {"model": "write", "messages": [MESSAGE], "max_completion_tokens": 2, "logprobs": True,
+                              "top_logprobs": 2, "tools": []}),
     ("/v1/classify", {"model": "mood", "input": ["a", {"x": "b"}]}),
     ("/tokenize", {"model": "tiny", "prompt": "a", "add_special_tokens": True, "return_token_strs": True}),
     ("/detokenize", {"tokens": [5, 6]}),
