@@ -32,6 +32,7 @@ class StandIn(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.fails: tuple[int, dict[str, str]] | None = None
         self.written = 0
+        self.keys: set[str | None] = set()
 
     @property
     def url(self) -> str:
@@ -82,6 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
     def do_POST(self) -> None:
+        self.server.keys.add(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(body)
         if self.server.fails is not None:

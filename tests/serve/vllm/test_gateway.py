@@ -11,7 +11,7 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question
-from ptuning.errors import BackboneError, ConfigError, RecordError
+from ptuning.errors import BackboneError, ConfigError, PTuningError
 from ptuning.prompt.predict import PromptModel
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import (
@@ -22,11 +22,13 @@ from ptuning.serve.engine.job import (
     Outcome,
     PromptRow,
     QueueFullError,
+    RemoteError,
+    Row,
     StoppedError,
     TextRow,
 )
 from ptuning.serve.vllm.gateway import Gateway
-from ptuning.serve.vllm.remote import Remote, RemoteError
+from ptuning.serve.vllm.remote import VllmServer
 from tests.conftest import RECORDS
 from tests.serve.engine.test_engine import CANDIDATES, Heard, alike, prompts_of
 from tests.serve.vllm.stand_in import StandIn, serving
@@ -42,7 +44,7 @@ def there(causal: Backbone) -> Iterator[StandIn]:
 @pytest.fixture
 def gateway(causal: Backbone, there: StandIn) -> Iterator[Gateway]:
     """A gateway to it."""
-    made = Gateway(PromptModel(causal), Remote(there.url), queue_rows=64, connections=8)
+    made = Gateway(PromptModel(causal), VllmServer(there.url), queue_rows=64, connections=8)
     made.start()
     yield made
     made.stop()
@@ -71,8 +73,11 @@ def test_streams_log_probs_and_the_base_model(causal: Backbone, gateway: Gateway
     engine = Engine(PromptModel(causal))
     engine.start()
     how = Answering(generation=GenerationSettings(max_new_tokens=7, stop_strings=("zz",)), alternatives=2, pieces=True)
-    rows = [PromptRow(prompts_of(causal)[0], Question(RECORDS[2]), how), TextRow("The capital", how)]
-    rows += [EchoRow("The capital of Kenya", 2)]  # type: ignore[list-item]
+    rows: list[Row] = [
+        PromptRow(prompts_of(causal)[0], Question(RECORDS[2]), how),
+        TextRow("The capital", how),
+        EchoRow("The capital of Kenya", 2),
+    ]
     heard = Heard(3)
     gateway.submit(Job(rows, heard))
     assert heard.ready.wait(60)
@@ -97,7 +102,7 @@ def test_streams_log_probs_and_the_base_model(causal: Backbone, gateway: Gateway
 def test_a_server_that_tells_the_likeliest_only(causal: Backbone) -> None:
     """Labels whose tokens are not among them fail with what to do; nothing is guessed."""
     with serving(causal, tells_ids=False) as server:
-        gateway = Gateway(PromptModel(causal), Remote(server.url))
+        gateway = Gateway(PromptModel(causal), VllmServer(server.url))
         gateway.start()
         closed = [prompt for prompt in prompts_of(causal) if prompt.answer_space.is_closed]
         failed = 0
@@ -120,13 +125,13 @@ def test_another_model_is_refused(loaded: Callable[[str], Backbone], causal: Bac
     """The server's answers show it; and so is a model that vLLM does not serve."""
     other = loaded("gpt2" if causal.model.config.model_type == "llama" else "llama")
     with serving(other) as server, pytest.raises((ConfigError, RemoteError)):
-        Gateway(PromptModel(causal), Remote(server.url))
+        Gateway(PromptModel(causal), VllmServer(server.url))
     with serving(causal) as server, pytest.raises(BackboneError, match="masked"):
-        Gateway(PromptModel(loaded("bert")), Remote(server.url))
+        Gateway(PromptModel(loaded("bert")), VllmServer(server.url))
     with pytest.raises(RemoteError, match="is it running"):
-        Remote("http://127.0.0.1:9")
+        VllmServer("http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="--engine-url"):
-        Remote("localhost:8000")
+        VllmServer("localhost:8000")
 
 
 def test_a_full_or_broken_server(causal: Backbone, gateway: Gateway, there: StandIn) -> None:
@@ -157,7 +162,7 @@ def test_rows_that_cannot_be_asked_fail_alone(causal: Backbone, gateway: Gateway
     heard = Heard(len(rows))
     gateway.submit(Job(rows, heard))
     assert heard.ready.wait(60)
-    assert [isinstance(found, ConfigError | RecordError) for found in heard.found] == [True] * 4 + [False]
+    assert [isinstance(found, PTuningError) for found in heard.found] == [True] * 4 + [False]
 
 
 def test_cancelled_answers_end_there_as_well(causal: Backbone, gateway: Gateway, there: StandIn) -> None:

@@ -103,7 +103,7 @@ class BaseEngine(ABC):
         """Answer rows, and wait for that; raises the error of the first row that has failed. A job that is not
         answered within ``timeout`` seconds is cancelled, and a TimeoutError raised.
         """
-        answers = Answers(len(rows))
+        answers = Collected(len(rows))
         job = Job(rows, answers)
         self.submit(job)
         if not answers.ready.wait(timeout):
@@ -152,7 +152,7 @@ class BaseEngine(ABC):
             self._row_seconds += FOLLOWS * (seconds / done - self._row_seconds)
 
 
-class Answers:
+class Collected:
     """Collects the outcomes of a job's rows for somebody who waits for them."""
 
     def __init__(self, rows: int) -> None:

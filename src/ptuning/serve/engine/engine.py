@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(BaseEngine):
-    """Answers rows of any prompts on one model, as ``PromptModel`` would answer each alone.
+    """Collected rows of any prompts on one model, as ``PromptModel`` would answer each alone.
 
     One thread owns the model and its tokenizer. There is no waiting window: whenever the thread is free it takes what
     is queued, up to a number of tokens, and runs rows of all prompts together. Written answers take a token a step, and

@@ -22,7 +22,7 @@ from ptuning.serve.engine.filling import Filling, WrittenRow, pass_row
 from ptuning.serve.engine.job import CallRow, EchoRow, Outcome, PromptRow, StoppedError, TextRow, Token, Usage
 from ptuning.serve.engine.scoring import checked
 from ptuning.serve.engine.waiting import Waiting
-from ptuning.serve.vllm.remote import Read, Remote
+from ptuning.serve.vllm.remote import Read, VllmServer
 from ptuning.template.known import rivals_of
 from ptuning.template.segments import Ids
 
@@ -50,7 +50,7 @@ class Gateway(BaseEngine):
         connections: Most rows that are asked for at a time.
     """
 
-    def __init__(self, model: PromptModel, remote: Remote, *, queue_rows: int = 256, connections: int = 64) -> None:
+    def __init__(self, model: PromptModel, remote: VllmServer, *, queue_rows: int = 256, connections: int = 64) -> None:
         super().__init__(model, queue_rows=queue_rows)
         self._remote, self._backbone = remote, model.backbone
         self._filling = Filling(model)

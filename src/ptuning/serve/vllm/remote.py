@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ptuning.config import GenerationSettings
-from ptuning.errors import ConfigError, PTuningError
+from ptuning.errors import ConfigError
 from ptuning.files import Unchecked
-from ptuning.serve.engine.job import QueueFullError
+from ptuning.serve.engine.job import QueueFullError, RemoteError
 from ptuning.template.segments import Ids
 
 # Seconds to connect, and between two pieces of an answer.
@@ -26,10 +26,6 @@ LIKELIEST = 20
 # What a full server says about the time until it has room, where it says nothing.
 RETRY_SECONDS = 1.0
 SHOWN_CHARACTERS = 300
-
-
-class RemoteError(PTuningError):
-    """The vLLM server cannot be reached, or does not answer as vLLM does."""
 
 
 class Next(NamedTuple):
@@ -58,7 +54,7 @@ class Read:
         return {"prompt_embeds": base64.b64encode(buffer.getvalue()).decode("ascii")}
 
 
-class Remote:
+class VllmServer:
     """A vLLM server at a URL. Its methods may be called from several threads.
 
     Args:
@@ -124,7 +120,9 @@ class Remote:
             found.append((log_prob, best))
         return found
 
-    def write(self, read: Read, settings: GenerationSettings, *, most: int, alternatives: int) -> Iterator[Next]:
+    def write(
+        self, read: Read, settings: GenerationSettings, *, most: int, alternatives: int
+    ) -> Generator[Next, None, None]:
         """Write up to ``most`` tokens and yield them one by one; whoever stops asking ends it."""
         body = {**self._body(read, most=most), "logprobs": alternatives, "stream": True, "ignore_eos": False}
         if settings.do_sample:
