@@ -81,7 +81,9 @@ def against_peer(backbone: Backbone, settings: Settings) -> tuple[Cells, Answers
             return seconds_of(lambda: other.score(choices, owners), backbone.device)
 
     with engine(backbone) as ours:
-        gap = largest_gap([one.prediction for one in ours.ask(asked)], scores_of_peer(backbone, vectors, choices, owners))
+        gap = largest_gap(
+            [one.prediction for one in ours.ask(asked)], scores_of_peer(backbone, vectors, choices, owners)
+        )
         found = interleave(
             {"ptuning": lambda _: seconds_of(lambda: ours.ask(asked), backbone.device), "peft": peer},
             repeats=settings.pick(7, 1),

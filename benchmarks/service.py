@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import load as loads
 from benchmarks.common import ROOT, Settings, write_json
@@ -22,6 +23,9 @@ from benchmarks.material import CONTINENTS, every
 from benchmarks.startup import folder_of
 from ptuning.backbone.backbone import Backbone
 from ptuning.prompt.prompt import Prompt
+
+if TYPE_CHECKING:
+    import httpx2
 
 # Slots late, label words, rows of a dozen tokens whose texts are too short to be kept.
 LABELS = "{x} is a country. Its continent is [P*6] [Y]"
@@ -117,6 +121,7 @@ class Service:
         """End it."""
         if self._process is None:
             return
+        self._client.close()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -127,6 +132,13 @@ class Service:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
+    @functools.cached_property
+    def _client(self) -> httpx2.Client:
+        """One for all requests: to make one takes as long as some answers."""
+        import httpx2
+
+        return httpx2.Client(headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=300.0)
+
     def material(self) -> loads.Material:
         """Return what loads ask."""
         count = self._settings.pick(512, 8)
@@ -134,10 +146,7 @@ class Service:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send one request, and return its answer."""
-        import httpx2
-
-        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
-        found = httpx2.post(f"{self.ready()}{path}", json=body, headers=headers, timeout=300.0)
+        found = self._client.post(f"{self.ready()}{path}", json=body)
         if not found.is_success:
             raise SystemExit(f"serving, POST {path}: {found.status_code} {found.text}")
         answer: dict[str, Any] = found.json()

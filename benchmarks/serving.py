@@ -281,7 +281,13 @@ def overhead(asked: Asked, *, backbone: Backbone, prompts: tuple[Prompt, Prompt]
             note=f"overhead, {kind}",
         )
         cells += [
-            {"cell": "overhead", "answers": kind, "contestant": who, "records": len(records), "seconds": spread(values)}
+            {
+                "cell": f"one request, {kind}",
+                "contestant": who,
+                "prompts": 1,
+                "rows": len(records),
+                "seconds": spread(values),
+            }
             for who, values in found.items()
         ]
         values = ratios(found[PROCESS], found[SERVER])
