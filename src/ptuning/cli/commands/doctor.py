@@ -72,7 +72,7 @@ def _shown(checks: Iterable[Check]) -> list[Check]:
     found: list[Check] = []
     sound = 0
     for name, group in itertools.groupby(checks, lambda one: one.group):
-        own = list(group) if name.startswith(PROMPT) else group
+        own = list(group) if name.startswith(PROMPT) else group  # noqa: B031 - one of the two
         is_sound = isinstance(own, list) and all(one.status == "ok" for one in own)
         sound += is_sound
         if isinstance(own, list) and is_sound and sound > SHOWN_PROMPTS:
