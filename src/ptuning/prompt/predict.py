@@ -390,13 +390,20 @@ def rank_classes(
     """
     found: list[list[Candidate]] = [[]] * len(items)
     for chosen in batches([item.inputs for item in items], prefix=prefix):
-        group = [items[index] for index in chosen]
-        scored = score_choices(group, run(chosen))
-        scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
-        for index, values in zip(chosen, scores.tolist(), strict=True):
-            # An item with fewer classes than others of the batch has no names for those that it lacks.
-            found[index] = Candidate.ranked(names[index], values, items[index].rivals)
+        ranked = classes_of([items[index] for index in chosen], [names[index] for index in chosen], run(chosen))
+        for index, row in zip(chosen, ranked, strict=True):
+            found[index] = row
     return found
+
+
+def classes_of(items: Sequence[Item], names: Sequence[Sequence[str]], logits: Tensor) -> list[list[Candidate]]:
+    """Return the classes of items as :func:`rank_classes` does, from the (M, V) logits of their inputs."""
+    scores = torch.log_softmax(class_scores(items, score_choices(items, logits)), dim=-1).cpu()  # (I, K)
+    # An item with fewer classes than others of the batch has no names for those that it lacks.
+    return [
+        Candidate.ranked(own, values, item.rivals)
+        for item, own, values in zip(items, names, scores.tolist(), strict=True)
+    ]
 
 
 def check_answering(

@@ -8,10 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
-from ptuning.data.questions import Question
+from ptuning.data.questions import Question, Questions
+from ptuning.engine.objective import question_items
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
@@ -33,6 +37,7 @@ from ptuning.serve.engine.job import (
 )
 from ptuning.template.segments import FILLS_MASKS
 from tests.conftest import RECORDS, learned
+from tests.families import built
 
 LABELS = {"positive": ["great", "good"], "negative": ["terrible"]}
 CANDIDATES = ("yes", "no", "Nairobi", "São Tomé")
@@ -134,9 +139,9 @@ def test_several_answers_and_beams(backbone: Backbone, serve: Callable[..., Engi
     for prompt in prompts:
         how = Answering(top_k=2, generation=beams)
         (outcome,) = engine.ask([PromptRow(prompt, Question(RECORDS[1]), how)])
-        settings = None if prompt.answer_space.is_closed else beams
+        own = None if prompt.answer_space.is_closed else beams
         assert outcome.prediction is not None
-        alike(outcome.prediction, model.predict([RECORDS[1]], prompt, top_k=2, generation=settings)[0])
+        alike(outcome.prediction, model.predict([RECORDS[1]], prompt, top_k=2, generation=own)[0])
 
 
 def test_sampling_and_stops_stay_with_their_rows(causal: Backbone, serve: Callable[..., Engine]) -> None:
@@ -347,3 +352,156 @@ def test_a_fault_of_the_engine_ends_it_and_fails_what_waits(
     assert not engine.is_alive
     with pytest.raises(StoppedError):
         engine.ask([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))])
+
+
+def test_many_prompts_on_one_text_read_it_once(
+    causal: Backbone, serve: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen prompts whose slots stand behind the text: it is read once, for this request and the next ones."""
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", 4)
+    words = Prompt.manual("{x} [Y]", label_words=LABELS).label_words
+    prompts = [
+        replace(learned(causal, f"{{x}} [P*{1 + number % 3}] so [Y]", seed=number), label_words=words)
+        for number in range(16)
+    ]
+    question = Question({"x": "the movie Zürich was great, and the film in 1999 a bad one"})
+    engine, model = serve(causal), PromptModel(causal)
+    text = len(causal.tokenizer.prefix_ids) + len(causal.tokenizer.encode([question.record["x"]])[0])
+    inputs = 0
+    for prompt in prompts:
+        items = question_items(prompt.bind(causal), Questions([question]), prompt.answer_space, labelled=False)
+        inputs += len(items[0].inputs)
+    for turn in (1, 2):
+        found = engine.ask([PromptRow(prompt, question) for prompt in prompts])
+        for prompt, outcome in zip(prompts, found, strict=True):
+            assert outcome.prediction is not None
+            alike(outcome.prediction, model.predict([question.record], prompt)[0])
+        assert engine.status.cached_tokens == turn * inputs * text - text
+        assert engine.status.passes == turn
+    assert engine.status.kept_texts == 1
+
+
+def test_a_replaced_prompt_finds_nothing_of_the_earlier_one(
+    causal: Backbone, serve: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginnings with slots are kept by what they hold: the same template with other vectors is read anew."""
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", 2)
+    engine, model = serve(causal), PromptModel(causal)
+    for seed in (1, 2, 1):
+        prompt = learned(causal, "[P*4] The answer for {x} is [Y]", seed=seed)
+        for _ in range(3):
+            (outcome,) = engine.ask([PromptRow(prompt, Question(RECORDS[0]))])
+            assert outcome.prediction is not None
+            alike(outcome.prediction, model.predict([RECORDS[0]], prompt)[0])
+    assert engine.status.kept_texts == 2
+
+
+def test_kept_beginnings_have_a_bound(
+    causal: Backbone, serve: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least used go first, and what is larger than all room is not kept; answers stay the same."""
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", 2)
+    engine, model, prompt = serve(causal), PromptModel(causal), prompts_of(causal)[2]
+    kept = engine._kept
+    records = [{"x": f"the movie {number} was great"} for number in range(6)]
+    kept.limit = 0
+    for record in records[:1] * 3:
+        engine.ask([PromptRow(prompt, Question(record))])
+    assert (kept.bytes, len(kept)) == (0, 0)
+    kept.limit = 1 << 30
+    for record in records:
+        engine.ask([PromptRow(prompt, Question(record))] * 2)
+        kept.limit = min(kept.limit, 3 * kept.bytes)
+    assert 1 <= len(kept) < len(records)
+    assert 0 < kept.bytes <= kept.limit
+    for record in records:
+        (outcome,) = engine.ask([PromptRow(prompt, Question(record))])
+        assert outcome.prediction is not None
+        alike(outcome.prediction, model.predict([record], prompt)[0])
+
+
+class Traffic(RuleBasedStateMachine):
+    """Jobs of any rows come, are cancelled, fail and are answered, in any order and at any time: each row is told once,
+    and each answer is that of the row alone.
+    """
+
+    backbone: Backbone
+    prompts: list[Prompt]
+    known: dict[tuple[int, int, int], Prediction]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = Engine(PromptModel(self.backbone), queue_rows=64, cache_memory=0.01)
+        self.engine.start()
+        self.asked: list[tuple[Job, Heard, list[tuple[int, int, int] | None]]] = []
+
+    def expected(self, prompt: int, record: int, tokens: int) -> Prediction:
+        key = prompt, record, tokens
+        if key not in self.known:
+            chosen = self.prompts[prompt]
+            how = None if chosen.answer_space.is_closed else GenerationSettings(max_new_tokens=tokens)
+            self.known[key] = PromptModel(self.backbone).predict([RECORDS[record]], chosen, generation=how)[0]
+        return self.known[key]
+
+    @rule(rows=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=8))
+    def ask(self, rows: list[tuple[int, int, int]]) -> None:
+        own: list[Row] = [
+            PromptRow(
+                self.prompts[prompt],
+                Question({"x": RECORDS[record]["x"]}),
+                Answering(generation=GenerationSettings(max_new_tokens=tokens), pieces=tokens > 3),
+            )
+            for prompt, record, tokens in rows
+        ]
+        self.submit(own, list(rows))
+
+    @rule(prompt=st.integers(0, 5))
+    def ask_what_fails(self, prompt: int) -> None:
+        good = PromptRow(self.prompts[prompt], Question(RECORDS[0]))
+        how = GenerationSettings(max_new_tokens=self.prompts[prompt].target_tokens + 2)
+        self.submit(
+            [PromptRow(self.prompts[prompt], Question({"no": "field"})), good],
+            [None, (prompt, 0, how.max_new_tokens or 0)],
+        )
+
+    def submit(self, rows: list[Row], wanted: list[tuple[int, int, int] | None]) -> None:
+        job = Job(rows, heard := Heard(len(rows)))
+        try:
+            self.engine.submit(job)
+        except QueueFullError:
+            return
+        self.asked.append((job, heard, wanted))
+
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which: int) -> None:
+        if self.asked:
+            self.asked[which % len(self.asked)][0].cancel()
+
+    @rule()
+    def wait(self) -> None:
+        if self.asked:
+            assert self.asked[-1][1].ready.wait(60)
+
+    def teardown(self) -> None:
+        assert self.engine.drain(60)
+        self.engine.stop()
+        for job, heard, wanted in self.asked:
+            for key, found in zip(wanted, heard.found, strict=True):
+                if isinstance(found, Outcome):
+                    assert key is not None
+                    assert found.prediction is not None
+                    alike(found.prediction, self.expected(*key))
+                else:
+                    assert isinstance(found, CancelledError if job.cancelled else RecordError) or key is None
+                    assert key is None or job.cancelled
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "encoder-decoder"])
+def test_traffic_of_any_kind(
+    kind: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What must hold of the service: every answer equals the one-row loop, whatever shares its batch."""
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", 3)
+    backbone = built("t5") if kind == "encoder-decoder" else make_backbone("llama" if kind == "causal" else "bert")
+    own = type("Own", (Traffic,), {"backbone": backbone, "prompts": prompts_of(backbone), "known": {}})
+    run_state_machine_as_test(own, settings=settings(max_examples=12, stateful_step_count=12, deadline=None))

@@ -76,6 +76,7 @@ class Beginnings:
         self._seen: OrderedDict[Name, None] = OrderedDict()
         self.limit = int(memory_share * free_bytes(backbone.device))
         self.bytes = 0
+        self.tokens_read = 0
         self.is_used = memory_share > 0 and backbone.shares_prefix
 
     def __len__(self) -> int:
@@ -95,14 +96,17 @@ class Beginnings:
             for name, size in zip(names, sizes, strict=True)
         ]
 
-    def shared(self, rows: Sequence[PassRow]) -> int:
-        """Return with how many tokens all rows begin alike that are kept, or will be read once."""
-        if not self.is_used or not rows:
-            return 0
-        size = self._candidate(rows[0])
-        name = rows[0].name(size) if size else b""
-        alike = bool(size) and all(self._candidate(row) == size and row.name(size) == name for row in rows)
-        return size if alike and (len(rows) > 1 or name in self._kept) else 0
+    def to_read(self, row: PassRow, begun: set[Name]) -> int:
+        """Return how many tokens of a row are read anew behind what is kept and what rows have ``begun`` in the same
+        pass, to which the row's own beginning is added.
+        """
+        size = self._candidate(row) if self.is_used else 0
+        if not size:
+            return len(row.example.token_ids)
+        name = row.name(size)
+        is_there = name in self._kept or name in begun
+        begun.add(name)
+        return len(row.example.token_ids) - size * is_there
 
     def _candidate(self, row: PassRow) -> int:
         """Return the length of a row's beginning, 0 if it is not worth keeping."""
@@ -157,6 +161,7 @@ class Beginnings:
         return part
 
     def _read(self, row: PassRow, size: int) -> Tensor:
+        self.tokens_read += size
         example, vectors = row.beginning(size)
         # A head may fail on no position at all.
         example = replace(example, logit_positions=(size - 1,))

@@ -15,12 +15,12 @@ from ptuning.engine.objective import Item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
 from ptuning.engine.writing.writer import Line
-from ptuning.errors import PTuningError, RecordError, TooLongError
+from ptuning.errors import PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.fill import BoundTemplate, Example, TooLongError
 from ptuning.template.segments import Ids
 
 # The longest answer of the base model where none is asked for, as in OpenAI's interface.
@@ -43,11 +43,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class ClosedRow:
-    """A row whose answers are labels or choices: what is scored, and the names of its classes."""
+    """A row whose answers are labels or choices: what is scored, the rows to read, and the names of its classes."""
 
     item: Item
     names: tuple[str, ...]
-    ready: Ready
+    rows: tuple[PassRow, ...]
 
     @property
     def tokens(self) -> int:
@@ -62,6 +62,11 @@ class WrittenRow:
     row: PassRow
     line: Line
     company: Company
+
+    @property
+    def rows(self) -> tuple[PassRow, ...]:
+        """The row to read, alone."""
+        return (self.row,)
 
     @property
     def tokens(self) -> int:
@@ -106,7 +111,8 @@ class Filling:
         """Fill a row for each different text of its labels or choices."""
         ready, questions = self.ready(row.prompt), Questions([row.question], name="the request")
         (item,) = question_items(ready.bound, questions, answers, labelled=False)
-        return ClosedRow(item, tuple(answers.names(row.question)), ready)
+        rows = tuple(pass_row(example, ready) for example in item.inputs)
+        return ClosedRow(item, tuple(answers.names(row.question)), rows)
 
     def written(self, row: PromptRow) -> WrittenRow:
         """Fill a row whose answer is written."""

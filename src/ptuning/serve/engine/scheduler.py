@@ -98,13 +98,14 @@ class Scheduler:
         most = min(self._most, TOKENS_BETWEEN_STEPS) if len(self._writing) else self._most
         taken: list[tuple[Waiting, Filled]] = []
         held: deque[tuple[Waiting, Filled]] = deque()
+        begun: set[bytes] = set()
         tokens = written = 0
         while tokens < most:
             entry = self._held.popleft() if self._held else self._next(take)
             if entry is None:
                 break
             _, filled = entry
-            size = filled.tokens if not isinstance(filled, PassRow) else len(filled.example.token_ids)
+            size = self._cost(filled, begun)
             no_line = isinstance(filled, WrittenRow) and len(self._writing) + written >= MAX_LINES
             if no_line:
                 held.append(entry)
@@ -117,6 +118,13 @@ class Scheduler:
             written += isinstance(filled, WrittenRow)
         self._held = held + self._held
         return taken
+
+    def _cost(self, filled: Filled, begun: set[bytes]) -> int:
+        """Return how many tokens are read for a row beside those that have ``begun`` already."""
+        if isinstance(filled, WholeRow):
+            return filled.tokens
+        rows = (filled,) if isinstance(filled, PassRow) else filled.rows
+        return sum(self._passes.kept.to_read(row, begun) for row in rows)
 
     def _next(self, take: Callable[[], Waiting | None]) -> tuple[Waiting, Filled] | None:
         """Return the next row that can be filled; those that cannot fail."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
+from ptuning.engine.batch import MAX_BATCH_POSITIONS
 from ptuning.errors import BackboneError
-from ptuning.prompt.predict import rank_classes
+from ptuning.prompt.predict import classes_of
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.beginnings import PassRow
-from ptuning.serve.engine.filling import ClosedRow, pass_row
+from ptuning.serve.engine.filling import ClosedRow
 from ptuning.serve.engine.job import Outcome, PromptRow, Token, Usage
 from ptuning.serve.engine.passes import Passes
 
@@ -23,27 +25,30 @@ Found = TypeVar("Found")
 
 def classify(passes: Passes, rows: Sequence[tuple[PromptRow, ClosedRow]]) -> list[Outcome]:
     """Answer rows with the likeliest of their labels or choices, rows of all prompts in the same passes."""
-    items = [filled.item for _, filled in rows]
-    inputs = [[pass_row(example, filled.ready) for example in filled.item.inputs] for _, filled in rows]
+    answers = []
+    for start, end in _few(rows):
+        part = rows[start:end]
+        logits, cached = passes.logits([row for _, filled in part for row in filled.rows])
+        ranked = classes_of([filled.item for _, filled in part], [filled.names for _, filled in part], logits)
+        left = iter(cached)
+        for (row, filled), found in zip(part, ranked, strict=True):
+            how, usage = row.how, Usage(filled.tokens, 0, sum(itertools.islice(left, len(filled.rows))))
+            prediction = Prediction.of_classes(checked(found), top_k=how.top_k, min_probability=how.min_probability)
+            answers.append(Outcome(prediction, usage))
+    return answers
 
-    cached = [0] * len(items)
 
-    def run(at: Sequence[int]) -> torch.Tensor:
-        logits, kept = passes.logits([row for index in at for row in inputs[index]])
-        owners = [index for index in at for _ in inputs[index]]
-        for owner, size in zip(owners, kept, strict=True):
-            cached[owner] += size
-        return logits
-
-    shared = passes.kept.shared([row for own in inputs for row in own])
-    ranked = rank_classes(items, [filled.names for _, filled in rows], run, prefix=shared)
-    return [
-        Outcome(
-            Prediction.of_classes(checked(found), top_k=row.how.top_k, min_probability=row.how.min_probability),
-            Usage(filled.tokens, 0, kept),
-        )
-        for (row, filled), found, kept in zip(rows, ranked, cached, strict=True)
-    ]
+def _few(rows: Sequence[tuple[PromptRow, ClosedRow]]) -> Iterator[tuple[int, int]]:
+    """Cut rows into parts whose scored positions, with their logits over the vocabulary, fit into a pass."""
+    start = positions = 0
+    for at, (_, filled) in enumerate(rows):
+        own = sum(len(row.example.logit_positions) for row in filled.rows)
+        if at > start and positions + own > MAX_BATCH_POSITIONS:
+            yield start, at
+            start, positions = at, 0
+        positions += own
+    if rows:
+        yield start, len(rows)
 
 
 def checked(found: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -59,11 +59,11 @@ class Writing:
         company = rows[0][1].company
         own = [filled.row for _, filled in rows]
         begun: list[tuple[Writer, list[Open]]] = []
-        for places, lengths in self._passes.apart(own):
-            some = [own[at] for at in places]
-            first = self._passes.run(some, lengths, pad_side="left", keep=not company.turns)
+        for group in self._passes.together(own):
+            some = [own[at] for at in group.places]
+            first = self._passes.run(some, group, pad_side="left", keep=not company.turns)
             behind = Continuation.behind(self._passes.backbone, [row.example for row in some], first)
-            opened = [Open(*rows[at], cached) for at, cached in zip(places, lengths, strict=True)]
+            opened = [Open(*rows[at], cached) for at, cached in zip(group.places, group.begun, strict=True)]
             begun.append((Writer(self._passes.backbone, behind, [one.line for one in opened]), opened))
         for writer, opened in begun:
             self._open |= {one.line: one for one in opened}

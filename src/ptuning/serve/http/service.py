@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ptuning.errors import ConfigError
 from ptuning.serve.http.keys import Keys
-from ptuning.serve.http.watch import Watch
+from ptuning.serve.http.watch import Monitor, seen_of
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ptuning.serve.engine.job import Job
 
 Phase = Literal["loading", "serving", "draining"]
-UNKNOWN = "(unknown)"  # what is told of names and routes that there are not
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Settings:
     Args:
         keys: Of users; None lets everybody in.
         admin_keys: Of operators; None means that there are no routes for them.
+        open_metrics: Whether there are metrics without admin keys, too.
         hosts: What the header Host may say (a page of a stranger that points its own name to this machine says its
             own); None for anything.
         body_bytes: Most bytes of a request's body.
@@ -42,6 +42,7 @@ class Settings:
 
     keys: Keys | None = None
     admin_keys: Keys | None = None
+    open_metrics: bool = False
     hosts: frozenset[str] | None = None
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
@@ -55,13 +56,15 @@ class Settings:
             raise ConfigError("the limits of the service are 1 or more")
 
 
-class Answers(Protocol):
+class RowEngine(Protocol):
     """The engine, as the routes see it."""
 
     model: PromptModel
     queue_rows: int
 
     def submit(self, job: Job) -> None: ...  # noqa: D102
+    @property
+    def status(self) -> object: ...  # noqa: D102
     @property
     def is_alive(self) -> bool: ...  # noqa: D102
 
@@ -88,6 +91,8 @@ class Prompts(Protocol):
     def base_name(self) -> str: ...  # noqa: D102
     @property
     def served(self) -> Mapping[str, ServedPrompt]: ...  # noqa: D102
+    @property
+    def failures(self) -> Mapping[str, str]: ...  # noqa: D102
     def get(self, name: str) -> ServedPrompt: ...  # noqa: D102
 
 
@@ -95,10 +100,10 @@ class Prompts(Protocol):
 class Service:
     """The service as its routes see it. ``phase`` is what ``GET /ready`` tells."""
 
-    engine: Answers
+    engine: RowEngine
     registry: Prompts
     settings: Settings
-    watch: Watch
+    watch: Monitor
     phase: Phase = "serving"
     started: float = field(default_factory=time.time)
 
@@ -114,8 +119,11 @@ class Service:
         the field that holds what is asked: errors of rows name it.
         """
         request.scope["state"]["param"] = param
-        found = None if name == self.registry.base_name else self.registry.get(name)
-        request.scope["state"]["model"] = name
+        seen_of(request).asked(name)
+        if name == self.registry.base_name:
+            return None
+        found = self.registry.get(name)
+        seen_of(request).asked(name, found.prompt)
         return found
 
     def fingerprint(self, served: ServedPrompt | None) -> str:

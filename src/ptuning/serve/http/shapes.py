@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ptuning.files import Json
 from ptuning.serve.engine.job import Outcome, Token, Usage
 from ptuning.serve.http.replies import End, Event, Piece
 
@@ -23,6 +24,15 @@ def log_prob_of(value: float) -> float:
     if math.isnan(value):
         raise ValueError("a log-probability is not a number")
     return max(value, LEAST_LOG_PROB)
+
+
+def finite(value: Json) -> Json:
+    """Return JSON whose numbers are as :func:`log_prob_of` has them; a ValueError if one is not a number."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return log_prob_of(value) if isinstance(value, float) else value
 
 
 def tokens_of(outcome: Outcome) -> Sequence[Token]:

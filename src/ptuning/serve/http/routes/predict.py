@@ -23,14 +23,14 @@ from ptuning.serve.http.questions import read_row
 from ptuning.serve.http.replies import answered
 from ptuning.serve.http.schemas import PredictRequest
 from ptuning.serve.http.service import ServedPrompt, Service
-from ptuning.serve.http.shapes import Shape, added, log_prob_of, usage_json
+from ptuning.serve.http.shapes import Shape, added, finite, usage_json
 from ptuning.template.segments import FILLS_MASKS
 
 router = APIRouter()
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedRecord:
     """A question to a prompt, or what was wrong with its record; with the places of prompt and record."""
 
     model: int
@@ -109,7 +109,7 @@ def _listed_stops(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[Asked]:
+def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[AskedRecord]:
     """Return the questions of records to each prompt; those to one record stand together, since they share a text."""
     found = []
     for at, record in enumerate(records):
@@ -118,21 +118,21 @@ def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[As
                 listed: Sequence[Question | Exception] = read_row(served.prompt, record, where=f"records[{at}]")
             except (PTuningError, ApiError) as error:
                 listed = [error]
-            found += [Asked(number, at, one) for one in listed]
+            found += [AskedRecord(number, at, one) for one in listed]
     return found
 
 
-def _shown(asked: Asked, outcome: Outcome | Exception, service: Service) -> Shape:
+def _shown(asked: AskedRecord, outcome: Outcome | Exception, service: Service) -> Shape:
     """Return an answer as ``ptuning predict --json`` prints it."""
     if isinstance(outcome, Exception):
         raise outcome
     prediction = outcome.prediction
     assert prediction is not None
     assert isinstance(asked.question, Question)
-    log_prob_of(prediction.log_prob)  # no number is a fault of this row alone
     if service.engine.model.backbone.kind not in FILLS_MASKS:
         prediction = replace(prediction, tokens=None)  # only a model that fills masks chooses a length
-    return {"record": dict(asked.question.record), **prediction.to_json()}
+    answer = {name: finite(value) for name, value in prediction.to_json().items()}  # NaN is a fault of this row alone
+    return {"record": dict(asked.question.record), **answer}
 
 
 def _raise_if_all_failed(shown: Sequence[Shape | ApiError]) -> None:
