@@ -70,18 +70,22 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text, or token ids, that the base model continues."""
+    """A text, or token ids, that the base model continues; behind a prompt's beginning, if one is given: its template
+    must end in one field and the target, and the text is the field's.
+    """
 
     text: str | Ids
     how: Answering = Answering()
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
 class EchoRow:
-    """A text, or token ids, whose own tokens are scored by the base model."""
+    """A text, or token ids, whose own tokens are scored by the base model; with a ``prompt`` as in :class:`TextRow`."""
 
     text: str | Ids
     alternatives: int = 0
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
