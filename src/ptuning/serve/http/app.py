@@ -13,7 +13,7 @@ from ptuning.errors import cut
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
-from ptuning.serve.http.routes import about, chat, classify, completions, predict, tokens
+from ptuning.serve.http.routes import about, chat, classify, completions, page, predict, tokens
 from ptuning.serve.http.service import Answers, Prompts, Service, Settings
 from ptuning.serve.http.watch import Watch
 
@@ -41,7 +41,7 @@ def create_app(
     )  # fmt: skip
     service = Service(engine, registry, settings or Settings(), watch or Watch())
     app.state.service = service
-    for part in (about, completions, chat, predict, classify, tokens):
+    for part in (about, completions, chat, predict, classify, tokens, page):
         app.include_router(part.router)
     app.add_middleware(Front, service=service)
     app.add_exception_handler(RequestValidationError, _invalid)
