@@ -39,10 +39,6 @@ class TemplateError(PTuningError):
         super().__init__(message)
 
 
-class TooLongError(TemplateError, RecordError):
-    """What must stand in a row is longer than what the model reads."""
-
-
 class LabelWordError(PTuningError):
     """Label words are malformed, collide, or are unknown to the tokenizer."""
 

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
@@ -42,6 +43,9 @@ from ptuning.records import require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
+from ptuning.serve.engine.engine import Engine
+from ptuning.serve.http.app import create_app
+from ptuning.serve.http.service import Settings
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -60,6 +64,7 @@ from tests.fuzz.strange import (
     values,
 )
 from tests.report.conftest import a_paraphrases, a_results, write_cells
+from tests.serve.http.conftest import Shelf, prompts_of
 
 T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -461,10 +466,60 @@ def odd_texts(draw: Draw) -> None:
     tried(model(family).predict, [record], prompt, candidates, **tokens)
 
 
+@functools.cache
+def service() -> TestClient:
+    """A service on a tiny model, asked in process."""
+    prompts = prompts_of(tiny("gpt2"))
+    engine = Engine(model("gpt2"))
+    engine.start()
+    return TestClient(create_app(engine, Shelf.of(prompts), Settings(admin_keys=None)))
+
+
+# What a route takes; the values are right for one prompt or another.
+COPA = {"premise": "a", "choice1": "b", "choice2": "c", "question": "d"}
+MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+BODIES: tuple[tuple[str, Any], ...] = (
+    ("/v1/predict", {"model": ["mood", "write"], "records": ["a", {"x": "b"}], "top_k": 2, "min_probability": None,
+                     "normalise": "mean", "calibrate": False, "count_stop": False, "candidates": None,
+                     "generation": {"max_new_tokens": 2, "stop_strings": ["a"], "temperature": 0.5, "do_sample": True,
+                                    "num_beams": 1}}),
+    ("/v1/predict", {"model": "write", "records": [{"x": "b"}], "candidates": ["yes", "no"], "top_k": 2}),
+    ("/v1/predict", {"model": "choose", "records": [COPA]}),
+    ("/v1/completions", {"model": "write", "prompt": ["a", "b"], "max_tokens": 2, "temperature": 0.5, "top_p": 0.9,
+                         "n": 2, "seed": 1, "stop": ["a"], "stream": True, "stream_options": {"include_usage": True},
+                         "logprobs": 2, "user": "me", "logit_bias": {}, "best_of": 1}),
+    ("/v1/completions", {"model": "tiny", "prompt": [[5, 6], [7, 8]], "max_tokens": 1, "echo": True, "logprobs": 1}),
+    ("/v1/completions", {"model": "pair", "fields": {"x": "a", "z": "b"}, "logprobs": 1}),
+    ("/v1/chat/completions", {"model": "write", "messages": [MESSAGE], "max_completion_tokens": 2, "logprobs": True,
+                              "top_logprobs": 2, "tools": []}),
+    ("/v1/classify", {"model": "mood", "input": ["a", {"x": "b"}]}),
+    ("/tokenize", {"model": "tiny", "prompt": "a", "add_special_tokens": True, "return_token_strs": True}),
+    ("/detokenize", {"tokens": [5, 6]}),
+)  # fmt: skip
+
+
+def requests(draw: Draw) -> None:
+    """The body of a request, changed in a few values or bytes: answered, or refused in the one shape of errors."""
+    path, body = draw(st.sampled_from(BODIES))
+    text = as_json(draw(changed_json(body)))
+    data = text.encode() if draw(st.integers(0, 3)) else draw(changed_bytes(json.dumps(body).encode()))
+    found = service().post(path, content=data, headers={"content-type": "application/json"})
+    if found.headers["content-type"].startswith("text/event-stream"):
+        assert found.text.endswith("data: [DONE]\n\n")
+        assert '"internal_error"' not in found.text, found.text
+        return
+    assert found.status_code in (200, 400, 404), (found.status_code, found.text, data[:500])
+    if found.status_code != 200:
+        error = found.json()["error"]
+        assert error["message"].strip()
+        assert set(error) == {"message", "type", "code", "param"}
+    assert '"internal_error"' not in found.text, (found.text, data[:500])
+
+
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
         templates, labels, labelled_rows, data_files, parquet_files, inputs_to_answer, task_rows, task_files,
-        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts,
+        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
     )
 }  # fmt: skip

@@ -68,7 +68,19 @@ def asks_the_name(node: ast.AST) -> bool:
     )
 
 
+def reads_pickles(node: ast.AST) -> bool:
+    """What comes from outside is JSON, TOML or safetensors: a pickle runs what a stranger wrote into it."""
+    banned = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "torch.serialization"):
+        return True
+    return any(name.split(".")[0] in banned or name in ("torch.load", "torch.save") for name in imported(node))
+
+
 RULES: list[tuple[Finder, list[str]]] = [
+    (
+        reads_pickles,
+        ["import pickle", "from pickle import loads", "torch.load('x')", "from torch import load", "import dill as d"],
+    ),
     (imports_private, ["from transformers.utils._internal import x", "from transformers import _LazyModule"]),
     (
         asks_the_name,

@@ -42,6 +42,7 @@ class Held:
     model: PromptModel
     queue_rows: int = 64
     is_alive: bool = True
+    status: object = None
     jobs: list[Job] = field(default_factory=list)
     answer_after: float | None = None
     _closed: bool = False

@@ -234,12 +234,11 @@ class Registry:
         """Return the prompts in the folder by what their names would be."""
         if self._root is None:
             return {}
-        if has_prompt(self._root):  # the user has named the prompt itself
-            return {self._root.name: self._root}
         try:
-            return {one.relative_to(self._root).as_posix(): one for one in prompt_folders(self._root)}
+            found = [*prompts_in(self._root)]
         except OSError as error:
             raise file_error("read", self._root, error) from error
+        return {(one.relative_to(self._root).as_posix() if one != self._root else one.name): one for one in found}
 
     def _put(self, name: str, path: str, *, replaces: bool) -> Served:
         folder = self._inside(path)

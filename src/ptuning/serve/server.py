@@ -28,6 +28,8 @@ SIGNAL_EXIT = 128
 LAST_SECONDS = 5
 IDLE_SECONDS = 30  # of a connection between two requests
 BACKLOG = 512
+# Is given what ends the service as a signal does.
+OnReady = Callable[[Callable[[], None]], None]
 
 
 class Drains(Protocol):
@@ -85,11 +87,13 @@ def run(
     listener: socket.socket,
     *,
     drain: float,
-    on_ready: Callable[[Callable[[], None]], None],
+    on_ready: OnReady,
+    on_hangup: Callable[[], None] | None = None,
 ) -> None:
     """Serve until a signal comes. It drains: ``/ready`` and new requests get 503, and requests that run have ``drain``
     seconds to end. A second signal ends the process at once. ``on_ready`` is called once connections are taken, with
-    what does the same as a signal and may be called from any thread.
+    what does the same as a signal and may be called from any thread. ``on_hangup`` is called in a thread at a SIGHUP;
+    in a terminal that ends the process, as ever.
     """
     config = uvicorn.Config(
         app,
@@ -106,7 +110,7 @@ def run(
         timeout_graceful_shutdown=LAST_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    server = _Server(config, on_ready)
+    server = _Server(config, on_ready, on_hangup)
 
     def drained() -> None:
         registry.close()
@@ -137,9 +141,9 @@ class _Server(uvicorn.Server):
     ending: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: OnReady, on_hangup: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._on_hangup = on_ready, on_hangup
         self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -155,11 +159,20 @@ class _Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hangup is not None and self._on_hangup is not None and _may_hear(hangup):
+            before[hangup] = signal.signal(hangup, self._hung_up)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _hung_up(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        again = self._on_hangup
+        if again is not None:
+            with contextlib.suppress(AttributeError, RuntimeError):
+                self._loop.call_soon_threadsafe(lambda: self._loop.run_in_executor(None, again))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Take a signal."""
@@ -175,3 +188,9 @@ class _Server(uvicorn.Server):
         """Begin to end."""
         with contextlib.suppress(AttributeError, RuntimeError):  # before the start, or behind the end
             self._loop.call_soon_threadsafe(self.at_signal)
+
+
+def _may_hear(hangup: signal.Signals) -> bool:
+    """Whether a SIGHUP is meant as a request. A terminal sends it when it is closed, and nohup has it ignored."""
+    streams = (stream for stream in (sys.stdin, sys.stderr) if stream is not None and not stream.closed)
+    return signal.getsignal(hangup) == signal.SIG_DFL and not any(stream.isatty() for stream in streams)

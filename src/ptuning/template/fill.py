@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from ptuning.errors import RecordError, TemplateError, TooLongError
+from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
@@ -35,6 +35,10 @@ SLOT_PLACEHOLDER = 0
 SPECIAL, SLOT = "special", "slot"
 # Start of the decoder's side; takes no position.
 TURN = "turn"
+
+
+class TooLongError(TemplateError, RecordError):
+    """What must stand in a row is longer than what the model reads."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import Job
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Service, Settings
-from ptuning.serve.http.watch import Watch
+from ptuning.serve.http.watch import Monitor, Seen
 from ptuning.serve.registry import UnknownPromptError
 from tests.conftest import learned
 
@@ -50,6 +50,7 @@ class Shelf:
 
     served: dict[str, Any]
     base_name: str = BASE
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, prompts: dict[str, Prompt]) -> Shelf:
@@ -72,14 +73,16 @@ class Shelf:
         return self.served[name]
 
 
-class Told(Watch):
+class Told(Monitor):
     """Notes the requests that are done."""
 
-    def __init__(self) -> None:
-        self.requests: list[tuple[str, str, int]] = []
+    def __init__(self, shelf: Shelf) -> None:
+        super().__init__(shelf, status=lambda: None)
+        self.requests: list[tuple[str, list[str], int]] = []
 
-    def request_done(self, route: str, model: str, status: int, seconds: float) -> None:
-        self.requests.append((route, model, status))
+    def end(self, seen: Seen, *, route: str) -> None:
+        super().end(seen, route=route)
+        self.requests.append((route, [*seen.usage], seen.status))
 
 
 class Stub:
@@ -108,8 +111,9 @@ class Asked:
 
 def served(engine: Any, prompts: dict[str, Prompt], settings: Settings | None = None) -> Asked:
     """Return a client of a service on an engine."""
-    watch = Told()
-    app = create_app(engine, Shelf.of(prompts), settings, watch=watch)
+    shelf = Shelf.of(prompts)
+    watch = Told(shelf)
+    app = create_app(engine, shelf, settings, watch=watch)
     return Asked(TestClient(app), app.state.service, watch, prompts, engine.model)
 
 

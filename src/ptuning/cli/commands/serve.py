@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,11 +47,15 @@ def serve(
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for texts that come again.", min=0, max=1)
     ] = 0.2,
+    access_log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A line of JSON a request; without it, on the error stream.")
+    ] = None,
     *,
     backbone: options.AskedBackbone,
 ) -> None:
     """Answer requests over HTTP with many prompts on one model, as OpenAI's clients ask. The backbone is that of the
-    prompts. Ctrl-C or SIGTERM ends it, once the requests that run are answered.
+    prompts. Ctrl-C or SIGTERM ends it, once the requests that run are answered. Without a terminal, SIGHUP has it read
+    the folder of prompts again.
 
     Example: ptuning serve --prompts runs
     """
@@ -58,9 +63,12 @@ def serve(
     folders = options.named_values(named or (), expected="NAME=FOLDER, such as capitals=runs/capitals")
     if prompts is None and not folders:
         raise ConfigError("there is nothing to serve; give --prompts DIR, or prompts as NAME=FOLDER")
+    from ptuning.serve.http.watch import Monitor
+    from ptuning.serve.http.watch import access_log as requests_log
     from ptuning.serve.server import address_of, listening, run
 
     settings = _settings(api_key_file, admin_key_file, host, open_to_all=open_to_all)
+    log = requests_log(access_log)
     with listening(host, port) as listener:  # an error about it comes before the backbone is loaded
         loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
         from ptuning.prompt.predict import PromptModel
@@ -77,9 +85,10 @@ def serve(
             check=lambda prompt: engine.call(lambda: prompt.bind(loaded)),
         )
         _show_failures(registry.reload().failed)
-        app = create_app(engine, registry, settings)
+        app = create_app(engine, registry, settings, watch=Monitor(registry, status=lambda: engine.status, log=log))
         said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
-        run(app, engine, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said))
+        again = functools.partial(_reload, registry)
+        run(app, engine, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said), on_hangup=again)
 
 
 def _check_extra() -> None:
@@ -103,6 +112,7 @@ def _settings(keys: Path | None, admin_keys: Path | None, host: str, *, open_to_
     return Settings(
         keys=None if keys is None else Keys.read(keys),
         admin_keys=None if admin_keys is None else Keys.read(admin_keys),
+        open_metrics=local,
         hosts=names if local and keys is None else None,
     )
 
@@ -126,6 +136,19 @@ def _first(prompts: Path | None, named: Sequence[Path]) -> Prompt | None:
             if found.backbone is not None:
                 return found
     return None
+
+
+def _reload(registry: Registry) -> None:
+    """Read the folder of prompts again, and say what has changed."""
+    try:
+        done = registry.reload()
+    except PTuningError as error:
+        terminal.complain(str(error))
+        return
+    _show_failures(done.failed)
+    told = {"added": done.added, "changed": done.changed, "removed": done.removed}
+    listed = [f"{what} {', '.join(names)}" for what, names in told.items() if names]
+    terminal.say(f"prompts read again: {'; '.join(listed) or 'nothing has changed'}")
 
 
 def _show_failures(failed: Mapping[str, str]) -> None:

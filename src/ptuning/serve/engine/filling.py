@@ -15,12 +15,12 @@ from ptuning.engine.objective import Item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
 from ptuning.engine.writing.writer import Line
-from ptuning.errors import PTuningError, RecordError, TooLongError
+from ptuning.errors import PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.fill import BoundTemplate, Example, TooLongError
 from ptuning.template.segments import Ids
 
 # The longest answer of the base model where none is asked for, as in OpenAI's interface.

@@ -144,11 +144,14 @@ class Listener(Protocol):
 
 
 class Job:
-    """The rows of one request. Rows are answered in any order, each on its own."""
+    """The rows of one request. Rows are answered in any order, each on its own. ``is_begun`` says whether the engine
+    has taken one of them.
+    """
 
     def __init__(self, rows: Sequence[Row], listener: Listener) -> None:
         self.rows = list(rows)
         self.listener = listener
+        self.is_begun = False
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:

@@ -45,14 +45,20 @@ class Waiting:
         """The row itself."""
         return self.job.rows[self.index]
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is a row that somebody asked, and not something else to do."""
+        return not isinstance(self.row, CallRow)
+
     def taken(self) -> None:
         """Note that the engine has taken it."""
         self.waited = time.monotonic() - self.since
+        self.job.is_begun = True
 
     def answer(self, outcome: Outcome) -> None:
         """Tell the job the answer."""
         self.told = True
-        self.tally.done += 1
+        self.tally.done += self.counts
         self._tell(lambda: self.job.listener.answered(self.index, replace(outcome, waited=self.waited)))
 
     def piece(self, text: str, tokens: Sequence[Token]) -> None:
@@ -65,9 +71,9 @@ class Waiting:
             return
         self.told = True
         if isinstance(error, CancelledError):
-            self.tally.cancelled += 1
+            self.tally.cancelled += self.counts
         else:
-            self.tally.failed += 1
+            self.tally.failed += self.counts
         self._tell(lambda: self.job.listener.failed(self.index, error))
 
     def drop(self) -> None:

@@ -13,9 +13,9 @@ from ptuning.errors import cut
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
-from ptuning.serve.http.routes import about, chat, classify, completions, page, predict, tokens
-from ptuning.serve.http.service import Answers, Prompts, Service, Settings
-from ptuning.serve.http.watch import Watch
+from ptuning.serve.http.routes import about, admin, chat, classify, completions, page, predict, tokens
+from ptuning.serve.http.service import Prompts, RowEngine, Service, Settings
+from ptuning.serve.http.watch import Monitor, seen_of
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 # The statuses that any route with a body may answer with, for /openapi.json.
@@ -25,7 +25,7 @@ STATUSES: dict[int | str, dict[str, object]] = {
 
 
 def create_app(
-    engine: Answers, registry: Prompts, settings: Settings | None = None, *, watch: Watch | None = None
+    engine: RowEngine, registry: Prompts, settings: Settings | None = None, *, watch: Monitor | None = None
 ) -> FastAPI:
     """Return the service over HTTP. ``app.state.service`` has its phase.
 
@@ -39,24 +39,30 @@ def create_app(
         title="ptuning", version=VERSION, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
         responses=STATUSES, redirect_slashes=False,
     )  # fmt: skip
-    service = Service(engine, registry, settings or Settings(), watch or Watch())
+    service = Service(
+        engine, registry, settings or Settings(), watch or Monitor(registry, status=lambda: engine.status)
+    )
     app.state.service = service
     for part in (about, completions, chat, predict, classify, tokens, page):
         app.include_router(part.router)
+    if service.settings.admin_keys is not None:
+        app.include_router(admin.router)
+    if service.settings.admin_keys is not None or service.settings.open_metrics:
+        app.include_router(admin.metrics_router)
     app.add_middleware(Front, service=service)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     return app
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     """Answer a body that is not JSON, or whose fields have wrong types: the first of them is named."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     first = found[0] if found else {}
     if first.get("type") == "json_invalid":
         why = first.get("ctx", {}).get("error", "it cannot be read")
-        return error_response(ApiError(400, f"the body is not JSON: {why}", code="invalid_json"))
+        return _told(request, ApiError(400, f"the body is not JSON: {why}", code="invalid_json"))
     where = _place(first.get("loc", ()))
     what = (
         "the field is missing"
@@ -64,7 +70,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
         else str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
     )
     code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(str(first.get("type")), "invalid_value")
-    return error_response(ApiError(400, f"'{where or 'the body'}': {what}", code=code, param=where or None))
+    return _told(request, ApiError(400, f"'{where or 'the body'}': {what}", code=code, param=where or None))
 
 
 def _place(found: tuple[int | str, ...]) -> str:
@@ -82,8 +88,13 @@ def _place(found: tuple[int | str, ...]) -> str:
     return cut(text, 100)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     """Answer what no route takes."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "invalid_request")
-    return error_response(ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+    return _told(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
+
+
+def _told(request: Request, error: ApiError) -> Response:
+    seen_of(request).refused(error.code)
+    return error_response(error)

@@ -20,11 +20,11 @@ from ptuning.errors import (
     PTuningError,
     RecordError,
     TemplateError,
-    TooLongError,
     cut,
 )
 from ptuning.serve.engine.job import CancelledError, QueueFullError, StoppedError
-from ptuning.serve.registry import UnknownPromptError
+from ptuning.serve.registry import ConflictError, RefusedNameError, UnknownPromptError
+from ptuning.template.fill import TooLongError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 # The first class that an error is of -> status and code.
 CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (UnknownPromptError, 404, "model_not_found"),
+    (ConflictError, 409, "conflict"),
+    (RefusedNameError, 400, "name_not_allowed"),
     (StoppedError, 503, "not_serving"),
     (CancelledError, 503, "cancelled"),
     (TooLongError, 400, "context_length_exceeded"),
@@ -92,7 +94,7 @@ def api_error(error: Exception, *, request_id: str, param: str | None = None) ->
         return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": seconds})
     for kind, status, code in CODES:
         if isinstance(error, kind):
-            where = "model" if status == 404 else param
+            where = error.param if isinstance(error, RefusedNameError) else "model" if status == 404 else param
             return ApiError(status, str(error), code=code, param=where)
     if isinstance(error, PTuningError) and not isinstance(error, FileError):
         return ApiError(400, str(error), code="invalid_value", param=param)

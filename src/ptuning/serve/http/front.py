@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-import time
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from ptuning.serve.http.errors import ApiError, ClientGoneError, api_error, error_response
-from ptuning.serve.http.service import UNKNOWN, Service
+from ptuning.serve.http.service import Service
+from ptuning.serve.http.watch import CLIENT_GONE, UNKNOWN
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN = ("/health", "/ready", "/version", "/")
 OPEN_FOLDER = "/static/"
+METRICS = "/metrics"  # also told while the service loads or ends
 ADMIN = re.compile(r"/v1/prompts(/.*)?|/v1/(un)?load_lora_adapter|/metrics")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Words in quotes, and brackets outside of them.
@@ -32,7 +33,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-CLIENT_GONE = 499
 
 
 class Front:
@@ -48,16 +48,15 @@ class Front:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        began, headers = time.perf_counter(), Headers(scope=scope)
+        headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if GIVEN_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
+        seen = self.service.watch.begin(request_id, scope["method"])
+        scope.setdefault("state", {}).update(request_id=request_id, seen=seen)
 
         async def sending(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                seen.status = message["status"]
                 own = MutableHeaders(scope=message)
                 for name, value in {**HEADERS, "X-Request-Id": request_id}.items():
                     own.setdefault(name, value)
@@ -70,17 +69,14 @@ class Front:
             body = await _Body(self.service, headers, receive).read(scope["method"])
             await self.app(scope, body, sending)
         except ClientGoneError:
-            status = CLIENT_GONE
+            seen.status = CLIENT_GONE
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the client gets an answer
             found = api_error(error, request_id=request_id, param=scope["state"].get("param"))
-            if not status:
+            seen.refused(found.code)
+            if not seen.status:
                 await error_response(found)(scope, receive, sending)
         finally:
-            self._tell(scope, status or CLIENT_GONE, time.perf_counter() - began)
-
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", UNKNOWN)
-        self.service.watch.request_done(route, scope["state"].get("model", UNKNOWN), status, seconds)
+            self.service.watch.end(seen, route=getattr(scope.get("route"), "path", UNKNOWN))
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raise an ApiError if a request may not come in."""
@@ -90,7 +86,7 @@ class Front:
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return
         self._check_key(path, headers.get("authorization", ""))
-        if self.service.phase != "serving":
+        if self.service.phase != "serving" and path != METRICS:
             raise ApiError(
                 503,
                 f"the service is {self.service.phase}; ask again later",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from ptuning.serve.engine.job import CallRow, Job, Outcome, Row, Token
 from ptuning.serve.http.errors import ClientGoneError, refused
 from ptuning.serve.http.service import Service
+from ptuning.serve.http.watch import Seen, seen_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -45,8 +46,9 @@ Event = Piece | End
 class Replies:
     """What becomes of a job: told by the engine's thread, read on the event loop."""
 
-    def __init__(self, rows: Sequence[Row], *, most_pending: int) -> None:
+    def __init__(self, rows: Sequence[Row], seen: Seen, *, most_pending: int) -> None:
         self.job = Job(rows, self)
+        self._seen = seen
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._events: deque[Event] = deque()
@@ -55,6 +57,7 @@ class Replies:
 
     def piece(self, row: int, text: str, tokens: Sequence[Token]) -> None:
         """Take a piece, in the engine's thread; with too many unread ones the client does not read, and it ends."""
+        self._seen.first()
         if len(self._events) >= self._most:
             self.job.cancel()
             return
@@ -62,6 +65,7 @@ class Replies:
 
     def answered(self, row: int, outcome: Outcome) -> None:
         """Take an outcome, in the engine's thread."""
+        self._seen.answered(self.job.rows[row], outcome)
         self._end(row, outcome)
 
     def failed(self, row: int, error: Exception) -> None:
@@ -101,8 +105,7 @@ async def answered(request: Request, rows: Sequence[Row]) -> list[Outcome | Exce
     """Have rows answered, and return the outcome or the error of each. A ClientGoneError if the client goes away: the
     rows are cancelled then.
     """
-    service = Service.of(request)
-    replies = begun(service, rows)
+    replies = begun(request, rows)
 
     async def collect() -> list[Outcome | Exception]:
         found: dict[int, Outcome | Exception] = {}
@@ -130,13 +133,15 @@ async def unless_gone(request: Request, work: Coroutine[object, object, T], job:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-def begun(service: Service, rows: Sequence[Row]) -> Replies:
+def begun(request: Request, rows: Sequence[Row]) -> Replies:
     """Hand rows over. A QueueFullError if they must wait, an ApiError if there are more than ever fit."""
+    service, seen = Service.of(request), seen_of(request)
     most = service.engine.queue_rows
     if len(rows) > most:
         raise refused("records", f"the request has {len(rows)} rows, and a request may have {most}", "too_many_rows")
-    replies = Replies(rows, most_pending=service.settings.pending_pieces)
+    replies = Replies(rows, seen, most_pending=service.settings.pending_pieces)
     service.engine.submit(replies.job)
+    seen.submitted(replies.job)
     return replies
 
 

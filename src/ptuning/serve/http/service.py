@@ -13,7 +13,7 @@ from ptuning.errors import ConfigError
 from ptuning.files import sha256
 from ptuning.serve.http.errors import refused
 from ptuning.serve.http.keys import Keys
-from ptuning.serve.http.watch import Watch
+from ptuning.serve.http.watch import Monitor, seen_of
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ptuning.serve.engine.job import Job
 
 Phase = Literal["loading", "serving", "draining"]
-UNKNOWN = "(unknown)"  # what is told of names and routes that there are not
 # Behind a prompt's name: the same prompt without its slots. No prompt's own name has a colon in it.
 MANUAL = ":manual"
 
@@ -35,6 +34,7 @@ class Settings:
     Args:
         keys: Of users; None lets everybody in.
         admin_keys: Of operators; None means that there are no routes for them.
+        open_metrics: Whether there are metrics without admin keys, too.
         hosts: What the header Host may say (a page of a stranger that points its own name to this machine says its
             own); None for anything.
         body_bytes: Most bytes of a request's body.
@@ -47,6 +47,7 @@ class Settings:
 
     keys: Keys | None = None
     admin_keys: Keys | None = None
+    open_metrics: bool = False
     hosts: frozenset[str] | None = None
     body_bytes: int = 4 << 20
     body_seconds: float = 30.0
@@ -60,13 +61,15 @@ class Settings:
             raise ConfigError("the limits of the service are 1 or more")
 
 
-class Answers(Protocol):
+class RowEngine(Protocol):
     """The engine, as the routes see it."""
 
     model: PromptModel
     queue_rows: int
 
     def submit(self, job: Job) -> None: ...  # noqa: D102
+    @property
+    def status(self) -> object: ...  # noqa: D102
     @property
     def is_alive(self) -> bool: ...  # noqa: D102
 
@@ -93,6 +96,8 @@ class Prompts(Protocol):
     def base_name(self) -> str: ...  # noqa: D102
     @property
     def served(self) -> Mapping[str, ServedPrompt]: ...  # noqa: D102
+    @property
+    def failures(self) -> Mapping[str, str]: ...  # noqa: D102
     def get(self, name: str) -> ServedPrompt: ...  # noqa: D102
 
 
@@ -119,10 +124,10 @@ class Manual:
 class Service:
     """The service as its routes see it. ``phase`` is what ``GET /ready`` tells."""
 
-    engine: Answers
+    engine: RowEngine
     registry: Prompts
     settings: Settings
-    watch: Watch
+    watch: Monitor
     phase: Phase = "serving"
     started: float = field(default_factory=time.time)
     # Made once for each prompt, as long as that lives: the engine knows prompts by reference, too.
@@ -137,15 +142,18 @@ class Service:
 
     def find(self, request: HTTPConnection, name: str, *, param: str | None = None) -> ServedPrompt | None:
         """Return the prompt of a name, None for the base model; an UnknownPromptError if there is neither. A name with
-        :data:`MANUAL` behind it is that prompt without its slots. ``param`` is the field that holds what is asked:
-        errors of rows name it.
+        :data:`MANUAL` behind it is that prompt without its slots, and counted as that. ``param`` is the field that
+        holds what is asked: errors of rows name it.
         """
         request.scope["state"]["param"] = param
-        found: ServedPrompt | None = None
-        if name != self.registry.base_name:
-            found = self.registry.get(name.removesuffix(MANUAL))
-            found = self.manual(found) if name.endswith(MANUAL) else found
-        request.scope["state"]["model"] = name
+        plain = name.removesuffix(MANUAL)
+        seen_of(request).asked(plain)
+        if name == self.registry.base_name:
+            return None
+        found = self.registry.get(plain)
+        if plain != name:
+            found = self.manual(found)
+        seen_of(request).asked(plain, found.prompt)
         return found
 
     def manual(self, served: ServedPrompt) -> Manual:

@@ -14,6 +14,7 @@ from ptuning.serve.http.errors import api_error, as_json
 from ptuning.serve.http.replies import End, Event, begun, gone, unless_gone
 from ptuning.serve.http.service import Service
 from ptuning.serve.http.shapes import Shape, Told
+from ptuning.serve.http.watch import seen_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -29,7 +30,7 @@ async def streamed(request: Request, rows: Sequence[Row], told: Told) -> EventSt
     later it is told in the stream.
     """
     service = Service.of(request)
-    replies = begun(service, rows)
+    replies = begun(request, rows)
     events = aiter(replies)
     first = asyncio.ensure_future(anext(events))
 
@@ -96,6 +97,7 @@ class EventStream(StreamingResponse):
         except Exception as error:  # noqa: BLE001 - the status is sent, so the stream itself tells
             self._job.cancel()
             found = api_error(error, request_id=self._request.scope["state"]["request_id"])
+            seen_of(self._request).refused(found.code)
             yield _joined(iter([{"error": found.to_json()}]))
         finally:
             coming.cancel()

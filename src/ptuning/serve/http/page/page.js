@@ -8,7 +8,7 @@ const FILTER_FROM = 7; // prompts
 const at = (id) => document.getElementById(id);
 const state = {
   base: "", prompts: [], chosen: new Set(), values: {}, answers: new Map(), asked: "",
-  key: "", hasKey: false, tab: "curl", busy: false, waiting: false,
+  key: "", hasKey: false, asJson: false, tab: "curl", busy: false, waiting: false,
 };
 
 // --- building blocks ---
@@ -78,7 +78,8 @@ async function load() {
   }
   const names = new Set(state.prompts.map((one) => one.id));
   const kept = [...state.chosen].filter((name) => names.has(name));
-  state.chosen = new Set(kept.length ? kept : state.prompts.slice(0, 2).map((one) => one.id));
+  const easy = state.prompts.filter((one) => one.answers !== "choices"); // those need no JSON
+  state.chosen = new Set(kept.length ? kept : easy.slice(0, 2).map((one) => one.id));
   at("serving").textContent = `${plural(state.prompts.length, "prompt")} on ${state.base}`;
   at("key-form").hidden = true;
   notice("");
@@ -150,7 +151,7 @@ function countDown(seconds) {
 
 const chosen = () => state.prompts.filter((one) => state.chosen.has(one.id));
 const needsJson = () => chosen().some((one) => one.answers === "choices");
-const isJson = () => needsJson() || at("as-json").checked;
+const isJson = () => needsJson() || state.asJson;
 const columns = () => [...new Set(chosen().flatMap((one) => one.columns))];
 
 function models() {
@@ -277,6 +278,7 @@ function drawFields() {
   at("record").hidden = !many.length;
   at("as-json").checked = json;
   at("as-json").disabled = needsJson();
+  at("json-why").hidden = !needsJson();
   if (json) {
     const begun = Object.fromEntries(names.map((name) => [name, state.values[name] || ""]));
     if (at("json")) {
@@ -288,6 +290,12 @@ function drawFields() {
     at("fields").replaceChildren(
       make("div", { class: "input" }, make("label", { for: "json" }, "Record as JSON"), typed));
     return;
+  }
+  if (at("json")) {
+    for (const name of names) {
+      const value = recordOf(at("json"))?.[name];
+      if (typeof value === "string") state.values[name] = value;
+    }
   }
   const shown = [...at("fields").querySelectorAll("textarea")].map((one) => one.dataset.column);
   if (JSON.stringify(shown) === JSON.stringify(names) && many.length === Number(at("fields").dataset.many)) return;
@@ -309,12 +317,21 @@ function drawFields() {
   }));
 }
 
-// What a newly chosen prompt reads, too, in a record that is being typed as JSON.
-function addColumns(typed, begun) {
+function recordOf(typed) {
   try {
-    const found = JSON.parse(typed.value);
-    if (Object.keys(begun).some((name) => !(name in found))) typed.value = JSON.stringify({ ...begun, ...found }, null, 2);
-  } catch { /* it is not JSON yet: left as it is */ }
+    return JSON.parse(typed.value);
+  } catch {
+    return null; // not yet
+  }
+}
+
+// Another choice of prompts reads other columns; what is typed stays.
+function addColumns(typed, begun) {
+  const found = recordOf(typed);
+  if (found === null) return;
+  const filled = Object.entries(found).filter(([name, value]) => name in begun || value !== "");
+  const merged = { ...begun, ...Object.fromEntries(filled) };
+  if (Object.keys(merged).join("\n") !== Object.keys(found).join("\n")) typed.value = JSON.stringify(merged, null, 2);
 }
 
 function drawCards() {
@@ -474,8 +491,7 @@ at("filter").addEventListener("input", filter);
 at("filter").addEventListener("keydown", (event) => { if (event.key === "Enter") event.preventDefault(); });
 at("manual").addEventListener("change", drawAll);
 at("as-json").addEventListener("change", () => {
-  at("fields").dataset.many = "";
-  if (!at("as-json").checked) for (const [name, value] of Object.entries(shownOf(at("json")))) state.values[name] = value;
+  state.asJson = at("as-json").checked;
   drawAll();
 });
 at("key-form").addEventListener("submit", (event) => {
@@ -491,15 +507,5 @@ at("tabs").addEventListener("click", (event) => {
 });
 at("tabs").addEventListener("keydown", turnTab);
 at("copy").addEventListener("click", copy);
-
-// The texts of a record that was typed as JSON, for its fields.
-function shownOf(typed) {
-  try {
-    const texts = Object.entries(JSON.parse(typed.value)).filter(([, value]) => typeof value === "string");
-    return Object.fromEntries(texts);
-  } catch {
-    return {};
-  }
-}
 
 load();

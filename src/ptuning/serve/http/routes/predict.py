@@ -30,7 +30,7 @@ router = APIRouter()
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedRecord:
     """A question to a prompt, or what was wrong with its record; with the places of prompt and record."""
 
     model: int
@@ -109,7 +109,7 @@ def _listed_stops(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[Asked]:
+def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[AskedRecord]:
     """Return the questions of records to each prompt; those to one record stand together, since they share a text."""
     found = []
     for at, record in enumerate(records):
@@ -118,11 +118,11 @@ def _read(records: Sequence[object], prompts: Sequence[ServedPrompt]) -> list[As
                 listed: Sequence[Question | Exception] = read_row(served.prompt, record, where=f"records[{at}]")
             except (PTuningError, ApiError) as error:
                 listed = [error]
-            found += [Asked(number, at, one) for one in listed]
+            found += [AskedRecord(number, at, one) for one in listed]
     return found
 
 
-def _shown(asked: Asked, outcome: Outcome | Exception, service: Service) -> Shape:
+def _shown(asked: AskedRecord, outcome: Outcome | Exception, service: Service) -> Shape:
     """Return an answer as ``ptuning predict --json`` prints it."""
     if isinstance(outcome, Exception):
         raise outcome
