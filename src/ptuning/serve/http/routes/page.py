@@ -18,7 +18,7 @@ KINDS = MappingProxyType(
         "icon.svg": "image/svg+xml",
     }
 )
-FILES = MappingProxyType({name: files("ptuning.serve.http").joinpath("page", name).read_bytes() for name in KINDS})
+FILES = MappingProxyType({name: (files("ptuning.serve.http") / "page" / name).read_bytes() for name in KINDS})
 
 router = APIRouter(include_in_schema=False)
 
