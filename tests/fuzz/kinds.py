@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,9 @@ from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
+from ptuning.doctor.prompts import ReadPrompt, read_prompts
+from ptuning.doctor.remote import Remote, RemoteAnswer
+from ptuning.doctor.server import check_server
 from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
@@ -337,6 +341,8 @@ def prompt_folders(draw: Draw) -> None:
         for name, data in files.items():
             (path / name).write_bytes(data)
         prompt = tried(Prompt.load, path)
+        (read,) = read_prompts([str(path)])
+        assert (read.prompt is None) == (prompt is None)
         if prompt is not None:
             prompt.save(path / "again")
             Prompt.load(path / "again")
@@ -466,6 +472,50 @@ def odd_texts(draw: Draw) -> None:
     tried(model(family).predict, [record], prompt, candidates, **tokens)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Stands for a server: an answer for each page."""
+
+    answers: Mapping[str, RemoteAnswer]
+
+    def get(self, path: str) -> RemoteAnswer:
+        """Answer with what was drawn."""
+        return self.answers[path]
+
+    def post(self, path: str, _: object) -> RemoteAnswer:
+        """Answer with what was drawn."""
+        return self.answers[path]
+
+
+def servers(draw: Draw) -> None:
+    """The URL of a server, and what it answers to the doctor: each page changed, or something else."""
+    tried(Remote.of, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
+    prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
+    row = {"prediction": "a", "probabilities": {"a": 0.5, "b": 0.5}, "candidates": [{"text": "a", "log_prob": -0.7}]}
+    owner = draw(st.sampled_from(("ptuning", "vllm")))
+    right: dict[str, Any] = {
+        "/health": {"status": "ok"},
+        "/ready": {"status": "serving"},
+        "/version": {"version": "0.1.0"},
+        "/v1/models": {"data": [{"id": "one", "owned_by": owner}]},
+        "/v1/predict": {"predictions": [row]},
+        "/v1/completions": {"error": {"message": "no"}},
+        "/v1/load_lora_adapter": {"detail": "Not Found"},
+    }
+    status = st.sampled_from((200, 200, 200, 302, 401, 404, 405, 503))
+    changed = draw(st.sampled_from(sorted(right)))
+    pages = {
+        path: RemoteAnswer(draw(status), as_python(draw(changed_json(value))), seconds=0.1)
+        if path == changed
+        else RemoteAnswer(200, value, seconds=0.1)
+        for path, value in right.items()
+    }
+    drawn: Any = Drawn(pages)
+    for check in check_server(drawn, [ReadPrompt("one", "one", [], prompt)], tiny("llama")):
+        assert check.found
+        assert bool(check.remedy) == (check.status != "ok")
+
+
 @functools.cache
 def service() -> TestClient:
     """A service on a tiny model, asked in process."""
@@ -520,6 +570,6 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
         templates, labels, labelled_rows, data_files, parquet_files, inputs_to_answer, task_rows, task_files,
-        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
+        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests, servers,
     )
 }  # fmt: skip
