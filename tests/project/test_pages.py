@@ -33,7 +33,7 @@ def commands(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"^```(?:sh|console)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r"(?:echo .* \| )?ptuning ", line):
+            if re.match(r"(?:echo .* \| )?ptuning (?!serve )", line):  # tests/serve has the service
                 yield line.partition("   #")[0]
 
 
@@ -41,7 +41,8 @@ def scripts(page: str) -> list[str]:
     """Return the Python of a page, with one epoch of training."""
     text = (ROOT / page).read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [one.replace("dev=dev)", "dev=dev, config=ptuning.TrainConfig(epochs=1))") for one in code]
+    quick = [one.replace("dev=dev)", "dev=dev, config=ptuning.TrainConfig(epochs=1))") for one in code]
+    return [one for one in quick if "from openai" not in one]  # tests/serve has the clients
 
 
 def prose(page: Path) -> str:
