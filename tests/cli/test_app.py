@@ -176,6 +176,7 @@ def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
         f"sys.argv = ['ptuning', *{args!r}]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = 'torch transformers accelerate safetensors tokenizers numpy scipy pyarrow'.split()\n"
+        "heavy += 'fastapi uvicorn starlette prometheus_client'.split()\n"
         "print('loaded:', [name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
@@ -183,7 +184,7 @@ def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
 
 
 def test_help_of_every_command_has_an_example() -> None:
-    commands = ["train", "eval", "predict", "inspect", "template show", "data", "backbones", "demo"]
+    commands = ["train", "eval", "predict", "serve", "inspect", "template show", "data", "backbones", "demo"]
     shown = works("--help")
     for command in commands:
         assert f"\n  {command.split()[0]} " in shown

@@ -15,6 +15,7 @@ from ptuning.cli.options import AskedBackbone
 from ptuning.data.relations import read_relations
 from ptuning.data.task_files import TaskFile, find_split
 from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
+from ptuning.prompt.asked import ToAnswer
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import require_fields
 from ptuning.report.results_file import read_results
@@ -60,7 +61,7 @@ def given(
     *,
     text: str | None = None,
     data: str | None = None,
-) -> inputs.ToAnswer:
+) -> ToAnswer:
     """Read what to answer from the standard input, which ``text`` or ``data`` names."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
     return inputs.data_to_answer(prompt, text, data, field)

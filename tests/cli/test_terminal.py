@@ -60,6 +60,8 @@ def test_the_clock_says_how_long_it_takes() -> None:
     now += 60
     clock(Progress("train", 200, 400, ""))
     assert clock.text == "1 min so far, at most 2 min left"
+    clock(Progress("train", 400, 400, ""))
+    assert clock.text == "1 min so far"  # nothing is left, and "at most 0 s" says nothing
     clock(Progress("suite", 1, 6, "P36 manual", seconds_left=0.0, untimed=5))
     assert clock.left == "5 cells not timed yet"
     clock(Progress("suite", 2, 6, "P36 p-tuning", seconds_left=240.0, untimed=1))

@@ -106,6 +106,26 @@ def test_strict_makes_an_error_of_every_doubt(mail: Questions) -> None:
     assert label_rows({"train": clean}, "auto", fields=FIELDS, strict=True).parts["train"] is clean
 
 
+def test_rows_that_nobody_has_labelled_yet_are_left_out() -> None:
+    """An inbox holds mails that wait; in a file where most rows lack a target, another column holds it."""
+    rows = rows_of(good=4, bad=4)
+    waiting = [Question({"message": "new", **more}, where=f"m.csv, line {line}")
+               for line, more in ((10, {"y": " "}), (11, {}))]  # fmt: skip
+    for labels in ("auto", None):
+        found = look(Questions([*rows, *waiting], name="m.csv", fields={"y": "team"}), labels)
+        assert found.findings.doubts == (
+            "train: 2 of 10 rows have no target, the field 'team': m.csv, lines 10, 11; left out",
+        )
+        assert found.findings.left_out == ("m.csv, line 10: no target", "m.csv, line 11: no target")
+        assert list(found.parts["train"]) == list(rows)
+    found = look(rows, test=Questions([*rows_of(good=2), waiting[0]], name="t.csv"))
+    assert (len(found.parts["test"]), found.findings.doubts[0][:28]) == (2, "test: 1 of 3 rows has no tar")
+    with pytest.raises(RecordError, match=r"1 of 9 rows has no target"):
+        label_rows({"train": Questions([*rows, waiting[0]])}, "auto", fields=FIELDS, strict=True)
+    with pytest.raises(RecordError, match=r"no target; the field 'y' is missing or empty.*--field y=NAME"):
+        look(Questions([*rows[:2], *waiting], name="m.csv"))
+
+
 # ------------------------------------------------------------------------------------------------- labels in targets
 
 

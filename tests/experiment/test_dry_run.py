@@ -14,7 +14,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import FileError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellJob
 from ptuning.experiment.suite import Suite
 from ptuning.method.base import Task
 from ptuning.records import Record
@@ -29,7 +29,7 @@ FACTS: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(
 def suite(backbone: Backbone, out: Path, methods: Sequence[str], *tasks: str, seeds: int = 1) -> Suite:
     train, dev = as_questions(FACTS[:20]), as_questions(FACTS[20:24])
     one = Task("P1", train, dev, Template.parse("[X] is [Y] ."), Template.parse(WARM), WORDS, single_token=True)
-    jobs = [Job(replace(one, name=name), as_questions(FACTS[24:]), {}) for name in tasks or ("P1",)]
+    jobs = [CellJob(replace(one, name=name), as_questions(FACTS[24:]), {}) for name in tasks or ("P1",)]
     config = TrainConfig(epochs=1, batch_size=4)
     return Suite(out, jobs=jobs, methods=methods, seeds=seeds, backbone=backbone, config=config, tries=1)
 

@@ -12,7 +12,7 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.relations import read_relations
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellJob
 from ptuning.experiment.lama import lama, relation_job
 from ptuning.records import Record
 from ptuning.report.results_file import Results
@@ -39,12 +39,12 @@ def run_lama(data: Path, backbone: Backbone, **options: Any) -> Results:
     return lama(data, backbone=backbone, **options)
 
 
-def job(data: Path, backbone: Backbone, name: str = "P36", **options: Any) -> Job:
+def job(data: Path, backbone: Backbone, name: str = "P36", **options: Any) -> CellJob:
     (relation,) = read_relations(data, which=[name])
     return relation_job(relation, PAIR, backbone=backbone, name=name, **options)
 
 
-def everything(job: Job) -> list[Record]:
+def everything(job: CellJob) -> list[Record]:
     return [row.record for row in (*job.task.train, *job.task.dev, *job.test)]
 
 

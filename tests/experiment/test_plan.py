@@ -16,7 +16,7 @@ from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, LabelWordError, RecordError
-from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.cells import CellJob, CellResult
 from ptuning.experiment.plan import Plan, Watch, run_jobs
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
@@ -31,11 +31,11 @@ FACTS: list[Record] = [{"x": f"Kenya {at}", "y": WORDS[at % 3]} for at in range(
 FAST = TrainConfig(epochs=1, batch_size=4)
 
 
-def jobs(*names: str) -> list[Job]:
+def jobs(*names: str) -> list[CellJob]:
     train, dev = as_questions(FACTS[:6]), as_questions(FACTS[6:9])
     manual, learned = Template.parse("[X] is [Y] ."), Template.parse("[P*2] [X] [Y]")
     return [
-        Job(
+        CellJob(
             Task(name, train, dev, manual, learned, WORDS, single_token=True),
             as_questions(FACTS[9:]),
             {"label": name},
@@ -176,4 +176,4 @@ def test_label_words_that_are_the_same_tokens_are_refused_before_anything_runs(
     task = Task("moods", rows, rows, file.manual[0], file.learned[0], ("yes", "no"), file=file)
     plan = Plan("superglue", tmp_path / "out", masked, methods=["majority"])
     with pytest.raises(LabelWordError, match="have the same token ids"):
-        run_jobs([Job(task, rows, {})], plan=plan, settings={})
+        run_jobs([CellJob(task, rows, {})], plan=plan, settings={})

@@ -19,7 +19,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError, TrainingError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellJob
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
 from ptuning.experiment.suite import Suite, mean_seconds
@@ -362,7 +362,7 @@ def suite(
 ) -> Suite:
     """A suite of p-tuning on tasks with so many facts to learn from each."""
     jobs = [
-        Job(
+        CellJob(
             Task(
                 f"task-{count}",
                 as_questions(TRAIN[:count]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def test_a_second_start_runs_nothing_and_says_the_same(causal: Backbone, few: Pa
     )
     assert there == [True] * len(ALL)
     assert results_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("few_shot", [None, 3])
+def test_settings_are_varied_as_in_other_comparisons(
+    causal: Backbone, whole: Path, tmp_path: Path, few_shot: int | None
+) -> None:
+    """Each value is a column of its own, with its answers to the test split for the server."""
+    options: dict[str, Any] = {"tasks": "CB", "few_shot": few_shot, "seeds": 2, "methods": ("manual", "p-tuning")}
+    found = run(causal, whole, tmp_path / "out", **options, vary={"encoder": ["lstm", "none"], "lr": [0.1]})
+    assert not found.failed
+    varied = ["p-tuning encoder=none", "p-tuning lr=0.1"]
+    assert list(found.tasks["CB"]) == ["manual", "p-tuning", *varied]
+    assert [name for name in found.differences if name.startswith("p-tuning - p-tuning ")] == [
+        f"p-tuning - {name}" for name in varied
+    ]
+    for name in varied:
+        assert (tmp_path / "out/cells/CB" / name / "seed-1/unlabelled.jsonl").is_file()
+    alone = run(causal, whole, tmp_path / "alone", **options, config=replace(FAST, encoder="none"))
+    assert found.tasks["CB"]["p-tuning encoder=none"] == alone.tasks["CB"]["p-tuning"]
 
 
 def test_the_parts_of_a_folder(few: Path, whole: Path) -> None:

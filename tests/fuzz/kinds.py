@@ -35,7 +35,8 @@ from ptuning.data.word_lists import read_words
 from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
-from ptuning.prompt.predict import Candidate, Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import require_fields
 from ptuning.report import sections

@@ -44,6 +44,8 @@ BREACHES = {
         "transformers and peft are known in backbone and exchange only",
     ),
     "rich outside of cli": ("report/tables.py", "import rich\n", "rich and typer are known in cli only"),
+    "fastapi outside of serve": ("cli/inputs.py", "import fastapi\n", "the web is known in serve only"),
+    "starlette in the engine": ("serve/engine/job.py", "import starlette\n", "the web is known in serve only"),
 }
 
 

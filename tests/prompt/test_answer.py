@@ -16,7 +16,8 @@ from ptuning.metrics import Answer
 from ptuning.progress import Progress
 from ptuning.prompt import answer as answers
 from ptuning.prompt.answer import answer_records, token_ids_of
-from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records
 from ptuning.template.fill import Example

@@ -19,7 +19,8 @@ from ptuning.data.task_files import TaskFile, load_task
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.metrics import Confusion
-from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records

@@ -9,7 +9,7 @@ import pytest
 
 from ptuning import files
 from ptuning.errors import FileError
-from ptuning.names import check_free, check_output, publish_folder
+from ptuning.names import PROMPT, RUN, check_free, check_output, check_writable, publish_folder
 from tests.top.test_files import full_disk, make, names, no_rights
 
 
@@ -21,14 +21,31 @@ def test_a_folder_is_free_that_is_new_or_empty(tmp_path: Path) -> None:
     check_free(tmp_path / "new" / "deep")
     check_free(empty)
     assert names(tmp_path) == ["empty", "file", "full"]
-    with pytest.raises(
-        FileError, match=r"full exists and is not empty; choose another folder, .*\(--resume\), or .*\(--overwrite\)"
-    ):
+    with pytest.raises(FileError, match=r"full exists and is not empty; choose another folder$"):
         check_free(full)
     with pytest.raises(FileError, match="file exists and is not a folder; choose another output folder"):
         check_output(file)
     with pytest.raises(FileError, match="File name too long"):
         check_output(tmp_path / ("x" * 300))
+
+
+def test_a_folder_that_is_not_empty_names_the_remedies_that_there_are(tmp_path: Path) -> None:
+    """``--resume`` was answered with the advice to give ``--resume``, in a folder without any run."""
+    foreign, run, prompt = make(tmp_path / "foreign"), make(tmp_path / "run"), make(tmp_path / "prompt")
+    (foreign / "mine.txt").touch()
+    (run / "run.json").write_text('{"format_version": 1, "command": "train"}')
+    (prompt / "prompt.json").write_text('{"format_version": 1, "template": "[P] [Y]"}')
+    for folder, layout, resume, remedies in (
+        (foreign, RUN, True, "; nothing in it is a run's, so there is nothing to go on with"),
+        (foreign, RUN, False, ", or write beside what is in it, of which nothing is ours (--overwrite)"),
+        (run, RUN, False, ", go on with a stopped run in it (--resume), or replace what we left in it (--overwrite)"),
+        (prompt, PROMPT, False, ", or replace what we left in it (--overwrite)"),
+    ):
+        with pytest.raises(FileError) as caught:
+            check_writable(folder, layout, resume=resume)
+        assert str(caught.value) == f"{folder} exists and is not empty; choose another folder{remedies}"
+    check_writable(run, RUN, resume=True)
+    check_writable(foreign, RUN, overwrite=True)
 
 
 def test_an_output_folder_is_tried_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

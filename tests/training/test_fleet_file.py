@@ -108,6 +108,19 @@ def test_values_that_can_be_no_folder_are_numbered(tmp_path: Path) -> None:
     assert names == ["a-template=1-lr=0.001", "a-template=1-lr=0.002", "a-template=2-lr=0.001", "a-template=2-lr=0.002"]
 
 
+def test_labels_that_count_as_others_and_a_strict_check(tmp_path: Path) -> None:
+    text = "[all]\ndata = 'rows'\ntemplate = '[P] [X] [Y]'\nstrict = true\nmerge = {{biling = {}}}\n"
+    own = "[[prompt]]\nname = 'one'\n[[prompt]]\nname = 'two'\nmerge = ['case', 'a=b']\nstrict = false\n"
+    found = read_fleet(written(tmp_path, text.format("'billing'") + own)).entries
+    assert [(one.name, one.inputs["merge"], one.inputs["strict"]) for one in found] == [
+        ("one", {"biling": "billing"}, True), ("two-merge=case", "case", False), ("two-merge=2", "a=b", False),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'merge.biling' must be text .*, and is 3"):
+        read_fleet(written(tmp_path, text.format(3) + own))
+    with pytest.raises(ConfigError, match=r"'merge' must be text such as .*biling=billing.* or a table, and is 3"):
+        read_fleet(written(tmp_path, "[all]\nmerge = 3\ndata = 'rows'\n" + own[:24]))
+
+
 PROMPT = '[[prompt]]\nname = "a"\ndata = "d"\n'
 
 

@@ -52,7 +52,8 @@ from ptuning.names import (
     VECTORS_FILE,
 )
 from ptuning.progress import Interrupted, Progress
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Record, as_records
@@ -610,7 +611,8 @@ ANSWER = """
 import json, sys, torch
 from ptuning.backbone.loading import load_backbone
 from ptuning.engine.passes import target_logits
-from ptuning.prompt.predict import Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 model = PromptModel(load_backbone(sys.argv[1], dtype="float32", device="cpu"))
 for folder in sys.argv[3:]:

@@ -39,10 +39,16 @@ def automatic(device: torch.device) -> Chosen:
     return Chosen(torch.float32, "scores in bfloat16 were not shown to be equal; --dtype bfloat16 may be faster")
 
 
+def units() -> list[str]:
+    """Return the names of the units that this processor has for products in bfloat16."""
+    ask: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.8 and later
+    found = ask()
+    return [unit for unit in UNITS if found.get(unit)]
+
+
 def has_units() -> bool:
     """Whether this processor has units for products in bfloat16."""
-    ask: Callable[[], Mapping[str, object]] = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.8 and later
-    return any(ask().get(unit) for unit in UNITS)
+    return bool(units())
 
 
 def warn_if_slow(dtype: torch.dtype, device: torch.device) -> None:

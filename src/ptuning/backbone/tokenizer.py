@@ -167,6 +167,14 @@ class TextTokenizer:
         """Write the tokenizer's files as transformers reads them."""
         self._tokenizer.save_pretrained(folder)
 
+    def described(self) -> dict[str, str | None]:
+        """Return the tokenizer's class, and the names of its special tokens that have a use of their own."""
+        uses = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+        named = {use: getattr(self._tokenizer, use) for use in uses}
+        return {"tokenizer_class": type(self._tokenizer).__name__} | {
+            use: None if token is None else str(token) for use, token in named.items()
+        }
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

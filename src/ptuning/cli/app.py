@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from ptuning.cli import terminal
-from ptuning.cli.commands import data, demo, estimate, exchange, experiments, fleet, predict, prompts, tasks, train
+from ptuning.cli.commands import (
+    data,
+    demo,
+    doctor,
+    estimate,
+    exchange,
+    experiments,
+    fleet,
+    predict,
+    prompts,
+    serve,
+    tasks,
+    train,
+)
 from ptuning.cli.help import print_help
 from ptuning.cli.options import Command
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -136,11 +149,13 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": prompts.evaluate,
     "predict": predict.predict,
+    "serve": serve.serve,
     "inspect": prompts.inspect,
     "export": exchange.export,
     "import": exchange.import_prompt,
     "data": data.data,
     "backbones": data.backbones,
+    "doctor": doctor.doctor,
     "demo": demo.demo,
     "estimate": estimate.estimate,
     "fleet": fleet.fleet,
@@ -156,9 +171,9 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "inspect", "export", "import", "fleet", "demo"),
+    "Learn a prompt and use it": ("train", "eval", "predict", "serve", "inspect", "export", "import", "fleet", "demo"),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
-    "Look first": ("data", "backbones", "template", "task", "estimate"),
+    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
 }
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",

@@ -31,6 +31,9 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "without", "force",
     ),
     "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
+    "Server": (
+        "prompts", "url", "host", "port", "api_key_file", "admin_key_file", "open_to_all", "queue_rows", "drain",
+    ),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
         "cache_memory", "cache_disk",
@@ -45,7 +48,7 @@ WIDTH = 80
 # What the program ends with (docs/files.md says it, too).
 EXIT_CODES = (
     ("0", "all is well"),
-    ("1", "some cells of a comparison or prompts of a fleet failed; the others are done"),
+    ("1", "cells of a comparison, prompts of a fleet or checks of doctor failed; the rest is done"),
     ("2", "an error; one message says what is wrong and what to do"),
     ("130", "stopped by Ctrl-C (143: by a termination signal); the same command goes on"),
 )

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ptuning.backbone.tokenizer import TextTokenizer
     from ptuning.data.labelling import Findings, Labelled
     from ptuning.data.questions import Questions
-    from ptuning.data.reading import RawRows, Row
+    from ptuning.data.reading import RawRows
     from ptuning.data.task_files import TaskFile
+    from ptuning.prompt.asked import ToAnswer
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
     from ptuning.template.segments import Kind
@@ -45,17 +46,10 @@ def at_once(_: tuple[str, str], read: Callable[[], Any]) -> Any:
 def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | None = None) -> Records:
     """Read a data file or shipped facts; with the names of fields that a prompt remembers, but for those asked for."""
     from ptuning.data.reading import load_records
+    from ptuning.prompt.asked import remembered
 
     with terminal.waiting(f"reading {source}"):
         return remembered(load_records(source, fields=fields_of(field)), prompt)
-
-
-def remembered(records: Records, prompt: Prompt | None) -> Records:
-    """Return records with the names of fields that a prompt remembers, but for those that were read by other names."""
-    from ptuning.data.reading import with_fields
-
-    own = prompt.fields if prompt is not None else {}
-    return with_fields(records, {new: old for new, old in own.items() if new not in records.fields})
 
 
 def task_of(name: str | None) -> TaskFile | None:
@@ -253,6 +247,29 @@ def labelled(
     return replace(prompt, label_words=found.words), found.parts["data"]
 
 
+def with_labels(prompt: Prompt, labels: str | None) -> Prompt:
+    """Return a prompt that answers with the labels that are asked for: for a manual one there is no other way to have
+    any, and a learned one remembers its own, which is said.
+    """
+    from ptuning.data.labelling import AUTO
+    from ptuning.template.labels import LabelWords
+
+    if labels is None:
+        return prompt
+    own = prompt.label_words
+    if labels == AUTO and own is None:
+        raise ConfigError(
+            "--labels auto finds the labels in targets, and what is to be answered has none; name them, as in "
+            '--labels "billing;technical"'
+        )
+    words = own if labels == AUTO else LabelWords.of(labels)
+    if own is not None and words == own:
+        terminal.say(f"--labels is not needed: the prompt remembers its labels, {', '.join(own.labels)}")
+    elif own is not None:
+        terminal.say(f"note: --labels takes the place of the labels that the prompt learned, {', '.join(own.labels)}")
+    return replace(prompt, label_words=words)
+
+
 def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None = None) -> Prompt:
     """Load a prompt, less its part ``without``, or make a manual one of ``manual:TEMPLATE`` or, with a task,
     ``manual:N``. The given task comes before the prompt's own.
@@ -277,37 +294,10 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
-@dataclass(frozen=True)
-class ToAnswer:
-    """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
-    rows of the file, which know their columns.
-    """
-
-    questions: Questions
-    rows: Sequence[Row]
-    raw: RawRows
-
-    @classmethod
-    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str) -> ToAnswer:
-        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file."""
-        from ptuning.data.questions import Question, Questions
-        from ptuning.data.reading import RawRows
-        from ptuning.records import check_text
-
-        for text in texts.values():
-            check_text(text, where=where, what="it")
-        record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
-        asked, row = Questions([Question(record)], name=where), (where, texts)
-        return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
-
-    def empty_fields(self, fields: Sequence[str]) -> list[tuple[str, str]]:
-        """Return (file and line, field) of each field of a template that has no text in a record."""
-        asked = zip(self.questions, self.rows, strict=True)
-        return [(where, name) for one, (where, _) in asked for name in fields if not one.record[name].strip()]
-
-
 def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:
     """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
+    from ptuning.prompt.asked import ToAnswer, typed_fields
+
     if (text is None) == (data is None):
         raise ConfigError(
             "give either a TEXT or --data (a file, or - for lines of text, CSV or JSONL on the standard input)"
@@ -320,23 +310,11 @@ def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Se
             raise ConfigError("the TEXT is empty, so there is nothing to answer; - reads texts from the standard input")
         return ToAnswer.typed(prompt, {fields[0]: text}, where=COMMAND_LINE)
     rows = _rows_to_answer(prompt, "-" if data is None else data, field)
-    asked, origins = _questions_of(rows, prompt, field)
-    if not asked:
+    found = ToAnswer.of(prompt, rows, fields=fields_of(field))
+    if not found.questions:
         what = "records: lines of text, CSV or JSONL" if rows.name == STANDARD_INPUT else "records to answer"
         raise RecordError(f"{'the ' * (rows.name == STANDARD_INPUT)}{rows.name} holds no {what}")
-    return ToAnswer(asked, origins, rows)
-
-
-def typed_fields(prompt: Prompt) -> Sequence[str]:
-    """Return the fields of a record that a user types; a RecordError if rows of the task have more than fields."""
-    if prompt.task is None:
-        return prompt.template.fields
-    if prompt.answer_space.has_choices:
-        raise RecordError(
-            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; use --data "
-            "with JSONL or CSV"
-        )
-    return prompt.task.fields
+    return found
 
 
 def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> RawRows:
@@ -355,28 +333,6 @@ def _rows_to_answer(prompt: Prompt, data: str, field: Sequence[str] | None) -> R
     place = data if task is None else _place_of(data, field, task, part="test")
     with terminal.waiting(f"reading {place}"):
         return load_rows(place, asked=asked)
-
-
-def _questions_of(rows: RawRows, prompt: Prompt, field: Sequence[str] | None) -> tuple[Questions, list[Row]]:
-    """Return the questions of rows with the row of each: a task may read a list in a row, and so several questions."""
-    from ptuning.data.questions import Question, Questions, as_questions
-    from ptuning.data.reading import as_read
-    from ptuning.records import require_fields
-
-    task = prompt.task
-    if task is None:
-        records = remembered(as_read(rows, fields=fields_of(field)), prompt)
-        require_fields(records, prompt.template.fields)
-        return as_questions(records), rows
-    if rows.format != "text":
-        found = [(one, row) for row in rows for one in task.reader.read([row], labelled=False)]
-        return Questions([one for one, _ in found], name=rows.name, digest=rows.sha256), [row for _, row in found]
-    fields = typed_fields(prompt)
-    if len(fields) > 1:
-        raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(fields)}")
-    typed = [task.typed({fields[0]: str(text)}, where=where) for where, row in rows for text in row.values()]
-    asked = [Question(record, where=where) for record, (where, _) in zip(typed, rows, strict=True)]
-    return Questions(asked, name=rows.name, digest=rows.sha256), rows
 
 
 def read_candidates(source: str, prompt: str, data: str | None, field: Sequence[str] | None) -> list[str]:

@@ -91,6 +91,9 @@ LabelsOption = Annotated[
         autocompletion=among("auto"),
     ),
 ]
+OwnLabelsOption = Annotated[
+    str | None, typer.Option(metavar="LIST", help='As "billing;technical"; a learned prompt remembers its own.')
+]
 MergeOption = Annotated[
     list[str] | None,
     typer.Option(metavar="WRONG=RIGHT|case", help="Count a label as another; repeatable. case: capitals and spaces."),

@@ -21,7 +21,7 @@ from ptuning.names import check_output
 if TYPE_CHECKING:
     from ptuning.data.reading import RawRows
     from ptuning.files import Json
-    from ptuning.prompt.predict import Prediction
+    from ptuning.prompt.prediction import Prediction
     from ptuning.records import Record
 
 TABLE, LINES = ".csv", (".jsonl", ".ndjson")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,26 +36,32 @@ def read_template(path: Path) -> str:
 
 
 def template_and_manual(
-    template: str | None, manual: str | None, path: Path | None, *, learns_words: bool
+    template: str | None, manual: str | None, path: Path | None, *, learns_words: bool = True, both: bool = False
 ) -> tuple[str | None, str | None]:
     """Return --template and --manual, which may be in a file: as the latter if it has no slots, unless it can be
-    learned with as it is. A ConfigError if there are several.
+    learned with as it is. A ConfigError if there are several, or several of one where ``both`` may be given.
     """
     if path is None:
         return template, manual
-    if template is not None or manual is not None:
+    if not both and (template is not None or manual is not None):
         raise ConfigError("--template-file brings the template; leave --template and --manual out")
     from ptuning.template.language import Template
 
     text = read_template(path)
-    return (None, text) if learns_words and not Template.parse(text).has_slots else (text, None)
+    if learns_words and not Template.parse(text).has_slots:
+        if manual is not None:
+            raise ConfigError(f"{path} (--template-file) has no slots: it is a manual template, and so is --manual")
+        return template, text
+    if template is not None:
+        raise ConfigError(f"{path} (--template-file) has slots: it is the template to learn, and so is --template")
+    return text, manual
 
 
-def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer) -> None:
+def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = terminal.say) -> None:
     """Warn about a template with a backslash and an n, as a shell passes them on, where a line break may be meant."""
     if pattern is None or "\\n" not in pattern or tokenizer.line_end_id is None:
         return
-    terminal.say(
+    say(
         "warning: the template has a backslash and an n, and not a line break, which this tokenizer knows; if you mean "
         f"line breaks, write in bash or zsh\n  {as_shell_text(pattern)}\nor put the template into a file, with line "
         "breaks as they are (--template-file FILE)"
@@ -72,16 +78,17 @@ def as_shell_text(pattern: str) -> str:
     return f"$'{escaped}'"
 
 
-def placed(spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, quiet: bool = False) -> Spec:
+def placed(
+    spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, say: Callable[[str], None] = terminal.say
+) -> Spec:
     """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay.
-    Unless ``quiet``, say where that is, and what may be wrong with the template's line breaks.
+    Say where that is, and what may be wrong with the template's line breaks.
     """
     from ptuning.data.questions import as_questions
     from ptuning.training.prepare import place_slots
 
     manual, task = given.get("manual"), spec.task
-    if not quiet:
-        notice_line_breaks(manual or given.get("template"), backbone.tokenizer)
+    notice_line_breaks(manual or given.get("template"), backbone.tokenizer, say=say)
     if manual is None:
         return spec
     questions = as_questions(spec.data)
@@ -93,8 +100,8 @@ def placed(spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, quiet: b
         closed=spec.labels is not None or questions.has_choices or (task is not None and task.answer_space.is_closed),
         about=given.get("about"),
     )
-    if found.told and not quiet:
-        terminal.say(found.told)
+    if found.told:
+        say(found.told)
     return replace(spec, template=found.template)
 
 

@@ -116,7 +116,7 @@ class Clock:
             known = f"about {duration(suite.seconds_left)} left" if suite.seconds_left else ""
             cells = f"{suite.untimed} cell{'s' if suite.untimed > 1 else ''} not timed yet" if suite.untimed else ""
             return ", ".join(filter(None, (known, cells)))
-        if first is None or last is None or last.done == first.done:
+        if first is None or last is None or last.done in (first.done, last.total):
             return ""
         seconds = (self._now() - self._first_at) * (last.total - last.done) / (last.done - first.done)
         return f"at most {duration(seconds)} left"  # a training may stop early

@@ -72,20 +72,23 @@ def label_rows(
     """Look at the rows of each part (``train``, ``dev``, ``test``, or others) and at their labels.
 
     ``auto`` takes the targets of all parts but ``test`` as labels; rows whose label is rare and looks like a mistyped
-    one are left out. If labels are ``known``, as those of a prompt are, it takes these. Rows of ``train`` and ``dev``
-    in which all ``fields`` of the template are empty are left out. ``merge`` says which labels count as others (old ->
-    new, or texts such as ``biling=billing`` and ``case``).
+    one are left out. If labels are ``known``, as those of a prompt are, it takes these. Rows without a target are left
+    out, as long as most rows have one, and so are rows of ``train`` and ``dev`` in which all ``fields`` of the template
+    are empty. ``merge`` says which labels count as others (old -> new, or texts such as ``biling=billing`` and
+    ``case``).
 
     Raises:
-        RecordError: If a part is empty, a target is missing or is none of the labels, the targets can be no labels, or
-            something may be a mistake and the check is ``strict``.
+        RecordError: If a part is empty, half of its targets or more are missing, one is none of the labels, the targets
+            can be no labels, or something may be a mistake and the check is ``strict``.
         LabelWordError: If label words or what is to be merged is malformed.
     """
-    require_rows(parts)
-    has_choices = any(questions.has_choices for questions in parts.values())
+    given, found = _without_target(parts)
+    require_rows(given)
+    has_choices = any(questions.has_choices for questions in given.values())
     words = known if labels is None or labels == AUTO else LabelWords.of(labels)
-    kept = dict(parts) if has_choices else _merged(parts, merge, words.labels if words is not None else ())
-    kept, found = _without_empty(kept, fields)
+    kept = given if has_choices else _merged(given, merge, words.labels if words is not None else ())
+    kept, left = _without_empty(kept, fields)
+    found += left
     learned = Counter(row.record[TARGET_FIELD] for name, rows in kept.items() if name != "test" for row in rows)
     if labels == AUTO:
         if has_choices:
@@ -264,6 +267,23 @@ def _asked(merge: Merge) -> tuple[dict[str, str], bool]:
         else:
             raise LabelWordError(f"'{text}' is no merge of labels (--merge); write WRONG=RIGHT, or {CASE}")
     return pairs, by_case
+
+
+def _without_target(parts: Mapping[str, Questions]) -> tuple[dict[str, Questions], Findings]:
+    """Leave out rows that nobody has given a target yet. If most rows have none, another field holds it."""
+    kept, found = {}, Findings()
+    for name, questions in parts.items():
+        left = [row for row in questions if not row.record.get(TARGET_FIELD, "").strip()]
+        if not left or 2 * len(left) >= len(questions):
+            kept[name] = questions
+            continue
+        used = set(map(id, left))
+        kept[name] = _same(questions, [row for row in questions if id(row) not in used])
+        old = questions.fields.get(TARGET_FIELD, TARGET_FIELD)
+        count = f"{len(left)} of {len(questions)} rows {'has' if len(left) == 1 else 'have'} no target"
+        doubt = f"{name}: {count}, the field '{old}': {_places(left)}; left out"
+        found += Findings(doubts=(doubt,), left_out=tuple(f"{_place(row)}: no target" for row in left))
+    return kept, found
 
 
 def _without_empty(parts: dict[str, Questions], fields: Sequence[str]) -> tuple[dict[str, Questions], Findings]:

@@ -269,14 +269,15 @@ def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
     """Return one score per item and class: the log of the mean probability of the class's words.
 
     With calibration, each word's probability is divided by its probability after an empty record. Returns (I, K)
-    unnormalised log-probabilities of I items of the same scoring; minus infinity where an item lacks a class.
+    unnormalised log-probabilities of I items; minus infinity where an item lacks a class.
     Source: Zhao et al. (2021), arXiv:2102.09690, section 5, for the calibration (in its diagonal form).
     """
-    values = scored.means if items[0].normalise == "mean" else scored.log_probs
-    parts = values.split(scored.per_item)
-    if items[0].empty:
-        parts = tuple(part[: len(part) // 2] - part[len(part) // 2 :] for part in parts)
-    scores = pad_sequence(list(parts), batch_first=True, padding_value=-torch.inf)[:, None]  # (I, 1, C)
+    totals, means = scored.log_probs.split(scored.per_item), scored.means.split(scored.per_item)
+    parts = []
+    for item, total, mean in zip(items, totals, means, strict=True):
+        values, own = mean if item.normalise == "mean" else total, len(item.choices)
+        parts.append(values[:own] - values[own:] if item.empty else values)
+    scores = pad_sequence(parts, batch_first=True, padding_value=-torch.inf)[:, None]  # (I, 1, C)
     width = scores.shape[-1]
     of_choice = torch.tensor(
         [[*item.classes, *[-1] * (width - len(item.classes))] for item in items], device=scores.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,13 +39,15 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
 @dataclass(frozen=True)
 class Pass:
     """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
-    ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one.
+    ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one; ``mask`` says
+    which of its columns are tokens, (B, C + T) int64 behind C columns that were computed before.
     """
 
     batch: Batch
     embeddings: Tensor
     logits: Tensor
     memory: Memory | None
+    mask: Tensor
 
 
 def target_logits(
@@ -60,11 +62,19 @@ def target_logits(
     Rows that may not share a pass (:meth:`ptuning.backbone.backbone.Backbone.side`) run in several, and so do rows for
     which the memory of the device is too small, without gradients.
     """
-    lengths = [len(example.token_ids) for example in examples]
 
     def run(part: Sequence[int]) -> Tensor:
         rows = [examples[index] for index in part]
         return run_pass(backbone, rows, learned.take(part), cache=cache, pad_side=pad_side).logits
+
+    return logits_in_parts(backbone, examples, run)
+
+
+def logits_in_parts(backbone: Backbone, examples: Sequence[Example], run: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """Return the logits of rows, (N, V) row by row, from a ``run`` of the rows at some indices: one run for each side
+    of the backbone, or several smaller ones where the memory does not suffice.
+    """
+    lengths = [len(example.token_ids) for example in examples]
 
     def run_side(side: Sequence[int]) -> Tensor:
         if torch.is_grad_enabled():
@@ -114,7 +124,8 @@ def run_batch(
     batch = batch.to(backbone.device)
     embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
     logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep)
-    return Pass(batch, embeddings, logits, memory)
+    mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], dim=1)  # (B, C + T)
+    return Pass(batch, embeddings, logits, memory, mask)
 
 
 def run_behind(backbone: Backbone, same: Sequence[Batch], learned: Learned) -> Iterator[Tensor]:

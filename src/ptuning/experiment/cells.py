@@ -20,12 +20,12 @@ LABEL_METRICS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
-class Job:
+class CellJob:
     """A task with its ``test`` part, which no method sees.
 
     ``info`` is the task's entry in ``task_info`` of ``results.json``. Scores are averaged over each ``type`` as well.
     ``by_seed`` has the tasks with the parts that a seed draws. The ``unlabelled`` rows are answered as well, for a
-    benchmark's server.
+    benchmark's server. ``notes`` are what a user should know before it runs.
     """
 
     task: Task
@@ -34,6 +34,7 @@ class Job:
     type: str | None = None
     by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
     unlabelled: Questions | None = None
+    notes: Sequence[str] = ()
 
     @property
     def metrics(self) -> Sequence[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from typing_extensions import Unpack
@@ -107,10 +108,11 @@ def compare_labelled(
     plan = Plan.of(SUITE, **options)
     parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
     pair = template_pair(as_template(manual), template)
+    notes: tuple[str, ...] = ()
     if template is None:
         found = place_slots(str(pair[0]), parts["train"].records, plan.backbone, config=plan.config, closed=is_closed)
-        logger.info("learned template: %s; %s", found.template, found.told)
         pair = pair[0], found.template
+        notes = (*filter(None, [found.told]), f"learned template: {found.template}")
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
     info["split"] = how
     closed: Vocabulary = None
@@ -130,7 +132,7 @@ def compare_labelled(
     own = words if task is None or words != task.label_words else None
     job = fact_job(name, parts, pair, vocabulary=closed, single_token=single, info=info, file=task, words=own)
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
-    return run_jobs([job], plan=plan, settings=settings)
+    return run_jobs([replace(job, notes=notes)], plan=plan, settings=settings)
 
 
 def methods_for_labels(methods: Sequence[str] | str | None) -> list[str]:

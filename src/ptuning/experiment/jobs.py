@@ -12,7 +12,7 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.data.word_lists import read_words
 from ptuning.errors import RecordError, TemplateError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellJob
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.tuned import bare
@@ -85,7 +85,7 @@ def template_pair(
     return manual, learned
 
 
-def check_known(job: Job, backbone: Backbone) -> None:
+def check_known(job: CellJob, backbone: Backbone) -> None:
     """Warn about targets and fields of a job that the tokenizer does not know; an error as of
     :func:`ptuning.data.task_check.check_known`, before anything runs.
     """
@@ -105,7 +105,7 @@ def fact_job(
     info: Mapping[str, Json],
     file: TaskFile | None = None,
     words: LabelWords | None = None,
-) -> Job:
+) -> CellJob:
     """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``, whose answers are text, labels with
     their ``words``, or as the task's ``file`` says.
 
@@ -124,4 +124,4 @@ def fact_job(
         "data": data,
     }
     kind = info.get("type")
-    return Job(task, test, {**about, **info}, kind if isinstance(kind, str) else None)
+    return CellJob(task, test, {**about, **info}, kind if isinstance(kind, str) else None)

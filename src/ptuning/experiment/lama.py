@@ -14,7 +14,7 @@ from ptuning.config import listed_names
 from ptuning.data.relations import Relation, read_relations
 from ptuning.data.splits import Keeps, draw_records, split_relation
 from ptuning.errors import ConfigError, TemplateError
-from ptuning.experiment.cells import Job
+from ptuning.experiment.cells import CellJob
 from ptuning.experiment.jobs import OneToken, Vocabulary, are_listed, fact_job, read_vocabulary, template_pair
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
@@ -135,7 +135,7 @@ def relation_job(
     vocabulary: Vocabulary = None,
     seed: int = 0,
     templates: Sequence[Template] = (),
-) -> Job:
+) -> CellJob:
     """Return the job of a relation, with its facts filtered and split. The arguments are those of :func:`lama`.
 
     Objects must also be one token in each of ``templates``, so that several tasks over a relation have the same facts.

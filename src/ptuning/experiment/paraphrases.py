@@ -15,7 +15,7 @@ from ptuning.config import listed_names
 from ptuning.data.layouts import PATTERN_FOLDERS
 from ptuning.data.relations import Relation, read_relations
 from ptuning.errors import RecordError
-from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.cells import CellJob, CellResult
 from ptuning.experiment.lama import relation_job
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
@@ -54,7 +54,7 @@ def paraphrases(
     """
     plan = Plan.of("paraphrases", **options)
     patterns: dict[str, dict[str, str]] = {}
-    jobs: list[Job] = []
+    jobs: list[CellJob] = []
     found = read_relations(data, which=listed_names(relations), fields=fields)
     for relation in found:
         usable = usable_wordings(relation, kind=plan.backbone.kind)[:wordings]
@@ -83,7 +83,7 @@ def paraphrases(
 
 def wording_jobs(
     relation: Relation, patterns: Mapping[str, str], *, backbone: Backbone, limit: int | None, seed: int
-) -> list[Job]:
+) -> list[CellJob]:
     """Return a job for each wording of a relation (name of the task -> manual template), all with the same facts."""
     # Without the relation's label, which would help every wording alike: only the words of the wording count.
     pairs = [(parsed, Template.from_manual(str(parsed))) for parsed in map(Template.parse, patterns.values())]

@@ -13,7 +13,7 @@ from typing_extensions import Required, TypedDict, Unpack
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import NOT_VARIED, Setting, TrainConfig, acts_on, listed_names
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CellEstimate, CellResult, Job
+from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
 from ptuning.experiment.jobs import check_known
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
@@ -40,7 +40,7 @@ class Watch:
     report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
     on_cell: Callable[[CellResult, int, int], None] | None = None
-    on_jobs: Callable[[Sequence[Job]], None] | None = None
+    on_jobs: Callable[[Sequence[CellJob]], None] | None = None
     on_estimate: Callable[[Sequence[CellEstimate]], None] | None = None
 
 
@@ -161,7 +161,7 @@ def check_varied(vary: Mapping[str, Sequence[Setting]], config: TrainConfig) -> 
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Sequence[CellJob],
     *,
     plan: Plan,
     settings: Mapping[str, Json],

@@ -19,7 +19,7 @@ from ptuning.backbone.number_format import short_name
 from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.experiment.cells import CellEstimate, CellResult, Job, answered_rows, digest
+from ptuning.experiment.cells import CellEstimate, CellJob, CellResult, answered_rows, digest
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
@@ -86,7 +86,7 @@ class Suite:
         self,
         out: Path,
         *,
-        jobs: Sequence[Job],
+        jobs: Sequence[CellJob],
         methods: Sequence[str],
         seeds: int,
         backbone: Backbone,

@@ -16,7 +16,7 @@ from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_few, draw_questions, split_questions
 from ptuning.data.task_files import TaskFile, find_split, load_task
 from ptuning.errors import ConfigError, FileError
-from ptuning.experiment.cells import CellResult, Job
+from ptuning.experiment.cells import CellJob, CellResult
 from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.base import Task
@@ -135,7 +135,7 @@ def task_job(
     limit: int | None = None,
     server: bool = True,
     dev_fraction: float = 0.2,
-) -> Job:
+) -> CellJob:
     """Return a task with the parts that its folder has. The arguments are those of :func:`superglue`.
 
     The first of ``seeds`` draws what all seeds share. Without a part to choose by, a share of ``dev_fraction`` of the
@@ -177,7 +177,7 @@ def task_job(
         "benchmark": SUITE if file.name in TASKS else None,
         "reported": "val" if val is not None else "dev",
     }
-    return Job(task, test, info, by_seed=tasks if few_shot is not None else {}, unlabelled=unlabelled)
+    return CellJob(task, test, info, by_seed=tasks if few_shot is not None else {}, unlabelled=unlabelled)
 
 
 def _to_learn(

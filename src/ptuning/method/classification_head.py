@@ -17,7 +17,7 @@ from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Choice, Item
+from ptuning.engine.objective import Choice, Item, inputs_of
 from ptuning.engine.passes import target_logits
 from ptuning.files import Json
 from ptuning.method.base import Setup, Task
@@ -151,5 +151,9 @@ class HeadModel:
         """Return the most probable label or choice for each question."""
         items = head_items(self.bound, questions, self.answer_space)
         names, nothing = list(map(self.answer_space.names, questions)), Learned.none(self.backbone.width)
-        ranked = rank_classes(items, names, lambda inputs: target_logits(self.backbone, inputs, nothing))
+        ranked = rank_classes(
+            items,
+            names,
+            lambda at: target_logits(self.backbone, inputs_of(items[index] for index in at), nothing),
+        )
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]

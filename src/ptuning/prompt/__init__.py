@@ -2,5 +2,5 @@
 
 It must not know how a prompt was trained.
 
-Read first: ``prompt``, ``storage``, ``predict``, ``answer``, ``score``, ``inspect``.
+Read first: ``prompt``, ``storage``, ``asked``, ``predict``, ``answer``, ``score``, ``inspect``.
 """

@@ -19,7 +19,8 @@ from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.errors import RecordError
 from ptuning.metrics import Answer
 from ptuning.progress import OnProgress, Progress
-from ptuning.prompt.predict import Candidate, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records, Rows
 from ptuning.template.fill import BoundTemplate

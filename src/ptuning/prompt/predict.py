@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,7 +12,9 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.config import GenerationSettings
+from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions, as_questions
+from ptuning.engine import objective
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.learned import Learned
@@ -23,7 +23,7 @@ from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import stream_answer, write_answers
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
-from ptuning.files import Json
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
 from ptuning.template.fill import BoundTemplate, Example
@@ -35,78 +35,6 @@ Found = TypeVar("Found")
 
 # Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
 RANKED_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A possible answer with its total natural log-probability. ``rivals`` are others that the tokenizer writes with
-    the same tokens; None if it does not know the answer (:func:`ptuning.template.known.rivals_of`).
-    """
-
-    text: str
-    log_prob: float
-    rivals: tuple[str, ...] | None = ()
-
-    @classmethod
-    def ranked(
-        cls, texts: Sequence[str], log_probs: Sequence[float], rivals: Sequence[frozenset[int] | None]
-    ) -> list[Candidate]:
-        """Return candidates, best first, on a tie in the given order; ``rivals`` are places among the texts."""
-        named = [None if one is None else tuple(texts[at].strip() for at in sorted(one)) for one in rivals]
-        return sorted(map(cls, texts, log_probs, named), key=lambda one: -one.log_prob)
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the candidate as ``predict --json`` prints it."""
-        return {"text": self.text, "log_prob": self.log_prob}
-
-    @property
-    def probability(self) -> float:
-        """Its probability, in [0, 1]."""
-        return math.exp(self.log_prob)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``; labels and
-    choices have the ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer
-    (``abstained``), ``text`` is empty.
-    """
-
-    text: str
-    candidates: tuple[Candidate, ...]
-    tokens: int | None = None
-    probabilities: Mapping[str, float] | None = None
-    abstained: bool = False
-
-    @classmethod
-    def of_classes(
-        cls, ranked: Sequence[Candidate], *, top_k: int | None = None, min_probability: float | None = None
-    ) -> Prediction:
-        """Return the prediction of labels or choices, best first, whose probabilities add up to 1."""
-        probabilities = {one.text: one.probability for one in ranked}
-        abstained = min_probability is not None and not ranked[0].probability >= min_probability
-        text = "" if abstained else ranked[0].text
-        return cls(text, tuple(ranked[:top_k]), probabilities=probabilities, abstained=abstained)
-
-    @property
-    def log_prob(self) -> float:
-        """Log-probability of the answer, or of the likeliest one that was not given."""
-        return self.candidates[0].log_prob
-
-    @property
-    def probability(self) -> float:
-        """Probability of the answer, or of the likeliest one that was not given."""
-        return self.candidates[0].probability
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the prediction as ``predict --json`` prints it."""
-        row: dict[str, Json] = {"prediction": None if self.abstained else self.text}
-        if self.abstained:
-            row["abstained"] = True
-        if self.probabilities is not None:
-            row["probabilities"] = dict(self.probabilities)
-        row["candidates"] = [one.to_json() for one in self.candidates]
-        return row if self.tokens is None else {**row, "tokens": self.tokens}
 
 
 class PromptModel:
@@ -253,32 +181,71 @@ class PromptModel:
     def classify(
         self,
         records: Rows | Questions,
-        prompt: OnePrompt,
+        prompt: OnePrompt | Sequence[OnePrompt],
         *,
         normalise: Normalise | None = None,
         calibrate: bool | None = None,
     ) -> list[list[Candidate]]:
-        """Score the labels of a prompt, or the choices that each question brings, for N records or questions.
+        """Score the labels of a prompt, or the choices that each question brings, for N records or questions, with one
+        prompt for all or one per row; rows of different prompts share passes.
 
         The defaults of ``normalise`` (see :meth:`rank`) and ``calibrate`` (subtract the scores for an empty record) are
-        the prompt's. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
+        those of each prompt. Returns N lists of the labels or choices, best first, whose probabilities add up to 1.
 
-        A PromptError if the prompt has neither label words nor choices; a RecordError if a row lacks its choices.
+        A PromptError if a prompt has neither label words nor choices; a RecordError if a row lacks its choices.
         """
-        prompt = as_prompt(prompt)
-        answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate)
-        if not answers.is_closed:
+        questions = as_questions(records)
+        each = _per_row(prompt, len(questions))
+        how = {
+            id(one): one.answer_space.scored(normalise=normalise, calibrate=calibrate) for one, _ in _by_prompt(each)
+        }
+        if not all(answers.is_closed for answers in how.values()):
             raise PromptError("the prompt has no label words; give candidates instead")
-        if self.for_prompt(prompt) is not self:
-            return self.for_prompt(prompt).classify(records, prompt, normalise=normalise, calibrate=calibrate)
-        questions, bound = as_questions(records), prompt.bind(self.backbone, force=self.force)
-        learned = prompt.learned(self.backbone).to(self.backbone.device)
-        found: list[list[Candidate]] = []
-        for items in item_parts(bound, questions, answers, labelled=False):
-            names = [answers.names(question) for question in questions[len(found) : len(found) + len(items)]]
-            prefix = self._prefix(inputs_of(items), learned)
-            found += rank_classes(items, names, lambda inputs: self._run(inputs, learned), prefix=prefix)
-        return found
+        return self._spread(
+            each,
+            lambda model, at: model._classify(
+                Questions((questions[i] for i in at), name=questions.name),
+                [each[i] for i in at],
+                [how[id(each[i])] for i in at],
+            ),
+        )
+
+    def _classify(
+        self, questions: Questions, prompts: Sequence[Prompt], answers: Sequence[AnswerSpace]
+    ) -> list[list[Candidate]]:
+        groups, learned = self._bind(prompts)
+        found: dict[int, list[Candidate]] = {}
+        items: dict[int, Item] = {}
+
+        def rank() -> None:
+            chosen = list(items)
+            owners = learned.take([index for index in chosen for _ in items[index].inputs])
+            prefix = self._prefix(inputs_of(items.values()), owners)
+            ranked = rank_classes(
+                list(items.values()),
+                [answers[index].names(questions[index]) for index in chosen],
+                lambda at: self._run_items(
+                    [items[chosen[one]] for one in at], learned.take([chosen[one] for one in at])
+                ),
+                prefix=prefix,
+            )
+            found.update(zip(chosen, ranked, strict=True))
+            items.clear()
+
+        for bound, indices in groups:
+            own, left = Questions((questions[index] for index in indices), name=questions.name), iter(indices)
+            for part in item_parts(bound, own, answers[indices[0]], labelled=False):
+                items.update({index: item for item, index in zip(part, left, strict=False)})
+                del part  # while the next one is made
+                if sum(len(item.choices) for item in items.values()) >= objective.TEXTS_AT_ONCE // 2:
+                    rank()
+        if items:
+            rank()
+        return [found[index] for index in range(len(questions))]
+
+    def _run_items(self, items: Sequence[Item], learned: Learned) -> Tensor:
+        rows = [place for place, item in enumerate(items) for _ in item.inputs]
+        return self._run(inputs_of(items), learned.take(rows))
 
     @torch.no_grad()
     def predict(
@@ -313,23 +280,29 @@ class PromptModel:
             raise RecordError(f"top_k is {top_k}; it must be 1 or more")
         prompts, settings = _per_row(prompt, len(data)), GenerationSettings.of(generation)
         for one, _ in _by_prompt(prompts):
-            one.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
-            one.answer_space.check_threshold(min_probability, candidates=candidates is not None)
-            if count_stop:
-                one.check_stop_counts(candidates=candidates is not None)
+            check_answering(
+                one,
+                candidates=candidates,
+                normalise=normalise,
+                calibrate=calibrate,
+                count_stop=count_stop,
+                min_probability=min_probability,
+            )
         if settings.changed and (candidates is not None or all(one.answer_space.is_closed for one in prompts)):
             raise ConfigError(f"{settings.changed[0]} is for answers that are written, not for candidates or labels")
         if candidates is not None:
             ranked = self.rank(data, prompts, candidates, normalise=normalise, count_stop=count_stop)
             return [Prediction(row[0].text, tuple(row[:top_k])) for row in ranked]
         answers: dict[int, Prediction] = {}
-        for one, indices in _by_prompt(prompts):
-            if one.answer_space.is_closed:
-                rows = [data[index] for index in indices]
-                asked = Questions(records[index] for index in indices) if isinstance(records, Questions) else rows
-                ranked = self.classify(asked, one, normalise=normalise, calibrate=calibrate)
-                chosen = [Prediction.of_classes(row, top_k=top_k, min_probability=min_probability) for row in ranked]
-                answers |= dict(zip(indices, chosen, strict=True))
+        closed = [index for index in range(len(data)) if prompts[index].answer_space.is_closed]
+        if closed:
+            asked: Rows | Questions = [data[index] for index in closed]
+            if isinstance(records, Questions):
+                asked = Questions(records[index] for index in closed)
+            own = [prompts[index] for index in closed]
+            ranked = self.classify(asked, own, normalise=normalise, calibrate=calibrate)
+            chosen = [Prediction.of_classes(row, top_k=top_k, min_probability=min_probability) for row in ranked]
+            answers |= dict(zip(closed, chosen, strict=True))
         open_rows = [index for index in range(len(data)) if index not in answers]
         written = self._spread(
             [prompts[index] for index in open_rows],
@@ -365,7 +338,7 @@ class PromptModel:
         if self.backbone.kind in FILLS_MASKS:
             raise BackboneError("this model fills masks all at once, so there is nothing to stream; use predict")
         bound = prompt.bind(model.backbone, force=self.force)
-        row = OpenRow(bound, as_records([record])[0], _longest(settings, prompt))
+        row = OpenRow(bound, as_records([record])[0], longest_answer(settings, prompt))
         pieces = stream_answer(model.backbone, row, prompt.learned(model.backbone), settings=settings)
         return _without_gradients(pieces)
 
@@ -375,7 +348,7 @@ class PromptModel:
         groups, learned = self._bind(prompts)
         bound = {index: one for one, indices in groups for index in indices}
         rows = [
-            OpenRow(bound[index], record, _longest(settings, prompt))
+            OpenRow(bound[index], record, longest_answer(settings, prompt))
             for index, (record, prompt) in enumerate(zip(data, prompts, strict=True))
         ]
         written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
@@ -405,27 +378,56 @@ class PromptModel:
 def rank_classes(
     items: Sequence[Item],
     names: Sequence[Sequence[str]],
-    run: Callable[[Sequence[Example]], Tensor],
+    run: Callable[[Sequence[int]], Tensor],
     *,
     prefix: int = 0,
 ) -> list[list[Candidate]]:
     """Return the classes of each of N items with their log-probabilities, best first.
 
-    ``names`` are those of each item's classes. ``run`` returns the logits of a batch of inputs, (M, V) at their M
-    scored positions. ``prefix`` is the number of leading tokens that all inputs share.
+    ``names`` are those of each item's classes. ``run`` gets the indices of items that share a pass, and returns the
+    logits of their inputs, (M, V) at their M scored positions. ``prefix`` is the number of leading tokens that all
+    inputs share.
     """
     found: list[list[Candidate]] = [[]] * len(items)
     for chosen in batches([item.inputs for item in items], prefix=prefix):
-        group = [items[index] for index in chosen]
-        scored = score_choices(group, run(inputs_of(group)))
-        scores = torch.log_softmax(class_scores(group, scored), dim=-1).cpu()  # (I, K)
-        for index, values in zip(chosen, scores.tolist(), strict=True):
-            # An item with fewer classes than others of the batch has no names for those that it lacks.
-            found[index] = Candidate.ranked(names[index], values, items[index].rivals)
+        ranked = classes_of([items[index] for index in chosen], [names[index] for index in chosen], run(chosen))
+        for index, row in zip(chosen, ranked, strict=True):
+            found[index] = row
     return found
 
 
-def _longest(settings: GenerationSettings, prompt: Prompt) -> int:
+def classes_of(items: Sequence[Item], names: Sequence[Sequence[str]], logits: Tensor) -> list[list[Candidate]]:
+    """Return the classes of items as :func:`rank_classes` does, from the (M, V) logits of their inputs."""
+    scores = torch.log_softmax(class_scores(items, score_choices(items, logits)), dim=-1).cpu()  # (I, K)
+    # An item with fewer classes than others of the batch has no names for those that it lacks.
+    return [
+        Candidate.ranked(own, values, item.rivals)
+        for item, own, values in zip(items, names, scores.tolist(), strict=True)
+    ]
+
+
+def check_answering(
+    prompt: Prompt,
+    *,
+    candidates: Sequence[str] | None,
+    normalise: Normalise | None,
+    calibrate: bool | None,
+    count_stop: bool,
+    min_probability: float | None,
+) -> AnswerSpace:
+    """Return the answers of a prompt as :meth:`PromptModel.predict` scores them; a ConfigError if a setting would
+    change nothing.
+    """
+    is_listed = candidates is not None
+    answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=is_listed)
+    prompt.answer_space.check_threshold(min_probability, candidates=is_listed)
+    if count_stop:
+        prompt.check_stop_counts(candidates=is_listed)
+    return answers
+
+
+def longest_answer(settings: GenerationSettings, prompt: Prompt) -> int:
+    """Return the most tokens of an answer that a prompt writes."""
     return settings.max_new_tokens or prompt.target_tokens + 2
 
 

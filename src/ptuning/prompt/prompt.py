@@ -379,7 +379,11 @@ class Prompt:
             FileError: If it is not a prompt's folder or cannot be read.
             PromptError: If a file is cut off or was changed, a key is missing, or a shape is wrong.
         """
-        found = read_prompt(folder)
+        return cls.from_stored(read_prompt(folder))
+
+    @classmethod
+    def from_stored(cls, found: Stored) -> Prompt:
+        """Make a prompt of the content of its folder; a PromptError if its manifest or its vectors are damaged."""
         try:
             return _from_manifest(found, Unchecked(found.manifest, error=PromptError))
         except (PromptError, ValueError, TemplateError, LabelWordError, TaskError) as error:

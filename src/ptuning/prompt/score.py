@@ -15,7 +15,8 @@ from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
 from ptuning.progress import OnProgress
 from ptuning.prompt.answer import among_candidates
-from ptuning.prompt.predict import Candidate, Prediction, PromptModel
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import TARGET_FIELD, Record, Records, Rows, require_targets
 from ptuning.statistics import Score, score, summary

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -58,6 +58,8 @@ FORMAT_VERSION = 1
 WEIGHTS_VERSION = 2
 # A file of vectors is not larger than its header and two times its float32 numbers, nor than this.
 HEADER_BYTES, MAX_VECTORS_BYTES = 2**20, 2**31
+# A folder of prompts holds them so many folders deep; the path in it is a prompt's name.
+NAME_PARTS = 4
 # How often a prompt that does not fit together is read, since another process may be saving it.
 ATTEMPTS = 3
 # The whole numbers of a manifest, and the least that each may be.
@@ -135,10 +137,29 @@ def _put(folder: Path, new: Path, sums: Mapping[str, str], manifest: Mapping[str
         raise file_error("write", folder, error) from error
 
 
-def read_prompt(folder: str | Path) -> Stored:
-    """Read a prompt's folder, or that of the training run which holds one, and check its files.
+def has_prompt(folder: Path) -> bool:
+    """Whether a folder holds a prompt, or the training run that made one, be it damaged or not."""
+    return any(os.path.lexists(one) for one in (folder / MANIFEST_FILE, folder / PROMPT_FOLDER / MANIFEST_FILE))
 
-    Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
+
+def prompt_folders(folder: Path, depth: int = NAME_PARTS) -> Iterator[Path]:
+    """Yield the folders that hold a prompt, in order; what is in those, hidden and deeper ones are not looked at.
+    An OSError if the folder cannot be read.
+    """
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    for name in names:
+        inner = folder / name
+        if has_prompt(inner):
+            yield inner
+        elif depth > 1 and not inner.is_symlink():
+            with contextlib.suppress(OSError):  # one that cannot be read keeps nobody out
+                yield from prompt_folders(inner, depth - 1)
+
+
+def manifest_of(folder: str | Path) -> Path:
+    """Return the path of the manifest in a prompt's folder, or in that of the training run which holds one; a FileError
+    if there is none.
     """
     path = Path(folder)
     # Unlike Path.is_file, these are False for a name that cannot be a path.
@@ -150,6 +171,16 @@ def read_prompt(folder: str | Path) -> Stored:
             f"{folder} is not a prompt folder: there is no {MANIFEST_FILE} in it; give a folder written by ptuning "
             "train, or manual:TEMPLATE for a template without slots"
         )
+    return where
+
+
+def read_prompt(folder: str | Path) -> Stored:
+    """Read a prompt's folder, or that of the training run which holds one, and check its files.
+
+    Errors are those of :meth:`ptuning.prompt.prompt.Prompt.load`.
+    """
+    where = manifest_of(folder)
+    path = where.parent
     for attempt in itertools.count(1):
         before = read_bytes(where, at_most=MAX_MANIFEST_BYTES)
         try:

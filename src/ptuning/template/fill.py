@@ -37,6 +37,10 @@ SPECIAL, SLOT = "special", "slot"
 TURN = "turn"
 
 
+class TooLongError(TemplateError, RecordError):
+    """What must stand in a row is longer than what the model reads."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One filled template as token ids, unpadded.
@@ -418,7 +422,7 @@ class BoundTemplate:
         bare = self._fill([row], 0)[0]
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
-            raise TemplateError(
+            raise TooLongError(
                 f"{row.where} does not fit: slots ({self.slots}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and "

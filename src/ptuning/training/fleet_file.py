@@ -29,10 +29,18 @@ def _label_words(value: Unchecked) -> str | dict[str, tuple[str, ...]]:
     return {label: (one.value,) if isinstance(one.value, str) else tuple(one.texts()) for label, one in words}
 
 
+def _merges(value: Unchecked) -> str | Mapping[str, str]:
+    """Return labels that count as others: ``WRONG=RIGHT`` or ``case`` as text, or several as a table."""
+    if not isinstance(value.value, str | dict):
+        raise value.wrong('text such as "biling=billing" or "case", or a table')
+    return value.value if isinstance(value.value, str) else {old: new.text() for old, new in value.table().items()}
+
+
 # The keys of a prompt besides its settings -> how they are read.
 INPUTS: Mapping[str, Callable[[Unchecked], object]] = {
     **dict.fromkeys(("data", "dev", "template", "manual", "about", "task"), Unchecked.text),
-    "pattern": Unchecked.whole, "labels": _label_words, "calibrate": Unchecked.flag, "fields": Unchecked.mapping,
+    "pattern": Unchecked.whole, "labels": _label_words, "merge": _merges, "strict": Unchecked.flag,
+    "calibrate": Unchecked.flag, "fields": Unchecked.mapping,
 }  # fmt: skip
 # A key that says which template is learned -> the defaults in [all] that it replaces. Rows and label words of a task go
 # with any template; the task's own templates have numbers ("pattern").

@@ -88,8 +88,9 @@ def test_compare(llama: str) -> None:
     assert list(Path("out/log").rglob("log.csv")) == [Path("out/log/p-tuning-seed-0/train/try-1/log.csv")]
     again = call(*compare(llama, "--log-to", "csv"))
     assert (again.code, again.out) == (0, done.out)  # nothing was left to do
-    (note,) = again.err.splitlines()
+    note, template = again.err.splitlines()
     assert note.startswith("4 distinct targets in 18 records: ")
+    assert template == "learned template: [P*3] [X] [P:is] [Y] ."
     assert saved() == found
 
 
@@ -163,6 +164,28 @@ def test_paraphrases(llama: str) -> None:
     found = saved()
     assert (found["suite"], list(found["tasks"])) == ("paraphrases", ["P36.01", "P36.02"])
     assert list(found["paraphrases"]["P36"]["spread"]) == ["manual", "p-tuning"]
+
+
+def test_templates_of_a_comparison_come_from_a_file(llama: str) -> None:
+    """With line breaks as they are: one with slots is the one to learn, one without is the manual one."""
+    Path("learn.txt").write_text("Country: [X]\n[P*2] [Y]\n", encoding="utf-8")
+    Path("manual.txt").write_text("Country: [X]\nCapital: [Y]\n", encoding="utf-8")
+    args = (*compare(llama, "--methods", "manual"), "--dry-run")
+    learned = call(*args, "--template-file", "learn.txt")
+    assert (learned.code, "learned template" in learned.err) == (0, False), learned.err
+    fails(*args, "--template-file", "manual.txt", says=["manual.txt (--template-file) has no slots", "so is --manual"])
+    more = ("--template", "[P] [X] [Y]")
+    fails(*args, *more, "--template-file", "learn.txt", says=["learn.txt (--template-file) has slots", "is --template"])
+    data = ("--data", "train.jsonl", "--test", "test.jsonl", "--backbone", llama, *QUICK)
+    works("compare", *data, "--template-file", "manual.txt", "--methods", "manual,p-tuning", "--out", "a")
+    works("compare", *data, "--template-file", "learn.txt", "--manual", MANUAL, "--methods", "p-tuning", "--out", "b")
+    works(*lama(llama, "--relations", "P36", "--methods", "p-tuning", "--template-file", "learn.txt"))
+    found = [next(iter(saved(out)["task_info"].values())) for out in ("a", "b", "out")]
+    assert [(one["manual"], one["template"]) for one in found] == [
+        ("Country: [X]\nCapital: [Y]", "[P:Country:] [X]\n[P:Capital:] [Y]"),
+        (MANUAL, "Country: [X]\n[P*2] [Y]"),
+        (found[2]["manual"], "Country: [X]\n[P*2] [Y]"),
+    ]
 
 
 def test_report_is_made_again_of_the_json_alone(llama: str) -> None:

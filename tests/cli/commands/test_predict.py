@@ -177,6 +177,23 @@ def test_a_threshold_needs_labels() -> None:
         fails("predict", "manual:[X] is [Y]", "a", "--min-probability", "0.5", *more, says=says)
 
 
+def test_a_learned_prompt_needs_no_labels_and_a_manual_one_does(llama: str) -> None:
+    """``--labels`` of training, given once more, is answered and not refused."""
+    args = ("predict", "moods", TEXTS[0], "--backbone", llama)
+    plain = works(*args)
+    for labels in ("auto", "positive=great,good;negative=terrible;none=25"):
+        done = call(*args, "--labels", labels)
+        assert (done.out, done.code) == (plain, 0)
+        assert "--labels is not needed: the prompt remembers its labels, positive, negative, none" in done.err
+    other = call(*args, "--labels", "good;bad")
+    assert other.out.strip() in ("good", "bad")
+    assert "takes the place of the labels that the prompt learned, positive, negative, none" in other.err
+    manual = ("predict", "manual:{message} It was [Y]", TEXTS[0], "--backbone", llama, "--json")
+    (found,) = lines_of(works(*manual, "--labels", "good;bad"))
+    assert set(found["probabilities"]) == {"good", "bad"}
+    fails(*manual, "--labels", "auto", says=["--labels auto finds the labels in targets", "name them, as in --labels"])
+
+
 def test_texts_that_are_empty_are_said(llama: str) -> None:
     """With their lines, at most a few of them; they are still answered, so that there is an answer for each row."""
     fails("predict", "moods", "", says=["the TEXT is empty, so there is nothing to answer"])

@@ -236,11 +236,23 @@ def test_a_comparison_has_the_labels_and_the_development_part_of_training(llama:
     scored = json.loads(works("eval", "both/cells/mail/p-tuning/seed-0/try-1", "--data", test, "--backbone", llama,
                               "--field", "y=team", "--json"))  # fmt: skip
     assert scored["scores"]["accuracy"]["value"] == pytest.approx(task["p-tuning"]["accuracy"]["value"])
+    assert "slots stand behind" not in out.err  # they stand where --template has them
     alone = call(*args, "--methods", "majority,manual", *more, "alone")
     assert alone.code == 0, alone.err
     (info,) = json.loads(Path("alone/results.json").read_text(encoding="utf-8"))["task_info"].values()
     assert info["data"]["dev"]["sha256"] == trained["data"]["dev"]["sha256"]
     assert "20% of the rest set aside to report on" in info["split"]
+
+
+def test_a_comparison_says_where_the_slots_are(llama: str, mail: tuple[Path, Path]) -> None:
+    """As ``train`` does with the same data; the text is read once, and that is why it is fast."""
+    manual = ("--manual", "{message} This is for [Y]", "--labels", "auto", "--backbone", llama)
+    args = ("--data", mail[0], *manual, "--epochs", "1")
+    told = [call(*command, *args, "--out", command[0]).err.splitlines()
+            for command in (("train",), ("compare", "--methods", "majority", "--dry-run"))]  # fmt: skip
+    for beginning in ("slots stand behind the text: it is read once", "learned template: {message} [P:This is for]"):
+        (first,), (second,) = ([line for line in lines if line.startswith(beginning)] for lines in told)
+        assert first.partition("a record")[0] == second.partition("a record")[0]
 
 
 def test_a_comparison_takes_a_task_file(llama: str) -> None:

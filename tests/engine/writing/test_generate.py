@@ -268,7 +268,7 @@ def ending_of(backbone: Backbone, *stops: str) -> Ending:
     """Return the ending of long answers of several lines."""
     filled = bound(backbone, TEMPLATE)
     filled.multiline = True
-    return Ending(backbone, OpenRow(filled, RECORDS[0], 999), stop_strings=stops)
+    return Ending.of(backbone, OpenRow(filled, RECORDS[0], 999), stop_strings=stops)
 
 
 def test_an_answer_ends_before_a_stop_string(causal: Backbone) -> None:

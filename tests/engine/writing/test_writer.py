@@ -42,7 +42,7 @@ def writer(backbone: Backbone, record: Record, prompt: Prompt, way: dict[str, ob
     bound = prompt.bind(backbone)
     most = settings.max_new_tokens or prompt.target_tokens + 2
     rows = Continuation(backbone, bound.contexts([record], target_tokens=most), prompt.learned(backbone))
-    return Writer(backbone, rows, [Line(Ending(backbone, OpenRow(bound, record, most)), settings)])
+    return Writer(backbone, rows, [Line(Ending.of(backbone, OpenRow(bound, record, most)), settings)])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -24,7 +24,7 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
-from ptuning.cli.templates import notice_line_breaks, template_pair
+from ptuning.cli.templates import notice_line_breaks, template_and_manual, template_pair
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
 from ptuning.names import LOG_FOLDER
@@ -32,7 +32,7 @@ from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellResult, Job
+    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.exports import Format
@@ -64,6 +64,10 @@ VaryOption = Annotated[
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the cells and estimate their time, run nothing.")]
 LimitOption = Annotated[int | None, typer.Option(metavar="N", help="Facts per relation, at most.", min=3)]
+PairFileOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="As --template, with line breaks as they are; without slots as --manual."),
+]
 FactFieldOption = Annotated[
     list[str] | None, typer.Option("--field", metavar="NEW=NAME", help="As sub_label=subject; repeatable.")
 ]
@@ -125,7 +129,7 @@ def _planned(
                     report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
                     should_stop=should_stop,
                     on_cell=on_cell,
-                    on_jobs=show_facts,
+                    on_jobs=show_jobs,
                     on_estimate=show_estimates,
                 ),
             }
@@ -169,6 +173,7 @@ def compare(
     ] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
     template: Annotated[str | None, typer.Option(metavar="T", help="Template to learn; else made of M.")] = None,
+    template_file: PairFileOption = None,
     labels: options.LabelsOption = None,
     merge: options.MergeOption = None,
     strict: options.StrictOption = False,
@@ -184,6 +189,7 @@ def compare(
     --manual "The capital of [X] is [Y]" --out runs/capitals
     """
     file = inputs.task_of(task)
+    template, manual = template_and_manual(template, manual, template_file, both=True)
     pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
@@ -217,6 +223,7 @@ def lama(
     template: Annotated[
         str | None, typer.Option(metavar="T", help="One for all; else made of each manual one.")
     ] = None,
+    template_file: PairFileOption = None,
     limit: LimitOption = None,
     train_size: SizeOption = None,
     targets: Annotated[
@@ -235,6 +242,7 @@ def lama(
     """
     if targets not in ("token", "any"):
         raise ConfigError(f"--targets is token or any, not '{targets}'")
+    template, manual = template_and_manual(template, manual, template_file, both=True)
     from ptuning.experiment.lama import lama as run
 
     return run(
@@ -357,10 +365,13 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
     terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
 
 
-def show_facts(jobs: Sequence[Job]) -> None:
-    """Print how many facts of each relation were kept and why others were dropped; wordings of one have the same, and
-    are listed with the names of their cells.
+def show_jobs(jobs: Sequence[CellJob]) -> None:
+    """Print what a user should know of each task: its notes, how many facts of a relation were kept and why others were
+    dropped. Wordings of one relation have the same facts, and are listed with the names of their cells.
     """
+    for job in jobs:
+        for note in job.notes:
+            terminal.say(note)
     for text in dict.fromkeys(map(_facts_of, jobs)):
         if text:
             terminal.say(text)
@@ -369,7 +380,7 @@ def show_facts(jobs: Sequence[Job]) -> None:
             terminal.say(f"{job.task.name}: {job.task.manual}")
 
 
-def _facts_of(job: Job) -> str:
+def _facts_of(job: CellJob) -> str:
     name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
     if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
         return ""  # of a comparison that drops nothing

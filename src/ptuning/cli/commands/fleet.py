@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -22,11 +23,15 @@ from ptuning.names import LOG_FOLDER
 from ptuning.progress import each
 
 if TYPE_CHECKING:
+    from ptuning.backbone.backbone import Backbone
     from ptuning.files import Json
     from ptuning.training.fleet_file import FleetEntry, FleetFile
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
+
+# A line about the slots of each of dozens of templates would bury all others.
+SHOWN_PLACES = 3
 
 
 @options.takes(backbone=options.backbone_options)
@@ -56,10 +61,7 @@ def fleet(
     prompts = read_prompts(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
     loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
-    # A line about the slots of each of dozens of templates would bury all others.
-    prompts = [
-        placed(prompt, entry.inputs, loaded, quiet=True) for prompt, entry in zip(prompts, asked.entries, strict=True)
-    ]
+    prompts = place_all(prompts, asked.entries, loaded)
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
         from ptuning.training.train_fleet import train_fleet
@@ -108,6 +110,22 @@ def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetProm
         return read[key]
 
     return FleetPrompt(entry.name, **vars(inputs.training_spec(asked, option="", once=once)))
+
+
+def place_all(prompts: Sequence[FleetPrompt], entries: Sequence[FleetEntry], backbone: Backbone) -> list[FleetPrompt]:
+    """Return the prompts with their slots where they pay, and say where that is: once for each template and its data,
+    and for the first few of these.
+    """
+    told: dict[str, list[str]] = {}
+    found = []
+    for prompt, entry in zip(prompts, entries, strict=True):
+        texts: list[str] = []
+        found.append(placed(prompt, entry.inputs, backbone, say=texts.append))
+        for text in texts:
+            told.setdefault(text, []).append(prompt.name)
+    for text, (first, *others) in itertools.islice(told.items(), SHOWN_PLACES):
+        terminal.say(f"{first}{f' and {len(others)} more' * bool(others)}: {text}")
+    return found
 
 
 def show_prompt(name: str, outcome: TrainResult | Exception) -> None:

@@ -13,13 +13,12 @@ import typer
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import (
-    ToAnswer,
     data_to_answer,
     load,
     prompt_of,
     read_candidates,
     task_of,
-    typed_fields,
+    with_labels,
 )
 from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
@@ -29,7 +28,8 @@ from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
-    from ptuning.prompt.predict import Prediction
+    from ptuning.prompt.asked import ToAnswer
+    from ptuning.prompt.prediction import Prediction
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
 
@@ -39,7 +39,7 @@ PREDICTED_ROWS = 64
 SHOWN_WARNINGS = 5
 
 Answer = Callable[["Questions"], "list[Prediction]"]
-Show = Callable[[ToAnswer], None]
+Show = Callable[["ToAnswer"], None]
 
 
 @options.takes(writing=options.writing, backbone=options.limited_backbone_options)
@@ -59,6 +59,7 @@ def predict(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show answers as they are written.")] = False,
     task: options.TaskOption = None,
+    labels: options.OwnLabelsOption = None,
     calibrate: options.CalibrateOption = None,
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
@@ -78,12 +79,11 @@ def predict(
 
     Example: ptuning predict capitals Kenya
     """
-    chosen = prompt_of(prompt, task_of(task), without=without)
-    among = candidates is not None
+    chosen = with_labels(prompt_of(prompt, task_of(task), without=without), labels)
+    among, least = candidates is not None, min_probability
     how = options.scoring_of(
-        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among,
-        min_probability=min_probability,
-    )  # fmt: skip
+        chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=among, min_probability=least
+    )
     changed = ["stream"] * stream or writing.changed
     if changed and (among or chosen.answer_space.is_closed):
         raise ConfigError(f"{changed[0]} is for answers that are written, not for candidates or label words")
@@ -99,13 +99,11 @@ def predict(
         warn(check_fields(loaded.tokenizer, given.questions.records, chosen.template.fields))
 
     def answer(part: Questions) -> list[Prediction]:
-        found = model.predict(
-            part, chosen, listed, top_k=top_k, generation=writing, min_probability=min_probability, **how
-        )
+        found = model.predict(part, chosen, listed, top_k=top_k, generation=writing, min_probability=least, **how)
         # Only a model that fills masks chooses a length.
         return found if loaded.kind in FILLS_MASKS else [replace(one, tokens=None) for one in found]
 
-    show = _shown(answer, out, as_json=as_json, min_probability=min_probability if given is not None else None)
+    show = _shown(answer, out, as_json=as_json, min_probability=least if given is not None else None)
     if stream:
         show = _streamed(lambda record: model.stream(record, chosen, generation=writing))
     show(given) if given is not None else _converse(chosen, show)
@@ -133,6 +131,8 @@ def _given(
 ) -> ToAnswer | None:
     """Read what to answer, and warn of records without a text; None if it will be typed."""
     if text is None and data is None and terminal.is_interactive():
+        from ptuning.prompt.asked import typed_fields
+
         if out is not None:
             raise ConfigError("--out is for answers to --data (a file, or - for the standard input)")
         if not typed_fields(prompt):
@@ -201,6 +201,8 @@ def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: b
 
 def _converse(prompt: Prompt, reply: Show) -> None:
     """Answer what is typed until an empty line or the end of the input. An error ends nothing."""
+    from ptuning.prompt.asked import ToAnswer, typed_fields
+
     fields = typed_fields(prompt)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called again

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.learned import Learned
-from ptuning.engine.passes import run_pass
+from ptuning.engine.passes import Pass, run_pass
 from ptuning.errors import BackboneError
 from ptuning.template.fill import Example
 
@@ -26,7 +26,16 @@ class Continuation:
     """
 
     def __init__(self, backbone: Backbone, examples: Sequence[Example], learned: Learned, *, keep: bool = True) -> None:
-        first = run_pass(backbone, examples, learned, pad_side="left", keep=keep)
+        self._begin(backbone, examples, run_pass(backbone, examples, learned, pad_side="left", keep=keep))
+
+    @classmethod
+    def behind(cls, backbone: Backbone, examples: Sequence[Example], first: Pass) -> Continuation:
+        """Return the rows behind a pass that has read them, with pads on the left."""
+        rows = cls.__new__(cls)
+        rows._begin(backbone, examples, first)
+        return rows
+
+    def _begin(self, backbone: Backbone, examples: Sequence[Example], first: Pass) -> None:
         batch = first.batch
         if first.memory is None and batch.encoder_tokens:
             raise BackboneError(
@@ -34,7 +43,7 @@ class Continuation:
             )
         self._backbone = backbone
         self._memory, self._embeddings, self._positions = first.memory, first.embeddings, batch.positions
-        self._mask = batch.mask[:, batch.encoder_tokens :]  # (B, T)
+        self._mask = first.mask[:, batch.encoder_tokens :]  # (B, T)
         self.logits = first.logits
         self.before = [_decoder_ids(one) for one in examples]
 
@@ -54,6 +63,12 @@ class Continuation:
         self._mask = torch.cat([_padded(one._mask, width) for one in (self, other)])
         self.before = [*self.before, *other.before]
         self.logits = torch.cat([self.logits, other.logits])
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with the rows at these places only."""
+        rows = torch.tensor(places, dtype=torch.int64, device=self.logits.device)
+        self._follow(rows)
+        self.logits = self.logits[rows]
 
     def full(self) -> list[bool]:
         """Return for each row whether the model can read no token more."""

@@ -47,21 +47,40 @@ class Draft:
 
 class Ending:
     """Where the answer to a row ends: at a token that ends the model's texts, at a stop string, at its most tokens and,
-    unless the prompt's targets have several lines, after its first line.
+    unless it may have several lines (``multiline``), after its first line. A text that only goes on (``as_is``) keeps
+    the white space at its ends.
     """
 
-    def __init__(self, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_tokens: int,
+        multiline: bool,
+        stop_strings: Sequence[str] = (),
+        as_is: bool = False,
+    ) -> None:
         self._tokenizer = backbone.tokenizer
-        self._multiline = row.bound.multiline
-        self._max_tokens = row.max_tokens
+        self._multiline = multiline
+        self._max_tokens = max_tokens
+        self._as_is = as_is
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
         # The ends of a text; and the end of a filled gap, for a model that learned to write one.
         self.ids = self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
 
+    @classmethod
+    def of(cls, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> Ending:
+        """Return where the answer of a prompt ends."""
+        return cls(backbone, max_tokens=row.max_tokens, multiline=row.bound.multiline, stop_strings=stop_strings)
+
     def reached(self, ids: Sequence[int]) -> bool:
         """Whether an answer ends with the last of its tokens."""
-        return len(ids) >= self._max_tokens or ids[-1] in self.ids or self._ends_line(ids) or self._stops(ids)
+        return len(ids) >= self._max_tokens or self.is_own(ids)
+
+    def is_own(self, ids: Sequence[int]) -> bool:
+        """Whether the last token of an answer ends it by itself, and not only since there may be no more."""
+        return ids[-1] in self.ids or self._ends_line(ids) or self._stops(ids)
 
     def _ends_line(self, ids: Sequence[int]) -> bool:
         # A line break before the answer does not end it.
@@ -85,6 +104,8 @@ class Ending:
             text = text.rstrip(UNFINISHED)
             begun = (size for one in self._stop_strings for size in range(1, len(one)) if text.endswith(one[:size]))
             text = text[: len(text) - max(begun, default=0)]
+        if self._as_is:
+            return text
         text = text.strip()
         return text if self._multiline else text.split("\n")[0].strip()
 
@@ -92,6 +113,22 @@ class Ending:
         """Return the tokens without one that ended them and that has no text."""
         ends = ids[-1] in self.ids or (self._ends_line(ids) and not self._tokenizer.decode(ids[-1:]).strip())
         return ids[:-1] if ends else ids
+
+
+class Growing:
+    """The text of an answer while it is written, told in pieces that joined are the whole."""
+
+    def __init__(self, ending: Ending) -> None:
+        self._ending = ending
+        self._told = ""
+
+    def piece(self, ids: Sequence[int], *, is_whole: bool) -> str:
+        """Return what is new of the text, as far as more tokens will not change it; all of it if it ``is_whole``."""
+        text = self._ending.text(ids, is_whole=is_whole)
+        if not text.startswith(self._told) or (len(text) <= len(self._told) and not is_whole):
+            return ""
+        new, self._told = text[len(self._told) :], text
+        return new
 
 
 def alike(rows: Sequence[OpenRow]) -> Iterator[tuple[tuple[BoundTemplate, int], list[int]]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings, derived_seed
@@ -13,7 +14,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
 from ptuning.engine.writing.beams import beam_search
 from ptuning.engine.writing.continuation import Continuation
-from ptuning.engine.writing.ending import Draft, Ending, OpenRow, Written, alike, different
+from ptuning.engine.writing.ending import Draft, Ending, Growing, OpenRow, Written, alike, different
 from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError
@@ -40,7 +41,7 @@ def write_answers(
     if backbone.kind in FILLS_MASKS:
         _check_unused(settings)
         return fill_masks(backbone, rows, learned, top_k=top_k, pad_side=pad_side)
-    examples = _contexts(rows)
+    examples = contexts(rows)
 
     def write(how: GenerationSettings) -> list[list[Written]]:
         return _write(backbone, rows, examples, learned, settings=how)
@@ -61,20 +62,14 @@ def write_answers(
 
 def stream_answer(backbone: Backbone, row: OpenRow, learned: Learned, *, settings: GenerationSettings) -> Iterator[str]:
     """Write the answer to one row as :func:`write_answers` does with one beam, and yield it piece by piece."""
-    ending = Ending(backbone, row, stop_strings=settings.stop_strings)
-    examples = _contexts([row])
-    ((turns, _),) = _together(backbone, examples, [row.max_tokens])
-    rows = Continuation(backbone, examples, learned, keep=not turns)
-    sent, draft = "", Draft()
-    writer = Writer(backbone, rows, [Line(ending, settings)])
-    for (line,) in writer.steps():
-        draft = line.draft
-        text = ending.text(draft.ids, is_whole=False)
-        if len(text) > len(sent) and text.startswith(sent):
-            yield text[len(sent) :]
-            sent = text
-    if rest := ending.text(draft.ids).removeprefix(sent):
-        yield rest
+    ending = Ending.of(backbone, row, stop_strings=settings.stop_strings)
+    examples = contexts([row])
+    company = Company.of(backbone, examples[0], row.max_tokens)
+    rows = Continuation(backbone, examples, learned, keep=not company.turns)
+    text = Growing(ending)
+    for (line,) in Writer(backbone, rows, [Line(ending, settings)]).steps():
+        if piece := text.piece(line.draft.ids, is_whole=line.ended):
+            yield piece
 
 
 def _write(
@@ -86,7 +81,7 @@ def _write(
     settings: GenerationSettings,
 ) -> list[list[Written]]:
     """Return for each row the different answers of its beams, best first; with one beam only one."""
-    endings = [Ending(backbone, row, stop_strings=settings.stop_strings) for row in asked]
+    endings = [Ending.of(backbone, row, stop_strings=settings.stop_strings) for row in asked]
     found: list[list[Written]] = [[]] * len(examples)
     width = min(settings.num_beams, backbone.vocabulary)
 
@@ -100,17 +95,22 @@ def _write(
             pass
         return [[line.draft] for line in lines]
 
-    for turns, same in _together(backbone, examples, [row.max_tokens for row in asked]):
+    groups: dict[Company, list[int]] = {}
+    for index, (row, example) in enumerate(zip(asked, examples, strict=True)):
+        groups.setdefault(Company.of(backbone, example, row.max_tokens), []).append(index)
+    for company, same in groups.items():
         for part in batches([[examples[index]] * width for index in same]):
             chosen = [same[place] for place in part]
 
-            def write_some(places: Sequence[int], own: list[int] = chosen, keep: bool = not turns) -> list[list[Draft]]:
+            def write_some(
+                places: Sequence[int], own: list[int] = chosen, keep: bool = not company.turns
+            ) -> list[list[Draft]]:
                 return write([own[place] for place in places], keep=keep)
 
             lengths = [width * len(examples[index].token_ids) for index in chosen]
             drafts = itertools.chain.from_iterable(in_parts(write_some, lengths, backbone=backbone))
-            for index, row in zip(chosen, drafts, strict=True):
-                found[index] = different(map(endings[index].written, row))
+            for index, own_drafts in zip(chosen, drafts, strict=True):
+                found[index] = different(map(endings[index].written, own_drafts))
     return found
 
 
@@ -120,24 +120,28 @@ def _check_unused(settings: GenerationSettings) -> None:
         raise ConfigError(f"{' and '.join(unused)}: for models that write; this one fills masks, all at once")
 
 
-def _together(
-    backbone: Backbone, examples: Sequence[Example], max_tokens: Sequence[int]
-) -> Iterable[tuple[bool, list[int]]]:
-    """Group examples that can be continued in one batch: all, or without pads on the left those of one length.
+class Company(NamedTuple):
+    """Which rows can be continued in one batch: those with equal ones.
 
-    Rows on the two sides of a length at which positions change are apart (:meth:`Backbone.side`). A row that may cross
-    it while it is written (``True``) is with those of its own length, and reads everything anew for each token.
+    All can, or without pads on the left those of one length. Rows on the two sides of a length at which positions
+    change are apart (:meth:`Backbone.side`). A row that may cross it while it is written (``turns``) is with those of
+    its own length, and reads everything anew for each token.
     """
-    groups: dict[tuple[bool, bool, int], list[int]] = {}
-    for index, (example, more) in enumerate(zip(examples, max_tokens, strict=True)):
+
+    turns: bool
+    is_long: bool
+    length: int
+
+    @classmethod
+    def of(cls, backbone: Backbone, example: Example, max_tokens: int) -> Company:
+        """Return the company of a row whose answer has up to ``max_tokens``."""
         own = len(example.token_ids) - example.encoder_tokens
         is_long = backbone.side(own)
-        turns = backbone.side(own + more - 1) != is_long
-        groups.setdefault((turns, is_long, own if turns or not backbone.pads_left else 0), []).append(index)
-    return [(turns, same) for (turns, _, _), same in groups.items()]
+        turns = backbone.side(own + max_tokens - 1) != is_long
+        return cls(turns, is_long, own if turns or not backbone.pads_left else 0)
 
 
-def _contexts(rows: Sequence[OpenRow]) -> list[Example]:
+def contexts(rows: Sequence[OpenRow]) -> list[Example]:
     """Fill the templates with room for the answers; a record that may not be truncated gets as much room as is left."""
     found: dict[int, Example] = {}
     for (bound, room), indices in alike(rows):

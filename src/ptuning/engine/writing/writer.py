@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,12 +42,25 @@ class NextToken:
 
 @dataclass(eq=False)
 class Line:
-    """An answer that is being written: where it ends, how its tokens are chosen, and what there is of it."""
+    """An answer that is being written: where it ends, how its tokens are chosen, and what there is of it.
+    With ``alternatives`` it notes for each token its log-probability, and so many of the likeliest tokens there.
+    """
 
     ending: Ending
     settings: GenerationSettings
     draft: Draft = field(default_factory=Draft)
     ended: bool = False
+    alternatives: int | None = None
+    log_probs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def grow(self, token: int, log_probs: Tensor, value: float) -> None:
+        """Write a token of this log-probability, out of those of all tokens, (V,)."""
+        self.draft = self.draft.grown(token, value)
+        if self.alternatives is not None:
+            self.log_probs.append(value)
+            best = log_probs.topk(min(self.alternatives, len(log_probs)))
+            self.likeliest.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 class Writer:
@@ -72,9 +85,11 @@ class Writer:
         """Write one token of each line, and return the lines. Those that have ended leave."""
         lengthened, rows = self.lines, self._rows
         tokens = self._choose()
-        values = torch.log_softmax(rows.logits, dim=-1).gather(1, tokens[:, None])[:, 0]  # (B,)
-        for line, token, value, full in zip(lengthened, tokens.tolist(), values.tolist(), rows.full(), strict=True):
-            line.draft = line.draft.grown(token, value)
+        log_probs = torch.log_softmax(rows.logits, dim=-1)  # (B, V)
+        values = log_probs.gather(1, tokens[:, None])[:, 0].tolist()
+        table = zip(lengthened, tokens.tolist(), log_probs, values, rows.full(), strict=True)
+        for line, token, of_all, value, full in table:
+            line.grow(token, of_all, value)
             line.ended = full or line.ending.reached(line.draft.ids)
         self._keep([place for place, line in enumerate(lengthened) if not line.ended], tokens)
         return lengthened
@@ -88,6 +103,13 @@ class Writer:
         self._rows.join(other._rows)
         self.lines += other.lines
         self._draws |= other._draws
+
+    def drop(self, lines: Collection[Line]) -> None:
+        """Write some lines no further."""
+        places = [place for place, line in enumerate(self.lines) if line not in lines]
+        if len(places) < len(self.lines):
+            self.lines = [self.lines[place] for place in places]
+            self._rows.keep(places)
 
     def _keep(self, places: list[int], tokens: Tensor) -> None:
         """Go on behind the chosen tokens, (B,), with the rows at these places."""

@@ -1,0 +1,79 @@
+"""What a prompt is asked: questions made of the rows of a file or a request, or of texts that somebody typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ptuning.data.questions import Question, Questions, as_questions
+from ptuning.data.reading import RawRows, Row, as_read, with_fields
+from ptuning.errors import RecordError
+from ptuning.records import Records, check_text, require_fields
+
+if TYPE_CHECKING:
+    from ptuning.prompt.prompt import Prompt  # torch, which --help must not wait for
+
+
+@dataclass(frozen=True)
+class ToAnswer:
+    """What is to be answered: questions, for each the row of the file that it was made of (with file and line), and all
+    rows of the file, which know their columns.
+    """
+
+    questions: Questions
+    rows: Sequence[Row]
+    raw: RawRows
+
+    @classmethod
+    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str) -> ToAnswer:
+        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file."""
+        for text in texts.values():
+            check_text(text, where=where, what="it")
+        record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
+        asked, row = Questions([Question(record)], name=where), (where, texts)
+        return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
+
+    @classmethod
+    def of(cls, prompt: Prompt, rows: RawRows, *, fields: Mapping[str, str] | None = None) -> ToAnswer:
+        """Take rows, read by the prompt's task where it has one, which may find several questions in a row; else with
+        ``fields`` renamed (new name -> name in the file). A RecordError if one does not fit.
+        """
+        task = prompt.task
+        if task is None:
+            records = remembered(as_read(rows, fields=fields), prompt)
+            require_fields(records, prompt.template.fields)
+            return cls(as_questions(records), rows, rows)
+        if rows.format != "text":
+            found = [(one, row) for row in rows for one in task.reader.read([row], labelled=False)]
+            asked = Questions([one for one, _ in found], name=rows.name, digest=rows.sha256)
+            return cls(asked, [row for _, row in found], rows)
+        names = typed_fields(prompt)
+        if len(names) > 1:
+            raise RecordError(f"{rows.name} holds lines of text, and rows of the task have {', '.join(names)}")
+        typed = [task.typed({names[0]: str(text)}, where=where) for where, row in rows for text in row.values()]
+        questions = [Question(record, where=where) for record, (where, _) in zip(typed, rows, strict=True)]
+        return cls(Questions(questions, name=rows.name, digest=rows.sha256), rows, rows)
+
+    def empty_fields(self, fields: Sequence[str]) -> list[tuple[str, str]]:
+        """Return (file and line, field) of each field of a template that has no text in a record."""
+        asked = zip(self.questions, self.rows, strict=True)
+        return [(where, name) for one, (where, _) in asked for name in fields if not one.record[name].strip()]
+
+
+def typed_fields(prompt: Prompt) -> Sequence[str]:
+    """Return the fields of a record that a user types; a RecordError if rows of the task have more than fields."""
+    if prompt.task is None:
+        return prompt.template.fields
+    if prompt.answer_space.has_choices:
+        raise RecordError(
+            f"a TEXT is not enough for the task {prompt.task.name}, whose rows have choices of their own; use --data "
+            "with JSONL or CSV"
+        )
+    return prompt.task.fields
+
+
+def remembered(records: Records, prompt: Prompt | None) -> Records:
+    """Return records with the names of fields that a prompt remembers, but for those that were read by other names."""
+    own = prompt.fields if prompt is not None else {}
+    return with_fields(records, {new: old for new, old in own.items() if new not in records.fields})

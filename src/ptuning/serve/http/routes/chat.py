@@ -1,0 +1,101 @@
+"""``POST /v1/chat/completions``: the last user message is the value of a prompt's one open field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ptuning.data.questions import Question
+from ptuning.serve.engine.job import Outcome, Token
+from ptuning.serve.http.errors import JsonResponse, refused
+from ptuning.serve.http.questions import fields_questions, typed_question
+from ptuning.serve.http.replies import answered
+from ptuning.serve.http.routes.completions import checked, frame, opened, rows_of
+from ptuning.serve.http.schemas import ChatRequest, Message
+from ptuning.serve.http.service import ServedPrompt
+from ptuning.serve.http.shapes import Shape, Told, chat_log_probs, text_of, tokens_of
+from ptuning.serve.http.streams import streamed
+
+router = APIRouter()
+
+
+@dataclass
+class Turns(Told):
+    """Answers as ``/v1/chat/completions`` tells them."""
+
+    kind = "chat.completion"
+    stream_kind = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def choice(self, outcome: Outcome) -> Shape:
+        """Return the content of a choice."""
+        message = {"role": "assistant", "content": text_of(outcome), "refusal": None}
+        return {"message": message, "logprobs": self._told(tokens_of(outcome))}
+
+    def begun(self) -> Shape:
+        """Return the content of a choice before its first piece: who speaks."""
+        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+
+    def grown(self, text: str, tokens: Sequence[Token], *, offset: int) -> Shape:  # noqa: ARG002
+        """Return the content of a choice that has grown by a text."""
+        return {"delta": {"content": text}, "logprobs": self._told(tokens)}
+
+    def ended(self) -> Shape:
+        """Return the content of the last chunk of a choice."""
+        return {"delta": {}, "logprobs": None}
+
+    def _told(self, tokens: Sequence[Token]) -> Shape | None:
+        return None if self.log_probs is None else chat_log_probs(tokens, self.log_probs)
+
+
+@router.post("/v1/chat/completions")
+async def chat(asked: ChatRequest, request: Request) -> Response:
+    """Answer the last user message, ``n`` times."""
+    service, served = opened(asked, request, param="messages" if asked.fields is None else "fields")
+    if served is None:
+        raise refused("model", "the base model has no form of a chat here; ask it at /v1/completions", "unsupported")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise refused("top_logprobs", "top_logprobs goes with logprobs: true")
+    if asked.most_tokens == 0:
+        raise refused(asked.most_name, f"{asked.most_name} is 0; it must be 1 or more")
+    (question,) = _questions(asked, served)
+    told_tokens = asked.top_logprobs or 0 if asked.logprobs else None
+    told = Turns(asked.model, service.fingerprint(served), **frame(asked), log_probs=told_tokens)
+    rows = rows_of(asked, service, served, [question], alternatives=told_tokens)
+    if asked.stream:
+        return await streamed(request, rows, told)
+    return JsonResponse(told.whole(checked(await answered(request, rows))))
+
+
+def _questions(asked: ChatRequest, served: ServedPrompt) -> list[Question]:
+    if asked.fields is not None:
+        if asked.messages:
+            raise refused("messages", "the request has messages and fields; with fields, send an empty list")
+        found = fields_questions(served.prompt, asked.fields)
+        if len(found) != 1:
+            raise refused("fields", f"a chat has one answer, and fields are {len(found)} rows; ask /v1/completions")
+        return found
+    if not asked.messages:
+        raise refused("messages", "there is no message; send one of the user")
+    for at, message in enumerate(asked.messages):
+        if message.role != "user" or at > 0:
+            where = f"messages[{at}]" if message.role != "user" else "messages"
+            raise refused(
+                where,
+                "the prompt's template is the whole input, so it takes one message of the user and no other turns "
+                f"(the request has {', '.join(one.role[:20] for one in asked.messages[:8])})",
+                "unsupported",
+            )
+    return [typed_question(served.prompt, _text(asked.messages[0]), param="messages[0].content")]
+
+
+def _text(message: Message) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    for at, part in enumerate(message.content):
+        if part.type != "text" or part.text is None:
+            raise refused(f"messages[0].content[{at}]", "only parts of the type text can be read", "unsupported")
+    return "".join(part.text or "" for part in message.content)

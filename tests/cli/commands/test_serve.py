@@ -1,0 +1,91 @@
+"""`ptuning serve`: what it refuses before anything is loaded, and one real service from its line to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning import PromptModel, load_backbone
+from ptuning.cli.commands import serve
+from tests.cli.test_app import environment, fails
+from tests.conftest import learned
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ((), "give --prompts DIR"),
+        (("capitals",), "NAME=FOLDER"),
+        (("--prompts", "nowhere"), "no such folder of prompts: nowhere"),
+        (("--prompts", ".", "--host", "0.0.0.0"), "--host 0.0.0.0 lets others in, and there are no keys"),
+        (("--prompts", ".", "--host", "no such host"), "--host"),
+        (("--prompts", ".", "--api-key-file", "nowhere"), "nowhere"),
+        (("--prompts", ".", "--api-key-file", "empty"), "holds no key"),
+        (("--prompts", ".", "--port", "70000"), "'--port'"),
+        (("--prompts", ".", "--cache-memory", "2"), "'--cache-memory'"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_loaded(args: tuple[str, ...], told: str) -> None:
+    Path("empty").touch()
+    fails("serve", *args, says=[told])
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "EXTRA", ("fastapi", "not_installed"))
+    fails("serve", "--prompts", ".", says=["serving needs not_installed; ", "pip install 'ptuning[serve]'"])
+
+
+def ask(address: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None) -> Any:
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(address + path, data, headers), timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="ends by a signal of POSIX")
+def test_a_service_from_its_line_to_its_end(llama: str) -> None:
+    backbone = load_backbone(llama, dtype="float32", device="cpu")
+    prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
+    prompt.save("prompts/team/capitals")
+    learned(backbone, "{x} [P*3] [Y]").save("elsewhere")
+    Path("prompts/broken").mkdir()
+    Path("prompts/broken/prompt.json").write_text("{", encoding="utf-8")
+    Path("keys").write_text("# ours\nsk-123\n", encoding="utf-8")
+    args = ["--prompts", "prompts", "other=elsewhere", "--port", "0", "--api-key-file", "keys", "--dtype", "float32"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptuning", "serve", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.match(r"(http://127\.0\.0\.1:\d+) serves 2 prompts on llama; .*Ctrl-C ends it$", line.strip())
+        assert found, f"{line}{process.stderr.read() if process.stderr and not line else ''}"
+        address = found[1]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(address, "/v1/models")
+        assert [one["id"] for one in ask(address, "/v1/models", key="sk-123")["data"]] == [
+            "llama", "other", "team/capitals"
+        ]  # fmt: skip
+        answer = ask(address, "/v1/predict", {"model": "team/capitals", "records": ["Kenya"]}, key="sk-123")
+        (wanted,) = PromptModel(backbone).predict([{"x": "Kenya"}], prompt)
+        assert answer["predictions"][0]["prediction"] == wanted.text
+        process.send_signal(signal.SIGTERM)
+        rest, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, told
+    assert rest == ""
+    assert "'broken' is left out" in told
+    assert "sk-123" not in line + told

