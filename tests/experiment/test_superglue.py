@@ -420,7 +420,7 @@ def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
     folder = tmp_path / f"cut/cells/COPA/{method}/seed-0"
     with forked(PROGRAM, *arguments("cut")[1:], folder=tmp_path / "said") as process:
         # A classification head has no checkpoints; its cell begins anew.
-        process.wait_until(lambda: has_checkpoint(folder) if method == "p-tuning" else folder.is_dir())
+        process.wait_until(lambda: has_checkpoint(tmp_path / "cut") if method == "p-tuning" else folder.is_dir())
         process.kill()
     assert not (folder / "run.json").exists()
     for out in ("cut", "whole"):
