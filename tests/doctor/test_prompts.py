@@ -83,6 +83,7 @@ def test_what_is_no_prompt_is_a_finding_and_a_manual_prompt_has_no_files(tmp_pat
         (read,) = read_prompts([source])
         assert (read.prompt, read.checks[0].status) == (None, "failed"), source
         assert "not a prompt folder" in read.checks[0].found
+        assert read.checks[0].remedy.startswith("name the folder of a prompt")
     with pytest.raises(ConfigError, match="has no files"):
         read_prompts(["manual:[X] is [Y]"])
 

@@ -9,6 +9,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.task_files import load_task
+from ptuning.doctor import remote
 from ptuning.doctor.checks import Check
 from ptuning.doctor.prompts import ReadPrompt
 from ptuning.doctor.remote import Remote
@@ -91,6 +92,18 @@ def test_an_error_of_the_server_is_told(stand_in: StandIn, causal: Backbone, pro
     stand_in.pages["POST /v1/predict"] = (500, {"error": {"message": "the engine has ended"}})
     found = looked_at(stand_in, causal, {"facts": prompts["facts"]})["answer of facts"]
     assert (found.status, found.found) == ("failed", "status 500: the engine has ended")
+
+
+def test_a_server_that_went_away_is_not_asked_again(
+    stand_in: StandIn, causal: Backbone, prompts: dict[str, Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request that ends by its clock would take minutes, and there may be a thousand prompts."""
+    monkeypatch.setattr(remote, "LONG_SECONDS", 0.3)
+    serves(stand_in, causal, prompts)
+    stand_in.slow = "/v1/predict"
+    found = looked_at(stand_in, causal, prompts)
+    assert list(found)[-1] == "answer of facts"
+    assert found["answer of facts"].found == "no whole answer in 0.3 s"
 
 
 def test_a_prompt_that_is_not_served_is_a_warning(

@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ import pyarrow.parquet
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
@@ -32,6 +34,9 @@ from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
+from ptuning.doctor.prompts import ReadPrompt, read_prompts
+from ptuning.doctor.remote import Remote, RemoteAnswer
+from ptuning.doctor.server import check_server
 from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.files import parse_toml, sha256, write_bytes
@@ -42,6 +47,9 @@ from ptuning.records import require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
+from ptuning.serve.engine.engine import Engine
+from ptuning.serve.http.app import create_app
+from ptuning.serve.http.service import Settings
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -60,6 +68,7 @@ from tests.fuzz.strange import (
     values,
 )
 from tests.report.conftest import a_paraphrases, a_results, write_cells
+from tests.serve.http.conftest import Shelf, prompts_of
 
 T = TypeVar("T")
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -332,6 +341,8 @@ def prompt_folders(draw: Draw) -> None:
         for name, data in files.items():
             (path / name).write_bytes(data)
         prompt = tried(Prompt.load, path)
+        (read,) = read_prompts([str(path)])
+        assert (read.prompt is None) == (prompt is None)
         if prompt is not None:
             prompt.save(path / "again")
             Prompt.load(path / "again")
@@ -461,10 +472,104 @@ def odd_texts(draw: Draw) -> None:
     tried(model(family).predict, [record], prompt, candidates, **tokens)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Stands for a server: an answer for each page."""
+
+    answers: Mapping[str, RemoteAnswer]
+
+    def get(self, path: str) -> RemoteAnswer:
+        """Answer with what was drawn."""
+        return self.answers[path]
+
+    def post(self, path: str, _: object) -> RemoteAnswer:
+        """Answer with what was drawn."""
+        return self.answers[path]
+
+
+def servers(draw: Draw) -> None:
+    """The URL of a server, and what it answers to the doctor: each page changed, or something else."""
+    tried(Remote.of, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
+    prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
+    row = {"prediction": "a", "probabilities": {"a": 0.5, "b": 0.5}, "candidates": [{"text": "a", "log_prob": -0.7}]}
+    owner = draw(st.sampled_from(("ptuning", "vllm")))
+    right: dict[str, Any] = {
+        "/health": {"status": "ok"},
+        "/ready": {"status": "serving"},
+        "/version": {"version": "0.1.0"},
+        "/v1/models": {"data": [{"id": "one", "owned_by": owner}]},
+        "/v1/predict": {"predictions": [row]},
+        "/v1/completions": {"error": {"message": "no"}},
+        "/v1/load_lora_adapter": {"detail": "Not Found"},
+    }
+    status = st.sampled_from((200, 200, 200, 302, 401, 404, 405, 503))
+    changed = draw(st.sampled_from(sorted(right)))
+    pages = {
+        path: RemoteAnswer(draw(status), as_python(draw(changed_json(value))), seconds=0.1)
+        if path == changed
+        else RemoteAnswer(200, value, seconds=0.1)
+        for path, value in right.items()
+    }
+    drawn: Any = Drawn(pages)
+    for check in check_server(drawn, [ReadPrompt("one", "one", [], prompt)], tiny("llama")):
+        assert check.found
+        assert bool(check.remedy) == (check.status != "ok")
+
+
+@functools.cache
+def service() -> TestClient:
+    """A service on a tiny model, asked in process."""
+    prompts = prompts_of(tiny("gpt2"))
+    engine = Engine(model("gpt2"))
+    engine.start()
+    return TestClient(create_app(engine, Shelf.of(prompts), Settings(admin_keys=None)))
+
+
+# What a route takes; the values are right for one prompt or another.
+COPA = {"premise": "a", "choice1": "b", "choice2": "c", "question": "d"}
+MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+BODIES: tuple[tuple[str, Any], ...] = (
+    ("/v1/predict", {"model": ["mood", "write"], "records": ["a", {"x": "b"}], "top_k": 2, "min_probability": None,
+                     "normalise": "mean", "calibrate": False, "count_stop": False, "candidates": None,
+                     "generation": {"max_new_tokens": 2, "stop_strings": ["a"], "temperature": 0.5, "do_sample": True,
+                                    "num_beams": 1}}),
+    ("/v1/predict", {"model": "write", "records": [{"x": "b"}], "candidates": ["yes", "no"], "top_k": 2}),
+    ("/v1/predict", {"model": "choose", "records": [COPA]}),
+    ("/v1/completions", {"model": "write", "prompt": ["a", "b"], "max_tokens": 2, "temperature": 0.5, "top_p": 0.9,
+                         "n": 2, "seed": 1, "stop": ["a"], "stream": True, "stream_options": {"include_usage": True},
+                         "logprobs": 2, "user": "me", "logit_bias": {}, "best_of": 1}),
+    ("/v1/completions", {"model": "tiny", "prompt": [[5, 6], [7, 8]], "max_tokens": 1, "echo": True, "logprobs": 1}),
+    ("/v1/completions", {"model": "pair", "fields": {"x": "a", "z": "b"}, "logprobs": 1}),
+    ("/v1/chat/completions", {"model": "write", "messages": [MESSAGE], "max_completion_tokens": 2, "logprobs": True,
+                              "top_logprobs": 2, "tools": []}),
+    ("/v1/classify", {"model": "mood", "input": ["a", {"x": "b"}]}),
+    ("/tokenize", {"model": "tiny", "prompt": "a", "add_special_tokens": True, "return_token_strs": True}),
+    ("/detokenize", {"tokens": [5, 6]}),
+)  # fmt: skip
+
+
+def requests(draw: Draw) -> None:
+    """The body of a request, changed in a few values or bytes: answered, or refused in the one shape of errors."""
+    path, body = draw(st.sampled_from(BODIES))
+    text = as_json(draw(changed_json(body)))
+    data = text.encode() if draw(st.integers(0, 3)) else draw(changed_bytes(json.dumps(body).encode()))
+    found = service().post(path, content=data, headers={"content-type": "application/json"})
+    if found.headers["content-type"].startswith("text/event-stream"):
+        assert found.text.endswith("data: [DONE]\n\n")
+        assert '"internal_error"' not in found.text, found.text
+        return
+    assert found.status_code in (200, 400, 404), (found.status_code, found.text, data[:500])
+    if found.status_code != 200:
+        error = found.json()["error"]
+        assert error["message"].strip()
+        assert set(error) == {"message", "type", "code", "param"}
+    assert '"internal_error"' not in found.text, (found.text, data[:500])
+
+
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
         templates, labels, labelled_rows, data_files, parquet_files, inputs_to_answer, task_rows, task_files,
-        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts,
+        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests, servers,
     )
 }  # fmt: skip

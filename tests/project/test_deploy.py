@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import typer.main
 import yaml
+from starlette.testclient import TestClient
 
+from ptuning.backbone.backbone import Backbone
 from ptuning.cli import app
 from ptuning.serve.http.watch import Monitor
 from ptuning.serve.registry import Registry
 from tests.cli.test_app import commands_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, learned
 
 DEPLOY = ROOT / "deploy"
 ADMIN_ROUTES = [
@@ -212,6 +217,35 @@ def test_the_page_names_metrics_that_there_are(metrics: set[str]) -> None:
     shown = ours - {f"{name}{end}" for name in histograms for end in ("_bucket", "_sum", "_count")}
     assert shown - named - {"ptuning_build_info"} == set()
     assert histograms <= named
+
+
+def test_a_replica_on_ray_serve(tmp_path: Path, causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example runs with as much of Ray as it uses: what Ray would build in each replica answers."""
+    learned(causal, "[P*2] {x} [Y]").save(tmp_path / "prompts" / "mine")
+    (tmp_path / "keys").write_text("secret\n", encoding="utf-8")
+    monkeypatch.setenv("PTUNING_PROMPTS", str(tmp_path / "prompts"))
+    monkeypatch.setenv("PTUNING_API_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("PTUNING_BACKBONE", causal.name)
+    asked: dict[str, Any] = {}
+
+    def deployment(**named: Any) -> Any:
+        asked.update(named)
+        return lambda build: SimpleNamespace(bind=lambda: build)
+
+    serve: Any = ModuleType("ray.serve")
+    ray: Any = ModuleType("ray")
+    ray.serve, serve.ingress, serve.deployment = serve, lambda build: lambda: build, deployment
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    example = runpy.run_path(str(DEPLOY / "ray_serve.py"))
+    assert example["app"] is example["build"]
+    assert asked == {"num_replicas": 2, "max_ongoing_requests": 256}  # no more than fit into the queue
+    app = example["build"]()
+    try:
+        client = TestClient(app, headers={"authorization": "Bearer secret"})
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]][1:] == ["mine"]
+        assert client.post("/v1/completions", json={"model": "mine", "prompt": "a"}).status_code == 200
+    finally:
+        app.state.service.engine.stop()
 
 
 def test_no_file_names_a_host_of_a_registry() -> None:

@@ -68,13 +68,27 @@ def asks_the_name(node: ast.AST) -> bool:
     )
 
 
+def reads_pickles(node: ast.AST) -> bool:
+    """What comes from outside is JSON, TOML or safetensors: a pickle runs what a stranger wrote into it."""
+    banned = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "torch.serialization"):
+        return True
+    return any(name.split(".")[0] in banned or name in ("torch.load", "torch.save") for name in imported(node))
+
+
 RULES: list[tuple[Finder, list[str]]] = [
+    (
+        reads_pickles,
+        ["import pickle", "from pickle import loads", "torch.load('x')", "from torch import load", "import dill as d"],
+    ),
     (imports_private, ["from transformers.utils._internal import x", "from transformers import _LazyModule"]),
     (
         asks_the_name,
         ["if 'gpt' in config.model_type: pass", "model_type == 'bert'", "config.model_type.lower().startswith('opt')"],
     ),
 ]
+# vLLM takes embeddings in no other format; this is written, and never read.
+WRITTEN = ("ptuning/serve/vllm/remote.py", "torch.save")
 by_rule = pytest.mark.parametrize(("rule", "breaches"), RULES, ids=[rule.__name__ for rule, _ in RULES])
 
 
@@ -84,7 +98,7 @@ def test_no_source_file_breaks_a_rule(rule: Finder, breaches: list[str]) -> None
         f"{path.name}:{getattr(node, 'lineno', 0)}"
         for path in FILES
         for node in nodes(path.read_text(encoding="utf-8"))
-        if rule(node)
+        if rule(node) and (path.relative_to(SOURCE).as_posix(), ast.unparse(node)) != WRITTEN
     ]
     assert not found, f"{rule.__doc__} Found at {', '.join(found)}"
 

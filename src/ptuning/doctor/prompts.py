@@ -26,6 +26,7 @@ from ptuning.template.fill import BoundTemplate
 # The norm of a slot beside the mean norm of a token. 28 prompts that were trained on the default backbone have 0.6 to
 # 1.2; virtual tokens of PEFT with a high learning rate have several times as much.
 SMALLEST_NORM, LARGEST_NORM = 0.1, 10.0
+NAME_A_PROMPT = "name the folder of a prompt, of its training run, or of many prompts"
 COPY_AGAIN = "copy the whole folder again, or train the prompt again"
 
 
@@ -75,7 +76,8 @@ def _read(name: str, place: str) -> ReadPrompt:
     try:
         stored = read_prompt(find_prompt(place, LoadOptions()))
     except PTuningError as error:
-        return ReadPrompt(name, place, [group.failed("files", error, COPY_AGAIN)])
+        remedy = COPY_AGAIN if has_prompt(Path(place)) else NAME_A_PROMPT
+        return ReadPrompt(name, place, [group.failed("files", error, remedy)])
     checks = [group.ok("files", _files(stored, place))]
     vectors = stored.vectors
     if vectors is not None and vectors.dtype == torch.float32:  # another type is a fault that the prompt itself finds

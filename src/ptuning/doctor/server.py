@@ -25,6 +25,7 @@ TOLERANCE = 1e-3
 TIMED_REQUESTS = 5
 SHOWN_NAMES = 8
 COMPARED_ANSWERS = 5
+READ_LOG = "look into the server's log"
 GIVE_KEY = "give the key that the server was started with: --api-key-file FILE"
 
 
@@ -65,9 +66,11 @@ def check_server(remote: Remote, prompts: Sequence[ReadPrompt], backbone: Backbo
         if isinstance(asking, str):
             yield SERVER.ok(_named(one), f"not compared: {asking}")
             continue
-        check = _compared(remote, one, backbone, asking)
+        check, is_there = _compared(remote, one, backbone, asking)
         asked = asking.request if asked is None and check.status == "ok" else asked
         yield check
+        if not is_there:  # nor will it answer the others, and each takes its time
+            return
     yield _latency(remote, asked)
 
 
@@ -91,7 +94,7 @@ def _ready(ready: RemoteAnswer) -> Iterator[Check]:
     elif ready.status == 503:
         yield SERVER.failed("ready", ready.told, "it is loading or ending: try again in a minute")
     elif ready.status != 404:  # vLLM has no such page
-        yield SERVER.failed("ready", ready.told, "look into the server's log")
+        yield SERVER.failed("ready", ready.told, READ_LOG)
 
 
 def _version(version: RemoteAnswer) -> Iterator[Check]:
@@ -100,7 +103,7 @@ def _version(version: RemoteAnswer) -> Iterator[Check]:
     if version.is_ok:
         yield SERVER.ok("version", ", ".join(texts) or "not told")
     elif version.status != 404:
-        yield SERVER.failed("version", version.told, "look into the server's log")
+        yield SERVER.failed("version", version.told, READ_LOG)
 
 
 def _served(listed: RemoteAnswer) -> Listed | None:
@@ -146,23 +149,25 @@ def _asking(name: str, prompt: Prompt) -> Asking | str:
     return Asking(asked.questions, most, {"model": name, "records": [record], "top_k": most})
 
 
-def _compared(remote: Remote, one: ReadPrompt, backbone: Backbone, asking: Asking) -> Check:
+def _compared(remote: Remote, one: ReadPrompt, backbone: Backbone, asking: Asking) -> tuple[Check, bool]:
+    """Return the check of a prompt's answer, and whether the server has answered at all."""
     assert one.prompt is not None
-    name, request = _named(one), asking.request
+    name = _named(one)
     try:
         ours = PromptModel(backbone).predict(asking.questions, one.prompt, top_k=asking.top_k)[0]
     except PTuningError as error:
-        return SERVER.failed(name, f"not answered in process: {error}", "see the checks of the prompt")
-    answer = remote.post("/v1/predict", request)
+        return SERVER.failed(name, f"not answered in process: {error}", "see the checks of the prompt"), True
+    answer = remote.post("/v1/predict", asking.request)
     if not answer.is_ok:
-        return SERVER.failed(name, answer.told, GIVE_KEY if answer.status in (401, 403) else "see the server's log")
+        remedy = GIVE_KEY if answer.status in (401, 403) else READ_LOG
+        return SERVER.failed(name, answer.told, remedy), answer.status != 0
     try:
         found = Unchecked(answer.value).at("predictions").items()[0]
         text = found.at("prediction").text()
         theirs = [(each.at("text").text(), each.at("log_prob").number()) for each in found.at("candidates").items()]
     except (PTuningError, IndexError):
-        return SERVER.failed(name, "no predictions as `ptuning predict --json` prints them", "update the server")
-    return _judged(name, ours, text, theirs)
+        return SERVER.failed(name, "no predictions as ptuning predict --json prints them", "update the server"), True
+    return _judged(name, ours, text, theirs), True
 
 
 def _judged(name: str, ours: Prediction, text: str, theirs: Sequence[tuple[str, float]]) -> Check:
@@ -185,7 +190,7 @@ def _latency(remote: Remote, request: Mapping[str, Json] | None) -> Check:
     for _ in range(TIMED_REQUESTS):
         answer = remote.get("/health") if request is None else remote.post("/v1/predict", request)
         if answer.status != 200:
-            return SERVER.failed("latency", f"{what}: {answer.told}", "look into the server's log")
+            return SERVER.failed("latency", f"{what}: {answer.told}", READ_LOG)
         taken.append(1000 * answer.seconds)
     found = f"{what}: median {statistics.median(taken):.1f} ms, worst {max(taken):.1f} ms of {TIMED_REQUESTS} requests"
     return SERVER.ok("latency", found) if math.isfinite(max(taken)) else SERVER.ok("latency", f"{what}: not measured")
@@ -196,7 +201,7 @@ def _vllm(remote: Remote, served: Listed) -> Iterator[Check]:
     loads = remote.get("/v1/load_lora_adapter").status != 404  # of another method, so that it only says that it exists
     yield SERVER.ok(
         "LoRA",
-        "loaded on request (/v1/load_lora_adapter), as `ptuning export --as lora` writes it"
+        "loaded on request (/v1/load_lora_adapter), as ptuning export --as lora writes it"
         if loads
         else "not loaded on request; start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True for that",
     )
@@ -208,6 +213,6 @@ def _vllm(remote: Remote, served: Listed) -> Iterator[Check]:
         "prompt_embeds",
         "not taken; start vLLM with --enable-prompt-embeds for that"
         if off
-        else "seem to be taken, as `ptuning export --as embeds` writes them",
+        else "seem to be taken, as ptuning export --as embeds writes them",
     )
     yield _latency(remote, None)

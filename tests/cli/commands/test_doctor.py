@@ -10,6 +10,7 @@ import pytest
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.cli import terminal
+from ptuning.cli.commands import doctor
 from ptuning.doctor import machine
 from tests.cli.test_app import call, works
 from tests.doctor.conftest import FAULTS, StandIn, prompts_of, serves, stand_in  # noqa: F401 - a fixture
@@ -44,6 +45,19 @@ def test_a_fault_is_shown_with_what_to_do_and_ends_with_1(prompts: Path, causal:
     assert "-> train the prompt again with a lower" in done.out
     assert "\n  ok      answers          2 labels" in done.out
     assert done.out.endswith("failed: 1\n")
+
+
+def test_of_many_prompts_those_that_are_sound_are_a_line_each(causal: Backbone, tmp_path: Path) -> None:
+    for at in range(doctor.SHOWN_PROMPTS + 3):
+        prompts_of(causal)["facts"].save(tmp_path / "prompts" / f"p{at}")
+    FAULTS["cut off"][0](tmp_path / "prompts" / "p4", causal)
+    done = call("doctor", tmp_path / "prompts")
+    lines = [line for line in done.out.splitlines() if line.startswith("prompt ")]
+    assert lines == [
+        "prompt p0", "prompt p1", "prompt p2", "prompt p3: 9 checks, all ok", "prompt p4", "prompt p5: 9 checks, all ok"
+    ]  # fmt: skip
+    every = json.loads(call("doctor", tmp_path / "prompts", "--json").out)["checks"]
+    assert int(done.out.splitlines()[-1].split()[0]) == sum(one["status"] == "ok" for one in every)
 
 
 def test_lines_fit_80_columns(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

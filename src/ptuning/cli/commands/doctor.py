@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 STATUS_WIDTH, NAME_WIDTH = 7, 16
+# The groups of prompts, and how many sound ones are shown line by line.
+PROMPT, SHOWN_PROMPTS = "prompt ", 3
 # Wider lines are hard to read.
 MOST_COLUMNS = 110
 
@@ -65,13 +68,21 @@ def doctor(
 
 
 def _shown(checks: Iterable[Check]) -> list[Check]:
-    """Print checks as they come, and return them."""
+    """Print checks as they come, and return them. Of many prompts, those that are sound are a line each."""
     found: list[Check] = []
-    for one in checks:
-        if not found or found[-1].group != one.group:
-            terminal.results().print(one.group, markup=False, style="bold", soft_wrap=True)
-        _show(one)
-        found.append(one)
+    sound = 0
+    for name, group in itertools.groupby(checks, lambda one: one.group):
+        own = list(group) if name.startswith(PROMPT) else group  # noqa: B031 - one of the two
+        is_sound = isinstance(own, list) and all(one.status == "ok" for one in own)
+        sound += is_sound
+        if isinstance(own, list) and is_sound and sound > SHOWN_PROMPTS:
+            terminal.line(f"{name}: {len(own)} checks, all ok")
+            found += own
+            continue
+        terminal.results().print(name, markup=False, style="bold", soft_wrap=True)
+        for one in own:
+            _show(one)
+            found.append(one)
     counts = Counter(one.status for one in found)
     terminal.line(f"\n{counts['ok']} ok, warnings: {counts['warning']}, failed: {counts['failed']}")
     return found
@@ -89,7 +100,9 @@ def _show(check: Check) -> None:
     others += [arrow + line for arrow, line in zip(arrows, _wrapped(check.remedy, width - 3), strict=False)]
     name = terminal.visible(check.name).ljust(NAME_WIDTH)
     status = (check.status.ljust(STATUS_WIDTH), STYLES[check.status])
-    console.print(Text.assemble("  ", status, " ", name, " ", first), soft_wrap=True)
+    head = Text.assemble("  ", status, " ", name, " ", first)
+    head.rstrip()
+    console.print(head, soft_wrap=True)
     for text in others:
         terminal.line(f"{indent}{text}")
 

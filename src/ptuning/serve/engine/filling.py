@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +15,13 @@ from ptuning.engine.objective import Item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
 from ptuning.engine.writing.writer import Line
-from ptuning.errors import PTuningError, RecordError
+from ptuning.errors import PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
 from ptuning.template.fill import BoundTemplate, Example, TooLongError
+from ptuning.template.language import Field
 from ptuning.template.segments import Ids
 
 # The longest answer of the base model where none is asked for, as in OpenAI's interface.
@@ -31,7 +32,7 @@ ECHO_LOGITS = 1 << 27
 PROBES = ("a", "Zebra")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ready:
     """A prompt that is ready for rows: bound to the tokenizer, with its vectors on the device."""
 
@@ -81,6 +82,7 @@ class Filling:
         self._model = model
         self._backbone = model.backbone
         self._ready: WeakKeyDictionary[Prompt, Ready] = WeakKeyDictionary()
+        self._fronts: WeakKeyDictionary[Ready, Example | None] = WeakKeyDictionary()
         self._nothing = torch.zeros(0, self._backbone.width)
 
     def ready(self, prompt: Prompt) -> Ready:
@@ -124,39 +126,79 @@ class Filling:
         return self._continued(pass_row(example, ready), line, asked.max_tokens)
 
     def continued(self, row: TextRow) -> WrittenRow:
-        """Return a row that the base model goes on with."""
-        ids, how = self.ids(row.text), row.how
-        room = self._backbone.tokenizer.max_tokens - len(ids) + 1
+        """Return a row that the model goes on with."""
+        ids, how = self.ids(row.text, behind=row.prompt), row.how
+        begun = self._begun(row.prompt, ids)
+        read, limit = len(begun.example.token_ids), self._limit(row.prompt)
+        room = limit - read + 1
         if not ids or room < 1:
             raise (TooLongError if ids else RecordError)(
-                f"the text has {len(ids)} tokens; the model reads from 1 to {self._backbone.tokenizer.max_tokens}"
+                f"the text has {read} tokens; the model reads from 1 to {limit}"
             )
-        most = min(how.generation.max_new_tokens or BASE_TOKENS, room)
-        ending = Ending(
-            self._backbone, max_tokens=most, multiline=True, stop_strings=how.generation.stop_strings, as_is=True
-        )
-        example = Example(ids, (), (len(ids) - 1,), (), 0)
-        return self._continued(self._plain(example), Line(ending, how.generation, alternatives=how.alternatives), most)
+        asked = how.generation.max_new_tokens
+        if row.prompt is None:
+            most, multiline = min(asked or BASE_TOKENS, room), True
+        else:
+            most = min(longest_answer(how.generation, row.prompt), room)
+            multiline = row.prompt.multiline
+        stops, as_is = how.generation.stop_strings, row.prompt is None
+        ending = Ending(self._backbone, max_tokens=most, multiline=multiline, stop_strings=stops, as_is=as_is)
+        example = replace(begun.example, logit_positions=(read - 1,), target_ids=())
+        line = Line(ending, how.generation, alternatives=how.alternatives)
+        return self._continued(replace(begun, example=example), line, most)
 
     def echoed(self, row: EchoRow) -> PassRow:
-        """Return a row of which each token is scored by those in front of it."""
-        ids = self.ids(row.text)
-        most = min(self._backbone.tokenizer.max_tokens, ECHO_LOGITS // self._backbone.vocabulary)
-        if not 2 <= len(ids) <= most:
-            raise (TooLongError if ids[1:] else RecordError)(
-                f"the text has {len(ids)} tokens; from 2 to {most} can be scored (echo)"
+        """Return a row whose ``target_ids``, its last tokens, are each scored by those in front of them."""
+        ids = self.ids(row.text, behind=row.prompt)
+        found = self._begun(row.prompt, ids)
+        read = len(found.example.token_ids)
+        most = min(self._limit(row.prompt), ECHO_LOGITS // self._backbone.vocabulary)
+        if not ids or not 2 <= read <= most:
+            raise (TooLongError if read > 2 else RecordError)(
+                f"the text has {read} tokens; from 2 to {most} can be scored (echo)"
             )
-        return self._plain(Example(ids, (), tuple(range(len(ids))), (), 0))
+        return found
 
-    def ids(self, text: str | Ids) -> Ids:
-        """Return the token ids of a text as the tokenizer begins and ends it, or given ids after a check."""
+    def ids(self, text: str | Ids, *, behind: Prompt | None = None) -> Ids:
+        """Return the token ids of a text as the tokenizer begins and ends it, or given ids after a check. Text that
+        stands ``behind`` a prompt's beginning has none of its own.
+        """
         if isinstance(text, str):
             tokenizer = self._backbone.tokenizer
-            return (*tokenizer.prefix_ids, *tokenizer.encode([text])[0])
+            own = tokenizer.encode([text])[0]
+            return (*tokenizer.prefix_ids, *own) if behind is None else tuple(own)
         outside = [token for token in text if not 0 <= token < self._backbone.vocabulary]
         if outside:
             raise RecordError(f"token id {outside[0]} is outside the vocabulary of {self._backbone.vocabulary}")
         return tuple(text)
+
+    def _begun(self, prompt: Prompt | None, ids: Ids) -> PassRow:
+        """Return a row of ids behind a prompt's beginning; they are its targets, the first one only if there is
+        something in front of it.
+        """
+        if prompt is None:
+            return self._plain(Example(ids, (), tuple(range(len(ids) - 1)), ids, len(ids)))
+        ready = self.ready(prompt)
+        if ready not in self._fronts:
+            self._fronts[ready] = _front(ready.bound)
+        front = self._fronts[ready]
+        if front is None:
+            raise PromptError(
+                "token ids and echo are for templates that end in one field and the target, with nothing but slots or "
+                f"whole words in front of the field, as in [P*8]{{x}} [Y]; this one is '{prompt.template}'"
+            )
+        positions = range(max(0, len(front.token_ids) - 1), len(front.token_ids) + len(ids) - 1)
+        example = replace(
+            front,
+            token_ids=(*front.token_ids, *ids),
+            logit_positions=tuple(positions),
+            target_ids=ids,
+            own_tokens=len(ids),
+        )
+        return pass_row(example, ready)
+
+    def _limit(self, prompt: Prompt | None) -> int:
+        return self._backbone.tokenizer.max_tokens if prompt is None else self.ready(prompt).bound.max_length
 
     def _plain(self, example: Example) -> PassRow:
         return PassRow(example, self._nothing, b"")
@@ -168,6 +210,23 @@ class Filling:
 def pass_row(example: Example, ready: Ready) -> PassRow:
     """Return a filled row of a prompt."""
     return PassRow(example, ready.vectors, ready.digest, ready.constant)
+
+
+def _front(bound: BoundTemplate) -> Example | None:
+    """Return what stands in front of a template's one field, if the field's own tokens follow and nothing else up to
+    the target; else None.
+    """
+    fields = bound.template.fields
+    if bound.kind != "causal" or sum(isinstance(piece, Field) for piece in bound.template.pieces) != 1:
+        return None
+    found = []
+    for text, own in zip(PROBES, bound.tokenizer.encode(PROBES), strict=True):
+        (example,) = bound.contexts([{fields[0]: text}])
+        size = len(example.token_ids) - len(own)
+        if example.token_ids[size:] != tuple(own):
+            return None
+        found.append(replace(example, token_ids=example.token_ids[:size], logit_positions=()))
+    return found[0] if found[0] == found[1] else None
 
 
 def _constant(bound: BoundTemplate) -> int:

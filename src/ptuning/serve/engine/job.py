@@ -30,6 +30,10 @@ class StoppedError(PTuningError):
     """The engine takes no more jobs: it is about to end, or has failed."""
 
 
+class RemoteError(PTuningError):
+    """The server that computes for the engine cannot be reached, or does not answer as it should."""
+
+
 class CancelledError(PTuningError):
     """The job was cancelled before this row was answered."""
 
@@ -66,18 +70,22 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text, or token ids, that the base model continues."""
+    """A text, or token ids, that the base model continues; behind a prompt's beginning, if one is given: its template
+    must end in one field and the target, and the text is the field's.
+    """
 
     text: str | Ids
     how: Answering = Answering()
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
 class EchoRow:
-    """A text, or token ids, whose own tokens are scored by the base model."""
+    """A text, or token ids, whose own tokens are scored by the base model; with a ``prompt`` as in :class:`TextRow`."""
 
     text: str | Ids
     alternatives: int = 0
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -59,21 +58,20 @@ def checked(found: Sequence[Candidate]) -> Sequence[Candidate]:
 
 
 def echo(passes: Passes, row: PassRow, *, alternatives: int) -> Outcome:
-    """Score each token of a text by those in front of it. The first one has no log-probability."""
-    ids, tokenizer = row.example.token_ids, passes.backbone.tokenizer
-    # The last position scores what would come next.
-    row = replace(row, example=replace(row.example, logit_positions=tuple(range(len(ids) - 1))))
+    """Score each token of a text by those in front of it; one with nothing in front has no log-probability."""
+    ids, tokenizer = row.example.target_ids, passes.backbone.tokenizer
+    scored = ids[len(ids) - len(row.example.logit_positions) :]
     logits, (cached,) = passes.logits([row])
-    log_probs = torch.log_softmax(logits, dim=-1)  # (T - 1, V)
-    own = log_probs.gather(1, torch.tensor(ids[1:], device=log_probs.device)[:, None])[:, 0].tolist()
+    log_probs = torch.log_softmax(logits, dim=-1)  # (N, V)
+    own = log_probs.gather(1, torch.tensor(scored, device=log_probs.device)[:, None])[:, 0].tolist()
     best = log_probs.topk(min(alternatives, log_probs.shape[-1]), dim=-1)
-    tokens = [Token(ids[0], tokenizer.decode(ids[:1]), None)]
-    for token, value, places, values in zip(ids[1:], own, best.indices.tolist(), best.values.tolist(), strict=True):
+    tokens = [Token(token, tokenizer.decode([token]), None) for token in ids[: len(ids) - len(scored)]]
+    for token, value, places, values in zip(scored, own, best.indices.tolist(), best.values.tolist(), strict=True):
         others = tuple((tokenizer.decode([one]), other) for one, other in zip(places, values, strict=True))
         tokens.append(Token(token, tokenizer.decode([token]), value, others))
     if any(one.log_prob is not None and math.isnan(one.log_prob) for one in tokens):
         raise BackboneError("the model gave no numbers (NaN) for this row; load it in another number format (--dtype)")
-    return Outcome(usage=Usage(len(ids), 0, cached), tokens=tuple(tokens))
+    return Outcome(usage=Usage(len(row.example.token_ids), 0, cached), tokens=tuple(tokens))
 
 
 def each_alone(work: Callable[[Sequence[Given]], Sequence[Found]], rows: Sequence[Given]) -> list[Found | Exception]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.job import Job, Outcome, PromptRow, TextRow, Token, Usage
-from tests.conftest import plain_logits
-from tests.serve.http.conftest import Asked
+from tests.conftest import learned, plain_logits
+from tests.serve.http.conftest import Asked, Shelf
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
@@ -85,6 +87,40 @@ def test_echo_scores_the_tokens_of_a_text_as_lm_eval_asks(asked: Asked, tiny: Ba
     assert found["usage"]["completion_tokens"] == 2 * most
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_prompt_in_front_of_a_text_is_scored_as_peft_would(asked: Asked, tiny: Backbone, most: int) -> None:
+    """Its slots stand in front of ids and of a text alike, each of whose tokens has a log-probability."""
+    prompt = dataclasses.replace(learned(tiny, "[P*3]{x} [Y]", seed=4), target_tokens=6)
+    asked.service.registry.served["front"] = Shelf.of({"front": prompt}).served["front"]  # type: ignore[index]
+    text = "the capital of Kenya is"
+    ids = tiny.tokenizer.encode([text])[0]
+    rows = torch.cat([prompt.slot_vectors, tiny.embed(torch.tensor([ids]))[0]])[None]  # type: ignore[list-item]
+    with torch.no_grad():
+        logs = tiny.model(inputs_embeds=rows).logits[0].log_softmax(-1)
+    wanted = [float(logs[2 + at, token]) for at, token in enumerate(ids)]
+    for given in (ids, text, [ids], [text]):
+        body = {"prompt": given, "echo": True, "max_tokens": most, "logprobs": 1}
+        found = asked.post("/v1/completions", model="front", **body).json()
+        (choice,) = found["choices"]
+        told = choice["logprobs"]
+        assert told["token_logprobs"][: len(ids)] == pytest.approx(wanted, abs=1e-4)
+        assert len(told["tokens"]) == len(ids) + most
+        assert found["usage"]["prompt_tokens"] == len(ids) + 3
+        assert choice["text"].startswith(text)
+    written = asked.post("/v1/completions", model="front", prompt=[ids, ids[:2]], max_tokens=4).json()["choices"]
+    for choice, own in zip(written, (text, tiny.tokenizer.decode(ids[:2])), strict=True):
+        (same,) = asked.model.predict([{"x": own}], prompt, generation={"max_new_tokens": 4})
+        assert choice["text"] == same.text
+
+
+@pytest.mark.parametrize("name", ["write", "mood", "pair", "renamed"])
+def test_ids_and_echo_need_a_template_that_ends_in_its_field(asked: Asked, name: str) -> None:
+    for body in ({"prompt": [5, 6]}, {"prompt": "a", "echo": True}):
+        found = asked.post("/v1/completions", model=name, **body)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] in ("prompt", "echo")
+
+
 def test_echo_gives_the_text_back(asked: Asked) -> None:
     alone = asked.post("/v1/completions", model="tiny", prompt="Kenya is", max_tokens=2).json()["choices"][0]["text"]
     both = asked.post("/v1/completions", model="tiny", prompt="Kenya is", max_tokens=2, echo=True).json()["choices"][0]
@@ -144,7 +180,8 @@ def test_sampling_is_asked_of_the_engine(stubbed: Callable[..., Asked]) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": None}, "prompt"),
         ({"prompt": [5, 6]}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"echo": True}, "prompt"),
+        ({"model": "mood", "echo": True}, "echo"),
         ({"fields": {"x": "b"}}, "prompt"),
         ({"model": "pair"}, "prompt"),
         ({"model": "choose"}, "prompt"),

@@ -14,6 +14,7 @@ router = APIRouter()
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)  # as balancers ask
 async def health(request: Request) -> Response:
     """Say whether the engine lives and gets on with its work: 200 or 503."""
     if not Service.of(request).engine.is_alive:
@@ -22,6 +23,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)  # as balancers ask
 async def ready(request: Request) -> Response:
     """Say whether requests are taken: 200, or 503 while the service starts or ends."""
     service = Service.of(request)

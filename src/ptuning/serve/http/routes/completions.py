@@ -54,7 +54,7 @@ async def complete(asked: CompletionRequest, request: Request) -> Response:
     inputs = _inputs(asked, served)
     told = Texts(asked.model, service.fingerprint(served), **frame(asked), log_probs=asked.logprobs)
     if asked.echo:
-        return await _echo(asked, request, service, told, inputs)
+        return await _echo(asked, request, told, served, inputs)
     if asked.max_tokens == 0:
         raise refused("max_tokens", "max_tokens is 0, which goes with echo alone; it must be 1 or more")
     rows = rows_of(asked, service, served, inputs, alternatives=asked.logprobs)
@@ -107,7 +107,7 @@ def rows_of(
                 assert prompt is not None
                 rows.append(PromptRow(prompt, one, how))
             else:
-                rows.append(TextRow(one, how))
+                rows.append(TextRow(one, how, prompt))
     return rows
 
 
@@ -131,28 +131,36 @@ def _inputs(asked: CompletionRequest, served: ServedPrompt | None) -> list[Input
     if given is None:
         raise refused("prompt", "the field 'prompt' is missing")
     texts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
-    if served is None:
+    if served is None or asked.echo:
         return [one if isinstance(one, str) else tuple(one) for one in texts]
-    if not all(isinstance(one, str) for one in texts):
-        raise refused("prompt", "lists of token ids are for the base model; a prompt takes texts", "unsupported")
+    if served.prompt.answer_space.is_closed and not all(isinstance(one, str) for one in texts):
+        raise refused("prompt", "token ids are for answers that are written, and this prompt chooses; give texts",
+                      "unsupported")  # fmt: skip
     return [
         typed_question(served.prompt, one, param=f"prompt[{at}]" if len(texts) > 1 else "prompt")
+        if isinstance(one, str)
+        else tuple(one)
         for at, one in enumerate(texts)
     ]
 
 
 async def _echo(
-    asked: CompletionRequest, request: Request, service: Service, told: Texts, inputs: Sequence[Input]
+    asked: CompletionRequest, request: Request, told: Texts, served: ServedPrompt | None, inputs: Sequence[Input]
 ) -> Response:
-    """Answer with the texts in front of what the base model goes on with, and the log-probabilities of both."""
-    if any(isinstance(one, Question) for one in inputs):
-        raise refused("echo", "a template is not the text of the request, so there is no echo; ask the base model",
-                      "unsupported")  # fmt: skip
+    """Answer with the texts in front of what the model goes on with, and the log-probabilities of both. A prompt whose
+    template ends in its one field and the target stands in front of the texts.
+    """
+    prompt = None if served is None else served.prompt
+    if asked.fields is not None or (prompt is not None and prompt.answer_space.is_closed):
+        raise refused(
+            "echo", "echo is for a text that the model goes on with, not for fields, labels or choices", "unsupported"
+        )
     if asked.stream:
         raise refused("echo", "echo and stream do not go together; leave one out", "unsupported")
     texts = [one for one in inputs if not isinstance(one, Question)]
-    echoes: list[Row] = [EchoRow(one, asked.logprobs or 0) for one in texts]
-    written = [] if asked.max_tokens == 0 else rows_of(asked, service, None, texts, alternatives=asked.logprobs)
+    echoes: list[Row] = [EchoRow(one, asked.logprobs or 0, prompt) for one in texts]
+    service = Service.of(request)
+    written = [] if asked.max_tokens == 0 else rows_of(asked, service, served, texts, alternatives=asked.logprobs)
     found = checked(await answered(request, [*echoes, *written]))
     heads, tails = found[: len(echoes)], found[len(echoes) :]
     shown = []
