@@ -114,8 +114,8 @@ def test_commands_that_prose_names_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         named |= dict.fromkeys(re.findall(r"`ptuning ([a-z]+)", prose(page)), page.name)
     assert len(named) > 10
-    for command, page in named.items():
-        assert call(command, "--help").code == 0, f"{page} names ptuning {command}"
+    for command, where in named.items():
+        assert call(command, "--help").code == 0, f"{where} names ptuning {command}"
 
 
 def test_what_is_installed_by_hand_is_what_make_installs() -> None:
