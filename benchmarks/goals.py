@@ -11,11 +11,10 @@ from typing import Any
 from benchmarks.common import Json
 
 SUMMARY = "summary"
-# In the order in which they run. Those that start processes come first: in a smoke run all share one process, which
-# must be small until then.
+# In the order in which they run.
 SCRIPTS = (
-    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "writing", "scaling",
-    "arithmetic", "stages",
+    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "writing", "serving",
+    "scaling", "arithmetic", "stages",
 )  # fmt: skip
 
 
@@ -80,6 +79,33 @@ GOALS: dict[str, Goal] = {
         "MB",
         True,
     ),
+    "serve-64-prompts": Goal("service: throughput with 64 prompts at random, against one prompt", "serving", 0.95),
+    "serve-p99-64": Goal(
+        "service: 99th percentile of latency at 70 % of its capacity, 64 prompts against one",
+        "serving",
+        1.15,
+        most=True,
+    ),
+    "serve-peft-64": Goal(
+        "256 rows of 64 prompts at random, mixed, against PEFT batched per prompt and switched between", "serving", 8.0
+    ),
+    "serve-one-text": Goal(
+        "64 prompts with late slots on one text of 512 tokens in one request, against 64 without sharing",
+        "serving",
+        20.0,
+    ),
+    "serve-overhead-labels": Goal("service: throughput of labels, against PromptModel in process", "serving", 0.9),
+    "serve-overhead-written": Goal(
+        "service: throughput of written answers, against PromptModel in process", "serving", 0.85
+    ),
+    "serve-overload": Goal(
+        "service: completed per second with three times its capacity offered, against its peak; 99th percentile of "
+        "refusals 50 ms or less",
+        "serving",
+        0.9,
+    ),
+    "serve-hot-load": Goal("service: loading a prompt while requests run", "serving", 0.05, "seconds", True),
+    "serve-1000-prompts": Goal("service: memory of 1,000 loaded prompts", "serving", 50.0, "MB", True),
     "import-seconds": Goal("import ptuning", "startup", 0.2, "seconds", True),
     "help-seconds": Goal("ptuning --help", "startup", 0.5, "seconds", True),
     "load-against-transformers": Goal(

@@ -257,6 +257,88 @@ class Peer:
         return answers
 
 
+class Peers:
+    """Many prompts of PEFT in front of the rows of one backbone: an adapter each, of which one is active at a time.
+
+    At its best: rows of one prompt run in one pass, a context that several choices have in common runs once, and logits
+    are computed where they are read.
+
+    Args:
+        backbone: The backbone; :meth:`close` puts it back as it was.
+        vectors: (P, E) of each prompt.
+    """
+
+    def __init__(self, backbone: Backbone, vectors: Sequence[Tensor]) -> None:
+        from peft import PromptTuningConfig, get_peft_model
+
+        self.backbone = backbone
+        self.slots = len(vectors[0])
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=self.slots, token_dim=backbone.width, inference_mode=True
+        )
+        self._use_cache = backbone.model.config.use_cache
+        backbone.model.config.use_cache = False  # nothing is written behind these rows
+        with _calm():
+            self.model: Any = get_peft_model(backbone.model, config, adapter_name="0")
+            for number in range(1, len(vectors)):
+                self.model.add_adapter(str(number), config)
+        with torch.no_grad():
+            for number, own in enumerate(vectors):
+                self.model.prompt_encoder[str(number)].embedding.weight.copy_(own)
+        self.model.eval()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the backbone back as it was."""
+        self.backbone.freeze()
+        self.backbone.model.config.use_cache = self._use_cache
+
+    @torch.no_grad()
+    def score(self, asked: Sequence[Sequence[Row]], owners: Sequence[int]) -> list[list[float]]:
+        """Return the log-probabilities of the targets of each question's rows; ``owners`` are the numbers of the
+        questions' prompts.
+        """
+        found: list[list[float]] = [[] for _ in asked]
+        for owner in sorted(set(owners)):
+            places = [place for place, one in enumerate(owners) if one == owner]
+            self.model.set_adapter(str(owner))
+            rows = [row for place in places for row in asked[place]]
+            values = iter(self._pass(rows))
+            for place in places:
+                found[place] = [next(values) for _ in asked[place]]
+        return found
+
+    def _pass(self, rows: Sequence[Row]) -> list[float]:
+        device = self.backbone.device
+        contexts = list(dict.fromkeys(row.ids[:-1] for row in rows))
+        line_of = {ids: line for line, ids in enumerate(contexts)}
+        batch = _collate([{"input_ids": list(ids), "labels": []} for ids in contexts])
+        scored = [
+            (line_of[row.ids[:-1]], self.slots + len(row.ids) - 2 - back, row.ids[len(row.ids) - 1 - back], at)
+            for at, row in enumerate(rows)
+            for back in range(row.scored)
+        ]
+        columns = sorted({column for _, column, _, _ in scored})
+        logits = self.model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            logits_to_keep=torch.tensor(columns, device=device),
+        ).logits  # (B, columns, V)
+        lines = [line for line, _, _, _ in scored]
+        places = [columns.index(column) for _, column, _, _ in scored]
+        token_ids = torch.tensor([token for _, _, token, _ in scored], device=device)
+        values = logits[lines, places].float().log_softmax(-1).gather(1, token_ids[:, None])[:, 0].tolist()
+        totals = [0.0] * len(rows)
+        for (_, _, _, at), value in zip(scored, values, strict=True):
+            totals[at] += value
+        return totals
+
+
 def _collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Pad rows to the longest of them."""
     width = max(len(row["input_ids"]) for row in rows)

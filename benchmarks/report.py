@@ -231,6 +231,37 @@ TABLES: dict[str, tuple[str, Callable[[Cell], bool], tuple[Column, ...]]] = {
         has("gap"),
         (("against", text_of("contestant")), ("largest difference of log-probabilities", text_of("gap"))),
     ),
+    "service": (
+        "serving",
+        has("offered"),
+        (
+            ("what", text_of("cell")),
+            ("load", text_of("load")),
+            ("offered a second", text_of("offered")),
+            ("completed a second", spread_of("per_second")),
+            ("median, ms", spread_of("p50", scale=1000)),
+            ("99th percentile, ms", spread_of("p99", scale=1000)),
+            ("refused", text_of("refused")),
+            ("failed", text_of("failed")),
+            ("sender, share of a core", percent_of("sender")),
+        ),
+    ),
+    "service in process": (
+        "serving",
+        has("contestant", "seconds"),
+        (
+            ("what", text_of("cell")),
+            WHO,
+            ("prompts", text_of("prompts")),
+            ("rows", text_of("rows")),
+            ("seconds", spread_of("seconds")),
+        ),
+    ),
+    "service loading": (
+        "serving",
+        is_cell("loading"),
+        (("meanwhile", text_of("load")), ("ms to load a prompt", spread_of("seconds", scale=1000))),
+    ),
     "scaling": (
         "scaling",
         has("r2"),

@@ -31,7 +31,8 @@ NAMES = {
     "peft-short-16", "peft-short-64", "peft-short-16-auto", "peft-short-64-auto", "bf16-cpu", "ceiling-short-16",
     "ceiling-short-64", "late-sentences", "late-512", "shared-prefix", "time-to-peft-score", "fleet-16-cpu",
     "fleet-16-gpu", "candidates-100", "writing-32", "memory-worst", "rank-memory", "import-seconds", "help-seconds",
-    "load-against-transformers",
+    "load-against-transformers", "serve-64-prompts", "serve-p99-64", "serve-peft-64", "serve-one-text",
+    "serve-overhead-labels", "serve-overhead-written", "serve-overload", "serve-hot-load", "serve-1000-prompts",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}; make bench installs it")
@@ -47,7 +48,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.timeout(900)  # eight processes import torch; on a busy machine each takes its time
+@pytest.mark.timeout(900)  # several processes import torch; on a busy machine each takes its time
 def test_every_script_runs_and_says_on_what(smoke: Path) -> None:
     results = goals.read_results(smoke)
     assert list(results) == run.known()

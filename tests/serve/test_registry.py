@@ -246,18 +246,18 @@ BAD_PATHS = [*BAD_PARTS, "/etc", "../x", "a/../../b", "a//b", "/a", "a/..", "a/"
 BAD_NAMES = [*BAD_PATHS, "", "/", "a/", "a/b/c/d/e"]
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_name_that_is_not_allowed_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_not_allowed_is_refused(tmp_path: Path) -> None:
     """Abuse case 4: no way out of the folder, and no two names that look alike."""
     save(tmp_path / "prompts" / "good")
     registry = registry_of(tmp_path / "prompts")
-    with pytest.raises(RefusedNameError, match="cannot have the name") as error:
-        registry.load(name, "good")
-    assert error.value.param == "name"
-    assert len(str(error.value)) < 300
+    for name in BAD_NAMES:
+        with pytest.raises(RefusedNameError, match="cannot have the name") as error:
+            registry.load(name, "good")
+        assert error.value.param == "name"
+        assert len(str(error.value)) < 300
+        with pytest.raises(RefusedNameError):
+            registry_of(None, {name: tmp_path / "prompts" / "good"})
     assert not registry.served
-    with pytest.raises(RefusedNameError):
-        registry_of(None, {name: tmp_path / "prompts" / "good"})
 
 
 @pytest.mark.parametrize("name", ["some-model", "Some-Model"])
@@ -267,17 +267,17 @@ def test_the_name_of_the_base_model_is_not_for_prompts(name: str, tmp_path: Path
         registry_of(tmp_path).load(name, "good")
 
 
-@pytest.mark.parametrize("path", BAD_PATHS, ids=ascii)
-def test_a_path_out_of_the_folder_is_refused(path: str, tmp_path: Path) -> None:
+def test_a_path_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     """Abuse case 4: whatever the path, nothing is opened outside of the folder of prompts."""
     for place in ("a", "b", "x", "etc"):
         save(tmp_path / place)
     (tmp_path / "prompts").mkdir()
     registry = registry_of(tmp_path / "prompts")
-    for given in (path, f"a/{path}", f"{tmp_path}/{path}", str(tmp_path / "a"), "", "/"):
-        with pytest.raises(RefusedNameError, match="not a path in the folder of prompts") as error:
-            registry.load("fine", given)
-        assert error.value.param == "path"
+    for path in BAD_PATHS:
+        for given in (path, f"a/{path}", f"{tmp_path}/{path}", str(tmp_path / "a"), "", "/"):
+            with pytest.raises(RefusedNameError, match="not a path in the folder of prompts") as error:
+                registry.load("fine", given)
+            assert error.value.param == "path"
     assert not registry.served
 
 

@@ -132,16 +132,17 @@ def test_what_cannot_be_done_is_an_error_of_openai_s_form(client: TestClient, tm
     assert [one["id"] for one in client.get("/v1/prompts").json()["data"]] == ["a", "team/b"]
 
 
-@pytest.mark.parametrize("name", [name for name in BAD_NAMES if len(name) < 5_000], ids=ascii)
-def test_no_name_or_path_leads_out_of_the_folder(name: str, client: TestClient, registry: Registry) -> None:
-    """Abuse case 4 over HTTP: in the body and in the address, escaped or not."""
-    assert client.post("/v1/prompts", json={"name": name, "path": "c"}).status_code == 400
-    if name not in ("a/", "a/b/c/d/e"):
-        assert client.post("/v1/prompts", json={"name": "x", "path": name}).status_code == 400
-        assert client.put("/v1/prompts/a", json={"path": name}).status_code == 400
-    for address in (quote(name, safe=""), quote(quote(name, safe=""), safe="")):
-        assert client.put(f"/v1/prompts/{address}", json={"path": "c"}).status_code in (404, 405)
-        assert client.delete(f"/v1/prompts/{address}").status_code in (404, 405)
+def test_no_name_or_path_leads_out_of_the_folder(client: TestClient, registry: Registry) -> None:
+    """Abuse case 4 over HTTP: in the body and in the address, escaped once or twice."""
+    for name in BAD_NAMES:
+        assert client.post("/v1/prompts", json={"name": name, "path": "c"}).status_code == 400
+        if name not in ("a/", "a/b/c/d/e"):
+            assert client.post("/v1/prompts", json={"name": "x", "path": name}).status_code == 400
+            assert client.put("/v1/prompts/a", json={"path": name}).status_code == 400
+        if len(name) < 5_000:
+            for address in (quote(name, safe=""), quote(quote(name, safe=""), safe="")):
+                assert client.put(f"/v1/prompts/{address}", json={"path": "c"}).status_code in (404, 405)
+                assert client.delete(f"/v1/prompts/{address}").status_code in (404, 405)
     assert versions(registry) == {"a": 1, "team/b": 2}
 
 
