@@ -91,6 +91,7 @@ OPENINGS = ("", "Hello, ", "Hi there, ", "Dear team, ", "Good morning, ", "Hey! 
 CLOSINGS = ("", ".", ". Thanks!", ". Please help.", ", thank you", ". Best regards, Kim", ' (order no. "4711")')
 TYPO = ("billing", "biling")
 TEMPLATES = {"currencies": "The currency of [X] is called [Y]", "continents": "[X] is a country in [Y]"}
+WORDINGS = {"currencies": ("In [X], people pay with the [Y]", "The money of [X] is the [Y]")}
 
 Row = tuple[str, str]
 
@@ -159,6 +160,10 @@ def build(out: Path) -> None:
     for relation in TEMPLATES:
         text = own_facts(relation, "train") + own_facts(relation, "test")
         (out / "facts" / f"{relation}.jsonl").write_text(text, encoding="utf-8")
+    (out / "facts" / "paraphrases").mkdir(exist_ok=True)
+    for relation, wordings in WORDINGS.items():
+        text = "".join(json.dumps({"pattern": pattern}) + "\n" for pattern in wordings)
+        (out / "facts" / "paraphrases" / f"{relation}.jsonl").write_text(text, encoding="utf-8")
     lines = [json.dumps({"relation": relation, "template": template}) for relation, template in TEMPLATES.items()]
     (out / "facts" / "relations.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

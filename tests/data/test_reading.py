@@ -116,6 +116,8 @@ def test_a_line_separator_inside_a_string_ends_no_line(tmp_path: Path) -> None:
         ("a.csv", 'x,y\n1,2\n"3\n4"\n', r"a\.csv, line 4: 1 cells, and the header has 2 columns"),
         ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: 3 cells, and the header has 2 columns"),
         ("a.csv", 'x,y\n1,"2', r"a\.csv, line 2: unexpected end of data"),
+        ("a.csv", 'x,y\n1,2\n3,"4\n5,6\n', r"line 4: unexpected .*; the row that begins in line 3 .* not closed"),
+        ("a.csv", 'x,y\n1,2\n3,"4\n5,"6"\n', r"line 4: .* expected after .*; the row that begins in line 3 .* twice"),
         ("a.csv", "x,y,x\n1,2,3\n", r"a\.csv, line 1: the column names x are there twice"),
         ("a.tsv", "x\ty\n1\n", r"a\.tsv, line 2: 1 cells"),
         ("a.csv", b"x,y\n1,2\n3,\xe9\n", r"a\.csv, line 3: not UTF-8 text \(.*\); save the file as UTF-8"),

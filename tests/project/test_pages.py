@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import ptuning
 from ptuning.backbone import sources
-from ptuning.backbone.loading import load_tokenizer
-from tests.cli.test_app import call, works
+from ptuning.backbone.loading import load_backbone, load_tokenizer
+from tests.cli.test_app import call
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/messages.md", "docs/facts.md", "docs/table.md")
@@ -22,6 +23,9 @@ PAGES = ("README.md", "docs/messages.md", "docs/facts.md", "docs/table.md")
 TRAINING = ("train", "compare", "lama", "paraphrases", "demo", "superglue")
 # Files that a page calls the reader's own, and where the reader has them from here.
 OWN = {"mine.jsonl": "capitals/train.jsonl", "test.jsonl": "capitals/test.jsonl"}
+# How lines begin that a page shows of what a command says, and how many there are.
+SHOWN = ("target: ", "train: ", "warning: ", "slots stand ", "continents: ", "currencies: ")
+SHOWN_LINES = {"docs/messages.md": 6, "docs/facts.md": 2}
 
 
 def commands(page: str) -> Iterator[str]:
@@ -33,13 +37,26 @@ def commands(page: str) -> Iterator[str]:
                 yield line.partition("   #")[0]
 
 
+def scripts(page: str) -> list[str]:
+    """Return the Python of a page, with one epoch of training."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [one.replace("dev=dev)", "dev=dev, config=ptuning.TrainConfig(epochs=1))") for one in code]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def run(line: str) -> str:
-    """Run one command line of a page, with what an ``echo`` in front of it says on its input."""
+    """Run one command line of a page, with what an ``echo`` in front of it says on its input; return what it says."""
     said, _, command = line.rpartition("ptuning ")
     words = shlex.split(command)
     stdin = " ".join(shlex.split(said.rpartition("|")[0])[1:]).encode() + b"\n" if said else b""
     quick = ("--set", "epochs=1") if words[0] in TRAINING else ()
-    return works(*words, *quick, stdin=stdin)
+    done = call(*words, *quick, stdin=stdin)
+    assert done.code == 0, done.err
+    return done.out + done.err
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
     """The folder of somebody who follows a page, whose default backbone is the tiny one."""
     monkeypatch.setattr(sources, "BACKBONE", str(tiny))
+    monkeypatch.setattr(ptuning, "load_backbone", lambda _="": load_backbone(str(tiny)), raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     for name, source in OWN.items():
@@ -76,13 +94,39 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> Path:
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.usefixtures("reader")
 def test_every_command_of_a_page_runs(page: str) -> None:
-    lines = list(commands(page))
+    """And its Python; what it shows of counts and warnings, which no weights decide, is what the commands say."""
+    lines, said = list(commands(page)), ""
     assert len(lines) > 1, f"{page} has no commands"
     for line in lines:
         try:
-            run(line)
+            said += run(line)
         except AssertionError as error:
             raise AssertionError(f"{page}: {line}\n{error}") from error
+    for script in scripts(page):
+        exec(compile(script, page, "exec"), {"__name__": "page"})
+    shown = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith(SHOWN)]
+    assert len(shown) == SHOWN_LINES.get(page, 0)
+    assert [line for line in shown if line.removesuffix("...") not in said] == []
+
+
+def test_commands_that_prose_names_exist() -> None:
+    named: dict[str, str] = {}
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        named |= dict.fromkeys(re.findall(r"`ptuning ([a-z]+)", prose(page)), page.name)
+    assert len(named) > 10
+    for command, where in named.items():
+        assert call(command, "--help").code == 0, f"{where} names ptuning {command}"
+
+
+def test_what_is_installed_by_hand_is_what_make_installs() -> None:
+    """These lines of the README need a network, so that no test runs them."""
+    readme, made = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = re.findall(r"[\w-]+==[\w.]+", readme)
+    assert len(pinned) == 2
+    assert all(one in made or one in constraints.splitlines() for one in pinned)
+    for target in re.findall(r"^make (\w+)", readme, flags=re.MULTILINE):
+        assert f"\n{target}:" in made
 
 
 def test_a_command_that_fails_is_seen(reader: Path) -> None:

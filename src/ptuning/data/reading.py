@@ -277,10 +277,13 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
     """
     reader: Any = _cells(text, delimiter, quoted=quoted)
     rows: list[Row] = []
+    read = 0  # lines
     try:
         header: list[str] = next(filter(None, reader), [])
         check_columns(header, where=f"{name}, line 1")
+        read = reader.line_num
         for cells in reader:
+            read = reader.line_num
             if not cells:
                 continue
             if len(cells) != len(header):
@@ -291,7 +294,12 @@ def _delimited_rows(text: str, name: str, delimiter: str, *, quoted: bool) -> tu
                 )
             rows.append((f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        raise RecordError(f"{name}, line {reader.line_num}: {error}") from error
+        remedy = (
+            f"; the row that begins in line {read + 1} has a quotation mark that is not closed, or one inside of a "
+            "text that is not written twice"
+        )
+        about_quotes = "expected" in str(error)
+        raise RecordError(f"{name}, line {reader.line_num}: {error}{remedy * about_quotes}") from error
     return rows, header
 
 

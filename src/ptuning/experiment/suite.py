@@ -16,7 +16,7 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import RECIPE, TrainConfig
+from ptuning.config import NOT_VARIED, RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import CellEstimate, CellJob, CellResult, answered_rows, digest
@@ -130,12 +130,14 @@ class Suite:
                 if overwrite:
                     remove(folder, CELL)
                 continue  # it is missing or damaged, and will be made again
+            now = self.identity(cell)
             try:
-                check_identity(self.identity(cell), saved, where=cell.folder)
+                check_identity(now, saved, where=cell.folder)
             except TrainingError as error:
                 if not overwrite:
+                    why = str(error).replace("resume from", "reuse")
                     raise FileError(
-                        f"{self.out} holds results made with other settings. {error}".replace("resume from", "reuse")
+                        f"{self.out} holds results made with other settings. {why}{_both(now, saved)}"
                     ) from error
                 remove(folder, CELL)
                 # Prompts that were trained together with it have other settings, too.
@@ -402,6 +404,16 @@ def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
     for cell, seconds in taken.items():
         times.setdefault(cell.method, []).append(seconds)
     return {method: sum(listed) / len(listed) for method, listed in times.items()}
+
+
+def _both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
+    """Return how results with both settings come into one report, if nothing else differs."""
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
+    if not varied.issuperset(changed):
+        return ""
+    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
+    return f". To have both in one report, leave the settings as they were and add {options}"
 
 
 def _saved_identity(folder: Path) -> Mapping[str, Json] | None:

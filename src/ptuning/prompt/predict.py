@@ -135,7 +135,7 @@ class PromptModel:
         A RecordError if there are no candidates, or two that are equal; a ConfigError if ``normalise`` is neither, or a
         prompt has not learned to stop.
         """
-        _check_candidates(candidates)
+        check_listed(candidates)
         data = as_records(records)
         each = _per_row(prompts, len(data))
         for one, _ in _by_prompt(each) if count_stop else ():
@@ -453,7 +453,8 @@ def _per_row(prompts: OnePrompt | Sequence[OnePrompt], rows: int) -> list[Prompt
     return [one if isinstance(one, Prompt) else read[str(one)] for one in prompts]
 
 
-def _check_candidates(candidates: Sequence[str]) -> None:
+def check_listed(candidates: Sequence[str]) -> None:
+    """Raise a RecordError unless candidates are texts, not empty, and different."""
     if isinstance(candidates, str):
         raise RecordError(f"candidates are a list of texts, and not the text '{candidates}'")
     if not candidates:

@@ -17,8 +17,11 @@ import pytest
 
 from ptuning import PromptModel, load_backbone
 from ptuning.cli.commands import serve
+from ptuning.data.questions import Question
+from ptuning.serve.engine.job import PromptRow
 from tests.cli.test_app import environment, fails
 from tests.conftest import learned
+from tests.serve.vllm.stand_in import serving
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,9 @@ from tests.conftest import learned
         (("--prompts", ".", "--api-key-file", "empty"), "holds no key"),
         (("--prompts", ".", "--port", "70000"), "'--port'"),
         (("--prompts", ".", "--cache-memory", "2"), "'--cache-memory'"),
+        (("--prompts", ".", "--engine", "vllm"), "--engine vllm goes with --engine-url URL"),
+        (("--prompts", ".", "--engine-url", "http://localhost:1"), "--engine vllm goes with --engine-url URL"),
+        (("--prompts", ".", "--engine", "sglang"), "'--engine'"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_loaded(args: tuple[str, ...], told: str) -> None:
@@ -43,6 +49,21 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(args: tuple[str, ...], 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "EXTRA", ("fastapi", "not_installed"))
     fails("serve", "--prompts", ".", says=["serving needs not_installed; ", "pip install 'ptuning[serve]'"])
+
+
+def test_an_engine_of_vllm(llama: str, tmp_path: Path) -> None:
+    """`--engine vllm` answers what the model here answers, and sends the server's key."""
+    backbone, key = load_backbone(llama, dtype="float32", device="cpu"), tmp_path / "key"
+    key.write_text("sk-vllm\n", encoding="utf-8")
+    prompt, question = learned(backbone, "{x} is [P*2] [Y]"), Question({"x": "Kenya"})
+    with serving(backbone) as server:
+        gateway = serve._engine(backbone, server.url + "/v1", key, queue_rows=8, cache_memory=0)
+        gateway.start()
+        (outcome,) = gateway.ask([PromptRow(prompt, question)])
+        gateway.stop()
+        assert server.keys == {"Bearer sk-vllm"}
+    assert outcome.prediction is not None
+    assert outcome.prediction.text == PromptModel(backbone).predict([question.record], prompt)[0].text
 
 
 def ask(address: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None) -> Any:

@@ -62,7 +62,7 @@ class Ending:
     ) -> None:
         self._tokenizer = backbone.tokenizer
         self._multiline = multiline
-        self._max_tokens = max_tokens
+        self.most = max_tokens
         self._as_is = as_is
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
@@ -76,7 +76,7 @@ class Ending:
 
     def reached(self, ids: Sequence[int]) -> bool:
         """Whether an answer ends with the last of its tokens."""
-        return len(ids) >= self._max_tokens or self.is_own(ids)
+        return len(ids) >= self.most or self.is_own(ids)
 
     def is_own(self, ids: Sequence[int]) -> bool:
         """Whether the last token of an answer ends it by itself, and not only since there may be no more."""

@@ -13,7 +13,7 @@ from ptuning.errors import cut
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, error_response
 from ptuning.serve.http.front import Front
-from ptuning.serve.http.routes import about, admin, chat, classify, completions, predict, tokens
+from ptuning.serve.http.routes import about, admin, chat, classify, completions, page, predict, tokens
 from ptuning.serve.http.service import Prompts, RowEngine, Service, Settings
 from ptuning.serve.http.watch import Monitor, seen_of
 
@@ -43,7 +43,7 @@ def create_app(
         engine, registry, settings or Settings(), watch or Monitor(registry, status=lambda: engine.status)
     )
     app.state.service = service
-    for part in (about, completions, chat, predict, classify, tokens):
+    for part in (about, completions, chat, predict, classify, tokens, page):
         app.include_router(part.router)
     if service.settings.admin_keys is not None:
         app.include_router(admin.router)

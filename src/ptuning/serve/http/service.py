@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ptuning.errors import ConfigError
+from ptuning.files import sha256
+from ptuning.serve.http.errors import refused
 from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.watch import Monitor, seen_of
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from ptuning.serve.engine.job import Job
 
 Phase = Literal["loading", "serving", "draining"]
+# Behind a prompt's name: the same prompt without its slots. No prompt's own name has a colon in it.
+MANUAL = ":manual"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,25 @@ class Prompts(Protocol):
     def get(self, name: str) -> ServedPrompt: ...  # noqa: D102
 
 
+@dataclass(frozen=True)
+class Manual:
+    """A prompt in service without its slots: those that started at words are these words, and others are left out."""
+
+    name: str
+    prompt: Prompt
+    folder: Path
+    sha256: str
+    loaded_at: float
+
+    @classmethod
+    def of(cls, served: ServedPrompt) -> Manual:
+        """Return a prompt without its slots; an ApiError if it has none."""
+        if not served.prompt.slots:
+            raise refused("model", f"'{served.name}' has no slots; it is a manual prompt itself", "unsupported")
+        prompt, digest = served.prompt.without("slots"), sha256(f"{served.sha256}{MANUAL}".encode())
+        return cls(served.name + MANUAL, prompt, served.folder, digest, served.loaded_at)
+
+
 @dataclass
 class Service:
     """The service as its routes see it. ``phase`` is what ``GET /ready`` tells."""
@@ -106,6 +130,8 @@ class Service:
     watch: Monitor
     phase: Phase = "serving"
     started: float = field(default_factory=time.time)
+    # Made once for each prompt, as long as that lives: the engine knows prompts by reference, too.
+    _manual: weakref.WeakKeyDictionary[Prompt, Manual] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
     @classmethod
     def of(cls, request: HTTPConnection) -> Service:
@@ -115,16 +141,26 @@ class Service:
         return found
 
     def find(self, request: HTTPConnection, name: str, *, param: str | None = None) -> ServedPrompt | None:
-        """Return the prompt of a name, None for the base model; an UnknownPromptError if there is neither. ``param`` is
-        the field that holds what is asked: errors of rows name it.
+        """Return the prompt of a name, None for the base model; an UnknownPromptError if there is neither. A name with
+        :data:`MANUAL` behind it is that prompt without its slots, and counted as that. ``param`` is the field that
+        holds what is asked: errors of rows name it.
         """
         request.scope["state"]["param"] = param
-        seen_of(request).asked(name)
+        plain = name.removesuffix(MANUAL)
+        seen_of(request).asked(plain)
         if name == self.registry.base_name:
             return None
-        found = self.registry.get(name)
-        seen_of(request).asked(name, found.prompt)
+        found = self.registry.get(plain)
+        if plain != name:
+            found = self.manual(found)
+        seen_of(request).asked(plain, found.prompt)
         return found
+
+    def manual(self, served: ServedPrompt) -> Manual:
+        """Return a prompt without its slots; an ApiError if it has none."""
+        if served.prompt not in self._manual:
+            self._manual[served.prompt] = Manual.of(served)
+        return self._manual[served.prompt]
 
     def fingerprint(self, served: ServedPrompt | None) -> str:
         """Return what an answer was made with: the model's fingerprint and the prompt's hash."""

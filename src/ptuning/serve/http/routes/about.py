@@ -7,13 +7,15 @@ from starlette.responses import Response
 
 from ptuning.provenance import VERSION
 from ptuning.serve.http.errors import ApiError, JsonResponse
-from ptuning.serve.http.service import ServedPrompt, Service
+from ptuning.serve.http.service import MANUAL, ServedPrompt, Service
 from ptuning.serve.http.shapes import Shape
+from ptuning.template.language import Field, Literal, Piece, Slots, Target, Template, TextSlots
 
 router = APIRouter()
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)  # as balancers ask
 async def health(request: Request) -> Response:
     """Say whether the engine lives and gets on with its work: 200 or 503."""
     if not Service.of(request).engine.is_alive:
@@ -22,6 +24,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)  # as balancers ask
 async def ready(request: Request) -> Response:
     """Say whether requests are taken: 200, or 503 while the service starts or ends."""
     service = Service.of(request)
@@ -65,14 +68,33 @@ def _card(service: Service, served: ServedPrompt | None) -> Shape:
     }
     if served is None:
         return card
-    space = served.prompt.answer_space
+    space, task, template = served.prompt.answer_space, served.prompt.task, served.prompt.template
     return {
         **card,
-        "template": str(served.prompt.template),
-        "fields": list(served.prompt.task.fields if served.prompt.task else served.prompt.template.fields),
-        "task": served.prompt.task.name if served.prompt.task else None,
+        **_template(template),
+        "manual": {"id": served.name + MANUAL, **_template(template.without_slots())} if served.prompt.slots else None,
+        "fields": list(task.fields if task else template.fields),
+        "columns": list(task.columns if task else template.fields),
+        "task": task.name if task else None,
         "labels": list(space.labels),
         "answers": "choices" if space.has_choices else "labels" if space.is_closed else "text",
         "slots": served.prompt.slots,
         "sha256": served.sha256,
     }
+
+
+def _template(template: Template) -> Shape:
+    return {"template": str(template), "pieces": [_piece(one) for one in template.pieces]}
+
+
+def _piece(piece: Piece) -> Shape:
+    """Return a piece of a template: its kind, and the words, the name or the number that it has."""
+    if isinstance(piece, Slots):
+        return {"kind": "slots", "count": piece.count}
+    if isinstance(piece, TextSlots):
+        return {"kind": "slots", "text": piece.text}
+    if isinstance(piece, Field):
+        return {"kind": "field", "name": piece.name}
+    if isinstance(piece, Literal):
+        return {"kind": "text", "text": piece.text}
+    return {"kind": "target" if isinstance(piece, Target) else "decoder"}
