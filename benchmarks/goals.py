@@ -11,8 +11,7 @@ from typing import Any
 from benchmarks.common import Json
 
 SUMMARY = "summary"
-# In the order in which they run. Those that start processes come first: in a smoke run all share one process, which
-# must be small until then.
+# In the order in which they run.
 SCRIPTS = (
     "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "writing", "serving",
     "scaling", "arithmetic", "stages",

@@ -51,8 +51,6 @@ def main(settings: Settings) -> None:
     if find_spec("peft") is not None:
         contestants["first step, peft"] = lambda _: stage("peft-step", settings)
     stage("prepare", settings)
-    if settings.smoke and len(contestants) > 5:
-        del contestants["first step"]  # each process takes seconds, and the peer's goes the same way
     found = interleave(contestants, repeats=settings.pick(5, 1), seconds=70, seed=settings.seed, note="processes")
     cells: list[dict[str, Json]] = [
         {"cell": name, "contestant": name.partition(", ")[2] or "ptuning", "seconds": spread(values)}
@@ -91,15 +89,17 @@ def wall(command: list[str]) -> float:
 
 
 def stage(name: str, settings: Settings) -> float:
-    """Run one stage in a new process of this script."""
+    """Run one stage in a new process of this script; in a smoke run all but ``load`` in this one, to save seconds."""
+    if settings.smoke and name != "load":
+        return seconds_of(name, settings)
     return printed([sys.executable, "-m", "benchmarks.startup", *settings.arguments(), "--stage", name])
 
 
-def stage_of(name: str, settings: Settings) -> None:
-    """Do one stage and print its seconds, counted from before the first import of anything heavy."""
+def seconds_of(name: str, settings: Settings) -> float:
+    """Do one stage and return its seconds, counted from before the first import of anything heavy."""
     start = time.perf_counter()
     STAGES[name](settings)
-    print(json.dumps(time.perf_counter() - start))
+    return time.perf_counter() - start
 
 
 def prepare(settings: Settings) -> None:
@@ -178,6 +178,6 @@ if __name__ == "__main__":
     given.add_argument("--stage", choices=tuple(STAGES), help="what a child does")
     chosen = given.parse_args()
     if chosen.stage:
-        stage_of(chosen.stage, settings_of(chosen))
+        print(json.dumps(seconds_of(chosen.stage, settings_of(chosen))))
     else:
         main(settings_of(chosen))

@@ -6,10 +6,7 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from ptuning.experiment.suite import Suite, mean_seconds
 from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS
+from ptuning.names import CHECKPOINT_FILE, STATE_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records
@@ -37,6 +35,7 @@ from ptuning.template.language import Template
 from ptuning.training import fleet, step, train_fleet, trainer
 from ptuning.training.checkpoint import write_checkpoint
 from tests.conftest import WARM
+from tests.processes import forked
 
 MANUAL = "The capital of [X] is [Y] ."
 NAMES = ("Nairobi", "yes", "no", "good")
@@ -326,6 +325,11 @@ compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out
 """
 
 
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training is under way somewhere in a folder."""
+    return any({CHECKPOINT_FILE, STATE_FILE} & set(files) for _, _, files in os.walk(out))
+
+
 @pytest.mark.parametrize(("method", "tries"), [("p-tuning", 1), ("p-tuning", 3), ("fine-tuning", 1)])
 def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
     model_folder: Callable[[str], Path], tmp_path: Path, method: str, tries: int, monkeypatch: pytest.MonkeyPatch
@@ -338,26 +342,19 @@ def test_killed_in_the_middle_of_a_cell_it_ends_as_if_it_had_not_been(
         folder = str(tmp_path / out)
         return ["-c", model, str(tmp_path / "data.json"), folder, MANUAL, WARM, f"manual,{method}", str(tries)]
 
-    command = [sys.executable, "-c", PROGRAM, *arguments("cut")[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
-        folder = tmp_path / f"cut/cells/task/{method}/seed-0"
-        end = time.monotonic() + 200
-        while not folder.is_dir():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        time.sleep(0.15)  # inside of the training
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    folder = tmp_path / f"cut/cells/task/{method}/seed-0"
+    with forked(PROGRAM, *arguments("cut")[1:], folder=tmp_path / "said") as process:
+        process.wait_until(lambda: has_checkpoint(tmp_path / "cut"))
+        process.kill()
     assert not (folder / "run.json").exists()
     for out in ("cut", "whole"):
         monkeypatch.setattr(sys, "argv", arguments(out))
         exec(PROGRAM, {})
     assert results_of(tmp_path / "cut") == results_of(tmp_path / "whole")
-    said = [(tmp_path / out / f"cells/task/{method}/seed-0/predictions.jsonl").read_bytes() for out in ("cut", "whole")]
-    assert said[0] == said[1]
+    cells = [tmp_path / out / f"cells/task/{method}/seed-0" for out in ("cut", "whole")]
+    said = [(cell / "predictions.jsonl").read_bytes() for cell in cells]
+    records = [timeless(json.loads((cell / "run.json").read_text(encoding="utf-8"))) for cell in cells]
+    assert (said[0], records[0]) == (said[1], records[1])
 
 
 def suite(

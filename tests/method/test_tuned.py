@@ -41,7 +41,10 @@ TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
 LORA = ("manual+lora", "p-tuning+lora")
 TRAINED = ("p-tuning", *TUNING, *LORA)
 QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
-LEARNS = replace(QUICK, epochs=20, backbone_lr=5e-3, patience=20)
+# Training takes steps; each epoch ends with scoring and writing all weights, so what learns by heart sees its rows
+# several times in an epoch.
+LEARNS = replace(QUICK, epochs=5, backbone_lr=5e-3, patience=20)
+SEEN = TRAIN * 4
 
 
 def task(
@@ -112,8 +115,8 @@ def test_only_slots_have_several_starts(
 @pytest.mark.parametrize("method", TUNING)
 def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
-    slow = replace(LEARNS, epochs=80, patience=80)  # tiny masked models take their time
-    solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(TRAIN, TRAIN))
+    slow = replace(LEARNS, epochs=20, patience=20)  # tiny masked models take their time
+    solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(SEEN, TRAIN))
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
     assert share(solution.answer(as_questions(TRAIN))) == 1.0 > plain
@@ -199,11 +202,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
 
 
 def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
-    config = replace(LEARNS, epochs=40, patience=40, lora_lr=0.02)
+    config = replace(LEARNS, epochs=10, lora_lr=0.02)
     for method in LORA:
-        solution = fit(method, backbone, config, task=task(TRAIN, TRAIN))
+        solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
         history: Any = solution.record["history"]
-        assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+        start: Any = solution.record["start"]
+        assert history[-1]["train_loss"] < 0.9 * start["dev_loss"]  # on the same facts
         everything = sum(weight.numel() for weight in backbone.model.parameters())
         trained: Any = solution.record["trainable_parameters"]
         assert (0 < trained < everything) or method == "p-tuning+lora"
@@ -223,7 +227,7 @@ def test_a_bfloat16_backbone_is_tuned_in_float32(
     causal: Backbone, watched: dict[str, list[tuple[bool, bool, torch.dtype]]]
 ) -> None:
     causal.model.to(torch.bfloat16)  # type: ignore[arg-type]
-    solution = fit("manual+fine-tuning", causal, LEARNS, task=task(TRAIN, TRAIN))
+    solution = fit("manual+fine-tuning", causal, LEARNS, task=task(SEEN, TRAIN))
     assert {dtype for runs in watched.values() for _, _, dtype in runs} == {torch.float32}
     assert causal.dtype == torch.bfloat16
     assert share(solution.answer(as_questions(TRAIN))) == 1.0

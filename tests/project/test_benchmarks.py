@@ -48,7 +48,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.timeout(900)  # ten processes import torch; on a busy machine each takes its time
+@pytest.mark.timeout(900)  # several processes import torch; on a busy machine each takes its time
 def test_every_script_runs_and_says_on_what(smoke: Path) -> None:
     results = goals.read_results(smoke)
     assert list(results) == run.known()

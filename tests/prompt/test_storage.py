@@ -11,8 +11,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +35,7 @@ from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from ptuning.training.run import train
 from tests.conftest import FAMILIES, RECORDS, learned
+from tests.processes import forked
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 
@@ -86,11 +85,9 @@ def test_saved_and_loaded_in_a_new_process(tmp_path: Path, model_folder: Callabl
         "    logits = torch.cat(PromptModel(backbone).target_logits(records, Prompt.load(folder)))\n"
         "    print(family, hashlib.sha256(logits.numpy().tobytes()).hexdigest())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert dict(line.split() for line in done.stdout.splitlines()) == expected
+    with forked(code, folder=tmp_path / "said") as process:
+        assert process.wait() == 0, process.err
+    assert dict(line.split() for line in process.out.splitlines()) == expected
 
 
 def test_everything_comes_back(saved: Path, causal: Backbone) -> None:

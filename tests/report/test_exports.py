@@ -16,6 +16,8 @@ from ptuning.report.sections import build_page
 from ptuning.report.write import write_report
 from tests.report.conftest import change, page_of
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as handle:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.report.conftest import change, page_of
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def one_seed(results: dict[str, Any]) -> None:
     results["cells"] = [cell for cell in results["cells"] if cell["seed"] == 0]

@@ -49,6 +49,7 @@ def test_one_task_is_told_once(compare: Path) -> None:
     assert not (compare / "pictures" / "dots.svg").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
     results = json.loads((lama / "results.json").read_text(encoding="utf-8"))
     best = results["macro"]["p-tuning"]["p_at_1"]
@@ -71,6 +72,7 @@ def test_the_answer_is_made_from_the_numbers(lama: Path) -> None:
     assert "The difference p-tuning − manual-restricted is +20.0 points (no interval, n = 2). With" in answer
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wordings_are_called_by_their_words(lama: Path) -> None:
     """P36.01 says nothing to a reader, and wordings are no tasks."""
 
@@ -92,6 +94,7 @@ def test_wordings_are_called_by_their_words(lama: Path) -> None:
     assert headings(lama)[:3] == ["Scores", "Wordings", "By type of relation"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_type_of_relation_repeats_nothing(lama: Path) -> None:
     def only(n: int) -> None:
         def edit(results: dict[str, Any]) -> None:
@@ -106,6 +109,7 @@ def test_one_type_of_relation_repeats_nothing(lama: Path) -> None:
     assert "By type of relation" in headings(lama)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_own_task_has_no_server(lama: Path) -> None:
     server, own = "the benchmark's server can score", "Methods compared:"
     change(
@@ -121,6 +125,7 @@ def test_an_own_task_has_no_server(lama: Path) -> None:
     assert own in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_on_unfinished_work_says_so_first(lama: Path) -> None:
     def undo(results: dict[str, Any]) -> None:
         results["cells"][2] |= {"status": "failed", "error": "no <room> | on disk"}
@@ -143,6 +148,7 @@ def test_nothing_finished_and_nothing_optional_still_is_a_report(tmp_path: Path)
     assert headings(tmp_path) == ["Settings", "What this run cannot show"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cells_without_tasks_still_are_a_report(lama: Path) -> None:
     change(lama, lambda found: found.update(tasks={}))
     assert write_report(lama).is_file()

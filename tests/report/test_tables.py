@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from ptuning.report.write import write_report
 from tests.report.conftest import METHODS, ROWS, SCORES, TRAINED, change, page_of
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def numbers_in(value: object) -> Iterator[float]:

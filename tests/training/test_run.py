@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,10 +63,11 @@ from ptuning.template.segments import Ids
 from ptuning.training.run import TrainingRun, TrainResult, train
 from ptuning.training.trainer import Trainer
 from tests.conftest import RECORDS, make_model
+from tests.processes import COMMAND_LINE, forked
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
-SLOW = {"epochs": 6, "batch_size": 4, "checkpoint_seconds": 0.0}
+SLOW = {"epochs": 4, "batch_size": 4, "checkpoint_seconds": 0.0}
 FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99, "dropout": 0.2}
 
 
@@ -197,7 +194,7 @@ def command(folder: Path, model: Path, *more: str) -> list[str]:
     settings = [f"--set={name}={value}" for name, value in {**FAST, **SLOW}.items()]
     files = ["--data", str(folder / "train.jsonl"), "--backbone", str(model), "--out", str(folder / "cut")]
     return [
-        *(sys.executable, "-m", "ptuning", "train", *files, "--template", TEMPLATE),
+        *("train", *files, "--template", TEMPLATE),
         *("--dtype", "float32", "--device", "cpu", *settings, *more),
     ]
 
@@ -208,28 +205,19 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
     It ends with the bytes of an undisturbed run.
     """
     rows: list[Record] = [
-        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(240)
+        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(160)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     model = model_folder("llama")
     checkpoint = tmp_path / "cut" / CHECKPOINT_FOLDER / CHECKPOINT_FILE
     moments = random.Random(time.time_ns())
     for kill in range(3):
         before = checkpoint.read_bytes() if checkpoint.exists() else b""
         more = ["--resume"] if kill else []
-        process = subprocess.Popen(
-            command(tmp_path, model, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 200
-        while not checkpoint.exists() or checkpoint.read_bytes() == before:
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0.0, 0.2))
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with forked(COMMAND_LINE, *command(tmp_path, model, *more), folder=tmp_path / "said") as process:
+            process.wait_until(lambda: checkpoint.exists() and checkpoint.read_bytes() != before)  # noqa: B023 - now
+            time.sleep(moments.uniform(0.0, 0.2))
+            process.kill()
     backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
     run(backbone, tmp_path / "cut", data, settings=SLOW, resume=True)
     run(backbone, tmp_path / "whole", data, settings=SLOW)
@@ -674,8 +662,9 @@ def test_a_new_process_gives_bit_equal_logits(causal: Backbone, tmp_path: Path) 
         found = PromptModel(causal).target_logits(RECORDS, prompt)
         wanted.append([one.view(torch.int32).tolist() for one in found])
     arguments = [causal.name, json.dumps(RECORDS), *(str(tmp_path / name) for name in ("tuned", "whole", "lora"))]
-    done = subprocess.run([sys.executable, "-c", ANSWER, *arguments], capture_output=True, text=True, check=True)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == wanted
+    with forked(ANSWER, *arguments, folder=tmp_path / "said") as process:
+        assert process.wait() == 0, process.err
+    assert [json.loads(line) for line in process.out.splitlines()] == wanted
 
 
 @MODES
@@ -708,7 +697,7 @@ def test_a_run_with_trained_weights_is_killed_and_resumed(
     tmp_path: Path, model_folder: Callable[[str], Path], tune: str
 ) -> None:
     """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
-    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(120)]
+    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
     model = model_folder("llama")
@@ -718,15 +707,10 @@ def test_a_run_with_trained_weights_is_killed_and_resumed(
     for kill in range(2):
         before = checkpoint.read_bytes() if checkpoint.exists() else b""
         more = [*options, "--resume"] if kill else options
-        process = subprocess.Popen(command(tmp_path, model, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 90
-        while not checkpoint.exists() or checkpoint.read_bytes() == before:
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with forked(COMMAND_LINE, *command(tmp_path, model, *more), folder=tmp_path / "said") as process:
+            process.wait_until(lambda: checkpoint.exists() and checkpoint.read_bytes() != before)  # noqa: B023 - now
+            time.sleep(moments.uniform(0.0, 0.2))
+            process.kill()
     backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
     run(backbone, tmp_path / "cut", data, settings={**SLOW, **mode}, resume=True)
     run(backbone, tmp_path / "whole", data, settings={**SLOW, **mode})

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,7 @@ from ptuning.training.step import Learner, Step
 from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model, small_memory
+from tests.processes import forked
 
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
 TEXTS: list[Record] = [
@@ -350,7 +349,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=8)) for one in EVERY]\n"
+        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=6)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
 
@@ -364,16 +363,12 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
     here("whole")
     state = tmp_path / "killed" / CHECKPOINT_FOLDER / STATE_FILE
     for moment in range(3):
-        process = subprocess.Popen([sys.executable, script, tmp_path / "killed"])
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        changes, limit = 0, time.monotonic() + 120
-        while changes < 4 + 3 * moment and process.poll() is None and time.monotonic() < limit:
-            now = state.stat().st_mtime_ns if state.exists() else 0
-            changes, before = changes + (now != before), now
-            time.sleep(0.002)
-        assert process.poll() is None, f"it was to be killed after {changes} checkpoints"
-        process.kill()
-        process.wait()
+        seen = {state.stat().st_mtime_ns if state.exists() else 0}
+        with forked(script.read_text(), tmp_path / "killed", folder=tmp_path / "said") as process:
+            while len(seen) <= 4 + 3 * moment:
+                process.wait_until(lambda: state.exists() and state.stat().st_mtime_ns not in seen)  # noqa: B023 - now
+                seen.add(state.stat().st_mtime_ns)
+            process.kill()
     here("killed")
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole") != {}
 

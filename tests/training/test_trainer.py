@@ -8,8 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import math
-import os
-import subprocess
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +47,7 @@ from ptuning.training.step import Chunk, Step, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
+from tests.processes import forked
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
@@ -618,8 +618,7 @@ def test_two_processes_learn_what_one_learns(
 
     With groups that do not divide among them, and dropout.
     """
-    script = tmp_path / "two.py"
-    script.write_text(
+    program = (
         "import sys, torch\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "import tests.training.test_trainer as t\n"
@@ -630,25 +629,21 @@ def test_two_processes_learn_what_one_learns(
         f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.processes.process_index}}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # What torchrun tells the processes that it starts.
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                forked(
+                    program, folder=tmp_path / f"said-{rank}", environment={**told, "RANK": rank, "LOCAL_RANK": rank}
+                )
+            )
+            for rank in "01"
+        ]
+        assert [process.wait() for process in running] == [0, 0], [process.err[-3000:] for process in running]
     alone = fit(make_trainer(causal, dropout=0.2)).learner.vectors()
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.equal(*both)

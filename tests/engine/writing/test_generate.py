@@ -25,7 +25,7 @@ from ptuning.template.fill import Example
 from tests.backbone.test_turn import RECORDS as TURNING
 from tests.backbone.test_turn import longrope
 from tests.conftest import CAUSAL, RECORDS, bound, learned
-from tests.families import backbone_of, own_copy
+from tests.families import backbone_of, built, own_copy
 
 TEMPLATE = "[P*2] [X] is [P] [Y]"
 TOKENS = 7
@@ -242,15 +242,15 @@ def test_draws_do_not_depend_on_company_or_on_the_global_generator(name: str) ->
 @pytest.mark.parametrize("multiline", [False, True])
 def test_streamed_pieces_are_the_answer(name: str, how: dict[str, Any], multiline: bool) -> None:
     """Joined they are what ``predict`` returns; none is empty, and several come before the end."""
-    backbone = own_copy(name)
+    backbone = built(name)
     prompt, model = learned(backbone, TEMPLATE), PromptModel(backbone)
     object.__setattr__(prompt, "multiline", multiline)
     how = {"max_new_tokens": 12, **how}
     counts = set()
-    for record in RECORDS:
+    for record, answer in zip(RECORDS, model.predict(RECORDS, prompt, generation=how), strict=True):
         pieces = list(model.stream(record, prompt, generation=how))
         assert all(pieces)
-        assert "".join(pieces) == model.predict([record], prompt, generation=how)[0].text
+        assert "".join(pieces) == answer.text
         counts.add(len(pieces))
     assert max(counts) > 1 or "stop_strings" in how or name == "bart"  # which has nothing but special tokens to say
 

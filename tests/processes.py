@@ -1,0 +1,103 @@
+"""Processes of their own that start at once: each is a fork of a process that has imported what takes seconds, and has
+done nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+# Installed modules alone: the folder of the tests is no place where the process that is forked looks for any.
+_FORKS.set_forkserver_preload(
+    ["ptuning.experiment.superglue", "ptuning.training.train_fleet", "transformers.models.llama.modeling_llama"]
+)
+
+COMMAND_LINE = "import runpy\nrunpy.run_module('ptuning', run_name='__main__', alter_sys=True)\n"
+
+
+class Forked:
+    """A process that runs a program; what it says goes to files.
+
+    Args:
+        program: Python text.
+        arguments: What it finds in ``sys.argv`` behind its name.
+        folder: Of what it says.
+        environment: What it has in ``os.environ`` beside what the tests have.
+    """
+
+    def __init__(
+        self, program: str, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        at = len(list(folder.glob("out-*")))
+        self._out, self._err = folder / f"out-{at}", folder / f"err-{at}"
+        words = ["program", *map(str, arguments)]
+        given = (program, words, str(self._out), str(self._err), dict(environment or {}))
+        self._process: ForkServerProcess = _FORKS.Process(target=_run, args=given, daemon=True)
+        self._process.start()
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def out(self) -> str:
+        """What it printed."""
+        return self._out.read_text(encoding="utf-8") if self._out.exists() else ""
+
+    @property
+    def err(self) -> str:
+        """What it wrote to standard error."""
+        return self._err.read_text(encoding="utf-8") if self._err.exists() else ""
+
+    def wait(self, seconds: float = 120) -> int:
+        """Wait for its end, and return its exit code."""
+        self._process.join(seconds)
+        assert self.code is not None, self.err
+        return self.code
+
+    def wait_until(self, holds: Callable[[], object], *, seconds: float = 200) -> None:
+        """Wait until something holds, while it runs."""
+        end = time.monotonic() + seconds
+        while not holds():
+            assert self.code is None, self.err
+            assert time.monotonic() < end
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def forked(
+    program: str, *arguments: object, folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Forked]:
+    """Start a process that does not outlive the block; arguments as of :class:`Forked`."""
+    found = Forked(program, *arguments, folder=folder, environment=environment)
+    try:
+        yield found
+    finally:
+        if found.code is None:
+            found.kill()
+
+
+def _run(program: str, words: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    for number, path in ((1, out), (2, err)):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.environ.update(environment)
+    sys.argv = words
+    exec(program, {"__name__": "__main__"})
