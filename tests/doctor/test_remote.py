@@ -120,6 +120,7 @@ def test_an_answer_that_is_too_large_is_not_read(stand_in: StandIn, monkeypatch:
     assert Remote.of(stand_in.url).get("/large").told == "an answer of more than 100 bytes"
     # What is too much is not waited for.
     monkeypatch.setattr(remote, "MOST_BYTES", 10)
-    monkeypatch.setattr(remote, "SECONDS", 20)
+    monkeypatch.setattr(remote, "SECONDS", 3)
+    stand_in.pages["GET /large"] = (200, ["x" * 10**5])
     stand_in.slow = "/large"
     assert Remote.of(stand_in.url).get("/large").told == "an answer of more than 10 bytes"

@@ -158,6 +158,7 @@ def test_each_page_that_is_wrong_is_a_fault(
     failed = {one.name: one.found for one in found.values() if one.status == "failed" and one.name != "latency"}
     assert list(failed) == [name]
     assert said in failed[name]
+    assert ("try again" in found[name].remedy) == (answer[0] == 503)
 
 
 def test_a_server_with_a_key(stand_in: StandIn, causal: Backbone, prompts: dict[str, Prompt]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -150,6 +151,41 @@ def test_the_tail_is_that_of_good_answers_unless_refusals_are_meant() -> None:
     assert found.latency(0.99, load.NO_ANSWER) is None
     cell = serving.load_cell("tail", "x", Load(9.0, 200.0), [found, found])
     assert (cell["answered"], cell["refused"], cell["failed"], cell["sender"]) == (200, 2, 0, 0.25)
+
+
+@dataclasses.dataclass
+class Keeps:
+    """Stands for a server that answers each request after a while, none if there are more than ``most`` a second."""
+
+    most: float
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def run(self, sent_load: Load) -> Run:
+        self.seconds.append(sent_load.seconds)
+        arrivals = load.plan(sent_load, 1)
+        good = [Sent(one.at, 0.01, load.OK) for one in arrivals[:: max(1, round(sent_load.rate / self.most))]]
+        rest = [Sent(one.at, 0.02, load.REFUSED) for one in arrivals] if sent_load.rate > self.most else []
+        return run_of([*good, *rest])
+
+
+def asked_of(most: float, capacity: float) -> Any:
+    return serving.Asked(cast("Any", Keeps(most)), common.Settings(), capacity)
+
+
+def test_a_load_that_is_no_burden_gives_no_figure() -> None:
+    """A capacity that was measured too low, on a machine that was busy, is told as the reason."""
+    for question, name in ((serving.throughput, "serve-64-prompts"), (serving.overload, "serve-overload")):
+        _, found = question(asked_of(most=1000.0, capacity=20.0))
+        assert found[name]["measured"] is None, found
+    _, found = serving.overload(asked_of(most=50.0, capacity=50.0))
+    assert found["serve-overload"]["measured"] is not None
+    assert "99th percentile: 20 ms" in str(found["serve-overload"]["note"])
+    _, found = serving.throughput(asked_of(most=26.0, capacity=40.0))
+    assert found["serve-64-prompts"]["measured"] == pytest.approx(1.0)
+
+
+def test_loads_last_longer_on_slow_machines() -> None:
+    assert [asked_of(1.0, rate).seconds(8.0, 300) for rate in (100.0, 10.0, 0.5)] == [8.0, 30.0, 60.0]
 
 
 # Like with like.

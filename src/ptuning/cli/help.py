@@ -33,7 +33,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
     "Server": (
         "prompts", "url", "host", "port", "api_key_file", "admin_key_file", "open_to_all", "queue_rows", "drain",
-        "access_log",
+        "access_log", "engine", "engine_url", "engine_key_file",
     ),
     "Machine": (
         "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",

@@ -29,7 +29,7 @@ from ptuning.serve.engine.job import (
 )
 from ptuning.serve.vllm.gateway import Gateway
 from ptuning.serve.vllm.remote import VllmServer
-from tests.conftest import RECORDS
+from tests.conftest import RECORDS, learned
 from tests.serve.engine.test_engine import CANDIDATES, Heard, alike, prompts_of
 from tests.serve.vllm.stand_in import StandIn, serving
 
@@ -77,8 +77,9 @@ def test_streams_log_probs_and_the_base_model(causal: Backbone, gateway: Gateway
         PromptRow(prompts_of(causal)[0], Question(RECORDS[2]), how),
         TextRow("The capital", how),
         EchoRow("The capital of Kenya", 2),
+        TextRow("The capital", how, learned(causal, "[P*2]{x} [Y]")),
     ]
-    heard = Heard(3)
+    heard = Heard(4)
     gateway.submit(Job(rows, heard))
     assert heard.ready.wait(60)
     for found, wanted in zip(heard.found, engine.ask(rows), strict=True):
@@ -163,6 +164,11 @@ def test_rows_that_cannot_be_asked_fail_alone(causal: Backbone, gateway: Gateway
     gateway.submit(Job(rows, heard))
     assert heard.ready.wait(60)
     assert [isinstance(found, PTuningError) for found in heard.found] == [True] * 4 + [False]
+
+
+def test_echo_behind_a_prompt_is_refused_and_not_the_base_models(causal: Backbone, gateway: Gateway) -> None:
+    with pytest.raises(ConfigError, match="echo is for the base model alone"):
+        gateway.ask([EchoRow("The capital", 2, learned(causal, "[P*2]{x} [Y]"))])
 
 
 def test_cancelled_answers_end_there_as_well(causal: Backbone, gateway: Gateway, there: StandIn) -> None:

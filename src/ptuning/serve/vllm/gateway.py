@@ -180,11 +180,14 @@ class Gateway(BaseEngine):
             value = row.call()
             return lambda: Outcome(value=value)
         if isinstance(row, EchoRow):
+            if row.prompt is not None:  # vLLM scores no text behind embeddings
+                raise ConfigError("with --engine vllm, echo is for the base model alone")
             ids, alternatives = self._filling.echoed(row).example.token_ids, row.alternatives
             return lambda: self._echo(ids, alternatives)
         if isinstance(row, TextRow):
             filled = self._filling.continued(row)
-            return self._writes(one, filled, Read(ids=filled.row.example.token_ids))
+            read = Read(self._embedded(filled.row)) if row.prompt else Read(ids=filled.row.example.token_ids)
+            return self._writes(one, filled, read)
         answers = self._filling.answers(row)
         if row.how.candidates is not None:
             return self._ranks(row, row.how.candidates)
