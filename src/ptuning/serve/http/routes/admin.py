@@ -109,7 +109,7 @@ def unload_adapter(asked: AdapterUnload, request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{gone.name}' removed successfully.")
 
 
-@metrics_router.get("/metrics")
+@metrics_router.get("/metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
     """Tell Prometheus what was counted."""
     body, content_type = Service.of(request).watch.exposition(request.headers.get("accept", ""))
