@@ -54,7 +54,7 @@ def words() -> set[str]:
 
 
 @cache
-def tested() -> set[str]:
+def in_tests() -> set[str]:
     """Return the names of all tests and of their files."""
     files = {path.stem for path in (ROOT / "tests").rglob("*.py")}
     return files | set(re.findall(r"\bdef (\w+)", source()))
@@ -118,7 +118,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 def test_tests_that_a_page_names_exist(page: Path) -> None:
     for text in quoted(page):
         for name in re.findall(r"\btest_\w+(?!\w|\.py)", text):
-            assert name in tested() or any(name in path for path in TO_BE_ADDED), f"{page.name} names {name}"
+            assert name in in_tests() or any(name in path for path in TO_BE_ADDED), f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name in OF_CODE], ids=lambda page: page.name)

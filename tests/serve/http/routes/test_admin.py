@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
 from ptuning.serve.registry import Registry
-from tests.serve.test_registry import BAD_NAMES, save, version_of, versions
+from tests.serve.test_registry import BAD_NAMES, prompt_of, save, version_of, versions
 
 ROUTES: list[tuple[str, str, Any]] = [
     ("GET", "/v1/prompts", None),
@@ -228,3 +229,10 @@ def test_the_metrics_may_be_open_where_nobody_else_comes(registry: Registry) -> 
     assert "ptuning_prompts_loaded 2.0" in answer.text
     other = client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert other.text.endswith("# EOF\n")
+
+
+def test_a_score_that_is_no_number_is_left_out(client: TestClient, tmp_path: Path) -> None:
+    """JSON has no NaN, and a list of prompts must not fail for one of them."""
+    prompt = replace(prompt_of(5), scores={"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5})
+    prompt.save(tmp_path / "prompts" / "odd")
+    assert client.post("/v1/prompts", json={"name": "odd", "path": "odd"}).json()["scores"] == {"accuracy": 0.5}
