@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -64,6 +65,32 @@ def test_an_engine_of_vllm(llama: str, tmp_path: Path) -> None:
         assert server.keys == {"Bearer sk-vllm"}
     assert outcome.prediction is not None
     assert outcome.prediction.text == PromptModel(backbone).predict([question.record], prompt)[0].text
+
+
+def test_a_prompt_is_loaded_while_a_pass_runs(llama: str) -> None:
+    """Loading waits for no pass of the model; it is read and checked in the operator's own thread."""
+    backbone = load_backbone(llama, dtype="float32", device="cpu")
+    learned(backbone, "{x} is [P*2] [Y]").save("prompts/first")
+    engine = serve._engine(backbone, None, None, queue_rows=8, cache_memory=0)
+    engine.start()
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        let_go.wait(60)
+
+    running = threading.Thread(target=lambda: engine.call(hold))
+    running.start()
+    assert held.wait(60)
+    try:
+        registry = serve._registry(Path("prompts"), {}, engine)
+        learned(backbone, "{x} is [P*3] [Y]").save("prompts/second")
+        registry.load("other", "second")
+        assert sorted(registry.served) == ["first", "other"]
+    finally:
+        let_go.set()
+        running.join()
+        engine.stop()
 
 
 def ask(address: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None) -> Any:

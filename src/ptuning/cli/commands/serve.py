@@ -108,7 +108,7 @@ def _registry(prompts: Path | None, named: Mapping[str, str], engine: BaseEngine
         prompts,
         {name: Path(one) for name, one in named.items()},
         base_name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
-        check=lambda prompt: engine.call(lambda: prompt.bind(loaded)),
+        check=lambda prompt: prompt.bind(loaded),  # in the caller's thread: the engine's may be in a long pass
     )
     _show_failures(registry.reload().failed)
     return registry
