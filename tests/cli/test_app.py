@@ -294,7 +294,7 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
     ("command", "code"),
     [
         ("PYTHONUTF8=0 PYTHONIOENCODING=latin-1 {} data cities", 0),
-        ("{} data cities | head -1", 141),
+        ("{} data cities | true", 141),  # a reader of a line may leave after the last one is written
         ("{} data cities >&-", 0),
         ("{} predict 'manual:[X] is [Y]' --data - <&-", 2),
         ("{} data nothing >&- 2>&-", 2),
