@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -74,7 +74,7 @@ def _ended() -> Iterator[None]:
         terminal.stopped("stopped", None, "")
         raise typer.Exit(SIGNAL_EXIT + signal.SIGINT) from None
     except BrokenPipeError:
-        _drop_output()
+        _drop(sys.stdout, sys.stderr)
         raise typer.Exit(SIGNAL_EXIT + SIGPIPE) from None
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     try:
         _run()
     except BrokenPipeError:  # of the error stream, too
-        _drop_output()
+        _drop(sys.stdout, sys.stderr)
         sys.exit(SIGNAL_EXIT + SIGPIPE)
 
 
@@ -104,7 +104,7 @@ def _run() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _drop_output()
+        _drop(sys.stdout)
         _fail(f"{error}; check the path, its rights and the room on the disk", error)
 
 
@@ -118,9 +118,10 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """Drop the rest of the output: Python would write it once more at its end, and end with another exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(*streams: TextIO) -> None:
+    """Drop what outputs still hold: Python would write it once more at its end, and end with another exit code."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(text: str, error: Exception) -> None:
