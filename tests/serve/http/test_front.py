@@ -280,7 +280,7 @@ def test_a_submit_that_breaks_is_a_fault_too(stubbed: Stubbed) -> None:
 
 def test_messages_have_no_paths() -> None:
     text = (
-        "the prompt of '/home/me/my models/x' at /srv/data/model.gguf and C:\\Users\\me\\x.bin is/are a/b https://a.b/c/d"
+        "the prompt of '/srv/my models/x' at /srv/data/model.gguf and C:\\Users\\me\\x.bin is/are a/b https://a.b/c/d"
     )
     assert without_paths(text) == "the prompt of 'my models/x' at model.gguf and x.bin is/are a/b https://a.b/c/d"
 
