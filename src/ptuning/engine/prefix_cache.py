@@ -6,9 +6,9 @@ import io
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple, TypeVar, cast
 
 import psutil
 import torch
@@ -32,6 +32,7 @@ SPARED_DISK_BYTES = 2 << 30
 FILES = 64
 
 Told = Callable[[int, int], None]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Past(NamedTuple):
@@ -39,6 +40,26 @@ class Past(NamedTuple):
 
     layers: list[tuple[Tensor, Tensor]]
     mask: Tensor
+
+    @classmethod
+    def of(cls, parts: Mapping[Key, Tensor], names: Sequence[Key]) -> Past:
+        """Return the keys and values of the texts that rows name, (L, 2, H, C, D) each; a row whose name has none reads
+        nothing. Shorter texts get pads on the left, so that all end in the same column.
+        """
+        some = max(parts.values(), key=lambda part: part.shape[3])
+        layers, two, heads, width, depth = some.shape
+        mask = torch.zeros(len(names), width, dtype=torch.int64, device=some.device)
+        if len(set(names)) == 1:
+            whole = some[:, :, None].expand(layers, two, len(names), heads, width, depth)  # nothing is copied
+            mask[:] = 1
+        else:
+            whole = some.new_zeros(layers, two, len(names), heads, width, depth)
+            for row, name in enumerate(names):
+                if name in parts:
+                    start = width - parts[name].shape[3]
+                    whole[:, :, row, :, start:] = parts[name]
+                    mask[row, start:] = 1
+        return cls([(keys, values) for keys, values in whole], mask)
 
 
 class OnDisk(NamedTuple):
@@ -254,24 +275,8 @@ class PrefixCache:
         return found
 
     def past(self, texts: Sequence[Ids]) -> Past:
-        """Return the keys and values of each row's text (:meth:`ids_of`; at least one is not empty) for a pass.
-        Shorter texts get pads on the left, so that all end in the same column.
-        """
-        parts = self._find(dict.fromkeys(ids for ids in texts if ids))
-        width = max(map(len, texts))
-        some = next(iter(parts.values()))
-        layers, two, heads, _, size = some.shape
-        mask = torch.zeros(len(texts), width, dtype=torch.int64, device=some.device)
-        if len(set(texts)) == 1:
-            whole = some[:, :, None].expand(layers, two, len(texts), heads, width, size)  # nothing is copied
-            mask[:] = 1
-        else:
-            whole = some.new_zeros(layers, two, len(texts), heads, width, size)
-            for row, ids in enumerate(texts):
-                if ids:
-                    whole[:, :, row, :, width - len(ids) :] = parts[ids]
-                    mask[row, width - len(ids) :] = 1
-        return Past([(keys, values) for keys, values in whole], mask)
+        """Return the keys and values of each row's text (:meth:`ids_of`; at least one is not empty) for a pass."""
+        return Past.of(self._find(dict.fromkeys(ids for ids in texts if ids)), texts)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -124,28 +124,13 @@ class Beginnings:
         return 0
 
     def past(self, rows: Sequence[PassRow], lengths: Sequence[int]) -> Past:
-        """Return the keys and values of each row's beginning, of these lengths (:meth:`lengths`; not all are 0).
-        Shorter ones get pads on the left.
-        """
+        """Return the keys and values of each row's beginning, of these lengths (:meth:`lengths`; not all are 0)."""
         names = [row.name(size) if size else b"" for row, size in zip(rows, lengths, strict=True)]
         parts: dict[Name, Tensor] = {}
         for name, row, size in zip(names, rows, lengths, strict=True):
             if size and name not in parts:
                 parts[name] = self._find(name, row, size)
-        width = max(lengths)
-        some = next(iter(parts.values()))
-        layers, two, heads, _, depth = some.shape
-        mask = torch.zeros(len(rows), width, dtype=torch.int64, device=some.device)
-        if len(set(names)) == 1:
-            whole = some[:, :, None].expand(layers, two, len(rows), heads, width, depth)  # nothing is copied
-            mask[:] = 1
-        else:
-            whole = some.new_zeros(layers, two, len(rows), heads, width, depth)
-            for at, (name, size) in enumerate(zip(names, lengths, strict=True)):
-                if size:
-                    whole[:, :, at, :, width - size :] = parts[name]
-                    mask[at, width - size :] = 1
-        return Past([(keys, values) for keys, values in whole], mask)
+        return Past.of(parts, names)
 
     def _find(self, name: Name, row: PassRow, size: int) -> Tensor:
         part = self._kept.get(name)
