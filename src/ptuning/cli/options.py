@@ -64,9 +64,9 @@ def among(*words: str) -> Callable[[str], list[str]]:
 
 def shipped_parts(incomplete: str) -> list[str]:
     """Return the parts of the shipped facts that begin so, such as ``capitals:train``."""
-    from ptuning.data.reading import SPLITS, shipped_facts
+    from ptuning.data.reading import SPLITS, shipped_names
 
-    return among(*(f"{name}:{part}" for name in shipped_facts() for part in SPLITS))(incomplete)
+    return among(*(f"{name}:{part}" for name in shipped_names() for part in SPLITS))(incomplete)
 
 
 def shipped_tasks(incomplete: str) -> list[str]:

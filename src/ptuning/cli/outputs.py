@@ -17,6 +17,7 @@ from ptuning.cli import terminal
 from ptuning.errors import ConfigError, FileError
 from ptuning.files import make_folder, replacing
 from ptuning.names import check_output
+from ptuning.records import plain
 
 if TYPE_CHECKING:
     from ptuning.data.reading import RawRows
@@ -110,7 +111,7 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
             if is_table(path):
                 write({**row, PREDICTION: found.text, PROBABILITY: round(found.probability, 6)})
             else:
-                write({"record": dict(record), **found.to_json()})
+                write({"record": plain(record), **found.to_json()})
 
         yield take
 
@@ -128,7 +129,7 @@ def write_scored(path: Path, rows: Sequence[Mapping[str, Json]]) -> None:
 def show_answer(record: Record, found: Prediction, *, as_json: bool) -> None:
     """Print an answer: as one line of JSON; or its text, on a terminal with the probabilities of labels."""
     if as_json:
-        terminal.print_json({"record": dict(record), **found.to_json()}, indent=None)
+        terminal.print_json({"record": plain(record), **found.to_json()}, indent=None)
         return
     text = ABSTAINED if found.abstained else terminal.visible(found.text)
     if found.probabilities is not None and len(found.candidates) > 1:

@@ -14,11 +14,11 @@ from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
 from ptuning.progress import OnProgress
-from ptuning.prompt.answer import among_candidates
+from ptuning.prompt.answer import among_candidates, of_any_reference
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.records import TARGET_FIELD, Record, Records, Rows, require_targets
+from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -76,7 +76,8 @@ def score_prompt(
     """Score a prompt on records with targets, or on questions of a task.
 
     Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
-    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
+    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens. Of several
+    references any is right.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise``,
     ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. ``with_rows`` asks for the answers even if
@@ -94,10 +95,13 @@ def score_prompt(
     answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
-    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, answers)
+    bound = prompt.bind(model.backbone, force=model.force)
+    parts = item_parts(bound, questions, answers)
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)
+    if not answers.is_closed:
+        found = of_any_reference(model.backbone, bound, records, learned, found)
     if not said and (prompt.task is not None or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
     scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found)}
@@ -136,7 +140,8 @@ def _rank(
     count_stop: bool,
 ) -> list[Answer]:
     ranked = model.rank(records, prompt, candidates, normalise=normalise, count_stop=count_stop)
-    return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
+    pairs = zip(records, ranked, strict=True)
+    return [among_candidates([text.strip() for text in references_of(row)], found) for row, found in pairs]
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
@@ -156,8 +161,8 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
     """Return one row per record for ``predictions.jsonl``; labels and choices have ``probabilities``."""
     return [
         {
-            "record": dict(record),
-            "target": record.get(TARGET_FIELD),
+            "record": plain(record),
+            "target": target_of(record),
             "prediction": found.text,
             "hit": bool(hit),
             "log_prob": found.log_prob,
@@ -169,5 +174,5 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
 
 def _answered(record: Record, answer: Answer) -> dict[str, Json]:
     """Return the row of an answer that was ranked."""
-    found: dict[str, Json] = {"record": dict(record), "target": record[TARGET_FIELD], "prediction": answer.text}
+    found: dict[str, Json] = {"record": plain(record), "target": target_of(record), "prediction": answer.text}
     return {**found, "hit": answer.hit, "log_prob": answer.log_prob, "rank": answer.rank}

@@ -32,20 +32,21 @@ SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 
 def data(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which data to print.")] = None,
     split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
 ) -> None:
-    """List the shipped facts, or print a part of them as JSONL. NAME:split works wherever a data file does.
+    """List the shipped data, or print a part of it as JSONL. NAME:split works wherever a data file does.
 
     Example: ptuning data capitals --split test
     """
-    from ptuning.data.reading import load_records, shipped_facts
+    from ptuning.data.reading import load_rows, shipped_facts
 
     if name is None:
         _show_facts(shipped_facts())
+        _show_rules()
         return
-    for row in load_records(name if ":" in name else f"{name}:{split}"):
-        typer.echo(json.dumps(dict(row), ensure_ascii=False))
+    for _, row in load_rows(name if ":" in name else f"{name}:{split}"):
+        typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
@@ -55,6 +56,19 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
         rows = cast("Mapping[str, int]", entry["rows"])
         counts = "/".join(str(rows[split]) for split in ("train", "dev", "test"))
         table.add_row(name, counts, escape(str(entry["manual"])), str(entry["about"]))
+    terminal.results().print(table)
+
+
+def _show_rules() -> None:
+    from ptuning.data.reading import SPLITS
+    from ptuning.data.rules.table import RULES
+
+    terminal.line("")
+    terminal.heading("data by rule, for texts (docs/generate.md)")
+    table = terminal.table("name", "records", "manual template (--manual)", "what", narrow=True)
+    for name, rule in RULES.items():
+        counts = "/".join(str(len(rule.rows(split))) for split in SPLITS)
+        table.add_row(name, counts, escape(rule.manual), escape(rule.title))
     terminal.results().print(table)
 
 
