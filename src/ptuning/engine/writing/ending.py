@@ -65,6 +65,7 @@ class Ending:
         multiline: bool,
         stop_strings: Sequence[str] = (),
         as_is: bool = False,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = backbone.tokenizer
         self._multiline = multiline
@@ -72,13 +73,16 @@ class Ending:
         self._as_is = as_is
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
-        # The ends of a text; and the end of a filled gap, for a model that learned to write one.
-        self.ids = self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
+        # The ends of a text and of an answer; and of a filled gap, for a model that learned to write one.
+        self.ids = end_ids | self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
 
     @classmethod
     def of(cls, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> Ending:
         """Return where the answer of a prompt ends."""
-        return cls(backbone, max_tokens=row.max_tokens, multiline=row.bound.multiline, stop_strings=stop_strings)
+        bound, most = row.bound, row.max_tokens
+        return cls(
+            backbone, max_tokens=most, multiline=bound.multiline, stop_strings=stop_strings, end_ids=bound.end_ids
+        )
 
     def reached(self, ids: Sequence[int]) -> bool:
         """Whether an answer ends with the last of its tokens."""
