@@ -302,6 +302,19 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
+def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None) -> Questions:
+    """Read records to write texts for, with their targets, if they have any. A RecordError if there are none."""
+    from ptuning.data.questions import as_questions
+
+    if prompt.task is not None:
+        return as_questions(data_of(data, field, prompt.task, part="test", prompt=prompt))
+    found = data_to_answer(prompt, None, data, field).questions
+    target = target_column(found.records, prompt.template.fields)
+    if target is not None:
+        terminal.say(TARGET_TAKEN.format(target))
+    return found if target is None else as_questions(with_target(found.records, target))
+
+
 def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:
     """Read what to answer: a text, data, or the standard input; by the prompt's task where it has one."""
     from ptuning.prompt.asked import ToAnswer, typed_fields

@@ -126,6 +126,8 @@ AnswersOption = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write answers to a file, .csv or .jsonl.")
 ]
 ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")]
+LongestOption = Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")]
+BeamsOption = Annotated[int | None, typer.Option("--num-beams", "--beams", metavar="N", help="Width of a beam search.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
@@ -341,10 +343,10 @@ def training(
 
 
 def writing(
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")] = None,
-    num_beams: Annotated[int | None, typer.Option(metavar="N", help="Width of a beam search.")] = None,
+    max_new_tokens: LongestOption = None,
+    num_beams: BeamsOption = None,
     length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
-    do_sample: Annotated[bool | None, typer.Option("--do-sample", help="Draw each token (sampling).")] = None,
+    do_sample: Annotated[bool | None, typer.Option("--do-sample", "--sample", help="Draw each token.")] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
     ] = None,

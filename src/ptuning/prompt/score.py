@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
@@ -33,7 +33,8 @@ class Result:
     score. ``missing`` counts the records whose target is not a candidate; they are misses.
 
     ``rows`` has the answers, one of :func:`prediction_rows` per record: always those of labels and choices, others
-    where they were asked for. ``confusion`` is that of labels.
+    where they were asked for. ``confusion`` is that of labels. Metrics for texts may have ``signatures``: what must be
+    equal for two scores to be compared.
     """
 
     scores: Mapping[str, Score]
@@ -42,6 +43,7 @@ class Result:
     missing: int = 0
     rows: Sequence[Mapping[str, Json]] = ()
     confusion: Confusion | None = None
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Json]:
         """Return the scores as ``eval --json`` prints them."""
@@ -50,6 +52,8 @@ class Result:
             "loss": self.loss,
             "targets_not_among_candidates": self.missing,
         }
+        if self.signatures:
+            found["signatures"] = dict(self.signatures)
         if self.confusion is not None:
             found["labels"] = {label: dict(vars(one)) for label, one in self.confusion.scores.items()}
             found["confusion"] = [list(row) for row in self.confusion.counts]
