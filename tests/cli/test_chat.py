@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from ptuning.cli import terminal
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Candidate, Prediction
 from tests.chats import SHAPES
 from tests.cli.test_app import QUICK, call, fails, works
 
@@ -153,8 +155,8 @@ def test_a_conversation_that_is_too_long_is_said(chatty: Path, caplog: pytest.Lo
 
 
 def test_template_show_goes_through_a_conversation(chatty: Path) -> None:
-    data, show = write("talks.jsonl", TALKS), ("template", "show", "--chat", "--backbone", chatty)
-    show += ("--system", "be kind")
+    data = write("talks.jsonl", TALKS)
+    show = ("template", "show", "--chat", "--backbone", chatty, "--system", "be kind")
     rows = json.loads(works(*show, "--data", data, "--json"))
     parts = [row["part"] for row in rows]
     assert {"special", "slot", "user", "assistant", "target", "end"} <= set(parts)
@@ -172,8 +174,6 @@ def test_template_show_goes_through_a_conversation(chatty: Path) -> None:
 
 def test_what_is_typed_goes_on(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model reads what was said before, its own answers included."""
-    from ptuning.prompt import predict
-
     data = write("talks.jsonl", TALKS)
     works("train", "--data", data, "--chat", "--backbone", chatty, *QUICK, "--out", "out")
     lines, seen = iter([QUESTION, "And in Kenya?", ""]), list[Any]()
@@ -181,12 +181,12 @@ def test_what_is_typed_goes_on(chatty: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(terminal, "is_interactive", lambda: True)
     monkeypatch.setattr(terminal, "ask", lambda _: next(lines))
 
-    def answer(_: object, part: Any, *__: object, **___: object) -> list[predict.Prediction]:
+    def answer(_: object, part: Any, *__: object, **___: object) -> list[Prediction]:
         seen.extend(json.loads(one.record["messages"]) for one in part)
         text = next(answers)
-        return [predict.Prediction(text, (predict.Candidate(text, 0.0),))]
+        return [Prediction(text, (Candidate(text, 0.0),))]
 
-    monkeypatch.setattr(predict.PromptModel, "predict", answer)
+    monkeypatch.setattr(PromptModel, "predict", answer)
     done = call("predict", "out", "--backbone", chatty, stdin=io.StringIO())
     assert done.code == 0, done.err
     assert [[turn["content"] for turn in turns] for turns in seen] == [

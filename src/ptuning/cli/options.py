@@ -133,6 +133,14 @@ EncoderOption = Annotated[
     str,
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
 ]
+TuneOption = Annotated[
+    str,
+    typer.Option(
+        metavar="frozen|tuned|lora",
+        help="What is trained besides.",
+        autocompletion=among("frozen", "tuned", "lora"),
+    ),
+]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 
 LogOption = Annotated[
@@ -299,14 +307,7 @@ def training(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[
-        str,
-        typer.Option(
-            metavar="frozen|tuned|lora",
-            help="What is trained besides.",
-            autocompletion=among("frozen", "tuned", "lora"),
-        ),
-    ] = SETTINGS.tune,
+    tune: TuneOption = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
     keep: Annotated[
         str,

@@ -12,7 +12,7 @@ from ptuning.data.reading import RawRows, Row, as_read, with_fields
 from ptuning.errors import RecordError
 from ptuning.records import Records, check_text, require_fields
 from ptuning.template.language import CONVERSATION_FIELD
-from ptuning.template.turns import USER, Turn, write_turns
+from ptuning.template.turns import USER, ChatTurn, write_turns
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt  # torch, which --help must not wait for
@@ -29,7 +29,9 @@ class ToAnswer:
     raw: RawRows
 
     @classmethod
-    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[Turn] = ()) -> ToAnswer:
+    def typed(
+        cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatTurn] = ()
+    ) -> ToAnswer:
         """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file. In a
         conversation, what is typed is the user's next turn, behind those ``before``.
         """
@@ -37,7 +39,8 @@ class ToAnswer:
             check_text(text, where=where, what="it")
         record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
         if prompt.template.has_conversation:
-            record[CONVERSATION_FIELD] = write_turns([*before, Turn(USER, record[CONVERSATION_FIELD].strip())])
+            turns = [*before, ChatTurn(USER, record[CONVERSATION_FIELD].strip())]
+            record = {**record, CONVERSATION_FIELD: write_turns(turns)}
         asked, row = Questions([Question(record)], name=where), (where, texts)
         return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
 
@@ -48,9 +51,9 @@ class ToAnswer:
         """
         task = prompt.task
         if prompt.template.has_conversation:
-            found = read_conversations(rows, fields={**prompt.fields, **(fields or {})}, ask=True)
-            require_fields(found.questions.records, prompt.template.fields)
-            return cls(found.questions, found.rows, rows)
+            read = read_conversations(rows, fields={**prompt.fields, **(fields or {})}, ask=True)
+            require_fields(read.questions.records, prompt.template.fields)
+            return cls(read.questions, read.rows, rows)
         if task is None:
             records = remembered(as_read(rows, fields=fields), prompt)
             require_fields(records, prompt.template.fields)

@@ -14,7 +14,8 @@ from ptuning.data.questions import Questions
 from ptuning.data.reading import RawRows, raw_rows
 from ptuning.data.splits import split_questions
 from ptuning.errors import ConfigError, RecordError
-from ptuning.template.turns import Turn, read_turns
+from ptuning.template.turns import ChatTurn as Turn
+from ptuning.template.turns import read_turns
 
 Q1, A1, Q2, A2 = "Is it far?", "No.", "And Peru?", "Yes, it is."
 OPENAI = [("user", Q1), ("assistant", A1), ("user", Q2), ("assistant", A2)]
@@ -22,8 +23,9 @@ MESSAGES = [{"role": role, "content": text} for role, text in OPENAI]
 SHAREGPT = [{"from": "gpt" if role == "assistant" else "human", "value": text} for role, text in OPENAI]
 BRIEF = "Be brief."
 # A conversation of two answers in each form -> its records: system text, the question, and the answer.
-BOTH = [(BRIEF, Q1, A1), (BRIEF, Q2, A2)]
-FORMS: dict[str, tuple[Mapping[str, object], list[tuple[str | None, str, str]]]] = {
+Found = list[tuple[str | None, str, str]]
+BOTH: Found = [(BRIEF, Q1, A1), (BRIEF, Q2, A2)]
+FORMS: dict[str, tuple[Mapping[str, object], Found]] = {
     "openai": ({"messages": [{"role": "system", "content": BRIEF}, *MESSAGES]}, BOTH),
     "openai, parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": Q1}]}, MESSAGES[1]]},
                       [(None, Q1, A1)]),
@@ -143,8 +145,8 @@ BROKEN: dict[str, tuple[Mapping[str, object], str]] = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_conversation_is_an_error_with_file_line_and_key(fault: str) -> None:
     row, says = BROKEN[fault]
-    good = {"another form": {"messages": MESSAGES}}.get(fault)
-    if good is None:
+    good: Mapping[str, object] = {"messages": MESSAGES}
+    if fault != "another form":
         good = next(one for one, _ in FORMS.values() if set(one) <= set(row) | {"y"} or set(row) <= set(one))
         good = good if recognise(rows_of(good)) is recognise(rows_of(row)) else row
     rows = rows_of(good, row)

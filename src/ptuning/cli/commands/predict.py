@@ -213,9 +213,9 @@ def _converse(prompt: Prompt, reply: Show) -> None:
     was said before is read as well.
     """
     from ptuning.prompt.asked import ToAnswer, typed_fields
-    from ptuning.template.turns import ASSISTANT, Turn, read_turns
+    from ptuning.template.turns import ASSISTANT, ChatTurn, read_turns
 
-    fields, said = typed_fields(prompt), list[Turn]()
+    fields, said = typed_fields(prompt), list[ChatTurn]()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called again
     terminal.say("an empty line or Ctrl-D ends")
@@ -226,7 +226,7 @@ def _converse(prompt: Prompt, reply: Show) -> None:
                 answer = reply(asked)
                 if prompt.template.has_conversation and answer:
                     turns = read_turns(asked.questions[0].record[CONVERSATION_FIELD])
-                    said = [*turns, Turn(ASSISTANT, answer)]
+                    said = [*turns, ChatTurn(ASSISTANT, answer)]
             except PTuningError as error:
                 terminal.complain(str(error))
     except KeyboardInterrupt:

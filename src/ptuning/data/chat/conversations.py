@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptuning.data.chat.shapes import Part, Shape, recognise
+from ptuning.data.chat.shapes import ChatPart, Shape, recognise
 from ptuning.data.questions import Question, Questions
 from ptuning.data.reading import RawRows, Row, load_rows, renamed
 from ptuning.errors import ConfigError, RecordError, cut
 from ptuning.records import TARGET_FIELD, clean
 from ptuning.template.language import CONVERSATION_FIELD
-from ptuning.template.turns import ASSISTANT, SYSTEM, USER, Turn, write_turns
+from ptuning.template.turns import ASSISTANT, SYSTEM, USER, ChatTurn, write_turns
 
 
 @dataclass(frozen=True)
-class Conversations:
+class ConversationRows:
     """Rows that were read as conversations: their form, a question for each answer to learn or to give, and the row
     that each was made of.
     """
@@ -49,14 +49,15 @@ def load_conversations(source: str | Path, *, fields: Mapping[str, str] | None =
     return read_conversations(load_rows(source), fields=fields).questions
 
 
-def read_conversations(rows: RawRows, *, fields: Mapping[str, str] | None = None, ask: bool = False) -> Conversations:
+def read_conversations(
+    rows: RawRows, *, fields: Mapping[str, str] | None = None, ask: bool = False
+) -> ConversationRows:
     """Make records of rows with the answers to learn; or, if they are to ``ask``, with the last question of each, whose
     answer is not read. Errors as for :func:`load_conversations`.
     """
     if fields:
         named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows if _is_row(row, where)]
-        kept = {"name": rows.name, "digest": rows.sha256, "format": rows.format}
-        rows = RawRows(named, **kept)
+        rows = RawRows(named, name=rows.name, digest=rows.sha256, format=rows.format)
     shape = recognise(rows, ask=ask)
     found: list[tuple[Question, Row]] = []
     for where, row in rows:
@@ -67,7 +68,7 @@ def read_conversations(rows: RawRows, *, fields: Mapping[str, str] | None = None
     if not found:
         raise RecordError(f"{rows.name} has no answer to learn: every one is marked to be left out (loss, weight)")
     questions = Questions((one for one, _ in found), name=rows.name, digest=rows.sha256, fields=fields)
-    return Conversations(shape, questions, [row for _, row in found])
+    return ConversationRows(shape, questions, [row for _, row in found])
 
 
 def system_text(questions: Questions) -> str | None:
@@ -108,7 +109,7 @@ def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool
     record = {name: text for name, text in clean(row, where=where).items() if name not in own}
     if system is not None:
         record[SYSTEM] = system
-    turns = [Turn(part.role, part.content) for part in said]
+    turns = [ChatTurn(part.role, part.content) for part in said]
     if ask:
         last = max(at for at, part in enumerate(said) if part.role == USER)
         record.pop(TARGET_FIELD, None)
@@ -120,7 +121,7 @@ def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool
             yield Question({**record, **told}, group=where, where=where)
 
 
-def _checked(parts: Sequence[Part], *, ask: bool) -> tuple[str | None, list[Part]]:
+def _checked(parts: Sequence[ChatPart], *, ask: bool) -> tuple[str | None, list[ChatPart]]:
     """Return the system text, and the turns of user and assistant; a RecordError names the key that is wrong."""
     systems = [part for part in parts if part.role == SYSTEM]
     said = [part for part in parts if part.role != SYSTEM]

@@ -26,7 +26,7 @@ ROLES = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ChatPart:
     """One text of a conversation: who said it, the key that it stands under, and whether it is to be learned."""
 
     role: str
@@ -50,7 +50,7 @@ class Shape:
     name: str
     keys: tuple[str, ...]
     more: tuple[str, ...]
-    read: Callable[[RawRow], Iterator[Part]]
+    read: Callable[[RawRow], Iterator[ChatPart]]
     manual: str | None = None
 
     @property
@@ -82,16 +82,16 @@ def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
     return found
 
 
-def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Iterator[Part]]:
+def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Iterator[ChatPart]]:
     """Return the reader of a list of turns under a key; they may use the other form's names as well."""
 
-    def read(row: RawRow) -> Iterator[Part]:
+    def read(row: RawRow) -> Iterator[ChatPart]:
         value = row.get(key)
         if isinstance(value, str) and (TARGET_FIELD in row or _list_of(value) is None):
             # A text alone, or a record as this package has it: turns in front of one answer.
-            yield from (Part(turn.role, turn.content, key, learned=False) for turn in read_turns(value, where=key))
+            yield from (ChatPart(turn.role, turn.content, key, learned=False) for turn in read_turns(value, where=key))
             if row.get(TARGET_FIELD):
-                yield Part(ASSISTANT, _text(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
+                yield ChatPart(ASSISTANT, _text(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
             return
         value = _list_of(value) if isinstance(value, str) else value
         if not isinstance(value, list | tuple):
@@ -109,19 +109,19 @@ def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Ite
             if role is None:
                 raise RecordError(f"{place}.{names[0]} is {shown(turn[names[0]])}; known roles are {', '.join(ROLES)}")
             is_learned = turn.get("loss", True) is not False and turn.get("weight", 1) != 0
-            yield Part(role, _text(turn[names[1]], f"{place}.{names[1]}"), f"{place}.{names[1]}", is_learned)
+            yield ChatPart(role, _text(turn[names[1]], f"{place}.{names[1]}"), f"{place}.{names[1]}", is_learned)
         if row.get(SYSTEM):
-            yield Part(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
+            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
 
     return read
 
 
-def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], Iterator[Part]]:
+def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], Iterator[ChatPart]]:
     """Return the reader of rows with a question under keys, its ``answer``, and perhaps a system text and a history."""
 
-    def read(row: RawRow) -> Iterator[Part]:
+    def read(row: RawRow) -> Iterator[ChatPart]:
         if row.get(SYSTEM):
-            yield Part(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
+            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
         history = row.get("history") or ()
         if isinstance(history, str):
             history = _list_of(history)
@@ -130,12 +130,12 @@ def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], 
         for at, pair in enumerate(history):
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RecordError(f"history[{at}] is {shown(pair)}, and must be [question, answer]")
-            yield Part(USER, _text(pair[0], f"history[{at}][0]"), f"history[{at}][0]")
-            yield Part(ASSISTANT, _text(pair[1], f"history[{at}][1]"), f"history[{at}][1]", learns_history)
+            yield ChatPart(USER, _text(pair[0], f"history[{at}][0]"), f"history[{at}][0]")
+            yield ChatPart(ASSISTANT, _text(pair[1], f"history[{at}][1]"), f"history[{at}][1]", learns_history)
         texts = [_text(row.get(key), key) for key in keys if row.get(key) not in (None, "")]
-        yield Part(USER, "\n".join(texts), keys[0])
+        yield ChatPart(USER, "\n".join(texts), keys[0])
         if answer in row:
-            yield Part(ASSISTANT, _text(row[answer], answer), answer)
+            yield ChatPart(ASSISTANT, _text(row[answer], answer), answer)
 
     return read
 
