@@ -353,7 +353,12 @@ class PromptModel:
         ]
         written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
-            Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
+            Prediction(
+                row[0].text,
+                tuple(Candidate(one.text, one.log_prob) for one in row),
+                tokens=row[0].tokens,
+                stopped=row[0].stopped,
+            )
             for row in written
         ]
 
