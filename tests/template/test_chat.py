@@ -15,7 +15,8 @@ from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
 from ptuning.template.fill import BoundTemplate, Example, TooLongError
 from ptuning.template.language import Template
-from ptuning.template.turns import ASSISTANT, USER, Turn, read_turns, write_turns
+from ptuning.template.turns import ASSISTANT, USER, read_turns, write_turns
+from ptuning.template.turns import ChatTurn as Turn
 from tests.chats import PLAIN, SHAPES, SPECIALS, chat_tokenizer, shaped
 from tests.conftest import CORPUS, make_tokenizer
 
@@ -154,7 +155,12 @@ def test_contents_never_become_markup(name: str) -> None:
 @every_shape
 def test_what_a_chat_template_changes_is_refused(name: str) -> None:
     """Qwen's cuts thoughts out of answers: then the model would not read what the record says."""
-    turns = [Turn(USER, "a"), Turn(ASSISTANT, "it is far</think>yes"), Turn(USER, "b"), Turn(ASSISTANT, "no")]
+    turns = [
+        Turn(USER, "a"),
+        Turn(ASSISTANT, "it is far</think>yes"),
+        Turn(USER, "b"),
+        Turn(ASSISTANT, "no"),
+    ]
     if name != "qwen":
         assert bound(name).examples([record_of(turns)])
         return
@@ -274,7 +280,10 @@ def test_a_conversation_is_there_once_and_needs_a_record() -> None:
 @pytest.mark.parametrize(
     ("turns", "says"),
     [
-        ([Turn(USER, "a"), Turn(USER, "b")], "record 1: turn 2 is of the role 'user', and must be the assistant's"),
+        (
+            [Turn(USER, "a"), Turn(USER, "b")],
+            "record 1: turn 2 is of the role 'user', and must be the assistant's",
+        ),
         ([Turn(ASSISTANT, "a")], "record 1: turn 1 is of the role 'assistant', and must be the user's"),
         ([Turn(USER, "a"), Turn(ASSISTANT, "b")], "record 1: the last turn is the assistant's"),
         ([Turn("tool", "a")], "record 1: turn 1 is of the role 'tool'"),

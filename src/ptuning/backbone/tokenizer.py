@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ptuning.errors import BackboneError
 from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
-from ptuning.template.turns import Turn
+from ptuning.template.turns import ChatTurn
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ class TextTokenizer:
                 spelled.append(token)
         return spelled
 
-    def render_chat(self, turns: Sequence[Turn], *, answer_next: bool) -> str:
+    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
         """Return a conversation as the model's chat template writes it, with the beginning of an answer if it comes
         next. A BackboneError if there is no chat template, or it refuses these turns.
         """

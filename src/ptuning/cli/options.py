@@ -116,6 +116,10 @@ TemplateFileOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The template, with line breaks as they are; without slots as --manual."),
 ]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Conversations, in the model's own chat template.")]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --chat: the system text that the slots start at.")
+]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
 AnswersOption = Annotated[
@@ -128,6 +132,14 @@ MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of 
 EncoderOption = Annotated[
     str,
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
+]
+TuneOption = Annotated[
+    str,
+    typer.Option(
+        metavar="frozen|tuned|lora",
+        help="What is trained besides.",
+        autocompletion=among("frozen", "tuned", "lora"),
+    ),
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 
@@ -264,8 +276,8 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
-    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``merge``,
-    ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``chat``, ``system``, ``task``, ``pattern``,
+    ``labels``, ``merge``, ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -285,6 +297,8 @@ def training(
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
     template_file: TemplateFileOption = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     task: TaskOption = None,
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
@@ -293,14 +307,7 @@ def training(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[
-        str,
-        typer.Option(
-            metavar="frozen|tuned|lora",
-            help="What is trained besides.",
-            autocompletion=among("frozen", "tuned", "lora"),
-        ),
-    ] = SETTINGS.tune,
+    tune: TuneOption = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
     keep: Annotated[
         str,
@@ -332,6 +339,7 @@ def training(
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    named |= {"chat": chat, "system": system}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 

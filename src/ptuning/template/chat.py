@@ -26,7 +26,7 @@ from ptuning.template.language import (
     render,
 )
 from ptuning.template.segments import LITERAL, NOTHING, MarkedText, Tokenizer, as_markup
-from ptuning.template.turns import ASSISTANT, SYSTEM, USER, Turn, Turns, newest, read_turns
+from ptuning.template.turns import ASSISTANT, SYSTEM, USER, ChatTurn, Turns, newest, read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ChatMarkup:
         key = (tuple(roles), answer_next)
         if key not in self._around:
             words = [f"qx{number:04d}xq" for number in range(len(roles))]
-            text = self._tokenizer.render_chat(list(map(Turn, roles, words)), answer_next=answer_next)
+            text = self._tokenizer.render_chat(list(map(ChatTurn, roles, words)), answer_next=answer_next)
             pieces = re.split("|".join(words), text)
             if re.findall("|".join(words), text) != words:
                 raise BackboneError(
@@ -73,7 +73,7 @@ class ChatMarkup:
         ]
         return list(itertools.chain.from_iterable(segments))[:-1]
 
-    def check(self, turns: Sequence[Turn], *, answer_next: bool, where: str) -> None:
+    def check(self, turns: Sequence[ChatTurn], *, answer_next: bool, where: str) -> None:
         """Raise a RecordError if the chat template changes a content: leaves a part of it out, or escapes letters."""
         roles = [turn.role for turn in turns]
         pieces = self.around(roles, answer_next=answer_next)
@@ -106,8 +106,8 @@ class Conversations:
         """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""
         if not self._is_read:
             return
-        turns: list[Turn] = [*read_turns(record[CONVERSATION_FIELD], where=where)]
-        turns += [] if target is None else [Turn(ASSISTANT, target.strip())]
+        turns: list[ChatTurn] = [*read_turns(record[CONVERSATION_FIELD], where=where)]
+        turns += [] if target is None else [ChatTurn(ASSISTANT, target.strip())]
         self._markup.check(turns, answer_next=target is None, where=where)
 
     def left_out(self, record: Record, limit: int) -> int:
@@ -221,7 +221,7 @@ def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
 
 def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:
     """Raise a BackboneError if the chat template changes letters that it has no use for."""
-    turns = [Turn(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
+    turns = [ChatTurn(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
     try:
         markup.check(turns, answer_next=False, where="")
     except RecordError as error:

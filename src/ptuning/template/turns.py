@@ -12,17 +12,17 @@ from ptuning.files import parse_json
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 
 
-class Turn(NamedTuple):
+class ChatTurn(NamedTuple):
     """What the user or the assistant said."""
 
     role: str
     content: str
 
 
-Turns = tuple[Turn, ...]
+Turns = tuple[ChatTurn, ...]
 
 
-def write_turns(turns: Sequence[Turn]) -> str:
+def write_turns(turns: Sequence[ChatTurn]) -> str:
     """Return the text of turns, from which :func:`read_turns` reads the same."""
     return json.dumps([turn._asdict() for turn in turns], ensure_ascii=False)
 
@@ -33,12 +33,12 @@ def read_turns(text: str, *, where: str = "the record") -> Turns:
     Contents lose the white space around them. A RecordError if turns do not alternate or are not the user's in the end.
 
     >>> read_turns("Is it far?")
-    (Turn(role='user', content='Is it far?'),)
+    (ChatTurn(role='user', content='Is it far?'),)
     """
     found = _listed(text) if text.lstrip().startswith("[") else None
     if found is None:
-        return (Turn(USER, text.strip()),)
-    turns = tuple(Turn(role, content.strip()) for role, content in found)
+        return (ChatTurn(USER, text.strip()),)
+    turns = tuple(ChatTurn(role, content.strip()) for role, content in found)
     for number, turn in enumerate(turns):
         expected = ASSISTANT if number % 2 else USER
         if turn.role != expected:
@@ -55,7 +55,7 @@ def newest(turns: Turns, characters: int) -> Turns:
     kept = turns
     while len(kept) > 1 and sum(len(turn.content) for turn in kept) > characters:
         kept = kept[2:]
-    return kept if len(kept) > 1 else (Turn(kept[0].role, kept[0].content[:characters]),)
+    return kept if len(kept) > 1 else (ChatTurn(kept[0].role, kept[0].content[:characters]),)
 
 
 def _listed(text: str) -> list[tuple[str, str]] | None:
@@ -66,7 +66,7 @@ def _listed(text: str) -> list[tuple[str, str]] | None:
         return None
     found: list[tuple[str, str]] = []
     for turn in listed if isinstance(listed, list) else ():
-        role, content = (turn.get(name) for name in Turn._fields) if isinstance(turn, dict) else (None, None)
+        role, content = (turn.get(name) for name in ChatTurn._fields) if isinstance(turn, dict) else (None, None)
         if not (isinstance(role, str) and isinstance(content, str)):
             return None
         found.append((role, content))

@@ -106,8 +106,10 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if not answers.is_closed and backbone.kind not in FILLS_MASKS:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
-        shortened = sum(any(example.shortened for example in item.inputs) for item in made)
+        cut = ((one.shortened and not one.turns_left_out for one in item.inputs) for item in made)
+        shortened = sum(map(any, cut))
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
+        _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
     left_out = spec.checked.left_out if spec.checked is not None else ()
     return Prepared(
         template, bound, backbone, config, answers, task, parts, items, fields, merges(spec.merge), left_out, began
@@ -258,6 +260,14 @@ def _say_shortened(shortened: int, rows: int, name: str, most: int) -> None:
     if shortened:
         text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
         logger.warning(text, shortened, rows, name, most)
+
+
+def _say_turns_left_out(left_out: Sequence[int], name: str) -> None:
+    """Warn about turns of conversations that the model will not see."""
+    rows = sum(map(bool, left_out))
+    if rows:
+        text = "%d conversations of %s are too long: the oldest turns are left out, %d in all"
+        logger.warning(text, rows, name, sum(left_out))
 
 
 def _set_aside(

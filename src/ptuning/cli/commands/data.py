@@ -11,15 +11,18 @@ from rich.markup import escape
 
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
+from ptuning.cli.chat import check_system, shown_conversation
 from ptuning.cli.inputs import load_tokenizer
 from ptuning.cli.options import (
     AskedBackbone,
+    ChatOption,
     JsonOption,
+    SystemOption,
     TemplateFileOption,
     takes,
     tokenizer_options,
 )
-from ptuning.cli.templates import notice_line_breaks, read_template
+from ptuning.cli.templates import chat_template_of, notice_line_breaks, read_template
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 
@@ -76,34 +79,50 @@ def _show_rules() -> None:
 def show_template(
     template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE]")] = None,
     template_file: TemplateFileOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Show the first record of a data file.")] = None,
     as_json: JsonOption = False,
     *,
     backbone: AskedBackbone,
 ) -> None:
-    """Show each position of a filled template: slot, literal, field or target, with its token.
+    """Show each position of a filled template: slot, literal, field or target, with its token. With --chat the template
+    is the model's own, and a conversation is shown turn by turn.
 
     Example: ptuning template show "[P:The capital of] [X] [P:is] [Y]" --record '{"x": "Kenya", "y": "Nairobi"}'
     """
-    from ptuning.data.reading import read_rows
+    from ptuning.data.reading import as_read, load_rows, raw_rows
     from ptuning.template.language import Template
 
-    if (template is None) == (template_file is None):
-        raise ConfigError("give either a TEMPLATE, or --template-file")
-    pattern = read_template(template_file) if template_file is not None else template or ""
-    parsed = Template.parse(pattern)
-    row = {name: name for name in parsed.fields}
+    check_system({"chat": chat, "system": system})
+    if (template is not None) + (template_file is not None) + chat != 1:
+        raise ConfigError("give either a TEMPLATE, or --template-file, or --chat")
+    if record is not None and data is not None:
+        raise ConfigError("--record and --data both say what is filled in; leave one out")
+    pattern = read_template(template_file) if template_file is not None else template
+    parsed = None if pattern is None else Template.parse(pattern)
+    rows = load_rows(data) if data is not None else None
     if record is not None:
-        rows = read_rows(record.replace("\n", " ").encode(), name="--record")
+        rows = raw_rows(record.replace("\n", " ").encode(), name="--record")
         if len(rows) != 1:
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
-        row = dict(rows[0])
+    is_chat = parsed is None or parsed.has_conversation
+    asked = shown_conversation(rows) if rows is not None and is_chat else None
     tokenizer, kind = load_tokenizer(backbone)
     notice_line_breaks(pattern, tokenizer)
     from ptuning.template.fill import BoundTemplate
 
+    parsed = chat_template_of(tokenizer, asked, system) if parsed is None else parsed
+    row: dict[str, str] = {name: name for name in parsed.fields}
+    if rows is not None:
+        row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
     bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
-    _show_positions(bound.describe(row), tokenizer, as_json=as_json)
+    positions = bound.describe(row)
+    _show_positions(positions, tokenizer, as_json=as_json)
+    if is_chat and not as_json:
+        learned = sum(part in ("target", "end") for part, _ in positions)
+        terminal.line(f"{len(positions)} positions; learned is to write {learned} of them, the target and its end")
     target = row.get(TARGET_FIELD, "")
     if target.strip() and not bound.examples([row])[0].known:
         terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
@@ -118,7 +137,7 @@ def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: Text
     table = terminal.table("position", "part", "id", "token")
     for index, part, token, text in rows:
         shown = "random start" if text is None else terminal.quoted(text) + (" (start)" if part == "slot" else "")
-        style = {"slot": "green", "target": "bold"}.get(part, "")
+        style = {"slot": "green", "target": "bold", "end": "bold"}.get(part, "")
         table.add_row(str(index), escape(part), "" if token is None else str(token), escape(shown), style=style)
     terminal.results().print(table)
 
