@@ -35,6 +35,8 @@ Found = TypeVar("Found")
 
 # Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
 RANKED_ROWS = 2048
+# A written answer may be so much longer than the longest target that was learned.
+MORE_TOKENS = 2
 
 
 class PromptModel:
@@ -353,7 +355,12 @@ class PromptModel:
         ]
         written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
-            Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
+            Prediction(
+                row[0].text,
+                tuple(Candidate(one.text, one.log_prob) for one in row),
+                tokens=row[0].tokens,
+                stopped=row[0].stopped,
+            )
             for row in written
         ]
 
@@ -428,7 +435,7 @@ def check_answering(
 
 def longest_answer(settings: GenerationSettings, prompt: Prompt) -> int:
     """Return the most tokens of an answer that a prompt writes."""
-    return settings.max_new_tokens or prompt.target_tokens + 2
+    return settings.max_new_tokens or prompt.target_tokens + MORE_TOKENS
 
 
 @torch.no_grad()
