@@ -15,7 +15,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.learned import Learned
+from ptuning.engine.learned import Deep, Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
 from ptuning.prompt.sharing import find_prompt, push
@@ -89,6 +89,7 @@ class Prompt:
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
         merge: Labels that count as others, as ``biling=billing``, or ``case``.
+        deep: What its deep slots bring to the layers; ``slot_vectors`` has no vectors of those in a block.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -114,6 +115,7 @@ class Prompt:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     merge: tuple[str, ...] = ()
+    deep: Deep | None = None
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -136,11 +138,22 @@ class Prompt:
             )
         if self.backbone is None:
             raise PromptError("slot vectors need to say which backbone they belong to")
+        self._check_deep()
         if not self.slot_vectors.isfinite().all():
             wrong = (~self.slot_vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
             raise PromptError(
                 f"the slot vectors hold NaN or infinity (in slot {wrong[0] + 1} of {self.slots}), so every answer is "
                 "NaN; train the prompt again with a lower learning rate, or in float32"
+            )
+
+    def _check_deep(self) -> None:
+        if self.template.has_deep != (self.deep is not None):
+            missing = "deep slots ([D]), and there are no vectors of theirs in the layers"
+            raise PromptError(f"the template '{self.template}' has {missing if self.deep is None else 'no deep slots'}")
+        if self.deep is not None and not all(one.isfinite().all() for one in self.deep.tensors.values()):
+            raise PromptError(
+                "the deep slots hold NaN or infinity, so every answer is NaN; train the prompt again with a lower "
+                "learning rate (deep_lr), or in float32"
             )
 
     @classmethod
@@ -194,6 +207,11 @@ class Prompt:
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
 
     @property
+    def every_slot(self) -> int:
+        """Number of slots, those of a block of deep slots included."""
+        return self.slots + (0 if self.deep is None else self.deep.in_front)
+
+    @property
     def answer_space(self) -> AnswerSpace:
         """The possible answers, and how they are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
@@ -217,8 +235,12 @@ class Prompt:
             )
 
     def learned(self, backbone: Backbone) -> Learned:
-        """Return its slot vectors (P, E) as a pass of a backbone takes them; (0, E) for a manual prompt."""
-        return Learned(self.slot_vectors) if self.slot_vectors is not None else Learned.none(backbone.width)
+        """Return its slot vectors (P, E), and what its deep slots bring, as a pass of a backbone takes them; (0, E) for
+        a manual prompt.
+        """
+        if self.slot_vectors is None:
+            return Learned.none(backbone.width)
+        return Learned.of(self.slot_vectors, self.deep)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
@@ -233,6 +255,7 @@ class Prompt:
             kind=backbone.kind,
             multiline=self.multiline,
             max_length=self.max_length,
+            block=self.deep is not None and self.deep.block is not None,
         )
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(
@@ -253,6 +276,8 @@ class Prompt:
                 f"the template '{self.template}' has {bound.slots} slots with this tokenizer, and the "
                 f"prompt has {self.slots} vectors"
             )
+        if self.deep is not None:
+            check_deep(self.deep, bound, backbone)
         return bound
 
     def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:
@@ -276,7 +301,8 @@ class Prompt:
         """
         if part == "slots" and self.slot_vectors is not None:
             stops = self.learned_to_stop and self.weights is not None
-            return replace(self, template=self.template.without_slots(), slot_vectors=None, learned_to_stop=stops)
+            without = self.template.without_slots()
+            return replace(self, template=without, slot_vectors=None, deep=None, learned_to_stop=stops)
         if part == "backbone" and self.weights is not None:
             return replace(self, weights=None)
         parts = [
@@ -310,7 +336,9 @@ class Prompt:
         written.
         """
         vectors, weights = self.slot_vectors, self.weights
-        write_prompt(Path(folder), self._manifest(), vectors=vectors, weights=weights, overwrite=overwrite)
+        write_prompt(
+            Path(folder), self._manifest(), vectors=vectors, weights=weights, deep=self.deep, overwrite=overwrite
+        )
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write the prompt into a folder; an earlier prompt in it is replaced, and files of others stay.
@@ -414,6 +442,25 @@ class Prompt:
         }
 
 
+def check_deep(deep: Deep, bound: BoundTemplate, backbone: Backbone) -> None:
+    """Raise a PromptError if deep slots do not fit a template or a backbone."""
+    if (deep.in_front, deep.lead, deep.slots) != (bound.begun - bound.block_lead, bound.block_lead, bound.deep_slots):
+        raise PromptError(
+            f"the template '{bound.template}' has {bound.begun - bound.block_lead} deep slots in front and "
+            f"{len(bound.deep_slots)} elsewhere with this tokenizer, and the prompt has {deep.in_front} and "
+            f"{len(deep.slots)}"
+        )
+    if deep.block is not None and not backbone.reads_blocks:
+        raise PromptError(
+            f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' reads none there"
+        )
+    if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
+        raise PromptError(
+            f"the prompt's deep slots are for {deep.offsets.shape[1] + 1} layers of width {deep.offsets.shape[2]}, and "
+            f"'{backbone.name}' has {backbone.deep.layers} of width {backbone.deep.width}"
+        )
+
+
 # A prompt, or the folder or hub id of one.
 OnePrompt = Prompt | str | Path
 
@@ -450,6 +497,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
         merge=tuple(manifest.at("merge", []).texts()),
+        deep=found.deep,
     )
 
 

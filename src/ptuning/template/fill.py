@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -55,6 +56,9 @@ class Example:
         encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
         known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
             tokens stands there as one.
+        begun: Number of tokens and slots in front of ``token_ids`` of which the prompt brings keys and values: its
+            block of deep slots, and what the tokenizer puts in front of a text.
+        unread: Which of these, counted from the row's beginning, this row does not read.
     """
 
     token_ids: Ids
@@ -65,6 +69,13 @@ class Example:
     shortened: bool = False
     encoder_tokens: int = 0
     known: bool = True
+    begun: int = 0
+    unread: Ids = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens and slots of the whole row."""
+        return self.begun + len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,13 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Slots:
+    """Slots by the tokens that they start from. Text behind them is tokenised as behind their ``tail``, if there is
+    one, else as a word that begins anew.
+    """
+
     start_ids: tuple[int | None, ...]
+    deep: bool = False
+    tail: MarkedText = NOTHING
 
 
 _Fixed = Turn | _Slots  # text is cut at these
@@ -93,8 +110,9 @@ class BoundTemplate:
 
     Unless targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
     there anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's
-    limit or ``max_length`` tokens are truncated. Raises a TemplateError if the words of
-    ``[P:words]`` have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
+    limit or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the
+    prompt brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]``
+    have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class BoundTemplate:
         kind: Kind,
         multiline: bool = False,
         max_length: int | None = None,
+        block: bool = False,
     ) -> None:
         if template.turn is not None and kind != "encoder-decoder":
             raise template.error(
@@ -124,6 +143,8 @@ class BoundTemplate:
         self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
         self._prefix_ids = self._opening()
+        self._block = self._front() if block else ()
+        self.begun = len(self.block_start_ids)
 
     def _stop_id(self) -> int | None:
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
@@ -133,14 +154,68 @@ class BoundTemplate:
         return self.tokenizer.line_end_id
 
     @property
+    def _slots(self) -> list[_Slots]:
+        return [piece for piece in self._pieces[len(self._block) :] if isinstance(piece, _Slots)]
+
+    @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
-        """For each slot, in template order, the token whose embedding it starts from; None for a random start."""
-        return tuple(start for piece in self._pieces if isinstance(piece, _Slots) for start in piece.start_ids)
+        """For each slot of a row, in template order, the token whose embedding it starts from; None for a random
+        start.
+        """
+        return tuple(start for piece in self._slots for start in piece.start_ids)
+
+    @property
+    def block_start_ids(self) -> tuple[int | None, ...]:
+        """The tokens that the block of deep slots in front starts from, behind those that open a text; None for one of
+        the data's; empty without a block.
+        """
+        own = tuple(start for piece in self._block for start in piece.start_ids)
+        return (*self._prefix_ids, *own) if own else ()
+
+    @property
+    def block_lead(self) -> int:
+        """Number of tokens in front of the block's first slot."""
+        return len(self._prefix_ids) if self._block else 0
+
+    @property
+    def deep_slots(self) -> Ids:
+        """Which of the slots of a row are deep, by their index."""
+        flags = [piece.deep for piece in self._slots for _ in piece.start_ids]
+        return tuple(index for index, is_deep in enumerate(flags) if is_deep)
 
     @property
     def slots(self) -> int:
-        """Number of slots P."""
+        """Number of slots P of a row: those with a vector in place of an embedding."""
         return len(self.slot_start_ids)
+
+    def starting(self, tokens: Iterator[int]) -> BoundTemplate:
+        """Return the same with the next of some tokens as the start of each deep slot that has none."""
+        other = copy.copy(self)
+
+        def begun(piece: _Piece) -> _Piece:
+            if not (isinstance(piece, _Slots) and piece.deep):
+                return piece
+            return replace(piece, start_ids=tuple(next(tokens) if at is None else at for at in piece.start_ids))
+
+        other._pieces = tuple(map(begun, self._pieces))
+        other._block = other._pieces[: len(self._block)]  # type: ignore[assignment]  # all are slots
+        return other
+
+    def slots_of_lines(self, piece: int, lines: Sequence[str]) -> list[range]:
+        """Return which slots, counted from the first one of the whole template, stand for each of the lines that the
+        words of the piece at an index are made of.
+        """
+        before = sum(isinstance(one, Slots | TextSlots) for one in self.template.pieces[:piece])
+        own = [one for one in self._pieces if isinstance(one, _Slots)]
+        start = sum(len(one.start_ids) for one in own[:before])
+        texts = itertools.accumulate(lines)
+        ends = [min(len(self._starts(text, behind=None)), len(own[before].start_ids)) for text in texts]
+        return [range(start + low, start + high) for low, high in itertools.pairwise([0, *ends])]
+
+    def places(self, example: Example) -> list[int]:
+        """Return where the slots of a filled row are, those of a block in front included."""
+        block = range(self.block_lead, self.begun)
+        return [*block, *(self.begun + position for position in example.slot_positions)]
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
         """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
@@ -209,7 +284,7 @@ class BoundTemplate:
         row = _Row(record, target if target.strip() else None)
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
         parts = self._parts(row, limit=limit, named=True)
-        starts = iter(self.slot_start_ids)
+        starts = iter((*self.block_start_ids[self.block_lead :], *self.slot_start_ids))
         shown: list[tuple[str, int | None]] = []
         for part, ids in self._spans(parts, self._encode(parts)):
             if part == TARGET and self.kind in FILLS_MASKS:
@@ -250,16 +325,27 @@ class BoundTemplate:
                 prepared.append(piece)
             elif isinstance(piece, Slots):
                 _take_space(prepared)
-                prepared.append(_Slots((None,) * piece.count))
+                prepared.append(_Slots((None,) * piece.count, piece.deep))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
                 starts = self._starts(words, behind=prepared[-1] if prepared else None)
                 if not starts:
                     raise self.template.error("the words of this piece have no tokens", index)
-                prepared.append(_Slots(starts))
+                # Deep slots are their words before training, so that what follows is tokenised as behind these.
+                tail = MarkedText(words[-1]) if piece.deep and not words[-1].isalnum() else NOTHING
+                prepared.append(_Slots(starts, piece.deep, tail))
             else:
                 prepared.append(piece)
         return tuple(prepared)
+
+    def _front(self) -> tuple[_Slots, ...]:
+        """Return the deep slots at the very front; none if nothing behind them is in front of the target."""
+        front: list[_Slots] = []
+        for piece in self._pieces:
+            if not (isinstance(piece, _Slots) and piece.deep):
+                return () if isinstance(piece, Target) else tuple(front)
+            front.append(piece)
+        return ()
 
     def _literal(self, text: str) -> MarkedText:
         is_markup = any(token in text for token in self.tokenizer.special_ids)
@@ -271,7 +357,7 @@ class BoundTemplate:
         if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
             run = replace(run, lead=behind)
         elif behind is not None and not isinstance(behind, Turn):
-            run = run.behind_slots()
+            run = run.behind_slots(behind.tail if isinstance(behind, _Slots) else NOTHING)
         return Encoded(self.tokenizer, [run]).cut(run)[0][1]
 
     def _opening(self) -> Ids:
@@ -328,7 +414,8 @@ class BoundTemplate:
                 for part, same in itertools.groupby(segments, itemgetter(0))
             )
             run = TextRun(joined, is_open=row.target is None)
-            parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
+            before = parts[-1] if parts else None
+            parts.append(run.behind_slots(before.tail) if isinstance(before, _Slots) else run)
         return parts
 
     def _encode(self, parts: Iterable[_Part]) -> Encoded:
@@ -381,7 +468,7 @@ class BoundTemplate:
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
-            if not ids:
+            if len(ids) <= self.begun:
                 message = "a causal model needs something before [Y]; put text, a field or a slot there"
                 raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and self.stop_id is not None:
@@ -389,13 +476,21 @@ class BoundTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
+        begun = self.begun  # none of an encoder-decoder model's
         return Example(
-            tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens, known=known
+            tuple(ids[begun:]),
+            tuple(position - begun for position in slots if position >= begun),
+            tuple(position - begun for position in positions),
+            target_ids,
+            own,
+            encoder_tokens=encoder_tokens,
+            known=known,
+            begun=begun,
         )
 
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
-        own = len(example.token_ids) - example.encoder_tokens
+        own = example.length - example.encoder_tokens
         return max(own + ahead, example.encoder_tokens) <= self.max_length
 
     def _limit(self, rows: Sequence[_Row]) -> int:
@@ -407,7 +502,7 @@ class BoundTemplate:
         limit = max((len(rows[0].record[piece.name]) for piece in fields if not piece.keep), default=0)
         while True:
             pairs = zip(rows, self._fill(rows, limit), strict=True)
-            misfits = [(len(example.token_ids), row) for row, example in pairs if not self._fits(row, example)]
+            misfits = [(example.length, row) for row, example in pairs if not self._fits(row, example)]
             if not misfits:
                 return limit
             limit = self._limit_of(max(misfits, key=itemgetter(0))[1], limit)
@@ -423,9 +518,9 @@ class BoundTemplate:
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
             raise TooLongError(
-                f"{row.where} does not fit: slots ({self.slots}), literal text, target "
+                f"{row.where} does not fit: slots ({self.slots + self.begun - self.block_lead}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
-                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and "
+                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {bare.length} tokens, and "
                 f"{self._room()}{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )

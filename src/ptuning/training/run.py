@@ -248,6 +248,7 @@ class TrainingRun:
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
             merge=prepared.merge,
+            deep=trainer.best_deep,
         )
 
 
@@ -264,7 +265,9 @@ def _rank(trainer: Trainer) -> tuple[float, float]:
 def _needed_bytes(trainer: Trainer) -> int:
     """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
     starts = trainer.config.starts
-    encoder = 4 * sum(weight.numel() for weight in trainer.learner.encoder.parameters())
+    learner = trainer.learner
+    weights = [*learner.encoder.parameters(), *(learner.deep_encoder.parameters() if learner.deep_encoder else ())]
+    encoder = 4 * sum(weight.numel() for weight in weights)
     backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
     # Each start: the encoder with both moments, and the backbone's best weights. The start in training: the backbone's
     # weights with both moments, twice. In the end: the prompt's weights.
@@ -336,6 +339,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "trainable_parameters": learner.trainable_parameters,
         "frozen_parameters": 0 if learner.config.tune == "tuned" else learner.frozen.parameters,
         "slots": learner.bound.slots,
+        **({"deep": trainer.best_deep.to_json()} if trainer.best_deep is not None else {}),
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
         "choice_rule": CHOICE_RULE,
@@ -353,7 +357,7 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
     dev, items = prepared.parts["dev"], prepared.items["dev"]
     backbone = best.learner.backbone
-    found = evaluate(backbone, items, Learned(best.best_vectors), cache=best.learner.cache)
+    found = evaluate(backbone, items, Learned.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
     # Labels and choices were chosen by scoring them. Other answers must be written.
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.engine.evaluate import Evaluation, evaluate
-from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import PromptError, TrainingError
@@ -43,6 +43,7 @@ class Trainer:
     Attributes:
         learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
         best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
+        best_deep: What the deep slots of that epoch bring, if there are any.
         numbers: Of the last step, as in :class:`~ptuning.progress.Progress`.
     """
 
@@ -61,7 +62,7 @@ class Trainer:
         self.checkpoint = checkpoint
         self.identity = dict(identity or {})
         self.state = RunState()
-        self.best_vectors = self.learner.vectors()
+        self.best_vectors, self.best_deep = self.learner.vectors(), self.learner.deep()
         self.cached = self.learner.prefix_cache.to_json()
         self._shares_prefix_cache = prefix_cache is not None
         self.kept: KeptWeights | None = None
@@ -232,7 +233,7 @@ class Trainer:
         return evaluate(
             self.learner.backbone,
             items,
-            Learned(self.learner.vectors()),
+            self.learner.learned(),
             cache=self.learner.cache,
             report=report,
             note=note,
@@ -263,7 +264,7 @@ class Trainer:
         self.learner.check_loss(found.loss, f"the development loss became {found.loss} in epoch {epoch}")
         if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
-            self.best_vectors = self.learner.vectors()
+            self.best_vectors, self.best_deep = self.learner.vectors(), self.learner.deep()
             if self.kept is not None and self._writes:
                 self.kept.keep(self.learner.weights, epoch=epoch)
             if self.kept is not None and self.checkpoint is None:
@@ -292,6 +293,9 @@ class Trainer:
         """Return the tensors of a checkpoint. A finished run has its best weights in files of their own."""
         tensors = {f"encoder.{name}": value for name, value in self.learner.encoder.state_dict().items()}
         tensors["best_vectors"] = self.best_vectors
+        if self.learner.deep_encoder is not None and self.best_deep is not None:
+            tensors |= {f"deep_encoder.{name}": value for name, value in self.learner.deep_encoder.state_dict().items()}
+            tensors |= {f"best_deep.{name}": value for name, value in self.best_deep.tensors.items()}
         if self.learner.weights and self.state.done:
             return tensors
         tensors |= {f"weights.{name}": weight for name, weight in self.learner.weights.items()}
@@ -314,9 +318,10 @@ class Trainer:
             return False
         state, tensors = found
         try:
-            self.learner.encoder.load_state_dict(
-                {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
-            )
+            self.learner.encoder.load_state_dict(_of("encoder.", tensors))
+            if self.learner.deep_encoder is not None and self.best_deep is not None:
+                self.learner.deep_encoder.load_state_dict(_of("deep_encoder.", tensors))
+                self.best_deep = replace(self.best_deep, **_of("best_deep.", tensors))  # type: ignore[arg-type]
             if not (self.learner.weights and state.done):
                 with torch.no_grad():
                     for name, weight in self.learner.weights.items():
@@ -336,6 +341,10 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.learner.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _guessed(found: Evaluation) -> dict[str, int]:
