@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.forward import HEAD, Forward, Memory, Seen
-from ptuning.backbone.layers import LayerOffsets, layers_of, listen
+from ptuning.backbone.layers import LayerOffsets, listen
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
 from ptuning.backbone.probes import (
@@ -378,7 +378,7 @@ class Backbone:
             seen: Called with the index of each layer on its side, and with its input.
         """
         if offsets is not None or seen is not None:
-            listen(layers_of(self.model))
+            listen(self.model)
         with _turning if self.turn is not None else contextlib.nullcontext():
             logits, memory = self._forward(
                 self.model,

@@ -234,12 +234,26 @@ def walking(walk: Walk | None) -> Iterator[None]:
         _walk.reset(token)
 
 
-def listen(layers: list[nn.Module]) -> None:
-    """Let layers look for vectors to add, once and for all passes."""
-    for layer in dict.fromkeys(layers):
+def listen(model: nn.Module) -> None:
+    """Let the layers of a model look for vectors to add, once and for all passes."""
+    for layer in dict.fromkeys(_entries(model)):
         if not getattr(layer, MARK, False):
             layer.register_forward_pre_hook(_enter, with_kwargs=True)
             setattr(layer, MARK, True)
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """Return where layers begin: the members of the outermost lists of modules, but of the lists of one module (XLM's
+    attentions, norms, ...) the first one alone.
+    """
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    found: list[nn.Module] = []
+    for child in lists[:1]:
+        found += [one for one in child if not isinstance(one, nn.ModuleList)] or _entries(child)
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            found += _entries(child)
+    return found
 
 
 def _enter(

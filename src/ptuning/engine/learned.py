@@ -29,6 +29,16 @@ class Deep:
     offsets: Tensor | None = None
     slots: tuple[int, ...] = ()
 
+    def parts(self, slots: int) -> tuple[Deep, Deep]:
+        """Return what belongs to the block and the first slots with a vector, and what belongs to the others."""
+        first = [at for at, slot in enumerate(self.slots) if slot < slots]
+        rest = [at for at, slot in enumerate(self.slots) if slot >= slots]
+        own = [None if self.offsets is None or not at else self.offsets[at] for at in (first, rest)]
+        return (
+            Deep(self.block, self.lead, own[0], tuple(self.slots[at] for at in first)),
+            Deep(None, 0, own[1], tuple(self.slots[at] - slots for at in rest)),
+        )
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Deep:
         """Return the same with its tensors changed."""
         return replace(self, **{name: change(one) for name, one in self.tensors.items()})  # type: ignore[arg-type]
@@ -109,6 +119,16 @@ class Learned:
         """Return the same on a device."""
         deep = tuple(None if one is None else one.map(lambda tensor: tensor.to(device)) for one in self.deep)
         return replace(self, vectors=self.vectors.to(device), deep=deep)
+
+    def parts(self, slots: int) -> tuple[Learned, Learned]:
+        """Return what one prompt brings to its first slots with a vector and in front of them, and what to the rest."""
+        first, rest = self.deep[0].parts(slots) if self.deep and self.deep[0] is not None else (None, None)
+        return Learned.of(self.vectors[:slots], first), Learned.of(self.vectors[slots:], rest)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is learned."""
+        return [self.vectors, *(tensor for one in self.deep if one is not None for tensor in one.tensors.values())]
 
     @property
     def has_blocks(self) -> bool:

@@ -50,6 +50,11 @@ def check_exportable(prompt: Prompt, kind: str) -> Form:
             "the prompt was trained together with weights of its backbone, and the export holds slots alone, which "
             "mean nothing without them; train it with --tune frozen"
         )
+    if prompt.deep is not None:
+        raise ExchangeError(
+            "the prompt has deep slots ([D]), which are vectors in every layer, and the export holds vectors of the "
+            "input alone; train it with [P] in their place"
+        )
     form.check(prompt.template)
     return form
 

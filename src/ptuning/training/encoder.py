@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
+from ptuning.engine.deep import block_of, input_sizes
 from ptuning.engine.learned import Deep
 from ptuning.template.fill import BoundTemplate
 
@@ -20,8 +21,7 @@ RANDOM_START_NOISE = 0.1
 # How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
 # weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.
 OUTPUT_SCALE = 250.0
-# Tokens whose run shows what the layers of a backbone usually read, and the width of a prefix network's middle layer.
-ORDINARY_TOKENS = 32
+# The most numbers of the middle layer of a network that makes deep slots.
 DEEP_MIDDLE = 512
 
 
@@ -227,42 +227,11 @@ def deep_start(
     block = offsets = None
     reach: dict[str, Tensor] = {}
     if block_ids:
-        ids = torch.tensor([[token or 0 for token in block_ids]], device=backbone.device)  # (1, C)
-        with torch.no_grad():
-            memory = backbone.remember(
-                backbone.embed(ids),
-                mask=torch.ones_like(ids),
-                positions=torch.arange(ids.shape[1], device=ids.device)[None],
-            )
-        block = torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0].float().cpu()  # (L, 2, K, C, D)
+        block = block_of(backbone, [token or 0 for token in block_ids])  # (L, 2, K, C, D)
         sizes = block[:, :, :, bound.block_lead :].square().mean(dim=(2, 4)).sqrt()  # (L, 2, C)
         reach["block"] = sizes.median(dim=2).values
     if slots:
         layers, width = backbone.deep
         offsets = torch.zeros(len(slots), layers - 1, width)
-        reach["offsets"] = _input_sizes(backbone, layers, generator=generator)
+        reach["offsets"] = input_sizes(backbone, generator)
     return Deep(block, bound.block_lead, offsets, slots), reach
-
-
-@torch.no_grad()
-def _input_sizes(backbone: Backbone, layers: int, *, generator: torch.Generator) -> Tensor:
-    """Return the root mean square of what each layer but the first reads of an ordinary token, (L - 1,)."""
-    count = min(ORDINARY_TOKENS, backbone.tokenizer.max_tokens)
-    ids = torch.randint(backbone.vocabulary, (1, count), generator=generator).to(backbone.device)
-    both = backbone.kind == "encoder-decoder"
-    row = torch.cat([ids, ids], dim=1) if both else ids
-    places = torch.arange(count, device=ids.device)[None]
-    sizes: dict[int, list[Tensor]] = {}
-    at = torch.zeros(1, dtype=torch.int64, device=ids.device)
-    backbone.run(
-        backbone.embed(row),
-        mask=torch.ones_like(row),
-        positions=torch.cat([places, places], dim=1) if both else places,
-        rows=at,
-        cols=at + row.shape[1] - 1,
-        encoder_tokens=count if both else 0,
-        seen=lambda layer, hidden: sizes.setdefault(layer, []).append(
-            hidden[0, :count].float().square().mean(dim=-1).sqrt().median().cpu()
-        ),
-    )
-    return torch.stack([torch.stack(sizes[layer]).mean() for layer in range(1, layers)])
