@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
-from ptuning.engine.deep import block_of, input_sizes
+from ptuning.engine.deep import block_of, deep_start, input_sizes
 from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.passes import run_batch, run_pass, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.writing.continuation import Continuation
 from ptuning.template.fill import BoundTemplate, Example
 from ptuning.template.language import Template
-from ptuning.training.encoder import deep_start
 from tests.backbone.test_families import close, every_family, plain
 from tests.conftest import RECORDS
 from tests.families import backbone_of
@@ -26,8 +25,24 @@ from tests.families import backbone_of
 WORDS = "[D:the capital of] [X] [D:is] so [Y]"
 TWO_SIDED = "[D:the capital of] [X] is [>] [D:the city] so [Y]"
 # The families whose deep slots in front are keys and values; asking each would build all models while collecting.
-BLOCKS = ("gpt2", "opt", "opt-350m", "gpt-neox", "llama", "qwen3", "bloom", "glm-4", "falcon", "phi", "gpt-j", "gemma")
-BLOCKS += ("xglm", "stablelm", "cohere", "ctrl")
+BLOCKS = [
+    "gpt2",
+    "opt",
+    "opt-350m",
+    "gpt-neox",
+    "llama",
+    "qwen3",
+    "bloom",
+    "glm-4",
+    "falcon",
+    "phi",
+    "gpt-j",
+    "gemma",
+    "xglm",
+    "stablelm",
+    "cohere",
+    "ctrl",
+]
 WINDOWS_AND_STATES = ("mistral", "gemma-2", "gemma-3", "mamba", "rwkv")
 every_block = pytest.mark.parametrize("name", BLOCKS)
 
@@ -54,7 +69,7 @@ def start_of(backbone: Backbone, bound: BoundTemplate, *, noise: float = 0.0) ->
 
 def tokens_of(bound: BoundTemplate, example: Example) -> list[int]:
     """The row with the tokens that its slots start at."""
-    starts = [*bound.block_start_ids, *example.token_ids]
+    starts = [*bound.layout.lead_ids, *bound.layout.block_ids, *example.token_ids]
     for position, start in zip(example.slot_positions, bound.slot_start_ids, strict=True):
         assert start is not None
         starts[example.begun + position] = start
@@ -72,7 +87,7 @@ def test_before_training_a_deep_slot_is_its_token(name: str) -> None:
     for template in templates(backbone):
         for block in {False, backbone.reads_blocks}:
             bound = bind(backbone, template, block=block)
-            assert bool(bound.begun) == block
+            assert bool(bound.layout.begun) == block
             assert backbone.reads_blocks == (name in BLOCKS)
             examples = bound.examples(RECORDS[:3])
             assert len({len(one.token_ids) for one in examples}) > 1, (
@@ -129,7 +144,7 @@ def prompts(backbone: Backbone) -> list[tuple[BoundTemplate, Learned]]:
     for pattern in patterns:
         bound = bind(backbone, pattern, block=backbone.reads_blocks)
         own = start_of(backbone, bound, noise=0.2)
-        found.append((bound, own if bound.slots or bound.begun else Learned.none(backbone.width)))
+        found.append((bound, own if bound.slots or bound.layout.begun else Learned.none(backbone.width)))
     return found
 
 
@@ -193,7 +208,7 @@ def test_a_row_does_not_read_what_is_hidden_from_it() -> None:
     for block in (False, True):
         bound = bind(backbone, "[D:the capital of] [X] is [Y]", block=block)
         example, own = bound.examples(RECORDS[:1])[0], start_of(backbone, bound)
-        hidden = replace(example, unread=(bound.places(example)[1],))
+        hidden = replace(example, unread=(bound.layout.places(example.slot_positions)[1],))
         found = [target_logits(backbone, [row], own) for row in (example, hidden)]
         assert not torch.equal(*found)
         company = target_logits(backbone, [example, hidden], own)

@@ -248,8 +248,8 @@ def _entries(model: nn.Module) -> list[nn.Module]:
     """
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
     found: list[nn.Module] = []
-    for child in lists[:1]:
-        found += [one for one in child if not isinstance(one, nn.ModuleList)] or _entries(child)
+    for first in lists[:1]:
+        found += [one for one in first if not isinstance(one, nn.ModuleList)] or _entries(first)
     for child in model.children():
         if not isinstance(child, nn.ModuleList):
             found += _entries(child)

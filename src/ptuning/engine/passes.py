@@ -138,7 +138,7 @@ def run_pass(
     if cache is not None and cache.is_used and not backbone.model.training:
         texts = [cache.ids_of(example) for example in examples]
         if any(texts):
-            parts: dict[Hashable, Tensor] = {**cache.find(dict.fromkeys(ids for ids in texts if ids))}
+            parts: dict[Hashable, Tensor] = dict(cache.find(dict.fromkeys(ids for ids in texts if ids)).items())
             names: list[Hashable] = list(texts)
             for row, block in enumerate(learned.blocks(len(examples))):
                 if block is not None:

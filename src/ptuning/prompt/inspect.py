@@ -152,7 +152,7 @@ def _deep_views(prompt: Prompt, bound: BoundTemplate, backbone: Backbone) -> tup
         token = None if start is None else backbone.tokenizer.token(start)
         found.append(DeepView(token, where, share, None if layer is None else layer + (1 if where == "front" else 2)))
 
-    starts = bound.block_start_ids
+    starts = (*bound.layout.lead_ids, *bound.layout.block_ids)
     if deep.block is not None:
         known = [token for token in starts if token is not None]
         before = block_of(backbone, known) if len(known) == len(starts) else None  # (L, 2, K, C, D)

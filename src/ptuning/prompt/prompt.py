@@ -15,6 +15,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
+from ptuning.engine.deep import check_deep, deep_start
 from ptuning.engine.learned import Deep, Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
@@ -181,12 +182,17 @@ class Prompt:
 
     @classmethod
     def from_token_ids(cls, template: str | Template, slot_token_ids: Sequence[int], backbone: Backbone) -> Prompt:
-        """Make a prompt whose slots hold the embeddings of given tokens, in template order.
+        """Make a prompt whose slots hold the embeddings of given tokens, in template order; deep slots are these tokens
+        in every layer.
 
-        A PromptError if there are more or fewer ids than slots, or an id is outside the vocabulary.
+        A PromptError if there are more or fewer ids than slots, or an id is outside the vocabulary; a BackboneError if
+        the model takes no deep slots.
         """
         parsed = as_template(template)
-        slots = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind).slots
+        block = parsed.has_deep and backbone.reads_blocks
+        bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+        in_front = bound.layout.in_front
+        slots = in_front + bound.slots
         if len(slot_token_ids) != slots:
             raise PromptError(
                 f"the template '{parsed}' has {slots} slots for this backbone, and {len(slot_token_ids)} "
@@ -196,20 +202,19 @@ class Prompt:
         outside = [token for token in slot_token_ids if not 0 <= token < size]
         if outside:
             raise PromptError(f"token ids {outside} are outside the vocabulary of {size}")
-        ids = torch.tensor([list(slot_token_ids)], dtype=torch.int64, device=backbone.device)  # (1, P)
+        ids = torch.tensor([list(slot_token_ids)[in_front:]], dtype=torch.int64, device=backbone.device)  # (1, P)
         with torch.no_grad():
             vectors = backbone.embed(ids)[0].float().cpu()  # (P, E)
-        return cls(parsed, vectors, BackboneId.of(backbone), method="tokens")
+        deep = None
+        if parsed.has_deep:
+            found = deep_start(backbone, bound.starting(slot_token_ids), generator=torch.Generator().manual_seed(0))
+            deep = found[0] if found is not None else None
+        return cls(parsed, vectors, BackboneId.of(backbone), method="tokens", deep=deep)
 
     @property
     def slots(self) -> int:
         """Number of slots P."""
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
-
-    @property
-    def every_slot(self) -> int:
-        """Number of slots, those of a block of deep slots included."""
-        return self.slots + (0 if self.deep is None else self.deep.in_front)
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -440,25 +445,6 @@ class Prompt:
             "fields": dict(self.fields),
             "merge": list(self.merge),
         }
-
-
-def check_deep(deep: Deep, bound: BoundTemplate, backbone: Backbone) -> None:
-    """Raise a PromptError if deep slots do not fit a template or a backbone."""
-    if (deep.in_front, deep.lead, deep.slots) != (bound.begun - bound.block_lead, bound.block_lead, bound.deep_slots):
-        raise PromptError(
-            f"the template '{bound.template}' has {bound.begun - bound.block_lead} deep slots in front and "
-            f"{len(bound.deep_slots)} elsewhere with this tokenizer, and the prompt has {deep.in_front} and "
-            f"{len(deep.slots)}"
-        )
-    if deep.block is not None and not backbone.reads_blocks:
-        raise PromptError(
-            f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' reads none there"
-        )
-    if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
-        raise PromptError(
-            f"the prompt's deep slots are for {deep.offsets.shape[1] + 1} layers of width {deep.offsets.shape[2]}, and "
-            f"'{backbone.name}' has {backbone.deep.layers} of width {backbone.deep.width}"
-        )
 
 
 # A prompt, or the folder or hub id of one.

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -27,6 +27,7 @@ from ptuning.template.segments import (
     TextRun,
     Tokenizer,
 )
+from ptuning.template.slots import PlacedSlots, SlotLayout
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Example:
     @property
     def length(self) -> int:
         """Number of tokens and slots of the whole row."""
-        return self.begun + len(self.token_ids)
+        return self.layout.begun + len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,7 @@ class _Row:
     target_tokens: int = 1
 
 
-@dataclass(frozen=True)
-class _Slots:
-    """Slots by the tokens that they start from. Text behind them is tokenised as behind their ``tail``, if there is
-    one, else as a word that begins anew.
-    """
-
-    start_ids: tuple[int | None, ...]
-    deep: bool = False
-    tail: MarkedText = NOTHING
-
-
-_Fixed = Turn | _Slots  # text is cut at these
+_Fixed = Turn | PlacedSlots  # text is cut at these
 _Piece = MarkedText | Field | Target | _Fixed
 _Part = TextRun | _Fixed
 
@@ -143,8 +133,10 @@ class BoundTemplate:
         self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
         self._pieces = self._prepare()
         self._prefix_ids = self._opening()
-        self._block = self._front() if block else ()
-        self.begun = len(self.block_start_ids)
+        self.layout = self._lay_out(block=block)
+
+    def _lay_out(self, *, block: bool) -> SlotLayout:
+        return SlotLayout.of(self._pieces, self._prefix_ids, block=block)
 
     def _stop_id(self) -> int | None:
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
@@ -154,51 +146,27 @@ class BoundTemplate:
         return self.tokenizer.line_end_id
 
     @property
-    def _slots(self) -> list[_Slots]:
-        return [piece for piece in self._pieces[len(self._block) :] if isinstance(piece, _Slots)]
-
-    @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
         """For each slot of a row, in template order, the token whose embedding it starts from; None for a random
         start.
         """
-        return tuple(start for piece in self._slots for start in piece.start_ids)
-
-    @property
-    def block_start_ids(self) -> tuple[int | None, ...]:
-        """The tokens that the block of deep slots in front starts from, behind those that open a text; None for one of
-        the data's; empty without a block.
-        """
-        own = tuple(start for piece in self._block for start in piece.start_ids)
-        return (*self._prefix_ids, *own) if own else ()
-
-    @property
-    def block_lead(self) -> int:
-        """Number of tokens in front of the block's first slot."""
-        return len(self._prefix_ids) if self._block else 0
-
-    @property
-    def deep_slots(self) -> Ids:
-        """Which of the slots of a row are deep, by their index."""
-        flags = [piece.deep for piece in self._slots for _ in piece.start_ids]
-        return tuple(index for index, is_deep in enumerate(flags) if is_deep)
+        return self.layout.slot_start_ids
 
     @property
     def slots(self) -> int:
         """Number of slots P of a row: those with a vector in place of an embedding."""
-        return len(self.slot_start_ids)
+        return len(self.layout.slot_start_ids)
 
-    def starting(self, tokens: Iterator[int]) -> BoundTemplate:
-        """Return the same with the next of some tokens as the start of each deep slot that has none."""
-        other = copy.copy(self)
-
-        def begun(piece: _Piece) -> _Piece:
-            if not (isinstance(piece, _Slots) and piece.deep):
-                return piece
-            return replace(piece, start_ids=tuple(next(tokens) if at is None else at for at in piece.start_ids))
-
-        other._pieces = tuple(map(begun, self._pieces))
-        other._block = other._pieces[: len(self._block)]  # type: ignore[assignment]  # all are slots
+    def starting(self, tokens: Sequence[int | None]) -> BoundTemplate:
+        """Return the same with slots that start at other tokens, one for each slot of the whole template."""
+        other, left = copy.copy(self), iter(tokens)
+        other._pieces = tuple(
+            replace(piece, start_ids=tuple(itertools.islice(left, len(piece.start_ids))))
+            if isinstance(piece, PlacedSlots)
+            else piece
+            for piece in self._pieces
+        )
+        other.layout = other._lay_out(block=bool(self.layout.begun))
         return other
 
     def slots_of_lines(self, piece: int, lines: Sequence[str]) -> list[range]:
@@ -206,16 +174,11 @@ class BoundTemplate:
         words of the piece at an index are made of.
         """
         before = sum(isinstance(one, Slots | TextSlots) for one in self.template.pieces[:piece])
-        own = [one for one in self._pieces if isinstance(one, _Slots)]
+        own = [one for one in self._pieces if isinstance(one, PlacedSlots)]
         start = sum(len(one.start_ids) for one in own[:before])
         texts = itertools.accumulate(lines)
         ends = [min(len(self._starts(text, behind=None)), len(own[before].start_ids)) for text in texts]
         return [range(start + low, start + high) for low, high in itertools.pairwise([0, *ends])]
-
-    def places(self, example: Example) -> list[int]:
-        """Return where the slots of a filled row are, those of a block in front included."""
-        block = range(self.block_lead, self.begun)
-        return [*block, *(self.begun + position for position in example.slot_positions)]
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
         """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
@@ -284,7 +247,7 @@ class BoundTemplate:
         row = _Row(record, target if target.strip() else None)
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
         parts = self._parts(row, limit=limit, named=True)
-        starts = iter((*self.block_start_ids[self.block_lead :], *self.slot_start_ids))
+        starts = iter(self.layout.every_start_id)
         shown: list[tuple[str, int | None]] = []
         for part, ids in self._spans(parts, self._encode(parts)):
             if part == TARGET and self.kind in FILLS_MASKS:
@@ -303,7 +266,7 @@ class BoundTemplate:
         for piece in self._pieces:
             if isinstance(piece, Target):
                 break
-            if isinstance(piece, _Slots):
+            if isinstance(piece, PlacedSlots):
                 texts += [""] * len(piece.start_ids)
             elif isinstance(piece, Field):
                 texts[-1] += record[piece.name]
@@ -325,7 +288,7 @@ class BoundTemplate:
                 prepared.append(piece)
             elif isinstance(piece, Slots):
                 _take_space(prepared)
-                prepared.append(_Slots((None,) * piece.count, piece.deep))
+                prepared.append(PlacedSlots((None,) * piece.count, piece.deep))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
                 starts = self._starts(words, behind=prepared[-1] if prepared else None)
@@ -333,19 +296,10 @@ class BoundTemplate:
                     raise self.template.error("the words of this piece have no tokens", index)
                 # Deep slots are their words before training, so that what follows is tokenised as behind these.
                 tail = MarkedText(words[-1]) if piece.deep and not words[-1].isalnum() else NOTHING
-                prepared.append(_Slots(starts, piece.deep, tail))
+                prepared.append(PlacedSlots(starts, piece.deep, tail))
             else:
                 prepared.append(piece)
         return tuple(prepared)
-
-    def _front(self) -> tuple[_Slots, ...]:
-        """Return the deep slots at the very front; none if nothing behind them is in front of the target."""
-        front: list[_Slots] = []
-        for piece in self._pieces:
-            if not (isinstance(piece, _Slots) and piece.deep):
-                return () if isinstance(piece, Target) else tuple(front)
-            front.append(piece)
-        return ()
 
     def _literal(self, text: str) -> MarkedText:
         is_markup = any(token in text for token in self.tokenizer.special_ids)
@@ -357,7 +311,7 @@ class BoundTemplate:
         if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
             run = replace(run, lead=behind)
         elif behind is not None and not isinstance(behind, Turn):
-            run = run.behind_slots(behind.tail if isinstance(behind, _Slots) else NOTHING)
+            run = run.behind_slots(behind.tail if isinstance(behind, PlacedSlots) else NOTHING)
         return Encoded(self.tokenizer, [run]).cut(run)[0][1]
 
     def _opening(self) -> Ids:
@@ -365,7 +319,7 @@ class BoundTemplate:
         where it stands behind slots that the template begins with.
         """
         ids = self.tokenizer.prefix_ids
-        first = next((piece for piece in self._pieces if not isinstance(piece, _Slots)), None)
+        first = next((piece for piece in self._pieces if not isinstance(piece, PlacedSlots)), None)
         written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
         return () if written[: len(ids)] == ids else ids
 
@@ -415,7 +369,7 @@ class BoundTemplate:
             )
             run = TextRun(joined, is_open=row.target is None)
             before = parts[-1] if parts else None
-            parts.append(run.behind_slots(before.tail) if isinstance(before, _Slots) else run)
+            parts.append(run.behind_slots(before.tail) if isinstance(before, PlacedSlots) else run)
         return parts
 
     def _encode(self, parts: Iterable[_Part]) -> Encoded:
@@ -468,7 +422,7 @@ class BoundTemplate:
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
-            if len(ids) <= self.begun:
+            if len(ids) <= self.layout.begun:
                 message = "a causal model needs something before [Y]; put text, a field or a slot there"
                 raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and self.stop_id is not None:
@@ -476,7 +430,7 @@ class BoundTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
-        begun = self.begun  # none of an encoder-decoder model's
+        begun = self.layout.begun  # none of an encoder-decoder model's
         return Example(
             tuple(ids[begun:]),
             tuple(position - begun for position in slots if position >= begun),
@@ -518,7 +472,7 @@ class BoundTemplate:
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
             raise TooLongError(
-                f"{row.where} does not fit: slots ({self.slots + self.begun - self.block_lead}), literal text, target "
+                f"{row.where} does not fit: slots ({self.slots + self.layout.in_front}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {bare.length} tokens, and "
                 f"{self._room()}{' on either side' if bare.encoder_tokens else ''}; "

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptuning.backbone.backbone import Backbone
 from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
-from ptuning.engine.deep import block_of, input_sizes
 from ptuning.engine.learned import Deep
-from ptuning.template.fill import BoundTemplate
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
@@ -210,28 +207,5 @@ class DeepEncoder(nn.Module):
             return free
         inputs, first, last = (getattr(self, f"{name}_{part}") for part in ("inputs", "first", "last"))
         hidden = torch.tanh(inputs @ first.T)  # (N, middle)
-        return hidden @ last.T * hidden.shape[1] ** -0.5
-
-
-def deep_start(
-    backbone: Backbone, bound: BoundTemplate, *, generator: torch.Generator
-) -> tuple[Deep, dict[str, Tensor]] | None:
-    """Return what the deep slots of a template start at, and the reach of each layer; None without deep slots.
-
-    A block is what its tokens are in every layer of the frozen backbone; other deep slots add nothing yet, so that they
-    are the tokens that their vectors start at.
-    """
-    block_ids, slots = bound.block_start_ids, bound.deep_slots
-    if not (block_ids or slots):
-        return None
-    block = offsets = None
-    reach: dict[str, Tensor] = {}
-    if block_ids:
-        block = block_of(backbone, [token or 0 for token in block_ids])  # (L, 2, K, C, D)
-        sizes = block[:, :, :, bound.block_lead :].square().mean(dim=(2, 4)).sqrt()  # (L, 2, C)
-        reach["block"] = sizes.median(dim=2).values
-    if slots:
-        layers, width = backbone.deep
-        offsets = torch.zeros(len(slots), layers - 1, width)
-        reach["offsets"] = input_sizes(backbone, generator)
-    return Deep(block, bound.block_lead, offsets, slots), reach
+        made: Tensor = hidden @ last.T * hidden.shape[1] ** -0.5
+        return made

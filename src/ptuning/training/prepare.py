@@ -87,7 +87,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     bound = _bound(template, parts["train"], backbone, config)
     if shown is not None:
         shown.check_length(bound)
-    bound = bound.starting(_tokens_of(parts["train"], bound, seed=config.seed))
+    bound = bound.starting(bound.layout.filled_up(_tokens_of(parts["train"], bound, seed=config.seed)))
 
     def items_of(questions: Questions) -> list[Item]:
         items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -149,10 +149,10 @@ class Shown:
         for item, question in zip(items, questions, strict=True):
             at = own.get(tuple(sorted(question.record.items())))
             if at is not None:
-                inputs = (
-                    replace(one, unread=tuple(bound.places(one)[slot] for slot in slots[at])) for one in item.inputs
-                )
-                item = replace(item, inputs=tuple(inputs))
+                places = (bound.layout.places(one.slot_positions) for one in item.inputs)
+                hidden = (tuple(own_places[slot] for slot in slots[at]) for own_places in places)
+                pairs = zip(item.inputs, hidden, strict=True)
+                item = replace(item, inputs=tuple(replace(one, unread=unread) for one, unread in pairs))
             found.append(item)
         return found
 
@@ -290,9 +290,9 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
         max_length=config.max_length,
         block=backbone.reads_blocks if template.has_deep else False,
     )
-    if bound.deep_slots and not bound.begun:
+    if bound.layout.deep_slots:
         _ = backbone.deep  # says so, if the layers of the model take no vectors
-    if template.has_slots and not (bound.slots or bound.begun):
+    if template.has_slots and not (bound.slots or bound.layout.begun):
         raise TemplateError(
             f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
             "them; move them in front of it"

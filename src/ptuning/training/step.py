@@ -20,6 +20,7 @@ from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import collate, shared_tokens
+from ptuning.engine.deep import deep_start
 from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
@@ -28,7 +29,7 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import processes
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.fill import BoundTemplate, Example
-from ptuning.training.encoder import DeepEncoder, PromptEncoder, deep_start, start_vectors
+from ptuning.training.encoder import DeepEncoder, PromptEncoder, start_vectors
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
 # more memory; a GPU is not busy with so few. Source: docs/decisions.md, decision 28.
@@ -278,7 +279,7 @@ class Chunk:
     @functools.cached_property
     def examples(self) -> list[Example]:
         """The rows, each without the columns of the block in front that it does not read in this step."""
-        rows, config, lead = inputs_of(self.items), self.learner.config, self.learner.bound.block_lead
+        rows, config, lead = inputs_of(self.items), self.learner.config, self.learner.bound.layout.lead
         if not (config.column_dropout and any(row.begun for row in rows)):
             return rows
         places = range(self.at + self.behind, self.at + self.behind + len(rows))
@@ -303,7 +304,7 @@ class Chunk:
     def runs_prefix_once(self) -> bool:
         """Whether its rows share a prefix that is computed once, so that rows of another prompt cannot join them."""
         rows = self.examples
-        if self.learner.uses_prefix_cache or self.learner.bound.begun:
+        if self.learner.uses_prefix_cache or self.learner.bound.layout.begun:
             return False
         longest = max(len(row.token_ids) for row in rows)
         return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
