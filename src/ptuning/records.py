@@ -9,9 +9,33 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeGuard
 
 from ptuning.errors import PTuningError, RecordError, shown
-from ptuning.files import sha256
+from ptuning.files import Json, sha256
 
 Record = Mapping[str, str]
+
+
+class Target(str):
+    """A target with several ``references``, any of which is right: the text of the first, by which it is learned.
+
+    >>> Target(["Nairobi", "the city of Nairobi"])
+    'Nairobi'
+    """
+
+    references: tuple[str, ...]
+
+    def __new__(cls, references: Sequence[str]) -> Target:
+        """Return the first of the texts, with all of them."""
+        made = super().__new__(cls, references[0])
+        made.references = tuple(references)
+        return made
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:  # type: ignore[override]  # pickled with its references
+        """Return what it is made of."""
+        return (self.references,)
+
+    def strip(self, chars: str | None = None, /) -> str:
+        """Return it with each of its references stripped."""
+        return Target([text.strip(chars) for text in self.references])
 
 
 class DataFrame(Protocol):
@@ -59,7 +83,29 @@ class Records(list[Record]):
 
 def canonical_json(record: Record) -> str:
     """Return a record as one JSON line with sorted keys."""
-    return json.dumps(dict(record), ensure_ascii=False, sort_keys=True)
+    return json.dumps(plain(record), ensure_ascii=False, sort_keys=True)
+
+
+def plain(record: Record) -> dict[str, Json]:
+    """Return a record as JSON has it: with the list of its references as the target, if it has several."""
+    return {name: _listed(text) for name, text in record.items()}
+
+
+def target_of(record: Record) -> Json:
+    """Return a record's target as JSON has it: a text, a list of references, or None."""
+    return _listed(record[TARGET_FIELD]) if TARGET_FIELD in record else None
+
+
+def references_of(record: Record) -> tuple[str, ...]:
+    """Return the right texts of a record: its references, its one target, or none."""
+    text = record.get(TARGET_FIELD)
+    if text is None:
+        return ()
+    return text.references if isinstance(text, Target) else (text,)
+
+
+def _listed(text: str) -> Json:
+    return list(text.references) if isinstance(text, Target) else text
 
 
 def as_records(data: Rows) -> Records:
@@ -117,17 +163,22 @@ def check_text(text: str, *, where: str, what: str = "the row", error: type[PTun
         raise error(f"{where}: {what} holds half a character (a lone surrogate); write it in UTF-8") from found
 
 
-def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
+def clean(row: Mapping[str, object], *, where: str, target: str = TARGET_FIELD) -> dict[str, str]:
     """Return scalar values as text, with :data:`ALIASES`; numpy's are scalars too, and None and NaN are missing. The
-    target is without the white space around it, which would be learned with it. A RecordError for no mapping, a name
-    that is no text, or a number that is too long to write.
+    target is without the white space around it, which would be learned with it; a list of texts in its place, or in
+    the field that will be the ``target``, are its references (:class:`Target`). A RecordError for no mapping, a name
+    that is no text, a reference that is none, or a number that is too long to write.
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
     record: dict[str, str] = {}
+    targets = {target, TARGET_FIELD, *ALIASES[TARGET_FIELD]}
     for name, given in row.items():
         if not isinstance(name, str):
             raise RecordError(f"{where}: field names must be text, not {shown(name)}")
+        if isinstance(given, list | tuple) and name in targets:
+            record |= _referenced(given, name, where=where)
+            continue
         value = scalar(given)
         if value is not None:
             record[name] = _as_text(value, name, where=where)
@@ -138,6 +189,18 @@ def clean(row: Mapping[str, object], *, where: str) -> dict[str, str]:
     if TARGET_FIELD in record:
         record[TARGET_FIELD] = record[TARGET_FIELD].strip()
     return record
+
+
+def _referenced(given: Sequence[object], name: str, *, where: str) -> dict[str, str]:
+    """Return the field of a list of references; none if there are none."""
+    texts = []
+    for one in given:
+        value = scalar(one)
+        if value is None:
+            raise RecordError(f"{where}: the field {name!r} is a list, whose entries must be texts, not {shown(one)}")
+        texts.append(_as_text(value, name, where=where))
+    different = list(dict.fromkeys(text for text in texts if text.strip()))
+    return {name: different[0] if len(different) == 1 else Target(different)} if different else {}
 
 
 def scalar(value: object) -> str | bool | int | float | None:

@@ -52,6 +52,14 @@ class Ratios:
 
 
 @dataclass(frozen=True, eq=False)
+class Sums:
+    """A score of sums over G rows (BLEU): ``of`` makes it of K sums, and ``totals`` are what each row adds, (G, K)."""
+
+    totals: np.ndarray
+    of: Callable[[list[float]], float]
+
+
+@dataclass(frozen=True, eq=False)
 class Blend:
     """The mean of several scores of the same rows, for a task that counts two of them as one."""
 
@@ -60,19 +68,21 @@ class Blend:
 
 # Everything that a score can be computed from: a value per row, whose mean it is, or sums over rows. A row is a record,
 # or several that are scored together.
-Values = Sequence[float] | Ratios | Blend
+Values = Sequence[float] | Ratios | Sums | Blend
 
 
 def rows_of(values: Values) -> int:
     """Return the number of rows behind a score."""
     if isinstance(values, Blend):
         return rows_of(values.parts[0])
+    if isinstance(values, Sums):
+        return len(values.totals)
     return len(values.over) if isinstance(values, Ratios) else len(values)
 
 
 def value_of(values: Values) -> float:
     """Return a score; raise a ValueError if there are no rows."""
-    if isinstance(values, Ratios | Blend):
+    if isinstance(values, Ratios | Sums | Blend):
         import numpy as np
 
         if not rows_of(values):
@@ -81,14 +91,17 @@ def value_of(values: Values) -> float:
     return sum(values) / len(_array(values))
 
 
-def summary(seeds: Sequence[Values]) -> Score:
-    """Return a score's mean over trainings, with a 95 % interval over the rows that all of them answered."""
+def summary(seeds: Sequence[Values], *, most: float = SCORE_BOUNDS[1]) -> Score:
+    """Return a score's mean over trainings, with a 95 % interval over the rows that all of them answered. The score
+    lies between 0 and ``most``.
+    """
     import numpy as np
 
-    if not any(isinstance(values, Ratios | Blend) for values in seeds):
-        return score(np.array(seeds).mean(axis=0).tolist())
+    if not any(isinstance(values, Ratios | Sums | Blend) for values in seeds):
+        values = np.array(seeds).mean(axis=0).tolist()
+        return score(values) if most == SCORE_BOUNDS[1] else mean_score(values, bounds=(0.0, most))
     return _resampled(
-        lambda weights: np.mean([_over(values, weights) for values in seeds], axis=0), rows_of(seeds[0]), SCORE_BOUNDS
+        lambda weights: np.mean([_over(values, weights) for values in seeds], axis=0), rows_of(seeds[0]), (0.0, most)
     )
 
 
@@ -96,7 +109,7 @@ def difference(left: Sequence[Values], right: Sequence[Values]) -> Score:
     """Return the difference of two methods' mean scores on the same rows, with the 95 % interval of the paired one."""
     import numpy as np
 
-    if not any(isinstance(values, Ratios | Blend) for values in (*left, *right)):
+    if not any(isinstance(values, Ratios | Sums | Blend) for values in (*left, *right)):
         return mean_difference((np.array(left).mean(axis=0) - np.array(right).mean(axis=0)).tolist())
 
     def apart(weights: np.ndarray) -> np.ndarray:
@@ -124,6 +137,8 @@ def _over(values: Values, weights: np.ndarray) -> np.ndarray:
     if isinstance(values, Blend):
         mean: np.ndarray = np.mean([_over(part, weights) for part in values.parts], axis=0)
         return mean
+    if isinstance(values, Sums):
+        return np.array([values.of(row) for row in (weights @ values.totals).tolist()])
     if not isinstance(values, Ratios):
         found: np.ndarray = weights @ _array(values) / weights.sum(axis=1)
         return found

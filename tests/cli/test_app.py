@@ -137,7 +137,7 @@ def label_run(llama: str, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def write_lines(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -21,11 +21,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stopped(
-    body: Callable[[Callable[[], bool]], None], capsys: pytest.CaptureFixture[str], **more: str
+    body: Callable[[Callable[[], bool]], None], capsys: pytest.CaptureFixture[str], *, again: str = ""
 ) -> tuple[int, str]:
     """Run something that signals end, and return the exit code and what was said."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(typer.Exit) as ended, signals.stoppable(Path("out"), **more) as (_, should_stop):
+    with pytest.raises(typer.Exit) as ended, signals.stoppable(Path("out"), again=again) as (_, should_stop):
         body(should_stop)
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     return ended.value.exit_code, capsys.readouterr().err

@@ -25,7 +25,8 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import Result, prediction_rows, score_prompt
 from ptuning.records import Record, Records, as_records
 from ptuning.statistics import Score
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import RECORDS, bound, learned
 from tests.families import built, without_words
@@ -395,3 +396,37 @@ def test_candidates_that_the_tokenizer_does_not_know_or_tell_apart_are_never_hit
     assert (
         "4 of 5 possible answers, such as 'a film', are unknown to the tokenizer or have the tokens of" in caplog.text
     )
+
+
+def test_any_reference_is_a_hit_and_the_loss_is_that_of_the_first(backbone: Backbone) -> None:
+    """References are right wherever answers are scored; what is learned is the first."""
+    model = PromptModel(backbone)
+    prompt, rows = next(
+        (prompt, RECORDS[:1] and [{**RECORDS[0], "y": likeliest}])
+        for seed in range(40)
+        if (
+            likeliest := backbone.tokenizer.decode(
+                [
+                    int(
+                        model.target_logits(RECORDS[:1], prompt := learned(backbone, "[P*2] [X] is [P][Y]", seed=seed))[
+                            0
+                        ][0].argmax()
+                    )
+                ]
+            )
+        ).strip()
+        and score_prompt(model, [{**RECORDS[0], "y": likeliest}], prompt).hits == (1.0,)
+    )
+    right = rows[0]["y"]
+    wrong = score_prompt(model, [{**RECORDS[0], "y": "Nairobi film"}], prompt)
+    found = score_prompt(model, [{**RECORDS[0], "y": ["Nairobi film", right]}], prompt, with_rows=True)
+    assert (wrong.hits, found.hits, found.loss) == ((0.0,), (1.0,), wrong.loss)
+    assert found.rows[0]["target"] == ["Nairobi film", right.strip()]
+    ranked = score_prompt(model, [{**RECORDS[0], "y": ["Nairobi film", right]}], prompt, candidates=["yes", right])
+    assert ranked.missing == 0
+
+
+def test_a_label_is_no_list_of_references(backbone: Backbone) -> None:
+    prompt = replace(learned(backbone, TEMPLATE), label_words=LabelWords.of({"good": ["great"], "bad": ["no"]}))
+    with pytest.raises(RecordError, match="row 1 has a list of targets"):
+        score_prompt(PromptModel(backbone), [{"x": "a", "y": ["good", "bad"]}], prompt)

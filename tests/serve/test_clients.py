@@ -1,17 +1,23 @@
-"""Clients of others, as their users call them, on a real socket."""
+"""Clients of others, as their users call them, on a real socket. Each takes a second or more to import, so that is done
+in the tests that use it.
+
+Two are not installed: litellm brings 380 MB and wants an older python-dateutil, lm-eval brings 180 MB. They were
+run by hand (docs/serving.md, "Clients"); here stand the requests that they sent.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx2
 import pytest
 import uvicorn
-from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
@@ -20,7 +26,11 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.watch import Monitor
 from ptuning.serve.server import address_of, listening
+from tests.conftest import plain_logits
 from tests.serve.http.conftest import Shelf, prompts_of, tiny
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 __all__ = ["tiny"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +63,8 @@ def address(engine: Engine, tiny: Backbone) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> Iterator[OpenAI]:
+    from openai import OpenAI
+
     with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -118,6 +130,8 @@ def test_openai_reads_log_probs(client: OpenAI) -> None:
 
 def test_openai_understands_errors(client: OpenAI) -> None:
     """Each is of the client's own class, with a code; none is tried again."""
+    from openai import BadRequestError, NotFoundError
+
     with pytest.raises(NotFoundError) as unknown:
         client.completions.create(model="nope", prompt="Kenya")
     assert unknown.value.code == "model_not_found"
@@ -133,6 +147,8 @@ def test_openai_understands_errors(client: OpenAI) -> None:
 
 def test_openai_tries_again_after_a_full_queue(address: str, engine: Engine) -> None:
     """429 with Retry-After: the client waits as long and succeeds, without a line of its user."""
+    from openai import OpenAI, RateLimitError
+
     held, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -162,6 +178,114 @@ def test_openai_tries_again_after_a_full_queue(address: str, engine: Engine) -> 
         for one in (*asking, holding):
             one.join(60)
     assert len(texts) == 5
+
+
+@pytest.fixture
+def wanted(tiny: Backbone) -> str:
+    """What the prompt ``write`` answers to Kenya."""
+    return PromptModel(tiny).predict([{"x": "Kenya"}], prompts_of(tiny)["write"])[0].text
+
+
+def test_langchain(address: str, wanted: str) -> None:
+    """Chats and completions, whole, streamed and several; labels; an unknown model is its own class of error."""
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai needs Python 3.11")
+    from openai import DefaultHttpxClient
+
+    with DefaultHttpxClient() as web:
+        named: dict[str, Any] = {"base_url": f"{address}/v1", "api_key": "none", "max_retries": 0, "http_client": web}
+        chat = langchain.ChatOpenAI(model="write", stream_usage=True, **named)
+        told = chat.invoke("Kenya")
+        assert told.content == wanted
+        assert told.usage_metadata["output_tokens"] > 0
+        pieces = list(chat.stream("Kenya"))
+        assert "".join(piece.content for piece in pieces) == wanted
+        assert sum((piece.usage_metadata or {}).get("output_tokens", 0) for piece in pieces) > 0
+        texts = langchain.OpenAI(model="write", temperature=0, max_tokens=8, **named)
+        assert texts.batch(["Kenya", "Kenya"]) == [wanted, wanted]
+        assert "".join(texts.stream("Kenya")) == wanted
+        assert langchain.OpenAI(model="mood", **named).invoke("a good film") in ("positive", "negative")
+        with pytest.raises(langchain.chat_models.base.OpenAIModelNotFoundError, match="no prompt 'nope'"):
+            langchain.ChatOpenAI(model="nope", **named).invoke("Kenya")
+
+
+def test_llm(address: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts named in its file of other models, as completions and as chats, whole and streamed. Its plugins are left
+    out: the package of the default backbone's weights is one, and needs a compiled llama.cpp to be loaded.
+    """
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")
+    models = "".join(
+        f"- model_id: {name}\n  model_name: {served}\n  api_base: {address}/v1\n  completion: {how}\n"
+        for name, served, how in (
+            ("texts", "write", "true"),
+            ("turns", "write", "false"),
+            ("label", "mood", "true"),
+            ("gone", "nope", "false"),
+        )
+    )
+    (tmp_path / "extra-openai-models.yaml").write_text(models, encoding="utf-8")
+    import llm
+    import openai
+
+    made = openai.OpenAI
+    with contextlib.ExitStack() as opened:  # it leaves its connections to be found by the garbage collector
+        monkeypatch.setattr(openai, "OpenAI", lambda **named: opened.enter_context(made(**named)))
+        for name in ("texts", "turns"):
+            model = llm.get_model(name)
+            assert model.prompt("Kenya", stream=False).text() == wanted
+            assert "".join(model.prompt("Kenya")) == wanted
+        assert llm.get_model("label").prompt("a good film").text() in ("positive", "negative")
+        with pytest.raises(openai.NotFoundError, match="no prompt 'nope'"):
+            llm.get_model("gone").prompt("Kenya").text()
+
+
+def test_what_litellm_sends(client: OpenAI, wanted: str) -> None:
+    """litellm 1.110.2 asks through OpenAI's client, for raw answers; its ``NotFoundError`` is made of that client's."""
+    from openai import NotFoundError
+
+    chats, texts = client.chat.completions.with_raw_response, client.completions.with_raw_response
+    turn: Any = [{"role": "user", "content": "Kenya"}]
+    chat = chats.create(model="write", messages=turn, timeout=600)
+    assert chat.parse().choices[0].message.content == wanted
+    assert chat.headers["content-type"] == "application/json"
+    chunks = chats.create(model="write", messages=turn, stream=True, timeout=600).parse()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+    assert texts.create(model="write", prompt="Kenya").parse().choices[0].text == wanted
+    parts = texts.create(model="write", prompt="Kenya", stream=True).parse()
+    assert "".join(part.choices[0].text for part in parts) == wanted
+    for ask in (
+        lambda: chats.create(model="nope", messages=turn),
+        lambda: texts.create(model="nope", prompt="Kenya"),
+    ):
+        with pytest.raises(NotFoundError, match="no prompt 'nope'"):
+            ask()
+
+
+def test_what_lm_eval_sends(address: str, tiny: Backbone) -> None:
+    """lm-eval 0.4.13, ``local-completions``: it finds the tokenizer here, tokenises each choice with and without its
+    context, and sums what ``echo`` tells of the choice. That is what its ``hf`` computes.
+    """
+    with httpx2.Client(base_url=address) as web:
+
+        def tokens(text: str) -> list[int]:
+            sent = web.post("/tokenize", json={"prompt": text, "add_special_tokens": False})
+            found: list[int] = sent.json()["tokens"]
+            return found
+
+        info = web.get("/tokenizer_info", headers={"Content-Type": "application/json"})
+        assert info.status_code == 200
+        assert tokens(info.json()["eos_token"]) == [tiny.tokenizer.stop_id]
+        context = "the capital of Kenya is"
+        for choice in (" Nairobi", " Lima"):
+            ids, before = tokens(context + choice), len(tokens(context))
+            body = {"model": "tiny", "prompt": [ids], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
+            (told,) = web.post("/v1/completions", json={**body, "echo": True}).json()["choices"]
+            values = told["logprobs"]["token_logprobs"][before:-1]
+            best = [max(one.values()) for one in told["logprobs"]["top_logprobs"][before:-1]]
+            logs = plain_logits(tiny, ids).log_softmax(-1)
+            assert values == pytest.approx([float(logs[at - 1, ids[at]]) for at in range(before, len(ids))], abs=1e-4)
+            assert best == pytest.approx([float(logs[at - 1].max()) for at in range(before, len(ids))], abs=1e-4)
+            assert web.post("/detokenize", json={"tokens": ids}).json()["prompt"] == context + choice
 
 
 def test_the_lines_of_the_readme(address: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ptuning.template.segments import LITERAL, TARGET, Encoded, Gap, Ids, MarkedText, TextRun
+from ptuning.template.turns import ChatTurn
 
 
 class Words:
@@ -36,6 +37,9 @@ class Words:
         return [[self.id_of(word) for word in re.findall(r"\n+\Z| ?\w+\.?|\n| ?[^\w\s]| ", text)] for text in texts]
 
     def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
         raise NotImplementedError
 
     def id_of(self, word: str) -> int:

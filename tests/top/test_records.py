@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
 from ptuning.errors import LabelWordError, RecordError, shown
-from ptuning.records import as_records, check_columns, clean
+from ptuning.records import Target, as_records, canonical_json, check_columns, clean, plain, references_of, target_of
 from ptuning.template.labels import LabelWords
 
 
@@ -57,3 +60,25 @@ def test_a_value_that_cannot_be_written_is_shown_by_its_type() -> None:
         as_records([{10**5000: "a"}])  # type: ignore[dict-item]  # as a caller may
     with pytest.raises(LabelWordError, match="label 'a' has int"):
         LabelWords.of({"a": 10**5000})  # type: ignore[dict-item]
+
+
+def test_a_list_of_texts_in_the_targets_place_is_its_references() -> None:
+    """The first is the text that is learned; all of them travel with the record, also through a copy or a process."""
+    (row,) = as_records([{"x": ["a"], "y": [" Nairobi", "Nairobi, Kenya ", "", 3]}])
+    assert row == {"y": "Nairobi"}  # a list in another field is left out, as ever
+    for one in (row, copy.deepcopy(row), pickle.loads(pickle.dumps(row)), {**row}):
+        assert references_of(one) == ("Nairobi", "Nairobi, Kenya", "3")
+    assert target_of(row) == plain(row)["y"] == ["Nairobi", "Nairobi, Kenya", "3"]
+    assert canonical_json(row) == '{"y": ["Nairobi", "Nairobi, Kenya", "3"]}'
+
+
+def test_one_reference_is_a_target_as_any_other_and_none_is_none() -> None:
+    (one, none) = as_records([{"y": ["a", "a"]}, {"x": "b", "y": []}])
+    assert (type(one["y"]), references_of(one), target_of(one)) == (str, ("a",), "a")
+    assert (none, references_of(none), target_of(none)) == ({"x": "b"}, (), None)
+
+
+def test_a_list_of_references_holds_texts_only() -> None:
+    with pytest.raises(RecordError, match="record 1: the field 'y' is a list, whose entries must be texts"):
+        as_records([{"y": ["a", {"b": 1}]}])
+    assert isinstance(Target([" a", "b "]).strip(), Target)

@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +57,7 @@ from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import Ids
 from ptuning.training.run import TrainingRun, TrainResult, train
@@ -138,9 +138,9 @@ def test_the_record_s_scores_are_those_of_a_separate_call(
     """
     real = Trainer._consider
 
-    def consider(self: Trainer, found: Evaluation, *, epoch: int) -> None:
+    def consider(self: Trainer, found: Evaluation, judged: Mapping[str, float], *, epoch: int) -> None:
         if epoch <= chosen:
-            real(self, found, epoch=epoch)
+            real(self, found, judged, epoch=epoch)
 
     monkeypatch.setattr(Trainer, "_consider", consider)
     result = run(causal, dev=FACTS[:4], settings={"learn_to_stop": False})

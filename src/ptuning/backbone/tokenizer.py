@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ptuning.errors import BackboneError
 from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
+from ptuning.template.turns import ChatTurn
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
@@ -137,6 +138,23 @@ class TextTokenizer:
             else:
                 spelled.append(token)
         return spelled
+
+    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
+        """Return a conversation as the model's chat template writes it, with the beginning of an answer if it comes
+        next. A BackboneError if there is no chat template, or it refuses these turns.
+        """
+        if not self._tokenizer.chat_template:
+            raise BackboneError(
+                "the model has no chat template, which says how conversations are written for it; take a chat model, "
+                "or write the markup into a template (--template)"
+            )
+        said = [turn._asdict() for turn in turns]
+        try:
+            return str(self._tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=answer_next))
+        except Exception as error:  # a chat template is a program, which may raise anything
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            roles = ", ".join(turn.role for turn in turns[:8])
+            raise BackboneError(f"the chat template of the model refuses the turns {roles}: {first}") from error
 
     def read(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids that the tokenizer itself gives a text in which special tokens are such."""

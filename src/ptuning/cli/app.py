@@ -23,6 +23,7 @@ from ptuning.cli.commands import (
     exchange,
     experiments,
     fleet,
+    generate,
     predict,
     prompts,
     serve,
@@ -150,6 +151,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
     "eval": prompts.evaluate,
     "predict": predict.predict,
+    "generate": generate.generate,
     "serve": serve.serve,
     "inspect": prompts.inspect,
     "export": exchange.export,
@@ -172,7 +174,18 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 # The titles under which --help lists them.
 TITLES: Mapping[str, Sequence[str]] = {
-    "Learn a prompt and use it": ("train", "eval", "predict", "serve", "inspect", "export", "import", "fleet", "demo"),
+    "Learn a prompt and use it": (
+        "train",
+        "eval",
+        "predict",
+        "generate",
+        "serve",
+        "inspect",
+        "export",
+        "import",
+        "fleet",
+        "demo",
+    ),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
     "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
 }

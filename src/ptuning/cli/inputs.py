@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ptuning.backbone import sources
 from ptuning.cli import terminal
+from ptuning.cli.chat import ANY_CHAT, check_system, conversations_of
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
 from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of
 from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
+from ptuning.template.language import CONVERSATION_FIELD
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
@@ -69,10 +71,13 @@ def data_of(
     part: str,
     labelled: bool = True,
     prompt: Prompt | None = None,
+    chat: bool = False,
 ) -> Records | Questions:
     """Read data: a file or shipped facts; with a task a file, ``part`` of a folder, or a part given as ``DIR:PART``.
-    Without a task, fields are read as the ``prompt`` remembers them.
+    Without a task, fields are read as the ``prompt`` remembers them; for a ``chat`` records are conversations.
     """
+    if chat or (prompt is not None and prompt.template.has_conversation):
+        return conversations_of(source, field, prompt=prompt)
     if task is None:
         return records_of(source, field, prompt=prompt)
     path = _place_of(source, field, task, part=part)
@@ -126,8 +131,10 @@ def training_spec(
     from ptuning.training.spec import TrainSpec
 
     given = asked.inputs
+    check_system(given, option=option)
     task = task_of(given.get("task"))
     named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
+    named[0] = ANY_CHAT if given.get("chat") else named[0]
     template = template_of(task, *named, option=option)
     sources = {"train": given["data"], "dev": given.get("dev")}
     parts = read_parts(sources, given.get("field"), task, reads=template.fields, once=once)
@@ -162,9 +169,10 @@ def read_parts(
     from ptuning.records import require_fields
 
     found: dict[str, Records | Questions] = {}
+    chat = CONVERSATION_FIELD in reads
     for part, source in sources.items():
         if source is not None:
-            read = functools.partial(data_of, source, field, task, part="val" if part == "test" else part)
+            read = functools.partial(data_of, source, field, task, part="val" if part == "test" else part, chat=chat)
             found[part] = once((source, part), read)
         elif part == "dev" and task is not None:
             folder = str(sources["train"])
@@ -292,6 +300,19 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     if found.task is not None and found.task.name != task.name:
         raise ConfigError(f"the prompt was made for the task {found.task.name}, not for {task.name}; leave --task out")
     return replace(found, task=task, label_words=found.label_words or task.label_words)
+
+
+def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None) -> Questions:
+    """Read records to write texts for, with their targets, if they have any. A RecordError if there are none."""
+    from ptuning.data.questions import as_questions
+
+    if prompt.task is not None:
+        return as_questions(data_of(data, field, prompt.task, part="test", prompt=prompt))
+    found = data_to_answer(prompt, None, data, field).questions
+    target = target_column(found.records, prompt.template.fields)
+    if target is not None:
+        terminal.say(TARGET_TAKEN.format(target))
+    return found if target is None else as_questions(with_target(found.records, target))
 
 
 def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:

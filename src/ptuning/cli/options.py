@@ -64,9 +64,9 @@ def among(*words: str) -> Callable[[str], list[str]]:
 
 def shipped_parts(incomplete: str) -> list[str]:
     """Return the parts of the shipped facts that begin so, such as ``capitals:train``."""
-    from ptuning.data.reading import SPLITS, shipped_facts
+    from ptuning.data.reading import SPLITS, shipped_names
 
-    return among(*(f"{name}:{part}" for name in shipped_facts() for part in SPLITS))(incomplete)
+    return among(*(f"{name}:{part}" for name in shipped_names() for part in SPLITS))(incomplete)
 
 
 def shipped_tasks(incomplete: str) -> list[str]:
@@ -116,16 +116,30 @@ TemplateFileOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The template, with line breaks as they are; without slots as --manual."),
 ]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Conversations, in the model's own chat template.")]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --chat: the system text that the slots start at.")
+]
 CandidatesOption = Annotated[str | None, typer.Option(metavar="FILE|train", help="Closed set of answers to rank.")]
 CountStopOption = Annotated[bool, typer.Option("--count-stop", help="Score the end of each candidate, too.")]
 AnswersOption = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write answers to a file, .csv or .jsonl.")
 ]
 ReplaceOption = Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")]
+LongestOption = Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")]
+BeamsOption = Annotated[int | None, typer.Option("--num-beams", "--beams", metavar="N", help="Width of a beam search.")]
 MaxLengthOption = Annotated[int, typer.Option(metavar="N", help="Most tokens of a row; fields are cut to fit.", min=1)]
 EncoderOption = Annotated[
     str,
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
+]
+TuneOption = Annotated[
+    str,
+    typer.Option(
+        metavar="frozen|tuned|lora",
+        help="What is trained besides.",
+        autocompletion=among("frozen", "tuned", "lora"),
+    ),
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 
@@ -262,8 +276,8 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
 
-    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``task``, ``pattern``, ``labels``, ``merge``,
-    ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
+    ``inputs`` are ``data``, ``dev``, ``template``, ``manual``, ``about``, ``chat``, ``system``, ``task``, ``pattern``,
+    ``labels``, ``merge``, ``strict``, ``calibrate`` and ``field``; one that is None or missing was not given.
     """
 
     inputs: Mapping[str, Any]
@@ -283,6 +297,8 @@ def training(
     manual: Annotated[str | None, typer.Option(metavar="M", help="Make the template from this manual one.")] = None,
     template_file: TemplateFileOption = None,
     about: Annotated[str | None, typer.Option(metavar="WORDS", help="With --manual: what is asked for.")] = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     task: TaskOption = None,
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     dev: Annotated[str | None, typer.Option(metavar="DEV", help="Data to choose by; else a part of TRAIN.")] = None,
@@ -291,14 +307,7 @@ def training(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
-    tune: Annotated[
-        str,
-        typer.Option(
-            metavar="frozen|tuned|lora",
-            help="What is trained besides.",
-            autocompletion=among("frozen", "tuned", "lora"),
-        ),
-    ] = SETTINGS.tune,
+    tune: TuneOption = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
     keep: Annotated[
         str,
@@ -330,14 +339,15 @@ def training(
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
+    named |= {"chat": chat, "system": system}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 
 def writing(
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="Longest written answer.")] = None,
-    num_beams: Annotated[int | None, typer.Option(metavar="N", help="Width of a beam search.")] = None,
+    max_new_tokens: LongestOption = None,
+    num_beams: BeamsOption = None,
     length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
-    do_sample: Annotated[bool | None, typer.Option("--do-sample", help="Draw each token (sampling).")] = None,
+    do_sample: Annotated[bool | None, typer.Option("--do-sample", "--sample", help="Draw each token.")] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
     ] = None,

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,9 @@ import typer
 
 from ptuning.cli import terminal
 from ptuning.errors import ConfigError, FileError
-from ptuning.files import make_folder, replacing
+from ptuning.files import make_folder, parse_json, read_bytes, replacing, write_bytes
 from ptuning.names import check_output
+from ptuning.records import plain
 
 if TYPE_CHECKING:
     from ptuning.data.reading import RawRows
@@ -28,6 +30,8 @@ TABLE, LINES = ".csv", (".jsonl", ".ndjson")
 # Columns that a table of answers has besides those of the data.
 PREDICTION, PROBABILITY, HIT = "prediction", "probability", "hit"
 ABSTAINED = "abstained"
+# The key of the first line of kept lines.
+LINES_OF = "lines of"
 # So many other labels stand beside the answer on a terminal; --json has all.
 SHOWN_OTHERS = 3
 
@@ -110,9 +114,74 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
             if is_table(path):
                 write({**row, PREDICTION: found.text, PROBABILITY: round(found.probability, 6)})
             else:
-                write({"record": dict(record), **found.to_json()})
+                write({"record": plain(record), **found.to_json()})
 
         yield take
+
+
+class KeptLines:
+    """Lines of JSON that are kept while they are made, in a file beside the one that they become: ``path``, whose first
+    line says what they belong to. ``done`` is the number that were there, None if all are in the file already.
+    """
+
+    def __init__(self, out: Path, done: int | None) -> None:
+        self.out, self.path, self.done = out, out.with_name(f"{out.name}.part"), done
+
+    def write(self, rows: Sequence[Mapping[str, Json]]) -> None:
+        """Add lines; they are in the file when this returns."""
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def finish(self) -> None:
+        """Put the lines, without the first, in their place."""
+        with replacing(self.out) as temporary, temporary.open("wb") as target, self.path.open("rb") as lines:
+            lines.readline()
+            shutil.copyfileobj(lines, target)
+        self.path.unlink()
+
+
+@contextmanager
+def kept_lines(out: Path, identity: Mapping[str, Json], *, resume: bool, overwrite: bool) -> Iterator[KeptLines]:
+    """Yield lines to be written, after those that an earlier run has left; a line that is not whole is dropped.
+
+    A FileError if there are some and neither ``resume`` nor ``overwrite`` is asked for; a TrainingError if they belong
+    to another ``identity``.
+    """
+    kept = KeptLines(out, 0)
+    make_folder(out.parent)
+    if kept.path.is_symlink() or (kept.path.exists() and not kept.path.is_file()):
+        raise FileError(f"{kept.path} is no file of ours, and lines are kept there; move it, or name another --out")
+    if resume and out.exists() and not kept.path.exists() and not overwrite:
+        kept.done = None
+    elif kept.path.exists() and not overwrite:
+        if not resume:
+            raise FileError(
+                f"{kept.path} has lines of a run that was stopped; go on with --resume, or start anew with --overwrite"
+            )
+        kept.done = _lines_left(kept.path, identity)
+    else:
+        kept.path.write_text(json.dumps({LINES_OF: dict(identity)}, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        yield kept
+    finally:
+        if kept.done == 0 and kept.path.exists() and kept.path.read_bytes().count(b"\n") == 1:
+            kept.path.unlink()  # nothing was made
+
+
+def _lines_left(path: Path, identity: Mapping[str, Json]) -> int:
+    """Return the number of whole lines behind the first, and drop one that is not whole."""
+    from ptuning.training.identity import check_identity
+
+    head, *lines = read_bytes(path).split(b"\n")[:-1] or [b""]
+    try:
+        saved = parse_json(head.decode("utf-8"))[LINES_OF]
+        for line in lines:
+            parse_json(line.decode("utf-8"))
+    except (ValueError, KeyError) as error:
+        raise FileError(f"{path} is damaged; start anew with --overwrite") from error
+    check_identity(identity, saved, where=str(path))
+    write_bytes(path, b"".join(line + b"\n" for line in (head, *lines)))
+    return len(lines)
 
 
 def write_scored(path: Path, rows: Sequence[Mapping[str, Json]]) -> None:
@@ -128,7 +197,7 @@ def write_scored(path: Path, rows: Sequence[Mapping[str, Json]]) -> None:
 def show_answer(record: Record, found: Prediction, *, as_json: bool) -> None:
     """Print an answer: as one line of JSON; or its text, on a terminal with the probabilities of labels."""
     if as_json:
-        terminal.print_json({"record": dict(record), **found.to_json()}, indent=None)
+        terminal.print_json({"record": plain(record), **found.to_json()}, indent=None)
         return
     text = ABSTAINED if found.abstained else terminal.visible(found.text)
     if found.probabilities is not None and len(found.candidates) > 1:

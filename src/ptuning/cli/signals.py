@@ -23,8 +23,12 @@ SIGNAL_EXIT = 128  # a shell's exit code for a signal is this plus its number: 1
 
 
 @contextlib.contextmanager
-def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
-    """Yield a progress callback and a check whether to stop; a message names the option ``again`` that continues."""
+def stoppable(
+    out: Path, *, again: str = "", kept: Path | None = None
+) -> Iterator[tuple[OnProgress, Callable[[], bool]]]:
+    """Yield a progress callback and a check whether to stop; a message names the option ``again`` that continues, and
+    what is ``kept``, by default what a run keeps in its folder.
+    """
     from ptuning.progress import Interrupted
 
     asked: list[int] = []
@@ -48,8 +52,9 @@ def stoppable(out: Path, *, again: str = "") -> Iterator[tuple[OnProgress, Calla
         words = [word for word in sys.argv[1:] if word != "--overwrite"]
         words += [again] if again and again not in words else []
         command = f"{terminal.program()} {shlex.join(words)}"
-        kept = next((out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE) if (out / name).exists()), None)
-        terminal.stopped(str(error) or "stopped at once", kept, command)
+        places = [kept] if kept is not None else [out / name for name in (CHECKPOINT_FOLDER, RUN_FILE, RESULTS_FILE)]
+        there = next((place for place in places if place.exists()), None)
+        terminal.stopped(str(error) or "stopped at once", there, command)
         raise typer.Exit(SIGNAL_EXIT + asked[0]) from None
     finally:
         for number, handler in previous.items():

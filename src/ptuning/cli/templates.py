@@ -13,6 +13,7 @@ from ptuning.files import read_text
 
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
+    from ptuning.data.questions import Questions
     from ptuning.data.task_files import TaskFile
     from ptuning.template.language import Template
     from ptuning.template.segments import Tokenizer
@@ -81,12 +82,15 @@ def as_shell_text(pattern: str) -> str:
 def placed(
     spec: Spec, given: Mapping[str, Any], backbone: Backbone, *, say: Callable[[str], None] = terminal.say
 ) -> Spec:
-    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay.
-    Say where that is, and what may be wrong with the template's line breaks.
+    """Return a training whose template, if it is made from a manual one (``given``), has its slots where they pay, or
+    if it is a chat's is made from the model's own. Say where slots are, and what may be wrong with line breaks.
     """
     from ptuning.data.questions import as_questions
     from ptuning.training.prepare import place_slots
 
+    if given.get("chat"):
+        made = chat_template_of(backbone.tokenizer, as_questions(spec.data), given.get("system"))
+        return replace(spec, template=made)
     manual, task = given.get("manual"), spec.task
     notice_line_breaks(manual or given.get("template"), backbone.tokenizer, say=say)
     if manual is None:
@@ -103,6 +107,18 @@ def placed(
     if found.told:
         say(found.told)
     return replace(spec, template=found.template)
+
+
+def chat_template_of(tokenizer: Tokenizer, questions: Questions | None, system: str | None) -> Template:
+    """Return the template of a chat: its slots start at the given system text, else at that of the conversations, else
+    at the chat template's own.
+    """
+    from ptuning.data.chat.conversations import system_text
+    from ptuning.template.chat import chat_template
+
+    if system is None and questions is not None:
+        system = system_text(questions)
+    return chat_template(tokenizer, system)
 
 
 def pattern_of(templates: Sequence[Template], task: TaskFile, number: int) -> Template:

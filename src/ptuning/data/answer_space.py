@@ -13,7 +13,7 @@ from ptuning.data.questions import Question, Questions
 from ptuning.data.splits import with_few_choices
 from ptuning.errors import ConfigError, RecordError
 from ptuning.metrics import ACCURACY, EXACT_MATCH
-from ptuning.records import TARGET_FIELD, Record
+from ptuning.records import TARGET_FIELD, Record, references_of
 from ptuning.template.labels import PLAIN, LabelWords, Normalise, Scoring
 
 # A row with more choices learns from a draw of this many. Source: PET's code, ReCoRD (Schick and Schuetze 2021).
@@ -122,6 +122,12 @@ class AnswerSpace:
     def check(self, questions: Questions, *, labelled: bool = True) -> None:
         """Check that every question has choices and, if ``labelled``, a known label; else raise a RecordError."""
         if self.words is not None and labelled:
+            for number, question in enumerate(questions, start=1):
+                if len(references_of(question.record)) > 1:
+                    raise RecordError(
+                        f"{questions.name}, row {number} has a list of targets, which are references of a text; a row "
+                        "has one label"
+                    )
             self.words.check_records(questions.records)
         for number, question in enumerate(questions if self.has_choices else (), start=1):
             if not question.choices:

@@ -12,7 +12,17 @@ from ptuning.data.reading import Row
 from ptuning.data.row_paths import Context, RowPath, place, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
-from ptuning.records import TARGET_FIELD, Record, Records, Rows, as_records, canonical_json, check_text, scalar
+from ptuning.records import (
+    TARGET_FIELD,
+    Record,
+    Records,
+    Rows,
+    as_records,
+    canonical_json,
+    check_text,
+    references_of,
+    scalar,
+)
 
 # The path to a row's label, unless a task names another.
 LABEL = RowPath(("label",), (), "label")
@@ -40,7 +50,7 @@ class Question:
         """The right texts: choices, or the target; none if the row was read without its label."""
         if self.answers:
             return tuple(self.choices[place] for place in self.answers)
-        return (self.record[TARGET_FIELD].strip(),) if TARGET_FIELD in self.record else ()
+        return tuple(text.strip() for text in references_of(self.record))
 
 
 class Questions(list[Question]):

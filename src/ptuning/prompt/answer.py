@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.batch import batches
-from ptuning.engine.evaluate import evaluate
+from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, target_items
 from ptuning.engine.passes import prefix_tokens, target_logits
@@ -22,7 +23,7 @@ from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import Records, Rows
+from ptuning.records import TARGET_FIELD, Records, Rows, references_of
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import can_hit
 
@@ -63,10 +64,36 @@ def answer_records(
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, learned, report=report, note=data.name)
+    found = of_any_reference(model.backbone, bound, data, learned, found)
     return [
         Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
         for one, hit, known in zip(written, found.hits, found.known, strict=True)
     ]
+
+
+def of_any_reference(
+    backbone: Backbone, bound: BoundTemplate, records: Records, learned: Learned, found: Evaluation
+) -> Evaluation:
+    """Return how targets that are written were scored, with a hit where any reference of a record would be written; the
+    loss stays that of the first ones, which a prompt learns.
+    """
+    others = [
+        (at, {**record, TARGET_FIELD: text})
+        for at, record in enumerate(records)
+        if not found.hits[at]
+        for text in references_of(record)[1:]
+    ]
+    if not others:
+        return found
+    rows = Records([record for _, record in others], name=records.name)
+    scored = evaluate(backbone, target_items(bound, rows, with_stop=False), learned)
+    hit = {at for (at, _), one in zip(others, scored.hits, strict=True) if one}
+    known = {at for (at, _), one in zip(others, scored.known, strict=True) if one}
+    return replace(
+        found,
+        hits=tuple(1.0 if at in hit else one for at, one in enumerate(found.hits)),
+        known=tuple(one or at in known for at, one in enumerate(found.known)),
+    )
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import RawRows, Row, as_read, with_fields
 from ptuning.errors import RecordError
 from ptuning.records import Records, check_text, require_fields
+from ptuning.template.language import CONVERSATION_FIELD
+from ptuning.template.turns import USER, ChatTurn, write_turns
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt  # torch, which --help must not wait for
@@ -26,11 +29,18 @@ class ToAnswer:
     raw: RawRows
 
     @classmethod
-    def typed(cls, prompt: Prompt, texts: Mapping[str, str], *, where: str) -> ToAnswer:
-        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file."""
+    def typed(
+        cls, prompt: Prompt, texts: Mapping[str, str], *, where: str, before: Sequence[ChatTurn] = ()
+    ) -> ToAnswer:
+        """Take the texts of a record's fields as a user typed them; a task's fields are filled as from its file. In a
+        conversation, what is typed is the user's next turn, behind those ``before``.
+        """
         for text in texts.values():
             check_text(text, where=where, what="it")
         record = dict(texts) if prompt.task is None else prompt.task.typed(texts, where=where)
+        if prompt.template.has_conversation:
+            turns = [*before, ChatTurn(USER, record[CONVERSATION_FIELD].strip())]
+            record = {**record, CONVERSATION_FIELD: write_turns(turns)}
         asked, row = Questions([Question(record)], name=where), (where, texts)
         return cls(asked, [row], RawRows([row], name=where, digest=asked.sha256, format="text", columns=list(texts)))
 
@@ -40,6 +50,10 @@ class ToAnswer:
         ``fields`` renamed (new name -> name in the file). A RecordError if one does not fit.
         """
         task = prompt.task
+        if prompt.template.has_conversation:
+            read = read_conversations(rows, fields={**prompt.fields, **(fields or {})}, ask=True)
+            require_fields(read.questions.records, prompt.template.fields)
+            return cls(read.questions, read.rows, rows)
         if task is None:
             records = remembered(as_read(rows, fields=fields), prompt)
             require_fields(records, prompt.template.fields)

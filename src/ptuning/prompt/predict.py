@@ -26,7 +26,8 @@ from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS
@@ -35,6 +36,8 @@ Found = TypeVar("Found")
 
 # Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
 RANKED_ROWS = 2048
+# A written answer may be so much longer than the longest target that was learned.
+MORE_TOKENS = 2
 
 
 class PromptModel:
@@ -353,7 +356,12 @@ class PromptModel:
         ]
         written = write_answers(self.backbone, rows, learned, settings=settings, top_k=top_k, pad_side=self.pad_side)
         return [
-            Prediction(row[0].text, tuple(Candidate(one.text, one.log_prob) for one in row), tokens=row[0].tokens)
+            Prediction(
+                row[0].text,
+                tuple(Candidate(one.text, one.log_prob) for one in row),
+                tokens=row[0].tokens,
+                stopped=row[0].stopped,
+            )
             for row in written
         ]
 
@@ -428,7 +436,7 @@ def check_answering(
 
 def longest_answer(settings: GenerationSettings, prompt: Prompt) -> int:
     """Return the most tokens of an answer that a prompt writes."""
-    return settings.max_new_tokens or prompt.target_tokens + 2
+    return settings.max_new_tokens or prompt.target_tokens + MORE_TOKENS
 
 
 @torch.no_grad()

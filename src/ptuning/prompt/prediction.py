@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ptuning.files import Json
+
+if TYPE_CHECKING:
+    from ptuning.engine.writing.ending import Stopped
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``; labels and
-    choices have the ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer
-    (``abstained``), ``text`` is empty.
+    """The answer to one record: the first of ``candidates``, best first. Written answers have ``tokens``, and
+    ``stopped`` says why they ended (:data:`~ptuning.engine.writing.ending.Stopped`); labels and choices have the
+    ``probabilities`` of all of them. If the likeliest is not likely enough to be given as the answer (``abstained``),
+    ``text`` is empty.
     """
 
     text: str
@@ -49,6 +54,7 @@ class Prediction:
     tokens: int | None = None
     probabilities: Mapping[str, float] | None = None
     abstained: bool = False
+    stopped: Stopped | None = None
 
     @classmethod
     def of_classes(

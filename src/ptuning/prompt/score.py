@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
@@ -14,11 +14,11 @@ from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
 from ptuning.progress import OnProgress
-from ptuning.prompt.answer import among_candidates
+from ptuning.prompt.answer import among_candidates, of_any_reference
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
-from ptuning.records import TARGET_FIELD, Record, Records, Rows, require_targets
+from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 
@@ -33,7 +33,8 @@ class Result:
     score. ``missing`` counts the records whose target is not a candidate; they are misses.
 
     ``rows`` has the answers, one of :func:`prediction_rows` per record: always those of labels and choices, others
-    where they were asked for. ``confusion`` is that of labels.
+    where they were asked for. ``confusion`` is that of labels. Metrics for texts may have ``signatures``: what must be
+    equal for two scores to be compared.
     """
 
     scores: Mapping[str, Score]
@@ -42,6 +43,7 @@ class Result:
     missing: int = 0
     rows: Sequence[Mapping[str, Json]] = ()
     confusion: Confusion | None = None
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Json]:
         """Return the scores as ``eval --json`` prints them."""
@@ -50,6 +52,8 @@ class Result:
             "loss": self.loss,
             "targets_not_among_candidates": self.missing,
         }
+        if self.signatures:
+            found["signatures"] = dict(self.signatures)
         if self.confusion is not None:
             found["labels"] = {label: dict(vars(one)) for label, one in self.confusion.scores.items()}
             found["confusion"] = [list(row) for row in self.confusion.counts]
@@ -76,7 +80,8 @@ def score_prompt(
     """Score a prompt on records with targets, or on questions of a task.
 
     Exact match: greedy decoding would write the target's tokens. What it would write after them does not count, since
-    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens.
+    a manual prompt never learned to stop. A masked model gets as many masks as the target has tokens. Of several
+    references any is right.
 
     ``candidates`` are a closed set of answers to rank as well; on a tie the target ranks last. ``normalise``,
     ``calibrate`` and ``count_stop`` are as in :meth:`PromptModel.predict`. ``with_rows`` asks for the answers even if
@@ -94,10 +99,13 @@ def score_prompt(
     answers = prompt.answer_space.scored(normalise=normalise, calibrate=calibrate, candidates=candidates is not None)
     require_targets(questions.records)
     model = model.for_prompt(prompt)
-    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, answers)
+    bound = prompt.bind(model.backbone, force=model.force)
+    parts = item_parts(bound, questions, answers)
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)
+    if not answers.is_closed:
+        found = of_any_reference(model.backbone, bound, records, learned, found)
     if not said and (prompt.task is not None or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
     scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found)}
@@ -136,7 +144,8 @@ def _rank(
     count_stop: bool,
 ) -> list[Answer]:
     ranked = model.rank(records, prompt, candidates, normalise=normalise, count_stop=count_stop)
-    return [among_candidates((row[TARGET_FIELD].strip(),), found) for row, found in zip(records, ranked, strict=True)]
+    pairs = zip(records, ranked, strict=True)
+    return [among_candidates([text.strip() for text in references_of(row)], found) for row, found in pairs]
 
 
 def guessed(prompt: Prompt, questions: Questions, found: Evaluation) -> list[Prediction]:
@@ -156,8 +165,8 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
     """Return one row per record for ``predictions.jsonl``; labels and choices have ``probabilities``."""
     return [
         {
-            "record": dict(record),
-            "target": record.get(TARGET_FIELD),
+            "record": plain(record),
+            "target": target_of(record),
             "prediction": found.text,
             "hit": bool(hit),
             "log_prob": found.log_prob,
@@ -169,5 +178,5 @@ def prediction_rows(data: Records, predictions: Sequence[Prediction], hits: Sequ
 
 def _answered(record: Record, answer: Answer) -> dict[str, Json]:
     """Return the row of an answer that was ranked."""
-    found: dict[str, Json] = {"record": dict(record), "target": record[TARGET_FIELD], "prediction": answer.text}
+    found: dict[str, Json] = {"record": plain(record), "target": target_of(record), "prediction": answer.text}
     return {**found, "hit": answer.hit, "log_prob": answer.log_prob, "rank": answer.rank}

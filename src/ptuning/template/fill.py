@@ -12,8 +12,10 @@ from operator import itemgetter
 
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
+from ptuning.template.chat import Conversations, own_end
+from ptuning.template.example import SLOT_PLACEHOLDER, Example
 from ptuning.template.known import is_known
-from ptuning.template.language import Field, Literal, Slots, Target, Template, TextSlots, Turn
+from ptuning.template.language import Conversation, Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import (
     ANCHOR_WORD,
     FILLS_MASKS,
@@ -26,57 +28,22 @@ from ptuning.template.segments import (
     MarkedText,
     TextRun,
     Tokenizer,
+    as_markup,
 )
 from ptuning.template.slots import PlacedSlots, SlotLayout
 
 logger = logging.getLogger(__name__)
 
-# Token id at a slot; any id would do, since the slot's vector replaces its embedding.
-SLOT_PLACEHOLDER = 0
 # The names of positions of a filled template, besides literal text, "field NAME" and the target.
 SPECIAL, SLOT = "special", "slot"
 # Start of the decoder's side; takes no position.
 TURN = "turn"
+# What an answer ends with, where the template says so.
+END = "end"
 
 
 class TooLongError(TemplateError, RecordError):
     """What must stand in a row is longer than what the model reads."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One filled template as token ids, unpadded.
-
-    Args:
-        token_ids: With :data:`SLOT_PLACEHOLDER` at the slots; the encoder's part, if any, comes first.
-        slot_positions: The positions of the slots, in template order.
-        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
-        target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
-        own_tokens: Number of ``target_ids`` without the stop token.
-        shortened: Whether a field was truncated to fit.
-        encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
-        known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
-            tokens stands there as one.
-        begun: Number of tokens and slots in front of ``token_ids`` of which the prompt brings keys and values: its
-            block of deep slots, and what the tokenizer puts in front of a text.
-        unread: Which of these, counted from the row's beginning, this row does not read.
-    """
-
-    token_ids: Ids
-    slot_positions: Ids
-    logit_positions: Ids
-    target_ids: Ids
-    own_tokens: int
-    shortened: bool = False
-    encoder_tokens: int = 0
-    known: bool = True
-    begun: int = 0
-    unread: Ids = ()
-
-    @property
-    def length(self) -> int:
-        """Number of tokens and slots of the whole row."""
-        return self.layout.begun + len(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -98,7 +65,8 @@ _Part = TextRun | _Fixed
 class BoundTemplate:
     """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
 
-    Unless targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
+    A special token behind a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
+    targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
     there anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's
     limit or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the
     prompt brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]``
@@ -119,24 +87,36 @@ class BoundTemplate:
             raise template.error(
                 f"[>] turns to a decoder's side, and this {kind} model has only one side; leave it out", template.turn
             )
+        self._end = NOTHING
         if kind == "causal" or template.turn is not None:
-            template, dropped = template.without_tail()
+            whole, (template, dropped) = template, template.without_tail()
+            if kind == "causal":
+                self._end, dropped = own_end(whole, tokenizer)
             _notice_dropped(str(template), dropped.strip(), "causal model" if kind == "causal" else "decoder")
         elif kind in FILLS_MASKS and tokenizer.mask_id is None:
             raise TemplateError(f"this {kind} model's tokenizer has no mask token, so [Y] has no place in its input")
-        self.template = template
+        # The template as it is remembered: with the end of answers, which is no part of what is read.
+        self.template = Template((*template.pieces, Literal(self._end.characters))) if self._end.markup else template
+        self._read = template
         self.tokenizer = tokenizer
         self.kind = kind
-        self.multiline = multiline
+        self.multiline = multiline or bool(self._end.markup)
+        self._chat = Conversations(template, tokenizer)
         self.max_length = min(max_length or tokenizer.max_tokens, tokenizer.max_tokens)
         self._fills_gap = kind == "encoder-decoder" and template.turn is None
-        self.stop_id = self._stop_id()  # what a target is taught to end with: what the model writes there anyway
+        self.stop_id = self._stop_id()  # what a target is taught to end with, unless the template says it
         self._pieces = self._prepare()
         self._prefix_ids = self._opening()
         self.layout = self._lay_out(block=block)
 
     def _lay_out(self, *, block: bool) -> SlotLayout:
         return SlotLayout.of(self._pieces, self._prefix_ids, block=block)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The special token that ends an answer, where the template names one."""
+        name = self._end.characters.strip()
+        return frozenset({self.tokenizer.special_ids[name]}) if name else frozenset()
 
     def _stop_id(self) -> int | None:
         if self._fills_gap and self.tokenizer.gap.end_id is not None:
@@ -147,9 +127,7 @@ class BoundTemplate:
 
     @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
-        """For each slot of a row, in template order, the token whose embedding it starts from; None for a random
-        start.
-        """
+        """For each slot of a row, in template order, the token that it starts from; None for a random start."""
         return self.layout.slot_start_ids
 
     @property
@@ -240,8 +218,9 @@ class BoundTemplate:
 
     def describe(self, record: Record) -> list[tuple[str, int | None]]:
         """Return (part, token id) for each position of the filled record, parts being ``special``, ``slot``,
-        ``literal``, ``field NAME`` or ``target``. A token that a field shares with the text in front is the field's.
-        The id of a slot is its start's, None if it starts at random. Errors as for :meth:`examples`.
+        ``literal``, ``field NAME``, ``target`` or the ``end`` of the target, and in a conversation ``user`` or
+        ``assistant``, who said it. A token that a field shares with the text in front is the field's. The id of a slot
+        is its start's, None if it starts at random. Errors as for :meth:`examples`.
         """
         target = record.get(TARGET_FIELD, "")
         row = _Row(record, target if target.strip() else None)
@@ -254,8 +233,8 @@ class BoundTemplate:
                 shown += [(part, self.tokenizer.mask_id)] * (len(ids) or row.target_tokens)
             else:
                 shown += [(part, next(starts) if part == SLOT else token_id) for token_id in ids]
-        literals = [piece.characters for piece in self._pieces if isinstance(piece, MarkedText)]
-        written = {i for token, i in self.tokenizer.special_ids.items() if any(token in text for text in literals)}
+        texts = [text for one in parts if isinstance(one, TextRun) for part, text in one.segments if part == LITERAL]
+        written = {i for name, i in self.tokenizer.special_ids.items() if any(name in one.characters for one in texts)}
         return [(SPECIAL if part == LITERAL and i in written else part, i) for part, i in shown]
 
     def texts(self, record: Record) -> tuple[str, ...]:
@@ -268,6 +247,8 @@ class BoundTemplate:
                 break
             if isinstance(piece, PlacedSlots):
                 texts += [""] * len(piece.start_ids)
+            elif isinstance(piece, Conversation):
+                texts[-1] += "".join(text.characters for _, text in self._chat.segments(record))
             elif isinstance(piece, Field):
                 texts[-1] += record[piece.name]
             elif isinstance(piece, MarkedText):
@@ -278,11 +259,11 @@ class BoundTemplate:
     def _prepare(self) -> tuple[_Piece, ...]:
         """Tokenise the words of slots, find markup, and move spaces to the piece after them."""
         prepared: list[_Piece] = []
-        for index, piece in enumerate(self.template.pieces):
+        for index, piece in enumerate(self._read.pieces):
             last = prepared[-1] if prepared else None
             if isinstance(piece, Literal):
                 text = piece.text.removeprefix(" ") if isinstance(last, Turn) else piece.text
-                prepared += [self._literal(text)] if text else []
+                prepared += [as_markup(text, self.tokenizer)] if text else []
             elif isinstance(piece, Turn):
                 _take_space(prepared)  # a space on either side belongs to the mark
                 prepared.append(piece)
@@ -301,10 +282,6 @@ class BoundTemplate:
                 prepared.append(piece)
         return tuple(prepared)
 
-    def _literal(self, text: str) -> MarkedText:
-        is_markup = any(token in text for token in self.tokenizer.special_ids)
-        return MarkedText(text, ((0, len(text)),) if is_markup else ())
-
     def _starts(self, words: str, *, behind: _Piece | None) -> Ids:
         """Return the ids of the words of slots as they are behind another piece; a word glued to a word begins anew."""
         run = TextRun(((LITERAL, MarkedText(words)),))
@@ -316,8 +293,10 @@ class BoundTemplate:
 
     def _opening(self) -> Ids:
         """Return what the tokenizer puts in front of a text. A template that begins with it itself gets it once, also
-        where it stands behind slots that the template begins with.
+        where it stands behind slots that the template begins with. A chat template writes all of it itself.
         """
+        if self.template.has_conversation:
+            return ()
         ids = self.tokenizer.prefix_ids
         first = next((piece for piece in self._pieces if not isinstance(piece, PlacedSlots)), None)
         written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
@@ -331,12 +310,16 @@ class BoundTemplate:
             self.check_fields(row.record, where=row.where)
             if row.target is not None and not row.target.strip():
                 raise RecordError(f"{row.where} has no target (field '{TARGET_FIELD}')")
+            self._chat.check(row.record, row.target, where=row.where)
         whole = iter(self._fill(rows))
         examples: list[Example] = []
         for group in groups:
             own = list(itertools.islice(whole, len(group)))
             if not all(map(self._fits, group, own)):
-                own = [replace(one, shortened=True) for one in self._fill(group, self._limit(group))]
+                limit = self._limit(group)
+                left_out = self._chat.left_out(group[0].record, limit)
+                cut = self._fill(group, limit)
+                own = [replace(one, shortened=True, turns_left_out=left_out) for one in cut]
             examples += own
         return examples
 
@@ -357,12 +340,17 @@ class BoundTemplate:
             for piece in pieces:
                 if isinstance(piece, MarkedText):
                     segments.append((LITERAL, piece))
+                elif isinstance(piece, Conversation):
+                    said = self._chat.segments(row.record, limit)
+                    segments += said if named else [(LITERAL, text) for _, text in said]
                 elif isinstance(piece, Field):
                     text = row.record[piece.name]
                     text = text if piece.keep else text[:limit]
                     segments.append((f"field {piece.name}" if named else LITERAL, MarkedText(text)))
                 else:
                     segments.append((TARGET, MarkedText(ANCHOR_WORD if row.target is None else row.target)))
+                    if row.target is not None and self._end.markup:
+                        segments.append((END, self._end))
             joined = tuple(
                 (part, sum((text for _, text in same), start=NOTHING))
                 for part, same in itertools.groupby(segments, itemgetter(0))
@@ -402,7 +390,11 @@ class BoundTemplate:
         target_ids: Ids = ()
         own = encoder_tokens = 0
         known = True
+        spans = list(spans)
+        end = next((span for part, span in spans if part == END), None)
         for part, span in spans:
+            if part == END:
+                continue
             if part == TURN:
                 if not ids:
                     message = "the encoder needs something to read; put text, a field or a slot before [>]"
@@ -425,7 +417,9 @@ class BoundTemplate:
             if len(ids) <= self.layout.begun:
                 message = "a causal model needs something before [Y]; put text, a field or a slot there"
                 raise self.template.error(message, len(self.template.pieces) - 1)
-            if row.with_stop and self.stop_id is not None:
+            if row.with_stop and end is not None:
+                target_ids = (*target_ids, *end)
+            elif row.with_stop and self.stop_id is not None:
                 target_ids = (*target_ids, self.stop_id)
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))

@@ -9,6 +9,7 @@ Grammar:
     ``[D:examples]``    worked examples of the training data as deep slots; training puts their words in its place
     ``{name}``          the record's field, may be truncated; ``{name!}`` never is
     ``[X]``             short for ``{x}``
+    ``[C]``             the conversation of a chat, in the markup of the model's chat template; at most one
     ``[Y]``             the target, exactly one
     ``[>]``             from here on the decoder reads (encoder-decoder models only); at most one, before ``[Y]``
     ``[[`` ``{{``       literal opening brackets
@@ -25,7 +26,9 @@ from dataclasses import dataclass
 from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD
 
-EXPECTED = "expected [P], [P*3], [P:words], [D], [D*3], [D:words], [X], [Y] or [>]; write [[ for a literal bracket"
+EXPECTED = "expected [P], [P*3], [P:words], [D], [D*3], [D:words], [X], [C], [Y] or [>]; write [[ for a literal bracket"
+# The record's field that [C] reads: the turns of a conversation as JSON, or the text of one turn of the user.
+CONVERSATION_FIELD = "messages"
 MAX_SLOTS = 1000
 DEFAULT_FRONT_SLOTS = 3
 # The words of ``[D:examples]``, which stand for examples of the training data.
@@ -45,6 +48,15 @@ class Field:
 
     name: str
     keep: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation(Field):
+    """The turns of a conversation, from the user's first text to the last one, with the markup of the model's own chat
+    template between them. The oldest turns are left out where there is no room for all.
+    """
+
+    name: str = CONVERSATION_FIELD
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class Turn:
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
 BRACKETS: Mapping[str, Piece] = {
     "X": Field("x"),
+    "C": Conversation(),
     "Y": Target(),
     ">": Turn(),
     "P": Slots(1),
@@ -88,8 +101,8 @@ BRACKETS: Mapping[str, Piece] = {
 @dataclass(frozen=True)
 class Template:
     """A parsed pattern: pieces in order, neighbouring literals joined. Raises a TemplateError if there is not exactly
-    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, or if a text holds
-    half a character.
+    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, if ``[C]`` is there
+    twice, or if a text holds half a character.
 
     >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
     ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
@@ -109,6 +122,9 @@ class Template:
             raise self.error("a template turns to the decoder's side once, this one has two or more [>]", turns[1])
         if turns and turns[0] > targets[0]:
             raise self.error("[>] comes after [Y], but the target is always on the decoder's side", turns[0])
+        chats = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Conversation)]
+        if len(chats) > 1:
+            raise self.error("a template has one conversation, this one has two or more [C]", chats[1])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -163,6 +179,11 @@ class Template:
     def examples(self) -> int | None:
         """Index of ``[D:examples]`` among the pieces, None without one."""
         return next((index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)), None)
+
+    @property
+    def has_conversation(self) -> bool:
+        """Whether the template reads a conversation (``[C]``)."""
+        return any(isinstance(piece, Conversation) for piece in self.pieces)
 
     @property
     def turn(self) -> int | None:
@@ -222,6 +243,8 @@ def render(pieces: Iterable[Piece]) -> str:
         match piece:
             case Literal(text):
                 written.append(text.replace("[", "[[").replace("{", "{{"))
+            case Conversation():
+                written.append("[C]")
             case Field(name, keep):
                 written.append("[X]" if name == "x" and not keep else f"{{{name}{'!' if keep else ''}}}")
             case Slots(count, deep):

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
+from ptuning.template.turns import ChatTurn
+
 Ids = tuple[int, ...]
 
 # The kinds of language models, by what their input must look like.
@@ -85,6 +87,18 @@ class Tokenizer(Protocol):
         """Return the token ids of each text; special tokens in its markup are special, others plain text."""
         ...
 
+    def render_chat(self, turns: Sequence[ChatTurn], *, answer_next: bool) -> str:
+        """Return a conversation as the model's chat template writes it, perhaps with the beginning of an answer. Raises
+        a BackboneError without a chat template, or if that refuses the turns.
+        """
+        ...
+
+
+def as_markup(text: str, tokenizer: Tokenizer) -> MarkedText:
+    """Return a text that a template wrote; it is markup if it has special tokens in it."""
+    is_markup = any(token in text for token in tokenizer.special_ids)
+    return MarkedText(text, ((0, len(text)),) if is_markup else ())
+
 
 @dataclass(frozen=True)
 class TextRun:
@@ -98,8 +112,11 @@ class TextRun:
 
     @functools.cached_property
     def prefixes(self) -> list[MarkedText]:
-        """The text up to the end of each segment, with the lead; the last one is the whole text."""
-        return list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
+        """The text up to the end of each segment, with the lead; the last one is the whole text. If it has markup, all
+        are marked, since the two kinds of text are tokenised in different ways.
+        """
+        texts = list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
+        return [text._replace(markup=text.markup or ((0, 0),)) for text in texts] if texts[-1].markup else texts
 
     def behind_slots(self, tail: MarkedText = NOTHING) -> TextRun:
         """Return the run behind slots, not as a text's beginning: as behind the text that they end with (``tail``), or
@@ -159,7 +176,8 @@ class Encoded(dict[MarkedText, Ids]):
         # The target's last token reaches into the text after it, as in "[Y]s"; the whole token is the target's.
         rest = ids[cuts[target] :]
         own = len(rest) - max(_common(end[::-1], rest[::-1]) for end in (behind, self._behind_word(text)))
-        return [*spans[:target], (TARGET, rest[:own]), (LITERAL, rest[own:])]
+        name = run.segments[target + 1][0] if target + 2 == len(spans) else LITERAL
+        return [*spans[:target], (TARGET, rest[:own]), (name, rest[own:])]
 
     def _behind_word(self, text: MarkedText) -> Ids:
         """Return the ids that a text has after a word; nothing if the two share a token."""

@@ -84,7 +84,7 @@ class SlotLayout:
 
 
 def _front(pieces: Sequence[object]) -> int:
-    """Return how many pieces of deep slots a template begins with; 0 if nothing behind them is in front of the target."""
+    """Return how many pieces of deep slots stand at the front; 0 if nothing is between them and the target."""
     for count, piece in enumerate(pieces):
         if not (isinstance(piece, PlacedSlots) and piece.deep):
             return 0 if isinstance(piece, Target) else count

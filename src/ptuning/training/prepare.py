@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import random
 import shlex
 import time
@@ -11,25 +12,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, question_items
+from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
-from ptuning.errors import ConfigError, RecordError, TemplateError
+from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.examples import example_lines, manual_of, with_deep_examples
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
+from ptuning.template.segments import FILLS_MASKS
+from ptuning.texts.table import TEXT_METRICS, check_metrics
 from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
 
+# Targets of so many tokens are learned whole, and longer ones as far as this share of the targets goes.
+FEWEST_TARGET_TOKENS, MOST_TARGETS = 64, 0.99
 # From so many tokens on, a record's fields are a text, and no longer a name or a question. Records that are counted.
 LONG_FIELD_TOKENS = 32
 COUNTED = 200
@@ -77,6 +82,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
+    _check_choice(config, answers, parts.get("dev", parts["train"]))
     require_rows(parts)
     for questions in parts.values():
         answers.check(questions)
@@ -109,9 +115,13 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         items["train"] = items_of(answers.to_learn(Questions(learned, name=parts["train"].name), seed=config.seed))
     else:
         items["train"] = [item for item in items["train"] if item.can_be_hit]
+    if not answers.is_closed and backbone.kind not in FILLS_MASKS:
+        items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
-        shortened = sum(any(example.shortened for example in item.inputs) for item in made)
+        cut = ((one.shortened and not one.turns_left_out for one in item.inputs) for item in made)
+        shortened = sum(map(any, cut))
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
+        _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
     left_out = spec.checked.left_out if spec.checked is not None else ()
     return Prepared(
         template, bound, backbone, config, answers, task, parts, items, fields, merges(spec.merge), left_out, began
@@ -300,12 +310,53 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
     return bound
 
 
+def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> None:
+    """Raise a ConfigError if epochs cannot be chosen by what is asked for."""
+    if config.choose_by in (BY_SCORE, BY_LOSS):
+        return
+    if config.choose_by not in TEXT_METRICS:
+        known = (BY_SCORE, BY_LOSS, *TEXT_METRICS)
+        raise ConfigError(
+            f"choose_by is '{config.choose_by}', which is no metric.{closest(config.choose_by, known)} "
+            f"Known: {', '.join(known)}"
+        )
+    if answers.is_closed:
+        raise ConfigError(
+            f"choose_by is '{config.choose_by}', a metric for texts that are written, and the answers are "
+            f"{answers.described}; choose by score or loss"
+        )
+    check_metrics([config.choose_by], dev.records)
+
+
+def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> list[Item]:
+    """Cut targets to learn that are longer than the setting says, and say how many."""
+    lengths = sorted(item.choices[0].own_tokens for item in items)
+    most = config.max_target_tokens or max(FEWEST_TARGET_TOKENS, lengths[math.ceil(MOST_TARGETS * len(lengths)) - 1])
+    longer = sum(length > most for length in lengths)
+    if not longer:
+        return list(items)
+    how = "max_target_tokens" if config.max_target_tokens else "99 in 100 have no more; max_target_tokens allows others"
+    logger.warning(
+        "%d of %d targets of %s are longer than %d tokens (%s): their beginnings are learned, without an end",
+        longer, len(items), name, most, how,
+    )  # fmt: skip
+    return [cut_target(item, most) for item in items]
+
+
 @functools.lru_cache(maxsize=1024)
 def _say_shortened(shortened: int, rows: int, name: str, most: int) -> None:
     """Warn once per part of the data about text that the model will not see."""
     if shortened:
         text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
         logger.warning(text, shortened, rows, name, most)
+
+
+def _say_turns_left_out(left_out: Sequence[int], name: str) -> None:
+    """Warn about turns of conversations that the model will not see."""
+    rows = sum(map(bool, left_out))
+    if rows:
+        text = "%d conversations of %s are too long: the oldest turns are left out, %d in all"
+        logger.warning(text, rows, name, sum(left_out))
 
 
 def _set_aside(

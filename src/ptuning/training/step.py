@@ -28,7 +28,8 @@ from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logit
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import processes
 from ptuning.errors import BackboneError, TrainingError
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.training.encoder import DeepEncoder, PromptEncoder, start_vectors
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take

@@ -11,15 +11,18 @@ from rich.markup import escape
 
 from ptuning.backbone.families import COLUMNS, TESTED, families
 from ptuning.cli import terminal
+from ptuning.cli.chat import check_system, shown_conversation
 from ptuning.cli.inputs import load_tokenizer
 from ptuning.cli.options import (
     AskedBackbone,
+    ChatOption,
     JsonOption,
+    SystemOption,
     TemplateFileOption,
     takes,
     tokenizer_options,
 )
-from ptuning.cli.templates import notice_line_breaks, read_template
+from ptuning.cli.templates import chat_template_of, notice_line_breaks, read_template
 from ptuning.errors import ConfigError, RecordError
 from ptuning.records import TARGET_FIELD
 
@@ -32,20 +35,21 @@ SHOWN_COLUMNS = ("family", "kind", "slots", "answers", "shared prefix")
 
 
 def data(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which facts to print.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which data to print.")] = None,
     split: Annotated[str, typer.Option(metavar="train|dev|test", help="Which part.")] = "train",
 ) -> None:
-    """List the shipped facts, or print a part of them as JSONL. NAME:split works wherever a data file does.
+    """List the shipped data, or print a part of it as JSONL. NAME:split works wherever a data file does.
 
     Example: ptuning data capitals --split test
     """
-    from ptuning.data.reading import load_records, shipped_facts
+    from ptuning.data.reading import load_rows, shipped_facts
 
     if name is None:
         _show_facts(shipped_facts())
+        _show_rules()
         return
-    for row in load_records(name if ":" in name else f"{name}:{split}"):
-        typer.echo(json.dumps(dict(row), ensure_ascii=False))
+    for _, row in load_rows(name if ":" in name else f"{name}:{split}"):
+        typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
@@ -58,38 +62,67 @@ def _show_facts(known: Mapping[str, Mapping[str, object]]) -> None:
     terminal.results().print(table)
 
 
+def _show_rules() -> None:
+    from ptuning.data.reading import SPLITS
+    from ptuning.data.rules.table import RULES
+
+    terminal.line("")
+    terminal.heading("data by rule, for texts (docs/generate.md)")
+    table = terminal.table("name", "records", "manual template (--manual)", "what", narrow=True)
+    for name, rule in RULES.items():
+        counts = "/".join(str(len(rule.rows(split))) for split in SPLITS)
+        table.add_row(name, counts, escape(rule.manual), escape(rule.title))
+    terminal.results().print(table)
+
+
 @takes(backbone=tokenizer_options)
 def show_template(
     template: Annotated[str | None, typer.Argument(metavar="[TEMPLATE]")] = None,
     template_file: TemplateFileOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     record: Annotated[str | None, typer.Option(metavar="JSON", help='As {"x": "Kenya", "y": "Nairobi"}.')] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Show the first record of a data file.")] = None,
     as_json: JsonOption = False,
     *,
     backbone: AskedBackbone,
 ) -> None:
-    """Show each position of a filled template: slot, literal, field or target, with its token.
+    """Show each position of a filled template: slot, literal, field or target, with its token. With --chat the template
+    is the model's own, and a conversation is shown turn by turn.
 
     Example: ptuning template show "[P:The capital of] [X] [P:is] [Y]" --record '{"x": "Kenya", "y": "Nairobi"}'
     """
-    from ptuning.data.reading import read_rows
+    from ptuning.data.reading import as_read, load_rows, raw_rows
     from ptuning.template.language import Template
 
-    if (template is None) == (template_file is None):
-        raise ConfigError("give either a TEMPLATE, or --template-file")
-    pattern = read_template(template_file) if template_file is not None else template or ""
-    parsed = Template.parse(pattern)
-    row = {name: name for name in parsed.fields}
+    check_system({"chat": chat, "system": system})
+    if (template is not None) + (template_file is not None) + chat != 1:
+        raise ConfigError("give either a TEMPLATE, or --template-file, or --chat")
+    if record is not None and data is not None:
+        raise ConfigError("--record and --data both say what is filled in; leave one out")
+    pattern = read_template(template_file) if template_file is not None else template
+    parsed = None if pattern is None else Template.parse(pattern)
+    rows = load_rows(data) if data is not None else None
     if record is not None:
-        rows = read_rows(record.replace("\n", " ").encode(), name="--record")
+        rows = raw_rows(record.replace("\n", " ").encode(), name="--record")
         if len(rows) != 1:
             raise RecordError('--record takes one JSON object, such as {"x": "Kenya", "y": "Nairobi"}')
-        row = dict(rows[0])
+    is_chat = parsed is None or parsed.has_conversation
+    asked = shown_conversation(rows) if rows is not None and is_chat else None
     tokenizer, kind = load_tokenizer(backbone)
     notice_line_breaks(pattern, tokenizer)
     from ptuning.template.fill import BoundTemplate
 
+    parsed = chat_template_of(tokenizer, asked, system) if parsed is None else parsed
+    row: dict[str, str] = {name: name for name in parsed.fields}
+    if rows is not None:
+        row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
     bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
-    _show_positions(bound.describe(row), tokenizer, as_json=as_json)
+    positions = bound.describe(row)
+    _show_positions(positions, tokenizer, as_json=as_json)
+    if is_chat and not as_json:
+        learned = sum(part in ("target", "end") for part, _ in positions)
+        terminal.line(f"{len(positions)} positions; learned is to write {learned} of them, the target and its end")
     target = row.get(TARGET_FIELD, "")
     if target.strip() and not bound.examples([row])[0].known:
         terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
@@ -104,7 +137,7 @@ def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: Text
     table = terminal.table("position", "part", "id", "token")
     for index, part, token, text in rows:
         shown = "random start" if text is None else terminal.quoted(text) + (" (start)" if part == "slot" else "")
-        style = {"slot": "green", "target": "bold"}.get(part, "")
+        style = {"slot": "green", "target": "bold", "end": "bold"}.get(part, "")
         table.add_row(str(index), escape(part), "" if token is None else str(token), escape(shown), style=style)
     terminal.results().print(table)
 

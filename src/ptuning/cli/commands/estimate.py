@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
+from ptuning.cli.chat import completed
 from ptuning.cli.inputs import load, training_spec
 from ptuning.cli.options import AskedBackbone, JsonOption, TrainInputs, backbone_options, takes, training
 from ptuning.cli.templates import placed
@@ -28,6 +29,7 @@ def estimate(
 
     Example: ptuning estimate --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]"
     """
+    asked = completed(asked)
     spec = training_spec(asked)
     loaded = load(backbone)
     spec = placed(spec, asked.inputs, loaded)

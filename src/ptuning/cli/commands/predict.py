@@ -24,6 +24,7 @@ from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, sh
 from ptuning.cli.signals import SIGNAL_EXIT
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError, PTuningError
+from ptuning.template.language import CONVERSATION_FIELD
 from ptuning.template.segments import FILLS_MASKS
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ PREDICTED_ROWS = 64
 SHOWN_WARNINGS = 5
 
 Answer = Callable[["Questions"], "list[Prediction]"]
-Show = Callable[["ToAnswer"], None]
+Show = Callable[["ToAnswer"], str]  # prints answers, and returns the last one
 
 
 @options.takes(writing=options.writing, backbone=options.limited_backbone_options)
@@ -154,11 +155,15 @@ def _given(
 def _streamed(pieces: Callable[[Record], Iterator[str]]) -> Show:
     """Return what prints answers piece by piece."""
 
-    def show(asked: ToAnswer) -> None:
+    def show(asked: ToAnswer) -> str:
+        told: list[str] = []
         for record in asked.questions.records:
+            told.clear()
             for piece in pieces(record):
                 typer.echo(terminal.visible(piece), nl=False)
+                told.append(piece)
             typer.echo()
+        return "".join(told)
 
     return show
 
@@ -166,22 +171,25 @@ def _streamed(pieces: Callable[[Record], Iterator[str]]) -> Show:
 def _shown(answer: Answer, out: Path | None, *, as_json: bool, min_probability: float | None) -> Show:
     """Return what prints or writes answers as they are made, and says how many were held back."""
 
-    def show(asked: ToAnswer) -> None:
-        total, held = len(asked.questions), _answer_all(asked, answer, out, as_json=as_json)
+    def show(asked: ToAnswer) -> str:
+        total, (held, last) = len(asked.questions), _answer_all(asked, answer, out, as_json=as_json)
         if out is not None:
             terminal.say(f"{total} answer{'s' * (total != 1)} written to {out}")
         if min_probability is not None:
             terminal.say(f"{held} of {total} abstained: no answer was as likely as {min_probability:g}")
+        return last
 
     return show
 
 
-def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: bool) -> int:
-    """Print or write answers as they are made, and return how many were held back. A bar would stand between them."""
+def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: bool) -> tuple[int, str]:
+    """Print or write answers as they are made, and return how many were held back, and the last one. A bar would stand
+    between them.
+    """
     from ptuning.data.questions import Questions
     from ptuning.progress import Progress
 
-    total, held = len(asked.questions), 0
+    total, held, last = len(asked.questions), 0, ""
     with contextlib.ExitStack() as stack:
         take: Take = lambda _, record, found: show_answer(record, found, as_json=as_json)  # noqa: E731
         if out is not None:
@@ -194,23 +202,31 @@ def _answer_all(asked: ToAnswer, answer: Answer, out: Path | None, *, as_json: b
             for (_, row), one, prediction in zip(asked.rows[at:], part, found, strict=False):
                 take(row, one.record, prediction)
                 held += prediction.abstained
+                last = prediction.text
             if report is not None:
                 report(Progress("predict", at + len(part), total, asked.questions.name))
-    return held
+    return held, last
 
 
 def _converse(prompt: Prompt, reply: Show) -> None:
-    """Answer what is typed until an empty line or the end of the input. An error ends nothing."""
+    """Answer what is typed until an empty line or the end of the input. An error ends nothing. A chat goes on: what
+    was said before is read as well.
+    """
     from ptuning.prompt.asked import ToAnswer, typed_fields
+    from ptuning.template.turns import ASSISTANT, ChatTurn, read_turns
 
-    fields = typed_fields(prompt)
+    fields, said = typed_fields(prompt), list[ChatTurn]()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called again
     terminal.say("an empty line or Ctrl-D ends")
     try:
         for texts in _typed(fields):
             try:
-                reply(ToAnswer.typed(prompt, texts, where="the text"))
+                asked = ToAnswer.typed(prompt, texts, where="the text", before=said)
+                answer = reply(asked)
+                if prompt.template.has_conversation and answer:
+                    turns = read_turns(asked.questions[0].record[CONVERSATION_FIELD])
+                    said = [*turns, ChatTurn(ASSISTANT, answer)]
             except PTuningError as error:
                 terminal.complain(str(error))
     except KeyboardInterrupt:

@@ -13,8 +13,11 @@ from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of
 from ptuning.cli.labels import show_errors, show_labels
 from ptuning.cli.outputs import check_file, write_scored
+from ptuning.config import GenerationSettings
+from ptuning.errors import ConfigError
 from ptuning.metrics import called
 from ptuning.provenance import described
+from ptuning.texts.table import TEXT_METRICS, metrics_of
 
 if TYPE_CHECKING:
     from ptuning.data.questions import Questions
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 # Worst errors of labels, unless another number is asked for.
 SHOWN_ERRORS = 10
+METRICS_HELP = f"For texts, with commas: {', '.join(TEXT_METRICS)}."
 # Neighbours of a slot on the terminal; JSON holds all.
 SHOWN_NEIGHBOURS = 3
 
@@ -44,6 +48,12 @@ def evaluate(
     merge: options.MergeOption = None,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help=METRICS_HELP, autocompletion=options.among(*TEXT_METRICS)),
+    ] = None,
+    max_new_tokens: options.LongestOption = None,
+    num_beams: options.BeamsOption = None,
     errors: Annotated[
         int | None, typer.Option(metavar="N", help=f"Worst errors to show; {SHOWN_ERRORS} of labels.", min=0)
     ] = None,
@@ -55,10 +65,13 @@ def evaluate(
 ) -> None:
     """Score a prompt on records, with 95 % intervals; labels one by one, with what they are taken for.
 
+    With --metrics, a text is written for each record and compared with its references.
+
     Example: ptuning eval capitals --data capitals:test
     """
     from ptuning.records import require_fields
 
+    named = _metrics_of(metrics, max_new_tokens=max_new_tokens, num_beams=num_beams, candidates=candidates)
     chosen = prompt_of(prompt, task_of(task), without=without)
     check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
@@ -73,18 +86,40 @@ def evaluate(
         chosen, normalise=normalise, calibrate=calibrate, count_stop=count_stop, candidates=candidates is not None
     )
     listed = read_candidates(candidates, prompt, data, field) if candidates is not None else None
+    from ptuning.prompt.written import check_written, score_written
+
+    if named:
+        check_written(chosen, rows, named)
     loaded = load(backbone, prompt=chosen)
     from ptuning.prompt.predict import PromptModel
     from ptuning.prompt.score import score_prompt
 
     with terminal.bar() as report:
         model = PromptModel(loaded, force=force)
-        asked = out is not None or bool(errors)
-        found = score_prompt(model, rows, chosen, candidates=listed, with_rows=asked, report=report, **how)
+        if named:
+            settings = GenerationSettings(max_new_tokens=max_new_tokens, num_beams=num_beams or 1)
+            found = score_written(model, rows, chosen, named, settings=settings, report=report)
+        else:
+            asked = out is not None or bool(errors)
+            found = score_prompt(model, rows, chosen, candidates=listed, with_rows=asked, report=report, **how)
     if out is not None:
         write_scored(out, found.rows)
     most = SHOWN_ERRORS if errors is None and found.confusion is not None else errors or 0
     _show_scores(prompt, rows, found, records=records, fields=chosen.template.fields, errors=most, as_json=as_json)
+
+
+def _metrics_of(
+    metrics: str | None, *, max_new_tokens: int | None, num_beams: int | None, candidates: str | None
+) -> list[str]:
+    """Return the metrics for texts that are asked for; none if answers are scored as ever."""
+    if metrics is not None:
+        if candidates is not None:
+            raise ConfigError("--metrics is for texts that are written, and --candidates are ranked; leave one out")
+        return metrics_of(metrics)
+    for name, given in (("--max-new-tokens", max_new_tokens), ("--num-beams", num_beams)):
+        if given is not None:
+            raise ConfigError(f"{name} is for texts that --metrics scores; other answers are scored without writing")
+    return []
 
 
 @options.takes(backbone=options.limited_backbone_options)
@@ -132,6 +167,8 @@ def _show_scores(
     for metric, score in found.scores.items():
         table.add_row(called(metric), escape(terminal.interval(score)))
     terminal.results().print(table)
+    for metric, signature in found.signatures.items():
+        terminal.line(f"{metric}: {signature}")
     terminal.line(f"loss {found.loss:.3f}")
     if found.missing:
         terminal.line(f"{found.missing} of {len(data)} targets are no candidates; they count as misses")

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ptuning.cli import terminal
+from ptuning.cli.chat import completed
 from ptuning.cli.inputs import load, training_spec
 from ptuning.cli.options import (
     AskedBackbone,
@@ -55,6 +56,7 @@ def train(
     from ptuning.training.tracking import TrainingLog
 
     check_writable(out, RUN, overwrite=overwrite, resume=resume)
+    asked = completed(asked)
     spec = training_spec(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
     loaded = load(backbone)

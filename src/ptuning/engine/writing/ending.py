@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.records import Record
@@ -11,6 +12,8 @@ from ptuning.template.fill import BoundTemplate
 
 # What a tokenizer's decoder shows for the bytes of a letter that is not whole yet.
 UNFINISHED = "\ufffd"
+# Why an answer ended: at a token or a text that ends it, at the end of its line, or since there may be no more of it.
+Stopped = Literal["end", "line", "length"]
 # A stop string of N letters is looked for in the last tokens only: at most 4 bytes a letter, and some more.
 MORE_TOKENS = 8
 
@@ -26,11 +29,14 @@ class OpenRow:
 
 @dataclass(frozen=True)
 class Written:
-    """A written answer: text, natural log-probability (with the stop token, if there is one), number of own tokens."""
+    """A written answer: text, natural log-probability (with the stop token, if there is one), number of own tokens, and
+    why it ended; masks that are filled have an end by themselves.
+    """
 
     text: str
     log_prob: float
     tokens: int
+    stopped: Stopped = "end"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Ending:
         multiline: bool,
         stop_strings: Sequence[str] = (),
         as_is: bool = False,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = backbone.tokenizer
         self._multiline = multiline
@@ -66,13 +73,16 @@ class Ending:
         self._as_is = as_is
         self._stop_strings = stop_strings
         self._tail = 4 * max(map(len, stop_strings), default=0) + MORE_TOKENS
-        # The ends of a text; and the end of a filled gap, for a model that learned to write one.
-        self.ids = self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
+        # The ends of a text and of an answer; and of a filled gap, for a model that learned to write one.
+        self.ids = end_ids | self._tokenizer.end_ids | ({self._tokenizer.gap.end_id} - {None})
 
     @classmethod
     def of(cls, backbone: Backbone, row: OpenRow, *, stop_strings: Sequence[str] = ()) -> Ending:
         """Return where the answer of a prompt ends."""
-        return cls(backbone, max_tokens=row.max_tokens, multiline=row.bound.multiline, stop_strings=stop_strings)
+        bound, most = row.bound, row.max_tokens
+        return cls(
+            backbone, max_tokens=most, multiline=bound.multiline, stop_strings=stop_strings, end_ids=bound.end_ids
+        )
 
     def reached(self, ids: Sequence[int]) -> bool:
         """Whether an answer ends with the last of its tokens."""
@@ -94,7 +104,13 @@ class Ending:
 
     def written(self, draft: Draft) -> Written:
         """Return a draft as an answer; its log-probability includes the token that ended it, its tokens do not."""
-        return Written(self.text(draft.ids), draft.log_prob, len(self._own(draft.ids)))
+        return Written(self.text(draft.ids), draft.log_prob, len(self._own(draft.ids)), self.stopped(draft.ids))
+
+    def stopped(self, ids: Sequence[int]) -> Stopped:
+        """Return why an answer ended with the last of its tokens."""
+        if ids[-1] in self.ids or self._stops(ids):
+            return "end"
+        return "line" if self._ends_line(ids) else "length"
 
     def text(self, ids: Sequence[int], *, is_whole: bool = True) -> str:
         """Return the text of an answer or, unless it ``is_whole``, the part of it that more tokens will not change."""

@@ -19,7 +19,8 @@ from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 

@@ -16,7 +16,7 @@ from ptuning.engine.batch import collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import run_batch
 from ptuning.engine.prefix_cache import Past, cacheable_ids, free_bytes
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 
 # Shorter beginnings are read again: to put their keys and values together takes as long.
 MIN_TOKENS = 32

@@ -18,7 +18,8 @@ from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
-from ptuning.template.fill import BoundTemplate, Example, TooLongError
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Field
 from ptuning.template.segments import Ids
 
@@ -136,12 +137,15 @@ class Filling:
             )
         asked = how.generation.max_new_tokens
         if row.prompt is None:
-            most, multiline = min(asked or BASE_TOKENS, room), True
+            most, multiline, ends = min(asked or BASE_TOKENS, room), True, frozenset[int]()
         else:
             most = min(longest_answer(how.generation, row.prompt), room)
-            multiline = row.prompt.multiline
+            bound = self.ready(row.prompt).bound
+            multiline, ends = bound.multiline, bound.end_ids
         stops, as_is = how.generation.stop_strings, row.prompt is None
-        ending = Ending(self._backbone, max_tokens=most, multiline=multiline, stop_strings=stops, as_is=as_is)
+        ending = Ending(
+            self._backbone, max_tokens=most, multiline=multiline, stop_strings=stops, as_is=as_is, end_ids=ends
+        )
         example = replace(begun.example, logit_positions=(read - 1,), target_ids=())
         line = Line(ending, how.generation, alternatives=how.alternatives)
         return self._continued(replace(begun, example=example), line, most)

@@ -1,14 +1,20 @@
-"""``POST /v1/chat/completions``: the last user message is the value of a prompt's one open field."""
+"""``POST /v1/chat/completions``: the messages are a chat prompt's conversation; for any other prompt the user's message
+is the value of its one open field.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.questions import Question
+from ptuning.data.reading import RawRows
+from ptuning.errors import RecordError
 from ptuning.serve.engine.job import Outcome, Token
 from ptuning.serve.http.errors import JsonResponse, refused
 from ptuning.serve.http.questions import fields_questions, typed_question
@@ -18,6 +24,7 @@ from ptuning.serve.http.schemas import ChatRequest, Message
 from ptuning.serve.http.service import ServedPrompt
 from ptuning.serve.http.shapes import Shape, Told, chat_log_probs, text_of, tokens_of
 from ptuning.serve.http.streams import streamed
+from ptuning.template.turns import SYSTEM
 
 router = APIRouter()
 
@@ -80,6 +87,8 @@ def _questions(asked: ChatRequest, served: ServedPrompt) -> list[Question]:
         return found
     if not asked.messages:
         raise refused("messages", "there is no message; send one of the user")
+    if served.prompt.template.has_conversation:
+        return [_conversation(asked.messages, served)]
     for at, message in enumerate(asked.messages):
         if message.role != "user" or at > 0:
             where = f"messages[{at}]" if message.role != "user" else "messages"
@@ -89,13 +98,34 @@ def _questions(asked: ChatRequest, served: ServedPrompt) -> list[Question]:
                 f"(the request has {', '.join(one.role[:20] for one in asked.messages[:8])})",
                 "unsupported",
             )
-    return [typed_question(served.prompt, _text(asked.messages[0]), param="messages[0].content")]
+    return [typed_question(served.prompt, _text(asked.messages[0], 0), param="messages[0].content")]
 
 
-def _text(message: Message) -> str:
+def _conversation(messages: Sequence[Message], served: ServedPrompt) -> Question:
+    """Return the question of a conversation, whose last turn is the user's."""
+    last = len(messages) - 1
+    if messages[last].role != "user":
+        raise refused(f"messages[{last}]", "the last message must be the user's, which is answered", "unsupported")
+    said = [{"role": message.role, "content": _text(message, at)} for at, message in enumerate(messages)]
+    rows = RawRows([("the request", {"messages": said})], name="the request", digest="", format="json")
+    try:
+        (question,) = read_conversations(rows, ask=True).questions
+    except RecordError as error:
+        place = re.search(r"messages\[\d+\](\.\w+)?", str(error))
+        raise refused(place[0] if place else "messages", str(error)) from error
+    missing = [name for name in served.prompt.template.fields if name not in question.record]
+    if missing:
+        raise refused("messages", f"the prompt also reads {', '.join(missing)}; give 'fields'")
+    if SYSTEM in question.record and SYSTEM not in served.prompt.template.fields:
+        text = "the prompt brings its own system text, which it has learned; leave this message out"
+        raise refused("messages[0]", text, "unsupported")
+    return question
+
+
+def _text(message: Message, number: int) -> str:
     if message.content is None or isinstance(message.content, str):
         return message.content or ""
     for at, part in enumerate(message.content):
         if part.type != "text" or part.text is None:
-            raise refused(f"messages[0].content[{at}]", "only parts of the type text can be read", "unsupported")
+            raise refused(f"messages[{number}].content[{at}]", "only parts of the type text can be read", "unsupported")
     return "".join(part.text or "" for part in message.content)

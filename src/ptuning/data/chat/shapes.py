@@ -1,0 +1,191 @@
+"""The forms in which data files hold conversations, told by their keys; each reads a row into its turns.
+
+Source: the documentation of ChatGLM-6B (``ptuning/``), Alpaca, ShareGPT as LLaMA-Factory and torchtune read it, and
+OpenAI's interface.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ptuning.data.reading import RawRows
+from ptuning.errors import RecordError, shown
+from ptuning.files import parse_json
+from ptuning.records import TARGET_FIELD, check_text, scalar
+from ptuning.template.language import CONVERSATION_FIELD
+from ptuning.template.turns import ASSISTANT, SYSTEM, USER, read_turns
+
+RawRow = Mapping[str, object]
+# What roles are called.
+ROLES = {
+    "user": USER, "human": USER, "assistant": ASSISTANT, "gpt": ASSISTANT, "model": ASSISTANT, "bot": ASSISTANT,
+    "system": SYSTEM, "developer": SYSTEM,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatPart:
+    """One text of a conversation: who said it, the key that it stands under, and whether it is to be learned."""
+
+    role: str
+    content: str
+    key: str
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A form of data.
+
+    Args:
+        name: What it is called.
+        keys: The keys of its rows; the last one holds the answer, unless it is the only one.
+        more: Keys that rows may have besides.
+        read: A row -> its parts, in order.
+        manual: The template of data that is no conversation, with the fields of a row; None if it always is one.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    more: tuple[str, ...]
+    read: Callable[[RawRow], Iterator[ChatPart]]
+    manual: str | None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The keys that a row without an answer has."""
+        return self.keys[:-1] or self.keys
+
+    @property
+    def described(self) -> str:
+        """The name with the keys."""
+        return f"{self.name} ({', '.join(self.keys)})"
+
+
+def recognise(rows: RawRows, *, ask: bool = False) -> Shape:
+    """Return the form of rows by the keys of the first one; if they are to ``ask``, answers may be missing. Raises a
+    RecordError that says what was looked for, and the keys found.
+    """
+    where, first = next(iter(rows), (rows.name, None))
+    if first is None:
+        raise RecordError(f"{rows.name} holds no records; it needs one conversation per record")
+    keys = set(first) if isinstance(first, Mapping) else set()
+    found = next((shape for shape in SHAPES if keys.issuperset(shape.asked if ask else shape.keys)), None)
+    if found is None:
+        looked = ", ".join(shape.described for shape in SHAPES)
+        raise RecordError(
+            f"{where}: no known form of conversations; looked for {looked}; the keys found: "
+            f"{', '.join(map(str, first)) if keys else 'none'}. --field NEW=NAME reads the key NAME as NEW"
+        )
+    return found
+
+
+def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Iterator[ChatPart]]:
+    """Return the reader of a list of turns under a key; they may use the other form's names as well."""
+
+    def read(row: RawRow) -> Iterator[ChatPart]:
+        value = row.get(key)
+        if isinstance(value, str) and (TARGET_FIELD in row or _list_of(value) is None):
+            # A text alone, or a record as this package has it: turns in front of one answer.
+            yield from (ChatPart(turn.role, turn.content, key, learned=False) for turn in read_turns(value, where=key))
+            if row.get(TARGET_FIELD):
+                yield ChatPart(ASSISTANT, _text(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
+            return
+        value = _list_of(value) if isinstance(value, str) else value
+        if not isinstance(value, list | tuple):
+            raise RecordError(f"{key} is {shown(value)}, and must be a list of turns")
+        for at, turn in enumerate(value):
+            place = f"{key}[{at}]"
+            if not isinstance(turn, Mapping):
+                raise RecordError(f"{place} is {shown(turn)}, and must be an object with {role_key} and {content_key}")
+            names = (role_key, content_key) if role_key in turn else ("role", "content") if "role" in turn else (
+                "from", "value")  # fmt: skip
+            missing = [name for name in names if name not in turn]
+            if missing:
+                raise RecordError(f"{place} has no '{missing[0]}'; its keys: {', '.join(map(str, turn)) or 'none'}")
+            role = ROLES.get(str(turn[names[0]]).lower())
+            if role is None:
+                raise RecordError(f"{place}.{names[0]} is {shown(turn[names[0]])}; known roles are {', '.join(ROLES)}")
+            is_learned = turn.get("loss", True) is not False and turn.get("weight", 1) != 0
+            yield ChatPart(role, _text(turn[names[1]], f"{place}.{names[1]}"), f"{place}.{names[1]}", is_learned)
+        if row.get(SYSTEM):
+            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
+
+    return read
+
+
+def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], Iterator[ChatPart]]:
+    """Return the reader of rows with a question under keys, its ``answer``, and perhaps a system text and a history."""
+
+    def read(row: RawRow) -> Iterator[ChatPart]:
+        if row.get(SYSTEM):
+            yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
+        history = row.get("history") or ()
+        if isinstance(history, str):
+            history = _list_of(history)
+        if not isinstance(history, list | tuple):
+            raise RecordError(f"history is {shown(row['history'])}, and must be a list of [question, answer]")
+        for at, pair in enumerate(history):
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise RecordError(f"history[{at}] is {shown(pair)}, and must be [question, answer]")
+            yield ChatPart(USER, _text(pair[0], f"history[{at}][0]"), f"history[{at}][0]")
+            yield ChatPart(ASSISTANT, _text(pair[1], f"history[{at}][1]"), f"history[{at}][1]", learns_history)
+        texts = [_text(row.get(key), key) for key in keys if row.get(key) not in (None, "")]
+        yield ChatPart(USER, "\n".join(texts), keys[0])
+        if answer in row:
+            yield ChatPart(ASSISTANT, _text(row[answer], answer), answer)
+
+    return read
+
+
+def _list_of(text: str) -> list[object] | None:
+    """Return the list that a cell of a table holds as JSON."""
+    try:
+        found: object = parse_json(text) if text.lstrip().startswith("[") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(one, dict | list) for one in found) else None
+
+
+def _text(value: object, key: str) -> str:
+    """Return a content as text, without the white space around it; parts of the type text are joined."""
+    if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+        kinds = [str(one.get("type")) for one in value]
+        if set(kinds) != {"text"}:
+            raise RecordError(
+                f"{key} has parts of the type {', '.join(sorted({*kinds} - {'text'}))}; only text is read"
+            )
+        value = "".join(str(one.get("text", "")) for one in value)
+    found = scalar(value)
+    if found is None and value is not None:
+        raise RecordError(f"{key} is {shown(value)}, and must be a text")
+    text = found if isinstance(found, str) else "" if found is None else json.dumps(found)
+    check_text(text, where=key, what="it")
+    return text.strip()
+
+
+CHATGLM_ROW = _asked("prompt", answer="response", learns_history=False)  # each answer of a history has its own row
+SHAPES: tuple[Shape, ...] = (
+    Shape("openai", (CONVERSATION_FIELD,), (SYSTEM,), _listed(CONVERSATION_FIELD, "role", "content")),
+    Shape("sharegpt", ("conversations",), (SYSTEM,), _listed("conversations", "from", "value")),
+    Shape(
+        "alpaca",
+        ("instruction", "output"),
+        ("input", SYSTEM, "history"),
+        _asked("instruction", "input", answer="output", learns_history=True),
+        "### Instruction:\n{instruction}\n\n### Response:\n[Y]",
+    ),
+    Shape(
+        "ChatGLM's chat", ("prompt", "response"), (SYSTEM, "history"), CHATGLM_ROW, "Question: {prompt}\nAnswer: [Y]"
+    ),
+    Shape(
+        "ChatGLM's texts",
+        ("content", "summary"),
+        (SYSTEM,),
+        _asked("content", answer="summary", learns_history=False),
+        "{content}\nSummary: [Y]",
+    ),
+    Shape("facts", ("x", TARGET_FIELD), (SYSTEM,), _asked("x", answer=TARGET_FIELD, learns_history=False)),
+)

@@ -1,0 +1,142 @@
+"""Texts that a prompt writes for many records: a row for each, and scores of them beside references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import GenerationSettings
+from ptuning.data.questions import Questions, as_questions
+from ptuning.engine.evaluate import evaluate_parts
+from ptuning.engine.learned import Learned
+from ptuning.engine.objective import item_parts
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import write_answers
+from ptuning.errors import PromptError, RecordError
+from ptuning.files import Json, sha256
+from ptuning.progress import OnProgress, Progress
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prediction import Prediction
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
+from ptuning.prompt.score import Result, prediction_rows
+from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
+from ptuning.template.fill import BoundTemplate
+from ptuning.texts.table import check_metrics, metrics_of, score_texts, value_of_texts
+
+# Texts that are written together, and kept together if the work is stopped.
+WRITTEN_ROWS = 32
+
+
+def check_writes(prompt: Prompt) -> None:
+    """Raise a PromptError if a prompt chooses among labels or choices and writes nothing."""
+    if prompt.answer_space.is_closed:
+        raise PromptError(
+            f"the prompt answers with {prompt.answer_space.described} and writes no texts; use predict for its answers"
+        )
+
+
+def written_parts(
+    model: PromptModel,
+    records: Rows | Questions,
+    prompt: OnePrompt,
+    *,
+    settings: GenerationSettings | None = None,
+    done: int = 0,
+    report: OnProgress | None = None,
+) -> Iterator[list[Prediction]]:
+    """Yield what a prompt writes for N records, :data:`WRITTEN_ROWS` at a time; the first ``done`` records are left
+    out. A text does not depend on those beside it. A PromptError if the prompt writes no texts.
+    """
+    prompt, questions = as_prompt(prompt), as_questions(records)
+    check_writes(prompt)
+    for start in range(done, len(questions), WRITTEN_ROWS):
+        part = Questions(questions[start : start + WRITTEN_ROWS], name=questions.name)
+        yield model.predict(part, prompt, generation=settings)
+        if report is not None:
+            report(Progress("predict", start + len(part), len(questions), questions.name))
+
+
+def text_row(record: Record, found: Prediction) -> dict[str, Json]:
+    """Return the row of a written text, as ``ptuning generate`` writes it."""
+    return {
+        "record": plain(record),
+        "predicted": found.text,
+        "target": target_of(record),
+        "stopped": found.stopped,
+        "tokens": found.tokens,
+    }
+
+
+def identity_of_texts(prompt: Prompt, questions: Questions, settings: GenerationSettings) -> dict[str, Json]:
+    """Return what must be equal for texts to be those of one and the same run."""
+    vectors = b"" if prompt.slot_vectors is None else prompt.slot_vectors.numpy().tobytes()
+    return {
+        "template": str(prompt.template),
+        "slots (sha256)": sha256(vectors),
+        "weights": None if prompt.weights is None else prompt.weights.fingerprint,
+        "backbone": None if prompt.backbone is None else prompt.backbone.fingerprint,
+        "data (sha256)": questions.sha256,
+        "records": len(questions),
+        **{name: list(one) if isinstance(one, tuple) else one for name, one in vars(settings).items()},
+    }
+
+
+def check_written(prompt: Prompt, questions: Questions, metrics: Sequence[str]) -> None:
+    """Raise what :func:`score_written` raises before anything is written."""
+    check_writes(prompt)
+    if not questions:
+        raise RecordError(f"{questions.name} holds no records, so there is nothing to score")
+    require_targets(questions.records)
+    check_metrics(metrics, questions.records)
+
+
+def score_written(
+    model: PromptModel,
+    data: Rows | Questions,
+    prompt: OnePrompt,
+    metrics: Sequence[str] | str,
+    *,
+    settings: GenerationSettings | None = None,
+    report: OnProgress | None = None,
+) -> Result:
+    """Write a text for each record, and score the texts with metrics (:data:`~ptuning.texts.table.TEXT_METRICS`).
+
+    The loss is that of the first reference, per token; a hit is a text that is a reference, letter by letter. A
+    RecordError if there are no records, or one lacks its target; a ConfigError for an unknown metric or one whose
+    extra is missing, before anything is written.
+    """
+    prompt, questions, names = as_prompt(prompt), as_questions(data), metrics_of(metrics)
+    check_written(prompt, questions, names)
+    records = questions.records
+    model = model.for_prompt(prompt)
+    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, prompt.answer_space)
+    learned, total = prompt.learned(model.backbone), len(questions)
+    found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
+    written = [
+        one for part in written_parts(model, questions, prompt, settings=settings, report=report) for one in part
+    ]
+    texts = [one.text for one in written]
+    scores = score_texts(texts, records, names)
+    hits = tuple(float(text in references_of(record)) for text, record in zip(texts, records, strict=True))
+    rows: list[Mapping[str, Json]] = [
+        {**row, "stopped": one.stopped, "tokens": one.tokens}
+        for row, one in zip(prediction_rows(records, written, hits), written, strict=True)
+    ]
+    signatures = {name: one.signature for name, one in scores.items() if one.signature is not None}
+    return Result({name: one.score for name, one in scores.items()}, found.loss, hits, rows=rows, signatures=signatures)
+
+
+def judging(
+    bound: BoundTemplate, records: Records, metric: str, *, max_tokens: int
+) -> Callable[[Backbone, Learned], float]:
+    """Return what scores a metric of the texts that are written, greedily, for a few records with what was learned."""
+    rows, greedy = [OpenRow(bound, record, max_tokens) for record in records], GenerationSettings()
+
+    @torch.no_grad()
+    def judge(backbone: Backbone, learned: Learned) -> float:
+        found = write_answers(backbone, rows, learned, settings=greedy, top_k=1, pad_side="right")
+        return value_of_texts([row[0].text for row in found], records, metric)
+
+    return judge

@@ -1,0 +1,235 @@
+"""The chat template of a model: what it writes around the turns of a conversation, and a template made of that.
+
+A chat template is a program that writes text. It is run on words that stand in no text (placeholders), and the result
+is cut at them: what is between is the model's markup, in which special tokens are such; the contents of a record go
+into the gaps, where they are text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ptuning.errors import BackboneError, RecordError, cut
+from ptuning.records import Record
+from ptuning.template.language import (
+    CONVERSATION_FIELD,
+    Conversation,
+    Literal,
+    Piece,
+    Target,
+    Template,
+    TextSlots,
+    render,
+)
+from ptuning.template.segments import LITERAL, NOTHING, MarkedText, Tokenizer, as_markup
+from ptuning.template.turns import ASSISTANT, SYSTEM, USER, ChatTurn, Turns, newest, read_turns
+
+logger = logging.getLogger(__name__)
+
+# What the slots of a system text start from where neither the data nor the model has one.
+DEFAULT_SYSTEM = "You are a helpful assistant."
+# Between a system text and the user's, where a chat template has no place for the first.
+APART = "\n\n"
+# Letters that templates like to escape, to strip or to read as their own.
+AWKWARD = 'Tom & "Ann" said: 5 > 3 <b>\n\n it\'s {{ not }} 100 %'
+
+
+class ChatMarkup:
+    """What a model's chat template writes around the turns of a conversation, whatever they say."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._around: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
+
+    def around(self, roles: Sequence[str], *, answer_next: bool = True) -> tuple[str, ...]:
+        """Return the text in front of the content of each turn, and that behind the last one. A BackboneError without a
+        chat template, or if that does not write every content once and in order.
+        """
+        key = (tuple(roles), answer_next)
+        if key not in self._around:
+            words = [f"qx{number:04d}xq" for number in range(len(roles))]
+            text = self._tokenizer.render_chat(list(map(ChatTurn, roles, words)), answer_next=answer_next)
+            pieces = re.split("|".join(words), text)
+            if re.findall("|".join(words), text) != words:
+                raise BackboneError(
+                    f"the chat template of this model does not write the texts of {', '.join(roles)} once and in this "
+                    "order, so it cannot be used; write its markup into a template (--template)"
+                )
+            self._around[key] = tuple(pieces)
+        return self._around[key]
+
+    def between(self, turns: Turns) -> list[tuple[str, MarkedText]]:
+        """Return the segments from the first content to the last one: contents, which are text and named by their role,
+        and the markup between them.
+        """
+        pieces = self.around([turn.role for turn in turns])[1:]
+        segments = [
+            ((turn.role, MarkedText(turn.content)), (LITERAL, as_markup(piece, self._tokenizer)))
+            for turn, piece in zip(turns, pieces, strict=True)
+        ]
+        return list(itertools.chain.from_iterable(segments))[:-1]
+
+    def check(self, turns: Sequence[ChatTurn], *, answer_next: bool, where: str) -> None:
+        """Raise a RecordError if the chat template changes a content: leaves a part of it out, or escapes letters."""
+        roles = [turn.role for turn in turns]
+        pieces = self.around(roles, answer_next=answer_next)
+        written = self._tokenizer.render_chat(turns, answer_next=answer_next)
+        if written == "".join(_alternating(pieces, [turn.content for turn in turns])):
+            return
+        changed = next((turn for turn in turns if turn.content not in written), turns[-1])
+        raise RecordError(
+            f"{where}: the model's chat template does not write the {changed.role}'s text '{cut(changed.content)}' as "
+            "it is; leave out of it what the template takes for its own, such as </think>"
+        )
+
+
+class Conversations:
+    """The conversations of records, as a template is filled with them, if it reads them (``[C]``). ``limit`` is the
+    most characters of all turns. Raises a BackboneError if the model has no chat template.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer) -> None:
+        self._markup = ChatMarkup(tokenizer)
+        self._is_read = template.has_conversation
+        if self._is_read:
+            self._markup.around([USER])
+
+    def segments(self, record: Record, limit: int | None = None) -> list[tuple[str, MarkedText]]:
+        """Return the segments of a record's turns (:meth:`ChatMarkup.between`)."""
+        return self._markup.between(self._turns(record, limit))
+
+    def check(self, record: Record, target: str | None, *, where: str) -> None:
+        """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""
+        if not self._is_read:
+            return
+        turns: list[ChatTurn] = [*read_turns(record[CONVERSATION_FIELD], where=where)]
+        turns += [] if target is None else [ChatTurn(ASSISTANT, target.strip())]
+        self._markup.check(turns, answer_next=target is None, where=where)
+
+    def left_out(self, record: Record, limit: int) -> int:
+        """Return how many turns are left out for want of room."""
+        return len(self._turns(record)) - len(self._turns(record, limit)) if self._is_read else 0
+
+    def _turns(self, record: Record, limit: int | None = None) -> Turns:
+        turns = read_turns(record[CONVERSATION_FIELD])
+        return turns if limit is None else newest(turns, limit)
+
+
+@dataclass(frozen=True)
+class ChatParts:
+    """The parts of a chat template as a template needs them.
+
+    Args:
+        opening: In front of the system text, or of the user's where there is no place for one.
+        system: The template's own system text, empty without one.
+        behind_system: Between the system text and the user's; None if there is no place for a system text.
+        header: Between the user's text and the answer: the beginning of the assistant's turn, empty thoughts included.
+        end: Behind an answer, up to the special token that ends the turn.
+    """
+
+    opening: str
+    system: str
+    behind_system: str | None
+    header: str
+    end: str
+
+
+def chat_template(tokenizer: Tokenizer, system: str | None = None) -> Template:
+    """Return the template of a model's conversations: its chat template around ``[C]``, the turns, and ``[Y]``, the
+    answer, with slots that start at the ``system`` text; by default at the chat template's own.
+
+    They stand where a system text does, or in front of the user's text if the chat template has no place for one.
+
+    Raises:
+        BackboneError: If the model has no chat template, or it changes the contents of turns.
+    """
+    found = chat_parts(tokenizer)
+    slots = TextSlots(system or found.system or DEFAULT_SYSTEM)
+    behind = APART if found.behind_system is None else found.behind_system
+    pieces: list[Piece] = [Literal(found.opening), slots, Literal(behind), Conversation(), Literal(found.header)]
+    pieces += [Target(), Literal(found.end)]
+    return Template(tuple(piece for piece in pieces if piece != Literal("")))
+
+
+def chat_parts(tokenizer: Tokenizer) -> ChatParts:
+    """Take a model's chat template apart; errors as for :func:`chat_template`."""
+    markup = ChatMarkup(tokenizer)
+    for turns in ([USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]):
+        _check_plain(markup, turns)
+    first, header, _ = markup.around([USER, ASSISTANT], answer_next=False)
+    longer = markup.around([USER, ASSISTANT, USER, ASSISTANT], answer_next=False)
+    if (first, header) != (longer[0], longer[3]):
+        raise BackboneError(
+            "the chat template of this model begins the conversation or its last answer in another way when there are "
+            "more turns, so it cannot be used; write its markup into a template (--template)"
+        )
+    asked = markup.around([USER])[-1]
+    if not header.startswith(asked):
+        text = "the chat template asks for an answer behind %r, and writes answers behind %r, where they are learned"
+        logger.warning(text, asked, header)
+    end = _end(markup, tokenizer)
+    placed = _system_place(markup)
+    if placed is None:
+        return ChatParts(first, "", None, header, end)
+    opening, behind = placed
+    own = first[len(opening) : len(first) - len(behind)]
+    is_own = first.startswith(opening) and first.endswith(behind) and len(first) >= len(opening) + len(behind)
+    return ChatParts(opening, own.strip() if is_own else "", behind, header, end)
+
+
+def _system_place(markup: ChatMarkup) -> tuple[str, str] | None:
+    """Return what stands in front of and behind a system text; None if there is no place for one before all turns."""
+    try:
+        alone = markup.around([SYSTEM, USER])
+        longer = markup.around([SYSTEM, USER, ASSISTANT, USER])
+    except BackboneError:
+        return None
+    return (alone[0], alone[1]) if alone[:2] == longer[:2] else None
+
+
+def _end(markup: ChatMarkup, tokenizer: Tokenizer) -> str:
+    """Return what stands behind an answer up to the special token that ends the turn, as the conversation goes on; the
+    end of a text if there is none.
+    """
+    behind = markup.around([USER, ASSISTANT, USER])[2]
+    found = first_special(behind, tokenizer)
+    if found is not None:
+        return found
+    return next((name for name, index in tokenizer.special_ids.items() if index == tokenizer.stop_id), "")
+
+
+def first_special(text: str, tokenizer: Tokenizer) -> str | None:
+    """Return the beginning of a text up to its first special token, if only white space stands in front of that."""
+    begun = text.lstrip()
+    names = [name for name in tokenizer.special_ids if begun.startswith(name)]
+    return text[: len(text) - len(begun)] + max(names, key=len) if names else None
+
+
+def own_end(template: Template, tokenizer: Tokenizer) -> tuple[MarkedText, str]:
+    """Return what a template says that answers end with, a special token behind ``[Y]``, and what else stands there."""
+    left, dropped = template.without_tail()
+    behind = template.pieces[len(left.pieces) :]
+    if not (behind and isinstance(behind[0], Literal) and (found := first_special(behind[0].text, tokenizer))):
+        return NOTHING, dropped
+    rest = Literal(behind[0].text.removeprefix(found))
+    return MarkedText(found, ((0, len(found)),)), render([rest, *behind[1:]])
+
+
+def _check_plain(markup: ChatMarkup, roles: Sequence[str]) -> None:
+    """Raise a BackboneError if the chat template changes letters that it has no use for."""
+    turns = [ChatTurn(role, f"{AWKWARD} {number}") for number, role in enumerate(roles)]
+    try:
+        markup.check(turns, answer_next=False, where="")
+    except RecordError as error:
+        raise BackboneError(
+            "the chat template of this model does not write the texts of turns as they are (it escapes or leaves out "
+            "letters), so it cannot be used; write its markup into a template (--template)"
+        ) from error
+
+
+def _alternating(pieces: Sequence[str], contents: Iterable[str]) -> list[str]:
+    return [pieces[0], *(text for pair in zip(contents, pieces[1:], strict=True) for text in pair)]

@@ -1,0 +1,73 @@
+"""The turns of a conversation, as a record holds them: one text, which is JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ptuning.errors import RecordError
+from ptuning.files import parse_json
+
+USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
+
+
+class ChatTurn(NamedTuple):
+    """What the user or the assistant said."""
+
+    role: str
+    content: str
+
+
+Turns = tuple[ChatTurn, ...]
+
+
+def write_turns(turns: Sequence[ChatTurn]) -> str:
+    """Return the text of turns, from which :func:`read_turns` reads the same."""
+    return json.dumps([turn._asdict() for turn in turns], ensure_ascii=False)
+
+
+def read_turns(text: str, *, where: str = "the record") -> Turns:
+    """Return the turns that a text holds; a text that is no list of turns is itself what the user said.
+
+    Contents lose the white space around them. A RecordError if turns do not alternate or are not the user's in the end.
+
+    >>> read_turns("Is it far?")
+    (ChatTurn(role='user', content='Is it far?'),)
+    """
+    found = _listed(text) if text.lstrip().startswith("[") else None
+    if found is None:
+        return (ChatTurn(USER, text.strip()),)
+    turns = tuple(ChatTurn(role, content.strip()) for role, content in found)
+    for number, turn in enumerate(turns):
+        expected = ASSISTANT if number % 2 else USER
+        if turn.role != expected:
+            raise RecordError(f"{where}: turn {number + 1} is of the role '{turn.role}', and must be the {expected}'s")
+    if len(turns) % 2 == 0:
+        raise RecordError(f"{where}: the last turn is the assistant's, and the answer to the user's is asked for")
+    return turns
+
+
+def newest(turns: Turns, characters: int) -> Turns:
+    """Return the newest turns that have at most so many characters together: of the oldest, a question goes with its
+    answer. The last question alone is cut.
+    """
+    kept = turns
+    while len(kept) > 1 and sum(len(turn.content) for turn in kept) > characters:
+        kept = kept[2:]
+    return kept if len(kept) > 1 else (ChatTurn(kept[0].role, kept[0].content[:characters]),)
+
+
+def _listed(text: str) -> list[tuple[str, str]] | None:
+    """Return roles and contents of a list of turns; None if the text is something else."""
+    try:
+        listed = parse_json(text)
+    except ValueError:
+        return None
+    found: list[tuple[str, str]] = []
+    for turn in listed if isinstance(listed, list) else ():
+        role, content = (turn.get(name) for name in ChatTurn._fields) if isinstance(turn, dict) else (None, None)
+        if not (isinstance(role, str) and isinstance(content, str)):
+            return None
+        found.append((role, content))
+    return found or None

@@ -1,0 +1,130 @@
+"""Whether a text says the attributes that it was given, and whether it says others: coverage and invented values.
+
+A content is written as in ADGEN (``name#Kenya*capital#Nairobi``) or as in E2E (``name[Kenya], capital[Nairobi]``). The
+idea is that of ``slot_error.py`` of Dusek et al. (2019), E2E cleaning, without its lists of words.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+
+from ptuning.errors import RecordError
+from ptuning.records import TARGET_FIELD, Record, references_of
+from ptuning.statistics import Ratios
+from ptuning.texts.measured import Measured
+
+# Values that say whether, and that stand in no text as they are.
+WITHOUT_WORDS = frozenset({"yes", "no"})
+ADGEN = re.compile(r"[^#*]+#[^#*]+(\*[^#*]+#[^#*]+)*")
+E2E = re.compile(r"\s*[^][,]+\[[^][]+\](\s*,\s*[^][,]+\[[^][]+\])*\s*")
+E2E_VALUE = re.compile(r"\[([^][]+)\]")
+# A word as a name or number may be one, with a domain's dot.
+WORD = re.compile(r"(?<!\w)\.?\w[\w'&-]*")
+SENTENCE_ENDS = ".!?:;"
+
+Span = tuple[int, int]
+
+
+def values_of(text: str) -> tuple[str, ...] | None:
+    """Return the values of a content, each once; None if the text is no content.
+
+    >>> values_of("name#Kenya*capital#Nairobi"), values_of("name[Aromi], area[city centre]"), values_of("Kenya")
+    (('Kenya', 'Nairobi'), ('Aromi', 'city centre'), None)
+    """
+    if ADGEN.fullmatch(text):
+        found = [part.partition("#")[2] for part in text.split("*")]
+    elif E2E.fullmatch(text):
+        found = E2E_VALUE.findall(text)
+    else:
+        return None
+    return tuple(dict.fromkeys(value.strip() for value in found if value.strip().lower() not in WITHOUT_WORDS))
+
+
+def coverage(texts: Sequence[str], records: Sequence[Record]) -> Mapping[str, Measured]:
+    """Return ``coverage``, the share of values that the texts say, and ``invented``, of the values that they say the
+    share of those that are in neither the content nor a reference.
+
+    A value is said if it stands in the text, whatever its capitals. Invented are values of other rows, and names and
+    numbers: words with a capital inside of a sentence, with a digit, or with a dot in front.
+    """
+    import numpy as np
+
+    field = content_field(records)
+    contents = [values_of(record[field]) or () for record in records]
+    every = list(dict.fromkeys(value for own in contents for value in own))
+    rows = []
+    for text, record, own in zip(texts, records, contents, strict=True):
+        said = sum(_places(value, text) != [] for value in own)
+        known = (record[field], *references_of(record))
+        rows.append((said, len(own), len(_invented(text, known, every))))
+    table = np.array(rows, dtype=np.float64)
+    found, asked, more = table[:, :1], table[:, 1:2], table[:, 2:]
+    return {"coverage": Measured(Ratios(found, asked)), "invented": Measured(Ratios(more, found + more))}
+
+
+def content_field(records: Sequence[Record]) -> str:
+    """Return the field that holds attributes in most records; a RecordError if there is none."""
+    names = [name for name in dict.fromkeys(name for record in records for name in record) if name != TARGET_FIELD]
+    counts = {name: sum(values_of(record.get(name, "")) is not None for record in records) for name in names}
+    best = max(names, key=lambda name: counts[name], default=None)
+    if best is None or 2 * counts[best] <= len(records):
+        raise RecordError(
+            "the metric 'coverage' reads attributes, such as name#Kenya*capital#Nairobi or name[Kenya], "
+            f"capital[Nairobi], and no field holds them; fields: {', '.join(names) or 'none'}"
+        )
+    return best
+
+
+def _invented(text: str, known: Sequence[str], values: Sequence[str]) -> list[Span]:
+    """Return where a text says values or names that are known from nothing; what touches counts once."""
+    spans = [
+        place
+        for value in values
+        for place in _places(value, text)[:1]
+        if not any(_places(value, other) for other in known)
+    ]
+    for start, end in _names(text):
+        if not any(_places(text[start:end], other) for other in known):
+            spans.append((start, end))
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and not text[merged[-1][1] : start].strip():
+            start, end = merged[-1][0], max(end, merged.pop()[1])
+        merged.append((start, end))
+    return merged
+
+
+def _names(text: str) -> Iterator[Span]:
+    """Yield where names and numbers stand. The first word of a sentence has its capital anyway."""
+    for found in WORD.finditer(text):
+        word, before = found[0], text[: found.start()].rstrip()
+        is_first = not before or before[-1] in SENTENCE_ENDS
+        is_name = word[0].isupper() and len(word) > 1 and not is_first
+        if is_name or any(sign.isdigit() for sign in word) or (word[0] == "." and found.start() and word[1:].isalpha()):
+            yield found.span()
+
+
+def _places(value: str, text: str) -> list[Span]:
+    """Return where a text says a value as words of its own, whatever the capitals."""
+    return [found.span() for found in _pattern(value).finditer(_folded(text))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _pattern(value: str) -> re.Pattern[str]:
+    words = [re.escape(word) for word in _folded(value).split()]
+    front, back = (r"(?<![^\W_])" if _is_letter(value[:1]) else ""), (r"(?![^\W_])" if _is_letter(value[-1:]) else "")
+    return re.compile(front + r"\s+".join(words) + back)
+
+
+def _is_letter(sign: str) -> bool:
+    """Whether a sign is part of a word that spaces end, which Chinese letters are not."""
+    return sign.isalnum() and not "\u3400" <= sign <= "\u9fff"
+
+
+@functools.lru_cache(maxsize=4096)
+def _folded(text: str) -> str:
+    """Return a text in lower case, of the same length."""
+    return "".join(low if len(low := sign.lower()) == 1 else sign for sign in unicodedata.normalize("NFC", text))

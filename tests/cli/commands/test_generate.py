@@ -1,0 +1,173 @@
+"""`ptuning generate`: a line for each record, kept while they are written; nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning.config import GenerationSettings
+from ptuning.data.questions import as_questions
+from ptuning.data.reading import load_records
+from ptuning.prompt import written
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from tests.cli.test_app import call, fails, works, write_lines
+
+PROMPT = "manual:{x} is [Y]"
+ROWS: list[dict[str, object]] = [
+    {"x": word, "y": ["a film", "a movie"] if at % 2 else "a city"}
+    for at, word in enumerate(("Kenya", "France and Peru", "the movie", "Lima", "a good film", "yes", "25"))
+]
+
+
+@pytest.fixture(autouse=True)
+def _data(tmp_path: Path, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "WRITTEN_ROWS", 2)
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+
+
+def rows_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_for_each_record_is_what_the_prompt_writes(llama: str) -> None:
+    done = call("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    assert done.code == 0, done.err
+    rows = rows_of("texts.jsonl")
+    assert [row["record"] for row in rows] == ROWS
+    assert [row["target"] for row in rows] == [row["y"] for row in ROWS]
+    assert all(list(row) == ["record", "predicted", "target", "stopped", "tokens"] for row in rows)
+    model = PromptModel(_loaded(llama))
+    right = model.predict(load_records("rows.jsonl"), Prompt.manual("{x} is [Y]"))
+    assert [(row["predicted"], row["stopped"], row["tokens"]) for row in rows] == [
+        (one.text, one.stopped, one.tokens) for one in right
+    ]
+    cut = sum(row["stopped"] == "length" for row in rows)
+    assert f"7 texts written to texts.jsonl\nwarning: {cut} of 7 reached their most tokens" in done.err
+    assert not Path("texts.jsonl.part").exists()
+
+
+def test_records_need_no_target_and_shipped_data_is_read(llama: str) -> None:
+    write_lines(Path("new.jsonl"), [{"x": "Kenya"}])
+    works("generate", PROMPT, "--data", "new.jsonl", "--out", "new-texts.jsonl", "--backbone", llama)
+    assert rows_of("new-texts.jsonl")[0]["target"] is None
+    drawn = ("--sample", "--top-p", "0.5", "--seed", "1", "--backbone", llama)
+    works("generate", "manual:[X] [Y]", "--data", "capitals:dev", "--out", "a.jsonl", *drawn)
+    assert rows_of("a.jsonl")[0]["target"] == load_records("capitals:dev")[0]["y"]
+
+
+def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed without a word in the middle of a line: what is whole is kept, and the file is as without the kill."""
+    args = ("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--max-new-tokens", "5")
+    works(*args, "--out", "whole.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        real, calls = PromptModel.predict, 0
+
+        def dies(self: PromptModel, *given: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                raise ZeroDivisionError  # as good as a kill: nothing catches it
+            return real(self, *given, **more)
+
+        patch.setattr(PromptModel, "predict", dies)
+        with pytest.raises(ZeroDivisionError):
+            call(*args, "--out", "texts.jsonl")
+    assert not Path("texts.jsonl").exists()
+    assert len(Path("texts.jsonl.part").read_text(encoding="utf-8").splitlines()) == 1 + 4
+    with Path("texts.jsonl.part").open("a", encoding="utf-8") as handle:
+        handle.write('{"record": {"x": "the mo')
+    fails(*args, "--out", "texts.jsonl", says=["texts.jsonl.part has lines of a run that was stopped", "--resume"])
+    done = call(*args, "--out", "texts.jsonl", "--resume")
+    assert "4 of 7 texts are there already" in done.err
+    assert Path("texts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert "finished already" in call(*args, "--out", "texts.jsonl", "--resume").err
+
+
+def test_a_run_is_not_gone_on_with_as_another_one(llama: str) -> None:
+    Path("texts.jsonl.part").write_text('{"lines of": {"num_beams": 4}}\n', encoding="utf-8")
+    args = ("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    fails(*args, "--resume", says=["cannot resume from texts.jsonl.part", "num_beams was 4 and is 1"])
+    for damaged in ("", "x\n", '{"a": 1}\n', '{"lines of": {}}\nx\n'):
+        Path("texts.jsonl.part").write_text(damaged, encoding="utf-8")
+        fails(*args, "--resume", says=["texts.jsonl.part is damaged; start anew with --overwrite"])
+    works(*args, "--overwrite")
+    assert len(rows_of("texts.jsonl")) == len(ROWS)
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_how_to_go_on(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = PromptModel.predict
+
+    def interrupted(self: PromptModel, *given: Any, **more: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return real(self, *given, **more)
+
+    args = ("generate", PROMPT, "--data", "rows.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptModel, "predict", interrupted)
+        done = call(*args)
+    assert done.code == 130
+    assert "stopped after 2 of 7 texts; texts.jsonl.part is kept, go on with:" in done.err
+    assert "--resume" in done.err
+    works(*args, "--resume")
+    assert len(rows_of("texts.jsonl")) == len(ROWS)
+
+
+def test_bad_input_of_generate(llama: str, tmp_path: Path) -> None:
+    args = ("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
+    fails(*args, "--out", "texts.csv", says=["let --out end in .jsonl"])
+    fails(*args, "--out", "rows.jsonl", says=["rows.jsonl is the data itself"])
+    Path("old.jsonl").write_text("mine\n", encoding="utf-8")
+    fails(*args, "--out", "old.jsonl", says=["old.jsonl exists", "--overwrite"])
+    assert Path("old.jsonl").read_text(encoding="utf-8") == "mine\n"
+    fails("generate", "manual:{z} [Y]", "--data", "rows.jsonl", "--out", "a.jsonl", says=["no text in the field 'z'"])
+    Prompt.manual("{x} It was [Y]", label_words={"good": ["great"], "bad": ["no"]}).save(tmp_path / "moods")
+    fails("generate", "moods", "--data", "rows.jsonl", "--out", "a.jsonl", says=["2 labels and writes no texts"])
+    fails(*args, "--out", "a.jsonl", "--temperature", "2", says=["no effect without do_sample"])
+    Path("a.jsonl.part").mkdir()
+    fails(*args, "--out", "a.jsonl", says=["a.jsonl.part is no file of ours"])
+
+
+def test_eval_scores_what_is_written(llama: str) -> None:
+    """With its signature, for people and for programs; rows say why texts ended."""
+    args = ("eval", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--metrics", "BLEU,exact,last-number")
+    found = json.loads(works(*args, "--json", "--out", "scored.jsonl"))
+    assert set(found["scores"]) == {"bleu", "exact", "last-number"}
+    assert all(set(one) == {"value", "low", "high", "n"} and one["n"] == 7 for one in found["scores"].values())
+    assert "tok:13a" in found["signatures"]["bleu"]
+    rows = rows_of("scored.jsonl")
+    assert {"record", "target", "prediction", "hit", "log_prob", "stopped", "tokens"} == set(rows[0])
+    assert "nrefs:var" in works(*args)
+    how = ("--max-new-tokens", "4", "--beams", "2")
+    works("generate", PROMPT, "--data", "rows.jsonl", "--backbone", llama, "--out", "texts.jsonl", *how)
+    works(*args, *how, "--out", "beams.jsonl")
+    assert [row["prediction"] for row in rows_of("beams.jsonl")] == [row["predicted"] for row in rows_of("texts.jsonl")]
+
+
+def test_bad_input_of_metrics(llama: str) -> None:
+    args = ("eval", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
+    fails(*args, "--metrics", "blue", says=["unknown metric 'blue'. Did you mean 'bleu'? Known: bleu, bleu-lc, chrf"])
+    fails(*args, "--metrics", "coverage", says=["no field holds them; fields: x"])
+    fails(*args, "--num-beams", "2", says=["--num-beams is for texts that --metrics scores"])
+    fails(*args, "--metrics", "bleu", "--candidates", "rows.jsonl", says=["leave one out"])
+    write_lines(Path("new.jsonl"), [{"x": "Kenya"}])
+    fails("eval", PROMPT, "--data", "new.jsonl", "--metrics", "bleu", says=["no target"])
+
+
+def _loaded(llama: str) -> Any:
+    from ptuning.backbone.loading import load_backbone
+
+    return load_backbone(llama)
+
+
+def test_the_settings_are_part_of_what_a_run_is() -> None:
+    prompt = Prompt.manual("{x} [Y]")
+    rows = as_questions([{"x": "a"}])
+    first, other = (written.identity_of_texts(prompt, rows, GenerationSettings(num_beams=beams)) for beams in (1, 2))
+    assert first != other
+    assert first != written.identity_of_texts(prompt, as_questions([{"x": "b"}]), GenerationSettings())
+    json.dumps(first)
