@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
@@ -21,6 +21,7 @@ from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
+from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.examples import example_lines, manual_of, with_deep_examples
@@ -49,6 +50,7 @@ class Prepared:
         fields: Which fields of the training part had another name in its file, new name -> name in the file.
         merge: Labels that count as others.
         left_out: The rows that are not used, with the reason of each.
+        method: What the method is called.
         began: When preparing began, by the monotonic clock.
     """
 
@@ -63,6 +65,7 @@ class Prepared:
     fields: Mapping[str, str]
     merge: tuple[str, ...]
     left_out: tuple[str, ...]
+    method: str
     began: float
 
 
@@ -124,8 +127,25 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
     left_out = spec.checked.left_out if spec.checked is not None else ()
     return Prepared(
-        template, bound, backbone, config, answers, task, parts, items, fields, merges(spec.merge), left_out, began
+        template,
+        bound,
+        backbone,
+        config,
+        answers,
+        task,
+        parts,
+        items,
+        fields,
+        merges(spec.merge),
+        left_out,
+        spec.method or method_name(template, config.tune),
+        began,
     )
+
+
+def method_name(template: Template, tune: Tune) -> str:
+    """Return the name of the method that trains this template in this mode."""
+    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, Tune, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_records
 from ptuning.engine.evaluate import evaluate
@@ -23,11 +23,8 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import (
-    ALONG,
     CHECKPOINT,
     CHECKPOINT_FOLDER,
-    LEARNED,
-    MANUAL,
     PREDICTIONS_FILE,
     PROMPT_FOLDER,
     RUN_FILE,
@@ -243,7 +240,7 @@ class TrainingRun:
             max_length=prepared.config.max_length,
             multiline=prepared.bound.multiline,
             learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
-            method=method_name(prepared.template, trainer.config.tune),
+            method=prepared.method,
             seed=trainer.config.seed,
             scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
@@ -320,7 +317,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     return {
         "format_version": FORMAT_VERSION,
         "command": command,
-        "method": method_name(template, config.tune),
+        "method": prepared.method,
         "tune": config.tune,
         "recipe": _recipe(prepared),
         "settings": settings,
@@ -335,11 +332,6 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "data": {**data, "test": None},
         **asked,
     }
-
-
-def method_name(template: Template, tune: Tune) -> str:
-    """Return the name of the method that trains this template in this mode."""
-    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
 
 
 def _start(trainer: Trainer) -> dict[str, Json]:
