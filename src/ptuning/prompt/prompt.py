@@ -152,10 +152,7 @@ class Prompt:
             missing = "deep slots ([D]), and there are no vectors of theirs in the layers"
             raise PromptError(f"the template '{self.template}' has {missing if self.deep is None else 'no deep slots'}")
         if self.deep is not None and not all(one.isfinite().all() for one in self.deep.tensors.values()):
-            raise PromptError(
-                "the deep slots hold NaN or infinity, so every answer is NaN; train the prompt again with a lower "
-                "learning rate (deep_lr), or in float32"
-            )
+            raise PromptError("the deep slots hold NaN or infinity; train the prompt again with a lower deep_lr")
 
     @classmethod
     def manual(
@@ -215,6 +212,11 @@ class Prompt:
     def slots(self) -> int:
         """Number of slots P."""
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
+
+    @property
+    def every_slot(self) -> int:
+        """Number of slots, those of a block of deep slots in front included."""
+        return self.slots + (self.deep.in_front if self.deep is not None else 0)
 
     @property
     def answer_space(self) -> AnswerSpace:

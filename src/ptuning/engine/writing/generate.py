@@ -136,7 +136,7 @@ class Company(NamedTuple):
     @classmethod
     def of(cls, backbone: Backbone, example: Example, max_tokens: int) -> Company:
         """Return the company of a row whose answer has up to ``max_tokens``."""
-        own = len(example.token_ids) - example.encoder_tokens
+        own = example.length - example.encoder_tokens
         is_long = backbone.side(own)
         turns = backbone.side(own + max_tokens - 1) != is_long
         return cls(turns, is_long, own if turns or not backbone.pads_left else 0)

@@ -129,7 +129,7 @@ class Filling:
         """Return a row that the model goes on with."""
         ids, how = self.ids(row.text, behind=row.prompt), row.how
         begun = self._begun(row.prompt, ids)
-        read, limit = len(begun.example.token_ids), self._limit(row.prompt)
+        read, limit = begun.example.length, self._limit(row.prompt)
         room = limit - read + 1
         if not ids or room < 1:
             raise (TooLongError if ids else RecordError)(
@@ -154,7 +154,7 @@ class Filling:
         """Return a row whose ``target_ids``, its last tokens, are each scored by those in front of them."""
         ids = self.ids(row.text, behind=row.prompt)
         found = self._begun(row.prompt, ids)
-        read = len(found.example.token_ids)
+        read = found.example.length
         most = min(self._limit(row.prompt), ECHO_LOGITS // self._backbone.vocabulary)
         if not ids or not 2 <= read <= most:
             raise (TooLongError if read > 2 else RecordError)(
