@@ -89,14 +89,11 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     require_rows(parts)
     for questions in parts.values():
         answers.check(questions)
-    shown: Shown | None = None
-    if template.examples is not None:
-        shown = _examples(template, parts["train"], answers, backbone, config, has_dev=spec.dev is not None)
-        template = shown.template
+    shown = _examples(template, parts, answers, backbone, config)
+    template = template if shown is None else shown.template
     bound = _bound(template, parts["train"], backbone, config)
     if shown is not None:
         shown.check_length(bound)
-    bound = bound.starting(bound.layout.filled_up(_tokens_of(parts["train"], bound, seed=config.seed)))
 
     def items_of(questions: Questions) -> list[Item]:
         items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -126,20 +123,9 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
         _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
     left_out = spec.checked.left_out if spec.checked is not None else ()
+    merge, method = merges(spec.merge), spec.method or method_name(template, config.tune)
     return Prepared(
-        template,
-        bound,
-        backbone,
-        config,
-        answers,
-        task,
-        parts,
-        items,
-        fields,
-        merges(spec.merge),
-        left_out,
-        spec.method or method_name(template, config.tune),
-        began,
+        template, bound, backbone, config, answers, task, parts, items, fields, merge, left_out, method, began
     )
 
 
@@ -188,17 +174,13 @@ class Shown:
 
 
 def _examples(
-    template: Template,
-    train: Questions,
-    answers: AnswerSpace,
-    backbone: Backbone,
-    config: TrainConfig,
-    *,
-    has_dev: bool,
-) -> Shown:
-    """Draw the examples of ``[D:examples]`` from the records that are learned from."""
-    assert template.examples is not None
-    kept = train if has_dev else split_questions(train, fraction=config.dev_fraction, seed=config.seed)[0]
+    template: Template, parts: Mapping[str, Questions], answers: AnswerSpace, backbone: Backbone, config: TrainConfig
+) -> Shown | None:
+    """Draw the examples of ``[D:examples]`` from the records that are learned from; None without that piece."""
+    if template.examples is None:
+        return None
+    train = parts["train"]
+    kept = train if "dev" in parts else split_questions(train, fraction=config.dev_fraction, seed=config.seed)[0]
     # As words of a template, a special token such as "[MASK]" would act as one.
     specials = backbone.tokenizer.special_ids
     plain = [row.record for row in kept if not any(token in text for text in row.record.values() for token in specials)]
@@ -327,7 +309,7 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
             f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
             "them; move them in front of it"
         )
-    return bound
+    return bound.starting(bound.layout.filled_up(_tokens_of(train, bound, seed=config.seed)))
 
 
 def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> None:
