@@ -32,18 +32,21 @@ if TYPE_CHECKING:
     from ptuning.engine.objective import Item
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Record
-    from ptuning.template.fill import BoundTemplate, Example
+    from ptuning.template.example import Example
+    from ptuning.template.fill import BoundTemplate
 
 # A busy machine is no failure, and neither is an example that only one run happens to draw.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
-# A million objects come with the modules that tests import, and none of them goes.
-gc.disable()
+
+def pytest_collection() -> None:
+    """Look for no garbage among the million objects of the modules that tests import: none of them goes."""
+    gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage from now on, and not among what was imported."""
+    """Look for garbage from now on, but not among them."""
     gc.freeze()
     gc.enable()
 
