@@ -29,6 +29,7 @@ from ptuning.serve.engine.job import (
 )
 from ptuning.serve.vllm.gateway import Gateway
 from ptuning.serve.vllm.remote import VllmServer
+from ptuning.template.fill import TooLongError
 from tests.conftest import RECORDS, learned
 from tests.serve.engine.test_engine import CANDIDATES, Heard, alike, prompts_of
 from tests.serve.vllm.stand_in import StandIn, serving
@@ -116,9 +117,32 @@ def test_a_server_that_tells_the_likeliest_only(causal: Backbone) -> None:
                 assert found.prediction is not None
                 alike(found.prediction, PromptModel(causal).predict([row.question.record], row.prompt)[0])
             else:
-                assert "--max-logprobs" in str(found)
+                assert "logprob_token_ids" in str(found)
                 failed += isinstance(found, RemoteError)
         assert failed > 0
+        gateway.stop()
+
+
+def test_a_server_that_reads_less_than_the_model(causal: Backbone) -> None:
+    """What it has no room for is an error of the request, not of the server; answers end where its room does."""
+    words = "the capital of Kenya and of Peru " * 4
+    prompt = replace(prompts_of(causal)[0], multiline=True)
+    long = GenerationSettings(max_new_tokens=40, stop_strings=("never",))
+    rows: list[Row] = [
+        PromptRow(prompt, Question({"x": words})),
+        PromptRow(prompts_of(causal)[1], Question({"x": words})),
+        TextRow(words),
+        EchoRow(words),
+    ]
+    with serving(causal, max_model_len=20) as server:
+        gateway = Gateway(PromptModel(causal), VllmServer(server.url))
+        gateway.start()
+        for row in rows:
+            with pytest.raises(TooLongError, match="reads and writes 20 together"):
+                gateway.ask([row])
+        (found,) = gateway.ask([PromptRow(prompt, Question({"x": "Kenya"}), Answering(generation=long))])
+        assert found.usage.prompt_tokens + found.usage.completion_tokens == 20
+        assert found.finish == "length"
         gateway.stop()
 
 
