@@ -20,8 +20,8 @@ OPEN = ("/health", "/ready", "/version", "/")
 OPEN_FOLDER = "/static/"
 METRICS = "/metrics"  # also told while the service loads or ends
 ADMIN = re.compile(r"/v1/prompts(/.*)?|/v1/(un)?load_lora_adapter|/metrics")
-# Whoever asks the model needs room in the queue. A full one refuses before anything of the body is looked at: that would
-# take time from the answers that run.
+# Whoever asks the model needs room in the queue. A full one refuses before anything of the body is looked at, which
+# would take time from the answers that run.
 ASKING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/classify", "/classify"})
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Words in quotes, and brackets outside of them.
