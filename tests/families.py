@@ -269,7 +269,7 @@ def model_of(name: str, **changes: Any) -> PreTrainedModel:
     rows = len(tokenizer_of(family.tokenizer)) + PADDED_ROWS
     head = getattr(transformers, family.head)
     torch.manual_seed(0)
-    model: PreTrainedModel = head(head.config_class(vocab_size=rows, **{**family.sizes, **changes})).eval()
+    model: PreTrainedModel = head(head.config_class(**{"vocab_size": rows, **family.sizes, **changes})).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Conv1D):

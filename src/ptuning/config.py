@@ -22,6 +22,11 @@ Setting = int | float | str | bool  # the value of one
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
 
+# Settings of long targets. They did not exist when some results were made, which have their defaults.
+TEXT_SETTINGS = ("max_target_tokens", "choose_by")
+# What an epoch is chosen by, besides metrics for texts.
+BY_SCORE, BY_LOSS = "score", "loss"
+
 # What transformers' TrainingArguments and peft's configurations call our settings.
 SETTING_ALIASES: Mapping[str, str] = {
     "learning_rate": "lr",
@@ -32,6 +37,8 @@ SETTING_ALIASES: Mapping[str, str] = {
     "gradient_accumulation_steps": "accumulation_steps",
     "warmup_ratio": "warmup_fraction",
     "max_seq_length": "max_length",
+    "max_target_length": "max_target_tokens",
+    "metric_for_best_model": "choose_by",
     "early_stopping_patience": "patience",
     "gradient_checkpointing": "checkpointing",
     "encoder_dropout": "dropout",
@@ -87,6 +94,10 @@ class TrainConfig:
         keep: How tuned weights are saved: ``difference`` holds the changed ones and needs the frozen backbone;
             ``whole`` is a model's folder that works alone.
         learn_to_stop: Whether a prompt for a causal model learns to end after the target.
+        max_target_tokens: Most tokens of a target that are learned, longer ones are cut; 0 is as many as 99 in 100
+            targets have, and at least 64. Nothing is cut where answers are scored.
+        choose_by: What the best epoch is chosen by on the development part: ``score`` (then loss), ``loss``, or a
+            metric for texts such as ``bleu``, of what is written for at most 64 of its records.
         patience: Epochs without a better development score or loss after which training stops (early stopping).
         dev_fraction: Share of the training data that is split off if no development data is given.
         seed: One seed for everything random; start values, data order, dropout and split each have their own generator.
@@ -120,6 +131,8 @@ class TrainConfig:
     lora_targets: str = "all-linear"
     keep: Keep = "difference"
     learn_to_stop: bool = True
+    max_target_tokens: int = 0
+    choose_by: str = BY_SCORE
     patience: int = 3
     dev_fraction: float = 0.2
     seed: int = 0
@@ -133,6 +146,8 @@ class TrainConfig:
             _check_type(item.name, getattr(self, item.name), type(item.default))
         for name in ("epochs", "batch_size", "max_length", "accumulation_steps", "starts", "patience", "lora_rank"):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
+        self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
+        self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
         for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")

@@ -183,6 +183,19 @@ def test_code_of_a_model_runs_only_if_asked_for(own_code: tuple[Path, Path], mon
     assert PromptModel(backbone).predict(RECORDS[:2], prompt)
 
 
+def test_a_family_that_needs_code_is_refused_with_what_to_take_instead(own_code: tuple[Path, Path]) -> None:
+    """ChatGLM: its code was written for transformers that are gone, and GLM-4 was converted."""
+    folder, trace = own_code
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "chatglm"}))
+    for load in (load_backbone, load_tokenizer):
+        with pytest.raises(
+            BackboneError, match=r"'chatglm' needs code .* zai-org/glm-4-9b-chat-hf, zai-org/GLM-4-9B-0"
+        ):
+            load(str(folder))
+    assert not trace.exists()
+
+
 def test_the_default_is_to_trust_nothing() -> None:
     import inspect
 

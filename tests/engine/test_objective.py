@@ -15,11 +15,14 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import (
+    NAME_TOKENS,
+    STOP_WEIGHT,
     Choice,
     Item,
     Scored,
     candidate_item,
     class_scores,
+    cut_target,
     hits,
     inputs_of,
     loss,
@@ -30,7 +33,7 @@ from ptuning.engine.objective import (
 )
 from ptuning.engine.passes import target_logits
 from ptuning.errors import LabelWordError, RecordError, TemplateError
-from ptuning.records import as_records
+from ptuning.records import Record, as_records
 from ptuning.template.fill import Example
 from ptuning.template.labels import LabelWords, Scoring
 from tests.conftest import RECORDS, bound, items_of, learned
@@ -64,6 +67,40 @@ def weights(item: Item) -> list[float]:
     """Return what each scored token of a target counts: the stop token a fifth."""
     choice = item.choices[0]
     return [1.0 if at < choice.own_tokens else 0.2 for at in range(len(choice.target_ids))]
+
+
+def test_the_end_of_a_long_target_weighs_as_one_of_its_tokens(causal: Backbone) -> None:
+    """The end of a name is learned easily, and that of a text is one token of many; lengths may be mixed in a batch."""
+    rows: list[Record] = [*RECORDS, {"x": "a", "y": "a good film and a bad one, all in all, in which people live"}]
+    items = items_of(causal, TEMPLATE, rows)
+    lengths = [item.choices[0].own_tokens for item in items]
+    assert max(lengths[:-1]) <= NAME_TOKENS + 1 < NAME_TOKENS + 5 <= lengths[-1]
+    whole, count = loss(items, scored_by(causal, items))
+    each = [[*weights(item)[:-1], 1.0 if item is items[-1] else 0.2] for item in items]
+    expected = sum(
+        weight * log_prob
+        for item, own in zip(items, each, strict=True)
+        for weight, log_prob in zip(own, by_hand(causal, item.inputs[0]), strict=True)
+    )
+    assert math.isclose(float(whole), -expected, rel_tol=1e-5)
+    assert count == loss_count(items) == pytest.approx(sum(map(sum, each)))
+    scored = scored_by(causal, items[:-1])
+    short, number = loss(items[:-1], scored)
+    own, everything = scored.log_probs.sum(), scored.all_log_probs.sum()
+    assert torch.equal(short, -own - STOP_WEIGHT * (everything - own))  # as ever, to the bit
+    assert number == sum(lengths[:-1]) + STOP_WEIGHT * len(lengths[:-1])
+
+
+def test_a_cut_target_is_the_beginning_of_the_whole_one(causal: Backbone) -> None:
+    items = items_of(causal, TEMPLATE, RECORDS)
+    for item in items:
+        own = item.choices[0].own_tokens
+        for most in range(1, own):
+            cut = cut_target(item, most)
+            assert cut.choices[0].target_ids == item.choices[0].target_ids[:most]
+            assert cut.choices[0].own_tokens == most
+            assert by_hand(causal, cut.inputs[0]) == pytest.approx(by_hand(causal, item.inputs[0])[:most], abs=1e-5)
+        assert cut_target(item, own) is item
 
 
 def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:

@@ -684,6 +684,52 @@ def test_the_choice_rule(
     assert torch.equal(found.best_vectors, vectors[chosen])
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "values", "chosen"),
+    [
+        ([(0.1, 5.0), (0.2, 6.0), (0.4, 9.0), (0.3, 4.0)], None, 3),  # the lowest loss, whatever its score
+        ([(0.1, 5.0), (0.2, 5.0), (0.4, 5.0), (0.3, 5.0)], None, 2),  # of equal losses the highest score
+        ([(0.1, 5.0), (0.2, 6.0), (0.4, 9.0), (0.3, 4.0)], [3.0, 9.0, 8.0, 7.0], 1),  # the metric
+        ([(0.1, 5.0), (0.2, 6.0), (0.4, 4.0), (0.3, 4.0)], [0.0, 0.0, 0.0, 0.0], 2),  # of equal ones the lowest loss
+    ],
+)
+def test_the_choice_by_loss_or_by_a_metric(
+    causal: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcomes: list[tuple[float, float]],
+    values: list[float] | None,
+    chosen: int,
+) -> None:
+    """The score and loss that the record gives are those of the chosen epoch, also after a resume."""
+    by = "loss" if values is None else "bleu"
+    config = TrainConfig.from_json({**FAST, "epochs": 3, "choose_by": by})
+    left = iter(values or ())
+
+    def judge(*_: object) -> float:
+        return next(left)
+
+    def again(folder: Path | None = None) -> Trainer:
+        one = None if values is None else judge
+        return Trainer(causal, bound(causal, TEMPLATE), config=config, checkpoint=folder, judge=one)
+
+    found = again(tmp_path / "checkpoint")
+    script_evaluations(monkeypatch, found, outcomes[:2])
+    items = items_of(causal, TEMPLATE, FACTS)
+    with contextlib.suppress(StopIteration, RuntimeError):  # in the second epoch, as good as a kill
+        found.fit(items, items)
+    found = again(tmp_path / "checkpoint")
+    assert found.load()
+    left = iter((values or [0.0] * 4)[2:])
+    script_evaluations(monkeypatch, found, outcomes[2:])
+    found.fit(items, items)
+    assert found.state.chosen_epoch == chosen
+    assert (found.state.best_score, found.state.best_loss) == outcomes[chosen]
+    if values is not None:
+        told = [found.state.start, *found.state.history]
+        assert [one["dev_bleu"] for one in told] == values
+
+
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (9, 9)])
 def test_early_stopping(causal: Backbone, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int) -> None:
     """Training ends after ``patience`` epochs without a better result."""

@@ -43,6 +43,12 @@ VOCABULARY, ATTENTION = "vocab_size", "attn_implementation"
 PLAUSIBLE_PARTS = 1000
 # Stored numbers stand for at most so many weights: 8 weights of 4 bits are one number of 32 bits.
 PACKED = 8
+# Families whose models need code from their folders, written for releases of transformers that are gone -> the same
+# models in the form that transformers knows itself.
+CONVERTED = {
+    "chatglm": "zai-org/glm-4-9b-chat-hf, zai-org/GLM-4-9B-0414 and zai-org/GLM-4-32B-0414 (GLM-4), which transformers "
+    "loads itself; ChatGLM-6B, 2 and 3 have no such form",
+}
 LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 
 
@@ -276,6 +282,12 @@ def check_folder(folder: Path, name: str, options: LoadOptions) -> None:
     try:
         asked = read_json(folder / "config.json")
         options.check_attention(asked)
+        model_type = str(asked.get("model_type"))
+        if model_type in CONVERTED and not options.trust_remote_code:
+            raise BackboneError(
+                f"its model type '{model_type}' needs code from its folder, which is not run; take one of the "
+                f"converted checkpoints, such as {CONVERTED[model_type]}"
+            )
         shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in _shapes(file)]
         for index in sorted(folder.glob("*.index.json")):
             listed = read_json(index).get("weight_map")

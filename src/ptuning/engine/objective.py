@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,20 @@ from ptuning.template.segments import Ids
 # Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
 # takes half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
 STOP_WEIGHT = 0.2
+# A target of more tokens is a text and no name. It has many tokens beside its end, which then weighs as each of them.
+NAME_TOKENS = 8
 # Texts of questions that are filled in and scored together: what bounds the memory.
 TEXTS_AT_ONCE = 2048
+
+
+def stop_weight(own_tokens: int) -> float:
+    """Return the weight of the stop token behind a target of so many tokens: :data:`STOP_WEIGHT` behind a name, and
+    that much more with each token from :data:`NAME_TOKENS` on, up to 1.
+
+    >>> [round(stop_weight(tokens), 1) for tokens in (1, 9, 10, 12, 13, 40)]
+    [0.2, 0.2, 0.4, 0.8, 1.0, 1.0]
+    """
+    return min(1.0, STOP_WEIGHT * max(1, own_tokens - NAME_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,24 @@ def _closed_items(
     return items
 
 
+def cut_target(item: Item, most: int) -> Item:
+    """Return an item whose target has at most so many tokens, to be learned; a cut one has no stop token. For a model
+    that writes, where nothing stands behind the target.
+    """
+    (example,), (choice,) = item.inputs, item.choices
+    if choice.own_tokens <= most:
+        return item
+    first = example.logit_positions[0]
+    shorter = replace(
+        example,
+        token_ids=example.token_ids[: first + most],
+        logit_positions=example.logit_positions[:most],
+        target_ids=example.target_ids[:most],
+        own_tokens=most,
+    )
+    return replace(item, inputs=(shorter,), choices=(_choice(shorter),))
+
+
 def candidate_item(examples: Sequence[Example]) -> Item:
     """Return the item that scores each example's target as a candidate."""
     inputs, choices = share_inputs(examples)
@@ -213,7 +243,8 @@ class Scored:
         log_probs: (C,) float32, differentiable; total log-probability of each choice's own ``lengths`` tokens.
         all_log_probs: (C,) float32; the same, including the stop token if it is scored.
         correct: (C,) bool; whether every own token is the most likely one given those before it (exact match).
-        token_count: Number of scored tokens; a stop token counts :data:`STOP_WEIGHT`.
+        token_count: Number of scored tokens; a stop token counts :func:`stop_weight`.
+        more_stop: What a stop token behind each choice weighs more than :data:`STOP_WEIGHT`; empty if none does.
         per_item: Number of choices of each item; those of an empty record, if any, come last.
     """
 
@@ -223,6 +254,7 @@ class Scored:
     lengths: Tensor
     token_count: float
     per_item: tuple[int, ...]
+    more_stop: tuple[float, ...] = ()
 
     @property
     def means(self) -> Tensor:
@@ -249,6 +281,7 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
             choice_of += [number] * count
             own += [index < choice.own_tokens for index in range(count)]
             number += 1
+    scored = [choice for item in items for choice in (*item.choices, *item.empty)]
     device = logits.device
     at, token, owner = (torch.tensor(values, dtype=torch.int64, device=device) for values in (rows, ids, choice_of))
     is_own = torch.tensor(own, dtype=torch.bool, device=device)  # (M,)
@@ -260,9 +293,24 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
         all_log_probs=zeros.index_add(0, owner, token_log_probs),
         correct=zeros.index_add(0, owner, missed.float()) == 0,
         lengths=zeros.index_add(0, owner, is_own.float()),
-        token_count=sum(own) + STOP_WEIGHT * (len(own) - sum(own)),
+        token_count=_token_count(scored),
         per_item=tuple(len(item.choices) + len(item.empty) for item in items),
+        more_stop=_more_stop(scored),
     )
+
+
+def _token_count(choices: Sequence[Choice]) -> float:
+    """Return the number of scored tokens of choices, with each stop token as it weighs."""
+    own = sum(choice.own_tokens for choice in choices)
+    stops = [len(choice.target_ids) - choice.own_tokens for choice in choices]
+    more = sum(weight * stop for weight, stop in zip(_more_stop(choices), stops, strict=False))
+    return own + STOP_WEIGHT * sum(stops) + more
+
+
+def _more_stop(choices: Sequence[Choice]) -> tuple[float, ...]:
+    """Return what the stop token behind each choice weighs more than behind a name; nothing if all are names."""
+    more = tuple(stop_weight(choice.own_tokens) - STOP_WEIGHT for choice in choices)
+    return more if any(more) else ()
 
 
 def class_scores(items: Sequence[Item], scored: Scored) -> Tensor:
@@ -291,12 +339,16 @@ def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
     """Return the loss of items as (sum, count). Divide once, by the count of the whole optimizer step.
 
     Without classes: the negative log-likelihood of the target, counted in tokens; the stop token weighs
-    :data:`STOP_WEIGHT`. With classes: minus the log of the right classes' total probability, counted in items.
+    :func:`stop_weight`. With classes: minus the log of the right classes' total probability, counted in items.
     Source: Liu et al. (2021), section 3.1 (the downstream loss); Schick and Schuetze (2021), equation 1, for classes.
     """
     if not items[0].answers:
         own, everything = scored.log_probs.sum(), scored.all_log_probs.sum()
-        return -own - STOP_WEIGHT * (everything - own), scored.token_count
+        total = -own - STOP_WEIGHT * (everything - own)
+        if scored.more_stop:
+            more = torch.tensor(scored.more_stop, device=total.device)  # (C,)
+            total = total - (more * (scored.all_log_probs - scored.log_probs)).sum()
+        return total, scored.token_count
     scores = class_scores(items, scored)  # (I, K)
     if all(len(item.answers) == 1 for item in items):
         gold = torch.tensor([item.answers[0] for item in items], device=scores.device)  # (I,)
@@ -311,9 +363,7 @@ def loss(items: Sequence[Item], scored: Scored) -> tuple[Tensor, float]:
 def loss_count(items: Sequence[Item]) -> float:
     """Return the count that :func:`loss` will return for items, without running them."""
     if not items[0].answers:
-        choices = [choice for item in items for choice in item.choices]
-        stops = sum(len(choice.target_ids) - choice.own_tokens for choice in choices)
-        return sum(choice.own_tokens for choice in choices) + STOP_WEIGHT * stops
+        return _token_count([choice for item in items for choice in item.choices])
     return len(items)
 
 

@@ -35,6 +35,8 @@ Found = TypeVar("Found")
 
 # Records whose candidates are filled in and scored together have about so many rows: what bounds the memory.
 RANKED_ROWS = 2048
+# A written answer may be so much longer than the longest target that was learned.
+MORE_TOKENS = 2
 
 
 class PromptModel:
@@ -433,7 +435,7 @@ def check_answering(
 
 def longest_answer(settings: GenerationSettings, prompt: Prompt) -> int:
     """Return the most tokens of an answer that a prompt writes."""
-    return settings.max_new_tokens or prompt.target_tokens + 2
+    return settings.max_new_tokens or prompt.target_tokens + MORE_TOKENS
 
 
 @torch.no_grad()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+
+from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import evaluate_parts
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import item_parts
+from ptuning.engine.writing.ending import OpenRow
+from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import PromptError, RecordError
 from ptuning.files import Json, sha256
 from ptuning.progress import OnProgress, Progress
@@ -15,8 +21,9 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.prompt.score import Result, prediction_rows
-from ptuning.records import Record, Rows, plain, references_of, require_targets, target_of
-from ptuning.texts.table import check_metrics, metrics_of, score_texts
+from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
+from ptuning.template.fill import BoundTemplate
+from ptuning.texts.table import check_metrics, metrics_of, score_texts, value_of_texts
 
 # Texts that are written together, and kept together if the work is stopped.
 WRITTEN_ROWS = 32
@@ -119,3 +126,17 @@ def score_written(
     ]
     signatures = {name: one.signature for name, one in scores.items() if one.signature is not None}
     return Result({name: one.score for name, one in scores.items()}, found.loss, hits, rows=rows, signatures=signatures)
+
+
+def judging(
+    bound: BoundTemplate, records: Records, metric: str, *, max_tokens: int
+) -> Callable[[Backbone, Learned], float]:
+    """Return what scores a metric of the texts that are written, greedily, for a few records with what was learned."""
+    rows, greedy = [OpenRow(bound, record, max_tokens) for record in records], GenerationSettings()
+
+    @torch.no_grad()
+    def judge(backbone: Backbone, learned: Learned) -> float:
+        found = write_answers(backbone, rows, learned, settings=greedy, top_k=1, pad_side="right")
+        return value_of_texts([row[0].text for row in found], records, metric)
+
+    return judge

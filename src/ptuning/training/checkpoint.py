@@ -38,6 +38,7 @@ class RunState:
     chosen_epoch: int = 0
     best_score: float = -1.0
     best_loss: float = math.inf
+    best_value: float = -1.0  # of the metric that chooses, where it is not the score
     start: dict[str, float] = dataclasses.field(default_factory=dict)
     history: list[dict[str, float | int]] = dataclasses.field(default_factory=list)
     done: bool = False

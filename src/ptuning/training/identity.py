@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ptuning.config import TEXT_SETTINGS, TrainConfig
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, sha256
 from ptuning.names import RUN_FILE
@@ -20,13 +21,18 @@ def identity(
     recipe: Json,
     task_file: str | None = None,
 ) -> dict[str, Json]:
-    """Return the identity of a result: settings but for :data:`IRRELEVANT_SETTINGS`, and SHA-256 of each part of the
-    data.
+    """Return the identity of a result: settings but for :data:`IRRELEVANT_SETTINGS`, and for those that came later and
+    have their default; and SHA-256 of each part of the data.
 
     ``fingerprint`` is the backbone's, ``recipe`` :data:`ptuning.config.RECIPE` of the code that trained (None where
     nothing is trained), and ``task_file`` the text of the task file, if there is one.
     """
-    found = {name: value for name, value in settings.items() if name not in IRRELEVANT_SETTINGS}
+    later = {name: getattr(TrainConfig, name) for name in TEXT_SETTINGS}
+    found = {
+        name: value
+        for name, value in settings.items()
+        if name not in IRRELEVANT_SETTINGS and not (name in later and value == later[name])
+    }
     found |= {f"{part} data (sha256)": digest for part, digest in data.items()}
     if task_file is not None:
         found["task file (sha256)"] = sha256(task_file.encode("utf-8"))

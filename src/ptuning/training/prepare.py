@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, question_items
+from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
-from ptuning.errors import ConfigError, RecordError, TemplateError
+from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
+from ptuning.template.segments import FILLS_MASKS
+from ptuning.texts.table import TEXT_METRICS, check_metrics
 from ptuning.training.spec import TrainSpec
 
 logger = logging.getLogger(__name__)
 
+# Targets of so many tokens are learned whole, and longer ones as far as this share of the targets goes.
+FEWEST_TARGET_TOKENS, MOST_TARGETS = 64, 0.99
 # From so many tokens on, a record's fields are a text, and no longer a name or a question. Records that are counted.
 LONG_FIELD_TOKENS = 32
 COUNTED = 200
@@ -75,6 +80,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
+    _check_choice(config, answers, parts.get("dev", parts["train"]))
     require_rows(parts)
     for questions in parts.values():
         answers.check(questions)
@@ -97,6 +103,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         items["train"] = items_of(answers.to_learn(Questions(learned, name=parts["train"].name), seed=config.seed))
     else:
         items["train"] = [item for item in items["train"] if item.can_be_hit]
+    if not answers.is_closed and backbone.kind not in FILLS_MASKS:
+        items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
         cut = ((one.shortened and not one.turns_left_out for one in item.inputs) for item in made)
         shortened = sum(map(any, cut))
@@ -211,6 +219,39 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
             "them; move them in front of it"
         )
     return bound
+
+
+def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> None:
+    """Raise a ConfigError if epochs cannot be chosen by what is asked for."""
+    if config.choose_by in (BY_SCORE, BY_LOSS):
+        return
+    if config.choose_by not in TEXT_METRICS:
+        known = (BY_SCORE, BY_LOSS, *TEXT_METRICS)
+        raise ConfigError(
+            f"choose_by is '{config.choose_by}', which is no metric.{closest(config.choose_by, known)} "
+            f"Known: {', '.join(known)}"
+        )
+    if answers.is_closed:
+        raise ConfigError(
+            f"choose_by is '{config.choose_by}', a metric for texts that are written, and the answers are "
+            f"{answers.described}; choose by score or loss"
+        )
+    check_metrics([config.choose_by], dev.records)
+
+
+def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> list[Item]:
+    """Cut targets to learn that are longer than the setting says, and say how many."""
+    lengths = sorted(item.choices[0].own_tokens for item in items)
+    most = config.max_target_tokens or max(FEWEST_TARGET_TOKENS, lengths[math.ceil(MOST_TARGETS * len(lengths)) - 1])
+    longer = sum(length > most for length in lengths)
+    if not longer:
+        return list(items)
+    how = "max_target_tokens" if config.max_target_tokens else "99 in 100 have no more; max_target_tokens allows others"
+    logger.warning(
+        "%d of %d targets of %s are longer than %d tokens (%s): their beginnings are learned, without an end",
+        longer, len(items), name, most, how,
+    )  # fmt: skip
+    return [cut_target(item, most) for item in items]
 
 
 @functools.lru_cache(maxsize=1024)

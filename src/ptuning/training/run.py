@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import RECIPE, Tune, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, Tune, derived_seed, start_seed
 from ptuning.data.questions import Questions
+from ptuning.data.splits import draw_records
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
+from ptuning.engine.objective import STOP_WEIGHT, Item, stop_weight
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
@@ -32,9 +34,10 @@ from ptuning.names import (
     remove,
 )
 from ptuning.progress import OnProgress, named
-from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.predict import MORE_TOKENS, PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.prompt.score import guessed, prediction_rows
+from ptuning.prompt.written import judging
 from ptuning.provenance import described, versions
 from ptuning.records import Rows
 from ptuning.statistics import Score, score
@@ -44,9 +47,11 @@ from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import SpecOptions, TrainSpec
 from ptuning.training.step import measure_ceiling, with_gradients
-from ptuning.training.trainer import CHOICE_RULE, Trainer
+from ptuning.training.trainer import Judge, Trainer
 
 FORMAT_VERSION = 1
+# Development records that texts are written for after each epoch: it takes longer than to score given ones.
+JUDGED_RECORDS = 64
 # Room for the prompt, the record and the predictions, besides the checkpoint.
 FILES_BYTES = 5_000_000
 
@@ -180,6 +185,7 @@ class TrainingRun:
             config=replace(self.config, seed=start_seed(self.config.seed, number)),
             checkpoint=checkpoint,
             identity=self.identity,
+            judge=_judge(self.prepared, self.items["train"]),
             prefix_cache=prefix_cache,
         )
         if self.folder is not None and not number:
@@ -197,7 +203,7 @@ class TrainingRun:
     def add(self, number: int, trainer: Trainer) -> None:
         """Add a start that was trained. The best one on the development part is kept, the first of equal ones."""
         self._starts[number] = _start(trainer)
-        if self._best is None or (_rank(trainer), -number) > (_rank(self._best[1]), -self._best[0]):
+        if self._best is None or (trainer.rank, -number) > (self._best[1].rank, -self._best[0]):
             self._best = number, trainer
 
     @property
@@ -251,14 +257,27 @@ class TrainingRun:
         )
 
 
+def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:
+    """Return what scores the texts that are written after an epoch; None if it is chosen by score or loss."""
+    metric, seed = prepared.config.choose_by, prepared.config.seed
+    if metric in (BY_SCORE, BY_LOSS):
+        return None
+    records = draw_records(prepared.parts["dev"].records, JUDGED_RECORDS, seed=seed)
+    longest = max(choice.own_tokens for item in learned_from for choice in item.choices)
+    return judging(prepared.bound, records, metric, max_tokens=longest + MORE_TOKENS)
+
+
+def _recipe(prepared: Prepared) -> int:
+    """Return the version of the training code: one more with long targets, whose stop tokens weigh more since."""
+    return RECIPE + any(
+        stop_weight(one.own_tokens) > STOP_WEIGHT for item in prepared.items["train"] for one in item.choices
+    )
+
+
 def _dev_score(trainer: Trainer, n: int) -> Score:
     """Return the chosen epoch's share of hits on the development part with its interval, as ``eval`` shows scores."""
     hits = round(trainer.state.best_score * n)
     return score([1.0] * hits + [0.0] * (n - hits))
-
-
-def _rank(trainer: Trainer) -> tuple[float, float]:
-    return trainer.state.best_score, -trainer.state.best_loss
 
 
 def _needed_bytes(trainer: Trainer) -> int:
@@ -300,7 +319,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "command": command,
         "method": method_name(template, config.tune),
         "tune": config.tune,
-        "recipe": RECIPE,
+        "recipe": _recipe(prepared),
         "settings": settings,
         "labels": list(words.labels) if words else None,
         "fields": dict(prepared.fields),
@@ -338,7 +357,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "slots": learner.bound.slots,
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
-        "choice_rule": CHOICE_RULE,
+        "choice_rule": trainer.choice_rule,
         "chosen_epoch": state.chosen_epoch,
         "stopped_early": len(state.history) < trainer.config.epochs,
         "seconds": seconds,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import TrainConfig
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
 from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item
@@ -28,7 +28,14 @@ from ptuning.training.step import Learner, Step, Taken, take_steps
 # A checkpoint with weights of the backbone is written within an epoch only after this many times what writing it takes.
 SAVING_PAUSE = 20.0
 
-CHOICE_RULE = "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch"
+# What an epoch is chosen by, in words; a metric stands in place of the name in braces.
+CHOICE_RULES = {
+    BY_SCORE: "highest dev score; of equal ones the lowest dev loss; of equal ones the earliest epoch",
+    BY_LOSS: "lowest dev loss; of equal ones the highest dev score; of equal ones the earliest epoch",
+}
+METRIC_RULE = "highest dev {}; of equal ones the lowest dev loss; of equal ones the earliest epoch"
+# What a metric makes of texts that are written with a backbone and what was learned.
+Judge = Callable[[Backbone, Learned], float]
 
 
 class Trainer:
@@ -37,6 +44,7 @@ class Trainer:
     Args:
         checkpoint: Folder of the checkpoint; None writes none.
         identity: What must be equal for a checkpoint to be resumed: template, data, backbone, settings.
+        judge: The metric that chooses, where it is a metric for texts (``choose_by``); without one the score does.
         prefix_cache: KV cache that several prompts share, which the caller clears; by default its own, cleared after
             :meth:`fit`.
 
@@ -54,12 +62,14 @@ class Trainer:
         config: TrainConfig,
         checkpoint: Path | None = None,
         identity: Mapping[str, Json] | None = None,
+        judge: Judge | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         self.learner = Learner(backbone, bound, config=config, prefix_cache=prefix_cache)
         self.config = config
         self.checkpoint = checkpoint
         self.identity = dict(identity or {})
+        self._judge = judge
         self.state = RunState()
         self.best_vectors = self.learner.vectors()
         self.cached = self.learner.prefix_cache.to_json()
@@ -150,8 +160,9 @@ class Trainer:
         self.cached = learner.prefix_cache.to_json()
         if not state.start:
             found = self.evaluate(dev, report=tell, note="before training")
-            state.start = {"dev_loss": found.loss, "dev_score": found.score, **_guessed(found)}
-            self._consider(found, epoch=0)
+            judged = self._judged()
+            state.start = {"dev_loss": found.loss, "dev_score": found.score, **judged, **_guessed(found)}
+            self._consider(found, judged, epoch=0)
             tell(self._scored(state.start, "before training: "))
         while not state.done:
             if learner.weights:
@@ -170,11 +181,12 @@ class Trainer:
         """Return the progress after the development part was scored, before training or at the end of an epoch."""
         epoch = len(self.state.history)
         numbers = {name: found[name] for name in ("train_loss", "dev_loss", "dev_score") if name in found}
+        value = f", dev {self._metric} {found[f'dev_{self._metric}']:.3f}" if self._judge is not None else ""
         return Progress(
             "epoch",
             epoch,
             self.config.epochs,
-            f"{note}dev loss {found['dev_loss']:.3f}, dev score {found['dev_score']:.3f}",
+            f"{note}dev loss {found['dev_loss']:.3f}, dev score {found['dev_score']:.3f}{value}",
             numbers={"step": self.state.step, "epoch": epoch, **numbers},
         )
 
@@ -238,19 +250,47 @@ class Trainer:
             note=note,
         )
 
+    @property
+    def _metric(self) -> str:
+        """What epochs are chosen by; a metric for texts only where there is one who judges."""
+        name = self.config.choose_by
+        return name if name == BY_LOSS or self._judge is not None else BY_SCORE
+
+    @property
+    def choice_rule(self) -> str:
+        """What epochs are chosen by, in words."""
+        return CHOICE_RULES.get(self._metric) or METRIC_RULE.format(self._metric)
+
+    def _judged(self) -> dict[str, float]:
+        """Return the metric that chooses, by its name in ``run.json``, of what is written now; nothing without one."""
+        if self._judge is None:
+            return {}
+        return {f"dev_{self._metric}": self._judge(self.learner.backbone, Learned(self.learner.vectors()))}
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """How good the best epoch is: a larger one is better."""
+        return self._rank(self.state.best_score, self.state.best_loss, self.state.best_value)
+
+    def _rank(self, score: float, loss: float, value: float) -> tuple[float, float]:
+        if self._judge is not None:
+            return value, -loss
+        return (-loss, score) if self._metric == BY_LOSS else (score, -loss)
+
     def _end_epoch(self, found: Evaluation) -> None:
-        state = self.state
+        state, judged = self.state, self._judged()
         state.history.append(
             {
                 "epoch": state.epoch,
                 "train_loss": state.epoch_loss_sum / state.epoch_loss_count,
                 "dev_loss": found.loss,
                 "dev_score": found.score,
+                **judged,
                 **_guessed(found),
                 "seconds": state.epoch_seconds,
             }
         )
-        self._consider(found, epoch=state.epoch)
+        self._consider(found, judged, epoch=state.epoch)
         # Early stopping waits while the loss falls, too: scores of few records tie, and late epochs take small steps.
         losses = [state.start["dev_loss"], *(epoch["dev_loss"] for epoch in state.history)]
         waited = state.epoch - max(state.chosen_epoch, losses.index(min(losses)))
@@ -258,10 +298,12 @@ class Trainer:
         state.epoch += 1
         state.position, state.epoch_loss_sum, state.epoch_loss_count, state.epoch_seconds = 0, 0.0, 0.0, 0.0
 
-    def _consider(self, found: Evaluation, *, epoch: int) -> None:
-        """Keep the vectors and weights if they are the best so far, by :data:`CHOICE_RULE`."""
+    def _consider(self, found: Evaluation, judged: Mapping[str, float], *, epoch: int) -> None:
+        """Keep the vectors and weights if they are the best so far, by :attr:`choice_rule`."""
         self.learner.check_loss(found.loss, f"the development loss became {found.loss} in epoch {epoch}")
-        if (found.score, -found.loss) > (self.state.best_score, -self.state.best_loss):
+        value = next(iter(judged.values()), -1.0)
+        if self._rank(found.score, found.loss, value) > self.rank:
+            self.state.best_value = value
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
             self.best_vectors = self.learner.vectors()
             if self.kept is not None and self._writes:

@@ -71,7 +71,7 @@ def _show_rules() -> None:
     table = terminal.table("name", "records", "manual template (--manual)", "what", narrow=True)
     for name, rule in RULES.items():
         counts = "/".join(str(len(rule.rows(split))) for split in SPLITS)
-        table.add_row(name, counts, escape(rule.manual), escape(rule.title))
+        table.add_row(name, counts, escape(rule.manual) or "--chat", escape(rule.title))
     terminal.results().print(table)
 
 

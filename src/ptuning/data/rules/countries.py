@@ -7,6 +7,7 @@ list of what all patterns make of the content: any of them is right.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ class Pattern:
 
     def text(self, name: str, attributes: Attributes) -> str:
         """Return the text that says these attributes, in their order."""
-        country = f"the {name}" if _has_article(name) else name
+        country = article(name)
         made = [
             (self.opening if self.opening is not None and not at else self.clauses)[key].format(v=value, c=country)
             for at, (key, value) in enumerate(attributes)
@@ -95,7 +96,9 @@ PATTERNS = (
 
 def rows(split: str) -> list[dict[str, str | list[str]]]:
     """Return the rows of a part, in a drawn order."""
-    asked = [(name, chosen) for name, own in _countries().items() for chosen in _contents(name, own, split)]
+    asked = [
+        (name, chosen) for name, own in attributes_of_countries().items() for chosen in _contents(name, own, split)
+    ]
     return [_row(name, chosen, split) for name, chosen in shuffled(asked, "order")]
 
 
@@ -109,7 +112,8 @@ def texts(name: str, attributes: Attributes) -> list[str]:
     return every[first:] + every[:first]
 
 
-def _countries() -> dict[str, dict[str, str]]:
+@functools.cache
+def attributes_of_countries() -> dict[str, dict[str, str]]:
     """Return country -> its attributes, as far as the shipped facts have them."""
     found: dict[str, dict[str, str]] = {}
     for attribute, facts in ATTRIBUTES.items():
@@ -137,5 +141,7 @@ def _row(name: str, attributes: Attributes, split: str) -> dict[str, str | list[
     return {"content": content, "summary": said[0] if split == "train" else said}
 
 
-def _has_article(name: str) -> bool:
-    return name in ARTICLE or name.startswith(ARTICLE_STARTS) or name.endswith(ARTICLE_ENDS)
+def article(name: str) -> str:
+    """Return a country's name as it is said in a sentence, some with an article."""
+    has_article = name in ARTICLE or name.startswith(ARTICLE_STARTS) or name.endswith(ARTICLE_ENDS)
+    return f"the {name}" if has_article else name

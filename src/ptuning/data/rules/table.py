@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ptuning.data.rules import arithmetic, countries
+from ptuning.data.rules import arithmetic, countries, instructions
 
 RuleRow = Mapping[str, object]
 
@@ -16,7 +16,7 @@ class Rule:
 
     Args:
         title: What it is, in a few words.
-        manual: A manual template for it.
+        manual: A manual template for it; empty if it is conversations, which are learned with ``--chat``.
         rows: Part (train, dev or test) -> its rows.
         fields: New name -> name in the rows, as ``--field`` has it; ``y`` is the target.
     """
@@ -39,5 +39,10 @@ RULES: Mapping[str, Rule] = {
         "{input}, step by step: [Y]",
         arithmetic.rows,
         {"y": "output"},
+    ),
+    "instructions": Rule(
+        "conversations: questions about countries, answered in a sentence",
+        "",
+        instructions.rows,
     ),
 }
