@@ -76,8 +76,10 @@ def example_counts(task: Task, setup: Setup) -> list[int]:
 
 def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
     """Return a manual template with filled-in examples in front, one per line for a causal model. Tokenizers of masked
-    models drop line breaks, so these get spaces.
+    models drop line breaks, so these get spaces. A TemplateError if it reads a conversation.
     """
+    if manual.has_conversation:
+        raise TemplateError("examples in context are for templates of one turn; a conversation ([C]) has none")
     end = "\n" if kind == "causal" else " "
     shown = "".join(filled(manual.pieces, record) + end for record in examples)
     # Examples are whole sentences. In the question, a causal model does not see the text behind the target.

@@ -60,6 +60,7 @@ class Example:
         known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
             tokens stands there as one.
         turns_left_out: How many turns of a conversation were left out to fit.
+        named_end: Whether the template names what the target ends with.
     """
 
     token_ids: Ids
@@ -71,6 +72,7 @@ class Example:
     encoder_tokens: int = 0
     known: bool = True
     turns_left_out: int = 0
+    named_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -424,9 +426,8 @@ class BoundTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
-        return Example(
-            tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens, known=known
-        )
+        places = tuple(ids), tuple(slots), tuple(positions)
+        return Example(*places, target_ids, own, encoder_tokens=encoder_tokens, known=known, named_end=end is not None)
 
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
