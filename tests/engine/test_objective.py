@@ -395,7 +395,7 @@ def test_label_words_that_are_the_same_tokens_are_refused_wherever_they_are_scor
 
 def test_an_end_that_the_template_names_weighs_as_any_token(causal: Backbone) -> None:
     """As a chat's does: who does not write it goes on to speak for the user."""
-    records = [{"x": "Kenya", "y": "Nairobi"}]
+    records: list[Record] = [{"x": "Kenya", "y": "Nairobi"}]
     (plain,), (named,) = (items_of(causal, f"[P*2] [X] is [Y]{end}", records) for end in ("", "</s>"))
     assert named.choices[0].target_ids[-1] == causal.tokenizer.special_ids["</s>"]
     own = named.choices[0].own_tokens

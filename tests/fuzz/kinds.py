@@ -597,6 +597,7 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
-        task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests, servers,
+        task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
+        servers,
     )
 }  # fmt: skip

@@ -102,8 +102,9 @@ def test_supervised_are_the_answers_and_their_ends(name: str) -> None:
     for turns, example in zip(answers, examples, strict=True):
         asked, told = written(name, turns[:-1], answer_next=True), written(name, turns, answer_next=False)
         assert told.startswith(asked)
-        begin = told.index(turns[-1].content, len(asked))  # behind the header, which belongs to the prompt
-        assert told[:begin].endswith(shape.header)
+        # Behind the header, which belongs to the prompt.
+        begin = told.index(shape.header, max(0, len(asked) - len(shape.header))) + len(shape.header)
+        assert told.startswith(turns[-1].content, begin)
         assert not told[len(asked) : begin].replace("<think>", "").replace("</think>", "").strip()
         end = begin + len(turns[-1].content) + len(shape.end)
         told = told if told[begin:].startswith(turns[-1].content + shape.end) else told + shape.end
