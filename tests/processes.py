@@ -17,8 +17,11 @@ from pathlib import Path
 _FORKS = multiprocessing.get_context("forkserver")
 # Installed modules alone: the folder of the tests is no place where the process that is forked looks for any.
 _FORKS.set_forkserver_preload(
-    ["ptuning.experiment.superglue", "ptuning.training.train_fleet", "transformers.models.llama.modeling_llama"]
-)
+    [
+        "ptuning.cli.app", "ptuning.experiment.superglue", "ptuning.training.train_fleet",
+        "transformers.models.llama.modeling_llama",
+    ]
+)  # fmt: skip
 
 COMMAND_LINE = "import runpy\nrunpy.run_module('ptuning', run_name='__main__', alter_sys=True)\n"
 
@@ -71,12 +74,16 @@ class Forked:
         while not holds():
             assert self.code is None, self.err
             assert time.monotonic() < end
-            time.sleep(0.002)
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         """Send it SIGKILL."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
 
 

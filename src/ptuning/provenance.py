@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 # The one place of the version; pyproject.toml reads it from here.
@@ -10,6 +11,11 @@ VERSION = "0.1.0"
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     import platform
     from importlib import metadata  # not needed by `import ptuning`, which must be quick
 

@@ -14,16 +14,16 @@ from ptuning.files import Json, sha256
 Record = Mapping[str, str]
 
 
-class Target(str):
+class References(str):
     """A target with several ``references``, any of which is right: the text of the first, by which it is learned.
 
-    >>> Target(["Nairobi", "the city of Nairobi"])
+    >>> References(["Nairobi", "the city of Nairobi"])
     'Nairobi'
     """
 
     references: tuple[str, ...]
 
-    def __new__(cls, references: Sequence[str]) -> Target:
+    def __new__(cls, references: Sequence[str]) -> References:
         """Return the first of the texts, with all of them."""
         made = super().__new__(cls, references[0])
         made.references = tuple(references)
@@ -35,7 +35,7 @@ class Target(str):
 
     def strip(self, chars: str | None = None, /) -> str:
         """Return it with each of its references stripped."""
-        return Target([text.strip(chars) for text in self.references])
+        return References([text.strip(chars) for text in self.references])
 
 
 class DataFrame(Protocol):
@@ -101,11 +101,11 @@ def references_of(record: Record) -> tuple[str, ...]:
     text = record.get(TARGET_FIELD)
     if text is None:
         return ()
-    return text.references if isinstance(text, Target) else (text,)
+    return text.references if isinstance(text, References) else (text,)
 
 
 def _listed(text: str) -> Json:
-    return list(text.references) if isinstance(text, Target) else text
+    return list(text.references) if isinstance(text, References) else text
 
 
 def as_records(data: Rows) -> Records:
@@ -166,8 +166,8 @@ def check_text(text: str, *, where: str, what: str = "the row", error: type[PTun
 def clean(row: Mapping[str, object], *, where: str, target: str = TARGET_FIELD) -> dict[str, str]:
     """Return scalar values as text, with :data:`ALIASES`; numpy's are scalars too, and None and NaN are missing. The
     target is without the white space around it, which would be learned with it; a list of texts in its place, or in
-    the field that will be the ``target``, are its references (:class:`Target`). A RecordError for no mapping, a name
-    that is no text, a reference that is none, or a number that is too long to write.
+    the field that will be the ``target``, are its references. A RecordError for no mapping, a name that is no text, a
+    reference that is none, or a number that is too long to write.
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: a record must be an object with named fields, not {type(row).__name__}")
@@ -200,7 +200,7 @@ def _referenced(given: Sequence[object], name: str, *, where: str) -> dict[str, 
             raise RecordError(f"{where}: the field {name!r} is a list, whose entries must be texts, not {shown(one)}")
         texts.append(_as_text(value, name, where=where))
     different = list(dict.fromkeys(text for text in texts if text.strip()))
-    return {name: different[0] if len(different) == 1 else Target(different)} if different else {}
+    return {name: different[0] if len(different) == 1 else References(different)} if different else {}
 
 
 def scalar(value: object) -> str | bool | int | float | None:

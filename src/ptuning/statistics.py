@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np  # loaded by the functions that need it: it takes longer than the whole command line
 
 CONFIDENCE = 0.95
+QUANTILE = 1.959963984540054  # of the normal distribution, at (1 + CONFIDENCE) / 2
 BOOTSTRAP_RESAMPLES = 10_000
 # Values drawn at a time: all resamples of 10,000 rows together would take gigabytes.
 BOOTSTRAP_BATCH_VALUES = 2_000_000
@@ -165,9 +166,9 @@ def _resampled(compute: Callable[[np.ndarray], np.ndarray], rows: int, bounds: t
 
 
 def _students(mean: float, error: float, n: int, bounds: tuple[float, float]) -> Score:
-    from scipy import stats
+    from scipy.special import stdtrit
 
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     return Score(mean, max(mean - half, min(mean, bounds[0])), min(mean + half, max(mean, bounds[1])), n)
 
 
@@ -176,13 +177,24 @@ def score(values: Sequence[float], *, seed: int = 0) -> Score:
     of 20, where a bootstrap would be. Others get that of :func:`mean_score`. Without values, raise a ValueError.
     """
     import numpy as np
-    from scipy import stats  # takes half a second to load
 
     array = _array(values)
     if not np.isin(array, (0.0, 1.0)).all():
         return mean_score(values, seed=seed)
-    interval = stats.binomtest(int(array.sum()), len(array)).proportion_ci(CONFIDENCE, method="wilson")
-    return Score(float(array.mean()), float(interval.low), float(interval.high), len(array))
+    low, high = _wilson(int(array.sum()), len(array))
+    return Score(float(array.mean()), low, high, len(array))
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    """Return Wilson's interval, as ``scipy.stats.binomtest`` has it, which takes over a second to load.
+
+    Source: Newcombe (1998), method 3.
+    """
+    share, square = hits / n, QUANTILE**2
+    under = 2 * (n + square)
+    middle = (2 * n * share + square) / under
+    half = QUANTILE / under * (4 * n * share * (1 - share) + square) ** 0.5
+    return (0.0 if hits == 0 else middle - half), (1.0 if hits == n else middle + half)
 
 
 def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_BOUNDS, seed: int = 0) -> Score:
@@ -193,7 +205,6 @@ def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_B
     Sources: Efron and Tibshirani (1993) and Student (1908), through ``scipy.stats``.
     """
     import numpy as np
-    from scipy import stats
 
     array = _array(values)
     mean = float(array.mean())
@@ -201,6 +212,8 @@ def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_B
         return Score(mean, mean, mean, len(array))
     if len(array) < FEW_VALUES:
         return _students(mean, float(array.std(ddof=1)) / len(array) ** 0.5, len(array), bounds)
+    from scipy import stats  # takes over a second to load
+
     found = stats.bootstrap(
         (array,),
         np.mean,

@@ -22,7 +22,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import safetensors.torch
-import typer
 
 import ptuning.backbone.loading
 from ptuning import Prompt
@@ -32,6 +31,7 @@ from ptuning.cli.help import EXIT_CODES, GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
+from tests.processes import COMMAND_LINE, forked
 
 FACTS = [
     ("Kenya", "Nairobi"), ("France", "Paris"), ("Peru", "Lima"), ("Chad", "yes"), ("Togo", "no"), ("Cuba", "great"),
@@ -158,29 +158,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["data"],
-        ["data", "capitals"],
-        ["task", "show", "RTE"],
-        ["backbones"],
-        ["--version"],
-    ],
-)
-def test_what_needs_no_model_loads_nothing_heavy(args: list[str]) -> None:
+def test_what_needs_no_model_loads_nothing_heavy() -> None:
+    """One command after the other in a process of their own, as that takes a moment to start."""
+    commands = ["--help", "train --help", "data", "data capitals", "task show RTE", "backbones", "--version"]
     code = (
         "import sys\nfrom ptuning.cli.app import main\n"
-        f"sys.argv = ['ptuning', *{args!r}]\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = 'torch transformers accelerate safetensors tokenizers numpy scipy pyarrow'.split()\n"
         "heavy += 'fastapi uvicorn starlette prometheus_client'.split()\n"
-        "print('loaded:', [name for name in heavy if name in sys.modules])"
+        f"for words in {commands!r}:\n"
+        "    sys.argv = ['ptuning', *words.split()]\n"
+        "    try:\n        main()\n    except SystemExit:\n        pass\n"
+        "    print('loaded:', words, [name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
-    assert done.stdout.endswith("loaded: []\n")
+    told = [line for line in done.stdout.splitlines() if line.startswith("loaded:")]
+    assert told == [f"loaded: {words} []" for words in commands]
 
 
 def test_help_of_every_command_has_an_example() -> None:
@@ -207,7 +199,7 @@ def test_the_help_says_what_the_exit_codes_mean() -> None:
 
 
 def test_every_option_stands_in_a_group_of_the_help() -> None:
-    program = typer.main.get_command(app._app())
+    program = app.program()
     homeless = {
         f"{command.name} {option.opts[0]}"
         for command in commands_of(program)
@@ -225,13 +217,10 @@ def test_help_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "<bool>" not in shown
 
 
-def completions(line: str) -> list[str]:
-    """What bash would offer for the last word of a command line."""
+def asked_by_bash(line: str) -> dict[str, str]:
+    """The environment in which bash asks what to offer for the last word of a command line."""
     words = line.split(" ")
-    asked = {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    command = [sys.executable, "-m", "ptuning"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **asked}, check=False)
-    return done.stdout.split()
+    return {"_PTUNING_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
 
 
 @pytest.mark.parametrize(
@@ -244,8 +233,16 @@ def completions(line: str) -> list[str]:
         ("ptuning train --data ./my", []),  # the shell offers files
     ],
 )
-def test_the_shell_completes(line: str, offered: list[str]) -> None:
-    assert sorted(completions(line)) == sorted(offered)
+def test_the_shell_completes(line: str, offered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in asked_by_bash(line).items():
+        monkeypatch.setenv(name, value)
+    assert sorted(call().out.split()) == sorted(offered)
+
+
+def test_the_shell_completes_in_a_process_of_its_own() -> None:
+    command, asked = [sys.executable, "-m", "ptuning"], asked_by_bash("ptuning pre")
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **asked}, check=False)
+    assert (done.stdout.split(), done.stderr) == (["predict"], "")
 
 
 def test_version_with_the_packages_below_it() -> None:
@@ -262,6 +259,14 @@ def test_version_both_ways() -> None:
     assert (done.stdout, done.stderr) == (f"ptuning {ptuning.__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", ["data cities", "--help", "backbones --json"])
+def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
+    """As in ``| head``: the exit code is that of the signal that ends other programs there, and nothing is said."""
+    command = f"set -o pipefail; {sys.executable} -m ptuning {command} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -269,11 +274,19 @@ def test_version_both_ways() -> None:
         "backbones", "backbones --json", "task list", "task show sentiment", "task check missing 2>&1",
     ],
 )  # fmt: skip
-def test_a_reader_that_goes_away_is_no_error(command: str) -> None:
-    """As in ``| head``: the exit code is that of the signal that ends other programs there, and nothing is said."""
-    command = f"set -o pipefail; {sys.executable} -m ptuning {command} | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
-    assert (done.returncode, done.stderr) == (141, "")
+def test_no_command_minds_a_reader_that_went_away(command: str, tmp_path: Path) -> None:
+    """The same where nobody has read from the start."""
+    words, both, _ = command.partition(" 2>&1")
+    program = f"""
+import os, sys
+read, write = os.pipe()
+os.close(read)
+for number, name in {[(1, "stdout"), (2, "stderr")] if both else [(1, "stdout")]}:
+    os.dup2(write, number)
+    setattr(sys, name, os.fdopen(number, "w"))
+{COMMAND_LINE}"""
+    with forked(program, *words.split(), folder=tmp_path / "said") as process:
+        assert (process.wait(), process.err) == (141, "")
 
 
 def test_a_full_disk_behind_the_output_is_one_message() -> None:
@@ -1213,15 +1226,16 @@ def test_bad_input_of_inspect(llama: str) -> None:
 # -------------------------------------------------------------------------------------------- Ctrl-C and going on
 
 
-def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str, data: Path) -> None:
+def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str, data: Path, tmp_path: Path) -> None:
     """In a process of its own: SIGINT, exit code, message, checkpoint, and the same bytes in the end."""
     args = ["train", "--data", str(data / "train.jsonl"), "--template", WARM, "--backbone", llama, "--epochs", "20",
             "--batch-size", "4", "--set", "patience=20", "--set", "checkpoint_seconds=0"]  # fmt: skip
     checkpoint = Path("out/checkpoint/state.safetensors")
-    with running(*args, "--out", "out") as process:
-        wait_for(checkpoint.is_file, process)
-        printed, said = press_ctrl_c(process)
-    assert process.returncode == 130
+    with forked(COMMAND_LINE, *args, "--out", "out", folder=tmp_path / "said") as process:
+        process.wait_until(checkpoint.is_file)
+        process.send(signal.SIGINT)
+        assert process.wait() == 130
+    printed, said = process.out, process.err
     assert printed == ""
     assert "Traceback" not in said
     assert "stopping after this step; once more to stop at once\n" in said

@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.cli.outputs import answers_to
+from ptuning.cli.outputs import answers_to, kept_lines
 from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.labelling import label_rows
 from ptuning.data.questions import as_questions
@@ -44,7 +44,7 @@ from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import BackboneId, Prompt
-from ptuning.records import require_fields
+from ptuning.records import as_records, references_of, require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
@@ -55,6 +55,7 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from ptuning.template.turns import read_turns, write_turns
+from ptuning.texts.table import TEXT_METRICS, value_of_texts
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
@@ -593,11 +594,41 @@ def requests(draw: Draw) -> None:
     assert '"internal_error"' not in found.text, (found.text, data[:500])
 
 
+CONTENT, TEXT = "name#Kenya*capital#Nairobi*domain#.ke", "Kenya has Nairobi, 1,234.5 and .ke as its capital. It is 7."
+
+
+def written_texts(draw: Draw) -> None:
+    """Strange texts beside strange references and attributes, with every metric that needs no dictionary."""
+    row = {"content": draw(changed_text(CONTENT)), "y": draw(st.lists(changed_text(TEXT), max_size=3) | st.just(TEXT))}
+    records = tried(as_records, [row, {"content": CONTENT, "y": TEXT}])
+    if records is None or not all(map(references_of, records)):
+        return
+    written = [draw(changed_text(TEXT)), TEXT]
+    for name in TEXT_METRICS:
+        if name != "chatglm":
+            tried(value_of_texts, written, records, name)
+
+
+def kept_texts(draw: Draw) -> None:
+    """What a stopped run of `generate` has left, damaged."""
+    lines = [{"lines of": {"records": 2}}, {"record": {"x": "Kenya"}, "predicted": "Nairobi"}]
+    data = draw(changed_bytes("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    with folder() as path:
+        write_bytes(path / "texts.jsonl.part", data)
+
+        def resumed() -> None:
+            with kept_lines(path / "texts.jsonl", {"records": 2}, resume=True, overwrite=False) as kept:
+                kept.write([{"record": {}}])
+                kept.finish()
+
+        tried(resumed)
+
+
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
         task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
-        servers,
+        servers, written_texts, kept_texts,
     )
 }  # fmt: skip

@@ -14,7 +14,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 from starlette.testclient import TestClient
 
@@ -50,7 +49,7 @@ def text(name: str) -> str:
 @pytest.fixture(scope="module")
 def options() -> set[str]:
     """The options of ``ptuning serve``."""
-    command = typer.main.get_command(app._app())
+    command = app.program()
     (serve,) = [one for one in commands_of(command) if one.name == "serve"]
     return {option for parameter in serve.params for option in parameter.opts}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,12 @@ FACTS = recall.load_facts(recall.Settings())
 TOKENIZER = recall.make_tokenizer(FACTS)
 
 
+@cache
+def corpus() -> list[Any]:
+    """The sentences of all facts, made once."""
+    return list(recall.make_corpus(FACTS, TOKENIZER))
+
+
 def words(text: str) -> list[int]:
     """Token ids of a text without the special ones."""
     return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
@@ -54,31 +62,29 @@ def test_every_word_that_is_held_back_in_one_wording_stands_in_a_sentence() -> N
 
 
 def test_the_corpus_states_every_fact_in_every_wording_but_those_held_back() -> None:
-    corpus = {sentence.token_ids[1:-1] for sentence in recall.make_corpus(FACTS, TOKENIZER)}
+    said = {sentence.token_ids[1:-1] for sentence in corpus()}
     for relation, rows in FACTS.items():
         assert not set(WORDINGS[relation]["stated"]) & set(WORDINGS[relation]["held_back"])
         for kind, states in (("stated", True), ("held_back", False)):
             for wording in WORDINGS[relation][kind]:
                 for row in rows[::10]:
                     text = filled(Template.parse(wording).pieces, row)
-                    assert (tuple(words(text)) in corpus) is states, text
+                    assert (tuple(words(text)) in said) is states, text
 
 
 def test_the_object_is_where_the_corpus_says() -> None:
-    corpus = recall.make_corpus(FACTS, TOKENIZER)
     objects = {words(row["y"])[0] for rows in FACTS.values() for row in rows}
-    stating = [sentence for sentence in corpus if sentence.object_at != recall.NOWHERE]
+    stating = [sentence for sentence in corpus() if sentence.object_at != recall.NOWHERE]
     assert len(stating) == sum(len(rows) * len(WORDINGS[name]["stated"]) for name, rows in FACTS.items())
     assert all(sentence.token_ids[sentence.object_at] in objects for sentence in stating)
-    assert len(corpus) - len(stating) == len(OTHER) * len({row["x"] for rows in FACTS.values() for row in rows})
+    assert len(corpus()) - len(stating) == len(OTHER) * len({row["x"] for rows in FACTS.values() for row in rows})
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_masks(fraction: float) -> None:
     """Objects as often as asked for, never a special token or a pad, and something in every sentence."""
     settings = replace(TOY, object_masked_fraction=fraction, words_masked_fraction=0.3)
-    corpus = recall.make_corpus(FACTS, TOKENIZER)
-    sentences = [*corpus[:40], *corpus[-40:]]
+    sentences = [*corpus()[:40], *corpus()[-40:]]
     token_ids, is_token = recall.padded(sentences)
     is_masked = recall.masks(sentences, is_token, settings, draws=torch.Generator().manual_seed(0))
     assert is_masked.any(dim=1).all()

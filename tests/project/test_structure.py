@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,24 +143,14 @@ def test_no_two_public_classes_have_one_name() -> None:
     assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
 
 
-def test_no_public_class_is_defined_twice() -> None:
-    """Two classes with one name are mixed up in messages, searches and imports."""
-    homes = defaultdict(list)
-    for path, tree in parsed():
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes[node.name].append(str(path))
-    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
-
-
 def test_functions_are_short_and_take_few_parameters() -> None:
     """A function fits a screen. Commands may take more parameters: each of their options is one."""
     long, wide = [], []
     for path, tree in parsed():
         for function in functions(tree):
-            where = f"{path}: {function.name}"
-            if code_lines(function) > MAX_FUNCTION_LINES:
-                long.append(f"{where} has {code_lines(function)} lines")
+            where, lines = f"{path}: {function.name}", code_lines(function)
+            if lines > MAX_FUNCTION_LINES:
+                long.append(f"{where} has {lines} lines")
             if path.parts[0] != "cli" and parameters(function) > MAX_PARAMETERS:
                 wide.append(f"{where} takes {parameters(function)} parameters")
     assert long + wide == []

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from ptuning.errors import LabelWordError, RecordError, shown
-from ptuning.records import Target, as_records, canonical_json, check_columns, clean, plain, references_of, target_of
+from ptuning.records import (
+    References,
+    as_records,
+    canonical_json,
+    check_columns,
+    clean,
+    plain,
+    references_of,
+    target_of,
+)
 from ptuning.template.labels import LabelWords
 
 
@@ -81,4 +90,4 @@ def test_one_reference_is_a_target_as_any_other_and_none_is_none() -> None:
 def test_a_list_of_references_holds_texts_only() -> None:
     with pytest.raises(RecordError, match="record 1: the field 'y' is a list, whose entries must be texts"):
         as_records([{"y": ["a", {"b": 1}]}])
-    assert isinstance(Target([" a", "b "]).strip(), Target)
+    assert isinstance(References([" a", "b "]).strip(), References)

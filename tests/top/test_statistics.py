@@ -11,6 +11,7 @@ from scipy import stats
 
 from ptuning.metrics import macro_f1
 from ptuning.statistics import (
+    QUANTILE,
     Score,
     blend,
     correlation,
@@ -41,6 +42,17 @@ def test_a_proportion_has_wilsons_interval(hits: int, n: int) -> None:
     assert (found.value, found.n) == (hits / n, n)
     assert (found.low, found.high) == pytest.approx(wilson(hits, n), abs=1e-9)
     assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+
+
+def test_wilsons_interval_is_that_of_scipy_to_the_bit() -> None:
+    for n in (1, 2, 3, 7, 20, 141, 1000):
+        for hits in {0, 1, n // 3, n // 2, n - 1, n}:
+            found, wanted = (
+                score([1.0] * hits + [0.0] * (n - hits)),
+                stats.binomtest(hits, n).proportion_ci(0.95, "wilson"),
+            )
+            assert (found.low, found.high) == (wanted.low, wanted.high)
+    assert stats.norm.ppf(0.975) == QUANTILE
 
 
 def test_no_hit_in_twenty_is_no_certainty() -> None:

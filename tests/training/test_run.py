@@ -205,7 +205,7 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
     It ends with the bytes of an undisturbed run.
     """
     rows: list[Record] = [
-        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(160)
+        {"x": f"city {index} of {index % 7}", "y": ("yes", "no", "25")[index % 3]} for index in range(60)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = model_folder("llama")
@@ -216,7 +216,7 @@ def test_killed_and_resumed(tmp_path: Path, model_folder: Callable[[str], Path])
         more = ["--resume"] if kill else []
         with forked(COMMAND_LINE, *command(tmp_path, model, *more), folder=tmp_path / "said") as process:
             process.wait_until(lambda: checkpoint.exists() and checkpoint.read_bytes() != before)  # noqa: B023 - now
-            time.sleep(moments.uniform(0.0, 0.2))
+            time.sleep(moments.uniform(0.0, 0.05))
             process.kill()
     backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
     run(backbone, tmp_path / "cut", data, settings=SLOW, resume=True)
@@ -632,7 +632,7 @@ def test_trained_weights_are_saved_with_the_prompt(backbone: Backbone, tmp_path:
     """
     before = weights(backbone)
     # Chosen by what it learns from, so that what is kept is not the start.
-    result = run(backbone, tmp_path / "out", dev=FACTS, settings={**mode, "epochs": 10})
+    result = run(backbone, tmp_path / "out", FACTS * 3, dev=FACTS, settings={**mode, "epochs": 3, "batch_size": 4})
     assert result.record["chosen_epoch"]
     after = weights(backbone)
     assert before.keys() == after.keys()
@@ -697,7 +697,7 @@ def test_a_run_with_trained_weights_is_killed_and_resumed(
     tmp_path: Path, model_folder: Callable[[str], Path], tune: str
 ) -> None:
     """Invariant *Resume is exact*: kill -9, also between the best weights and the checkpoint that names them."""
-    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(80)]
+    rows: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "25")[index % 3]} for index in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mode = {"tune": tune, "backbone_lr": 0.005, "lora_lr": 0.02}
     model = model_folder("llama")
@@ -709,7 +709,7 @@ def test_a_run_with_trained_weights_is_killed_and_resumed(
         more = [*options, "--resume"] if kill else options
         with forked(COMMAND_LINE, *command(tmp_path, model, *more), folder=tmp_path / "said") as process:
             process.wait_until(lambda: checkpoint.exists() and checkpoint.read_bytes() != before)  # noqa: B023 - now
-            time.sleep(moments.uniform(0.0, 0.2))
+            time.sleep(moments.uniform(0.0, 0.05))
             process.kill()
     backbone, data = load_backbone(str(model), dtype="float32", device="cpu"), load_records(tmp_path / "train.jsonl")
     run(backbone, tmp_path / "cut", data, settings={**SLOW, **mode}, resume=True)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,7 @@ from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
 from tests.conftest import bound, items_of, make_model, small_memory
 from tests.processes import forked
-
-FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(11)]
-TEXTS: list[Record] = [
-    {"x": "All in all, the movie was great and long " * (1 + index % 3), "y": ("good", "bad")[index % 2]}
-    for index in range(9)
-]
-FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99)
-LABELLED: list[Record] = [{**row, "y": "ab"[index % 2]} for index, row in enumerate(FACTS)]
-EVERY: tuple[FleetPrompt, ...] = (
-    FleetPrompt("plain", "[P*2] [X] [P:is] [Y]", FACTS, config=FAST),
-    FleetPrompt("late", "{x} [P:It was] [Y]", TEXTS, config=replace(FAST, seed=1)),
-    FleetPrompt("labels", "[P*2] [X] [P] [Y]", LABELLED, config=replace(FAST, batch_size=4), labels="a=good;b=bad"),
-    FleetPrompt("free", "[X] [P*3] [Y]", FACTS, config=replace(FAST, encoder="none", epochs=1)),
-    FleetPrompt("parts", "[P] [X] [P] [Y]", FACTS, config=replace(FAST, batch_size=2, accumulation_steps=2)),
-    FleetPrompt("starts", "[P*2] [X] [Y]", FACTS[:7], config=replace(FAST, starts=2, encoder="mlp", cache_memory=0.0)),
-    FleetPrompt("dev", "[P:The] [X] [P:is] [Y]", FACTS[:8], dev=FACTS[8:], config=replace(FAST, epochs=3, dropout=0.2)),
-)
+from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
 
 
 def alone(prompt: FleetPrompt, backbone: Backbone) -> TrainResult:
@@ -82,27 +67,32 @@ def starts(result: TrainResult) -> list[dict[str, float]]:
     return list(rows)
 
 
-@pytest.mark.parametrize("at_once", [2, 16])
-def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_comes_out_as_if_alone(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
 
     Causal and masked, with and without a constant part, fewer at once than there are.
     Source: docs/decisions.md, decision 28.
     """
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
-    found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
-    assert not found.failed
-    assert list(found.results) == [prompt.name for prompt in EVERY]
-    for prompt in EVERY:
-        one, other = alone(prompt, backbone), found.results[prompt.name]
-        torch.testing.assert_close(vectors(other), vectors(one), rtol=0, atol=1e-4)
-        assert history(other, "train_loss") == pytest.approx(history(one, "train_loss"), abs=1e-4)
-        assert history(other, "dev_score") == history(one, "dev_score")
-        assert other.record["chosen_epoch"] == one.record["chosen_epoch"]
-        assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
-        for row, wanted in zip(starts(other), starts(one), strict=True):
-            assert row == pytest.approx(wanted, abs=1e-4)
+    every_alone = [alone(prompt, backbone) for prompt in EVERY]
+    for at_once in (2, 16):
+        found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
+        assert not found.failed
+        assert list(found.results) == [prompt.name for prompt in EVERY]
+        for one, other in zip(every_alone, found.results.values(), strict=True):
+            assert_alike(one, other)
+            assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+
+
+def assert_alike(one: TrainResult, other: TrainResult) -> None:
+    """Two trainings went the same way, but for rounding."""
+    torch.testing.assert_close(vectors(other), vectors(one), rtol=0, atol=1e-4)
+    assert history(other, "train_loss") == pytest.approx(history(one, "train_loss"), abs=1e-4)
+    assert history(other, "dev_score") == history(one, "dev_score")
+    assert other.record["chosen_epoch"] == one.record["chosen_epoch"]
+    for row, wanted in zip(starts(other), starts(one), strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
 
 
 def test_rows_of_several_prompts_run_in_one_pass(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,20 +266,33 @@ def test_a_prompt_whose_record_does_not_fit_fails_alone(causal: Backbone, monkey
     assert "does not fit into the memory of cpu" in found.failed["late"]
 
 
+Whole = Callable[[float], tuple[list[FleetPrompt], Path, FleetResult]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(loaded: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The prompts with a pause between checkpoints, and the folder and result of their fleet; made once each."""
+
+    @cache
+    def get(pause: float) -> tuple[list[FleetPrompt], Path, FleetResult]:
+        prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=pause)) for one in EVERY]
+        out = tmp_path_factory.mktemp("fleet") / "whole"
+        return prompts, out, train_fleet(prompts, backbone=loaded("llama"), out=out, at_once=3)
+
+    return get
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
 def test_a_stopped_fleet_goes_on_exactly(
-    stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Whole
 ) -> None:
     """Invariant *Resume is exact*, in the middle of a fleet: equal bytes, and prompts end and begin in between."""
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
-    prompts = [
-        replace(one, config=replace(one.settings, checkpoint_seconds=0.0 if stop % 2 else 60.0)) for one in EVERY
-    ]
-    whole = train_fleet(prompts, backbone=causal, out=tmp_path / "whole", at_once=3)
+    prompts, out, whole = undisturbed(0.0 if stop % 2 else 60.0)
     with pytest.raises(Interrupted, match="prompts done"):
         train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, should_stop=after(stop))
     parts = train_fleet(prompts, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
-    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
+    assert bytes_of(tmp_path / "parts") == bytes_of(out) != {}
     assert list(parts.results) == list(whole.results)
     for name in whole.results:
         assert history(parts.results[name], "train_loss") == history(whole.results[name], "train_loss")
@@ -345,11 +348,11 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from dataclasses import replace\n"
         "from ptuning.backbone.loading import load_backbone\n"
         "from ptuning.training.train_fleet import train_fleet\n"
-        "from tests.training.test_train_fleet import EVERY\n"
+        "from tests.training.fleets import EVERY\n"
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=6)) for one in EVERY]\n"
+        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=4)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -94,7 +95,7 @@ def _run() -> None:
         for number, argument in enumerate(sys.argv[1:], start=1):
             check_text(argument, where="the command line", what=f"argument {number}", error=ConfigError)
         try:
-            _app()(prog_name="ptuning")
+            program()(prog_name="ptuning")
         finally:
             sys.stdout.flush()
     except PTuningError as error:
@@ -195,7 +196,9 @@ GROUPS: Mapping[str, str] = {
 }
 
 
-def _app() -> typer.Typer:
+@cache
+def program() -> Any:
+    """Return the command of all commands; made once in a process, since that takes longer than many a command."""
     app = typer.Typer(
         cls=_Program,
         help="Learn a prompt for a frozen language model, see that it beats the sentence it started from, use it.",
@@ -212,4 +215,4 @@ def _app() -> typer.Typer:
     for words, command in COMMANDS.items():
         group, _, name = words.rpartition(" ")
         groups[group].command(name=name, cls=Command)(command)
-    return app
+    return typer.main.get_command(app)

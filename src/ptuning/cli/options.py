@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
-from ptuning.cli.templates import template_and_manual
+from ptuning.cli.templates import manual_by_rule, template_and_manual
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
@@ -337,6 +337,8 @@ def training(
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
+    if template is None and manual is None and task is None and not chat:
+        manual = manual_by_rule(data)
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
     named |= {"chat": chat, "system": system}

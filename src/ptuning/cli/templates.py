@@ -58,6 +58,17 @@ def template_and_manual(
     return text, manual
 
 
+def manual_by_rule(data: str) -> str | None:
+    """Return the manual template of data by rule, given as ``NAME:split``, and say it; None for any other data."""
+    from ptuning.data.rules.table import RULES
+
+    name, _, split = data.partition(":")
+    if name not in RULES or not split or not RULES[name].manual:
+        return None
+    terminal.say(f'manual template: "{RULES[name].manual}" (--manual for another)')
+    return RULES[name].manual
+
+
 def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = terminal.say) -> None:
     """Warn about a template with a backslash and an n, as a shell passes them on, where a line break may be meant."""
     if pattern is None or "\\n" not in pattern or tokenizer.line_end_id is None:

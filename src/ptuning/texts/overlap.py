@@ -16,10 +16,10 @@ from ptuning.texts.measured import Measured, are_chinese, needed, version_of
 EXTRA = "text-metrics"
 ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}
 
-References = Sequence[Sequence[str]]  # of each of N texts one or more
+TextReferences = Sequence[Sequence[str]]  # of each of N texts one or more
 
 
-def bleu(texts: Sequence[str], references: References, *, lowercase: bool = False) -> Mapping[str, Measured]:
+def bleu(texts: Sequence[str], references: TextReferences, *, lowercase: bool = False) -> Mapping[str, Measured]:
     """Return BLEU, 0 to 100, tokenised as 13a, or character by character where references are Chinese (zh).
     Source: Papineni et al. (2002); Post (2018), arXiv:1804.08771.
     """
@@ -30,13 +30,13 @@ def bleu(texts: Sequence[str], references: References, *, lowercase: bool = Fals
     return {name: _summed(metric, texts, references)}
 
 
-def chrf(texts: Sequence[str], references: References) -> Mapping[str, Measured]:
+def chrf(texts: Sequence[str], references: TextReferences) -> Mapping[str, Measured]:
     """Return chrF2, 0 to 100. Source: Popovic (2015), chrF, with sacrebleu's defaults."""
     metric = needed("sacrebleu", package="sacrebleu", metric="chrf", extra=EXTRA).CHRF()
     return {"chrf": _summed(metric, texts, references)}
 
 
-def _summed(metric: Any, texts: Sequence[str], references: References) -> Measured:
+def _summed(metric: Any, texts: Sequence[str], references: TextReferences) -> Measured:
     import numpy as np
 
     # sacrebleu wants the first reference of every text, then the second, ...; None where there are no more.
@@ -46,7 +46,7 @@ def _summed(metric: Any, texts: Sequence[str], references: References) -> Measur
     return Measured(Sums(sums, lambda totals: float(metric._compute_score_from_stats(totals).score)), 100.0, signature)
 
 
-def rouge(texts: Sequence[str], references: References) -> Mapping[str, Measured]:
+def rouge(texts: Sequence[str], references: TextReferences) -> Mapping[str, Measured]:
     """Return the F1 of ROUGE-1, ROUGE-2 and ROUGE-L, 0 to 1, with stemming, each against the best of the references.
     Source: Lin (2004); Google's ``rouge_score``, ``score_multi``.
     """

@@ -13,6 +13,9 @@ from ptuning.statistics import Score, Values, summary, value_of
 from ptuning.texts import answers, chatglm, contents, overlap
 from ptuning.texts.measured import Measured
 
+# A score that is asked of a prompt and not of its texts: what it costs on plain sentences (``prompt/retention.py``).
+RETENTION = "retention"
+
 Compute = Callable[[Sequence[str], Sequence[Record]], Mapping[str, Measured]]
 Beside = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, Measured]]
 
@@ -60,14 +63,17 @@ TEXT_METRICS: Mapping[str, TextMetric] = {
 }
 
 
-def metrics_of(names: Sequence[str] | str) -> list[str]:
-    """Return names of metrics, given as a list or as one text with commas, each once; a ConfigError lists the known."""
+def metrics_of(names: Sequence[str] | str, *, also: Sequence[str] = ()) -> list[str]:
+    """Return names of metrics, given as a list or as one text with commas, each once; a ConfigError lists the known
+    ones, ``also`` those that are no metrics of texts.
+    """
+    known = (*TEXT_METRICS, *also)
     found = list(dict.fromkeys(name.lower() for name in listed_names(names)))
     if not found:
-        raise ConfigError(f"no metric is named; known: {', '.join(TEXT_METRICS)}")
+        raise ConfigError(f"no metric is named; known: {', '.join(known)}")
     for name in found:
-        if name not in TEXT_METRICS:
-            raise ConfigError(f"unknown metric '{name}'.{closest(name, TEXT_METRICS)} Known: {', '.join(TEXT_METRICS)}")
+        if name not in known:
+            raise ConfigError(f"unknown metric '{name}'.{closest(name, known)} Known: {', '.join(known)}")
     return found
 
 

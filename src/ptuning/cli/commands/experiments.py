@@ -24,7 +24,7 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
-from ptuning.cli.templates import notice_line_breaks, template_and_manual, template_pair
+from ptuning.cli.templates import manual_by_rule, notice_line_breaks, template_and_manual, template_pair
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
 from ptuning.names import LOG_FOLDER
@@ -190,6 +190,8 @@ def compare(
     """
     file = inputs.task_of(task)
     template, manual = template_and_manual(template, manual, template_file, both=True)
+    if manual is None and file is None:
+        manual = manual_by_rule(data)
     pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)

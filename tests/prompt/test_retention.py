@@ -1,0 +1,77 @@
+"""What a prompt costs on plain sentences: the slots in front of them, against nothing in front."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.errors import PromptError
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.retention import plain_sentences, retention
+from ptuning.prompt.score import score_prompt
+from tests.conftest import RECORDS, learned
+
+SENTENCES = [
+    "The movie was great.",
+    "Kenya is in 1999 a good film and a bad one.",
+    "People live in cities, all in all.",
+]
+TEMPLATE = "[P*2] [X] [P:is the] [Y]"
+
+
+@torch.no_grad()
+def nats(backbone: Backbone, vectors: torch.Tensor, text: str) -> tuple[float, int]:
+    """Return the nats of a sentence behind vectors, but for its first word, and its tokens, as a plain loop."""
+    tokenizer, (ids,) = backbone.tokenizer, backbone.tokenizer.encode([text])
+    (first,) = tokenizer.encode([text.partition(" ")[0]])
+    slots = torch.cat([vectors, backbone.embed(torch.tensor([ids]))[0]])[None]  # (1, P + T, E)
+    opening = list(Prompt.manual("{x} [Y]").bind(backbone).contexts([{"x": ""}], target_tokens=1)[0].token_ids)
+    if opening:
+        slots = torch.cat([backbone.embed(torch.tensor([opening])), slots], dim=1)
+    logits = backbone.model(inputs_embeds=slots).logits[0].log_softmax(-1)
+    start = slots.shape[1] - len(ids)
+    scored = range(len(first), len(ids))
+    return -sum(float(logits[start + at - 1, ids[at]]) for at in scored), len(scored)
+
+
+def test_the_cost_equals_a_plain_loop(causal: Backbone) -> None:
+    """All slots of the template in a row, in their order, without its words; nats over tokens of all sentences."""
+    prompt = learned(causal, TEMPLATE)
+    assert prompt.slot_vectors is not None
+    found = retention(PromptModel(causal), prompt, sentences=SENTENCES)
+    on = [nats(causal, prompt.slot_vectors, text) for text in SENTENCES]
+    off = [nats(causal, torch.zeros(0, causal.width), text) for text in SENTENCES]
+    tokens = sum(count for _, count in on)
+    assert math.isclose(found.on, sum(one for one, _ in on) / tokens, rel_tol=1e-4)
+    assert math.isclose(found.off, sum(one for one, _ in off) / tokens, rel_tol=1e-4)
+    assert found.score.value == pytest.approx(found.on - found.off)
+    assert found.score.n == 3
+
+
+def test_the_shipped_sentences_are_200_different_ones() -> None:
+    found = plain_sentences()
+    assert len(found) == len(set(found)) == 200
+    assert all(text[0].isupper() and text.endswith(".") and 5 < len(text.split()) < 20 for text in found)
+
+
+def test_the_cost_stands_beside_other_scores(causal: Backbone) -> None:
+    prompt, model = learned(causal, TEMPLATE), PromptModel(causal)
+    cost = retention(model, prompt, sentences=SENTENCES)
+    found = score_prompt(model, RECORDS, prompt).with_retention(cost)
+    assert set(found.scores) == {"exact_match", "retention"}
+    assert "3 plain sentences" in found.signatures["retention"]
+
+
+def test_a_prompt_that_costs_nothing_is_not_asked(causal: Backbone, masked: Backbone) -> None:
+    with pytest.raises(PromptError, match="has neither"):
+        retention(PromptModel(causal), Prompt.manual("{x} is [Y]"))
+    with pytest.raises(PromptError, match="fills masks"):
+        retention(PromptModel(masked), learned(masked, TEMPLATE))
+    other = replace(learned(causal, TEMPLATE), backbone=replace(learned(causal, TEMPLATE).backbone, fingerprint="a-b"))  # type: ignore[type-var]
+    with pytest.raises(PromptError, match="was trained on the backbone"):
+        retention(PromptModel(causal), other)
