@@ -13,7 +13,8 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError, RecordError, TemplateError
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
-from ptuning.template.fill import BoundTemplate, Example, TooLongError
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Template
 from ptuning.template.turns import ASSISTANT, USER, read_turns, write_turns
 from ptuning.template.turns import ChatTurn as Turn
@@ -148,7 +149,7 @@ def test_contents_never_become_markup(name: str) -> None:
         ]
         mild, example = (filled.examples([record_of(one)], with_stop=True)[0] for one in (turns, hostile))
         plain, own = (row_of(one, filled.slot_start_ids) for one in (mild, example))
-        assert str(raw.decode(example.target_ids[: example.own_tokens])).strip() == hostile[-1].content
+        assert str(raw.decode(list(example.target_ids[: example.own_tokens]))).strip() == hostile[-1].content
         assert [token for token in own if token in specials] == [token for token in plain if token in specials]
         text = "".join(str(raw.decode(own)).split())
         assert all("".join(turn.content.split()) in text for turn in hostile)
