@@ -33,7 +33,8 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 
 TEMPLATE = "[P*6] The capital of [X] is [Y]"
 SUBJECT_FIRST = "[X] is a country. Its capital is [Y]"

@@ -40,7 +40,8 @@ from ptuning.engine.objective import Item, target_items
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
 from ptuning.template import known
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 
 torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiting

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from ptuning.errors import ConfigError, closest
 
 EncoderKind = Literal["lstm", "mlp", "none"]
+DeepEncoderKind = Literal["none", "mlp"]
 RandomStart = Literal["random", "vocabulary"]
 Tune = Literal["frozen", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
@@ -48,6 +49,8 @@ SETTING_ALIASES: Mapping[str, str] = {
 
 # Settings of a part that only some methods train; all others act on every training.
 SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
+# Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
+DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only")
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
     "tuned": ("backbone_lr", "backbone_weight_decay"),
     "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
@@ -82,6 +85,13 @@ class TrainConfig:
         encoder: ``lstm`` (the paper's), ``mlp`` or ``none`` (free vectors).
         dropout: Of the prompt encoder.
         start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
+        deep_lr: Peak learning rate of deep slots, in shares of what tokens measure in each layer.
+        deep_encoder: ``none`` (free vectors) or ``mlp`` (prefix tuning's) for what deep slots learn in the layers.
+        column_dropout: Share of a block of deep slots in front that a row of training does not read, drawn anew for
+            each row and step; never its first column.
+        examples: Number of examples in ``[D:examples]``; fewer where they do not fit.
+        leave_one_out: Whether a training record that is among the examples does not read itself there.
+        values_only: Whether the keys of a block of deep slots stay as they start.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
         tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
             adapters on its linear layers.
@@ -121,6 +131,12 @@ class TrainConfig:
     encoder: EncoderKind = "lstm"
     dropout: float = 0.0
     start: RandomStart = "random"
+    deep_lr: float = 2e-3
+    deep_encoder: DeepEncoderKind = "none"
+    column_dropout: float = 0.1
+    examples: int = 16
+    leave_one_out: bool = True
+    values_only: bool = False
     starts: int = 1
     tune: Tune = "frozen"
     backbone_lr: float = 3e-5
@@ -144,20 +160,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), type(item.default))
-        for name in ("epochs", "batch_size", "max_length", "accumulation_steps", "starts", "patience", "lora_rank"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "max_length",
+            "accumulation_steps",
+            "starts",
+            "patience",
+            "lora_rank",
+            "examples",
+        ):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
+        for name in ("lr", "deep_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
             self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
-        for name in ("warmup_fraction", "dropout", "cache_memory"):
+        for name in ("warmup_fraction", "dropout", "column_dropout", "cache_memory"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         self._require("dev_fraction", 0 < self.dev_fraction < 1, "a number between 0 and 1")
         for name, choices in (
             ("encoder", get_args(EncoderKind)),
+            ("deep_encoder", get_args(DeepEncoderKind)),
             ("start", get_args(RandomStart)),
             ("tune", get_args(Tune)),
             ("keep", get_args(Keep)),

@@ -31,7 +31,7 @@ from ptuning.names import PREDICTIONS_FILE
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.segments import FILLS_MASKS
 from ptuning.training.trainer import Trainer
 from tests import families

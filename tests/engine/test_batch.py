@@ -14,7 +14,8 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.engine.batch import Side, collate, shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Template
 
 

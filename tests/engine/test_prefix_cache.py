@@ -19,7 +19,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.records import Record, as_records
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from tests.conftest import CAUSAL, bound, small_memory
 
 TEXTS: list[Record] = [
@@ -190,7 +190,7 @@ def test_it_is_read_from_the_disk_as_it_was_written(causal: Backbone, monkeypatc
         wanted = dict(kept._memory)
     monkeypatch.setattr(prefix_cache, "free_bytes", lambda _: 0)
     with prepared(causal, rows, disk_bytes=1 << 40) as cache:
-        found = cache._find(wanted)
+        found = cache.find(wanted)
         assert not cache.memory_bytes
     assert {part.dtype for part in found.values()} == {torch.bfloat16}
     assert all(torch.equal(found[ids], part) for ids, part in wanted.items())

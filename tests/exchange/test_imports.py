@@ -109,7 +109,7 @@ def write_folder(folder: Path, *, vectors: Any = None, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"peft_type": "PREFIX_TUNING"}, "keys and values for every layer"),
+        ({"peft_type": "CARTRIDGE"}, "keys and values in a form of its own"),
         ({"peft_type": "LORA"}, "adapters on layers of the model"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "a prompt for each of its tasks"),
         ({"peft_type": 7}, "'peft_type' must be text"),

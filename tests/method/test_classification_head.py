@@ -21,7 +21,8 @@ from ptuning.errors import BackboneError
 from ptuning.method.base import Setup, Task
 from ptuning.method.classification_head import Head, HeadModel, head_items, head_template, with_head
 from ptuning.method.registry import methods
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from tests.families import FAMILIES, built, tokenizer_of
 
 LABELS = TaskFile.parse(

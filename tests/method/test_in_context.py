@@ -12,12 +12,13 @@ from ptuning.data.questions import Questions, as_questions
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.method import in_context as in_context_module
 from ptuning.method.base import Setup, Solution, Task
-from ptuning.method.in_context import filled, in_context, with_examples
+from ptuning.method.in_context import in_context
 from ptuning.metrics import Answer
 from ptuning.prompt.answer import answer_records
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records
+from ptuning.template.examples import filled, with_examples
 from ptuning.template.language import Template
 from tests.conftest import bound
 from tests.method.test_manual import DEV, MANUAL, TRAIN, task

@@ -12,7 +12,7 @@ import torch
 
 import ptuning
 from ptuning.errors import FileError
-from ptuning.method.in_context import filled
+from ptuning.template.examples import filled
 from ptuning.template.language import Template
 from tests.conftest import ROOT, load_script
 

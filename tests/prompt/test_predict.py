@@ -30,7 +30,7 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Record
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.labels import LabelWords, Normalise
 from tests.conftest import CAUSAL, CONTEXT, MASKED, RECORDS, bound, learned, small_memory
 

@@ -30,7 +30,7 @@ from ptuning.errors import FileError, PromptError
 from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
-from ptuning.prompt.storage import REQUIRED_KEYS
+from ptuning.prompt.storage import DEEP_VERSION, REQUIRED_KEYS
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
 from ptuning.training.run import train
@@ -162,6 +162,68 @@ def test_a_manual_prompt_comes_back(tmp_path: Path, backbone: Backbone) -> None:
     assert PromptModel(backbone).target_logits(RECORDS, found)[0].isfinite().all()
 
 
+@pytest.fixture
+def deep(causal: Backbone, tmp_path: Path) -> Path:
+    """The folder of a prompt with deep slots in front and in the row."""
+    prompt = Prompt.from_token_ids("[D*2] [X] [D] [P] so [Y]", [5, 6, 7, 8], causal)
+    assert prompt.deep is not None
+    noise = torch.Generator().manual_seed(0)
+    learned_deep = prompt.deep.map(lambda one: one + torch.randn(one.shape, generator=noise))
+    replace(prompt, deep=learned_deep).save(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+def test_deep_slots_come_back_in_a_format_of_their_own(causal: Backbone, deep: Path) -> None:
+    manifest = json.loads((deep / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert manifest["format_version"] == DEEP_VERSION
+    layers = causal.deep.layers
+    assert manifest["deep"] == {"slots": 3, "block": 2, "lead": manifest["deep"]["lead"], "of": [0], "layers": layers}
+    names = set(safetensors.torch.load_file(deep / VECTORS_FILE))
+    assert names == {VECTORS_KEY} | {f"deep.{at}.{part}" for at in range(layers) for part in ("keys", "values")} | {
+        f"deep.{at}.inputs" for at in range(1, layers)
+    }
+    found = Prompt.load(deep)
+    assert found.deep is not None
+    again = deep.parent / "again"
+    found.save(again)
+    assert (again / VECTORS_FILE).read_bytes() == (deep / VECTORS_FILE).read_bytes()
+    model = PromptModel(causal)
+    assert model.predict(RECORDS[:3], found) == model.predict(RECORDS[:3], str(again))
+    assert found.without("slots").deep is None
+
+
+def test_a_damaged_layer_of_deep_slots(deep: Path) -> None:
+    tensors = safetensors.torch.load_file(deep / VECTORS_FILE)
+    for name in ("deep.0.keys", "deep.1.values", "deep.1.inputs"):
+        rewrite(deep, {key: value for key, value in tensors.items() if key != name})
+        with pytest.raises(PromptError, match=f"missing key '{name}'"):
+            Prompt.load(deep)
+        rewrite(deep, {**tensors, name: tensors[name][..., :-1, :].contiguous()})
+        with pytest.raises(PromptError, match=r"do not fit each other|another shape"):
+            Prompt.load(deep)
+        rewrite(deep, {**tensors, name: tensors[name] * torch.nan})
+        with pytest.raises(PromptError, match="the deep slots hold NaN"):
+            Prompt.load(deep)
+    rewrite(deep, {**tensors, "deep.99.keys": tensors["deep.0.keys"]})
+    with pytest.raises(PromptError, match=r"extra key 'deep\.99\.keys'"):
+        Prompt.load(deep)
+    rewrite(deep, tensors)
+    change(deep, template="[P*2] [X] [P] [P] so [Y]")
+    with pytest.raises(PromptError, match="has no deep slots"):
+        Prompt.load(deep)
+
+
+def test_a_prompt_with_deep_slots_of_another_shape_does_not_fit(causal: Backbone, deep: Path) -> None:
+    found = Prompt.load(deep)
+    assert found.deep is not None
+    assert found.deep.offsets is not None
+    wider = replace(found.deep, offsets=found.deep.offsets.repeat(1, 2, 1))
+    with pytest.raises(PromptError, match=r"are for \d+ layers of width \d+, and"):
+        replace(found, deep=wider).bind(causal)
+    with pytest.raises(PromptError, match="deep slots in front and 1 elsewhere"):
+        replace(found, deep=replace(found.deep, block=None)).bind(causal)
+
+
 def test_a_run_folder_stands_for_its_prompt(saved: Path) -> None:
     """``out`` of a run holds ``prompt/``; either may be named."""
     assert Prompt.load(saved.parent).template == Prompt.load(saved).template
@@ -216,7 +278,7 @@ def test_a_missing_manifest_key(saved: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, r"format version 3, and this ptuning reads 1 and 2; update ptuning"),
+        ({"format_version": 4}, r"format version 4, and this ptuning reads 1 to 3; update ptuning"),
         ({"format_version": 2}, r"prompt.json is damaged: 'weights' must be a table"),
         ({"slots": 4}, r"wrong shape \(3, 32\), and prompt.json says \(4, 32\)"),
         ({"width": 31}, r"wrong shape \(3, 32\), and prompt.json says \(3, 31\)"),

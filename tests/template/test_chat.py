@@ -13,7 +13,8 @@ from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError, RecordError, TemplateError
 from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
-from ptuning.template.fill import BoundTemplate, Example, TooLongError
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Template
 from ptuning.template.turns import ASSISTANT, USER, read_turns, write_turns
 from ptuning.template.turns import ChatTurn as Turn

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import RecordError, TemplateError
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.language import Field, Literal, Piece, Slots, Target, Template, TextSlots
 from ptuning.template.segments import Kind
 from tests.families import tokenizer_of

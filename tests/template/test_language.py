@@ -124,7 +124,7 @@ def problem_of(pattern: str) -> TemplateError | None:
         (
             "a [X",
             2,
-            "unclosed bracket; expected [P], [P*3], [P:words], [X], [C], [Y] or [>]; write [[ for",
+            "unclosed bracket; expected [P], [P*3], [P:words], [D], [D*3], [D:words], [X], [C], [Y] or [>]; write",
         ),
         ("a [Z] [Y]", 2, "unknown piece [Z]; expected [P]"),
         ("a [] [Y]", 2, "unknown piece []"),

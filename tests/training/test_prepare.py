@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
+from ptuning.engine.learned import Learned
+from ptuning.engine.passes import target_logits
+from ptuning.errors import ConfigError
+from ptuning.prompt.prompt import BackboneId, Prompt
 from ptuning.records import Records
-from ptuning.training.prepare import LONG_FIELD_TOKENS, Placement, place_slots
+from ptuning.training.prepare import LONG_FIELD_TOKENS, Placement, place_slots, prepare
+from ptuning.training.spec import TrainSpec
+from ptuning.training.step import Learner
 from tests.conftest import bound
 
 WORDS = "the movie was great and terrible " * 5
@@ -73,3 +80,61 @@ def test_the_cost_is_counted_without_a_word_about_what_a_causal_model_does_not_s
 
 def test_records_without_the_field_are_left_to_the_training_to_name(causal: Backbone) -> None:
     assert place(causal, records=Records([{"y": "good"}])) == Placement(place(causal, records=FACTS).template)
+
+
+CAPITALS = [
+    {"x": name, "y": city} for name, city in (("Kenya", "Nairobi"), ("Peru", "Lima"), ("a", "yes"), ("b", "no"))
+]
+
+
+@pytest.mark.parametrize("name", ["causal", "masked"])
+def test_examples_as_deep_slots_are_the_examples_in_context(name: str, request: pytest.FixtureRequest) -> None:
+    """Before training, with the same logits; each record of the training part does not read its own example."""
+    backbone: Backbone = request.getfixturevalue(name)
+    spec = TrainSpec(
+        "[D:examples] [P:The capital of] [X] [P:is] [Y]",
+        CAPITALS,
+        dev=[{"x": "Zürich", "y": "yes"}, {"x": "Kenya and Peru", "y": "no"}],
+        config=TrainConfig(examples=3, learn_to_stop=False),
+    )
+    prepared = prepare(spec, backbone)
+    drawn = prepared.items["train"]
+    assert sum(bool(item.inputs[0].unread) for item in drawn) == 3
+    start = Learner(backbone, prepared.bound, config=spec.settings).learned()
+    shown = Prompt(
+        prepared.bound.template, start.vectors, BackboneId.of(backbone), deep=start.deep[0], method="test"
+    ).without("slots")
+    assert str(shown.template).count("The capital of") == 4
+    words = shown.bind(backbone).examples(list(prepared.parts["dev"].records))
+    nothing = Learned.none(backbone.width)
+    with torch.no_grad():
+        found = target_logits(backbone, [item.inputs[0] for item in prepared.items["dev"]], start)
+        torch.testing.assert_close(found, target_logits(backbone, words, nothing), atol=1e-5, rtol=0)
+    # What a row does not read is its own example and nothing else.
+    own = next(item.inputs[0] for item in drawn if item.inputs[0].unread)
+    layout = prepared.bound.layout
+    hidden = [layout.every_start_id[layout.places(own.slot_positions).index(place)] for place in own.unread]
+    record = prepared.parts["train"][drawn.index(next(item for item in drawn if item.inputs[0] is own))].record
+    end = "\n" if backbone.kind == "causal" else ""
+    (line,) = backbone.tokenizer.encode([f"The capital of {record['x']} is {record['y']}{end}"])
+    assert hidden == line
+
+
+def test_too_few_or_too_long_examples(causal: Backbone) -> None:
+    def ask(examples: int, **settings: object) -> None:
+        config = TrainConfig(examples=examples).with_settings(settings)
+        prepare(TrainSpec("[D:examples] so [X] is [Y]", CAPITALS, dev=CAPITALS, config=config), causal)
+
+    with pytest.raises(ConfigError, match=r"shows 9 examples, and .* has 4 records to learn from; take fewer \(--ex"):
+        ask(9)
+    with pytest.raises(ConfigError, match=r"the 4 examples .* take \d+ tokens, .* take fewer \(--examples 1\)"):
+        ask(4, max_length=20)
+    ask(1, max_length=20)
+
+
+def test_deep_slots_without_words_start_at_tokens_of_the_data(causal: Backbone) -> None:
+    spec = TrainSpec("[D*3] [X] is [D] [Y]", CAPITALS, dev=CAPITALS)
+    bound = prepare(spec, causal).bound
+    known = {token for ids in causal.tokenizer.encode([one["x"] for one in CAPITALS]) for token in ids}
+    assert len(bound.layout.every_start_id) == 4
+    assert known.issuperset(bound.layout.every_start_id)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.config import EncoderKind, RandomStart, TrainConfig, derived_seed
+from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart, TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.engine import batch as batch_module
 from ptuning.engine import evaluate, prefix_cache
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices
+from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices, target_items
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import BackboneError, TrainingError
@@ -37,9 +37,11 @@ from ptuning.names import CHECKPOINT_FILE
 from ptuning.progress import NUMBERS, Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import BackboneId, Prompt
-from ptuning.records import Record
-from ptuning.template.fill import Example
+from ptuning.records import Record, as_records
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
+from ptuning.template.language import Template
 from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
@@ -47,6 +49,7 @@ from ptuning.training.step import Chunk, Step, measure_ceiling
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
+from tests.families import backbone_of
 from tests.processes import forked
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
@@ -307,6 +310,81 @@ def test_resume_is_exact(causal: Backbone, tmp_path: Path, kind: str, dropout: f
     assert without_seconds(again) == without_seconds(whole)
     assert again.state.start == whole.state.start
     assert again.state.chosen_epoch == whole.state.chosen_epoch
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("kind", ["none", "mlp"])
+def test_resuming_with_deep_slots_is_exact(tmp_path: Path, name: str, kind: DeepEncoderKind) -> None:
+    """Invariant *Resume is exact*, with columns that rows do not read; and *Frozen is frozen*."""
+    backbone = backbone_of(name)
+    template = Template.parse("[D:the city of] [P] [X] [D:is] so [Y]")
+    filled = BoundTemplate(
+        template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=backbone.reads_blocks, max_length=60
+    )
+    items = target_items(filled, as_records(FACTS), with_stop=True)
+    config = TrainConfig.from_json({**FAST, "deep_encoder": kind, "deep_lr": 0.05})
+
+    def make(folder: Path | None = None) -> Trainer:
+        return Trainer(backbone, filled, config=config, checkpoint=folder, identity={"data": "facts"})
+
+    before, whole = digest(backbone), make()
+    start = whole.learner.deep()
+    whole.fit(items, items[:4])
+    one = make(tmp_path)
+    with pytest.raises(Interrupted):
+        one.fit(items, items[:4], should_stop=lambda: one.state.step >= 4)
+    again = make(tmp_path)
+    assert again.load()
+    again.fit(items, items[:4])
+    ended, resumed = whole.learner.deep(), again.learner.deep()
+    assert start is not None
+    assert ended is not None
+    assert resumed is not None
+    assert again.best_deep is not None
+    assert whole.best_deep is not None
+    for tensor in ended.tensors:
+        assert torch.equal(ended.tensors[tensor], resumed.tensors[tensor])
+        assert torch.equal(whole.best_deep.tensors[tensor], again.best_deep.tensors[tensor])
+        assert not torch.equal(start.tensors[tensor], ended.tensors[tensor])
+    if start.block is not None:
+        lead = start.lead
+        assert torch.equal(start.block[:, :, :, :lead], ended.block[:, :, :, :lead])  # type: ignore[index]
+    assert without_seconds(again) == without_seconds(whole)
+    assert digest(backbone) == before
+
+
+def test_checkpointing_with_a_block_of_deep_slots_has_the_same_result(causal: Backbone) -> None:
+    filled = BoundTemplate(
+        Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
+    )
+    items = target_items(filled, as_records(FACTS), with_stop=True)
+    found = []
+    for checkpointing in (False, True):
+        one = Trainer(causal, filled, config=TrainConfig.from_json({**FAST, "checkpointing": checkpointing}))
+        one.fit(items, items[:4])
+        found.append(one.learner.deep())
+    plain, saved = found
+    assert plain is not None
+    assert saved is not None
+    assert plain.block is not None
+    assert torch.equal(plain.block, saved.block)  # type: ignore[arg-type]
+
+
+def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
+    filled = BoundTemplate(
+        Template.parse("[D:the city of] [X] is [Y]"), tokenizer=causal.tokenizer, kind=causal.kind, block=True
+    )
+    items = target_items(filled, as_records(FACTS), with_stop=True)
+    found = Trainer(causal, filled, config=TrainConfig.from_json({**FAST, "values_only": True}))
+    start = found.learner.deep()
+    found.fit(items, items[:4])
+    end = found.learner.deep()
+    assert start is not None
+    assert end is not None
+    assert start.block is not None
+    assert end.block is not None
+    assert torch.equal(start.block[:, 0], end.block[:, 0])
+    assert not torch.equal(start.block[:, 1], end.block[:, 1])
 
 
 def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -> None:

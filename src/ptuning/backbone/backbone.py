@@ -14,10 +14,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptuning.backbone.forward import HEAD, Forward, Memory
+from ptuning.backbone.forward import HEAD, Forward, Memory, Seen
+from ptuning.backbone.layers import LayerOffsets, listen
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
-from ptuning.backbone.probes import beside_pads, check_reading, follows_branches, same_logits, turning_length
+from ptuning.backbone.probes import (
+    DeepShape,
+    beside_pads,
+    check_reading,
+    deep_shape,
+    follows_branches,
+    reads_blocks,
+    same_logits,
+    turning_length,
+)
 from ptuning.backbone.randomness import own_draws
 from ptuning.backbone.tokenizer import (
     TextTokenizer,
@@ -291,6 +301,22 @@ class Backbone:
 
     @functools.cached_property
     @torch.no_grad()
+    def reads_blocks(self) -> bool:
+        """Whether rows can be read behind given keys and values of any tokens, some of them hidden (deep slots in
+        front). Found by running two rows. Positions must not depend on the row's length.
+        """
+        return self.shares_prefix and self.turn is None and reads_blocks(self)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def deep(self) -> DeepShape:
+        """How many layers take vectors in the columns of deep slots, and how wide these are. Found by running rows.
+        Raises a BackboneError with the reason if the layers of the model do not.
+        """
+        return deep_shape(self)
+
+    @functools.cached_property
+    @torch.no_grad()
     def pads_left(self) -> bool:
         """Whether rows can have pads on the left. Found by running one row with pads and without.
         They cannot if positions count from the first pad (BART) or a recurrent state reads every column (RWKV).
@@ -333,6 +359,8 @@ class Backbone:
         encoder_tokens: int = 0,
         memory: Memory | None = None,
         keep: bool = False,
+        offsets: LayerOffsets | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Tensor, Memory | None]:
         """Return asked float32 logits, (N, V) of the tokenizer's vocabulary or (N, K) of a head; and the KV cache.
 
@@ -346,7 +374,11 @@ class Backbone:
             encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
             memory: KV cache of earlier tokens (and the encoder's output: ``embeddings`` are then the decoder's).
             keep: Whether to return the KV cache, if the model has one.
+            offsets: Vectors to add to the inputs of layers.
+            seen: Called with the index of each layer on its side, and with its input.
         """
+        if offsets is not None or seen is not None:
+            listen(self.model)
         with _turning if self.turn is not None else contextlib.nullcontext():
             logits, memory = self._forward(
                 self.model,
@@ -359,25 +391,48 @@ class Backbone:
                 encoder_tokens=encoder_tokens,
                 memory=memory,
                 keep=keep,
+                offsets=offsets,
+                seen=seen,
             )
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
-    def run_prefix(self, embeddings: Tensor, *, positions: Tensor, rows: int) -> Memory:
-        """Run a prefix once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`.
-        Returns the KV cache of T tokens for B rows, as views of one row's. Gradients flow through it.
+    def run_prefix(
+        self,
+        embeddings: Tensor,
+        *,
+        positions: Tensor,
+        rows: int,
+        mask: Tensor | None = None,
+        memory: Memory | None = None,
+        offsets: LayerOffsets | None = None,
+    ) -> Memory:
+        """Run a prefix once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`; behind the ``memory`` of C
+        tokens, with the (1, C + T) mask of both. Returns the KV cache for B rows, as views of one row's. Gradients flow
+        through it.
         """
-        memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions)
+        mask = torch.ones_like(positions) if mask is None else mask
+        memory = self.remember(embeddings, mask=mask, positions=positions, memory=memory, offsets=offsets)
         for layer in memory.cache.layers:
             layer.keys = layer.keys.expand(rows, -1, -1, -1)  # type: ignore[union-attr]  # all are plain layers
             layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
         return memory
 
-    def remember(self, embeddings: Tensor, *, mask: Tensor, positions: Tensor) -> Memory:
+    def remember(
+        self,
+        embeddings: Tensor,
+        *,
+        mask: Tensor,
+        positions: Tensor,
+        memory: Memory | None = None,
+        offsets: LayerOffsets | None = None,
+    ) -> Memory:
         """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`; pads go on the right."""
         at = torch.zeros(1, dtype=torch.int64, device=embeddings.device)  # a head may fail on no position at all
-        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=at, cols=at, keep=True)
-        assert memory is not None
-        return memory
+        _, found = self.run(
+            embeddings, mask=mask, positions=positions, rows=at, cols=at, memory=memory, keep=True, offsets=offsets
+        )
+        assert found is not None
+        return found
 
 
 def _as_bfloat16_bytes(weight: Tensor) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
+from ptuning.backbone.layers import LayerOffsets, Walk, walking
 from ptuning.backbone.placement import replace_forward
 from ptuning.config import GenerationSettings
 from ptuning.errors import BackboneError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutput
 
 HEAD = "classification_head"
+Seen = Callable[[int, Tensor], None]  # gets the index of a layer, counted on its side, and its (B, T, H) input
 # So many rows of a head's weight are float32 at a time, which bounds the memory.
 HEAD_ROWS = 8192
 # The inputs that a model must take, and what goes wrong without them.
@@ -149,6 +151,8 @@ class Forward:
         encoder_tokens: int,
         memory: Memory | None,
         keep: bool,
+        offsets: LayerOffsets | None,
+        seen: Seen | None = None,
     ) -> tuple[Tensor, Memory | None]:
         """Run the model, or a copy of it; as :meth:`ptuning.backbone.backbone.Backbone.run`.
 
@@ -160,9 +164,11 @@ class Forward:
         if self.kind == "encoder-decoder":
             if memory is None:
                 encoded_mask = mask[:, :encoder_tokens]
-                encoded = model.get_encoder()(
-                    inputs_embeds=embeddings[:, :encoder_tokens], attention_mask=encoded_mask, return_dict=True
-                )
+                own = None if offsets is None else offsets.between(0, encoder_tokens)
+                with walking(self._walk(embeddings[:, :encoder_tokens], own, seen)):
+                    encoded = model.get_encoder()(
+                        inputs_embeds=embeddings[:, :encoder_tokens], attention_mask=encoded_mask, return_dict=True
+                    )
             else:
                 encoded, encoded_mask = memory.encoded, memory.encoded_mask
             inputs: dict[str, object] = {
@@ -172,6 +178,7 @@ class Forward:
                 "decoder_attention_mask": mask[:, encoder_tokens:],
             }
             cols = cols - encoder_tokens
+            offsets = None if offsets is None else offsets.between(encoder_tokens)
         else:
             inputs = {"inputs_embeds": embeddings, "attention_mask": mask}
         if self.takes_positions:
@@ -183,8 +190,15 @@ class Forward:
                 "use_cache": keep or memory is not None,
                 "past_key_values": None if memory is None else memory.cache,
             }
-        logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
+        with walking(self._walk(embeddings[:, encoder_tokens:], offsets, seen)):
+            logits, cache = self._run(model, inputs, embeddings, _Asked(rows, cols))
         return logits, Memory(cache, encoded, encoded_mask) if keep and cache is not None else None
+
+    def _walk(self, embeddings: Tensor, offsets: LayerOffsets | None, seen: Seen | None) -> Walk | None:
+        if offsets is None and seen is None:
+            return None
+        rows, width = embeddings.shape[:2]
+        return Walk(rows, width, self.kind == "permuted", offsets, seen)
 
     def _run(
         self, model: PreTrainedModel, inputs: dict[str, object], embeddings: Tensor, asked: _Asked

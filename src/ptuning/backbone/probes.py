@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.attention import HALF
-from ptuning.backbone.forward import Memory
+from ptuning.backbone.forward import Memory, Seen
+from ptuning.backbone.layers import LayerOffsets
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
@@ -55,6 +56,8 @@ class Probed(Protocol):
         encoder_tokens: int = 0,
         memory: Memory | None = None,
         keep: bool = False,
+        offsets: LayerOffsets | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Tensor, Memory | None]: ...
 
 
@@ -237,6 +240,95 @@ def _beside(backbone: Probed, last: int, other: int) -> Tensor:
         rows=torch.zeros(2, dtype=torch.int64, device=ids.device),
         cols=torch.tensor([1, 2], device=ids.device),
     )[0]
+
+
+class DeepShape(NamedTuple):
+    """Number of layers of the side with the most, and the width of their inputs."""
+
+    layers: int
+    width: int
+
+
+def deep_shape(backbone: Probed) -> DeepShape:
+    """Return what deep slots need to know of the layers. Found by running two rows, and adding vectors to the inputs of
+    one's layers at one column: the other row and (in a causal model) earlier columns must not change, and every layer's
+    vector must change what comes behind. Raises a BackboneError with the reason otherwise.
+    """
+    called = f"{backbone.name}: {type(backbone.model).__name__}"
+    ids = probe_ids(backbone).expand(2, 3)
+    both = backbone.kind == "encoder-decoder"
+    row = torch.cat([ids, ids], dim=1) if both else ids
+    widths: dict[int, int] = {}
+
+    def run(offsets: LayerOffsets | None = None, seen: Seen | None = None) -> Tensor:
+        positions = torch.arange(3, device=row.device).expand(2, 3)
+        logits, _ = backbone.run(
+            backbone.embed(row),
+            mask=torch.ones_like(row),
+            positions=torch.cat([positions, positions], dim=1) if both else positions,
+            rows=torch.arange(2, device=row.device).repeat_interleave(3),
+            cols=torch.arange(row.shape[1] - 3, row.shape[1], device=row.device).repeat(2),
+            encoder_tokens=3 if both else 0,
+            offsets=offsets,
+            seen=seen,
+        )
+        return logits.view(2, 3, -1)
+
+    def wide(layer: int, hidden: Tensor) -> None:
+        widths[layer] = hidden.shape[2]
+
+    cannot = f"{called} does not take deep slots (vectors of its layers)"
+    with running(cannot, do="write [P] for slots of the input"), evaluating(backbone.model):
+        plain = run(seen=wide)
+        if not widths or len(set(widths.values())) > 1:
+            raise ValueError(f"its layers are {sorted(set(widths.values())) or 'not a list'} wide")
+        width, layers = widths[0], len(widths)
+        at = torch.zeros(1, dtype=torch.int64, device=row.device)
+        for column in (1, 4) if both else (1,):
+            for layer in range(1, layers):
+                values = torch.zeros(1, layers - 1, width, device=row.device)
+                values[:, layer - 1] = torch.linspace(-1, 1, width, device=row.device) * 3
+                moved = run(LayerOffsets(at, at + column, values))
+                is_stray = not same_logits(backbone, moved[1], plain[1])
+                is_early = backbone.kind == "causal" and not same_logits(backbone, moved[0, :1], plain[0, :1])
+                if is_stray or is_early:
+                    raise ValueError("what is added in one column of a row changes other rows or earlier columns")
+                if torch.equal(moved[0], plain[0]):
+                    raise ValueError(f"what is added to the input of layer {layer + 1} changes nothing")
+    return DeepShape(layers, width)
+
+
+def reads_blocks(backbone: Probed) -> bool:
+    """Whether the last token of a row, behind the keys and values of the first two and beside a hidden one, gives the
+    logits of the whole row.
+    """
+    ids = probe_ids(backbone)
+    whole = _logits_of(backbone, ids.tolist(), [0, 1, 2], [2])
+    start, places = ids[None, :2], torch.arange(2, device=ids.device)[None]
+    try:
+        _, memory = backbone.run(
+            backbone.embed(start),
+            mask=torch.ones_like(start),
+            positions=places,
+            rows=places[0, :1],
+            cols=places[0, :1],
+            keep=True,
+        )
+        if memory is None or len({keys.shape for keys, _ in memory.layers} | {v.shape for _, v in memory.layers}) > 1:
+            return False
+        hidden = [tuple(nn.functional.pad(one, (0, 0, 1, 0), value=1.0) for one in pair) for pair in memory.layers]
+        zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        behind, _ = backbone.run(
+            backbone.embed(ids[None, 2:]),
+            mask=torch.tensor([[0, 1, 1, 1]], device=ids.device),
+            positions=zero[None] + 2,
+            rows=zero,
+            cols=zero,
+            memory=Memory.of(hidden),  # type: ignore[arg-type]  # pairs
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return False
+    return same_logits(backbone, behind, whole)
 
 
 @contextlib.contextmanager

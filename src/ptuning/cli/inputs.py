@@ -15,8 +15,9 @@ from ptuning.backbone import sources
 from ptuning.cli import terminal
 from ptuning.cli.chat import ANY_CHAT, check_system, conversations_of
 from ptuning.cli.options import AskedBackbone, TrainInputs, fields_of
-from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of
+from ptuning.cli.templates import notice_line_breaks, pattern_of, template_of, template_pair
 from ptuning.errors import BackboneError, ConfigError, FileError, RecordError, closest
+from ptuning.template.kinds import kind_of_prompt
 from ptuning.template.language import CONVERSATION_FIELD
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ptuning.prompt.asked import ToAnswer
     from ptuning.prompt.prompt import Prompt
     from ptuning.records import Records
+    from ptuning.template.language import Template
     from ptuning.template.segments import Kind
     from ptuning.training.spec import TrainSpec
 
@@ -136,6 +138,9 @@ def training_spec(
     named = [given.get(name) for name in ("template", "manual", "about", "pattern")]
     named[0] = ANY_CHAT if given.get("chat") else named[0]
     template = template_of(task, *named, option=option)
+    method = given.get("method")
+    if method is not None:
+        template = kind_of_prompt(method).template(_manual_of(given, task, option=option))
     sources = {"train": given["data"], "dev": given.get("dev")}
     parts = read_parts(sources, given.get("field"), task, reads=template.fields, once=once)
     spec = TrainSpec(
@@ -148,10 +153,21 @@ def training_spec(
         strict=bool(given.get("strict")),
         task=task,
         calibrate=given.get("calibrate"),
+        method=method,
     ).check()
     if spec.checked is not None:
         show_findings(spec.checked, once=once)
     return spec
+
+
+def _manual_of(given: Mapping[str, Any], task: TaskFile | None, *, option: str) -> Template:
+    """Return the manual template that a kind of prompt is made from; a ConfigError without one."""
+    if given.get("template") is not None or given.get("chat") or (given.get("manual") is None and task is None):
+        raise ConfigError(
+            f"{option}method makes its template from a manual one; give {option}manual (or {option}task), and neither "
+            f"{option}template nor {option}chat"
+        )
+    return template_pair(task, given.get("manual"), None, given.get("pattern"))[0]
 
 
 def read_parts(

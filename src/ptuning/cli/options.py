@@ -23,6 +23,8 @@ from ptuning.cli.templates import manual_by_rule, template_and_manual
 from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
+from ptuning.names import LEARNED
+from ptuning.template.kinds import KINDS, kind_of_prompt
 
 if TYPE_CHECKING:
     from ptuning.prompt.prompt import Prompt
@@ -275,6 +277,24 @@ def _map_of(text: str | None) -> str | dict[str, str | int] | None:
     return cast("dict[str, str | int]", found)
 
 
+KindOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"With --manual, another kind of prompt: {', '.join(KINDS)}.",
+        autocompletion=among(*KINDS),
+    ),
+]
+KeepOption = Annotated[
+    str,
+    typer.Option(
+        metavar="difference|whole",
+        help="How tuned weights are saved.",
+        autocompletion=among("difference", "whole"),
+    ),
+]
+
+
 @dataclass(frozen=True)
 class TrainInputs:
     """The inputs and settings of one training, before anything is read.
@@ -310,16 +330,11 @@ def training(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Records per pass.")] = SETTINGS.batch_size,
     max_length: MaxLengthOption = SETTINGS.max_length,
     lr: Annotated[float, typer.Option(metavar="F", help="Peak learning rate.")] = SETTINGS.lr,
+    method: KindOption = None,
+    examples: Annotated[int, typer.Option(metavar="N", help="Examples in [D:examples].")] = SETTINGS.examples,
     tune: TuneOption = SETTINGS.tune,
     backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            metavar="difference|whole",
-            help="How tuned weights are saved.",
-            autocompletion=among("difference", "whole"),
-        ),
-    ] = SETTINGS.keep,
+    keep: KeepOption = SETTINGS.keep,
     starts: StartsOption = SETTINGS.starts,
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for what stands in front of slots.")
@@ -337,14 +352,18 @@ def training(
 ) -> TrainInputs:
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
-    chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk}
+    chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk, "examples": examples}
     config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
+    if method == LEARNED:
+        method = None
+    if method is not None:
+        config = config.with_settings(kind_of_prompt(method).settings)
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
     if template is None and manual is None and task is None and not chat:
         manual = manual_by_rule(data)
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
-    named |= {"chat": chat, "system": system}
+    named |= {"chat": chat, "system": system, "method": method}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
 
 

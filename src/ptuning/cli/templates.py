@@ -104,7 +104,7 @@ def placed(
         return replace(spec, template=made)
     manual, task = given.get("manual"), spec.task
     notice_line_breaks(manual or given.get("template"), backbone.tokenizer, say=say)
-    if manual is None:
+    if manual is None or given.get("method") is not None:
         return spec
     questions = as_questions(spec.data)
     found = place_slots(

@@ -11,7 +11,8 @@ from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import PTuningError
 from ptuning.records import TARGET_FIELD
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import check_fields, check_targets
 from ptuning.template.language import Field, Template
 from ptuning.template.segments import Kind, Tokenizer

@@ -123,8 +123,11 @@ def check_fit(read: ReadPrompt, backbone: Backbone) -> Iterator[Check]:
             yield group.failed("tokenizer", error, remedy)
         return
     yield group.ok("backbone", "any: it has no slots" if own is None else f"this one ({own.fingerprint})")
-    yield group.ok("tokenizer", f"{bound.slots} slots, as it has vectors")
-    if prompt.slot_vectors is not None:
+    deep = (
+        "" if prompt.deep is None else f", {prompt.deep.count} deep slots in {prompt.deep.to_json()['layers']} layers"
+    )
+    yield group.ok("tokenizer", f"{bound.slots} slots, as it has vectors{deep}")
+    if prompt.slots:
         yield _norms(prompt, group, backbone)
     yield _answers(prompt, group, bound)
 

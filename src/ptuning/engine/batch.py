@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
+from ptuning.template.segments import Ids
 
 Side = Literal["left", "right"]
 
@@ -36,6 +37,7 @@ class Batch:
         logit_rows, logit_cols: (N,) int64; the scored positions, row by row; ``counts`` has their number in each row.
         shared_tokens: Number of leading columns that are the same in every row.
         encoder_tokens: Number of leading columns that the encoder reads; the decoder reads the others.
+        unread: For each row, which columns of what its prompt brings in front it does not read; empty if all do.
     """
 
     token_ids: Tensor
@@ -49,6 +51,7 @@ class Batch:
     counts: tuple[int, ...]
     shared_tokens: int = 0
     encoder_tokens: int = 0
+    unread: tuple[Ids, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -85,6 +88,10 @@ def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "
             )
     slot_rows, slot_cols, order = _flat([example.slot_positions for example in examples], starts, encoder)
     logit_rows, logit_cols, _ = _flat([example.logit_positions for example in examples], starts, encoder)
+    hidden = any(example.unread for example in examples)
+    for row, example in enumerate(examples) if hidden else ():
+        own_columns = [at - example.begun for at in example.unread if at >= example.begun]
+        mask[row, [at + starts[row] + (split - encoder[row] if at >= encoder[row] else 0) for at in own_columns]] = 0
     table = np.array(offsets, dtype=np.int64)
     begins_with_pads = bool(starts.any())
     return Batch(
@@ -99,13 +106,20 @@ def collate(examples: Sequence[Example], learned: Learned, *, pad_side: Side = "
         counts=tuple(len(example.logit_positions) for example in examples),
         shared_tokens=0 if begins_with_pads or split else shared_tokens(examples, learned),
         encoder_tokens=split,
+        unread=unread_of_blocks(examples) if hidden else (),
     )
+
+
+def unread_of_blocks(examples: Sequence[Example]) -> tuple[Ids, ...]:
+    """Return for each row which columns of what its prompt brings in front it does not read."""
+    return tuple(tuple(at for at in one.unread if at < one.begun) for one in examples)
 
 
 def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -> int:
     """Count the leading tokens and slots that are the same in all rows; without ``learned`` they have the same prompt.
 
-    They end before the first scored position, so that each row has at least one position of its own behind them.
+    They end before the first scored position, so that each row has at least one position of its own behind them. None
+    are shared behind what prompts bring in front, or where rows do not read all of them.
 
     Example:
         >>> rows = [Example((5, 0, 7, 9), (1,), (3,), (2,), 1), Example((5, 0, 8, 9), (1,), (3,), (2,), 1)]
@@ -113,6 +127,8 @@ def shared_tokens(examples: Sequence[Example], learned: Learned | None = None) -
         >>> shared_tokens(rows), shared_tokens(rows, two_prompts)
         (2, 1)
     """
+    if any(example.begun or example.unread for example in examples):
+        return 0
     first: list[int] = []
     shared: int | None = None
     offsets = [0] * len(examples) if learned is None else learned.layout(len(examples))[1]

@@ -16,7 +16,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
 from ptuning.engine.passes import run_batch, run_behind, target_logits
 from ptuning.template.alike import shared_length
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.segments import Ids
 
 

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
 from ptuning.records import Records
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import Ids

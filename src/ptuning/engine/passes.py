@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
-from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens
+from ptuning.backbone.layers import LayerOffsets
+from ptuning.engine.batch import Batch, Side, collate, one_sided, shared_tokens, unread_of_blocks
 from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
 from ptuning.engine.prefix_cache import Past, PrefixCache, row_behind
 from ptuning.errors import PromptError
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
+from ptuning.template.segments import Ids
 
 # A prefix is shared if that saves at least this many tokens: its own forward pass reads every weight once more.
 # Source: docs/decisions.md, decision 16 (with 56 saved tokens scoring is even, training 1.2 times faster with 60).
@@ -36,9 +38,32 @@ def inject(embeddings: Tensor, vectors: Tensor, batch: Batch) -> Tensor:
     return embeddings.index_put((batch.slot_rows, batch.slot_cols), chosen)
 
 
+def layer_offsets(batch: Batch, learned: Learned) -> LayerOffsets | None:
+    """Return what the deep slots of a batch add to the inputs of layers; None if there are none."""
+    found = learned.offsets()
+    if found is None:
+        return None
+    table, place = found
+    numbers = place.to(batch.slot_index.device)[batch.slot_index]  # (S,)
+    deep = numbers >= 0
+    return LayerOffsets(batch.slot_rows[deep], batch.slot_cols[deep], table[numbers[deep].to(table.device)])
+
+
+def block_past(
+    learned: Learned, rows: int, unread: Sequence[Ids] = (), *, dtype: torch.dtype | None = None
+) -> Past | None:
+    """Return the keys and values that prompts bring in front of B rows, of which each does not read some; None if they
+    bring none.
+    """
+    own = learned.blocks(rows) if learned.has_blocks else []
+    parts = {one[0]: one[1].to(dtype) for one in own if one is not None}
+    return Past.of(parts, [-1 if one is None else one[0] for one in own]).hiding(unread) if parts else None
+
+
 @dataclass(frozen=True)
 class Pass:
     """A forward pass: the rows as they were run, their embeddings (B, T, E) with slot vectors, and (N, V) logits.
+    ``offsets`` is what their deep slots add to the inputs of layers.
     ``memory`` is the KV cache for the next call of the backbone, if asked for and if the model has one; ``mask`` says
     which of its columns are tokens, (B, C + T) int64 behind C columns that were computed before.
     """
@@ -48,6 +73,7 @@ class Pass:
     logits: Tensor
     memory: Memory | None
     mask: Tensor
+    offsets: LayerOffsets | None = None
 
 
 def target_logits(
@@ -112,7 +138,12 @@ def run_pass(
     if cache is not None and cache.is_used and not backbone.model.training:
         texts = [cache.ids_of(example) for example in examples]
         if any(texts):
-            past = cache.past(texts)
+            parts: dict[Hashable, Tensor] = dict(cache.find(dict.fromkeys(ids for ids in texts if ids)).items())
+            names: list[Hashable] = list(texts)
+            for row, block in enumerate(learned.blocks(len(examples))):
+                if block is not None:
+                    names[row], parts[block[0]] = block[0], block[1].to(backbone.dtype)
+            past = Past.of(parts, names).hiding(unread_of_blocks(examples))
             examples = [row_behind(example, len(ids)) for example, ids in zip(examples, texts, strict=True)]
     return run_batch(backbone, collate(examples, learned, pad_side=pad_side), learned, past=past, keep=keep)
 
@@ -122,22 +153,40 @@ def run_batch(
 ) -> Pass:
     """Run rows that are padded already; ``past`` and ``keep`` as for :func:`run_embeddings`."""
     batch = batch.to(backbone.device)
+    if past is None:
+        past = block_past(learned, len(batch.counts), batch.unread, dtype=backbone.dtype)
     embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
-    logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep)
-    mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], dim=1)  # (B, C + T)
-    return Pass(batch, embeddings, logits, memory, mask)
+    offsets = layer_offsets(batch, learned)
+    logits, memory = run_embeddings(backbone, embeddings, batch, past=past, keep=keep, offsets=offsets)
+    return Pass(batch, embeddings, logits, memory, _behind(past, batch.mask), offsets)
+
+
+def _behind(past: Past | None, mask: Tensor) -> Tensor:
+    """Return the mask of rows, (B, T) or (B, 1, T, T), behind what was read before: (B, C + T) or (B, 1, T, C + T)."""
+    if past is None:
+        return mask
+    if mask.ndim == 2:
+        return torch.cat([past.mask, mask], dim=1)
+    return torch.cat([past.mask[:, None, None].expand(-1, 1, mask.shape[2], -1).bool(), mask], dim=3)
 
 
 def run_behind(backbone: Backbone, same: Sequence[Batch], learned: Learned) -> Iterator[Tensor]:
     """Run batches of one row each that begin alike, what they share once, and yield the logits of each, (N, V)."""
+    past = block_past(learned, 1, dtype=backbone.dtype)
     shared, layers = min(batch.shared_tokens for batch in same), None
     for one in same:
         batch = replace(one, shared_tokens=shared).to(backbone.device)
         embeddings = inject(backbone.embed(batch.token_ids), learned.vectors, batch)
+        offsets = layer_offsets(batch, learned)
         if layers is None and shared:
-            layers = backbone.run_prefix(embeddings[:, :shared], positions=batch.positions[:, :shared], rows=1).layers
+            layers = backbone.run_prefix(
+                embeddings[:, :shared],
+                positions=batch.positions[:, :shared],
+                rows=1,
+                offsets=None if offsets is None else offsets.between(0, shared),
+            ).layers
         memory = None if layers is None else Memory.of(layers)
-        yield run_embeddings(backbone, embeddings, batch, prefix=memory)[0]
+        yield run_embeddings(backbone, embeddings, batch, prefix=memory, past=past, offsets=offsets)[0]
 
 
 def run_embeddings(
@@ -148,21 +197,26 @@ def run_embeddings(
     past: Past | None = None,
     prefix: Memory | None = None,
     keep: bool = False,
+    offsets: LayerOffsets | None = None,
 ) -> tuple[Tensor, Memory | None]:
     """Run the (B, T, E) embeddings of a batch behind its ``past``, or a shared prefix once where that pays; ``prefix``
-    is the KV cache of the shared tokens, if they were run before.
+    is the KV cache of the shared tokens, if they were run before. ``offsets`` are added to the inputs of layers.
     Returns (N, V) float32 logits, row by row; and the KV cache, if asked for (``keep``; then no prefix is shared).
     """
     rows, shared, memory, mask, positions = len(batch.counts), 0, prefix, batch.mask, batch.positions
     if past is not None:
         memory = Memory.of(past.layers)
-        mask = torch.cat([past.mask, mask], dim=1)  # (B, C + T)
-        positions = positions + past.mask.sum(dim=1, keepdim=True)
+        mask, positions = _behind(past, mask), positions + past.tokens
     elif prefix is not None:
         shared = batch.shared_tokens
     elif not keep and runs_prefix_once(backbone, rows=rows, shared=batch.shared_tokens, longest=embeddings.shape[1]):
         shared = batch.shared_tokens
-        memory = backbone.run_prefix(embeddings[:1, :shared], positions=positions[:1, :shared], rows=rows)
+        memory = backbone.run_prefix(
+            embeddings[:1, :shared],
+            positions=positions[:1, :shared],
+            rows=rows,
+            offsets=None if offsets is None else offsets.between(0, shared, rows=1),
+        )
     return backbone.run(
         embeddings[:, shared:],  # (B, T - shared, E)
         mask=mask if mask.ndim == 2 else mask[:, :, shared:],
@@ -172,6 +226,7 @@ def run_embeddings(
         encoder_tokens=batch.encoder_tokens,
         memory=memory,
         keep=keep,
+        offsets=offsets if offsets is None or not shared else offsets.between(shared),
     )
 
 

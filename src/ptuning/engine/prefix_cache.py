@@ -18,7 +18,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches, collate, one_sided
 from ptuning.engine.learned import Learned
 from ptuning.engine.memory import in_parts
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.segments import Ids
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Past(NamedTuple):
-    """Keys and values before B rows, (B, H, C, D) each for every layer, and the mask over them, (B, C) int64."""
+    """Keys and values before B rows, (B, H, C, D) each for every layer, and the mask over them, (B, C) int64; each row
+    has ``tokens`` of them in front, (B, 1) int64, read or not.
+    """
 
     layers: list[tuple[Tensor, Tensor]]
     mask: Tensor
+    tokens: Tensor
 
     @classmethod
     def of(cls, parts: Mapping[Key, Tensor], names: Sequence[Key]) -> Past:
@@ -59,7 +62,16 @@ class Past(NamedTuple):
                     start = width - parts[name].shape[3]
                     whole[:, :, row, :, start:] = parts[name]
                     mask[row, start:] = 1
-        return cls([(keys, values) for keys, values in whole], mask)
+        return cls([(keys, values) for keys, values in whole], mask, mask.sum(dim=1, keepdim=True))
+
+    def hiding(self, unread: Sequence[Ids]) -> Past:
+        """Return the same for rows of which each does not read some of its own columns."""
+        if not any(unread):
+            return self
+        mask, starts = self.mask.clone(), (self.mask.shape[1] - self.tokens[:, 0]).tolist()
+        for row, columns in enumerate(unread):
+            mask[row, [starts[row] + column for column in columns]] = 0
+        return self._replace(mask=mask)
 
 
 class OnDisk(NamedTuple):
@@ -258,8 +270,10 @@ class PrefixCache:
             return None
         return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape).to(self.backbone.device)
 
-    def _find(self, wanted: Iterable[Ids]) -> dict[Ids, Tensor]:
-        """Return the keys and values of texts, (L, 2, H, C, D) each; those that are not cached are computed now."""
+    def find(self, wanted: Iterable[Ids]) -> dict[Ids, Tensor]:
+        """Return the keys and values of texts (:meth:`ids_of`), (L, 2, H, C, D) each; those that are not cached are
+        computed now.
+        """
         found: dict[Ids, Tensor] = {}
         missing = []
         for ids in wanted:
@@ -274,10 +288,6 @@ class PrefixCache:
             found |= dict(zip(group, self._run(group), strict=True))
         return found
 
-    def past(self, texts: Sequence[Ids]) -> Past:
-        """Return the keys and values of each row's text (:meth:`ids_of`; at least one is not empty) for a pass."""
-        return Past.of(self._find(dict.fromkeys(ids for ids in texts if ids)), texts)
-
 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of the device that a backbone runs on."""
@@ -287,7 +297,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cacheable_ids(example: Example) -> Ids:
-    """Return the token ids before the first slot, or before the first scored position in a row without slots."""
+    """Return the token ids before the first slot, or before the first scored position in a row without slots; none
+    behind what a prompt brings.
+    """
+    if example.begun:
+        return ()
     return example.token_ids[: min((*example.slot_positions[:1], *example.logit_positions[:1]))]
 
 
@@ -298,6 +312,7 @@ def row_behind(example: Example, start: int) -> Example:
         token_ids=example.token_ids[start:],
         slot_positions=tuple(position - start for position in example.slot_positions),
         logit_positions=tuple(position - start for position in example.logit_positions),
+        unread=tuple(position - start for position in example.unread),
     )
 
 

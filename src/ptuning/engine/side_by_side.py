@@ -11,8 +11,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import Memory
 from ptuning.engine.batch import Batch, collate
 from ptuning.engine.learned import Learned
-from ptuning.engine.passes import inject
-from ptuning.template.fill import Example
+from ptuning.engine.passes import inject, layer_offsets
+from ptuning.template.example import Example
 
 
 def run_side_by_side(
@@ -33,6 +33,7 @@ def run_side_by_side(
         rows=batch.logit_rows,
         cols=batch.logit_cols,
         memory=Memory.of(beginning),
+        offsets=layer_offsets(batch, learned),
     )
     return logits
 

@@ -18,7 +18,7 @@ def card_of(kind: str, form: Form, source: Source, written: Exported, found: Com
         ("form", f"{kind}: {form.about}"),
         ("template", _code(str(prompt.template))),
         ("backbone", f"{_code(backbone.name)}, fingerprint `{backbone.fingerprint}`"),
-        ("slots", str(prompt.slots)),
+        ("slots", str(prompt.every_slot)),
         (
             "largest difference of a log-probability",
             f"{found.largest:.2g}, n = {source.records} records of {source.data}, {backbone.loaded['dtype']}",

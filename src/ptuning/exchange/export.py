@@ -9,7 +9,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.probes import running
 from ptuning.data.questions import Questions
 from ptuning.errors import ExchangeError, closest
-from ptuning.exchange import added_tokens, embedding_lora, embeddings, gguf_copy, prompt_tuning
+from ptuning.exchange import added_tokens, embedding_lora, embeddings, gguf_copy, prefix_tuning, prompt_tuning
 from ptuning.exchange.card import card_of
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.rows import Comparison, Source, compare, source_of
@@ -50,6 +50,14 @@ def check_exportable(prompt: Prompt, kind: str) -> Form:
             "the prompt was trained together with weights of its backbone, and the export holds slots alone, which "
             "mean nothing without them; train it with --tune frozen"
         )
+    if prompt.deep is not None:
+        if kind != "peft":
+            raise ExchangeError(
+                "the prompt has deep slots ([D]), which are vectors in every layer, and this form holds vectors of the "
+                "input alone; take --as peft, or train it with [P] in their place"
+            )
+        prefix_tuning.check_prefix(prompt)
+        return prefix_tuning.FORM
     form.check(prompt.template)
     return form
 

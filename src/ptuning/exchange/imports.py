@@ -1,8 +1,10 @@
-"""Read a prompt that PEFT trained: PROMPT_TUNING and P_TUNING write the same one tensor, of virtual tokens."""
+"""Read a prompt that PEFT trained: PROMPT_TUNING and P_TUNING write the same one tensor, of virtual tokens, and
+PREFIX_TUNING one of their keys and values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.lora import CONFIG_FILE, WEIGHTS_FILE
 from ptuning.errors import ExchangeError
+from ptuning.exchange.prefix_tuning import deep_of
 from ptuning.exchange.prompt_tuning import VECTORS_KEY
 from ptuning.files import Unchecked, read_bytes, read_json
 from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.records import Record
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -24,15 +28,14 @@ from ptuning.template.segments import Ids
 
 MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES = 2**20, 2**31
 MOST_VIRTUAL_TOKENS = 2**16
-READ = {"PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning"}
+PREFIX = "prefix tuning"
+READ = {"PROMPT_TUNING": "prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": PREFIX}
 # What others hold, and why that is no prompt.
-KEYS_AND_VALUES = "holds keys and values for every layer, and a prompt holds vectors of the input alone"
 ADAPTERS = (
     "holds adapters on layers of the model and no virtual tokens; merge it into the model, and load that as a backbone"
 )
 OTHERS: Mapping[str, str] = {
-    "PREFIX_TUNING": KEYS_AND_VALUES,
-    "CARTRIDGE": KEYS_AND_VALUES,
+    "CARTRIDGE": "holds keys and values in a form of its own; save them as PREFIX_TUNING",
     "MULTITASK_PROMPT_TUNING": "holds a prompt for each of its tasks in factors; save the product for one task as "
     "PROMPT_TUNING",
     "CPT": "projects its vectors anew in every step; save what it ends with as PROMPT_TUNING",
@@ -43,7 +46,9 @@ OTHERS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder of PEFT holds: the name of its method and of its model, and (N, E) float32 vectors."""
+    """What a folder of PEFT holds: the name of its method and of its model, and (N, E) float32 vectors, or for prefix
+    tuning the numbers of all layers.
+    """
 
     method: str
     base_model: str | None
@@ -117,6 +122,8 @@ def import_prompt(
         TemplateError: If the template is malformed.
     """
     parsed = Template.parse(template) if isinstance(template, str) else template
+    if adapter.method == PREFIX:
+        return _import_prefix(adapter, parsed, backbone, label_words)
     if adapter.vectors.shape[1] != backbone.width:
         raise ExchangeError(
             f"the virtual tokens are {adapter.vectors.shape[1]} wide, and the embeddings of '{backbone.name}' "
@@ -133,14 +140,7 @@ def import_prompt(
     record = {name: name for name in parsed.fields}
     row = bound.contexts([record])[0]
     _check_slots(bound, row.slot_positions, len(adapter.vectors), skipped)
-    rest = list(row.token_ids[len(adapter.vectors) :])
-    text = bound.texts(record)[-1]
-    found = backbone.tokenizer.read(text, add_special_tokens=False)
-    if found != rest:
-        raise ExchangeError(
-            f"behind the slots the template '{parsed}' has the ids {rest}, and the tokenizer gives the text {text!r} "
-            f"the ids {found}, so PEFT reads another text; leave out the space behind the slots, or put one there"
-        )
+    _check_text(bound, backbone, record, list(row.token_ids[len(adapter.vectors) :]))
     return Prompt(
         parsed,
         adapter.vectors[skipped:].clone(),
@@ -148,6 +148,47 @@ def import_prompt(
         label_words,
         method=f"{adapter.method} of PEFT",
     )
+
+
+def _import_prefix(adapter: Adapter, template: Template, backbone: Backbone, label_words: LabelWords | None) -> Prompt:
+    """Return a prompt whose deep slots in front, ``[D*n]``, are PEFT's prefix."""
+    deep = deep_of(adapter.vectors, backbone, opening=backbone.tokenizer.prefix_ids)
+    bound = BoundTemplate(template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=True)
+    layout = bound.layout
+    if (layout.in_front, len(layout.slot_start_ids)) != (deep.in_front, 0):
+        raise ExchangeError(
+            f"the prefix has {deep.in_front} virtual tokens in front of all text, and the template '{template}' has "
+            f"{layout.in_front} deep slots in front and {len(layout.slot_start_ids)} other slots; begin it with "
+            f"[D*{deep.in_front}], and leave others out"
+        )
+    if layout.lead != deep.lead:
+        name = "".join(text for text, index in bound.tokenizer.special_ids.items() if index in layout.lead_ids)
+        raise ExchangeError(
+            f"PEFT puts its prefix in front of {name}, with which this tokenizer begins a text; write it behind the "
+            f"slots: [D*{deep.in_front}]{name}"
+        )
+    record = {name: name for name in template.fields}
+    _check_text(bound, backbone, record, list(bound.contexts([record])[0].token_ids))
+    return Prompt(
+        template,
+        torch.zeros(0, backbone.width),
+        BackboneId.of(backbone),
+        label_words,
+        method=f"{adapter.method} of PEFT",
+        deep=deep,
+    )
+
+
+def _check_text(bound: BoundTemplate, backbone: Backbone, record: Record, rest: Sequence[int]) -> None:
+    """Raise an ExchangeError if the text behind the slots has other ids than the row has there."""
+    text = bound.texts(record)[-1]
+    found = backbone.tokenizer.read(text, add_special_tokens=False)
+    if found != list(rest):
+        raise ExchangeError(
+            f"behind the slots the template '{bound.template}' has the ids {list(rest)}, and the tokenizer gives the "
+            f"text {text!r} the ids {found}, so PEFT reads another text; leave out the space behind the slots, or put "
+            "one there"
+        )
 
 
 def _begins_with(vectors: Tensor, ids: Ids, backbone: Backbone) -> bool:

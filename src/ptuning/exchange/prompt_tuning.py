@@ -20,7 +20,7 @@ from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.peft_files import check_peft, logits_at, read_adapter, write_adapter
 from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.template.language import Field, Slots, Template, TextSlots
 
 VECTORS_KEY = "prompt_embeddings"
@@ -31,7 +31,7 @@ def write(source: Source, folder: Path) -> Exported:
     check_peft()
     first = source.rows[0].example
     taken = max(first.slot_positions) + 1  # the same in every row
-    _check_rest(source, taken)
+    check_rest(source, taken)
     vectors = _virtual_tokens(source.backbone, first, source.vectors, taken)
     write_adapter(
         source,
@@ -49,7 +49,10 @@ def write(source: Source, folder: Path) -> Exported:
         SlotTokens(),
         lambda: _reader(source, folder, taken),
         lambda example: example.token_ids[taken:],
-        usage=_usage(source, taken),
+        usage=usage_of(
+            source,
+            f"{taken} virtual tokens: {len(source.vectors)} slots, and what else stands in front of the last one.",
+        ),
     )
 
 
@@ -63,7 +66,8 @@ def _check_in_front(template: Template) -> None:
         )
 
 
-def _check_rest(source: Source, taken: int) -> None:
+def check_rest(source: Source, taken: int) -> None:
+    """Raise an ExchangeError if a row has other ids behind its first ``taken`` ones than the text there, or none."""
     for row in source.rows:
         rest = list(row.input_ids[taken:])
         if not rest:
@@ -96,11 +100,12 @@ def _reader(source: Source, folder: Path, taken: int) -> Reader:
     return read
 
 
-def _usage(source: Source, taken: int) -> list[str]:
+def usage_of(source: Source, about: str) -> list[str]:
+    """Return lines of a card: what the virtual tokens are, and how PEFT reads them."""
     fields = {name: f"{{{name}}}" for name in source.prompt.template.fields}
     rest = source.bound.texts(fields)[-1]
     return [
-        f"{taken} virtual tokens: {len(source.vectors)} slots, and what else stands in front of the last one.",
+        about,
         "What follows is tokenised without special tokens: the first token of a text, if the tokenizer has one, is a",
         "virtual token already.",
         "",

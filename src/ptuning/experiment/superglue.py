@@ -21,7 +21,7 @@ from ptuning.experiment.plan import Plan, PlanOptions, run_jobs
 from ptuning.files import Json
 from ptuning.method.base import Task
 from ptuning.method.registry import METHODS
-from ptuning.names import ALL_METHODS, LEARNED
+from ptuning.names import ALL_METHODS, ALONG, LEARNED
 from ptuning.provenance import described
 from ptuning.report.results_file import Agreement, ChosenSetting, Results, TrainingWarning
 from ptuning.statistics import correlation
@@ -91,7 +91,7 @@ def superglue(
 
 def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[str]:
     """Return names of methods, where ``p-tuning`` is the method that trains its prompt together with ``tune``."""
-    learned = {method.tune: method.name for method in METHODS.values() if method.learns_slots and method.tune}
+    learned = {tune: LEARNED + along for tune, along in ALONG.items()}
     if tune not in learned:
         raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(get_args(Tune))}")
     asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)

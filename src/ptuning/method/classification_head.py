@@ -25,7 +25,8 @@ from ptuning.metrics import Answer
 from ptuning.prompt.answer import among_candidates
 from ptuning.prompt.predict import rank_classes
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind

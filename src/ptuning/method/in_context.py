@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.manual import prompt_solution
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import TARGET_FIELD, Record
-from ptuning.template.language import Field, Literal, Piece, Target, Template
+from ptuning.template.examples import with_examples
+from ptuning.template.language import Template
 
 # Numbers of examples to try, and how often each number is drawn. Each combination is one tried setting.
 IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
@@ -72,30 +72,6 @@ def example_counts(task: Task, setup: Setup) -> list[int]:
     room = min(setup.backbone.tokenizer.max_tokens, IN_CONTEXT_TOKENS) - max(lengths)
     fitting = [count for count in IN_CONTEXT_EXAMPLES if count * sum(lengths) / len(lengths) <= room]
     return fitting or [IN_CONTEXT_EXAMPLES[0]]
-
-
-def with_examples(manual: Template, examples: Sequence[Record], *, kind: str) -> Template:
-    """Return a manual template with filled-in examples in front, one per line for a causal model. Tokenizers of masked
-    models drop line breaks, so these get spaces.
-    """
-    end = "\n" if kind == "causal" else " "
-    shown = "".join(filled(manual.pieces, record) + end for record in examples)
-    # Examples are whole sentences. In the question, a causal model does not see the text behind the target.
-    pieces = (manual.without_tail()[0] if kind == "causal" else manual).pieces
-    if isinstance(pieces[0], Literal):
-        return Template((Literal(shown + pieces[0].text), *pieces[1:]))
-    return Template((Literal(shown), *pieces))
-
-
-def filled(pieces: Sequence[Piece], record: Record) -> str:
-    """Return the text of a manual template filled with a record's fields and target."""
-    texts = []
-    for piece in pieces:
-        if isinstance(piece, Literal):
-            texts.append(piece.text)
-        elif isinstance(piece, Field | Target):
-            texts.append(record[piece.name if isinstance(piece, Field) else TARGET_FIELD])
-    return "".join(texts)
 
 
 IN_CONTEXT = Method(

@@ -23,6 +23,7 @@ from ptuning.names import ALONG, LEARNED, MANUAL, RUN, remove
 from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.template.kinds import KINDS, PromptKind, in_front_of_learned
 from ptuning.template.language import Field, Literal, Piece, Target, Template
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
@@ -62,13 +63,16 @@ def tried_factors(tries: int) -> Sequence[float]:
     return TRIED_FACTORS[:tries]
 
 
-def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[FleetPrompt]:
+def _tried(
+    task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None
+) -> list[FleetPrompt]:
     """Return one training per tried learning rate, named after the folder of its files."""
-    setting = RATES[tune]
+    setting = _rate(tune, template)
+    config = setup.config if kind is None else setup.config.with_settings(kind.settings)
     # Without slots, further starts would differ in the order of the data only.
-    starts = setup.config.starts if template.has_slots else 1
-    same = replace(setup.config, seed=setup.seed, tune=tune, keep="difference", starts=starts)
-    rates = [getattr(setup.config, setting) * factor for factor in tried_factors(setup.tries)]
+    starts = config.starts if template.has_slots else 1
+    same = replace(config, seed=setup.seed, tune=tune, keep="difference", starts=starts)
+    rates = [getattr(config, setting) * factor for factor in tried_factors(setup.tries)]
     return [
         FleetPrompt(
             f"try-{number}",
@@ -79,16 +83,22 @@ def _tried(task: Task, setup: Setup, template: Template, *, tune: Tune) -> list[
             labels=task.answer_space.words,
             task=task.file,
             checked=Findings(),  # of all methods' rows, before the comparison
+            method=None if kind is None else kind.name,
         )
         for number, rate in enumerate(rates, start=1)
     ]
 
 
-def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solution:
+def _rate(tune: Tune, template: Template) -> str:
+    """Return the setting that holds the learning rate to try."""
+    return "deep_lr" if tune == "frozen" and template.has_deep else RATES[tune]
+
+
+def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None) -> Solution:
     """Train with each learning rate, as ``ptuning train`` does, and answer with the one best on the development part.
     Only files that hold all weights of a backbone are removed.
     """
-    setting = RATES[tune]
+    setting = _rate(tune, template)
     records, tried = list[Mapping[str, Json]](), list[dict[str, Json]]()
     with contextlib.ExitStack() as temporary:
         share, disk = replace(setup.config, tune=tune).prefix_cache_share, setup.config.prefix_cache_bytes
@@ -96,7 +106,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune) -> Solut
         prefix_cache = temporary.enter_context(cache)
         # Results go to disk, because keeping several tuned backbones in memory would limit their size.
         folder = setup.folder or Path(temporary.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-")))
-        for one in _tried(task, setup, template, tune=tune):
+        for one in _tried(task, setup, template, tune=tune, kind=kind):
             result = TrainingRun(prepare(one, setup.backbone), out=folder / one.name, resume=True).train(
                 report=named(setup.report, one.name), should_stop=setup.should_stop, prefix_cache=prefix_cache
             )
@@ -184,6 +194,32 @@ def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for
     )
 
 
+def _of_kind(kind: PromptKind) -> Method:
+    """Return the method that learns a prompt of another kind over the frozen backbone."""
+
+    def template(task: Task) -> Template:
+        learned = kind.name == "hybrid"
+        return in_front_of_learned(task.template) if learned else kind.template(task.manual)
+
+    def fit(task: Task, setup: Setup) -> Solution:
+        return _learn(task, setup, template(task), tune="frozen", kind=kind)
+
+    def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
+        return _tried(task, setup, template(task), tune="frozen", kind=kind)
+
+    return Method(
+        kind.name,
+        f"{kind.describe}, backbone frozen",
+        fit,
+        trained=True,
+        learns_slots=True,
+        tune="frozen",
+        seeded=True,
+        reads_manual=kind.name != "hybrid",
+        prompts=prompts,
+    )
+
+
 # In the order of tables. Sources: Liu et al. (2021), section 3 (P-tuning), 4.1 (FT, MP+FT), 4.2 (all weights trained
 # together with the prompt, and FT with a head); Hu et al. (2021), section 4 (LoRA).
 TUNED = (
@@ -209,4 +245,5 @@ TUNED = (
     _with_template("tuned", "the learned prompt, all weights trained along", learns_slots=True),
     _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
     _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
+    *map(_of_kind, KINDS.values()),
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Questions
+from ptuning.engine.deep import block_of, input_sizes
 from ptuning.errors import PromptError
 from ptuning.files import Json
 from ptuning.progress import OnProgress
@@ -18,6 +19,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import score_prompt
 from ptuning.records import Rows
 from ptuning.statistics import Score
+from ptuning.template.fill import BoundTemplate
 
 NEAREST = 5
 SAMPLED_TOKENS = 512
@@ -43,6 +45,19 @@ class SlotView:
 
 
 @dataclass(frozen=True)
+class DeepView:
+    """One deep slot: the token that it started at (None for one of the data's), where it is (``front``: keys and values
+    in front of a row; else ``row``), and how far it moved in the mean layer, in shares of what was there: in front of
+    its start, else of an ordinary token's input. ``largest`` is the layer, from 1, in which it moved most.
+    """
+
+    start: str | None
+    where: str
+    moved: float | None
+    largest: int | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The slots of a prompt in template order, beside the tokens of the vocabulary.
 
@@ -57,6 +72,7 @@ class Inspection:
     neighbour_distance: float
     token_norm: float
     scores: Mapping[str, Score]
+    deep: tuple[DeepView, ...] = ()
 
     def to_json(self) -> dict[str, Json]:
         """Return the findings as plain JSON."""
@@ -79,6 +95,7 @@ class Inspection:
                 "neighbour_distance": self.neighbour_distance,
                 "token_norm": self.token_norm,
             },
+            **({"deep": [dict(vars(view)) for view in self.deep]} if self.deep else {}),
             "scores": {name: found.to_json() for name, found in self.scores.items()},
         }
 
@@ -120,7 +137,36 @@ def inspect_prompt(
         nearest = replace(prompt, slot_vectors=table[cosine.argmax(dim=-1)])
         for name, one in (("as learned", prompt), ("nearest tokens", nearest)):
             scores[name] = next(iter(score_prompt(model, data, one, report=report).scores.values()))
-    return Inspection(views, *_typical(table), scores)
+    return Inspection(views, *_typical(table), scores, _deep_views(prompt, bound, backbone))
+
+
+def _deep_views(prompt: Prompt, bound: BoundTemplate, backbone: Backbone) -> tuple[DeepView, ...]:
+    deep = prompt.deep
+    if deep is None:
+        return ()
+    found: list[DeepView] = []
+
+    def view(start: int | None, where: str, moved: Tensor | None) -> None:
+        """Add a slot that has moved so far in each of some layers, (L,)."""
+        share, layer = (float(moved.mean()), int(moved.argmax())) if moved is not None else (None, None)
+        token = None if start is None else backbone.tokenizer.token(start)
+        found.append(DeepView(token, where, share, None if layer is None else layer + (1 if where == "front" else 2)))
+
+    starts = (*bound.layout.lead_ids, *bound.layout.block_ids)
+    if deep.block is not None:
+        known = [token for token in starts if token is not None]
+        before = block_of(backbone, known) if len(known) == len(starts) else None  # (L, 2, K, C, D)
+        for at in range(deep.lead, len(starts)):
+            moved = None
+            if before is not None:
+                change = (deep.block - before)[:, :, :, at].flatten(1).norm(dim=1)  # (L,)
+                moved = change / before[:, :, :, at].flatten(1).norm(dim=1)
+            view(starts[at], "front", moved)
+    if deep.offsets is not None:
+        usual = input_sizes(backbone, torch.Generator().manual_seed(0))  # (L - 1,)
+        for slot, offsets in zip(deep.slots, deep.offsets, strict=True):
+            view(bound.slot_start_ids[slot], "row", offsets.square().mean(dim=1).sqrt() / usual)
+    return tuple(found)
 
 
 def _neighbours(backbone: Backbone, values: Tensor, *, largest: bool) -> tuple[Neighbour, ...]:

@@ -26,7 +26,8 @@ from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import check_candidates, rivals_of, warn
 from ptuning.template.labels import Normalise
 from ptuning.template.segments import FILLS_MASKS

@@ -15,7 +15,8 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.learned import Learned
+from ptuning.engine.deep import check_deep, deep_start
+from ptuning.engine.learned import Deep, Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
 from ptuning.prompt.sharing import find_prompt, push
@@ -89,6 +90,7 @@ class Prompt:
         weights: Trained weights of the backbone, which :meth:`adapt` puts into a copy of it.
         fields: Which fields had another name in the training file: new name -> name in the file.
         merge: Labels that count as others, as ``biling=billing``, or ``case``.
+        deep: What its deep slots bring to the layers; ``slot_vectors`` has no vectors of those in a block.
 
     Raises:
         TemplateError: If the pattern is malformed.
@@ -114,6 +116,7 @@ class Prompt:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     merge: tuple[str, ...] = ()
+    deep: Deep | None = None
 
     def __post_init__(self) -> None:
         if self.target_tokens < 1:
@@ -136,12 +139,20 @@ class Prompt:
             )
         if self.backbone is None:
             raise PromptError("slot vectors need to say which backbone they belong to")
+        self._check_deep()
         if not self.slot_vectors.isfinite().all():
             wrong = (~self.slot_vectors.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
             raise PromptError(
                 f"the slot vectors hold NaN or infinity (in slot {wrong[0] + 1} of {self.slots}), so every answer is "
                 "NaN; train the prompt again with a lower learning rate, or in float32"
             )
+
+    def _check_deep(self) -> None:
+        if self.template.has_deep != (self.deep is not None):
+            missing = "deep slots ([D]), and there are no vectors of theirs in the layers"
+            raise PromptError(f"the template '{self.template}' has {missing if self.deep is None else 'no deep slots'}")
+        if self.deep is not None and not all(one.isfinite().all() for one in self.deep.tensors.values()):
+            raise PromptError("the deep slots hold NaN or infinity; train the prompt again with a lower deep_lr")
 
     @classmethod
     def manual(
@@ -168,12 +179,17 @@ class Prompt:
 
     @classmethod
     def from_token_ids(cls, template: str | Template, slot_token_ids: Sequence[int], backbone: Backbone) -> Prompt:
-        """Make a prompt whose slots hold the embeddings of given tokens, in template order.
+        """Make a prompt whose slots hold the embeddings of given tokens, in template order; deep slots are these tokens
+        in every layer.
 
-        A PromptError if there are more or fewer ids than slots, or an id is outside the vocabulary.
+        A PromptError if there are more or fewer ids than slots, or an id is outside the vocabulary; a BackboneError if
+        the model takes no deep slots.
         """
         parsed = as_template(template)
-        slots = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind).slots
+        block = parsed.has_deep and backbone.reads_blocks
+        bound = BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
+        in_front = bound.layout.in_front
+        slots = in_front + bound.slots
         if len(slot_token_ids) != slots:
             raise PromptError(
                 f"the template '{parsed}' has {slots} slots for this backbone, and {len(slot_token_ids)} "
@@ -183,15 +199,24 @@ class Prompt:
         outside = [token for token in slot_token_ids if not 0 <= token < size]
         if outside:
             raise PromptError(f"token ids {outside} are outside the vocabulary of {size}")
-        ids = torch.tensor([list(slot_token_ids)], dtype=torch.int64, device=backbone.device)  # (1, P)
+        ids = torch.tensor([list(slot_token_ids)[in_front:]], dtype=torch.int64, device=backbone.device)  # (1, P)
         with torch.no_grad():
             vectors = backbone.embed(ids)[0].float().cpu()  # (P, E)
-        return cls(parsed, vectors, BackboneId.of(backbone), method="tokens")
+        deep = None
+        if parsed.has_deep:
+            found = deep_start(backbone, bound.starting(slot_token_ids), generator=torch.Generator().manual_seed(0))
+            deep = found[0] if found is not None else None
+        return cls(parsed, vectors, BackboneId.of(backbone), method="tokens", deep=deep)
 
     @property
     def slots(self) -> int:
         """Number of slots P."""
         return 0 if self.slot_vectors is None else len(self.slot_vectors)
+
+    @property
+    def every_slot(self) -> int:
+        """Number of slots, those of a block of deep slots in front included."""
+        return self.slots + (self.deep.in_front if self.deep is not None else 0)
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -217,8 +242,12 @@ class Prompt:
             )
 
     def learned(self, backbone: Backbone) -> Learned:
-        """Return its slot vectors (P, E) as a pass of a backbone takes them; (0, E) for a manual prompt."""
-        return Learned(self.slot_vectors) if self.slot_vectors is not None else Learned.none(backbone.width)
+        """Return its slot vectors (P, E), and what its deep slots bring, as a pass of a backbone takes them; (0, E) for
+        a manual prompt.
+        """
+        if self.slot_vectors is None:
+            return Learned.none(backbone.width)
+        return Learned.of(self.slot_vectors, self.deep)
 
     def bind(self, backbone: Backbone, *, force: bool = False) -> BoundTemplate:
         """Check that the prompt fits a backbone, and return its template bound to the backbone's tokenizer.
@@ -233,6 +262,7 @@ class Prompt:
             kind=backbone.kind,
             multiline=self.multiline,
             max_length=self.max_length,
+            block=self.deep is not None and self.deep.block is not None,
         )
         if self.weights is not None and not self._is_adapted(backbone):
             raise PromptError(
@@ -253,6 +283,8 @@ class Prompt:
                 f"the template '{self.template}' has {bound.slots} slots with this tokenizer, and the "
                 f"prompt has {self.slots} vectors"
             )
+        if self.deep is not None:
+            check_deep(self.deep, bound, backbone)
         return bound
 
     def adapt(self, backbone: Backbone, *, force: bool = False) -> Backbone:
@@ -276,7 +308,8 @@ class Prompt:
         """
         if part == "slots" and self.slot_vectors is not None:
             stops = self.learned_to_stop and self.weights is not None
-            return replace(self, template=self.template.without_slots(), slot_vectors=None, learned_to_stop=stops)
+            without = self.template.without_slots()
+            return replace(self, template=without, slot_vectors=None, deep=None, learned_to_stop=stops)
         if part == "backbone" and self.weights is not None:
             return replace(self, weights=None)
         parts = [
@@ -310,7 +343,9 @@ class Prompt:
         written.
         """
         vectors, weights = self.slot_vectors, self.weights
-        write_prompt(Path(folder), self._manifest(), vectors=vectors, weights=weights, overwrite=overwrite)
+        write_prompt(
+            Path(folder), self._manifest(), vectors=vectors, weights=weights, deep=self.deep, overwrite=overwrite
+        )
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write the prompt into a folder; an earlier prompt in it is replaced, and files of others stay.
@@ -450,6 +485,7 @@ def _from_manifest(found: Stored, manifest: Unchecked) -> Prompt:
         intervals={name: _interval(one) for name, one in manifest.at("intervals", {}).table().items()},
         fields={name: one.text() for name, one in manifest.at("fields", {}).table().items()},
         merge=tuple(manifest.at("merge", []).texts()),
+        deep=found.deep,
     )
 
 

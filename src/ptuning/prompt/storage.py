@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.trained_weights import TrainedWeights
+from ptuning.engine.learned import Deep
 from ptuning.errors import FileError, PromptError
 from ptuning.files import (
     Json,
@@ -56,6 +57,8 @@ from ptuning.provenance import VERSION, versions
 FORMAT_VERSION = 1
 # The prompt includes weights of the backbone. A reader of version 1 alone must refuse it: it would ignore the weights.
 WEIGHTS_VERSION = 2
+# The prompt has deep slots. A reader of the versions before must refuse it: it would ignore their vectors.
+DEEP_VERSION = 3
 # A file of vectors is not larger than its header and two times its float32 numbers, nor than this.
 HEADER_BYTES, MAX_VECTORS_BYTES = 2**20, 2**31
 # A folder of prompts holds them so many folders deep; the path in it is a prompt's name.
@@ -69,14 +72,15 @@ REQUIRED_KEYS = ("format_version", "template", "label_words", "backbone", "width
 
 @dataclass(frozen=True)
 class Stored:
-    """The content of a prompt's folder, whose files are whole and fit each other: the manifest, (P, E) slot vectors and
-    trained weights if there are any, and the manifest's path for messages about its values.
+    """The content of a prompt's folder, whose files are whole and fit each other: the manifest, (P, E) slot vectors,
+    what deep slots bring and trained weights if there are any, and the manifest's path for messages about its values.
     """
 
     manifest: Mapping[str, Json]
     vectors: Tensor | None
     weights: TrainedWeights | None
     where: Path
+    deep: Deep | None = None
 
 
 def write_prompt(
@@ -85,6 +89,7 @@ def write_prompt(
     *,
     vectors: Tensor | None,
     weights: TrainedWeights | None,
+    deep: Deep | None = None,
     overwrite: bool,
 ) -> None:
     """Write a prompt's folder; errors are those of :meth:`ptuning.prompt.prompt.Prompt.save`.
@@ -92,8 +97,15 @@ def write_prompt(
     ``about`` is the manifest without what follows from the files: format version, checksums and versions of packages.
     """
     kept = vectors if vectors is not None else torch.zeros(0, 0)
-    data = safetensors.torch.save({VECTORS_KEY: kept.contiguous()}, {"format": "pt"})
+    tensors = {VECTORS_KEY: kept.contiguous(), **(deep_tensors(deep) if deep is not None else {})}
+    data = safetensors.torch.save(tensors, {"format": "pt"})
     manifest: dict[str, Json] = {"format_version": FORMAT_VERSION, **about}
+    if deep is not None:
+        manifest |= {
+            "format_version": DEEP_VERSION,
+            "deep": deep.to_json(),
+            "numbers": sum(map(Tensor.numel, tensors.values())),
+        }
     manifest |= {"vectors_sha256": sha256(data), "versions": dict(versions())}
     check_writable(folder, PROMPT, overwrite=overwrite)
     is_new = not folder.exists()
@@ -107,7 +119,8 @@ def write_prompt(
                 if weights is not None:
                     make_folder(new / WEIGHTS_FOLDER)
                     saved = weights.save(new / WEIGHTS_FOLDER)
-                    manifest |= {"format_version": WEIGHTS_VERSION, "weights": saved}
+                    manifest |= {"weights": saved}
+                    manifest["format_version"] = max(cast("int", manifest["format_version"]), WEIGHTS_VERSION)
                     hashes = cast("Mapping[str, str]", saved["sha256"])
                     sums |= {f"{WEIGHTS_FOLDER}/{name}": digest for name, digest in hashes.items()}
                 _put(folder, new, sums, manifest)
@@ -200,44 +213,86 @@ def _read(path: Path) -> Stored:
     _check_manifest(manifest, where)
     slots, width, digest = manifest["slots"], manifest["width"], str(manifest["vectors_sha256"])
     numbers = slots * width if isinstance(slots, int) and isinstance(width, int) else 0
+    has_deep = manifest["format_version"] == DEEP_VERSION
+    if has_deep:
+        numbers = Unchecked(manifest, f"{where} is damaged", PromptError).at("numbers").whole(least=0)
     data = read_bytes(settled(file, digest), at_most=min(HEADER_BYTES + 8 * abs(numbers), MAX_VECTORS_BYTES))
-    vectors = _read_vectors(data, file)
+    tensors = _read_tensors(data, file)
+    vectors, rest = tensors[VECTORS_KEY], {name: one for name, one in tensors.items() if name != VECTORS_KEY}
+    if rest and not has_deep:
+        raise PromptError(f"{file}: extra key '{min(rest)}'; a prompt holds only '{VECTORS_KEY}'")
     if sha256(data) != digest:
         raise PromptError(f"{file} was changed since it was saved: its sha256 is not the one in {MANIFEST_FILE}")
     if slots and tuple(vectors.shape) != (slots, width):
         raise PromptError(f"{file}: wrong shape {tuple(vectors.shape)}, and {MANIFEST_FILE} says ({slots}, {width})")
-    weights = None
-    if manifest["format_version"] == WEIGHTS_VERSION:
-        about = Unchecked(manifest, f"{where} is damaged", PromptError).at("weights")
-        weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about)
-    return Stored(manifest, vectors if slots else None, weights, where)
+    about = Unchecked(manifest, f"{where} is damaged", PromptError)
+    weights = deep = None
+    if manifest["format_version"] == WEIGHTS_VERSION or (has_deep and "weights" in manifest):
+        weights = TrainedWeights.load(path / WEIGHTS_FOLDER, about.at("weights"))
+    if has_deep:
+        deep = _read_deep(rest, about.at("deep"), file)
+    return Stored(manifest, vectors if slots or has_deep else None, weights, where, deep)
 
 
 def _check_manifest(manifest: Mapping[str, Json], where: Path) -> None:
     missing = [key for key in REQUIRED_KEYS if key not in manifest]
     if missing:
         raise PromptError(f"{where}: missing key '{missing[0]}'; the file is damaged, or not a prompt's")
-    if manifest["format_version"] not in (FORMAT_VERSION, WEIGHTS_VERSION):
+    if manifest["format_version"] not in (FORMAT_VERSION, WEIGHTS_VERSION, DEEP_VERSION):
         raise PromptError(
             f"{where}: format version {manifest['format_version']}, and this ptuning reads "
-            f"{FORMAT_VERSION} and {WEIGHTS_VERSION}; update ptuning"
+            f"{FORMAT_VERSION} to {DEEP_VERSION}; update ptuning"
         )
     about = Unchecked(manifest, f"{where} is damaged", PromptError)
     for name, least in NUMBERS.items():
         about.optional(name, functools.partial(Unchecked.whole, least=least))
 
 
-def _read_vectors(data: bytes, where: Path) -> Tensor:
+def _read_tensors(data: bytes, where: Path) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise PromptError(f"{where} is not a whole safetensors file ({error}); it is cut off or damaged") from error
     if VECTORS_KEY not in tensors:
         raise PromptError(f"{where}: missing key '{VECTORS_KEY}'; it holds {', '.join(sorted(tensors)) or 'nothing'}")
-    extra = sorted(set(tensors) - {VECTORS_KEY})
-    if extra:
-        raise PromptError(f"{where}: extra key '{extra[0]}'; a prompt holds only '{VECTORS_KEY}'")
-    return tensors[VECTORS_KEY]
+    return tensors
+
+
+def deep_tensors(deep: Deep) -> dict[str, Tensor]:
+    """Return what deep slots bring as a file holds it: tensors of their own for each layer, counted from 0."""
+    found: dict[str, Tensor] = {}
+    for layer, (keys, values) in enumerate(deep.block if deep.block is not None else ()):
+        found |= {f"deep.{layer}.keys": keys.contiguous(), f"deep.{layer}.values": values.contiguous()}  # (K, C, D)
+    if deep.offsets is not None:
+        for layer, offsets in enumerate(deep.offsets.unbind(dim=1), start=1):
+            found[f"deep.{layer}.inputs"] = offsets.contiguous()  # (N, H)
+    return found
+
+
+def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> Deep:
+    """Put what deep slots bring together from a file's tensors; a PromptError if it is not as the manifest says."""
+    lead, layers = about.at("lead").whole(least=0), about.at("layers").whole(least=1)
+    in_front, slots = about.at("block").whole(least=0), tuple(one.whole(least=0) for one in about.at("of").items())
+    named = {f"deep.{layer}.{part}" for layer in range(layers) for part in ("keys", "values") if in_front}
+    named |= {f"deep.{layer}.inputs" for layer in range(1, layers) if slots}
+    if found := sorted(named ^ set(tensors)):
+        what = "missing" if found[0] in named else "extra"
+        raise PromptError(f"{where}: {what} key '{found[0]}'; the file is damaged, or not that of the manifest")
+    block = offsets = None
+    try:
+        if in_front:
+            pairs = [[tensors[f"deep.{layer}.{part}"] for part in ("keys", "values")] for layer in range(layers)]
+            block = torch.stack([torch.stack(pair) for pair in pairs]).float()  # (L, 2, K, C, D)
+        if slots:
+            offsets = torch.stack([tensors[f"deep.{layer}.inputs"] for layer in range(1, layers)], dim=1).float()
+    except RuntimeError as error:
+        raise PromptError(f"{where}: the tensors of different layers do not fit each other ({error})") from error
+    wrong = (block is not None and (block.ndim, block.shape[3]) != (5, lead + in_front)) or (
+        offsets is not None and (offsets.ndim, len(offsets)) != (3, len(slots))
+    )
+    if wrong:
+        raise PromptError(f"{where}: the vectors in the layers have another shape than {MANIFEST_FILE} says")
+    return Deep(block, lead, offsets, slots)
 
 
 def _metadata(manifest: Mapping[str, Json], where: str) -> list[str]:
@@ -268,6 +323,12 @@ def _metadata(manifest: Mapping[str, Json], where: str) -> list[str]:
     return [*lines, "---", ""]
 
 
+def _slots(manifest: Mapping[str, Json]) -> str:
+    deep = cast("Mapping[str, Json] | None", manifest.get("deep"))
+    vectors = f"{manifest['slots']} vectors"
+    return vectors if deep is None else f"{vectors}, {deep['slots']} deep slots with vectors in {deep['layers']} layers"
+
+
 def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_bytes: int) -> str:
     backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
     words = cast("Mapping[str, list[str]] | None", manifest["label_words"])
@@ -275,7 +336,7 @@ def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_byt
     owner = f"`{backbone['name']}`, fingerprint `{backbone['fingerprint']}`" if backbone else "`any`"
     rows = [
         ("template", f"`{str(manifest['template']).replace('|', chr(92) + '|')}`"),
-        ("slots", f"{manifest['slots']} vectors, {size_bytes / 1000:.1f} KB"),
+        ("slots", f"{_slots(manifest)}, {size_bytes / 1000:.1f} KB"),
         ("backbone", owner),
     ]
     if weights is not None:

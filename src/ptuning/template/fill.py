@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -12,6 +13,7 @@ from operator import itemgetter
 from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.chat import Conversations, own_end
+from ptuning.template.example import SLOT_PLACEHOLDER, Example
 from ptuning.template.known import is_known
 from ptuning.template.language import Conversation, Field, Literal, Slots, Target, Template, TextSlots, Turn
 from ptuning.template.segments import (
@@ -28,11 +30,10 @@ from ptuning.template.segments import (
     Tokenizer,
     as_markup,
 )
+from ptuning.template.slots import PlacedSlots, SlotLayout
 
 logger = logging.getLogger(__name__)
 
-# Token id at a slot; any id would do, since the slot's vector replaces its embedding.
-SLOT_PLACEHOLDER = 0
 # The names of positions of a filled template, besides literal text, "field NAME" and the target.
 SPECIAL, SLOT = "special", "slot"
 # Start of the decoder's side; takes no position.
@@ -46,34 +47,6 @@ class TooLongError(TemplateError, RecordError):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One filled template as token ids, unpadded.
-
-    Args:
-        token_ids: With :data:`SLOT_PLACEHOLDER` at the slots; the encoder's part, if any, comes first.
-        slot_positions: The positions of the slots, in template order.
-        logit_positions: Where the model's logits score ``target_ids``; one before each token in left-to-right models.
-        target_ids: The scored ids; the last one is the stop token if the example teaches to stop.
-        own_tokens: Number of ``target_ids`` without the stop token.
-        shortened: Whether a field was truncated to fit.
-        encoder_tokens: Number of ``token_ids`` that the encoder reads; 0 without one.
-        known: Whether the tokenizer knows the target (:func:`~ptuning.template.known.is_known`); a target without any
-            tokens stands there as one.
-        turns_left_out: How many turns of a conversation were left out to fit.
-    """
-
-    token_ids: Ids
-    slot_positions: Ids
-    logit_positions: Ids
-    target_ids: Ids
-    own_tokens: int
-    shortened: bool = False
-    encoder_tokens: int = 0
-    known: bool = True
-    turns_left_out: int = 0
-
-
-@dataclass(frozen=True)
 class _Row:
     """A record to fill in; without a target, ``target_tokens`` tokens are reserved for it."""
 
@@ -84,12 +57,7 @@ class _Row:
     target_tokens: int = 1
 
 
-@dataclass(frozen=True)
-class _Slots:
-    start_ids: tuple[int | None, ...]
-
-
-_Fixed = Turn | _Slots  # text is cut at these
+_Fixed = Turn | PlacedSlots  # text is cut at these
 _Piece = MarkedText | Field | Target | _Fixed
 _Part = TextRun | _Fixed
 
@@ -100,8 +68,9 @@ class BoundTemplate:
     A special token behind a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
     targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
     there anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's
-    limit or ``max_length`` tokens are truncated. Raises a TemplateError if the words of
-    ``[P:words]`` have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
+    limit or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the
+    prompt brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]``
+    have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
     def __init__(
@@ -112,6 +81,7 @@ class BoundTemplate:
         kind: Kind,
         multiline: bool = False,
         max_length: int | None = None,
+        block: bool = False,
     ) -> None:
         if template.turn is not None and kind != "encoder-decoder":
             raise template.error(
@@ -137,6 +107,10 @@ class BoundTemplate:
         self.stop_id = self._stop_id()  # what a target is taught to end with, unless the template says it
         self._pieces = self._prepare()
         self._prefix_ids = self._opening()
+        self.layout = self._lay_out(block=block)
+
+    def _lay_out(self, *, block: bool) -> SlotLayout:
+        return SlotLayout.of(self._pieces, self._prefix_ids, block=block)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -153,13 +127,36 @@ class BoundTemplate:
 
     @property
     def slot_start_ids(self) -> tuple[int | None, ...]:
-        """For each slot, in template order, the token whose embedding it starts from; None for a random start."""
-        return tuple(start for piece in self._pieces if isinstance(piece, _Slots) for start in piece.start_ids)
+        """For each slot of a row, in template order, the token that it starts from; None for a random start."""
+        return self.layout.slot_start_ids
 
     @property
     def slots(self) -> int:
-        """Number of slots P."""
-        return len(self.slot_start_ids)
+        """Number of slots P of a row: those with a vector in place of an embedding."""
+        return len(self.layout.slot_start_ids)
+
+    def starting(self, tokens: Sequence[int | None]) -> BoundTemplate:
+        """Return the same with slots that start at other tokens, one for each slot of the whole template."""
+        other, left = copy.copy(self), iter(tokens)
+        other._pieces = tuple(
+            replace(piece, start_ids=tuple(itertools.islice(left, len(piece.start_ids))))
+            if isinstance(piece, PlacedSlots)
+            else piece
+            for piece in self._pieces
+        )
+        other.layout = other._lay_out(block=bool(self.layout.begun))
+        return other
+
+    def slots_of_lines(self, piece: int, lines: Sequence[str]) -> list[range]:
+        """Return which slots, counted from the first one of the whole template, stand for each of the lines that the
+        words of the piece at an index are made of.
+        """
+        before = sum(isinstance(one, Slots | TextSlots) for one in self.template.pieces[:piece])
+        own = [one for one in self._pieces if isinstance(one, PlacedSlots)]
+        start = sum(len(one.start_ids) for one in own[:before])
+        texts = itertools.accumulate(lines)
+        ends = [min(len(self._starts(text, behind=None)), len(own[before].start_ids)) for text in texts]
+        return [range(start + low, start + high) for low, high in itertools.pairwise([0, *ends])]
 
     def check_fields(self, record: Record, *, where: str = "the record") -> None:
         """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
@@ -229,7 +226,7 @@ class BoundTemplate:
         row = _Row(record, target if target.strip() else None)
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
         parts = self._parts(row, limit=limit, named=True)
-        starts = iter(self.slot_start_ids)
+        starts = iter(self.layout.every_start_id)
         shown: list[tuple[str, int | None]] = []
         for part, ids in self._spans(parts, self._encode(parts)):
             if part == TARGET and self.kind in FILLS_MASKS:
@@ -248,7 +245,7 @@ class BoundTemplate:
         for piece in self._pieces:
             if isinstance(piece, Target):
                 break
-            if isinstance(piece, _Slots):
+            if isinstance(piece, PlacedSlots):
                 texts += [""] * len(piece.start_ids)
             elif isinstance(piece, Conversation):
                 texts[-1] += "".join(text.characters for _, text in self._chat.segments(record))
@@ -272,13 +269,15 @@ class BoundTemplate:
                 prepared.append(piece)
             elif isinstance(piece, Slots):
                 _take_space(prepared)
-                prepared.append(_Slots((None,) * piece.count))
+                prepared.append(PlacedSlots((None,) * piece.count, piece.deep))
             elif isinstance(piece, TextSlots):
                 words = _take_space(prepared) + piece.text
                 starts = self._starts(words, behind=prepared[-1] if prepared else None)
                 if not starts:
                     raise self.template.error("the words of this piece have no tokens", index)
-                prepared.append(_Slots(starts))
+                # Deep slots are their words before training, so that what follows is tokenised as behind these.
+                tail = MarkedText(words[-1]) if piece.deep and not words[-1].isalnum() else NOTHING
+                prepared.append(PlacedSlots(starts, piece.deep, tail))
             else:
                 prepared.append(piece)
         return tuple(prepared)
@@ -289,7 +288,7 @@ class BoundTemplate:
         if isinstance(behind, MarkedText) and not (behind.characters[-1:].isalnum() and words[:1].isalnum()):
             run = replace(run, lead=behind)
         elif behind is not None and not isinstance(behind, Turn):
-            run = run.behind_slots()
+            run = run.behind_slots(behind.tail if isinstance(behind, PlacedSlots) else NOTHING)
         return Encoded(self.tokenizer, [run]).cut(run)[0][1]
 
     def _opening(self) -> Ids:
@@ -299,7 +298,7 @@ class BoundTemplate:
         if self.template.has_conversation:
             return ()
         ids = self.tokenizer.prefix_ids
-        first = next((piece for piece in self._pieces if not isinstance(piece, _Slots)), None)
+        first = next((piece for piece in self._pieces if not isinstance(piece, PlacedSlots)), None)
         written = Encoded(self.tokenizer, [])[first] if isinstance(first, MarkedText) and first.markup else ()
         return () if written[: len(ids)] == ids else ids
 
@@ -357,7 +356,8 @@ class BoundTemplate:
                 for part, same in itertools.groupby(segments, itemgetter(0))
             )
             run = TextRun(joined, is_open=row.target is None)
-            parts.append(run.behind_slots() if parts and isinstance(parts[-1], _Slots) else run)
+            before = parts[-1] if parts else None
+            parts.append(run.behind_slots(before.tail) if isinstance(before, PlacedSlots) else run)
         return parts
 
     def _encode(self, parts: Iterable[_Part]) -> Encoded:
@@ -414,7 +414,7 @@ class BoundTemplate:
                 positions = range(len(ids), len(ids) + (own or row.target_tokens))
                 ids += [self.tokenizer.mask_id] * len(positions)
                 continue
-            if not ids:
+            if len(ids) <= self.layout.begun:
                 message = "a causal model needs something before [Y]; put text, a field or a slot there"
                 raise self.template.error(message, len(self.template.pieces) - 1)
             if row.with_stop and end is not None:
@@ -424,13 +424,21 @@ class BoundTemplate:
             # The logits one position before a token score it, so the last token is never read.
             positions = range(len(ids) - 1, len(ids) - 1 + max(1, len(target_ids)))
             ids += target_ids[:-1]
+        begun = self.layout.begun  # none of an encoder-decoder model's
         return Example(
-            tuple(ids), tuple(slots), tuple(positions), target_ids, own, encoder_tokens=encoder_tokens, known=known
+            tuple(ids[begun:]),
+            tuple(position - begun for position in slots if position >= begun),
+            tuple(position - begun for position in positions),
+            target_ids,
+            own,
+            encoder_tokens=encoder_tokens,
+            known=known,
+            begun=begun,
         )
 
     def _fits(self, row: _Row, example: Example) -> bool:
         ahead = row.target_tokens - 1 if self.kind not in FILLS_MASKS and row.target is None else 0
-        own = len(example.token_ids) - example.encoder_tokens
+        own = example.length - example.encoder_tokens
         return max(own + ahead, example.encoder_tokens) <= self.max_length
 
     def _limit(self, rows: Sequence[_Row]) -> int:
@@ -442,7 +450,7 @@ class BoundTemplate:
         limit = max((len(rows[0].record[piece.name]) for piece in fields if not piece.keep), default=0)
         while True:
             pairs = zip(rows, self._fill(rows, limit), strict=True)
-            misfits = [(len(example.token_ids), row) for row, example in pairs if not self._fits(row, example)]
+            misfits = [(example.length, row) for row, example in pairs if not self._fits(row, example)]
             if not misfits:
                 return limit
             limit = self._limit_of(max(misfits, key=itemgetter(0))[1], limit)
@@ -458,9 +466,9 @@ class BoundTemplate:
         if not self._fits(row, bare):
             kept = sorted({piece.name for piece in self._pieces if isinstance(piece, Field) and piece.keep})
             raise TooLongError(
-                f"{row.where} does not fit: slots ({self.slots}), literal text, target "
+                f"{row.where} does not fit: slots ({self.slots + self.layout.in_front}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
-                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {len(bare.token_ids)} tokens, and "
+                f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {bare.length} tokens, and "
                 f"{self._room()}{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
             )

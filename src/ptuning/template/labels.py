@@ -10,7 +10,8 @@ from typing import Literal, get_args
 from ptuning.errors import ConfigError, LabelWordError, RecordError, closest, shown
 from ptuning.files import Json
 from ptuning.records import TARGET_FIELD, Record, Records, check_text
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 
 # The score of a text of several tokens: its total log-probability, or the mean over its tokens.
 Normalise = Literal["sum", "mean"]

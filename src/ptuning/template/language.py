@@ -4,6 +4,9 @@ Grammar:
     ``[P]`` ``[P*3]``   one / three slots (virtual tokens), started at random
     ``[P:words]``       one slot per token of the words, started at their embeddings; ``]]`` and ``[[`` inside are
                         literal brackets
+    ``[D]`` ``[D*3]``   deep slots, which have a vector of their own in every layer; started at tokens of the data
+    ``[D:words]``       one deep slot per token of the words, which it is before training
+    ``[D:examples]``    worked examples of the training data as deep slots; training puts their words in its place
     ``{name}``          the record's field, may be truncated; ``{name!}`` never is
     ``[X]``             short for ``{x}``
     ``[C]``             the conversation of a chat, in the markup of the model's chat template; at most one
@@ -23,11 +26,13 @@ from dataclasses import dataclass
 from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD
 
-EXPECTED = "expected [P], [P*3], [P:words], [X], [C], [Y] or [>]; write [[ for a literal bracket"
+EXPECTED = "expected [P], [P*3], [P:words], [D], [D*3], [D:words], [X], [C], [Y] or [>]; write [[ for a literal bracket"
 # The record's field that [C] reads: the turns of a conversation as JSON, or the text of one turn of the user.
 CONVERSATION_FIELD = "messages"
 MAX_SLOTS = 1000
 DEFAULT_FRONT_SLOTS = 3
+# The words of ``[D:examples]``, which stand for examples of the training data.
+EXAMPLES = "examples"
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,20 @@ class Conversation(Field):
 
 @dataclass(frozen=True)
 class Slots:
-    """A number of slots that start at random."""
+    """A number of slots that start at random; ``deep`` ones have a vector in every layer."""
 
     count: int
+    deep: bool = False
 
 
 @dataclass(frozen=True)
 class TextSlots:
-    """One slot per token of ``text``, started at the embeddings of those tokens (warm start)."""
+    """One slot per token of ``text``, started at the embeddings of those tokens (warm start); ``deep`` ones have a
+    vector in every layer.
+    """
 
     text: str
+    deep: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,13 @@ class Turn:
 
 Piece = Literal | Field | Slots | TextSlots | Target | Turn
 BRACKETS: Mapping[str, Piece] = {
-    "X": Field("x"), "C": Conversation(), "Y": Target(), ">": Turn(), "P": Slots(1),
-}  # fmt: skip
+    "X": Field("x"),
+    "C": Conversation(),
+    "Y": Target(),
+    ">": Turn(),
+    "P": Slots(1),
+    "D": Slots(1, deep=True),
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,16 @@ class Template:
         return any(isinstance(piece, Slots | TextSlots) for piece in self.pieces)
 
     @property
+    def has_deep(self) -> bool:
+        """Whether some of its slots are deep."""
+        return any(isinstance(piece, Slots | TextSlots) and piece.deep for piece in self.pieces)
+
+    @property
+    def examples(self) -> int | None:
+        """Index of ``[D:examples]`` among the pieces, None without one."""
+        return next((index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)), None)
+
+    @property
     def has_conversation(self) -> bool:
         """Whether the template reads a conversation (``[C]``)."""
         return any(isinstance(piece, Conversation) for piece in self.pieces)
@@ -223,10 +247,10 @@ def render(pieces: Iterable[Piece]) -> str:
                 written.append("[C]")
             case Field(name, keep):
                 written.append("[X]" if name == "x" and not keep else f"{{{name}{'!' if keep else ''}}}")
-            case Slots(count):
-                written.append("[P]" if count == 1 else f"[P*{count}]")
-            case TextSlots(text):
-                written.append(f"[P:{text.replace('[', '[[').replace(']', ']]')}]")
+            case Slots(count, deep):
+                written.append(f"[{'D' if deep else 'P'}{'' if count == 1 else f'*{count}'}]")
+            case TextSlots(text, deep):
+                written.append(f"[{'D' if deep else 'P'}:{text.replace('[', '[[').replace(']', ']]')}]")
             case Target():
                 written.append("[Y]")
             case Turn():
@@ -263,7 +287,7 @@ def _scan(pattern: str) -> list[Piece]:
 
 
 def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
-    if pattern.startswith("[P:", start):
+    if pattern.startswith(("[P:", "[D:"), start):
         return _text_slots(pattern, start)
     end = pattern.find("]", start)
     if end < 0:
@@ -271,34 +295,37 @@ def _bracket(pattern: str, start: int) -> tuple[Piece, int]:
     inside = pattern[start + 1 : end]
     if inside in BRACKETS:
         return BRACKETS[inside], end + 1
-    counted = re.fullmatch(r"P\*([0-9]+)", inside)
+    counted = re.fullmatch(r"([PD])\*([0-9]+)", inside)
     if counted is None:
         raise TemplateError(f"unknown piece [{inside}]; {EXPECTED}", pattern=pattern, column=start)
-    count = int(counted[1]) if len(counted[1]) < 7 else MAX_SLOTS + 1
+    count = int(counted[2]) if len(counted[2]) < 7 else MAX_SLOTS + 1
     if not 1 <= count <= MAX_SLOTS:
-        raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[1]}", pattern=pattern, column=start)
-    return Slots(count), end + 1
+        raise TemplateError(f"a piece takes 1 to {MAX_SLOTS} slots, not {counted[2]}", pattern=pattern, column=start)
+    return Slots(count, deep=counted[1] == "D"), end + 1
 
 
 def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
     text: list[str] = []
+    kind = pattern[start + 1]
     at = start + len("[P:")
     while at < len(pattern):
         if pattern.startswith(("[[", "]]"), at):
             text.append(pattern[at])
             at += 2
         elif pattern[at] == "[":
-            message = "unclosed bracket; expected ] after the words of [P:words], and [[ for a bracket among them"
+            message = f"unclosed bracket; expected ] after the words of [{kind}:words], and [[ for a bracket among them"
             raise TemplateError(message, pattern=pattern, column=start)
         elif pattern[at] == "]":
             if not "".join(text).strip():
-                message = "[P:words] without words; write [P] for one slot that starts at random"
+                message = f"[{kind}:words] without words; write [{kind}] for one slot that starts at random"
                 raise TemplateError(message, pattern=pattern, column=start)
-            return TextSlots("".join(text)), at + 1
+            return TextSlots("".join(text), deep=kind == "D"), at + 1
         else:
             text.append(pattern[at])
             at += 1
-    raise TemplateError("unclosed bracket; expected ] after the words of [P:words]", pattern=pattern, column=start)
+    raise TemplateError(
+        f"unclosed bracket; expected ] after the words of [{kind}:words]", pattern=pattern, column=start
+    )
 
 
 def _field(pattern: str, start: int) -> tuple[Field, int]:

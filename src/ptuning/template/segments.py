@@ -118,8 +118,12 @@ class TextRun:
         texts = list(itertools.accumulate((text for _, text in self.segments), operator.add, initial=self.lead))[1:]
         return [text._replace(markup=text.markup or ((0, 0),)) for text in texts] if texts[-1].markup else texts
 
-    def behind_slots(self) -> TextRun:
-        """Return the run behind slots, not as a text's beginning. Only a word glued to the slots begins anew."""
+    def behind_slots(self, tail: MarkedText = NOTHING) -> TextRun:
+        """Return the run behind slots, not as a text's beginning: as behind the text that they end with (``tail``), or
+        behind any word. Only a word glued to slots without a tail begins anew.
+        """
+        if tail.characters:
+            return replace(self, lead=tail)
         first = next((text.characters for _, text in self.segments if text.characters), "")
         return self if first[:1].isalnum() else replace(self, lead=MarkedText(ANCHOR_WORD))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptuning.config import EncoderKind, RandomStart
+from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
+from ptuning.engine.learned import Deep
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
@@ -17,6 +18,8 @@ RANDOM_START_NOISE = 0.1
 # How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
 # weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.
 OUTPUT_SCALE = 250.0
+# The most numbers of the middle layer of a network that makes deep slots.
+DEEP_MIDDLE = 512
 
 
 class PromptEncoder(nn.Module):
@@ -120,3 +123,89 @@ def start_vectors(
         noise = torch.randn(len(random), vectors.shape[1], generator=generator)
         vectors[random] = mean + RANDOM_START_NOISE * std * noise
     return vectors
+
+
+class DeepEncoder(nn.Module):
+    r"""What deep slots bring to the layers: start + reach * learned, with an own reach for each layer.
+
+    Layers differ in scale by far more than a factor of ten, and a step of Adam is absolute, so what is learned counts
+    in the root mean square that tokens have there (for the keys and the values of a block apart). It starts at zero:
+    before the first step a deep slot is its start.
+
+    Args:
+        start: Deep slots as they start, on the CPU; ``offsets`` are zeros.
+        reach: The root mean square of what tokens give: (L, 2) for keys and values, (L - 1,) for inputs of layers.
+        kind: ``none`` learns the numbers themselves (P-tuning v2), ``mlp`` one vector for each slot, of which a small
+            network makes them (prefix tuning).
+        values_only: Whether the keys of a block stay as they start.
+        generator: Draws the initial weights of the network.
+
+    Source: Li and Liang (2021), arXiv:2101.00190, section 4.3, for the network; Liu et al. (2022), arXiv:2110.07602,
+    section 3.2, for learning without it; docs/decisions.md, decision 63.
+    """
+
+    def __init__(
+        self,
+        start: Deep,
+        *,
+        reach: Mapping[str, Tensor],
+        kind: DeepEncoderKind,
+        values_only: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.kind, self.lead, self.slots = kind, start.lead, start.slots
+        if start.block is not None:
+            self._add("block", start.block.permute(3, 0, 1, 2, 4), reach["block"][:, :, None, None])  # (C, L, 2, K, D)
+            if values_only:
+                self.block_reach[:, 0] = 0.0
+        if start.offsets is not None:
+            self._add("offsets", start.offsets, reach["offsets"][:, None])  # (N, L - 1, H)
+        for name, at in self._parts().items():
+            count, numbers = len(at), at[0].numel()
+            if kind == "none":
+                self.register_parameter(f"{name}_free", nn.Parameter(torch.zeros_like(at)))
+                continue
+            middle = min(DEEP_MIDDLE, numbers)
+            inputs = torch.randn(count, middle, generator=generator)
+            first = torch.empty(middle, middle).uniform_(-(middle**-0.5), middle**-0.5, generator=generator)
+            self.register_parameter(f"{name}_inputs", nn.Parameter(inputs))
+            self.register_parameter(f"{name}_first", nn.Parameter(first))
+            self.register_parameter(f"{name}_last", nn.Parameter(torch.zeros(numbers, middle)))
+
+    block_reach: Tensor
+
+    def _add(self, name: str, start: Tensor, reach: Tensor) -> None:
+        self.register_buffer(f"{name}_start", start.detach().float().clone())
+        self.register_buffer(f"{name}_reach", reach.detach().float().clone())
+
+    def _parts(self) -> dict[str, Tensor]:
+        """Return what is learned by its name, one slot below the other, as it starts."""
+        found: dict[str, Tensor] = {}
+        if hasattr(self, "block_start"):
+            found["block"] = self.block_start[self.lead :]
+        if hasattr(self, "offsets_start"):
+            found["offsets"] = self.offsets_start
+        return found
+
+    block_start: Tensor
+    offsets_start: Tensor
+
+    def forward(self) -> Deep:
+        """Return what the deep slots bring now."""
+        found: dict[str, Tensor] = {}
+        for name, start in self._parts().items():
+            found[name] = start + getattr(self, f"{name}_reach") * self._moved(name).view(start.shape)
+        block = found.get("block")
+        if block is not None:
+            block = torch.cat([self.block_start[: self.lead], block]).permute(1, 2, 3, 0, 4)  # (L, 2, K, C, D)
+        return Deep(block, self.lead, found.get("offsets"), self.slots)
+
+    def _moved(self, name: str) -> Tensor:
+        if self.kind == "none":
+            free: Tensor = getattr(self, f"{name}_free")
+            return free
+        inputs, first, last = (getattr(self, f"{name}_{part}") for part in ("inputs", "first", "last"))
+        hidden = torch.tanh(inputs @ first.T)  # (N, middle)
+        made: Tensor = hidden @ last.T * hidden.shape[1] ** -0.5
+        return made

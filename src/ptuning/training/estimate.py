@@ -16,7 +16,6 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Learned
 from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes
 from ptuning.engine.objective import Item, inputs_of
 from ptuning.errors import TrainingError
@@ -265,7 +264,7 @@ class _Trial:
 
     def time_scoring(self) -> float:
         """Return the seconds of scoring the development part."""
-        items, learned = [item for one in self.scored for item in one], Learned(self.learner.vectors())
+        items, learned = [item for one in self.scored for item in one], self.learner.learned()
         spent = timed(lambda: evaluate(self.learner.backbone, items, learned, cache=self.learner.cache))
         self._tell("development part")
         return spent * _tokens(self.run.items["dev"]) / _tokens(items) + self._anew("dev")

@@ -19,7 +19,7 @@ from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
 from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import random
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
@@ -20,8 +21,10 @@ from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
+from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
 from ptuning.records import TARGET_FIELD, Record, Records
+from ptuning.template.examples import example_lines, manual_of, with_deep_examples
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import PLAIN, LabelWords
 from ptuning.template.language import Template
@@ -47,6 +50,7 @@ class Prepared:
         fields: Which fields of the training part had another name in its file, new name -> name in the file.
         merge: Labels that count as others.
         left_out: The rows that are not used, with the reason of each.
+        method: What the method is called.
         began: When preparing began, by the monotonic clock.
     """
 
@@ -61,6 +65,7 @@ class Prepared:
     fields: Mapping[str, str]
     merge: tuple[str, ...]
     left_out: tuple[str, ...]
+    method: str
     began: float
 
 
@@ -84,10 +89,17 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     require_rows(parts)
     for questions in parts.values():
         answers.check(questions)
+    shown = _examples(template, parts, answers, backbone, config)
+    template = template if shown is None else shown.template
     bound = _bound(template, parts["train"], backbone, config)
+    if shown is not None:
+        shown.check_length(bound)
 
     def items_of(questions: Questions) -> list[Item]:
-        return question_items(bound, questions, answers, with_stop=config.learn_to_stop)
+        items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
+        if shown is None or not config.leave_one_out or ("dev" in parts and questions is parts["dev"]):
+            return items
+        return shown.leave_out(items, questions, bound)
 
     items = {name: items_of(questions) for name, questions in parts.items()}
     fields = parts["train"].fields
@@ -111,9 +123,85 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
         _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
     left_out = spec.checked.left_out if spec.checked is not None else ()
+    merge, method = merges(spec.merge), spec.method or method_name(template, config.tune)
     return Prepared(
-        template, bound, backbone, config, answers, task, parts, items, fields, merges(spec.merge), left_out, began
+        template, bound, backbone, config, answers, task, parts, items, fields, merge, left_out, method, began
     )
+
+
+def method_name(template: Template, tune: Tune) -> str:
+    """Return the name of the method that trains this template in this mode."""
+    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The examples in place of ``[D:examples]``: the template with their words, the index of the piece that holds them,
+    the records, and the text of each.
+    """
+
+    template: Template
+    piece: int
+    records: Sequence[Record]
+    lines: Sequence[str]
+
+    def check_length(self, bound: BoundTemplate) -> None:
+        """Raise a ConfigError if the examples leave a row less than half of what it may take."""
+        tokens = sum(map(len, bound.slots_of_lines(self.piece, self.lines)))
+        room = bound.max_length // 2
+        if tokens > room:
+            fitting = max(1, len(self.lines) * room // tokens)
+            raise ConfigError(
+                f"the {len(self.lines)} examples of [D:examples] take {tokens:,} tokens, and at most half of a row's "
+                f"{bound.max_length:,} (max_length, or what the model reads) is for them; take fewer (--examples "
+                f"{fitting})"
+            )
+
+    def leave_out(self, items: Sequence[Item], questions: Questions, bound: BoundTemplate) -> list[Item]:
+        """Return items of which those of a record that is among the examples do not read it there."""
+        own = {tuple(sorted(one.items())): at for at, one in enumerate(self.records)}
+        slots = bound.slots_of_lines(self.piece, self.lines)
+        found = []
+        for item, question in zip(items, questions, strict=True):
+            at = own.get(tuple(sorted(question.record.items())))
+            if at is not None:
+                places = (bound.layout.places(one.slot_positions) for one in item.inputs)
+                hidden = (tuple(own_places[slot] for slot in slots[at]) for own_places in places)
+                pairs = zip(item.inputs, hidden, strict=True)
+                item = replace(item, inputs=tuple(replace(one, unread=unread) for one, unread in pairs))
+            found.append(item)
+        return found
+
+
+def _examples(
+    template: Template, parts: Mapping[str, Questions], answers: AnswerSpace, backbone: Backbone, config: TrainConfig
+) -> Shown | None:
+    """Draw the examples of ``[D:examples]`` from the records that are learned from; None without that piece."""
+    if template.examples is None:
+        return None
+    train = parts["train"]
+    kept = train if "dev" in parts else split_questions(train, fraction=config.dev_fraction, seed=config.seed)[0]
+    # As words of a template, a special token such as "[MASK]" would act as one.
+    specials = backbone.tokenizer.special_ids
+    plain = [row.record for row in kept if not any(token in text for text in row.record.values() for token in specials)]
+    if len(plain) < config.examples:
+        raise ConfigError(
+            f"[D:examples] shows {config.examples} examples, and {train.name} has {len(plain)} records to learn from; "
+            f"take fewer (--examples {max(1, len(plain))}), or more records"
+        )
+    drawn = random.Random(f"examples {config.seed}").sample(plain, config.examples)
+    spoken = [answers.spoken(record) for record in drawn]
+    lines = example_lines(manual_of(template), spoken, kind=backbone.kind)
+    return Shown(with_deep_examples(template, lines), template.examples, drawn, lines)
+
+
+def _tokens_of(train: Questions, bound: BoundTemplate, *, seed: int) -> Iterator[int]:
+    """Yield tokens of the training records in a drawn order: what deep slots without words start at."""
+    texts = [" ".join(record[name] for name in bound.template.fields if name in record) for record in train.records]
+    ids = [token for text in bound.tokenizer.encode(texts[:COUNTED]) for token in text] or [0]
+    chooser = random.Random(f"deep starts {seed}")
+    while True:
+        yield chooser.choice(ids)
 
 
 def _checked(spec: TrainSpec) -> TrainSpec:
@@ -212,13 +300,16 @@ def _bound(template: Template, train: Questions, backbone: Backbone, config: Tra
         kind=backbone.kind,
         multiline=multiline,
         max_length=config.max_length,
+        block=backbone.reads_blocks if template.has_deep else False,
     )
-    if template.has_slots and not bound.slots:
+    if bound.layout.deep_slots:
+        _ = backbone.deep  # says so, if the layers of the model take no vectors
+    if template.has_slots and not (bound.slots or bound.layout.begun):
         raise TemplateError(
             f"all slots of '{template}' come after [Y], where a model that reads from left to right does not see "
             "them; move them in front of it"
         )
-    return bound
+    return bound.starting(bound.layout.filled_up(_tokens_of(train, bound, seed=config.seed)))
 
 
 def _check_choice(config: TrainConfig, answers: AnswerSpace, dev: Questions) -> None:

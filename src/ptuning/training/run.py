@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, Tune, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_records
 from ptuning.engine.evaluate import evaluate
@@ -23,11 +23,8 @@ from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import (
-    ALONG,
     CHECKPOINT,
     CHECKPOINT_FOLDER,
-    LEARNED,
-    MANUAL,
     PREDICTIONS_FILE,
     PROMPT_FOLDER,
     RUN_FILE,
@@ -243,7 +240,7 @@ class TrainingRun:
             max_length=prepared.config.max_length,
             multiline=prepared.bound.multiline,
             learned_to_stop=any(len(choice.target_ids) > choice.own_tokens for choice in choices),
-            method=method_name(prepared.template, trainer.config.tune),
+            method=prepared.method,
             seed=trainer.config.seed,
             scored_on=len(self.items["dev"]),
             scores={prepared.answers.score_name: trainer.state.best_score, "loss": trainer.state.best_loss},
@@ -254,6 +251,7 @@ class TrainingRun:
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
             merge=prepared.merge,
+            deep=trainer.best_deep,
         )
 
 
@@ -283,7 +281,9 @@ def _dev_score(trainer: Trainer, n: int) -> Score:
 def _needed_bytes(trainer: Trainer) -> int:
     """Return the bytes that a run needs on disk while it trains. A file is written before the old one is removed."""
     starts = trainer.config.starts
-    encoder = 4 * sum(weight.numel() for weight in trainer.learner.encoder.parameters())
+    learner = trainer.learner
+    weights = [*learner.encoder.parameters(), *(learner.deep_encoder.parameters() if learner.deep_encoder else ())]
+    encoder = 4 * sum(int(weight.numel()) for weight in weights)
     backbone = 4 * sum(weight.numel() for weight in trainer.learner.weights.values())
     # Each start: the encoder with both moments, and the backbone's best weights. The start in training: the backbone's
     # weights with both moments, twice. In the end: the prompt's weights.
@@ -317,7 +317,7 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
     return {
         "format_version": FORMAT_VERSION,
         "command": command,
-        "method": method_name(template, config.tune),
+        "method": prepared.method,
         "tune": config.tune,
         "recipe": _recipe(prepared),
         "settings": settings,
@@ -332,11 +332,6 @@ def _first_record(prepared: Prepared, command: str | None) -> dict[str, Json]:
         "data": {**data, "test": None},
         **asked,
     }
-
-
-def method_name(template: Template, tune: Tune) -> str:
-    """Return the name of the method that trains this template in this mode."""
-    return (LEARNED if template.has_slots else MANUAL) + ALONG[tune]
 
 
 def _start(trainer: Trainer) -> dict[str, Json]:
@@ -355,6 +350,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         "trainable_parameters": learner.trainable_parameters,
         "frozen_parameters": 0 if learner.config.tune == "tuned" else learner.frozen.parameters,
         "slots": learner.bound.slots,
+        **({"deep": trainer.best_deep.to_json()} if trainer.best_deep is not None else {}),
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
         "choice_rule": trainer.choice_rule,
@@ -372,7 +368,7 @@ def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: P
     prompt.save(folder / PROMPT_FOLDER, overwrite=True)
     dev, items = prepared.parts["dev"], prepared.items["dev"]
     backbone = best.learner.backbone
-    found = evaluate(backbone, items, Learned(best.best_vectors), cache=best.learner.cache)
+    found = evaluate(backbone, items, Learned.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
     # Labels and choices were chosen by scoring them. Other answers must be written.
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
     write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))

@@ -25,6 +25,7 @@ class SpecOptions(TypedDict, total=False):
     strict: bool
     task: TaskFile | None
     calibrate: bool | None
+    method: str | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TrainSpec:
         task: The task that ``data`` belongs to. It is saved with the prompt.
         calibrate: Whether to subtract from each label or choice the score that it gets for an empty record; by default
             as the task says.
+        method: What the record calls the method; by default what the template and the settings are called.
         checked: What was found in the data, once it was looked at (:meth:`check`); warnings were given then.
     """
 
@@ -57,6 +59,7 @@ class TrainSpec:
     strict: bool = False
     task: TaskFile | None = None
     calibrate: bool | None = None
+    method: str | None = None
     checked: Findings | None = None
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -14,20 +15,22 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.checkpointing import recomputing
+from ptuning.backbone.layers import recomputing
 from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import collate, shared_tokens
-from ptuning.engine.learned import Learned
+from ptuning.engine.deep import deep_start
+from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
 from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import processes
 from ptuning.errors import BackboneError, TrainingError
-from ptuning.template.fill import BoundTemplate, Example
-from ptuning.training.encoder import PromptEncoder, start_vectors
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
+from ptuning.training.encoder import DeepEncoder, PromptEncoder, start_vectors
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
 # more memory; a GPU is not busy with so few. Source: docs/decisions.md, decision 28.
@@ -50,7 +53,8 @@ def with_gradients(work: Work) -> Work:
 
 
 class Learner:
-    """What learns: a prompt encoder, weights of the backbone if they are trained too, and the optimizer of both.
+    """What learns: a prompt encoder, one of deep slots if there are any, weights of the backbone if they are trained
+    too, and the optimizer of them.
 
     Args:
         frozen: A frozen backbone; it does not change. :attr:`backbone` is this one, or the copy that is trained.
@@ -92,6 +96,7 @@ class Learner:
                 dropout=config.dropout,
                 generator=self.generator("encoder weights"),
             ).to(frozen.device)
+        self.deep_encoder = self._make_deep()
         self.optimizer = self._make_optimizer()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.prefix_cache = prefix_cache or PrefixCache(
@@ -100,11 +105,26 @@ class Learner:
         self.uses_prefix_cache = False
         self.pass_tokens = PASS_TOKENS.get(frozen.device.type, PASS_TOKENS_ELSEWHERE)
 
+    def _make_deep(self) -> DeepEncoder | None:
+        found = deep_start(self.frozen, self.bound, generator=self.generator("deep slots"))
+        if found is None:
+            return None
+        start, reach = found
+        return DeepEncoder(
+            start,
+            reach=reach,
+            kind=self.config.deep_encoder,
+            values_only=self.config.values_only,
+            generator=self.generator("deep encoder weights"),
+        ).to(self.frozen.device)
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": list(self.encoder.parameters()), "lr": config.lr}
         ]
+        if self.deep_encoder is not None:
+            groups.append({"params": list(self.deep_encoder.parameters()), "lr": config.deep_lr})
         peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
         decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
         for is_matrix in (True, False):
@@ -131,7 +151,8 @@ class Learner:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the weights that the optimizer moves."""
-        return [*self.encoder.parameters(), *self.weights.values()]
+        deep = self.deep_encoder.parameters() if self.deep_encoder is not None else ()
+        return [*self.encoder.parameters(), *deep, *self.weights.values()]
 
     def trained_weights(self) -> TrainedWeights | None:
         """Return what training has made of the backbone's weights; None if the backbone stayed frozen."""
@@ -147,6 +168,18 @@ class Learner:
         with torch.no_grad():
             vectors: Tensor = self.encoder()  # (P, E)
         return vectors.detach().float().cpu().clone()
+
+    def deep(self) -> Deep | None:
+        """Return what the deep slots bring as it would be saved, on the CPU; None without any."""
+        if self.deep_encoder is None:
+            return None
+        with torch.no_grad():
+            found: Deep = self.deep_encoder()
+        return found.map(lambda tensor: tensor.detach().float().cpu().clone())
+
+    def learned(self) -> Learned:
+        """Return what the prompt brings to a pass as it would be saved."""
+        return Learned.of(self.vectors(), self.deep())
 
     def begin(self, rate: float) -> None:
         """Set the learning rates to this share of their peaks, and drop the gradients of the last step."""
@@ -244,10 +277,17 @@ class Chunk:
         """Whose rows they are."""
         return self.step.learner
 
-    @property
+    @functools.cached_property
     def examples(self) -> list[Example]:
-        """The rows."""
-        return inputs_of(self.items)
+        """The rows, each without the columns of the block in front that it does not read in this step."""
+        rows, config, lead = inputs_of(self.items), self.learner.config, self.learner.bound.layout.lead
+        if not (config.column_dropout and any(row.begun for row in rows)):
+            return rows
+        places = range(self.at + self.behind, self.at + self.behind + len(rows))
+        return [
+            _dropped(row, self.learner, self.step.number, place, first=max(1, lead))
+            for row, place in zip(rows, places, strict=True)
+        ]
 
     @property
     def width(self) -> int:
@@ -265,7 +305,7 @@ class Chunk:
     def runs_prefix_once(self) -> bool:
         """Whether its rows share a prefix that is computed once, so that rows of another prompt cannot join them."""
         rows = self.examples
-        if self.learner.uses_prefix_cache:
+        if self.learner.uses_prefix_cache or self.learner.bound.layout.begun:
             return False
         longest = max(len(row.token_ids) for row in rows)
         return runs_prefix_once(self.learner.backbone, rows=len(rows), shared=shared_tokens(rows), longest=longest)
@@ -282,14 +322,23 @@ class Chunk:
         """
         self._seed(self.at)
         vectors = self.learner.encoder()  # (P, E)
+        deep = self.learner.deep_encoder() if self.learner.deep_encoder is not None else None
         if self.behind:
             self._seed(self.at + self.behind)
-        return Learned(vectors)
+        return Learned.of(vectors, deep)
 
     def _seed(self, at: int) -> None:
         if self.draws:
             seed = derived_seed(self.learner.config.seed, "dropout", self.step.number * 65_536 + at)
             seed_draws(seed, self.learner.backbone.device)
+
+
+def _dropped(row: Example, learner: Learner, step: int, place: int, *, first: int) -> Example:
+    """Return a row that does not read some columns of its block, from ``first`` on; each row draws its own."""
+    generator = learner.generator("column dropout", step * 65_536 + place)
+    drawn = torch.rand(row.begun, generator=generator)[first:] < learner.config.column_dropout
+    columns = (first + drawn.nonzero()[:, 0]).tolist()
+    return replace(row, unread=tuple(sorted({*row.unread, *columns})))
 
 
 @dataclass(frozen=True)

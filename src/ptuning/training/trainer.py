@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,7 @@ class Trainer:
     Attributes:
         learner: What is trained. Its backbone holds the chosen weights after :meth:`fit`.
         best_vectors: Slot vectors of the best epoch so far, (P, E) float32.
+        best_deep: What the deep slots of that epoch bring, if there are any.
         numbers: Of the last step, as in :class:`~ptuning.progress.Progress`.
     """
 
@@ -71,7 +73,7 @@ class Trainer:
         self.identity = dict(identity or {})
         self._judge = judge
         self.state = RunState()
-        self.best_vectors = self.learner.vectors()
+        self.best_vectors, self.best_deep = self.learner.vectors(), self.learner.deep()
         self.cached = self.learner.prefix_cache.to_json()
         self._shares_prefix_cache = prefix_cache is not None
         self.kept: KeptWeights | None = None
@@ -244,7 +246,7 @@ class Trainer:
         return evaluate(
             self.learner.backbone,
             items,
-            Learned(self.learner.vectors()),
+            self.learner.learned(),
             cache=self.learner.cache,
             report=report,
             note=note,
@@ -265,7 +267,7 @@ class Trainer:
         """Return the metric that chooses, by its name in ``run.json``, of what is written now; nothing without one."""
         if self._judge is None:
             return {}
-        return {f"dev_{self._metric}": self._judge(self.learner.backbone, Learned(self.learner.vectors()))}
+        return {f"dev_{self._metric}": self._judge(self.learner.backbone, self.learner.learned())}
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -305,7 +307,7 @@ class Trainer:
         if self._rank(found.score, found.loss, value) > self.rank:
             self.state.best_value = value
             self.state.best_score, self.state.best_loss, self.state.chosen_epoch = found.score, found.loss, epoch
-            self.best_vectors = self.learner.vectors()
+            self.best_vectors, self.best_deep = self.learner.vectors(), self.learner.deep()
             if self.kept is not None and self._writes:
                 self.kept.keep(self.learner.weights, epoch=epoch)
             if self.kept is not None and self.checkpoint is None:
@@ -334,6 +336,9 @@ class Trainer:
         """Return the tensors of a checkpoint. A finished run has its best weights in files of their own."""
         tensors = {f"encoder.{name}": value for name, value in self.learner.encoder.state_dict().items()}
         tensors["best_vectors"] = self.best_vectors
+        if self.learner.deep_encoder is not None and self.best_deep is not None:
+            tensors |= {f"deep_encoder.{name}": value for name, value in self.learner.deep_encoder.state_dict().items()}
+            tensors |= {f"best_deep.{name}": value for name, value in self.best_deep.tensors.items()}
         if self.learner.weights and self.state.done:
             return tensors
         tensors |= {f"weights.{name}": weight for name, weight in self.learner.weights.items()}
@@ -356,9 +361,10 @@ class Trainer:
             return False
         state, tensors = found
         try:
-            self.learner.encoder.load_state_dict(
-                {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
-            )
+            self.learner.encoder.load_state_dict(_of("encoder.", tensors))
+            if self.learner.deep_encoder is not None and self.best_deep is not None:
+                self.learner.deep_encoder.load_state_dict(_of("deep_encoder.", tensors))
+                self.best_deep = replace(self.best_deep, **_of("best_deep.", tensors))  # type: ignore[arg-type]
             if not (self.learner.weights and state.done):
                 with torch.no_grad():
                     for name, weight in self.learner.weights.items():
@@ -378,6 +384,10 @@ class Trainer:
                 _, index, key = name.split(".", 2)
                 states.setdefault(int(index), {})[key] = value
         self.learner.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+
+
+def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _guessed(found: Evaluation) -> dict[str, int]:

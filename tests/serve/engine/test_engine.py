@@ -35,6 +35,7 @@ from ptuning.serve.engine.job import (
     TextRow,
     Token,
 )
+from ptuning.template.labels import LabelWords
 from ptuning.template.segments import FILLS_MASKS
 from tests.conftest import RECORDS, learned
 from tests.families import built
@@ -96,7 +97,21 @@ def prompts_of(backbone: Backbone) -> list[Prompt]:
         replace(middle, target_tokens=2),
         Prompt.manual("The capital of {x} is [Y]", label_words=LABELS),
         Prompt.manual("The capital of {x} is [Y]"),
+        replace(deep(backbone, "[D*3] The answer for {x} is [Y]", [5, 6, 7]), target_tokens=3),
+        replace(deep(backbone, "[D] about {x} [D] so [P] [Y]", [5, 6, 7]), label_words=front_words()),
     ]
+
+
+def front_words() -> LabelWords | None:
+    return Prompt.manual("{x} [Y]", label_words=LABELS).label_words
+
+
+def deep(backbone: Backbone, template: str, tokens: list[int]) -> Prompt:
+    """A prompt with deep slots that has learned."""
+    prompt, noise = Prompt.from_token_ids(template, tokens, backbone), torch.Generator().manual_seed(4)
+    assert prompt.deep is not None
+    moved = prompt.deep.map(lambda one: one + 0.3 * torch.randn(one.shape, generator=noise))
+    return replace(prompt, deep=moved)
 
 
 def alike(one: Prediction, other: Prediction) -> None:

@@ -95,5 +95,5 @@ def import_prompt(
     loaded = load(backbone if backbone.name is not None else replace(backbone, name=adapter.base_model))
     prompt = imports.import_prompt(adapter, parsed, loaded, label_words=words)
     prompt.save(out)
-    terminal.heading(f"{out}: {prompt.slots} slots, {prompt.method}, for {loaded.name}")
+    terminal.heading(f"{out}: {prompt.every_slot} slots, {prompt.method}, for {loaded.name}")
     terminal.line(f"next: ptuning eval {out} --data FILE")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of, with_references
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.data.questions import Questions
     from ptuning.files import Json
-    from ptuning.prompt.inspect import Inspection, Neighbour
+    from ptuning.prompt.inspect import DeepView, Inspection, Neighbour
     from ptuning.prompt.prompt import Prompt
     from ptuning.prompt.score import Result
     from ptuning.records import Records
@@ -226,6 +227,10 @@ def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> Non
         start = "random" if view.start is None else terminal.quoted(view.start)
         table.add_row(str(index), escape(start), f"{view.norm:.2f}", _listed(view.by_cosine), _listed(view.by_distance))
     console = terminal.results()
+    if found.deep:
+        console.print(_deep_table(found.deep))
+    if not found.slots:
+        return
     console.print(table)
     console.print(
         f"For scale: two tokens lie {found.token_distance:.2f} apart (median), a token and its nearest "
@@ -239,6 +244,17 @@ def _show_inspection(prompt: Prompt, found: Inspection, *, as_json: bool) -> Non
     console.print(f"score with the nearest token in each     {escape(terminal.interval(nearest))}")
     if nearest.high < learned.value:
         console.print("The nearest tokens do not do what the slots do: read no meaning into them.")
+
+
+def _deep_table(views: Sequence[DeepView]) -> Table:
+    """Return the table of deep slots: how far each moved in the layers, and in which the most."""
+    table = terminal.table("deep slot", "started at", "stands", "moved (mean over layers)", "most in layer")
+    for index, view in enumerate(views):
+        start = "a token of the data" if view.start is None else terminal.quoted(view.start)
+        stands = "in front, as keys and values" if view.where == "front" else "in the row"
+        moved, layer = ("-", "-") if view.moved is None else (f"{view.moved:.2f}", str(view.largest))
+        table.add_row(str(index), escape(start), stands, moved, layer)
+    return table
 
 
 def _listed(neighbours: Sequence[Neighbour]) -> str:

@@ -11,7 +11,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import Pass, run_pass
 from ptuning.errors import BackboneError
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 
 # Pads in front of all rows are dropped by so many at a time, since that copies all keys and values.
 DROPPED_PADS = 16
@@ -44,6 +44,7 @@ class Continuation:
         self._backbone = backbone
         self._memory, self._embeddings, self._positions = first.memory, first.embeddings, batch.positions
         self._mask = first.mask[:, batch.encoder_tokens :]  # (B, T)
+        self._offsets = first.offsets if first.memory is None else None  # deep slots are read anew with whole rows
         self.logits = first.logits
         self.before = [_decoder_ids(one) for one in examples]
 
@@ -94,6 +95,7 @@ class Continuation:
             cols=torch.full_like(every, new.shape[1] - 1),
             memory=self._memory,
             keep=self._memory is not None,
+            offsets=self._offsets,
         )
 
     def _follow(self, rows: Tensor) -> None:
@@ -103,6 +105,7 @@ class Continuation:
             self._drop_pads()
         else:
             self._embeddings, self._positions = self._embeddings[rows], self._positions[rows]
+            self._offsets = self._offsets if self._offsets is None else self._offsets.take(rows)
 
     def _drop_pads(self) -> None:
         """Forget the first positions once they are pads in every row that is left, and enough of them to pay."""

@@ -19,7 +19,8 @@ from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 from ptuning.template.segments import FILLS_MASKS
 
 
@@ -135,7 +136,7 @@ class Company(NamedTuple):
     @classmethod
     def of(cls, backbone: Backbone, example: Example, max_tokens: int) -> Company:
         """Return the company of a row whose answer has up to ``max_tokens``."""
-        own = len(example.token_ids) - example.encoder_tokens
+        own = example.length - example.encoder_tokens
         is_long = backbone.side(own)
         turns = backbone.side(own + max_tokens - 1) != is_long
         return cls(turns, is_long, own if turns or not backbone.pads_left else 0)

@@ -13,7 +13,8 @@ from ptuning.engine.passes import target_logits
 from ptuning.engine.writing.ending import OpenRow, Written, alike
 from ptuning.errors import TemplateError
 from ptuning.records import Record
-from ptuning.template.fill import BoundTemplate, Example
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate
 
 
 def fill_masks(

@@ -16,7 +16,7 @@ from ptuning.engine.batch import collate
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import run_batch
 from ptuning.engine.prefix_cache import Past, cacheable_ids, free_bytes
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 
 # Shorter beginnings are read again: to put their keys and values together takes as long.
 MIN_TOKENS = 32
@@ -28,13 +28,13 @@ Name = bytes
 
 @dataclass(frozen=True, eq=False)
 class PassRow:
-    """A row of one prompt: the filled template, and the prompt's (P, E) slot vectors with the hash of their bytes.
+    """A row of one prompt: the filled template, and what the prompt has learned with the hash of its bytes.
 
     ``constant`` is the number of leading tokens and slots that most rows of the prompt have in common.
     """
 
     example: Example
-    vectors: Tensor
+    learned: Learned
     digest: bytes
     constant: int = 0
 
@@ -43,22 +43,23 @@ class PassRow:
         slots = [position for position in self.example.slot_positions if position < tokens]
         ids = np.array(self.example.token_ids[:tokens], dtype=np.int64)
         ids[slots] = -1 - np.arange(len(slots))
-        return hashlib.sha256(ids.tobytes() + (self.digest if slots else b"")).digest()
+        is_own = slots or self.example.begun
+        return hashlib.sha256(ids.tobytes() + (self.digest if is_own else b"")).digest()
 
-    def behind(self, tokens: int) -> tuple[Example, Tensor]:
-        """Return what is left of the row behind its beginning, and the vectors of the slots there."""
+    def behind(self, tokens: int) -> tuple[Example, Learned]:
+        """Return what is left of the row behind its beginning, and what its prompt brings there."""
         slots = tuple(position - tokens for position in self.example.slot_positions if position >= tokens)
         scored = tuple(position - tokens for position in self.example.logit_positions)
         example = replace(
             self.example, token_ids=self.example.token_ids[tokens:], slot_positions=slots, logit_positions=scored
         )
-        return example, self.vectors[len(self.vectors) - len(slots) :]
+        return example, self.learned.parts(len(self.learned.vectors) - len(slots))[1] if tokens else self.learned
 
-    def beginning(self, tokens: int) -> tuple[Example, Tensor]:
+    def beginning(self, tokens: int) -> tuple[Example, Learned]:
         """Return the beginning as a row of its own, of which nothing is scored."""
         slots = tuple(position for position in self.example.slot_positions if position < tokens)
-        example = Example(self.example.token_ids[:tokens], slots, (), (), 0)
-        return example, self.vectors[: len(slots)]
+        example = Example(self.example.token_ids[:tokens], slots, (), (), 0, begun=self.example.begun)
+        return example, self.learned.parts(len(slots))[0]
 
 
 class Beginnings:
@@ -124,12 +125,18 @@ class Beginnings:
         return 0
 
     def past(self, rows: Sequence[PassRow], lengths: Sequence[int]) -> Past:
-        """Return the keys and values of each row's beginning, of these lengths (:meth:`lengths`; not all are 0)."""
+        """Return the keys and values of each row's beginning, of these lengths (:meth:`lengths`; not all are 0), or of
+        what its prompt brings in front of a row without.
+        """
         names = [row.name(size) if size else b"" for row, size in zip(rows, lengths, strict=True)]
         parts: dict[Name, Tensor] = {}
-        for name, row, size in zip(names, rows, lengths, strict=True):
-            if size and name not in parts:
-                parts[name] = self._find(name, row, size)
+        for at, (row, size) in enumerate(zip(rows, lengths, strict=True)):
+            (block,) = row.learned.blocks(1) if not size else (None,)
+            if block is not None:
+                names[at] = b"block" + row.digest
+                parts[names[at]] = block[1].to(self._backbone.dtype)
+            elif size and names[at] not in parts:
+                parts[names[at]] = self._find(names[at], row, size)
         return Past.of(parts, names)
 
     def _find(self, name: Name, row: PassRow, size: int) -> Tensor:
@@ -147,10 +154,10 @@ class Beginnings:
 
     def _read(self, row: PassRow, size: int) -> Tensor:
         self.tokens_read += size
-        example, vectors = row.beginning(size)
+        example, learned = row.beginning(size)
         # A head may fail on no position at all.
         example = replace(example, logit_positions=(size - 1,))
-        learned = Learned(vectors).to(self._backbone.device)
+        learned = learned.to(self._backbone.device)
         memory = run_batch(self._backbone, collate([example], learned), learned, keep=True).memory
         assert memory is not None
         return torch.stack([torch.stack(pair) for pair in memory.layers])[:, :, 0]  # (L, 2, H, C, D)

@@ -6,11 +6,9 @@ import hashlib
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
+from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
@@ -20,7 +18,8 @@ from ptuning.prompt.predict import PromptModel, check_answering, longest_answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.beginnings import PassRow, constant_tokens
 from ptuning.serve.engine.job import EchoRow, PromptRow, TextRow
-from ptuning.template.fill import BoundTemplate, Example, TooLongError
+from ptuning.template.example import Example
+from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.language import Field
 from ptuning.template.segments import Ids
 
@@ -34,10 +33,10 @@ PROBES = ("a", "Zebra")
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A prompt that is ready for rows: bound to the tokenizer, with its vectors on the device."""
+    """A prompt that is ready for rows: bound to the tokenizer, with what it has learned on the device."""
 
     bound: BoundTemplate
-    vectors: Tensor
+    learned: Learned
     digest: bytes
     constant: int
 
@@ -83,16 +82,17 @@ class Filling:
         self._backbone = model.backbone
         self._ready: WeakKeyDictionary[Prompt, Ready] = WeakKeyDictionary()
         self._fronts: WeakKeyDictionary[Ready, Example | None] = WeakKeyDictionary()
-        self._nothing = torch.zeros(0, self._backbone.width)
+        self._nothing = Learned.none(self._backbone.width)
 
     def ready(self, prompt: Prompt) -> Ready:
         """Return a prompt ready for rows; a PTuningError if it does not fit the backbone."""
         if prompt not in self._ready:
             bound = prompt.bind(self._backbone, force=self._model.force)
-            vectors = prompt.learned(self._backbone).vectors
-            digest = hashlib.sha256(vectors.numpy().tobytes()).digest() if len(vectors) else b""
+            learned = prompt.learned(self._backbone)
+            data = b"".join(one.numpy().tobytes() for one in learned.tensors)
+            digest = hashlib.sha256(data).digest() if data else b""
             constant = _constant(bound) if self._backbone.shares_prefix else 0
-            self._ready[prompt] = Ready(bound, vectors.to(self._backbone.device), digest, constant)
+            self._ready[prompt] = Ready(bound, learned.to(self._backbone.device), digest, constant)
         return self._ready[prompt]
 
     def answers(self, row: PromptRow) -> AnswerSpace:
@@ -129,7 +129,7 @@ class Filling:
         """Return a row that the model goes on with."""
         ids, how = self.ids(row.text, behind=row.prompt), row.how
         begun = self._begun(row.prompt, ids)
-        read, limit = len(begun.example.token_ids), self._limit(row.prompt)
+        read, limit = begun.example.length, self._limit(row.prompt)
         room = limit - read + 1
         if not ids or room < 1:
             raise (TooLongError if ids else RecordError)(
@@ -154,7 +154,7 @@ class Filling:
         """Return a row whose ``target_ids``, its last tokens, are each scored by those in front of them."""
         ids = self.ids(row.text, behind=row.prompt)
         found = self._begun(row.prompt, ids)
-        read = len(found.example.token_ids)
+        read = found.example.length
         most = min(self._limit(row.prompt), ECHO_LOGITS // self._backbone.vocabulary)
         if not ids or not 2 <= read <= most:
             raise (TooLongError if read > 2 else RecordError)(
@@ -212,7 +212,7 @@ class Filling:
 
 def pass_row(example: Example, ready: Ready) -> PassRow:
     """Return a filled row of a prompt."""
-    return PassRow(example, ready.vectors, ready.digest, ready.constant)
+    return PassRow(example, ready.learned, ready.digest, ready.constant)
 
 
 def _front(bound: BoundTemplate) -> Example | None:

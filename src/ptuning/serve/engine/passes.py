@@ -14,7 +14,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.passes import Pass, logits_in_parts, run_batch
 from ptuning.engine.side_by_side import run_side_by_side
 from ptuning.serve.engine.beginnings import Beginnings, PassRow
-from ptuning.template.fill import Example
+from ptuning.template.example import Example
 
 # Rows with one beginning run side by side from so many on, up to so many tokens; fewer go with others in one pass.
 SIDE_BY_SIDE_ROWS, SIDE_BY_SIDE_TOKENS = 4, 2048
@@ -109,12 +109,12 @@ class Passes:
     def _left(self, rows: Sequence[PassRow], begun: Sequence[int]) -> tuple[list[Example], Learned]:
         """Return what is left of rows behind their beginnings, and what their prompts bring to it."""
         left = [row.behind(size) for row, size in zip(rows, begun, strict=True)]
-        brought: dict[tuple[bytes, int], Tensor] = {}
-        owners = [(row.digest, len(vectors)) for row, (_, vectors) in zip(rows, left, strict=True)]
-        for owner, (_, vectors) in zip(owners, left, strict=True):
-            brought.setdefault(owner, vectors)
+        brought: dict[tuple[bytes, int, bool], Learned] = {}
+        owners = [(row.digest, len(own.vectors), own.has_blocks) for row, (_, own) in zip(rows, left, strict=True)]
+        for owner, (_, own) in zip(owners, left, strict=True):
+            brought.setdefault(owner, own)
         number = {owner: at for at, owner in enumerate(brought)}
-        learned = Learned.join(list(map(Learned, brought.values())), rows=[number[owner] for owner in owners])
+        learned = Learned.join(list(brought.values()), rows=[number[owner] for owner in owners])
         return [example for example, _ in left], learned.to(self.backbone.device)
 
     def _count(self, tokens: int, group: Together) -> None:

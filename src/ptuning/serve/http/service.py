@@ -114,7 +114,7 @@ class Manual:
     @classmethod
     def of(cls, served: ServedPrompt) -> Manual:
         """Return a prompt without its slots; an ApiError if it has none."""
-        if not served.prompt.slots:
+        if not served.prompt.template.has_slots:
             raise refused("model", f"'{served.name}' has no slots; it is a manual prompt itself", "unsupported")
         prompt, digest = served.prompt.without("slots"), sha256(f"{served.sha256}{MANUAL}".encode())
         return cls(served.name + MANUAL, prompt, served.folder, digest, served.loaded_at)

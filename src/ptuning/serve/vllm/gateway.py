@@ -202,11 +202,16 @@ class Gateway(BaseEngine):
 
     def _embedded(self, row: PassRow) -> Tensor:
         """Return what the model reads of a row, (T, E): its tokens' embeddings, and slot vectors at its slots."""
+        if row.learned.deep:
+            raise ConfigError(
+                "the prompt has deep slots ([D]), which are vectors in every layer, and vLLM takes vectors of the "
+                "input only; serve it with --engine embedded"
+            )
         ids = torch.tensor([row.example.token_ids], device=self._backbone.device)
         embedded = self._backbone.embed(ids)[0]  # (T, E)
         slots = list(row.example.slot_positions)
         if slots:
-            embedded[slots] = row.vectors.to(embedded.dtype)
+            embedded[slots] = row.learned.vectors.to(embedded.dtype)
         return embedded.cpu()
 
     def _classify(self, row: PromptRow, item: Item, names: Sequence[str], embedded: Sequence[Tensor]) -> Outcome:

@@ -72,13 +72,13 @@ def _card(service: Service, served: ServedPrompt | None) -> Shape:
     return {
         **card,
         **_template(template),
-        "manual": {"id": served.name + MANUAL, **_template(template.without_slots())} if served.prompt.slots else None,
+        "manual": {"id": served.name + MANUAL, **_template(template.without_slots())} if template.has_slots else None,
         "fields": list(task.fields if task else template.fields),
         "columns": list(task.columns if task else template.fields),
         "task": task.name if task else None,
         "labels": list(space.labels),
         "answers": "choices" if space.has_choices else "labels" if space.is_closed else "text",
-        "slots": served.prompt.slots,
+        "slots": served.prompt.every_slot,
         "sha256": served.sha256,
     }
 

@@ -133,7 +133,7 @@ def _described(registry: Registry, served: Served) -> Shape:
         "fields": list(prompt.template.fields),
         "labels": list(prompt.label_words.labels) if prompt.label_words else None,
         "task": prompt.task.name if prompt.task else None,
-        "slots": prompt.slots,
+        "slots": prompt.every_slot,
         "method": prompt.method,
         "scores": {name: value for name, value in prompt.scores.items() if math.isfinite(value)},
     }

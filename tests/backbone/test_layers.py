@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.checkpointing import layers_of, recomputing
+from ptuning.backbone.layers import layers_of, recomputing
 from ptuning.config import TrainConfig
 from ptuning.engine import passes, prefix_cache
 from ptuning.engine.learned import Learned
