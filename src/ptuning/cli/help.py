@@ -19,7 +19,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",
-        "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
+        "gather", "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
     ),
     "Training": (
         "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",

@@ -81,6 +81,9 @@ def shipped_tasks(incomplete: str) -> list[str]:
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
+GatherOption = Annotated[
+    bool, typer.Option("--gather", help="Records that differ in their target alone are one, with several references.")
+]
 NormaliseOption = Annotated[
     str | None,
     typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),

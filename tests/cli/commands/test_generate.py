@@ -149,6 +149,15 @@ def test_eval_scores_what_is_written(llama: str) -> None:
     assert [row["prediction"] for row in rows_of("beams.jsonl")] == [row["predicted"] for row in rows_of("texts.jsonl")]
 
 
+def test_records_that_differ_in_their_target_alone_are_gathered(llama: str) -> None:
+    write_lines(Path("pairs.jsonl"), [{"x": "a", "y": "1"}, {"x": "b", "y": "2"}, {"x": "a", "y": "3"}])
+    args = ("--data", "pairs.jsonl", "--backbone", llama, "--gather")
+    done = call("generate", PROMPT, *args, "--out", "texts.jsonl")
+    assert "3 records have 2 different inputs" in done.err
+    assert [row["target"] for row in rows_of("texts.jsonl")] == [["1", "3"], "2"]
+    assert json.loads(works("eval", PROMPT, *args, "--metrics", "exact", "--json"))["scores"]["exact"]["n"] == 2
+
+
 def test_bad_input_of_metrics(llama: str) -> None:
     args = ("eval", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
     fails(*args, "--metrics", "blue", says=["unknown metric 'blue'. Did you mean 'bleu'? Known: bleu, bleu-lc, chrf"])
