@@ -69,6 +69,9 @@ def test_a_chat_is_learned_and_answers(chatty: Path) -> None:
     works("predict", "out", "--data", data, "--backbone", chatty, "--out", "answers.jsonl")
     written = [json.loads(line) for line in Path("answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(written) == 6
+    works("generate", "out", "--data", data, "--backbone", chatty, "--out", "texts.jsonl")
+    texts = [json.loads(line) for line in Path("texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [text["target"] for text in texts] == [f"yes, {at}" for at in range(6)]
 
 
 @pytest.mark.parametrize(

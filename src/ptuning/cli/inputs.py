@@ -326,7 +326,8 @@ def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, gat
         found = as_questions(data_of(data, field, prompt.task, part="test", prompt=prompt))
     else:
         found = data_to_answer(prompt, None, data, field).questions
-        target = target_column(found.records, prompt.template.fields)
+        is_chat = prompt.template.has_conversation  # the answer that a conversation ends with is its target
+        target = None if is_chat else target_column(found.records, prompt.template.fields)
         if target is not None:
             terminal.say(TARGET_TAKEN.format(target))
             found = as_questions(with_target(found.records, target))
