@@ -51,9 +51,11 @@ def records_of(source: str, field: Sequence[str] | None, *, prompt: Prompt | Non
     """Read a data file or shipped facts; with the names of fields that a prompt remembers, but for those asked for."""
     from ptuning.data.reading import load_records
     from ptuning.prompt.asked import remembered
+    from ptuning.records import TARGET_FIELD
 
     with terminal.waiting(f"reading {source}"):
-        return remembered(load_records(source, fields=fields_of(field)), prompt)
+        target = prompt.fields.get(TARGET_FIELD) if prompt is not None else None
+        return remembered(load_records(source, fields=fields_of(field), target=target), prompt)
 
 
 def task_of(name: str | None) -> TaskFile | None:

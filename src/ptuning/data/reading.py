@@ -64,13 +64,14 @@ class RawRows(list[Row]):
         self.fields = dict(fields or {})
 
 
-def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None) -> Records:
+def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None, target: str | None = None) -> Records:
     """Read records from a data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), or shipped facts as ``NAME:split``.
 
     Values are text: numbers and booleans as JSON writes them. ``null``, lists and objects are left out. A missing ``x``
     is taken from LAMA's ``sub_label``, a missing ``y`` from ``obj_label`` or ``label``. ``fields`` maps new names of
     fields to those in the file, such as ``{"y": "answer"}``. The cells of a .csv file are separated by commas,
-    semicolons or tabs, which its first rows tell.
+    semicolons or tabs, which its first rows tell. A list of texts as the target, or in the field ``target`` that will
+    be it later, are references.
 
     Raises:
         FileError: If the file does not exist, cannot be read, or has another ending.
@@ -80,7 +81,7 @@ def load_records(source: str | Path, *, fields: Mapping[str, str] | None = None)
         >>> load_records("capitals:train")[0].keys()
         dict_keys(['x', 'y'])
     """
-    records = as_read(load_rows(source), fields=fields)
+    records = as_read(load_rows(source), fields=fields, target=target)
     if not records:
         raise RecordError(f"{source} holds no records; it needs one record per line")
     return records
@@ -110,11 +111,13 @@ def read_rows(data: bytes, *, name: str, fields: Mapping[str, str] | None = None
     return as_read(raw_rows(data, name=name), fields=fields)
 
 
-def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None) -> Records:
-    """Return rows as records: values as text, and ``fields`` renamed; a RecordError names file and line."""
+def as_read(rows: RawRows, *, fields: Mapping[str, str] | None = None, target: str | None = None) -> Records:
+    """Return rows as records: values as text, and ``fields`` renamed; a RecordError names file and line. ``target`` is
+    a field that will be the target later, and may hold a list of references.
+    """
     if not (fields and TARGET_FIELD in fields):
         fields = {**rows.fields, **(fields or {})}
-    target = fields.get(TARGET_FIELD, TARGET_FIELD)
+    target = fields.get(TARGET_FIELD, target or TARGET_FIELD)
     read = [_renamed(clean(row, where=where, target=target), fields, where=where) for where, row in rows]
     return Records(read, name=rows.name, digest=rows.sha256, places=[where for where, _ in rows], fields=fields)
 

@@ -10,7 +10,7 @@ from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.questions import Question, Questions, as_questions
 from ptuning.data.reading import RawRows, Row, as_read, with_fields
 from ptuning.errors import RecordError
-from ptuning.records import Records, check_text, require_fields
+from ptuning.records import TARGET_FIELD, Records, check_text, require_fields
 from ptuning.template.language import CONVERSATION_FIELD
 from ptuning.template.turns import USER, ChatTurn, write_turns
 
@@ -55,7 +55,7 @@ class ToAnswer:
             require_fields(read.questions.records, prompt.template.fields)
             return cls(read.questions, read.rows, rows)
         if task is None:
-            records = remembered(as_read(rows, fields=fields), prompt)
+            records = remembered(as_read(rows, fields=fields, target=prompt.fields.get(TARGET_FIELD)), prompt)
             require_fields(records, prompt.template.fields)
             return cls(as_questions(records), rows, rows)
         if rows.format != "text":

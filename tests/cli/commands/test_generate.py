@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def test_records_need_no_target_and_shipped_data_is_read(llama: str) -> None:
     drawn = ("--sample", "--top-p", "0.5", "--seed", "1", "--backbone", llama)
     works("generate", "manual:[X] [Y]", "--data", "capitals:dev", "--out", "a.jsonl", *drawn)
     assert rows_of("a.jsonl")[0]["target"] == load_records("capitals:dev")[0]["y"]
+
+
+def test_references_in_the_field_that_a_prompt_remembers_are_kept(llama: str, tmp_path: Path) -> None:
+    """Found where a file had them under another name than y, and no --field was typed again."""
+    replace(Prompt.manual("{x} is [Y]"), fields={"y": "summary"}).save(tmp_path / "prompt")
+    write_lines(Path("own.jsonl"), [{"x": "a", "summary": ["b", "c"]}, {"x": "d", "summary": "e"}])
+    works("generate", "prompt", "--data", "own.jsonl", "--backbone", llama, "--out", "own-texts.jsonl")
+    assert [row["target"] for row in rows_of("own-texts.jsonl")] == [["b", "c"], "e"]
+    args = ("eval", "prompt", "--data", "own.jsonl", "--backbone", llama, "--metrics", "exact", "--out", "scored.jsonl")
+    works(*args)
+    assert [row["target"] for row in rows_of("scored.jsonl")] == [["b", "c"], "e"]
 
 
 def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
