@@ -173,8 +173,8 @@ def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator
 
 
 def cut_by_length(lengths: Sequence[int], *, pass_tokens: int) -> list[list[int]]:
-    """Cut rows of these lengths into passes so that their pads, with ``pass_tokens`` for each pass, are fewest: one more
-    pass reads all weights once more. Returns the indices of the rows, the shortest first.
+    """Cut rows of these lengths into passes so that their pads, and ``pass_tokens`` for each pass, are fewest: one
+    more pass reads all weights once more. Returns the indices of the rows, the shortest first.
 
     Example:
         >>> cut_by_length([9, 2, 10, 2], pass_tokens=8), cut_by_length([9, 2, 10, 2], pass_tokens=20)
