@@ -17,8 +17,9 @@ serve: $(VENV)/serve.stamp
 	@test -d runs/demo || { echo "there are no prompts yet; make them with: make demo"; exit 2; }
 	@exec $(BIN)/ptuning serve --prompts runs $(OPTIONS)
 
+# Every process of the tests would compile the same files without the files of compiled code.
 test: $(VENV)/dev.stamp
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

@@ -12,16 +12,20 @@ import itertools
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from benchmarks.common import write_json
 
 Choice = Literal["uniform", "zipf", "one"]
 OK, REFUSED, NO_ANSWER = 200, 429, 0
+MOST_SECONDS = 300.0  # until an answer
+LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n")
 
 
 @dataclass(frozen=True)
@@ -133,34 +137,78 @@ def plan(load: Load, texts: int) -> list[Arrival]:
     return found
 
 
+class Sender:
+    """Posts to one address over connections that it keeps, with no more than HTTP needs: what the sender takes of the
+    machine is missing there, and a whole client takes more than the service does to refuse a request.
+    """
+
+    def __init__(self, url: str, route: str) -> None:
+        where = urlsplit(url)
+        self._host, self._port = where.hostname or "", where.port or 80
+        self._head = f"POST {route} HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n".encode()
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, body: bytes) -> int:
+        """Send a request, and return its status; :data:`NO_ANSWER` if there is none."""
+        try:
+            reader, writer = await self._connection()
+        except OSError:
+            return NO_ANSWER
+        try:
+            writer.write(b"%bContent-Length: %d\r\n\r\n%b" % (self._head, len(body), body))
+            head = await asyncio.wait_for(_answer(reader), MOST_SECONDS)
+        except (OSError, EOFError, IndexError, asyncio.LimitOverrunError, asyncio.TimeoutError):
+            writer.close()
+            return NO_ANSWER
+        if b"\r\nconnection: close" in head:
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+        return int(head.split(None, 2)[1])
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(self._host, self._port)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for _, writer in self._idle:
+            writer.close()
+
+
+async def _answer(reader: asyncio.StreamReader) -> bytes:
+    """Read an answer, and return its head."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    await reader.readexactly(int(LENGTH.findall(head)[0]))
+    return head
+
+
 async def send(load: Load, material: Material) -> Run:
     """Send a load, and wait for all answers."""
-    import httpx2
-
     arrivals = plan(load, len(material.texts))
     # Bodies are made beforehand: what the sender does meanwhile, the service has to wait for.
     bodies = [json.dumps(material.body(one.prompt, one.text)).encode() for one in arrivals]
     late = 0.0
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    headers = {"Content-Type": "application/json"}
-    async with httpx2.AsyncClient(base_url=material.url, timeout=300.0, limits=limits, headers=headers) as client:
-        began, cpu = time.perf_counter(), time.process_time()
+    sender = Sender(material.url, material.route)
+    began, cpu = time.perf_counter(), time.process_time()
 
-        async def one(arrival: Arrival, body: bytes) -> Sent:
-            nonlocal late
-            late = max(late, time.perf_counter() - began - arrival.at)
-            try:
-                status = (await client.post(material.route, content=body)).status_code
-            except httpx2.HTTPError:
-                status = NO_ANSWER
-            return Sent(arrival.at, time.perf_counter() - began - arrival.at, status)
+    async def one(arrival: Arrival, body: bytes) -> Sent:
+        nonlocal late
+        late = max(late, time.perf_counter() - began - arrival.at)
+        status = await sender.post(body)
+        return Sent(arrival.at, time.perf_counter() - began - arrival.at, status)
 
-        tasks = []
-        for arrival, body in zip(arrivals, bodies, strict=True):
-            await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(arrival, body)))
-        found = await asyncio.gather(*tasks)
-        return Run(tuple(found), late, time.process_time() - cpu, time.perf_counter() - began)
+    tasks = []
+    for arrival, body in zip(arrivals, bodies, strict=True):
+        await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(arrival, body)))
+    found = await asyncio.gather(*tasks)
+    sender.close()
+    return Run(tuple(found), late, time.process_time() - cpu, time.perf_counter() - began)
 
 
 def write(path: Path, run: Run) -> None:

@@ -91,7 +91,7 @@ FULL = (
     Cell("long-512", 512, 512, 64, 1, 1, 0),  # one round, four to five minutes on two cores
 )
 TINY = tuple(
-    Cell(kind, low, high, size, 2, 2, 20)
+    Cell(kind, low, high, size, 2, 1, 20)
     for kind, low, high in (("short", 0, 0), ("sentences", 8, 16), ("long-128", 24, 24), ("long-512", 40, 40))
     for size in (4, 8)
 )

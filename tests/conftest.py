@@ -1,16 +1,20 @@
-"""Tiny random models of four families with tokenizers made on the spot; everything offline, in a second."""
+"""Tiny random models of four families with tokenizers made on the spot; everything offline, in a second.
+
+What is heavy is loaded by the functions that need it: pytest-xdist's first process reads this file and runs no test.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,37 +22,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
 
-from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.loading import load_backbone
-from ptuning.engine.objective import Item, target_items
-from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, as_records
-from ptuning.template import known
-from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
-from ptuning.template.language import Template
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiting
+    from ptuning.backbone.backbone import Backbone
+    from ptuning.engine.objective import Item
+    from ptuning.prompt.prompt import Prompt
+    from ptuning.records import Record
+    from ptuning.template.example import Example
+    from ptuning.template.fill import BoundTemplate
 
 # A busy machine is no failure, and neither is an example that only one run happens to draw.
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
+
+
+def pytest_collection() -> None:
+    """Look for no garbage among the million objects of the modules that tests import: none of them goes."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not among them."""
+    gc.freeze()
+    gc.enable()
+
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("gpt2", "llama", "bert", "roberta")
@@ -89,13 +90,24 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # a tiny model gives a second thread nothing but waiting
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
+    import torch
+
     torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond, to write down who called it
 
 
 @pytest.fixture(autouse=True)
 def _warned_anew() -> None:
+    from ptuning.template import known
+
     known._warn_once.cache_clear()
 
 
@@ -131,6 +143,8 @@ def raw_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session")
 def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], Backbone]:
     """Load a family's tiny model as a frozen float32 backbone, once per test session; not to be changed."""
+    from ptuning.backbone.loading import load_backbone
+
     return functools.cache(lambda family: load_backbone(str(model_folder(family)), dtype="float32", device="cpu"))
 
 
@@ -166,6 +180,8 @@ def masked(make_backbone: Callable[[str], Backbone]) -> Backbone:
 
 def make_model(family: str, folder: Path, *, seed: int = 0) -> None:
     """Write a tiny random model and its tokenizer as ``save_pretrained`` does."""
+    import torch
+
     tokenizer = make_tokenizer(family)
     torch.manual_seed(seed)
     model = build_model(family, tokenizer)
@@ -180,6 +196,17 @@ def make_model(family: str, folder: Path, *, seed: int = 0) -> None:
 
 def build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build a tiny model with random weights and dropout in its config (which a frozen backbone must not use)."""
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        RobertaConfig,
+        RobertaForMaskedLM,
+    )
+
     size = len(tokenizer)
     if family == "gpt2":
         return GPT2LMHeadModel(
@@ -224,6 +251,9 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMo
 
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Train a family's kind of tokenizer: GPT-2's without and LLaMA's with a BOS, BERT's WordPiece, RoBERTa's pair."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     if family == "bert":
         return _word_piece()
     specials = {
@@ -276,6 +306,9 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 def _word_piece() -> PreTrainedTokenizerFast:
     """Make WordPiece of the text's letters and short words: the library's trainer breaks ties anew in every process."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     normalizer, splitter = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
     words = sorted({word for text in CORPUS for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
@@ -303,11 +336,18 @@ def _word_piece() -> PreTrainedTokenizerFast:
 
 def bound(backbone: Backbone, template: str) -> BoundTemplate:
     """Bind a pattern to a backbone."""
+    from ptuning.template.fill import BoundTemplate
+    from ptuning.template.language import Template
+
     return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
 
 
 def learned(backbone: Backbone, template: str, *, seed: int = 0) -> Prompt:
     """Return a prompt whose slots hold random vectors on the scale of the backbone's embeddings."""
+    import torch
+
+    from ptuning.prompt.prompt import Prompt
+
     slots = bound(backbone, template).slots
     base = Prompt.from_token_ids(template, [5] * slots, backbone)
     noise = torch.randn(slots, backbone.width, generator=torch.Generator().manual_seed(seed))
@@ -316,6 +356,9 @@ def learned(backbone: Backbone, template: str, *, seed: int = 0) -> Prompt:
 
 def items_of(backbone: Backbone, template: str, records: list[Record], *, with_stop: bool = True) -> list[Item]:
     """Return target items of records, as training makes them."""
+    from ptuning.engine.objective import target_items
+    from ptuning.records import as_records
+
     return target_items(bound(backbone, template), as_records(records), with_stop=with_stop)
 
 
@@ -329,6 +372,10 @@ def spoken(example: Example, slot_ids: list[int]) -> list[int]:
 
 def small_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, *, backward: bool = False) -> list[int]:
     """Let passes of more than so many tokens run out of memory, forward or in their backward; return those that ran."""
+    import torch
+
+    from ptuning.backbone.backbone import Backbone
+
     ran: list[int] = []
     real = Backbone.run
 
@@ -350,8 +397,10 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, tokens: int, *, backward: bool
     return ran
 
 
-@torch.no_grad()
 def plain_logits(backbone: Backbone, token_ids: list[int]) -> torch.Tensor:
     """Return what transformers itself answers to token ids and nothing else, (T, V)."""
-    logits: torch.Tensor = backbone.model(input_ids=torch.tensor([token_ids], device=backbone.device)).logits[0]
+    import torch
+
+    with torch.no_grad():
+        logits: torch.Tensor = backbone.model(input_ids=torch.tensor([token_ids], device=backbone.device)).logits[0]
     return logits

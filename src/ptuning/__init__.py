@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ptuning.backbone.loading import load_backbone as load_backbone
     from ptuning.config import GenerationSettings as GenerationSettings
     from ptuning.config import TrainConfig as TrainConfig
+    from ptuning.data.chat.conversations import load_conversations as load_conversations
     from ptuning.data.reading import load_records as load_records
     from ptuning.data.task_files import load_task as load_task
     from ptuning.errors import PTuningError as PTuningError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ptuning.method.registry import methods as methods
     from ptuning.prompt.predict import PromptModel as PromptModel
     from ptuning.prompt.prompt import Prompt as Prompt
+    from ptuning.template.chat import chat_template as chat_template
     from ptuning.template.labels import LabelWords as LabelWords
     from ptuning.template.language import Template as Template
     from ptuning.training.estimate import estimate as estimate
@@ -45,10 +47,12 @@ _HOMES = {
     "Template": "template.language",
     "TrainConfig": "config",
     "TrainingLog": "training.tracking",
+    "chat_template": "template.chat",
     "compare": "experiment.compare",
     "estimate": "training.estimate",
     "lama": "experiment.lama",
     "load_backbone": "backbone.loading",
+    "load_conversations": "data.chat.conversations",
     "load_records": "data.reading",
     "load_task": "data.task_files",
     "methods": "method.registry",
@@ -69,10 +73,12 @@ __all__ = [
     "Template",
     "TrainConfig",
     "TrainingLog",
+    "chat_template",
     "compare",
     "estimate",
     "lama",
     "load_backbone",
+    "load_conversations",
     "load_records",
     "load_task",
     "methods",

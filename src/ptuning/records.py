@@ -104,6 +104,24 @@ def references_of(record: Record) -> tuple[str, ...]:
     return text.references if isinstance(text, References) else (text,)
 
 
+def gathered(records: Records) -> Records:
+    """Return records of which those that differ in their target alone are one, with all of their references, in the
+    place of the first.
+    """
+    texts: dict[str, list[str]] = {}
+    first: dict[str, tuple[Record, str]] = {}
+    for number, record in enumerate(records, start=1):
+        key = canonical_json({name: text for name, text in record.items() if name != TARGET_FIELD})
+        first.setdefault(key, (record, records.place(number)))
+        texts.setdefault(key, []).extend(references_of(record))
+    rows = []
+    for key, (record, _) in first.items():
+        own = list(dict.fromkeys(texts[key]))
+        rows.append({**record, TARGET_FIELD: References(own)} if len(own) > 1 else record)
+    places = [place for _, place in first.values()]
+    return Records(rows, name=records.name, digest=records.sha256, places=places, fields=records.fields)
+
+
 def _listed(text: str) -> Json:
     return list(text.references) if isinstance(text, References) else text
 

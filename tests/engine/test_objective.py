@@ -391,3 +391,17 @@ def test_label_words_that_are_the_same_tokens_are_refused_wherever_they_are_scor
     for labelled in (True, False):
         with pytest.raises(LabelWordError, match="have the same token ids"):
             question_items(bound(masked, "[X] is [Y]"), asked, AnswerSpace(words), labelled=labelled)
+
+
+def test_an_end_that_the_template_names_weighs_as_any_token(causal: Backbone) -> None:
+    """As a chat's does: who does not write it goes on to speak for the user."""
+    records: list[Record] = [{"x": "Kenya", "y": "Nairobi"}]
+    (plain,), (named,) = (items_of(causal, f"[P*2] [X] is [Y]{end}", records) for end in ("", "</s>"))
+    assert named.choices[0].target_ids[-1] == causal.tokenizer.special_ids["</s>"]
+    own = named.choices[0].own_tokens
+    assert (loss_count([plain]), loss_count([named])) == (own + STOP_WEIGHT, own + 1)
+    logits = torch.randn(len(named.inputs[0].logit_positions), causal.vocabulary)
+    scored = score_choices([named], logits)
+    total, count = loss([named], scored)
+    torch.testing.assert_close(total, -scored.all_log_probs.sum())
+    assert count == own + 1

@@ -27,9 +27,10 @@ from starlette.testclient import TestClient
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.cli.outputs import answers_to, kept_lines
+from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.labelling import label_rows
 from ptuning.data.questions import as_questions
-from ptuning.data.reading import as_read, raw_rows, read_rows
+from ptuning.data.reading import RawRows, as_read, raw_rows, read_rows
 from ptuning.data.relations import read_relations
 from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
@@ -53,6 +54,7 @@ from ptuning.serve.http.service import Settings
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
+from ptuning.template.turns import read_turns, write_turns
 from ptuning.texts.table import TEXT_METRICS, value_of_texts
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
@@ -151,6 +153,31 @@ ROWS = [
     {"x": "Kenya", "y": "Nairobi", "n": 3, "text": "a film", "label": "positive", "ok": True, "who": None},
     {"x": "São Tomé", "y": '"b", a\n', "n": 0.5, "text": "two", "label": 1, "ok": False, "who": {"a": ["b"]}},
 ]
+
+
+TALKS = [
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": True}],
+        "system": "c",
+    },
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
+    {"prompt": "a", "response": "b", "history": [["c", "d"]]},
+    {"content": "a#b", "summary": "c"},
+]
+
+
+def conversations(draw: Draw) -> None:
+    """Rows in one of the known forms of conversations, changed; to learn from and to ask, and as turns of a record."""
+    rows = draw(changed_json([draw(st.sampled_from(TALKS))]))
+    listed = [("a.jsonl, line 1", row) for row in (rows if isinstance(rows, list) else [rows])]
+    for ask in (False, True):
+        raw = RawRows(listed, name="a.jsonl", digest="", format="jsonl")
+        found = tried(read_conversations, raw, ask=ask)
+        for one in found.questions if found is not None else ():
+            turns = read_turns(one.record["messages"])
+            assert turns == read_turns(write_turns(turns))
+    tried(read_turns, draw(texts | values.map(as_json)))
 
 
 @functools.cache
@@ -600,8 +627,8 @@ def kept_texts(draw: Draw) -> None:
 KINDS: Mapping[str, Callable[[Draw], None]] = {
     one.__name__: one
     for one in (
-        templates, labels, labelled_rows, data_files, parquet_files, inputs_to_answer, task_rows, task_files,
-        fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests, servers,
-        written_texts, kept_texts,
+        templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
+        task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
+        servers, written_texts, kept_texts,
     )
 }  # fmt: skip

@@ -43,8 +43,8 @@ TRAINED = ("p-tuning", *TUNING, *LORA)
 QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
 # Training takes steps; each epoch ends with scoring and writing all weights, so what learns by heart sees its rows
 # several times in an epoch.
-LEARNS = replace(QUICK, epochs=5, backbone_lr=5e-3, patience=20)
-SEEN = TRAIN * 4
+LEARNS = replace(QUICK, epochs=3, backbone_lr=5e-3, patience=20)
+SEEN = TRAIN * 12
 
 
 def task(
@@ -115,7 +115,7 @@ def test_only_slots_have_several_starts(
 @pytest.mark.parametrize("method", TUNING)
 def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
-    slow = replace(LEARNS, epochs=20, patience=20)  # tiny masked models take their time
+    slow = replace(LEARNS, epochs=6)  # tiny masked models take their time
     solution = fit(method, backbone, LEARNS if backbone.kind == "causal" else slow, task=task(SEEN, TRAIN))
     history: Any = solution.record["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
@@ -202,7 +202,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
 
 
 def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
-    config = replace(LEARNS, epochs=10, lora_lr=0.02)
+    config = replace(LEARNS, lora_lr=0.02)
     for method in LORA:
         solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
         history: Any = solution.record["history"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ptuning.engine.passes import target_logits
 from ptuning.records import as_records
 from ptuning.template.labels import LabelWords
 from tests.conftest import RECORDS, bound, items_of, learned
+from tests.processes import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
@@ -42,9 +42,14 @@ needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a smoke run of all scripts."""
     out = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "benchmarks.run", "--smoke", "--threads=1", f"--out={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program = f"""
+import os, runpy, sys
+os.chdir({str(ROOT)!r})
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_module("benchmarks.run", run_name="__main__", alter_sys=True)
+"""
+    with forked(program, "--smoke", "--threads=1", f"--out={out}", folder=out.parent / "said") as process:
+        assert process.wait(800) == 0, process.out + process.err
     return out
 
 

@@ -140,8 +140,8 @@ PUBLIC = {
     "Backbone",
     "FleetPrompt", "GenerationSettings", "LabelWords", "PTuningError", "Prompt", "PromptModel", "Solution", "Template",
     "TrainConfig", "TrainingLog",
-    "compare", "estimate", "lama", "load_backbone", "load_records", "load_task", "methods", "superglue", "train",
-    "train_fleet",
+    "chat_template", "compare", "estimate", "lama", "load_backbone", "load_conversations", "load_records",
+    "load_task", "methods", "superglue", "train", "train_fleet",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,9 @@ def test_answers_are_those_of_the_prompt_that_a_request_began_with(
                 registry.replace("name", f"v{turn % VERSIONS}")
 
     def ask() -> None:
-        for _ in range(REQUESTS):
+        for turn in itertools.count():
+            if turn >= REQUESTS and len(seen) > 1:  # on a busy machine the name changes late
+                return
             try:
                 served: Served = registry.get("name")
             except UnknownPromptError:

@@ -103,8 +103,9 @@ def test_supervised_are_the_answers_and_their_ends(name: str) -> None:
     for turns, example in zip(answers, examples, strict=True):
         asked, told = written(name, turns[:-1], answer_next=True), written(name, turns, answer_next=False)
         assert told.startswith(asked)
-        begin = told.index(turns[-1].content, len(asked))  # behind the header, which belongs to the prompt
-        assert told[:begin].endswith(shape.header)
+        # Behind the header, which belongs to the prompt.
+        begin = told.index(shape.header, max(0, len(asked) - len(shape.header))) + len(shape.header)
+        assert told.startswith(turns[-1].content, begin)
         assert not told[len(asked) : begin].replace("<think>", "").replace("</think>", "").strip()
         end = begin + len(turns[-1].content) + len(shape.end)
         told = told if told[begin:].startswith(turns[-1].content + shape.end) else told + shape.end
@@ -146,8 +147,9 @@ def test_contents_never_become_markup(name: str) -> None:
             Turn(role, f"{draw.choice(SPECIALS)} {text}{''.join(draw.choices(SPECIALS, k=2))} {draw.choice(SPECIALS)}")
             for role, text in turns
         ]
-        plain, own = (row_of(filled.examples([record_of(one)], with_stop=True)[0], filled.slot_start_ids)
-                      for one in (turns, hostile))  # fmt: skip
+        mild, example = (filled.examples([record_of(one)], with_stop=True)[0] for one in (turns, hostile))
+        plain, own = (row_of(one, filled.slot_start_ids) for one in (mild, example))
+        assert str(raw.decode(list(example.target_ids[: example.own_tokens]))).strip() == hostile[-1].content
         assert [token for token in own if token in specials] == [token for token in plain if token in specials]
         text = "".join(str(raw.decode(own)).split())
         assert all("".join(turn.content.split()) in text for turn in hostile)
@@ -200,6 +202,16 @@ def test_chat_templates_that_cannot_be_used_are_refused(jinja: str, says: str) -
     if not jinja:
         with pytest.raises(BackboneError, match=says):
             BoundTemplate(Template.parse("[C] [Y]"), tokenizer=tokenizer, kind="causal")
+
+
+def test_the_chat_template_alone_says_what_a_row_begins_with() -> None:
+    """It writes BOS itself, or there is none; a tokenizer that puts one in front of texts does not here."""
+    tokenizer = with_template("{% for m in messages %}{{ 'a ' + m.content + ' ' }}{% endfor %}")
+    assert tokenizer.prefix_ids
+    for pattern, begins in (("the [C] [Y]", False), ("the {messages} [Y]", True)):
+        filled = BoundTemplate(Template.parse(pattern), tokenizer=tokenizer, kind="causal")
+        (example,) = filled.contexts([{"messages": "movie"}])
+        assert (example.token_ids[: len(tokenizer.prefix_ids)] == tokenizer.prefix_ids) is begins
 
 
 def test_an_answer_that_is_asked_for_in_another_way_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from ptuning.records import (
     canonical_json,
     check_columns,
     clean,
+    gathered,
     plain,
     references_of,
     target_of,
@@ -91,3 +92,11 @@ def test_a_list_of_references_holds_texts_only() -> None:
     with pytest.raises(RecordError, match="record 1: the field 'y' is a list, whose entries must be texts"):
         as_records([{"y": ["a", {"b": 1}]}])
     assert isinstance(References([" a", "b "]).strip(), References)
+
+
+def test_records_that_differ_in_their_target_alone_are_one() -> None:
+    rows = as_records([{"x": "a", "y": "1"}, {"x": "b", "y": "2"}, {"x": "a", "y": ["3", "1"]}, {"x": "c"}])
+    found = gathered(rows)
+    assert [(one["x"], references_of(one)) for one in found] == [("a", ("1", "3")), ("b", ("2",)), ("c", ())]
+    assert [found.place(number) for number in (1, 2, 3)] == [rows.place(number) for number in (1, 2, 4)]
+    assert (found.name, found.sha256) == (rows.name, rows.sha256)

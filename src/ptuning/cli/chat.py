@@ -29,10 +29,8 @@ def completed(asked: TrainInputs) -> TrainInputs:
     chat for conversations, else a manual template. What was recognised is said.
     """
     given = asked.inputs
+    check_chat(given)
     if given.get("chat"):
-        taken = [name for name in (*GIVEN, "about", "pattern") if given.get(name) is not None]
-        if taken:
-            raise ConfigError(f"--chat makes the template of the model's chat template; leave --{taken[0]} out")
         return asked
     if any(given.get(name) is not None for name in (*GIVEN, "about", "pattern")):
         return asked
@@ -82,6 +80,14 @@ def shown_conversation(rows: RawRows) -> Questions:
         return read_conversations(first).questions
     except RecordError:
         return read_conversations(first, ask=True).questions
+
+
+def check_chat(given: Mapping[str, Any], *, option: str = "--") -> None:
+    """Raise a ConfigError if a chat, whose template is the model's own, is given another one."""
+    taken = [name for name in (*GIVEN, "about", "pattern") if given.get(name) is not None] if given.get("chat") else []
+    if taken:
+        what = f"{option}chat makes the template of the model's chat template"
+        raise ConfigError(f"{what}; leave {option}{taken[0]} out")
 
 
 def check_system(given: Mapping[str, Any], *, option: str = "--") -> None:

@@ -15,11 +15,11 @@ from ptuning.cli import terminal
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
         "template", "manual", "template_file", "about", "pattern", "labels", "merge", "tune", "keep", "encoder",
-        "starts", "methods", "control", "vocabulary",
+        "starts", "methods", "method", "chat", "system", "examples", "control", "vocabulary",
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",
-        "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
+        "gather", "strict", "limit", "train_size", "few_shot", "split", "split_seed", "max_length", "config",
     ),
     "Training": (
         "epochs", "batch_size", "lr", "backbone_lr", "seed", "seeds", "tries", "set", "vary", "resume", "at_once",

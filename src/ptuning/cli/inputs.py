@@ -318,17 +318,32 @@ def prompt_of(source: str, task: TaskFile | None = None, *, without: str | None 
     return replace(found, task=task, label_words=found.label_words or task.label_words)
 
 
-def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None) -> Questions:
+def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, gather: bool = False) -> Questions:
     """Read records to write texts for, with their targets, if they have any. A RecordError if there are none."""
     from ptuning.data.questions import as_questions
 
     if prompt.task is not None:
-        return as_questions(data_of(data, field, prompt.task, part="test", prompt=prompt))
-    found = data_to_answer(prompt, None, data, field).questions
-    target = target_column(found.records, prompt.template.fields)
-    if target is not None:
-        terminal.say(TARGET_TAKEN.format(target))
-    return found if target is None else as_questions(with_target(found.records, target))
+        found = as_questions(data_of(data, field, prompt.task, part="test", prompt=prompt))
+    else:
+        found = data_to_answer(prompt, None, data, field).questions
+        is_chat = prompt.template.has_conversation  # the answer that a conversation ends with is its target
+        target = None if is_chat else target_column(found.records, prompt.template.fields)
+        if target is not None:
+            terminal.say(TARGET_TAKEN.format(target))
+            found = as_questions(with_target(found.records, target))
+    return with_references(found) if gather else found
+
+
+def with_references(rows: Questions) -> Questions:
+    """Return records of which those that differ in their target alone are one, and say how many there are."""
+    from ptuning.data.questions import as_questions
+    from ptuning.records import gathered
+
+    if rows.has_choices:
+        raise ConfigError("--gather is for texts that are written, and these rows have choices")
+    found = as_questions(gathered(rows.records))
+    terminal.say(f"{len(rows)} records have {len(found)} different inputs; each is one, with all of its references")
+    return found
 
 
 def data_to_answer(prompt: Prompt, text: str | None, data: str | None, field: Sequence[str] | None) -> ToAnswer:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
+TUNES = ("frozen", "tuned", "lora")
 T = TypeVar("T")
 
 
@@ -81,6 +82,9 @@ def shipped_tasks(incomplete: str) -> list[str]:
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Use the prompt with another backbone of the same width.")]
 FieldOption = Annotated[list[str] | None, typer.Option(metavar="NEW=NAME", help="Read field NAME as NEW; repeatable.")]
+GatherOption = Annotated[
+    bool, typer.Option("--gather", help="Records that differ in their target alone are one, with several references.")
+]
 NormaliseOption = Annotated[
     str | None,
     typer.Option(metavar="sum|mean", help="Score of answers of several tokens.", autocompletion=among("sum", "mean")),
@@ -136,12 +140,7 @@ EncoderOption = Annotated[
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
 ]
 TuneOption = Annotated[
-    str,
-    typer.Option(
-        metavar="frozen|tuned|lora",
-        help="What is trained besides.",
-        autocompletion=among("frozen", "tuned", "lora"),
-    ),
+    str, typer.Option(metavar="|".join(TUNES), help="What is trained besides.", autocompletion=among(*TUNES))
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 

@@ -1,5 +1,5 @@
-"""From files to questions: data files, the shipped facts, data by rule (``rules/``), task files,
-LAMA's relations, word lists and seeded splits.
+"""From files to questions: data files, the shipped facts, data by rule (``rules/``), conversations (``chat/``),
+task files, LAMA's relations, word lists and seeded splits.
 
 It must not load a model or train. A tokenizer comes in as the protocol ``Tokenizer`` of ``template.segments``.
 

@@ -29,26 +29,28 @@ NAME_TOKENS = 8
 TEXTS_AT_ONCE = 2048
 
 
-def stop_weight(own_tokens: int) -> float:
+def stop_weight(own_tokens: int, *, named: bool = False) -> float:
     """Return the weight of the stop token behind a target of so many tokens: :data:`STOP_WEIGHT` behind a name, and
-    that much more with each token from :data:`NAME_TOKENS` on, up to 1.
+    that much more with each token from :data:`NAME_TOKENS` on, up to 1. An end that the template ``named`` weighs 1: a
+    chat model that does not write it goes on to speak for the user.
 
     >>> [round(stop_weight(tokens), 1) for tokens in (1, 9, 10, 12, 13, 40)]
     [0.2, 0.2, 0.4, 0.8, 1.0, 1.0]
     """
-    return min(1.0, STOP_WEIGHT * max(1, own_tokens - NAME_TOKENS))
+    return 1.0 if named else min(1.0, STOP_WEIGHT * max(1, own_tokens - NAME_TOKENS))
 
 
 @dataclass(frozen=True)
 class Choice:
     """A text to score after an input: its ``own_tokens`` ids, and then perhaps the stop token. ``known`` says whether
-    the tokenizer knows it.
+    the tokenizer knows it, and ``named_end`` whether the template names what it ends with.
     """
 
     input: int
     target_ids: Ids
     own_tokens: int
     known: bool = True
+    named_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def share_inputs(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tupl
 
 
 def _choice(example: Example, place: int = 0) -> Choice:
-    return Choice(place, example.target_ids, example.own_tokens, example.known)
+    return Choice(place, example.target_ids, example.own_tokens, example.known, example.named_end)
 
 
 def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> list[Item]:
@@ -310,7 +312,7 @@ def _token_count(choices: Sequence[Choice]) -> float:
 
 def _more_stop(choices: Sequence[Choice]) -> tuple[float, ...]:
     """Return what the stop token behind each choice weighs more than behind a name; nothing if all are names."""
-    more = tuple(stop_weight(choice.own_tokens) - STOP_WEIGHT for choice in choices)
+    more = tuple(stop_weight(one.own_tokens, named=one.named_end) - STOP_WEIGHT for one in choices)
     return more if any(more) else ()
 
 

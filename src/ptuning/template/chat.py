@@ -98,9 +98,12 @@ class Conversations:
         if self._is_read:
             self._markup.around([USER])
 
-    def segments(self, record: Record, limit: int | None = None) -> list[tuple[str, MarkedText]]:
-        """Return the segments of a record's turns (:meth:`ChatMarkup.between`)."""
-        return self._markup.between(self._turns(record, limit))
+    def segments(
+        self, record: Record, limit: int | None = None, *, named: bool = False
+    ) -> list[tuple[str, MarkedText]]:
+        """Return the segments of a record's turns (:meth:`ChatMarkup.between`), all of one name unless ``named``."""
+        found = self._markup.between(self._turns(record, limit))
+        return found if named else [(LITERAL, text) for _, text in found]
 
     def check(self, record: Record, target: str | None, *, where: str) -> None:
         """Raise a RecordError if the turns cannot be read, or the chat template would change them or the answer."""

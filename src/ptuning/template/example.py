@@ -28,6 +28,7 @@ class Example:
             block of deep slots, and what the tokenizer puts in front of a text.
         unread: Which of these, counted from the row's beginning, this row does not read.
         turns_left_out: How many turns of a conversation were left out to fit.
+        named_end: Whether the template names what the target ends with.
     """
 
     token_ids: Ids
@@ -40,10 +41,10 @@ class Example:
     known: bool = True
     begun: int = 0
     unread: Ids = ()
+    turns_left_out: int = 0
+    named_end: bool = False
 
     @property
     def length(self) -> int:
         """Number of tokens and slots of the whole row."""
         return self.begun + len(self.token_ids)
-
-    turns_left_out: int = 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ptuning.errors import TemplateError
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.language import Field, Literal, Piece, Target, Template, TextSlots
 
 
 def example_lines(manual: Template, examples: Sequence[Record], *, kind: str) -> list[str]:
     """Return the texts of examples by a manual template, each with its end: a line for a causal model. Tokenizers of
-    masked models drop line breaks, so these get spaces.
+    masked models drop line breaks, so these get spaces. A TemplateError if the template reads a conversation.
     """
+    if manual.has_conversation:
+        raise TemplateError("examples are for templates of one turn; a conversation ([C]) is none")
     end = "\n" if kind == "causal" else " "
     return [filled(manual.pieces, record) + end for record in examples]
 

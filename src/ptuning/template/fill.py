@@ -341,8 +341,7 @@ class BoundTemplate:
                 if isinstance(piece, MarkedText):
                     segments.append((LITERAL, piece))
                 elif isinstance(piece, Conversation):
-                    said = self._chat.segments(row.record, limit)
-                    segments += said if named else [(LITERAL, text) for _, text in said]
+                    segments += self._chat.segments(row.record, limit, named=named)
                 elif isinstance(piece, Field):
                     text = row.record[piece.name]
                     text = text if piece.keep else text[:limit]
@@ -434,6 +433,7 @@ class BoundTemplate:
             encoder_tokens=encoder_tokens,
             known=known,
             begun=begun,
+            named_end=end is not None,
         )
 
     def _fits(self, row: _Row, example: Example) -> bool:

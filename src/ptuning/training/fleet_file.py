@@ -38,17 +38,18 @@ def _merges(value: Unchecked) -> str | Mapping[str, str]:
 
 # The keys of a prompt besides its settings -> how they are read.
 INPUTS: Mapping[str, Callable[[Unchecked], object]] = {
-    **dict.fromkeys(("data", "dev", "template", "manual", "about", "task"), Unchecked.text),
+    **dict.fromkeys(("data", "dev", "template", "manual", "about", "task", "system"), Unchecked.text),
     "pattern": Unchecked.whole, "labels": _label_words, "merge": _merges, "strict": Unchecked.flag,
-    "calibrate": Unchecked.flag, "fields": Unchecked.mapping,
+    "calibrate": Unchecked.flag, "chat": Unchecked.flag, "fields": Unchecked.mapping,
 }  # fmt: skip
 # A key that says which template is learned -> the defaults in [all] that it replaces. Rows and label words of a task go
 # with any template; the task's own templates have numbers ("pattern").
 RIVALS: Mapping[str, Sequence[str]] = {
-    "template": ("manual", "about", "pattern"),
-    "manual": ("template", "about", "pattern"),
-    "pattern": ("template", "manual", "about"),
-    "task": ("template", "manual", "about", "pattern"),
+    "template": ("manual", "about", "pattern", "chat", "system"),
+    "manual": ("template", "about", "pattern", "chat", "system"),
+    "pattern": ("template", "manual", "about", "chat", "system"),
+    "task": ("template", "manual", "about", "pattern", "chat", "system"),
+    "chat": ("template", "manual", "about", "pattern", "task"),
 }
 # Keys that name files, which may be beside the fleet's file.
 PATHS = ("data", "dev", "task")

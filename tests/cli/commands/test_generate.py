@@ -149,6 +149,15 @@ def test_eval_scores_what_is_written(llama: str) -> None:
     assert [row["prediction"] for row in rows_of("beams.jsonl")] == [row["predicted"] for row in rows_of("texts.jsonl")]
 
 
+def test_records_that_differ_in_their_target_alone_are_gathered(llama: str) -> None:
+    write_lines(Path("pairs.jsonl"), [{"x": "a", "y": "1"}, {"x": "b", "y": "2"}, {"x": "a", "y": "3"}])
+    args = ("--data", "pairs.jsonl", "--backbone", llama, "--gather")
+    done = call("generate", PROMPT, *args, "--out", "texts.jsonl")
+    assert "3 records have 2 different inputs" in done.err
+    assert [row["target"] for row in rows_of("texts.jsonl")] == [["1", "3"], "2"]
+    assert json.loads(works("eval", PROMPT, *args, "--metrics", "exact", "--json"))["scores"]["exact"]["n"] == 2
+
+
 def test_bad_input_of_metrics(llama: str) -> None:
     args = ("eval", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
     fails(*args, "--metrics", "blue", says=["unknown metric 'blue'. Did you mean 'bleu'? Known: bleu, bleu-lc, chrf"])
@@ -185,3 +194,10 @@ def test_the_settings_are_part_of_what_a_run_is() -> None:
     assert first != other
     assert first != written.identity_of_texts(prompt, as_questions([{"x": "b"}]), GenerationSettings())
     json.dumps(first)
+
+
+def test_what_deep_slots_learned_is_part_of_what_a_run_is(llama: str) -> None:
+    rows = as_questions([{"x": "a"}])
+    prompts = [Prompt.from_token_ids("[D*2] [X] is [Y]", ids, _loaded(llama)) for ids in ([5, 6], [5, 7], [5, 6])]
+    one, other, same = (written.identity_of_texts(prompt, rows, GenerationSettings()) for prompt in prompts)
+    assert one == same != other

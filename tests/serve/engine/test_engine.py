@@ -290,9 +290,15 @@ def test_a_full_queue_refuses_whole_jobs(causal: Backbone, serve: Callable[..., 
     assert 1 <= refused.value.retry_after <= 60
     with pytest.raises(RecordError, match="at most 3"):
         engine.submit(Job([row] * 4, Heard(4)))
+    engine.check_room()
+    last = Heard(1)
+    engine.submit(Job([row], last))
+    with pytest.raises(QueueFullError, match="3 rows wait"):
+        engine.check_room()
     let_go.set()
     waiting.join()
     assert first.ready.wait(60)
+    assert last.ready.wait(60)
     assert len(engine.ask([row] * 3)) == 3
 
 

@@ -19,7 +19,7 @@ from ptuning.data.task_files import load_task
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.engine import Engine
-from ptuning.serve.engine.job import Job
+from ptuning.serve.engine.job import Job, QueueFullError
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.service import Service, Settings
 from ptuning.serve.http.watch import Monitor, Seen
@@ -90,9 +90,14 @@ class Stub:
 
     def __init__(self, model: PromptModel, take: Callable[[Job], None], queue_rows: int = 64) -> None:
         self.model, self.take, self.queue_rows, self.is_alive = model, take, queue_rows, True
+        self.is_full = False
 
     def submit(self, job: Job) -> None:
         self.take(job)
+
+    def check_room(self) -> None:
+        if self.is_full:
+            raise QueueFullError("the queue is full", retry_after=2)
 
 
 @dataclass

@@ -253,6 +253,20 @@ def test_a_full_queue_says_when_to_come_again(stubbed: Stubbed, seconds: float) 
         assert 1 <= int(found.headers["retry-after"]) <= 60
 
 
+def test_a_full_queue_refuses_before_the_body_is_looked_at(stubbed: Stubbed) -> None:
+    """Only whoever may ask, and only on the routes that ask the model."""
+    asked = stubbed(lambda _: pytest.fail("handed over"), Settings(keys=Keys.of("user-key")))
+    asked.service.engine.is_full = True  # type: ignore[attr-defined]
+    key = {"Authorization": "Bearer user-key", "Content-Type": "application/json"}
+    for path in ("/v1/predict", "/v1/completions", "/v1/chat/completions", "/v1/classify", "/classify"):
+        for body in (b'{"model": "nope"}', b"no JSON"):
+            found = asked.client.post(path, content=body, headers=key)
+            assert (found.status_code, found.headers["retry-after"]) == (429, "2")
+        assert asked.client.post(path, content=b"{}", headers={**key, "Authorization": "no"}).status_code == 401
+        assert asked.client.get(path, headers=key).status_code == 405
+    assert asked.client.get("/v1/models", headers=key).status_code == 200
+
+
 def test_a_fault_tells_its_id_and_nothing_else(stubbed: Stubbed, caplog: pytest.LogCaptureFixture) -> None:
     asked = stubbed(failing(RuntimeError("bad thing in /secret/place/model.bin\nINFO forged line")))
     for path, body in (

@@ -73,7 +73,13 @@ def breaks(job: Job) -> None:
 def client_of(watch: Monitor, submit: Callable[[Job], None] = answers) -> TestClient:
     """A client of a service that is watched."""
     backbone = SimpleNamespace(fingerprint="f", kind="causal")
-    engine: Any = SimpleNamespace(queue_rows=64, is_alive=True, submit=submit, model=SimpleNamespace(backbone=backbone))
+    engine: Any = SimpleNamespace(
+        queue_rows=64,
+        is_alive=True,
+        submit=submit,
+        check_room=lambda: None,
+        model=SimpleNamespace(backbone=backbone),
+    )
     names: Any = watch._in_service
     return TestClient(create_app(engine, names, Settings(open_metrics=True), watch=watch))
 

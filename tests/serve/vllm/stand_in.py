@@ -25,9 +25,9 @@ class StandIn(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, backbone: Backbone, *, tells_ids: bool = True) -> None:
+    def __init__(self, backbone: Backbone, *, tells_ids: bool = True, max_model_len: int | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.backbone, self.tells_ids = backbone, tells_ids
+        self.backbone, self.tells_ids, self.max_model_len = backbone, tells_ids, max_model_len
         self.lock = threading.Lock()
         self.asked: list[dict[str, Any]] = []
         self.fails: tuple[int, dict[str, str]] | None = None
@@ -80,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._json({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+        card = {"id": "tiny", "object": "model", "max_model_len": self.server.max_model_len}
+        self._json({"object": "list", "data": [card]})
 
     def do_POST(self) -> None:
         self.server.keys.add(self.headers["Authorization"])
@@ -95,7 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
             embedded = torch.load(raw, weights_only=True)
         else:
             embedded = self.server.embed(body["prompt"])
-        if body.get("stream"):
+        most = self.server.max_model_len
+        if most is not None and len(embedded) + body["max_tokens"] > most:
+            self._json({"error": {"message": "longer than max_model_len"}}, status=400)
+        elif body.get("stream"):
             self._stream(embedded, body)
         else:
             self._json({"choices": [self._choice(embedded, body)]})

@@ -29,6 +29,7 @@ from ptuning.serve.engine.job import (
 )
 from ptuning.serve.vllm.gateway import Gateway
 from ptuning.serve.vllm.remote import VllmServer
+from ptuning.template.fill import TooLongError
 from tests.conftest import RECORDS, learned
 from tests.serve.engine.test_engine import CANDIDATES, Heard, alike, prompts_of
 from tests.serve.vllm.stand_in import StandIn, serving
@@ -53,7 +54,7 @@ def gateway(causal: Backbone, there: StandIn) -> Iterator[Gateway]:
 def test_answers_are_those_in_process(causal: Backbone, gateway: Gateway, there: StandIn) -> None:
     """Labels of one and of several tokens, calibrated or not, candidates, and written answers, slots anywhere."""
     model = PromptModel(causal)
-    for prompt in prompts_of(causal):
+    for prompt in (one for one in prompts_of(causal) if one.deep is None):
         for record in RECORDS[:3]:
             row = PromptRow(prompt, Question({"x": record["x"]}))
             listed = replace(row, how=Answering(candidates=CANDIDATES, normalise="mean", top_k=2))
@@ -105,7 +106,7 @@ def test_a_server_that_tells_the_likeliest_only(causal: Backbone) -> None:
     with serving(causal, tells_ids=False) as server:
         gateway = Gateway(PromptModel(causal), VllmServer(server.url))
         gateway.start()
-        closed = [prompt for prompt in prompts_of(causal) if prompt.answer_space.is_closed]
+        closed = [one for one in prompts_of(causal) if one.answer_space.is_closed and one.deep is None]
         failed = 0
         for row in [PromptRow(prompt, Question(record)) for prompt in closed for record in RECORDS]:
             heard = Heard(1)
@@ -116,9 +117,32 @@ def test_a_server_that_tells_the_likeliest_only(causal: Backbone) -> None:
                 assert found.prediction is not None
                 alike(found.prediction, PromptModel(causal).predict([row.question.record], row.prompt)[0])
             else:
-                assert "--max-logprobs" in str(found)
+                assert "logprob_token_ids" in str(found)
                 failed += isinstance(found, RemoteError)
         assert failed > 0
+        gateway.stop()
+
+
+def test_a_server_that_reads_less_than_the_model(causal: Backbone) -> None:
+    """What it has no room for is an error of the request, not of the server; answers end where its room does."""
+    words = "the capital of Kenya and of Peru " * 4
+    prompt = replace(prompts_of(causal)[0], multiline=True)
+    long = GenerationSettings(max_new_tokens=40, stop_strings=("never",))
+    rows: list[Row] = [
+        PromptRow(prompt, Question({"x": words})),
+        PromptRow(prompts_of(causal)[1], Question({"x": words})),
+        TextRow(words),
+        EchoRow(words),
+    ]
+    with serving(causal, max_model_len=20) as server:
+        gateway = Gateway(PromptModel(causal), VllmServer(server.url))
+        gateway.start()
+        for row in rows:
+            with pytest.raises(TooLongError, match="reads and writes 20 together"):
+                gateway.ask([row])
+        (found,) = gateway.ask([PromptRow(prompt, Question({"x": "Kenya"}), Answering(generation=long))])
+        assert found.usage.prompt_tokens + found.usage.completion_tokens == 20
+        assert found.finish == "length"
         gateway.stop()
 
 
@@ -164,6 +188,14 @@ def test_rows_that_cannot_be_asked_fail_alone(causal: Backbone, gateway: Gateway
     gateway.submit(Job(rows, heard))
     assert heard.ready.wait(60)
     assert [isinstance(found, PTuningError) for found in heard.found] == [True] * 4 + [False]
+
+
+def test_deep_slots_are_refused(causal: Backbone, gateway: Gateway) -> None:
+    found = [one for one in prompts_of(causal) if one.deep is not None]
+    assert len(found) > 1
+    for prompt in found:
+        with pytest.raises(ConfigError, match=r"deep slots.*--engine embedded"):
+            gateway.ask([PromptRow(prompt, Question(RECORDS[0]))])
 
 
 def test_echo_behind_a_prompt_is_refused_and_not_the_base_models(causal: Backbone, gateway: Gateway) -> None:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.chat import check_chat
 from ptuning.cli.options import AskedBackbone
 from ptuning.cli.templates import placed
 from ptuning.config import TrainConfig
@@ -102,6 +103,7 @@ def _prompt(entry: FleetEntry, read: dict[tuple[object, ...], Any]) -> FleetProm
     given = cast("dict[str, Any]", entry.inputs)
     renamed = [f"{new}={old}" for new, old in given.get("fields", {}).items()]
     asked = options.TrainInputs({**given, "field": renamed}, TrainConfig.from_json(entry.settings))
+    check_chat(given, option="")
 
     def once(part: tuple[str, str], reader: Callable[[], Any]) -> Any:
         key = (*part, tuple(renamed), given.get("task"))

@@ -32,6 +32,7 @@ def generate(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="A .jsonl file, a line for each record.")],
     task: options.TaskOption = None,
     field: options.FieldOption = None,
+    gather: options.GatherOption = False,
     without: options.WithoutOption = None,
     force: options.ForceOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on behind the lines that are finished.")] = False,
@@ -54,7 +55,7 @@ def generate(
     if is_table(out):
         raise ConfigError(f"{out}: a text has a line of its own; let --out end in .jsonl")
     check_file(out, overwrite=overwrite or resume, data=data)
-    questions = data_to_write(chosen, data, field)
+    questions = data_to_write(chosen, data, field, gather=gather)
     identity = identity_of_texts(chosen, questions, writing)
     with kept_lines(out, identity, resume=resume, overwrite=overwrite) as kept:
         if kept.done is None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of
+from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of, with_references
 from ptuning.cli.labels import show_errors, show_labels
 from ptuning.cli.outputs import check_file, write_scored
 from ptuning.config import GenerationSettings
@@ -45,6 +45,7 @@ def evaluate(
     normalise: options.NormaliseOption = None,
     count_stop: options.CountStopOption = False,
     field: options.FieldOption = None,
+    gather: options.GatherOption = False,
     labels: options.LabelsOption = None,
     merge: options.MergeOption = None,
     without: options.WithoutOption = None,
@@ -79,6 +80,7 @@ def evaluate(
     if candidates is not None:
         chosen.check_open()
     chosen, rows = labelled(chosen, rows, labels, merge)
+    rows = with_references(rows) if gather else rows
     if candidates is not None and labels is not None:
         chosen.check_open()
     records = rows.records

@@ -52,8 +52,8 @@ def load_conversations(source: str | Path, *, fields: Mapping[str, str] | None =
 def read_conversations(
     rows: RawRows, *, fields: Mapping[str, str] | None = None, ask: bool = False
 ) -> ConversationRows:
-    """Make records of rows with the answers to learn; or, if they are to ``ask``, with the last question of each, whose
-    answer is not read. Errors as for :func:`load_conversations`.
+    """Make records of rows with the answers to learn; or, if they are to ``ask``, with the last question of each, and
+    its answer if there is one. Errors as for :func:`load_conversations`.
     """
     if fields:
         named = [(where, renamed(row, _there(row, fields), where=where)) for where, row in rows if _is_row(row, where)]
@@ -112,8 +112,10 @@ def _questions(shape: Shape, row: Mapping[str, object], *, where: str, ask: bool
     turns = [ChatTurn(part.role, part.content) for part in said]
     if ask:
         last = max(at for at, part in enumerate(said) if part.role == USER)
-        record.pop(TARGET_FIELD, None)
-        yield Question({**record, CONVERSATION_FIELD: write_turns(turns[: last + 1])}, where=where)
+        record[CONVERSATION_FIELD] = write_turns(turns[: last + 1])
+        if last + 1 < len(said) and said[-1].content:
+            record[TARGET_FIELD] = said[-1].content
+        yield Question(record, where=where)
         return
     for at, part in enumerate(said):
         if part.role == ASSISTANT and part.learned:

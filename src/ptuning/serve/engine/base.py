@@ -88,16 +88,24 @@ class BaseEngine(ABC):
         with self._changed:
             if self._closed or self._stopped:
                 raise StoppedError("the engine takes no more requests; it is about to end")
-            waiting = len(self._queue) + self._held
-            if rows and waiting + rows > self.queue_rows:
-                least, most = RETRY_SECONDS
-                raise QueueFullError(
-                    f"{waiting} rows wait already, of at most {self.queue_rows}; try again later",
-                    retry_after=min(most, max(least, waiting * self._row_seconds)),
-                )
+            self._check_room(rows)
             self._queue.put(job)
             self._unanswered += len(job.rows)
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Raise a QueueFullError if not even one row fits into the queue now."""
+        with self._changed:
+            self._check_room(1)
+
+    def _check_room(self, rows: int) -> None:
+        waiting = len(self._queue) + self._held
+        if rows and waiting + rows > self.queue_rows:
+            least, most = RETRY_SECONDS
+            raise QueueFullError(
+                f"{waiting} rows wait already, of at most {self.queue_rows}; try again later",
+                retry_after=min(most, max(least, waiting * self._row_seconds)),
+            )
 
     def ask(self, rows: Sequence[Row], *, timeout: float | None = None) -> list[Outcome]:
         """Answer rows, and wait for that; raises the error of the first row that has failed. A job that is not

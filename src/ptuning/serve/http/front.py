@@ -20,6 +20,9 @@ OPEN = ("/health", "/ready", "/version", "/")
 OPEN_FOLDER = "/static/"
 METRICS = "/metrics"  # also told while the service loads or ends
 ADMIN = re.compile(r"/v1/prompts(/.*)?|/v1/(un)?load_lora_adapter|/metrics")
+# Whoever asks the model needs room in the queue. A full one refuses before anything of the body is looked at, which
+# would take time from the answers that run.
+ASKING = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/predict", "/v1/classify", "/classify"})
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Words in quotes, and brackets outside of them.
 BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
@@ -67,6 +70,8 @@ class Front:
         try:
             self._check(scope["path"], headers)
             body = await _Body(self.service, headers, receive).read(scope["method"])
+            if scope["method"] == "POST" and scope["path"] in ASKING:
+                self.service.engine.check_room()
             await self.app(scope, body, sending)
         except ClientGoneError:
             seen.status = CLIENT_GONE

@@ -68,6 +68,7 @@ class RowEngine(Protocol):
     queue_rows: int
 
     def submit(self, job: Job) -> None: ...  # noqa: D102
+    def check_room(self) -> None: ...  # noqa: D102
     @property
     def status(self) -> object: ...  # noqa: D102
     @property

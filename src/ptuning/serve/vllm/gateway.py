@@ -23,6 +23,7 @@ from ptuning.serve.engine.job import CallRow, EchoRow, Outcome, PromptRow, Stopp
 from ptuning.serve.engine.scoring import checked
 from ptuning.serve.engine.waiting import Waiting
 from ptuning.serve.vllm.remote import Read, VllmServer
+from ptuning.template.fill import TooLongError
 from ptuning.template.known import rivals_of
 from ptuning.template.segments import Ids
 
@@ -183,6 +184,7 @@ class Gateway(BaseEngine):
             if row.prompt is not None:  # vLLM scores no text behind embeddings
                 raise ConfigError("with --engine vllm, echo is for the base model alone")
             ids, alternatives = self._filling.echoed(row).example.token_ids, row.alternatives
+            self._room(len(ids))
             return lambda: self._echo(ids, alternatives)
         if isinstance(row, TextRow):
             filled = self._filling.continued(row)
@@ -200,6 +202,16 @@ class Gateway(BaseEngine):
         filled = self._filling.written(row)
         return self._writes(one, filled, Read(self._embedded(filled.row)))
 
+    def _room(self, tokens: int) -> int | None:
+        """Return how many tokens vLLM can write behind so many, None if it has not told; a TooLongError if none."""
+        most = self._remote.max_tokens
+        if most is not None and tokens >= most:
+            raise TooLongError(
+                f"the row has {tokens} tokens, and vLLM reads and writes {most} together, as it was started "
+                "(--max-model-len)"
+            )
+        return None if most is None else most - tokens
+
     def _embedded(self, row: PassRow) -> Tensor:
         """Return what the model reads of a row, (T, E): its tokens' embeddings, and slot vectors at its slots."""
         if row.learned.deep:
@@ -207,6 +219,7 @@ class Gateway(BaseEngine):
                 "the prompt has deep slots ([D]), which are vectors in every layer, and vLLM takes vectors of the "
                 "input only; serve it with --engine embedded"
             )
+        self._room(len(row.example.token_ids))
         ids = torch.tensor([row.example.token_ids], device=self._backbone.device)
         embedded = self._backbone.embed(ids)[0]  # (T, E)
         slots = list(row.example.slot_positions)
@@ -271,10 +284,11 @@ class Gateway(BaseEngine):
         line, how = filled.line, row.how
         text, decode = Growing(line.ending), self._backbone.tokenizer.decode
         alternatives = how.alternatives or 0
+        most = min(line.ending.most, self._room(filled.tokens) or line.ending.most)
 
         def write() -> Outcome:
             tokens: list[Token] = []
-            written = self._remote.write(read, how.generation, most=line.ending.most, alternatives=alternatives)
+            written = self._remote.write(read, how.generation, most=most, alternatives=alternatives)
             with contextlib.closing(written):  # whoever stops reading ends it there as well
                 for token, log_prob, likeliest in written:
                     line.draft = line.draft.grown(token, log_prob)

@@ -21,7 +21,7 @@ from ptuning.template.segments import Ids
 
 # Seconds to connect, and between two pieces of an answer.
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
-# The most of the likeliest tokens that vLLM tells by default (--max-logprobs).
+# The most of the likeliest tokens that vLLM tells by default (--max-logprobs). Tokens that are asked for come on top.
 LIKELIEST = 20
 # What a full server says about the time until it has room, where it says nothing.
 RETRY_SECONDS = 1.0
@@ -75,7 +75,7 @@ class VllmServer:
             follow_redirects=False,
         )
         try:
-            self.model = self._first_model()
+            self.model, self.max_tokens = self._first_model()
         except BaseException:
             self.close()
             raise
@@ -84,12 +84,12 @@ class VllmServer:
         """Close its connections."""
         self._client.close()
 
-    def _first_model(self) -> str:
-        """Return the name of the model that it serves."""
+    def _first_model(self) -> tuple[str, int | None]:
+        """Return the name of the model that it serves, and how many tokens that reads and writes together, if told."""
         try:
             response = self._client.get("/v1/models")
-            found = _unchecked(self._checked(response))
-            return found.at("data").items()[0].at("id").text()
+            first = _unchecked(self._checked(response)).at("data").items()[0]
+            return first.at("id").text(), first.optional("max_model_len", lambda found: found.whole(least=1))
         except (httpx2.HTTPError, IndexError) as error:
             raise self._unreachable(error) from error
 
@@ -102,8 +102,8 @@ class VllmServer:
         if missing:
             raise RemoteError(
                 f"this vLLM tells only the {LIKELIEST} likeliest next tokens, and {len(missing)} that an answer needs "
-                "are not among them; start it with a larger --max-logprobs, or take a version that knows "
-                "logprob_token_ids"
+                "are not among them; take a version that knows logprob_token_ids (0.32 does), or labels of one common "
+                "token"
             )
         return {token: found[token] for token in wanted}
 
