@@ -175,6 +175,11 @@ def test_what_needs_no_model_loads_nothing_heavy() -> None:
     assert told == [f"loaded: {words} []" for words in commands]
 
 
+def test_the_commands_are_put_together_once_in_a_process() -> None:
+    """It takes longer than many a command."""
+    assert app.program() is app.program()
+
+
 def test_help_of_every_command_has_an_example() -> None:
     commands = ["train", "eval", "predict", "serve", "inspect", "template show", "data", "backbones", "demo"]
     shown = works("--help")

@@ -196,3 +196,28 @@ def test_what_is_typed_goes_on(chatty: Path, monkeypatch: pytest.MonkeyPatch) ->
         [QUESTION],
         [QUESTION, "one", "And in Kenya?"],
     ]
+
+
+def test_a_fleet_learns_chats_beside_other_prompts(chatty: Path) -> None:
+    data = write("talks.jsonl", TALKS)
+    Path("fleet.toml").write_text(
+        f'[all]\ndata = "{data}"\nepochs = 1\nmanual = "{{x}} is [Y]"\n'
+        '[[prompt]]\nname = "chat"\nchat = true\nsystem = ["be kind", "a film"]\n',
+        encoding="utf-8",
+    )
+    works("fleet", "--config", "fleet.toml", "--backbone", chatty, "--out", "fleet")
+    learned = {template_of(str(folder)) for folder in Path("fleet").iterdir() if folder.is_dir()}
+    assert {text in template for template in learned for text in ("[P:be kind]", "[P:a film]")} == {True, False}
+    Path("wrong.toml").write_text(
+        f'[[prompt]]\nname = "a"\ndata = "{data}"\nchat = true\ntask = "boolq"\n', encoding="utf-8"
+    )
+    says = ["prompt 'a': chat makes the template of the model's chat template; leave task out"]
+    fails("fleet", "--config", "wrong.toml", "--backbone", chatty, "--out", "other", says=says)
+
+
+def test_examples_in_context_are_not_for_conversations(chatty: Path) -> None:
+    data = write("talks.jsonl", TALKS)
+    args = ("compare", "--data", data, "--test", data, "--manual", "[C] so [Y]", "--methods", "in-context")
+    done = call(*args, "--backbone", chatty, "--out", "compared")
+    assert done.code != 0
+    assert "examples are for templates of one turn; a conversation ([C]) is none" in done.err + done.out

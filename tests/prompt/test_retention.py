@@ -53,6 +53,15 @@ def test_the_cost_equals_a_plain_loop(causal: Backbone) -> None:
     assert found.score.n == 3
 
 
+@pytest.mark.parametrize("template", ["[D*2] [X] [D] [P] so [Y]", "[X] [D*4] so [Y]", "[D*4] [X] is [Y]"])
+def test_deep_slots_stand_in_front_as_others_do(causal: Backbone, template: str) -> None:
+    """Slots that hold tokens cost what these tokens in front cost, in a block or in the row."""
+    prompt = Prompt.from_token_ids(template, [5, 6, 7, 8], causal)
+    found = retention(PromptModel(causal), prompt, sentences=SENTENCES)
+    on = [nats(causal, causal.embed(torch.tensor([[5, 6, 7, 8]]))[0], text) for text in SENTENCES]
+    assert math.isclose(found.on, sum(one for one, _ in on) / sum(count for _, count in on), rel_tol=1e-4)
+
+
 def test_the_shipped_sentences_are_200_different_ones() -> None:
     found = plain_sentences()
     assert len(found) == len(set(found)) == 200

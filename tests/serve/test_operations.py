@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 
 import pytest
 
 from ptuning.backbone.backbone import Backbone
 from tests.conftest import learned
+from tests.processes import COMMAND_LINE, forked
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals here")
 
@@ -32,43 +28,29 @@ def ask(address: str, key: str | None = None, body: object = None) -> tuple[int,
         return error.code, error.read().decode()
 
 
-def until(found: Callable[[], Any]) -> Any:
-    """Wait for what a process does in its own time."""
-    for _ in range(600):
-        if value := found():
-            return value
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
-
-
 def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: Callable[[str], Path]) -> None:
     """Started with a broken prompt beside a good one, asked, reloaded by SIGHUP, measured, and ended by SIGTERM."""
-    prompts, log, errors = tmp_path / "prompts", tmp_path / "access.log", tmp_path / "errors"
+    prompts, log = tmp_path / "prompts", tmp_path / "access.log"
     learned(causal, "[P*2] {x} It was [Y]", seed=1).save(prompts / "first")
     (prompts / "broken").mkdir()
     (prompts / "broken" / "prompt.json").write_text("{", encoding="utf-8")
     for name in ("user", "boss"):
         (tmp_path / name).write_text(f"{name}-key\n", encoding="utf-8")
     command = [
-        sys.executable, "-m", "ptuning", "serve", "--prompts", str(prompts), "--port", "0", "--access-log", str(log),
+        "serve", "--prompts", str(prompts), "--port", "0", "--access-log", str(log),
         "--backbone", str(model_folder("llama")), "--api-key-file", str(tmp_path / "user"),
         "--admin-key-file", str(tmp_path / "boss"), "--device", "cpu", "--dtype", "float32",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    with errors.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stream, text=True, env=environment
-        )
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().split()[0]
-        assert "the prompt 'broken' is left out: broken/prompt.json is not valid JSON" in errors.read_text()
+    with forked(COMMAND_LINE, *command, folder=tmp_path / "said") as process:
+        process.wait_until(lambda: "\n" in process.out)
+        address = process.out.split()[0]
+        assert "the prompt 'broken' is left out: broken/prompt.json is not valid JSON" in process.err
         asked = {"model": "first", "records": [{"x": "Kenya"}, {"x": "Peru"}]}
         assert ask(f"{address}/v1/predict", "user-key", asked)[0] == 200
         assert ask(f"{address}/v1/predict", "user-key", {**asked, "model": "second"})[0] == 404
         learned(causal, "[P*2] {x} is [Y]", seed=2).save(prompts / "second")
-        process.send_signal(signal.SIGHUP)
-        until(lambda: "prompts read again: added second" in errors.read_text())
+        process.send(signal.SIGHUP)
+        process.wait_until(lambda: "prompts read again: added second" in process.err)
         assert ask(f"{address}/v1/predict", "user-key", {**asked, "model": ["first", "second"]})[0] == 200
         assert ask(f"{address}/v1/prompts", "user-key")[0] == 403
         loaded = {"name": "third", "path": "second"}
@@ -85,13 +67,8 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
             "ptuning_request_queue_time_seconds_count 2.0",
         ):
             assert line in measured
-        process.send_signal(signal.SIGTERM)
+        process.send(signal.SIGTERM)
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
     lines = [json.loads(line) for line in log.read_text(encoding="ascii").splitlines()]
     assert [(line["route"], line["status"], line["rows"]) for line in lines] == [
         ("/v1/predict", 200, 2), ("/v1/predict", 404, 0), ("/v1/predict", 200, 4), ("(unknown)", 403, 0),
@@ -99,6 +76,6 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
     ]  # fmt: skip
     assert lines[2]["models"] == ["first", "second"]
     assert lines[0]["prompt_tokens"] > 0
-    said = log.read_text() + errors.read_text()
+    said = log.read_text() + process.err
     for secret in ("user-key", "boss-key", "Kenya", "Traceback"):
         assert secret not in said

@@ -15,3 +15,8 @@ def test_a_part_of_the_data_is_described_in_one_way() -> None:
 
 def test_versions_begin_with_our_own() -> None:
     assert next(iter(versions().items())) == ("ptuning", VERSION)
+
+
+def test_what_is_done_to_the_versions_found_changes_no_later_ones() -> None:
+    versions().clear()
+    assert versions()["ptuning"] == VERSION

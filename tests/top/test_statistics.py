@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import tracemalloc
 
 import pytest
+import scipy
 from scipy import stats
 
 from ptuning.metrics import macro_f1
@@ -53,6 +55,14 @@ def test_wilsons_interval_is_that_of_scipy_to_the_bit() -> None:
             )
             assert (found.low, found.high) == (wanted.low, wanted.high)
     assert stats.norm.ppf(0.975) == QUANTILE
+
+
+def test_zeros_and_ones_load_nothing_that_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(scipy, "stats")
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError):
+        score([0.1 * number for number in range(100)])
+    assert score([1.0, 0.0]).n == 2
 
 
 def test_no_hit_in_twenty_is_no_certainty() -> None:

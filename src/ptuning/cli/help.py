@@ -15,7 +15,7 @@ from ptuning.cli import terminal
 OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "What to learn": (
         "template", "manual", "template_file", "about", "pattern", "labels", "merge", "tune", "keep", "encoder",
-        "starts", "methods", "control", "vocabulary",
+        "starts", "methods", "method", "chat", "system", "examples", "control", "vocabulary",
     ),
     "Data": (
         "data", "dev", "test", "task", "tasks", "relations", "targets", "wordings", "field", "record", "candidates",

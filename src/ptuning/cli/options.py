@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
+TUNES = ("frozen", "tuned", "lora")
 T = TypeVar("T")
 
 
@@ -139,12 +140,7 @@ EncoderOption = Annotated[
     typer.Option(metavar="lstm|mlp|none", help="Prompt encoder.", autocompletion=among("lstm", "mlp", "none")),
 ]
 TuneOption = Annotated[
-    str,
-    typer.Option(
-        metavar="frozen|tuned|lora",
-        help="What is trained besides.",
-        autocompletion=among("frozen", "tuned", "lora"),
-    ),
+    str, typer.Option(metavar="|".join(TUNES), help="What is trained besides.", autocompletion=among(*TUNES))
 ]
 StartsOption = Annotated[int, typer.Option(metavar="K", help="Prompts from different draws; the best is kept.", min=1)]
 

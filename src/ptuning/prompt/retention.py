@@ -75,10 +75,21 @@ def retention(
     records = Records([{FIRST_WORD: first, TARGET_FIELD: rest} for first, _, rest in texts], name="plain sentences")
     with_prompt = model.for_prompt(prompt).backbone
     prompt.bind(with_prompt, force=model.force)  # checks that it fits
-    slots = replace(prompt, template=Template.parse(f"[P*{prompt.slots}]{SENTENCE}" if prompt.slots else SENTENCE))
-    on = _nats(with_prompt, slots, records, report=report)
+    on = _nats(with_prompt, replace(prompt, template=_slots_in_front(prompt)), records, report=report)
     off = _nats(model.backbone, Prompt.manual(SENTENCE), records, report=report)
     return _between(on, off)
+
+
+def _slots_in_front(prompt: Prompt) -> Template:
+    """Return a template of all slots of a prompt and then a sentence. Which slots with a vector are deep says the
+    prompt, by their number; those of a block stand in front of all.
+    """
+    deep, pieces = prompt.deep, ""
+    if deep is not None and deep.in_front:
+        pieces = f"[D*{deep.in_front}]"
+    if prompt.slots:
+        pieces += f"[{'P' if deep is None or pieces else 'D'}*{prompt.slots}]"
+    return Template.parse(pieces + SENTENCE)
 
 
 def _between(on: Sequence[tuple[float, int]], off: Sequence[tuple[float, int]]) -> Retention:
@@ -97,7 +108,8 @@ def _nats(
     backbone: Backbone, prompt: Prompt, records: Records, *, report: OnProgress | None
 ) -> list[tuple[float, int]]:
     """Return the nats of the tokens of each sentence, and their number."""
-    bound = BoundTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind)
+    block = prompt.deep is not None and prompt.deep.block is not None
+    bound = BoundTemplate(prompt.template, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
     items = target_items(bound, records, with_stop=False)
     learned: Learned = prompt.learned(backbone)
     found: dict[int, tuple[float, int]] = {}

@@ -72,9 +72,10 @@ def text_row(record: Record, found: Prediction) -> dict[str, Json]:
 def identity_of_texts(prompt: Prompt, questions: Questions, settings: GenerationSettings) -> dict[str, Json]:
     """Return what must be equal for texts to be those of one and the same run."""
     vectors = b"" if prompt.slot_vectors is None else prompt.slot_vectors.numpy().tobytes()
+    deep = b"" if prompt.deep is None else b"".join(one.numpy().tobytes() for one in prompt.deep.tensors.values())
     return {
         "template": str(prompt.template),
-        "slots (sha256)": sha256(vectors),
+        "slots (sha256)": sha256(vectors + deep),
         "weights": None if prompt.weights is None else prompt.weights.fingerprint,
         "backbone": None if prompt.backbone is None else prompt.backbone.fingerprint,
         "data (sha256)": questions.sha256,

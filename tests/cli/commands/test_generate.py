@@ -194,3 +194,10 @@ def test_the_settings_are_part_of_what_a_run_is() -> None:
     assert first != other
     assert first != written.identity_of_texts(prompt, as_questions([{"x": "b"}]), GenerationSettings())
     json.dumps(first)
+
+
+def test_what_deep_slots_learned_is_part_of_what_a_run_is(llama: str) -> None:
+    rows = as_questions([{"x": "a"}])
+    prompts = [Prompt.from_token_ids("[D*2] [X] is [Y]", ids, _loaded(llama)) for ids in ([5, 6], [5, 7], [5, 6])]
+    one, other, same = (written.identity_of_texts(prompt, rows, GenerationSettings()) for prompt in prompts)
+    assert one == same != other
