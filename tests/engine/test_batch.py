@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from ptuning.backbone.tokenizer import TextTokenizer
-from ptuning.engine.batch import Side, collate, shared_tokens
+from ptuning.engine.batch import Side, collate, cut_by_length, shared_tokens
 from ptuning.engine.learned import Learned
 from ptuning.errors import PromptError
 from ptuning.template.example import Example
@@ -229,3 +230,25 @@ def test_prompts_are_joined_one_below_the_other() -> None:
     assert two.take([5]) is two
     assert two.layout(2) == ([3, 3], [0, 0])
     assert Learned.none(4).layout(1) == ([0], [0])
+
+
+def cost(passes: list[list[int]], lengths: list[int], pass_tokens: int) -> int:
+    return sum(len(one) * max(lengths[at] for at in one) + pass_tokens for one in passes)
+
+
+@given(st.lists(st.integers(1, 40), max_size=7), st.integers(0, 60))
+def test_rows_are_cut_where_that_costs_least(lengths: list[int], pass_tokens: int) -> None:
+    """Each row is in one pass, and no other cut of the rows in their order has fewer pads and passes together."""
+    found = cut_by_length(lengths, pass_tokens=pass_tokens)
+    assert sorted(at for one in found for at in one) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lambda at: lengths[at])
+    for choice in itertools.product((False, True), repeat=max(0, len(lengths) - 1)):
+        starts = [0, *(at for at, begins in enumerate(choice, start=1) if begins)]
+        other = [order[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        assert not lengths or cost(found, lengths, pass_tokens) <= cost(other, lengths, pass_tokens)
+
+
+def test_rows_of_one_length_and_few_rows_are_not_cut() -> None:
+    assert cut_by_length([7] * 100, pass_tokens=48) == [list(range(100))]
+    assert len(cut_by_length([5, 30], pass_tokens=48)) == 1
+    assert len(cut_by_length([5] * 9 + [30], pass_tokens=48)) == 2

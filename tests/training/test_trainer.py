@@ -335,12 +335,15 @@ def test_resuming_with_deep_slots_is_exact(tmp_path: Path, name: str, kind: Deep
         one.fit(items, items[:4], should_stop=lambda: one.state.step >= 4)
     again = make(tmp_path)
     assert again.load()
+    assert one.best_deep is not None
+    assert again.best_deep is not None
+    for name_of, kept in one.best_deep.tensors.items():
+        assert torch.equal(again.best_deep.tensors[name_of], kept)
     again.fit(items, items[:4])
     ended, resumed = whole.learner.deep(), again.learner.deep()
     assert start is not None
     assert ended is not None
     assert resumed is not None
-    assert again.best_deep is not None
     assert whole.best_deep is not None
     for tensor in ended.tensors:
         assert torch.equal(ended.tensors[tensor], resumed.tensors[tensor])

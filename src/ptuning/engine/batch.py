@@ -172,6 +172,30 @@ def batches(inputs: Sequence[Sequence[Example]], *, prefix: int = 0) -> Iterator
         yield chosen
 
 
+def cut_by_length(lengths: Sequence[int], *, pass_tokens: int) -> list[list[int]]:
+    """Cut rows of these lengths into passes so that their pads, and ``pass_tokens`` for each pass, are fewest: one
+    more pass reads all weights once more. Returns the indices of the rows, the shortest first.
+
+    Example:
+        >>> cut_by_length([9, 2, 10, 2], pass_tokens=8), cut_by_length([9, 2, 10, 2], pass_tokens=20)
+        ([[1, 3], [0, 2]], [[1, 3, 0, 2]])
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    # Rows in front of a place -> the least that they cost, and where the last of their passes begins.
+    costs, begins = {0: 0}, {}
+    for end in range(1, len(order) + 1):
+        if end < len(order) and lengths[order[end]] == lengths[order[end - 1]]:
+            continue
+        width = lengths[order[end - 1]]
+        costs[end], begins[end] = min((cost + (end - at) * width + pass_tokens, at) for at, cost in costs.items())
+    cut: list[list[int]] = []
+    end = len(order)
+    while end:
+        cut.insert(0, order[begins[end] : end])
+        end = begins[end]
+    return cut
+
+
 def one_sided(lengths: Sequence[int], side: Callable[[int], bool]) -> list[list[int]]:
     """Group rows, given by their lengths, that may share a pass: those of one ``side``, as
     :meth:`ptuning.backbone.backbone.Backbone.side` says. Returns their indices.

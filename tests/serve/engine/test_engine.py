@@ -302,6 +302,20 @@ def test_a_full_queue_refuses_whole_jobs(causal: Backbone, serve: Callable[..., 
     assert len(engine.ask([row] * 3)) == 3
 
 
+def test_rows_are_cut_by_length_on_a_processor(causal: Backbone, serve: Callable[..., Engine]) -> None:
+    """Many short rows do not wait for the pads of a long one; few do, since a pass of its own costs more."""
+    prompt = prompts_of(causal)[4]
+    short, long = (PromptRow(prompt, Question({"x": text})) for text in ("a", "the capital of Kenya and of Peru"))
+    for count, wanted in ((12, 2), (1, 1)):
+        engine = serve(causal)
+        rows = [short] * count + [long]
+        found = engine.ask(rows)
+        assert engine.status.passes == wanted
+        for row, outcome in zip((short, long), (found[0], found[-1]), strict=True):
+            assert outcome.prediction is not None
+            alike(outcome.prediction, PromptModel(causal).predict([row.question.record], prompt)[0])
+
+
 def test_cancelled_rows_leave(causal: Backbone, serve: Callable[..., Engine]) -> None:
     """A row that waits, and one that is written, are dropped; the one beside it goes on to the same answer."""
     engine, model = serve(causal), PromptModel(causal)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.batch import Side, batches, collate
+from ptuning.engine.batch import Side, batches, collate, cut_by_length
 from ptuning.engine.learned import Learned
-from ptuning.engine.passes import Pass, logits_in_parts, run_batch
+from ptuning.engine.passes import MIN_SAVED_TOKENS, Pass, logits_in_parts, run_batch
 from ptuning.engine.side_by_side import run_side_by_side
 from ptuning.serve.engine.beginnings import Beginnings, PassRow
 from ptuning.template.example import Example
@@ -55,11 +55,12 @@ class Passes:
         were not read again.
         """
         cached = [0] * len(rows)
+        on_processor = self.backbone.device.type == "cpu"  # which takes as long for pads as for tokens
 
         def run(part: Sequence[int]) -> Tensor:
             own = [rows[at] for at in part]
             found: dict[int, Tensor] = {}
-            for group in self.together(own, side_by_side=self.backbone.branches):
+            for group in self.together(own, side_by_side=self.backbone.branches, cut=on_processor):
                 some = [own[at] for at in group.places]
                 for place, size in zip(group.places, group.begun, strict=True):
                     cached[part[place]] = size
@@ -70,9 +71,9 @@ class Passes:
 
         return logits_in_parts(self.backbone, [row.example for row in rows], run), cached
 
-    def together(self, rows: Sequence[PassRow], *, side_by_side: bool = False) -> list[Together]:
+    def together(self, rows: Sequence[PassRow], *, side_by_side: bool = False, cut: bool = False) -> list[Together]:
         """Return which rows run in one pass each: some with one beginning ``side_by_side``, others with different ones,
-        and those without.
+        and those without, ``cut`` by length where that saves more pads than a pass costs.
         """
         begun = self.kept.lengths(rows)
         names = [row.name(size) if size else b"" for row, size in zip(rows, begun, strict=True)]
@@ -85,12 +86,23 @@ class Passes:
             is_one = name not in (b"", b"kept")
             parts = _parts([len(rows[at].example.token_ids) - begun[at] for at in places]) if is_one else None
             if parts is None:
-                least = min(begun[at] for at in places)
-                parts = list(batches([[rows[at].example] for at in places], prefix=least))
+                parts = self._padded([rows[at] for at in places], [begun[at] for at in places], cut=cut)
             for part in parts:
                 chosen = [places[at] for at in part]
                 found.append(Together(chosen, [begun[at] for at in chosen], is_one))
         return found
+
+    def _padded(self, rows: Sequence[PassRow], begun: Sequence[int], *, cut: bool) -> list[list[int]]:
+        """Return the rows of each pass whose rows are padded to one length, by their places."""
+        groups = [list(range(len(rows)))]
+        if cut:
+            left = [len(row.example.token_ids) - size for row, size in zip(rows, begun, strict=True)]
+            groups = cut_by_length(left, pass_tokens=MIN_SAVED_TOKENS)
+        return [
+            [group[at] for at in part]
+            for group in groups
+            for part in batches([[rows[at].example] for at in group], prefix=min(begun[at] for at in group))
+        ]
 
     def run(self, rows: Sequence[PassRow], group: Together, *, pad_side: Side = "right", keep: bool = False) -> Pass:
         """Run rows of one side in one pass, each behind its beginning."""
