@@ -74,6 +74,7 @@ def serving(backbone: Backbone, **named: Any) -> Iterator[StandIn]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for a receipt of its head
     server: StandIn
 
     def log_message(self, *_: Any) -> None:
