@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # What a template may be made of besides; one of them is enough.
 GIVEN = ("template", "manual", "task")
+NO_TEMPLATE = "give either --template, or --manual to have one made from a manual template, or --task"
 # What a chat is learned with until the backbone's chat template is known.
 ANY_CHAT = "[C] [Y]"
 
@@ -37,17 +39,16 @@ def completed(asked: TrainInputs) -> TrainInputs:
     from ptuning.data.chat.shapes import recognise
     from ptuning.data.reading import load_rows
 
+    if os.path.isdir(given["data"]):  # of a task
+        raise ConfigError(NO_TEMPLATE)
     rows = load_rows(given["data"])
     try:
         shape = recognise(rows)
     except RecordError as error:
-        raise ConfigError(
-            "give either --template, or --manual to have one made from a manual template, or --task; the data has none "
-            f"of its own ({error})"
-        ) from error
+        raise ConfigError(f"{NO_TEMPLATE}; the data has none of its own ({error})") from error
     has_history = any(row.get("history") for _, row in rows)
     if shape.name == "facts":
-        raise ConfigError("give either --template, or --manual to have one made from a manual template, or --task")
+        raise ConfigError(NO_TEMPLATE)
     if shape.manual is None or has_history:
         return replace(asked, inputs={**given, "chat": True})
     manual, (*_, answer) = shape.manual, shape.keys
