@@ -19,7 +19,7 @@ serve: $(VENV)/serve.stamp
 
 # Every process of the tests would compile the same files without the files of compiled code.
 test: $(VENV)/dev.stamp
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	@PYTHONDONTWRITEBYTECODE= exec $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/dev.stamp
 	@$(BIN)/ruff check .

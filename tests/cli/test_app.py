@@ -284,6 +284,7 @@ def test_no_command_minds_a_reader_that_went_away(command: str, tmp_path: Path) 
     words, both, _ = command.partition(" 2>&1")
     program = f"""
 import os, sys
+os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # the shell is named, whatever runs the tests
 read, write = os.pipe()
 os.close(read)
 for number, name in {[(1, "stdout"), (2, "stderr")] if both else [(1, "stdout")]}:

@@ -41,7 +41,8 @@ def test_the_life_of_a_service(tmp_path: Path, causal: Backbone, model_folder: C
         "--backbone", str(model_folder("llama")), "--api-key-file", str(tmp_path / "user"),
         "--admin-key-file", str(tmp_path / "boss"), "--device", "cpu", "--dtype", "float32",
     ]  # fmt: skip
-    with forked(COMMAND_LINE, *command, folder=tmp_path / "said") as process:
+    listens = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # also where nohup runs the tests
+    with forked(f"{listens}\n{COMMAND_LINE}", *command, folder=tmp_path / "said") as process:
         process.wait_until(lambda: "\n" in process.out)
         address = process.out.split()[0]
         assert "the prompt 'broken' is left out: broken/prompt.json is not valid JSON" in process.err
