@@ -21,6 +21,9 @@ def test_targets_of_one_token(backbone: Backbone) -> None:
     assert keeps(rows)[0]
     assert not keeps(rows)[2]
     assert keeps([]) == []
+    assert keeps.every(rows[:1])
+    assert keeps.every([])
+    assert not keeps.every([*[rows[0]] * 70, rows[2]])
 
 
 def test_a_target_must_be_one_token_in_every_template(make_backbone: Callable[[str], Backbone]) -> None:

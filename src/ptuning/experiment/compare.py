@@ -122,7 +122,7 @@ def compare_labelled(
         info |= {"left_out": list(rows.findings.left_out)} if rows.findings.left_out else {}
     else:
         one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
-        single = all(all(one_token(part.records)) for part in parts.values())
+        single = all(one_token.every(part.records) for part in parts.values())
         closed = read_vocabulary(vocabulary)
         for part, questions in parts.items() if isinstance(closed, tuple) else ():
             missing = are_listed(questions.records, closed or ()).count(False)

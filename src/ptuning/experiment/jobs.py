@@ -24,6 +24,8 @@ from ptuning.template.known import warn
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 
+# Records that are looked at together where one that is not kept ends the search.
+AT_ONCE = 64
 # The vocabulary that consists of all targets of the data.
 OBJECTS: Literal["objects"] = "objects"
 # A closed set of answers: a list of words, all targets of the data, or None for an open set.
@@ -39,6 +41,10 @@ class OneToken:
         self._bound = [BoundTemplate(one, tokenizer=backbone.tokenizer, kind=backbone.kind) for one in templates]
         self._words = frozenset(words) if words is not None else None
 
+    def every(self, records: Sequence[Record]) -> bool:
+        """Whether all records are kept; those behind the first one that is not are not looked at."""
+        return all(all(self(records[at : at + AT_ONCE])) for at in range(0, len(records), AT_ONCE))
+
     def __call__(self, records: Sequence[Record]) -> list[bool]:
         """Return for each record whether it is kept."""
         keep = [True] * len(records) if self._words is None else are_listed(records, self._words)
@@ -50,7 +56,8 @@ class OneToken:
             except (RecordError, TemplateError):
                 if len(records) == 1:
                     return [False]  # it has no target, or does not fit
-                return [self([record])[0] for record in records]
+                middle = len(records) // 2
+                return [*self(records[:middle]), *self(records[middle:])]
             keep = [
                 kept and example.own_tokens == 1 and example.known for kept, example in zip(keep, examples, strict=True)
             ]
