@@ -35,10 +35,7 @@ def manual_of(template: Template) -> Template:
     """
     at = template.examples
     assert at is not None
-    before, after = template.pieces[:at], list(template.pieces[at + 1 :])
-    if after and isinstance(after[0], Literal):
-        after[:1] = [Literal(after[0].text.removeprefix(" "))] if after[0].text != " " else []
-    return Template((*before, *after)).without_slots()
+    return Template((*template.pieces[:at], *template.pieces[at + 1 :])).without_slots()
 
 
 def with_deep_examples(template: Template, lines: Sequence[str]) -> Template:
