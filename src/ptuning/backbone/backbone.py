@@ -397,42 +397,25 @@ class Backbone:
         return logits if hasattr(self.model, HEAD) else logits[:, : self.vocabulary], memory
 
     def run_prefix(
-        self,
-        embeddings: Tensor,
-        *,
-        positions: Tensor,
-        rows: int,
-        mask: Tensor | None = None,
-        memory: Memory | None = None,
-        offsets: LayerOffsets | None = None,
+        self, embeddings: Tensor, *, positions: Tensor, rows: int, offsets: LayerOffsets | None = None
     ) -> Memory:
-        """Run a prefix once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`; behind the ``memory`` of C
-        tokens, with the (1, C + T) mask of both. Returns the KV cache for B rows, as views of one row's. Gradients flow
-        through it.
+        """Run a prefix once, (1, T, E) and (1, T), for a model that :attr:`shares_prefix`.
+        Returns the KV cache of T tokens for B rows, as views of one row's. Gradients flow through it.
         """
-        mask = torch.ones_like(positions) if mask is None else mask
-        memory = self.remember(embeddings, mask=mask, positions=positions, memory=memory, offsets=offsets)
+        memory = self.remember(embeddings, mask=torch.ones_like(positions), positions=positions, offsets=offsets)
         for layer in memory.cache.layers:
             layer.keys = layer.keys.expand(rows, -1, -1, -1)  # type: ignore[union-attr]  # all are plain layers
             layer.values = layer.values.expand(rows, -1, -1, -1)  # type: ignore[union-attr]
         return memory
 
     def remember(
-        self,
-        embeddings: Tensor,
-        *,
-        mask: Tensor,
-        positions: Tensor,
-        memory: Memory | None = None,
-        offsets: LayerOffsets | None = None,
+        self, embeddings: Tensor, *, mask: Tensor, positions: Tensor, offsets: LayerOffsets | None = None
     ) -> Memory:
         """Run rows for their KV cache alone, for a model that :attr:`shares_prefix`; pads go on the right."""
         at = torch.zeros(1, dtype=torch.int64, device=embeddings.device)  # a head may fail on no position at all
-        _, found = self.run(
-            embeddings, mask=mask, positions=positions, rows=at, cols=at, memory=memory, keep=True, offsets=offsets
-        )
-        assert found is not None
-        return found
+        _, memory = self.run(embeddings, mask=mask, positions=positions, rows=at, cols=at, keep=True, offsets=offsets)
+        assert memory is not None
+        return memory
 
 
 def _as_bfloat16_bytes(weight: Tensor) -> bytes:

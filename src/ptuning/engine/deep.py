@@ -1,4 +1,4 @@
-"""What deep slots start at: tokens as every layer of a backbone has them."""
+"""What deep slots start at, tokens as every layer of a backbone has them; and whether they fit a backbone."""
 
 from __future__ import annotations
 

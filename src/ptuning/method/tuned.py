@@ -23,7 +23,7 @@ from ptuning.names import ALONG, LEARNED, MANUAL, RUN, remove
 from ptuning.progress import named
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from ptuning.template.kinds import KINDS, PromptKind, in_front_of_learned
+from ptuning.template.kinds import KINDS, PromptKind
 from ptuning.template.language import Field, Literal, Piece, Target, Template
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
@@ -198,8 +198,7 @@ def _of_kind(kind: PromptKind) -> Method:
     """Return the method that learns a prompt of another kind over the frozen backbone."""
 
     def template(task: Task) -> Template:
-        learned = kind.name == "hybrid"
-        return in_front_of_learned(task.template) if learned else kind.template(task.manual)
+        return kind.template(task.manual, task.template)
 
     def fit(task: Task, setup: Setup) -> Solution:
         return _learn(task, setup, template(task), tune="frozen", kind=kind)
@@ -215,7 +214,7 @@ def _of_kind(kind: PromptKind) -> Method:
         learns_slots=True,
         tune="frozen",
         seeded=True,
-        reads_manual=kind.name != "hybrid",
+        reads_manual=not kind.learns_words,
         prompts=prompts,
     )
 

@@ -97,7 +97,7 @@ def write_prompt(
     ``about`` is the manifest without what follows from the files: format version, checksums and versions of packages.
     """
     kept = vectors if vectors is not None else torch.zeros(0, 0)
-    tensors = {VECTORS_KEY: kept.contiguous(), **(deep_tensors(deep) if deep is not None else {})}
+    tensors = {VECTORS_KEY: kept.contiguous(), **(_deep_tensors(deep) if deep is not None else {})}
     data = safetensors.torch.save(tensors, {"format": "pt"})
     manifest: dict[str, Json] = {"format_version": FORMAT_VERSION, **about}
     if deep is not None:
@@ -258,7 +258,7 @@ def _read_tensors(data: bytes, where: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def deep_tensors(deep: Deep) -> dict[str, Tensor]:
+def _deep_tensors(deep: Deep) -> dict[str, Tensor]:
     """Return what deep slots bring as a file holds it: tensors of their own for each layer, counted from 0."""
     found: dict[str, Tensor] = {}
     for layer, (keys, values) in enumerate(deep.block if deep.block is not None else ()):

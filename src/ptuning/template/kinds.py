@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ptuning.errors import ConfigError, closest
-from ptuning.template.language import EXAMPLES, Literal, Piece, Slots, Template, TextSlots
+from ptuning.template.language import EXAMPLES, Literal, Slots, Template, TextSlots
 
 # Slots of the kinds that have a number of them, as their papers' defaults for short inputs are.
 PROMPT_SLOTS, PREFIX_SLOTS, DEEP_SLOTS = 20, 10, 20
@@ -15,44 +15,38 @@ PROMPT_SLOTS, PREFIX_SLOTS, DEEP_SLOTS = 20, 10, 20
 
 @dataclass(frozen=True)
 class PromptKind:
-    """A kind of learned prompt: its name, what it is, its template, and the settings in which it differs."""
+    """A kind of learned prompt: its name, what it is, the slots in front of its template, and the settings in which it
+    differs. The template is a manual one, or (``learns_words``) one whose words are slots already.
+    """
 
     name: str
     describe: str
-    template: Callable[[Template], Template]
+    front: Slots | TextSlots
     settings: Mapping[str, Any] = field(default_factory=dict)
+    learns_words: bool = False
+
+    def template(self, manual: Template, learned: Template | None = None) -> Template:
+        """Return the template made of a manual one, or of a given learned one if the kind learns words. A TemplateError
+        if the manual one has slots.
+        """
+        manual.check_manual()
+        if not self.learns_words:
+            return in_front(manual, self.front)
+        pieces = (learned or Template.from_manual(str(manual))).pieces
+        # Random slots at its front are left out, since the examples are there.
+        return in_front(Template(pieces[1:] if isinstance(pieces[0], Slots) else pieces), self.front)
 
 
-def in_front(manual: Template, piece: Slots | TextSlots) -> Template:
-    """Return a manual template with slots in front of it.
+def in_front(template: Template, slots: Slots | TextSlots) -> Template:
+    """Return a template with slots in front of it.
 
     >>> str(in_front(Template.parse("[X] is [Y]"), Slots(3, deep=True)))
     '[D*3] [X] is [Y]'
     """
-    for index, one in enumerate(manual.pieces):
-        if isinstance(one, Slots | TextSlots):
-            raise manual.error("a manual template has no slots; give this one as --template", index)
-    pieces: list[Piece] = [piece]
-    first = manual.pieces[0]
+    first, *rest = template.pieces
     if isinstance(first, Literal):
-        return Template((*pieces, Literal(" " + first.text.removeprefix(" ")), *manual.pieces[1:]))
-    return Template((*pieces, Literal(" "), *manual.pieces))
-
-
-def _hybrid(manual: Template) -> Template:
-    return in_front_of_learned(Template.from_manual(manual=str(manual)))
-
-
-def in_front_of_learned(learned: Template) -> Template:
-    """Return a learned template with examples as deep slots in front; random slots at its own front are left out, since
-    the examples are there.
-    """
-    pieces = list(learned.pieces)
-    if isinstance(pieces[0], Slots):
-        pieces = pieces[1:]
-    if isinstance(pieces[0], Literal):
-        pieces[:1] = [Literal(pieces[0].text.removeprefix(" "))] if pieces[0].text != " " else []
-    return Template((TextSlots(EXAMPLES, deep=True), Literal(" "), *pieces))
+        return Template((slots, Literal(" " + first.text.removeprefix(" ")), *rest))
+    return Template((slots, Literal(" "), first, *rest))
 
 
 # Sources: Lester et al. (2021), arXiv:2104.08691; Li and Liang (2021), arXiv:2101.00190; Liu et al. (2022),
@@ -64,28 +58,33 @@ KINDS: Mapping[str, PromptKind] = {
         PromptKind(
             "prompt-tuning",
             f"{PROMPT_SLOTS} free slots of the input in front of the manual prompt",
-            lambda manual: in_front(manual, Slots(PROMPT_SLOTS)),
+            Slots(PROMPT_SLOTS),
             {"encoder": "none", "start": "vocabulary"},
         ),
         PromptKind(
             "prefix-tuning",
             f"{PREFIX_SLOTS} deep slots in front of the manual prompt, which a network makes",
-            lambda manual: in_front(manual, Slots(PREFIX_SLOTS, deep=True)),
+            Slots(PREFIX_SLOTS, deep=True),
             {"encoder": "none", "deep_encoder": "mlp"},
         ),
         PromptKind(
             "p-tuning-v2",
             f"{DEEP_SLOTS} free deep slots in front of the manual prompt",
-            lambda manual: in_front(manual, Slots(DEEP_SLOTS, deep=True)),
+            Slots(DEEP_SLOTS, deep=True),
             {"encoder": "none"},
         ),
         PromptKind(
             "context-tuning",
             "examples of the training part as deep slots in front of the manual prompt",
-            lambda manual: in_front(manual, TextSlots(EXAMPLES, deep=True)),
+            TextSlots(EXAMPLES, deep=True),
             {"encoder": "none"},
         ),
-        PromptKind("hybrid", "examples of the training part as deep slots in front of the learned prompt", _hybrid),
+        PromptKind(
+            "hybrid",
+            "examples of the training part as deep slots in front of the learned prompt",
+            TextSlots(EXAMPLES, deep=True),
+            learns_words=True,
+        ),
     )
 }
 

@@ -151,9 +151,7 @@ class Template:
         'Message: {text} [P:It is for] [Y]'
         """
         parsed = cls.parse(manual)
-        for index, piece in enumerate(parsed.pieces):
-            if isinstance(piece, Slots | TextSlots):
-                raise parsed.error("a manual template has no slots; give this one as --template", index)
+        parsed.check_manual()
         front: list[Piece] = []
         if behind:
             words = [Literal(f"The {about.strip()}: ")] if about is not None and about.strip() else []
@@ -164,6 +162,12 @@ class Template:
         elif not (isinstance(parsed.pieces[0], Literal) and parsed.pieces[0].text.strip()):
             front = [Slots(DEFAULT_FRONT_SLOTS), Literal(" ")]
         return cls(tuple(_joined([*front, *_words_to_slots(parsed.pieces)])))
+
+    def check_manual(self) -> None:
+        """Raise a TemplateError at the first slot."""
+        for index, piece in enumerate(self.pieces):
+            if isinstance(piece, Slots | TextSlots):
+                raise self.error("a manual template has no slots; give this one as --template", index)
 
     @property
     def has_slots(self) -> bool:

@@ -275,3 +275,36 @@ def test_a_comparison_takes_a_task_file(llama: str) -> None:
     fails(*args, "--pattern", "2", "--out", "no", says=["the task teams has the patterns 1 to 1, not 2"])
     fails(*args, "--vocabulary", "objects", "--out", "no", says=["a vocabulary (--vocabulary) is for answers as text"])
     fails("compare", "--data", "mail.csv", "--backbone", llama, "--out", "no", says=["--manual", "--task"])
+
+
+KIND_TEMPLATES = {
+    "prompt-tuning": "[P*20] [X] is [Y]",
+    "prefix-tuning": "[D*10] [X] is [Y]",
+    "p-tuning-v2": "[D*20] [X] is [Y]",
+    "context-tuning": "[D:{shown}][X] is [Y]",
+    "hybrid": "[D:{shown}][X] [P:is] [Y]",
+}
+
+
+@pytest.mark.parametrize("kind", KIND_TEMPLATES)
+def test_a_kind_of_prompt_makes_its_template_of_a_manual_one(llama: str, kind: str) -> None:
+    facts = [{"x": name, "y": city} for name, city in (("Kenya", "yes"), ("Peru", "no"), ("a", "good"), ("b", "bad"))]
+    for part in ("train", "dev"):
+        rows = [json.dumps({**one, "x": f"{part} {one['x']}"}) for one in facts]
+        Path(f"{part}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    args = ("--data", "train.jsonl", "--dev", "dev.jsonl", "--backbone", llama, "--manual", "[X] is [Y]")
+    works("train", *args, "--method", kind, "--examples", "1", "--epochs", "1", "--out", "run")
+    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
+    template = json.loads(Path("run/prompt/prompt.json").read_text(encoding="utf-8"))["template"]
+    shown = [f"train {one['x']} is {one['y']}\n" for one in facts]
+    assert record["method"] == kind
+    assert template in [KIND_TEMPLATES[kind].format(shown=line) for line in shown]
+    assert record["settings"]["encoder"] == ("lstm" if kind == "hybrid" else "none")
+    assert ("deep" in record) == (kind != "prompt-tuning")
+
+
+def test_a_kind_of_prompt_that_cannot_be_made(llama: str) -> None:
+    args = ("train", "--data", "capitals:train", "--backbone", llama, "--out", "run")
+    fails(*args, "--method", "prefix-tunig", "--manual", "[X] is [Y]", says=["Did you mean 'prefix-tuning'?"])
+    fails(*args, "--method", "hybrid", "--template", "[P] [X] is [Y]", says=["--method makes its template"])
+    fails(*args, "--method", "hybrid", "--manual", "[P] [X] is [Y]", says=["a manual template has no slots"])
