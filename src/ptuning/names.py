@@ -14,6 +14,7 @@ from pathlib import Path
 from ptuning.errors import FileError
 from ptuning.files import (
     file_error,
+    is_abandoned,
     is_temporary,
     make_folder,
     open_regular,
@@ -312,8 +313,10 @@ def remove(folder: Path, layout: Owned) -> None:
 
 
 def sweep(folder: Path, layout: Owned) -> None:
-    """Remove half-written files that killed processes left in a folder and in its folders."""
-    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp")
+    """Remove half-written files that killed processes left in a folder and in its folders; those that another machine
+    may still write stay.
+    """
+    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp" and is_abandoned(path))
 
 
 def delete(paths: Iterable[Path]) -> None:

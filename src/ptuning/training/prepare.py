@@ -20,6 +20,7 @@ from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
+from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
@@ -76,6 +77,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         PTuningError: If anything cannot be used.
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
+    processes()  # say so, if what the launcher left does not fit
     if backbone.max_length is not None:
         config = replace(config, max_length=min(config.max_length, backbone.max_length))
     template = _trainable(as_template(spec.template), config)
@@ -94,6 +96,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     bound = _bound(template, parts["train"], backbone, config)
     if shown is not None:
         shown.check_length(bound)
+    if template.has_slots or config.tune == "lora":
+        _ = backbone.passes_gradients  # says so, if it does not
 
     def items_of(questions: Questions) -> list[Item]:
         items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -240,7 +244,7 @@ def place_slots(
     both = Template.from_manual(manual, about=about)
     some = [one for one in records if all(name in one for name in both.fields)]
     some = some[:: max(1, len(some) // COUNTED)][:COUNTED]
-    is_kept = bool(config.prefix_cache_share) and backbone.shares_prefix
+    is_kept = bool(config.prefix_cache_share) and backbone.keeps_prefixes
     if not (some and is_kept and (closed or _field_tokens(both, some, backbone) >= LONG_FIELD_TOKENS)):
         return Placement(both)
     read = _read_tokens(both, some, backbone, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.processes import processes
+from ptuning.engine.processes import processes, this_writes, wait_for_all
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.files import Json, write_json
 from ptuning.names import (
@@ -97,7 +97,8 @@ def train_fleet(
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
     runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
-    if folder is not None:
+    wait_for_all()  # all have looked at the folder
+    if folder is not None and this_writes():
         sweep(folder, fleet_layout(runs))
     results, failed = dict[str, TrainResult](), dict[str, str]()
     checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
@@ -121,7 +122,7 @@ def train_fleet(
         "seconds": time.monotonic() - began,
         "prompts": [_line(name, results.get(name), failed.get(name)) for name in runs],
     }
-    if folder is not None:
+    if folder is not None and this_writes():
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
 
@@ -182,7 +183,7 @@ def fleet_runs(
     _check_frozen(runs)
     for run in runs.values():
         run.clear()
-    if checkpoint is not None and not resume:
+    if checkpoint is not None and not resume and this_writes():
         remove(checkpoint, FLEET_CHECKPOINT)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(
