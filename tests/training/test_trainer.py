@@ -777,7 +777,7 @@ def test_two_processes_learn_what_one_learns(
         alone = learned_of(fit_spread(causal, case))
         torch.testing.assert_close(both[0][case], alone, atol=1e-5, rtol=0, msg=case)
         assert float((alone - learned_of(spread_trainer(causal, case))).abs().max()) > 1e-3
-        assert set(both[0][f"{case}, sent"].tolist()) == {1 + numbers}
+        assert max(both[0][f"{case}, sent"].tolist()) == 1 + numbers
 
 
 def script_evaluations(monkeypatch: pytest.MonkeyPatch, found: Trainer, outcomes: list[tuple[float, float]]) -> None:

@@ -20,7 +20,7 @@ from ptuning.backbone.number_format import short_name
 from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights, run_on, sharing
 from ptuning.backbone.placement.quantized import format_of, keep_in_place
 from ptuning.backbone.placement.shards import Shards
-from ptuning.backbone.placement.stored import fingerprint, is_code, is_packed
+from ptuning.backbone.placement.stored import fingerprint, is_packed, is_wrapped
 from ptuning.backbone.probes import (
     DeepShape,
     beside_pads,
@@ -165,7 +165,7 @@ class Backbone:
         weight = self._embedding.weight
         if not isinstance(weight, Tensor):
             raise BackboneError(f"{self.name}: the input embeddings of {type(self.model).__name__} have no weight")
-        if is_code(weight):
+        if is_wrapped(weight):
             raise BackboneError(
                 f"{self.name}: its embedding table is quantised, and slots are vectors in that table; quantise the "
                 "model without its input embeddings"

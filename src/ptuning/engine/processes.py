@@ -46,10 +46,11 @@ def processes() -> PartialState:
                 f"accelerate cannot start with the environment's {', '.join(names) or 'settings'}: {error}; unset what "
                 "an earlier launcher left there, or start with: accelerate launch -m ptuning"
             ) from error
-        if told > found.num_processes:
+        seen = found.num_processes
+        if told > seen:
             PartialState._reset_state()
             raise TrainingError(
-                f"WORLD_SIZE says that {told} processes were started, and accelerate sees {found.num_processes}: each "
+                f"WORLD_SIZE says that {told} processes were started, and accelerate sees {seen}: each "
                 "would train everything and write into one folder. Start with: torchrun --nproc-per-node N -m ptuning; "
                 "on processors set ACCELERATE_USE_CPU=true; or unset WORLD_SIZE, if an earlier launcher left it there"
             )

@@ -293,10 +293,18 @@ def test_formats_are_named_by_method_bits_and_groups(config: dict[str, Any], exp
     assert format_of(transformers.GPT2Config()) is None
 
 
+class Wrapped(torch.Tensor):
+    """A weight that keeps codes inside."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], object]:
+        return [], None
+
+
 def test_a_quantised_table_is_refused(causal: Backbone) -> None:
     """Slots are vectors among its rows."""
-    causal.model.get_input_embeddings().weight = torch.nn.Parameter(
-        torch.ones(300, 32, dtype=torch.int8), requires_grad=False
-    )
+    table = causal.model.get_input_embeddings()
+    rows = table._parameters.pop("weight")
+    assert rows is not None
+    vars(table)["weight"] = rows.detach().as_subclass(Wrapped)
     with pytest.raises(BackboneError, match="its embedding table is quantised, and slots are vectors in that table"):
         _ = causal.embedding_rows

@@ -86,7 +86,8 @@ def spread(out: Path, llama: Path, qwen3: Path) -> None:
         found |= {f"{name} {key}": value for key, value in learned(backbone, out / name).items()}
     half = load_backbone(llama, dtype="bfloat16", device="cpu", shard="tp")
     found["bfloat16 logits"] = logits(half)
-    safetensors.torch.save_file(found, out / f"{rank}.safetensors")
+    plain = {name: value.contiguous() for name, value in found.items()}
+    safetensors.torch.save_file(plain, out / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 

@@ -30,7 +30,7 @@ def fingerprint(model: PreTrainedModel, table: nn.Module, *, name: str) -> str:
     from accelerate.utils import align_module_device
 
     with align_module_device(table):
-        rows = _as_bytes(whole(cast("Tensor", table.weight)))
+        rows = _as_bytes(whole(cast("Tensor", table.weight)).to(torch.bfloat16))  # a table of codes, too
     weights = _codes(model, name=name) if is_packed(model) else map(whole, weights_of(model))
     samples = [sha256(_as_bytes(_sample(weight))) for weight in weights]
     # Sorted, since the names and the order of weights differ between releases of transformers.
@@ -41,13 +41,12 @@ def is_packed(model: PreTrainedModel) -> bool:
     """Whether some weights are codes, which stand for numbers by scales beside them."""
     if getattr(model.config, "quantization_config", None) is None:
         return False
-    return any(map(is_code, model.state_dict().values()))
+    return any(is_wrapped(one) or not one.is_floating_point() for one in model.state_dict().values())
 
 
-def is_code(tensor: Tensor) -> bool:
-    """Whether a tensor holds codes, and not numbers."""
-    own = _own(tensor)
-    return hasattr(own, "__tensor_flatten__") or not own.is_floating_point()
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is of a class that keeps codes and scales inside."""
+    return hasattr(_own(tensor), "__tensor_flatten__")
 
 
 def _codes(model: PreTrainedModel, *, name: str) -> Iterator[Tensor]:
