@@ -293,6 +293,7 @@ class Suite:
             hits=sum(answer.hit for answer in answers) / len(answers),
             dev_score=dev_score if isinstance(dev_score, float) else None,
             warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+            by=job.values_by(answers),
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
@@ -318,6 +319,8 @@ class Suite:
         }
         if task.words is not None:
             found["label words"] = task.words.to_json()
+        if task.text_metrics:
+            found["metric that chooses"] = task.text_metrics[0]
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
         if self.backbone.max_length is not None:
