@@ -99,6 +99,7 @@ def test_data_by_rule_brings_template_metrics_and_the_field_that_tells_it_apart(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arithmetic, "MOST", {"train": 4, "dev": 2, "test": 3})
+    monkeypatch.setattr(arithmetic, "CELLS", (("+", 1, 1), ("-", 1, 1), ("*", 1, 1)))
     data = ("compare", "--data", "arithmetic:train", "--test", "arithmetic:test", "--backbone", llama)
     done = call(*data, "--methods", "majority")
     assert done.code == 0, done.err

@@ -244,9 +244,8 @@ def _scored_by_rule(data: str, metrics: str | None, by: str | None) -> tuple[str
     if rule is None or not rule.metrics or metrics is not None:
         return metrics, by
     found = by or rule.by
-    terminal.say(
-        f"scored by {', '.join(rule.metrics)}{f', and by {found}' if found else ''} (--metrics, --by for others)"
-    )
+    apart = f", told apart by {found}" if found else ""
+    terminal.say(f"scored by {', '.join(rule.metrics)}{apart} (--metrics and --by for others)")
     return ",".join(rule.metrics), found
 
 
