@@ -67,6 +67,7 @@ PROMPTS = 16
 WRITTEN_ROWS, WRITTEN_TOKENS = 16, 32
 # Differences of log-probabilities that count as the same, by type.
 MOST_GAP = {torch.float32: 1e-4, torch.bfloat16: 1.0}
+Found = tuple[list[dict[str, Json]], dict[str, Json]]
 METHOD = (
     "Training: samples per second of the steps of one epoch, in rounds in one process and in random order. Both start "
     "at the keys and values of the same tokens, train with the same schedule on the same rows and passes of about "
@@ -84,13 +85,14 @@ def main(settings: Settings) -> None:
     backbone = backbone_of(settings)
     cells: list[dict[str, Json]] = []
     answers: dict[str, dict[str, Json]] = {}
-    for name, measure in {
+    questions: dict[str, Callable[[Backbone, Settings], Found]] = {
         "deep-16": partial(steps, slots=16),
         "deep-160": partial(steps, slots=160),
         "deep-late-512": late,
         "deep-mixed-16": mixed,
         "deep-writing": writing,
-    }.items():
+    }
+    for name, measure in questions.items():
         rows, answers[name] = measure(backbone, settings)
         cells += rows
     write_result(
@@ -103,9 +105,6 @@ def main(settings: Settings) -> None:
         peer=PEER_SETTINGS,
         seconds=time.monotonic() - began,
     )
-
-
-Found = tuple[list[dict[str, Json]], dict[str, Json]]
 
 
 def short_facts(backbone: Backbone, settings: Settings, *, slots: int) -> tuple[BoundTemplate, list[Item], int, int]:
@@ -131,7 +130,8 @@ def steps(backbone: Backbone, settings: Settings, *, slots: int) -> Found:
         with PrefixPeer(backbone, block=block, seed=number) as prompt:
             return len(items) / prompt.train(rows, epochs=1, batch_size=batch_size, parts=parts, seed=number)
 
-    contestants: dict[str, Callable[[int], float]] = {"ptuning": ours} | ({"peft": peer} if is_installed() else {})
+    contestants: dict[str, Callable[[int], float]] = {"ptuning": ours}
+    contestants |= {"peft": peer} if is_installed() else {}
     for run in contestants.values():
         run(0)  # what a process does once, before the clock runs
     found = interleave(

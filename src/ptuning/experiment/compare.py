@@ -118,7 +118,7 @@ def compare_labelled(
 ) -> Results:
     """Compare methods on rows that were looked at, as :func:`compare` does."""
     words = rows.words
-    scored = Scored.of(options, task, words=words, vocabulary=vocabulary)
+    scored = ScoredBy.of(options, task, words=words, vocabulary=vocabulary)
     if scored.is_closed or scored.metrics:
         options["methods"] = unrestricted_methods(options.get("methods"))
     config = options.get("config") or TrainConfig()
@@ -161,7 +161,7 @@ def compare_labelled(
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredBy:
     """How the test part is scored: :class:`CompareOptions`, filled in by the task and checked against the answers."""
 
     is_closed: bool
@@ -177,7 +177,7 @@ class Scored:
         *,
         words: LabelWords | None,
         vocabulary: str | Path | None,
-    ) -> Scored:
+    ) -> ScoredBy:
         """Return how answers are scored; a ConfigError if it does not fit what they are."""
         is_closed = words is not None or (task is not None and task.answer_space.is_closed)
         named, gather = asked.get("metrics"), asked.get("gather", False)

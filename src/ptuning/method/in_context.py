@@ -40,10 +40,10 @@ def in_context(task: Task, setup: Setup) -> Solution:
             answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(dev)
         except TemplateError:
             continue  # these examples do not fit in front of the question
-        found = dev_score(task, answers, dev)
-        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": found})
-        if best is None or found > best[0]:
-            best = found, template
+        score = dev_score(task, answers, dev)
+        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": score})
+        if best is None or score > best[0]:
+            best = score, template
     if best is None:
         raise ConfigError(
             f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
