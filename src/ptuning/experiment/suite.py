@@ -48,7 +48,7 @@ from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 logger = logging.getLogger(__name__)
 
 # What methods train of the backbone, the cheapest first.
-CHEAP_FIRST = (None, "frozen", "lora", "tuned")
+CHEAP_FIRST = (None, "frozen", "head", "lora", "tuned")
 
 
 @dataclass

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune
+from ptuning.backbone.trained_weights import with_head
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
@@ -86,7 +87,10 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
         parts["dev"] = as_questions(spec.dev) if task is None else task.to_score(as_questions(spec.dev))
-    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
+    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.tune == "head")
+    if answers.head:
+        seed = derived_seed(config.seed, "classification head")
+        backbone = with_head(backbone, len(answers.labels), seed=seed, share=True)
     _check_choice(config, answers, parts.get("dev", parts["train"]))
     require_rows(parts)
     for questions in parts.values():
@@ -291,7 +295,7 @@ def _trainable(template: Template, config: TrainConfig) -> Template:
     if not template.has_slots and config.tune == "frozen":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
-            "start from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
+            "start from them, let --manual do it, or train something besides (--tune head, tuned or lora)"
         )
     return template
 
@@ -377,11 +381,18 @@ def _set_aside(
 
 
 def _answers(
-    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None
+    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None, head: bool
 ) -> AnswerSpace:
     """Return what rows are answered with; scored as the task says, unless asked otherwise."""
     scoring = task.answer_space.scoring if task is not None else PLAIN
-    answers = AnswerSpace(words, train.has_choices, scoring).scored(calibrate=calibrate)
+    if head and words is None:
+        raise ConfigError(
+            "a classification head (tune head) chooses among labels, and there are none here; name them (--labels), or "
+            "train without it"
+        )
+    if head and calibrate:
+        raise ConfigError("calibration is for words of labels, and a classification head (tune head) has none")
+    answers = AnswerSpace(words, train.has_choices, scoring, head).scored(calibrate=False if head else calibrate)
     if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
     return answers

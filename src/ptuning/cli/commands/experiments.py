@@ -60,7 +60,7 @@ WordingsOption = Annotated[
 ]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
-TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|head|tuned|lora", help="What p-tuning trains besides slots.")]
 VaryOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
