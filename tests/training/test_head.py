@@ -60,9 +60,8 @@ def test_it_learns_is_saved_and_answers_as_it_was_scored(backbone: Backbone, tmp
     assert sum(hits) / len(hits) == result.prompt.scores["accuracy"]
     assert score_prompt(model, ROWS, loaded).scores["accuracy"].value == result.prompt.scores["accuracy"]
     assert all(sum((one.probabilities or {}).values()) == pytest.approx(1.0) for one in answers)
-    beside = model.predict(
-        [ROWS[0], ROWS[1]], [loaded, Prompt.manual("[X] is [Y]", label_words=LabelWords.of("good;bad"))]
-    )
+    manual = Prompt.manual("[X] is [Y]", label_words=LabelWords.of("good;bad"))
+    beside = model.predict([ROWS[0], ROWS[1]], [loaded, manual])
     assert beside[0].text == answers[0].text
 
 

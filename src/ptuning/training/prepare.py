@@ -86,7 +86,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
-        parts["dev"] = as_questions(spec.dev) if task is None else task.to_score(as_questions(spec.dev))
+        parts["dev"] = _scored(as_questions(spec.dev), task)
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.tune == "head")
     if answers.head:
         seed = derived_seed(config.seed, "classification head")
@@ -111,9 +111,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     fields = parts["train"].fields
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
-        if task is not None and task.gather:
-            parts["dev"] = task.to_score(parts["dev"])
-            items["dev"] = question_items(bound, parts["dev"], answers, with_stop=config.learn_to_stop)
+        if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
+            parts["dev"], items["dev"] = dev, question_items(bound, dev, answers, with_stop=config.learn_to_stop)
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
     if not (learned and any(item.can_be_hit for item in items["dev"])):
         raise RecordError(
@@ -136,6 +135,11 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     return Prepared(
         template, bound, backbone, config, answers, task, parts, items, fields, merge, left_out, method, began
     )
+
+
+def _scored(rows: Questions, task: TaskFile | None) -> Questions:
+    """Return rows as they are scored: as they are, or with several references, if the task gathers them."""
+    return rows if task is None else task.to_score(rows)
 
 
 def method_name(template: Template, tune: Tune) -> str:
