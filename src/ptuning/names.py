@@ -53,7 +53,7 @@ UNLABELLED_FILE = "unlabelled.jsonl"
 ALL_METHODS = "all"
 MAJORITY, MANUAL, LEARNED = "majority", "manual", "p-tuning"
 # Setting "tune" -> what is added to the name of a method that trains the backbone as well.
-ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
+ALONG: Mapping[str, str] = {"frozen": "", "head": "+head", "tuned": "+fine-tuning", "lora": "+lora"}
 # Added to the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 

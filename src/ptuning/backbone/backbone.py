@@ -281,6 +281,11 @@ class Backbone:
         other.put_head(nn.Identity())
         return beside_pads(other).shape[-1]
 
+    @property
+    def head(self) -> nn.Module:
+        """The classification head that was put in place of the language-model head."""
+        return self.model.get_submodule(HEAD)
+
     def put_head(self, head: nn.Module) -> None:
         """Replace the language-model head: ``head`` turns (N, H) hidden states into (N, K) logits."""
         self.model.add_module(HEAD, head)

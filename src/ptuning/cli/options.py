@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
-TUNES = ("frozen", "tuned", "lora")
+TUNES = ("frozen", "head", "tuned", "lora")
 T = TypeVar("T")
 
 
@@ -345,7 +345,7 @@ def training(
     method: KindOption = None,
     examples: Annotated[int, typer.Option(metavar="N", help="Examples in [D:examples].")] = SETTINGS.examples,
     tune: TuneOption = SETTINGS.tune,
-    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of what --tune adds.")] = None,
     keep: KeepOption = SETTINGS.keep,
     starts: StartsOption = SETTINGS.starts,
     cache_memory: Annotated[
@@ -370,7 +370,7 @@ def training(
         method = None
     if method is not None:
         config = config.with_settings(kind_of_prompt(method).settings)
-    template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
+    template, manual = template_and_manual(template, manual, template_file, learns_words=tune in ("frozen", "head"))
     if template is None and manual is None and task is None and not chat:
         manual = manual_by_rule(data)
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
@@ -428,8 +428,9 @@ def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, o
     if backbone_lr is None:
         return {"tune": tune, "keep": keep}
     if tune == "frozen":
-        raise ConfigError("--backbone-lr goes with --tune tuned or lora: a frozen backbone learns nothing")
-    return {"tune": tune, "keep": keep, "lora_lr" if tune == "lora" else "backbone_lr": backbone_lr}
+        raise ConfigError("--backbone-lr goes with --tune head, tuned or lora: a frozen backbone learns nothing")
+    rate = {"lora": "lora_lr", "head": "head_lr"}.get(tune, "backbone_lr")
+    return {"tune": tune, "keep": keep, rate: backbone_lr}
 
 
 def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:

@@ -48,7 +48,7 @@ from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
 logger = logging.getLogger(__name__)
 
 # What methods train of the backbone, the cheapest first.
-CHEAP_FIRST = (None, "frozen", "lora", "tuned")
+CHEAP_FIRST = (None, "frozen", "head", "lora", "tuned")
 
 
 @dataclass
@@ -293,6 +293,7 @@ class Suite:
             hits=sum(answer.hit for answer in answers) / len(answers),
             dev_score=dev_score if isinstance(dev_score, float) else None,
             warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+            by=job.values_by(answers),
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
@@ -318,6 +319,8 @@ class Suite:
         }
         if task.words is not None:
             found["label words"] = task.words.to_json()
+        if task.text_metrics:
+            found["metric that chooses"] = task.text_metrics[0]
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
         if self.backbone.max_length is not None:

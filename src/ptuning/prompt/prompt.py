@@ -188,7 +188,8 @@ class Prompt:
         """The possible answers, and how they are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
         has_choices = self.task is not None and self.task.answer_space.has_choices
-        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
+        head = self.weights is not None and self.weights.tune == "head"
+        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept), head)
 
     def check_open(self) -> None:
         """Raise a ConfigError if it has a closed set of answers, and so cannot answer among candidates."""

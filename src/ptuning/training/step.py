@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import time
@@ -99,7 +100,7 @@ class Learner:
         ]
         if self.deep_encoder is not None:
             groups.append({"params": list(self.deep_encoder.parameters()), "lr": config.deep_lr})
-        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.tune, config.backbone_lr)
         decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
         for is_matrix in (True, False):
             weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
@@ -231,6 +232,10 @@ def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
         return backbone
     if config.tune == "tuned":
         return backbone.copy()
+    if config.tune == "head":  # which ``prepare`` has put on it
+        other = backbone.copy(share=True)
+        other.put_head(copy.deepcopy(other.head))
+        return other
     return with_adapters(
         backbone,
         rank=config.lora_rank,
