@@ -19,6 +19,7 @@ from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_
 from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
+from ptuning.training import step as steps
 from ptuning.training.run import train
 from tests.conftest import FAMILIES, RECORDS, WARM, build_model, learned, make_tokenizer
 
@@ -206,3 +207,16 @@ def test_rows_share_no_prefix_over_several_devices(causal: Backbone) -> None:
 
 def test_tied_weights_count_once(causal: Backbone) -> None:
     assert number_of_weights(causal.model) == sum(weight.numel() for weight in causal.model.parameters())
+
+
+def test_offloaded_weights_are_let_go_of_within_a_step(
+    causal: Backbone, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass with gradients held all that it had read until its backward pass, unless checkpointing was asked for."""
+    runs: list[str] = []
+    real = steps.recomputing
+    monkeypatch.setattr(steps, "recomputing", lambda model, *, name: runs.append(name) or real(model, name=name))
+    split = load_backbone(str(model_folder("llama")), dtype="float32", device_map=SPLIT)
+    for backbone, expected in ((causal, 0), (split, 2)):
+        train(WARM, RECORDS[:4], dev=RECORDS[:2], backbone=backbone, config=TrainConfig(epochs=1, batch_size=2))
+        assert len(runs) == expected
