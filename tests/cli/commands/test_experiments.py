@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ptuning.cli import terminal
+from ptuning.cli import cells, terminal
 from ptuning.cli.commands import experiments
 from ptuning.cli.terminal import duration
 from ptuning.experiment.cells import CellEstimate, CellResult
@@ -414,9 +415,9 @@ def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
-    experiments.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
-    experiments.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
+    cells.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
+    cells.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
+    cells.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
     assert printed() == (
         "",
         "2/9  P36  manual  seed 0: P@1 0.250  [0.046, 0.699], n = 4, 3 s\n"
@@ -467,14 +468,14 @@ def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
         CellEstimate(Cell("P36", "p-tuning", 0), is_finished=False, seconds=90.0),
         CellEstimate(Cell("P36", "p-tuning", 1), is_finished=False, seconds=4000.0),
     ]
-    experiments.show_estimates(known)
+    cells.show_estimates(known)
     out, _ = printed()
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["manual"] == ["1", "1", "0", "s"]
     assert rows["p-tuning"] == ["2", "0", "1", "h", "08", "min"]
     assert "P36  manual  seed 0: finished\nP36  p-tuning  seed 0: 2 min\nP36  p-tuning  seed 1: 1 h 07 min\n" in out
     assert out.endswith("2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n")
-    experiments.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    cells.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
     out, _ = printed()
     assert "P36  in-context  seed 0: unknown\n" in out
     assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown; nothing was run\n" in out
@@ -489,7 +490,9 @@ def test_times(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
-def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every comparison on a terminal ended in a KeyError: tests do not run on one."""
     screen = Screen()
     console = Console(file=screen, force_terminal=True, width=80, color_system=None)
@@ -499,8 +502,9 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
     class Stub(Suite):
         def __init__(self) -> None:
             """Takes nothing: its cells are all there."""
+            self.out = tmp_path
 
-        @property
+        @functools.cached_property
         def cells(self) -> list[Cell]:
             return [Cell("P36", "manual", 0), Cell("P36", "p-tuning", 0)]
 
@@ -517,7 +521,7 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
             report(progress)
 
         for result in Stub().run(report=tell):
-            experiments.show_cell(result, 1, 2)
+            cells.show_cell(result, 1, 2)
         report(Progress("suite", 1, 2, "P36 p-tuning"))
         time.sleep(0.15)  # two frames
     assert [(progress.stage, progress.done, progress.total) for progress in told] == [

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
+from ptuning.cli.cells import show_cell, show_estimates, show_jobs, show_part
 from ptuning.cli.labels import show_confusion
 from ptuning.cli.options import (
     SETTINGS,
@@ -24,17 +25,19 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
+from ptuning.cli.shares import Shares, shares_of
 from ptuning.cli.templates import manual_by_rule, notice_line_breaks, template_and_manual, template_pair
 from ptuning.errors import ConfigError
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
-from ptuning.names import LOG_FOLDER
+from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.experiment.cells import CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
+    from ptuning.progress import Progress
     from ptuning.report.exports import Format
     from ptuning.report.results_file import Results, Scores
 
@@ -77,7 +80,7 @@ SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split o
 
 
 @contextmanager
-@options.takes(backbone=options.backbone_options)
+@options.takes(shares=shares_of, backbone=options.backbone_options)
 def _planned(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")],
     methods: Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")] = None,
@@ -94,6 +97,7 @@ def _planned(
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
     *,
+    shares: Shares,
     backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
     """Turn the options that all comparisons share into a plan. Show progress and cells, and stop at a signal."""
@@ -101,12 +105,17 @@ def _planned(
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     varied = options.varied_by(vary, config)
-    with signals.stoppable(out) as (progress, should_stop):
+    part, crew = shares.own, shares.crew(backbone)
+    with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
 
-        log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
         clock = terminal.Clock()
+
+        def is_shown(now: Progress) -> bool:
+            # The bar of a training would jump between those of several workers.
+            return now.stage == "suite" if crew is not None else now.stage != "epoch"
 
         def on_cell(result: CellResult, number: int, total: int) -> None:
             show_cell(result, number, total, more="" if terminal.is_live() else f"; {clock.text}")
@@ -123,10 +132,12 @@ def _planned(
                 "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
+                "part": part,
+                "workers": crew,
                 "command": options.command_line(),
                 "watch": Watch(
                     # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, lambda now: progress(now) if is_shown(now) else None, log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,
@@ -151,10 +162,12 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
             asked = {name: given.pop(name) for name in shared}
             with _planned(**asked) as plan:
                 found = command(**given, plan=plan)
-            if not asked["dry_run"]:
+            if asked["part"] is not None and not asked["dry_run"]:
+                show_part(found, asked["part"])
+            elif not asked["dry_run"]:
                 show_results(found)
-                if found.failed:
-                    raise typer.Exit(1)
+            if found.failed:
+                raise typer.Exit(1)
 
         return options.signed(run, [*own.values(), *shared.values()])
 
@@ -351,73 +364,6 @@ def report(
     terminal.line(str(page))
     if open_:
         typer.launch(str(page))
-
-
-def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
-    """Print a finished cell, and ``more``; one that was finished by an earlier start is not worth a line."""
-    if result.was_there:
-        return
-    cell = result.cell
-    where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
-    if result.status == "failed":
-        terminal.say(f"{where}failed: {result.error}{more}")
-        return
-    name = result.primary
-    score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
-
-
-def show_jobs(jobs: Sequence[CellJob]) -> None:
-    """Print what a user should know of each task: its notes, how many facts of a relation were kept and why others were
-    dropped. Wordings of one relation have the same facts, and are listed with the names of their cells.
-    """
-    for job in jobs:
-        for note in job.notes:
-            terminal.say(note)
-    for text in dict.fromkeys(map(_facts_of, jobs)):
-        if text:
-            terminal.say(text)
-    for job in jobs:
-        if job.info.get("relation") not in (None, job.task.name):
-            terminal.say(f"{job.task.name}: {job.task.manual}")
-
-
-def _facts_of(job: CellJob) -> str:
-    name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
-    if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
-        return ""  # of a comparison that drops nothing
-    parts = {"train": job.task.train, "dev": job.task.dev, "test": job.test}
-    kept = ", ".join(f"{len(part):,} {part_name}" for part_name, part in parts.items())
-    lost = sum(count for count in dropped.values() if isinstance(count, int))
-    remedies = {"object is not one token": " (--targets any keeps these)"} if name == job.task.name else {}
-    why = ", ".join(f"{count:,} {reason}{remedies.get(reason, '')}" for reason, count in dropped.items())
-    return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
-
-
-def show_estimates(found: Sequence[CellEstimate]) -> None:
-    """Print the cells of a dry run with their estimated times, one line per method, and the sum."""
-    table = terminal.table("method")
-    for name in ("cells", "finished", "estimated time"):
-        table.add_column(name, justify="right")
-    left = [one for one in found if not one.is_finished]
-    for method in dict.fromkeys(one.cell.method for one in found):
-        own = [one for one in found if one.cell.method == method]
-        waiting = [one for one in own if not one.is_finished]
-        table.add_row(escape(method), str(len(own)), str(len(own) - len(waiting)), _time(waiting))
-    terminal.results().print(table)
-    for one in found:
-        time = "finished" if one.is_finished else _time([one])
-        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {time}")
-    terminal.line(f"{len(left)} of {len(found)} cells to run, estimated time: {_time(left)}; nothing was run")
-    if any(one.seconds is None for one in left):
-        terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
-
-
-def _time(cells: Sequence[CellEstimate]) -> str:
-    known = [one.seconds for one in cells if one.seconds is not None]
-    if len(known) == len(cells):
-        return terminal.duration(sum(known))
-    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
 
 
 def show_results(found: Results) -> None:
