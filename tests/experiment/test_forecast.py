@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptuning.cli import terminal
 from ptuning.errors import ConfigError
 from ptuning.experiment.forecast import CONSTANTS, Paper
 
@@ -52,6 +55,32 @@ def test_every_constant_counts_and_may_be_given(name: str) -> None:
     constants = other.to_json()["constants"]
     assert isinstance(constants, dict)
     assert constants[name]["origin"] == "given"  # type: ignore[index,call-overload]
+
+
+SHOWN = (
+    "LAMA, p-tuning in fleets, 5 seeds", "LAMA, p-tuning alone, 5 seeds", "LAMA, fine-tuning, 5 seeds",
+    "10,000 prompts of 150 facts, alone", "the same in fleets of 16", "one prompt, 1,000 facts",
+)  # fmt: skip
+
+
+def test_the_page_has_the_plan_of_the_constants() -> None:
+    """The table of docs/scale.md, line by line."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    for name, weights in {"135M": 1.35e8, "7B": 7e9, "70B": 7e10}.items():
+        for line in Paper(weights).lines():
+            if line.what in SHOWN:
+                cells = [
+                    "does not fit"
+                    if one.seconds is None
+                    else f"{terminal.duration(one.seconds)}, ${one.dollars:,.1f} ({one.used:,})"
+                    for one in line.on
+                ]
+                assert f"| {' | '.join([line.what, name, *cells])} |\n" in page
+
+
+def test_tuning_all_weights_needs_a_gpu_that_holds_them() -> None:
+    assert [line.on[0].seconds for line in Paper(7e9).lines() if "fine-tuning" in line.what] == [None]
+    assert [line.on[0].seconds is None for line in SMALL.lines() if "fine-tuning" in line.what] == [False]
 
 
 def test_fleets_take_fewer_gpu_hours_than_prompts_alone() -> None:

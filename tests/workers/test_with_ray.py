@@ -1,6 +1,4 @@
-"""Workers of Ray itself: one is killed in the middle of a fleet, a cell fails, a folder is not shared, and all files are
-those of one process.
-"""
+"""Workers of Ray itself: one is killed, a cell fails, a folder is not shared; the files are those of one process."""
 
 from __future__ import annotations
 
@@ -91,9 +89,8 @@ def test_a_killed_worker_changes_no_byte(
     with forked(PROGRAM, *given, "shared", stop, folder=tmp_path / "said") as second:
         assert second.wait() == 0, second.err
         assert "2 workers: " in second.out
-    with forked(
-        PROGRAM, *given[:2], tmp_path / "apart", MANUAL, WARM, "apart", stop, folder=tmp_path / "said"
-    ) as apart:
+    given[2] = tmp_path / "apart"
+    with forked(PROGRAM, *given, "apart", stop, folder=tmp_path / "said") as apart:
         assert apart.wait() == 0, apart.err
         assert "does not see the folder" in apart.err
 

@@ -20,6 +20,8 @@ LAYERS: Mapping[float, int] = {
 }  # fmt: skip
 # A model is spread over so many GPUs that its weights take at most this share of their memory.
 WEIGHTS_SHARE = 0.5
+# Of a weight that is tuned: itself, its gradient and two moments, all float32.
+TUNED_BYTES = 16
 # The learning that is planned: the defaults of a training, and LAMA's T-REx relations with their facts per relation.
 BATCH, EPOCHS, SEEDS = 8, 6, 5
 RELATIONS, TOKENS = 31, 14
@@ -138,8 +140,7 @@ class Paper:
         """Seconds of an optimizer step of ``prompts`` at once, each with so many rows."""
         flops = self["tuned_flops_per_weight" if tuned else "flops_per_weight"] * self.weights * rows * tokens * prompts
         products = flops / (self.replica * self["peak_flops"] * self["used_share"])
-        # Weights, gradients and two moments are read and written as float32 where all are trained.
-        moved = 2 * self.size + (28 * self.weights if tuned else 0.0)
+        moved = 2 * self.size + (2 * TUNED_BYTES * self.weights if tuned else 0.0)  # these are read and written
         reading = moved / (self.replica * self["memory_bytes_per_second"])
         sums = 4 * self.depth * self["reduce_seconds"] if self.replica > 1 else 0.0
         launched = self.depth * self["layer_seconds"]
@@ -157,10 +158,10 @@ class Paper:
         scored = (EPOCHS + 1) * prompts * self.scoring(dev, tokens)
         return steps * self.step(BATCH, tokens, prompts=prompts, tuned=tuned) + scored
 
-    def on(self, gpus: int, units: int, unit_seconds: float) -> Planned:
-        """Return what units of work take on so many GPUs."""
+    def on(self, gpus: int, units: int, unit_seconds: float, *, tuned: bool = False) -> Planned:
+        """Return what units of work take on so many GPUs. All weights are ``tuned`` on a GPU of their own only."""
         replicas = min(gpus // self.replica, units)
-        if not replicas:
+        if not replicas or (tuned and TUNED_BYTES * self.weights > self["memory_bytes"]):
             return Planned(gpus, 0, None, None)
         loading = self["start_seconds"] + self.size / self["load_bytes_per_second"]
         seconds = loading + math.ceil(units / replicas) * unit_seconds
@@ -191,7 +192,10 @@ class Paper:
             ("one prompt, 1,000 facts", 1, self.training(1000, 200, TOKENS)),
             ("one prompt, 1,000 records of 512 tokens", 1, self.training(1000, 200, 512)),
         ]
-        return [Line(what, units, each, [self.on(one, units, each) for one in gpus]) for what, units, each in asked]
+        return [
+            Line(what, units, each, [self.on(one, units, each, tuned="fine-tuning" in what) for one in gpus])
+            for what, units, each in asked
+        ]
 
     def to_json(self, gpus: Sequence[int] = NUMBERS_OF_GPUS) -> dict[str, Json]:
         """Return the plan with the constants that it rests on."""
