@@ -23,7 +23,7 @@ from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RESULTS_FILE, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
-from ptuning.workers.crew import AUTO, Asked, Ended, Work, Workers
+from ptuning.workers.crew import ADDRESS_VARIABLE, AUTO, Asked, Ended, Work, Workers
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 
@@ -93,7 +93,8 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, S
     """Yield Ray, connected to the cluster that is asked for, and the shape of the crew on it."""
     with contextlib.ExitStack() as after:
         if workers.place is None:
-            after.enter_context(_environment({**OWN_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}))
+            own = {**OWN_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            after.enter_context(_environment(own, without=ADDRESS_VARIABLE))
         try:
             import ray
         except ImportError as error:
@@ -105,8 +106,7 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, S
         if workers.place is None:
             shape = _shape_here(work, workers, units)
             folder = after.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-ray-", ignore_cleanup_errors=True))
-            own = {"num_cpus": shape.count * shape.threads, "include_dashboard": False, "_temp_dir": folder}
-            _start(ray, "local", **own)
+            _start(ray, "local", num_cpus=shape.count * shape.threads, include_dashboard=False, _temp_dir=folder)
             after.callback(ray.shutdown)
         else:
             _check_answers(workers.place)
@@ -120,9 +120,9 @@ def _start(ray: Any, address: str, **own: object) -> None:
     try:
         with _handlers():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except PTuningError:
-        raise
     except Exception as error:
+        with contextlib.suppress(Exception):  # what was started of it
+            ray.shutdown()
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "on this machine" if own else f"at {address}"
         what = "start" if own else "answer"
@@ -135,15 +135,18 @@ def _start(ray: Any, address: str, **own: object) -> None:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for the time of the block."""
+def _environment(values: Mapping[str, str], *, without: str) -> Iterator[None]:
+    """Set variables that are not set, and unset one, for the time of the block."""
     own = {name: value for name, value in values.items() if name not in os.environ}
+    kept = os.environ.pop(without, None)
     os.environ.update(own)
     try:
         yield
     finally:
         for name in own:
             os.environ.pop(name, None)
+        if kept is not None:
+            os.environ[without] = kept
 
 
 @contextlib.contextmanager
