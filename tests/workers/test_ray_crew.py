@@ -20,7 +20,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.workers.crew import Asked, Ended, Workers
-from ptuning.workers.ray_crew import RETRIES, Crew, Shape, spread
+from ptuning.workers.ray_crew import RETRIES, Crew, Shape
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 from tests.workers.fake_ray import FakeRay
@@ -250,18 +250,22 @@ def test_the_address_of_the_environment_counts_for_auto(monkeypatch: pytest.Monk
     assert Workers(address="other:1").place == "other:1"
 
 
-def test_without_ray_the_extra_is_named(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(WorkerError, match=r'need the package ray .*pip install .*"ptuning\[ray\]"'):
-        list(spread(Stub(tmp_path, causal), UNITS, Workers(2)))
+    with pytest.raises(WorkerError, match=r'need the package ray, .*pip install .*"ptuning\[ray\]"'):
+        Workers(2).check()
 
 
-def test_an_address_that_does_not_answer_is_an_error_at_once(causal: Backbone, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the extra ptuning[ray] is not installed")
+def test_an_address_that_does_not_answer_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for minutes."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "there")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(WorkerError, match=f"nothing answers at {address}"):
-        list(spread(Stub(tmp_path, causal), UNITS, Workers(address=address)))
-    with pytest.raises(ConfigError, match=r"'somewhere' is not HOST:PORT"):
-        list(spread(Stub(tmp_path, causal), UNITS, Workers(address="somewhere")))
+        Workers(address=address).check()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        Workers(address=f"127.0.0.1:{server.getsockname()[1]}").check()
+    for wrong in ("somewhere", "host:", ":6379", "host:port", "host:99999", "host:6379/x"):
+        with pytest.raises(ConfigError, match=f"'{wrong}' is not HOST:PORT"):
+            Workers(address=wrong).check()

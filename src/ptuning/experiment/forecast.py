@@ -20,6 +20,8 @@ LAYERS: Mapping[float, int] = {
 }  # fmt: skip
 # A model is spread over so many GPUs that its weights take at most this share of their memory.
 WEIGHTS_SHARE = 0.5
+# Of the numbers that are given; the smallest is one by this.
+LARGEST = 1e30
 # Of a weight that is tuned: itself, its gradient and two moments, all float32.
 TUNED_BYTES = 16
 # The learning that is planned: the defaults of a training, and LAMA's T-REx relations with their facts per relation.
@@ -111,8 +113,8 @@ class Paper:
                 raise ConfigError(f"there is no constant '{name}'.{closest(name, CONSTANTS)} Known: {known}")
         numbers = {name: getattr(self, name) for name in ("weights", "layers", "weight_bytes", "split")}
         for name, value in {**numbers, **(self.constants or {})}.items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name} is {value:g}; it must be a number above 0")
+            if value is not None and not 1 / LARGEST <= value <= LARGEST:
+                raise ConfigError(f"{name} is {value:g}; it must be a number above 0, and not above {LARGEST:g}")
 
     def __getitem__(self, name: str) -> float:
         return (self.constants or {}).get(name, CONSTANTS[name].value)

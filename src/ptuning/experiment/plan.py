@@ -134,8 +134,7 @@ class Plan:
             given["out"] = Path(given["out"])
         if isinstance(given.get("part"), str):
             given["part"] = Part.parse(given["part"])
-        if isinstance(given.get("workers"), int):
-            given["workers"] = Workers.of(given["workers"])
+        given["workers"] = Workers.of(given.get("workers"))
         return cls(suite, **given)
 
     @property
@@ -188,6 +187,8 @@ def run_jobs(
     ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
     A FileError if the folder holds other files, or results that were made with other settings.
     """
+    if plan.workers is not None and not plan.dry_run:
+        plan.workers.check()
     for job in jobs:
         check_known(job, plan.backbone)
     suite = Suite(

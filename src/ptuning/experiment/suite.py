@@ -17,10 +17,18 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import NOT_VARIED, RECIPE, TrainConfig
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.experiment.cells import CellEstimate, CellJob, CellResult, answered_rows, digest
+from ptuning.experiment.cells import (
+    CellEstimate,
+    CellJob,
+    CellResult,
+    answered_rows,
+    digest,
+    how_to_have_both,
+    saved_identity,
+)
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
@@ -45,7 +53,7 @@ from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
-from ptuning.workers.crew import Ended, Workers
+from ptuning.workers.crew import Ended, Workers, shown
 from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
 
 logger = logging.getLogger(__name__)
@@ -163,7 +171,7 @@ class Suite:
         for unit in self.units if units is None else units:
             for cell in self.cells_of([unit]):
                 folder = self.out / cell.folder
-                saved = _saved_identity(folder)
+                saved = saved_identity(folder)
                 if saved is None:
                     if overwrite:
                         remove(folder, CELL)
@@ -175,7 +183,7 @@ class Suite:
                     if not overwrite:
                         why = str(error).replace("resume from", "reuse")
                         raise FileError(
-                            f"{self.out} holds results made with other settings. {why}{_both(now, saved)}"
+                            f"{self.out} holds results made with other settings. {why}{how_to_have_both(now, saved)}"
                         ) from error
                     remove(folder, CELL)
                     # Prompts that were trained together with it have other settings, too.
@@ -230,7 +238,7 @@ class Suite:
 
         def tell(busy: Sequence[str]) -> None:
             going.workers = max(1, len(busy))
-            going.tell(note=f"{len(busy)} workers: {', '.join(busy)}")
+            going.tell(note=shown(busy))
 
         ended = spread(self, left, workers, report=going.report, tell=tell, should_stop=going.should_stop)
         for one in ended if left else ():
@@ -489,25 +497,3 @@ def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
     for cell, seconds in taken.items():
         times.setdefault(cell.method, []).append(seconds)
     return {method: sum(listed) / len(listed) for method, listed in times.items()}
-
-
-def _both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
-    """Return how results with both settings come into one report, if nothing else differs."""
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
-    if not varied.issuperset(changed):
-        return ""
-    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
-    return f". To have both in one report, leave the settings as they were and add {options}"
-
-
-def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
-    """Return the identity of a finished or started cell; None if there is none that can be read."""
-    for name in (RUN_FILE, STARTED_FILE):
-        try:
-            saved = read_json(folder / name).get("identity")
-        except FileError:
-            continue
-        if isinstance(saved, Mapping):
-            return saved
-    return None

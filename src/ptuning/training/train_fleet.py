@@ -32,7 +32,7 @@ from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
-from ptuning.workers.crew import Ended, Workers
+from ptuning.workers.crew import Ended, Workers, shown
 from ptuning.workers.units import UNIT_PROMPTS, Part, Unit, cut, held
 
 # Between a prompt's name and the number of its start, if it has several starts.
@@ -105,7 +105,9 @@ def train_fleet(
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
-    part = Part.parse(part) if isinstance(part, str) else part
+    part, crew = Part.parse(part) if isinstance(part, str) else part, Workers.of(workers)
+    if crew is not None:
+        crew.check()
     units = fleet_units(prompts, at_once=at_once)
     own = units if part is None else part.share(units)
     replaces = overwrite or part is not None  # other parts write into the folder, too
@@ -116,7 +118,6 @@ def train_fleet(
         _tidy(folder, resume=resume)
     results, failed = dict[str, TrainResult](), dict[str, str]()
     going = _Going(at_once, resume, report, should_stop)
-    crew = Workers.of(workers)
     if crew is None:
         ended = _in_turn(own, runs, folder, going)
     elif folder is None:
@@ -252,7 +253,7 @@ class FleetWork:
 
         def tell(busy: Sequence[str]) -> None:
             if going.report is not None:
-                note = f"{len(ended)} of {len(runs)} prompts done, {len(busy)} workers: {', '.join(busy)}"
+                note = f"{len(ended)} of {len(runs)} prompts done, {shown(busy)}"
                 going.report(Progress("train", len(ended), len(runs), note))
 
         found = spread(self, left, workers, report=None, tell=tell, should_stop=going.should_stop)

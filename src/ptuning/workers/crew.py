@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +13,7 @@ from typing import Protocol
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
 from ptuning.backbone.sources import LoadOptions
-from ptuning.errors import ConfigError
+from ptuning.errors import ConfigError, WorkerError
 from ptuning.files import Json
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
@@ -19,6 +21,9 @@ from ptuning.workers.units import Unit
 
 AUTO = "auto"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+ANSWER_SECONDS = 10.0  # that an address may take to answer
+INSTALL = 'pip install -c constraints.txt "ptuning[ray]"'
+SHOWN_UNITS = 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,26 @@ class Workers:
         if self.address == AUTO:
             return os.environ.get(ADDRESS_VARIABLE) or AUTO
         return self.address
+
+    def check(self) -> None:
+        """Check, before anything else is done, that Ray is installed and that something listens at the address.
+
+        A WorkerError says what is missing; a ConfigError that the address is none. Ray itself would try for minutes.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise WorkerError(f"workers need the package ray, which is not installed: {INSTALL}")
+        if self.place in (None, AUTO):
+            return
+        host, _, port = str(self.place).removeprefix("ray://").rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
+            raise ConfigError(f"the address '{self.place}' is not HOST:PORT, such as 10.0.0.5:6379, nor auto")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, UnicodeError) as error:
+            raise WorkerError(
+                f"nothing answers at {self.place} ({error}); start a cluster there with 'ray start --head', or give "
+                "another address (--ray)"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -124,3 +149,9 @@ class Asked:
         device = given.device.partition(":")[0]
         loading = replace(given, dtype=short_name(backbone.dtype), device=device)
         return cls(backbone.name, loading, backbone.fingerprint, mark, workers.shared_folder, threads)
+
+
+def shown(busy: Sequence[str]) -> str:
+    """Return what workers do, as a line of progress says it."""
+    some = ", ".join(busy[:SHOWN_UNITS]) + (f" and {len(busy) - SHOWN_UNITS} more" if len(busy) > SHOWN_UNITS else "")
+    return f"{len(busy)} workers: {some}"

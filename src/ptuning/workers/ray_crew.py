@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RESULTS_FILE, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
-from ptuning.workers.crew import ADDRESS_VARIABLE, AUTO, Asked, Ended, Work, Workers
+from ptuning.workers.crew import ADDRESS_VARIABLE, Asked, Ended, Work, Workers
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 
@@ -33,10 +32,9 @@ logger = logging.getLogger(__name__)
 RETRIES = 3
 # Between two looks at the workers; with many of them, the answers are work, too.
 LOOK_SECONDS, LOOK_SECONDS_AT_MANY, MANY = 1.0, 5.0, 100
-# How long an address may take to answer, and how long workers may take to write checkpoints when they are to stop.
-ANSWER_SECONDS, STOP_SECONDS = 10.0, 120.0
+# How long workers may take to write checkpoints when they are to stop.
+STOP_SECONDS = 120.0
 MOST_THREADS = 16
-INSTALL = 'pip install -c constraints.txt "ptuning[ray]"'
 # Of a Ray that is our own: it tells nobody, and only who knows its token may give it work.
 OWN_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 
@@ -95,10 +93,9 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, S
         if workers.place is None:
             own = {**OWN_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             after.enter_context(_environment(own, without=ADDRESS_VARIABLE))
-        try:
-            import ray
-        except ImportError as error:
-            raise WorkerError(f"workers need the package ray ({error}): {INSTALL}") from error
+        workers.check()
+        import ray
+
         if ray.is_initialized():
             yield ray, _shape_of_cluster(work, workers, units, ray)
             return
@@ -109,7 +106,6 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, S
             _start(ray, "local", num_cpus=shape.count * shape.threads, include_dashboard=False, _temp_dir=folder)
             after.callback(ray.shutdown)
         else:
-            _check_answers(workers.place)
             _start(ray, workers.place)
             after.callback(ray.shutdown)
             shape = _shape_of_cluster(work, workers, units, ray)
@@ -159,22 +155,6 @@ def _handlers() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-
-
-def _check_answers(address: str) -> None:
-    """Raise a WorkerError unless something listens at an address; Ray itself would try for minutes."""
-    if address == AUTO or address == "local":
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"the address '{address}' is not HOST:PORT, such as 10.0.0.5:6379, nor auto")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise WorkerError(
-            f"nothing answers at {address} ({error}); start a cluster there with 'ray start --head', or give another "
-            "address (--ray)"
-        ) from error
 
 
 def _shape_here(work: Work, workers: Workers, units: int) -> Shape:
