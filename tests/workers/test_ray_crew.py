@@ -19,7 +19,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.workers.crew import Asked, Ended, Workers
+from ptuning.workers.crew import Asked, Busy, Ended, Workers
 from ptuning.workers.ray_crew import RETRIES, Crew, Shape
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
@@ -65,7 +65,7 @@ class Told:
     """What the driver is told."""
 
     progress: list[Progress] = field(default_factory=list)
-    notes: list[list[str]] = field(default_factory=list)
+    busy: list[Busy] = field(default_factory=list)
 
 
 def asked(tmp_path: Path) -> Asked:
@@ -90,7 +90,7 @@ def crew(
         Shape(count, 1, 0.0),
         asked(tmp_path),
         report=told.progress.append,
-        tell=lambda notes: told.notes.append(list(notes)),
+        tell=told.busy.append,
         **options,
     )
 
@@ -105,7 +105,7 @@ def test_every_unit_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(name for _, name in ray.begun) == [unit.name for unit in UNITS]
     assert {number for number, _ in ray.begun} == {1, 2}, "both workers work"
     assert {progress.note for progress in told.progress} <= {f"training {unit.name}" for unit in UNITS}
-    assert any(len(notes) == 2 for notes in told.notes)
+    assert any(len(busy.units) == 2 for busy in told.busy)
     one.end()
     assert ray.killed == 2
 
@@ -156,13 +156,14 @@ def test_workers_that_end_while_they_start_are_given_up(tmp_path: Path) -> None:
 
 
 def test_a_stop_lets_workers_write_checkpoints(tmp_path: Path) -> None:
-    """What was finished meanwhile is kept."""
+    """What was finished before is kept."""
     ends = iter([False, False, False, True])
     ray, one = crew(tmp_path, should_stop=lambda: next(ends), count=1)
-    ended = []
+    ended: list[Ended] = []
     with pytest.raises(Interrupted, match="stopped"):
         ended.extend(one.run())
-    assert len(ray.begun) <= 2
+    assert [each.folder for each in ended] == ["cells/0", "cells/1"]
+    assert [name for _, name in ray.begun] == ["unit 0", "unit 1", "unit 2"]
 
 
 def test_files_of_a_worker_without_the_folder_come_along(tmp_path: Path) -> None:
@@ -187,8 +188,8 @@ def test_files_of_a_worker_without_the_folder_come_along(tmp_path: Path) -> None
 class TestWorker:
     """What runs in the process of a worker, in this one."""
 
-    def asked(self, backbone: Backbone, mark: Path, **options: Any) -> Asked:
-        found = Asked.of(Stub(mark.parent, backbone), Workers(2), mark=mark, threads=1)
+    def asked(self, loaded: Backbone, mark: Path, **options: Any) -> Asked:
+        found = Asked.of(Stub(mark.parent, loaded), Workers(2), mark=mark, threads=1)
         return type(found)(**{**vars(found), **options})
 
     def test_it_loads_the_backbone_and_writes_where_it_sees_the_folder(self, causal: Backbone, tmp_path: Path) -> None:
@@ -233,6 +234,12 @@ class TestWorker:
 def test_workers_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         Workers(**options)
+
+
+def test_a_line_of_progress_fits() -> None:
+    assert str(Busy([], 2)) == "2 starting"
+    assert str(Busy(["a", "b"])) == "2 at work: a, b"
+    assert str(Busy(list("abcdefgh"), 1)) == "8 at work: a, b, c and 5 more; 1 starting"
 
 
 def test_one_worker_here_is_none() -> None:

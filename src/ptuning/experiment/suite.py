@@ -53,7 +53,7 @@ from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
-from ptuning.workers.crew import Ended, Workers, shown
+from ptuning.workers.crew import Busy, Ended, Workers
 from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
 
 logger = logging.getLogger(__name__)
@@ -236,9 +236,9 @@ class Suite:
             if len(done) < len(unit.folders):
                 left.append(unit)
 
-        def tell(busy: Sequence[str]) -> None:
-            going.workers = max(1, len(busy))
-            going.tell(note=shown(busy))
+        def tell(busy: Busy) -> None:
+            going.workers = max(1, len(busy.units))
+            going.tell(note=str(busy))
 
         ended = spread(self, left, workers, report=going.report, tell=tell, should_stop=going.should_stop)
         for one in ended if left else ():

@@ -32,7 +32,7 @@ from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
-from ptuning.workers.crew import Ended, Workers, shown
+from ptuning.workers.crew import Busy, Ended, Workers
 from ptuning.workers.units import UNIT_PROMPTS, Part, Unit, cut, held
 
 # Between a prompt's name and the number of its start, if it has several starts.
@@ -251,9 +251,9 @@ class FleetWork:
             left += [unit] if len(done) < len(unit.folders) else []
         ended = {name for name, run in runs.items() if run.finished is not None}
 
-        def tell(busy: Sequence[str]) -> None:
+        def tell(busy: Busy) -> None:
             if going.report is not None:
-                note = f"{len(ended)} of {len(runs)} prompts done, {shown(busy)}"
+                note = f"{len(ended)} of {len(runs)} prompts done; {busy}"
                 going.report(Progress("train", len(ended), len(runs), note))
 
         found = spread(self, left, workers, report=None, tell=tell, should_stop=going.should_stop)

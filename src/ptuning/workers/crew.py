@@ -151,7 +151,15 @@ class Asked:
         return cls(backbone.name, loading, backbone.fingerprint, mark, workers.shared_folder, threads)
 
 
-def shown(busy: Sequence[str]) -> str:
-    """Return what workers do, as a line of progress says it."""
-    some = ", ".join(busy[:SHOWN_UNITS]) + (f" and {len(busy) - SHOWN_UNITS} more" if len(busy) > SHOWN_UNITS else "")
-    return f"{len(busy)} workers: {some}"
+@dataclass(frozen=True)
+class Busy:
+    """What workers do just now: the units that they are at, and how many of them still start."""
+
+    units: Sequence[str]
+    starting: int = 0
+
+    def __str__(self) -> str:
+        """What a line of progress says of them."""
+        some, more = ", ".join(self.units[:SHOWN_UNITS]), len(self.units) - SHOWN_UNITS
+        said = [f"{len(self.units)} at work: {some}" + (f" and {more} more" if more > 0 else "")] if self.units else []
+        return "; ".join([*said, *([f"{self.starting} starting"] if self.starting else [])])

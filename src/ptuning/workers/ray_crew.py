@@ -22,7 +22,7 @@ from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RESULTS_FILE, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
-from ptuning.workers.crew import ADDRESS_VARIABLE, Asked, Ended, Work, Workers
+from ptuning.workers.crew import ADDRESS_VARIABLE, Asked, Busy, Ended, Work, Workers
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 
@@ -54,7 +54,7 @@ def spread(
     workers: Workers,
     *,
     report: OnProgress | None = None,
-    tell: Callable[[Sequence[str]], None] | None = None,
+    tell: Callable[[Busy], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Ended]:
     """Let workers do units, and yield each result that ends; all of them are in the folder of the work then.
@@ -212,7 +212,7 @@ class Crew:
     shape: Shape
     asked: Asked
     report: OnProgress | None = None
-    tell: Callable[[Sequence[str]], None] | None = None
+    tell: Callable[[Busy], None] | None = None
     should_stop: Callable[[], bool] | None = None
     _members: list[_Member] = field(default_factory=list)
     _running: dict[Any, _Member] = field(default_factory=dict)
@@ -337,8 +337,7 @@ class Crew:
                 self._asking[member.actor.told.remote()] = member
         if self.tell is not None:
             loading = sum(member.hello is None for member in self._members)
-            notes = [member.unit.name for member in self._members if member.unit is not None]
-            self.tell([*notes, *([f"{loading} starting"] if loading else [])])
+            self.tell(Busy([member.unit.name for member in self._members if member.unit is not None], loading))
 
     def _stopped(self) -> Iterator[Ended]:
         """Let workers write checkpoints and end; yield what they finished."""

@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ptuning.errors import WorkerError
@@ -47,7 +47,6 @@ class Worker:
         self._stops = threading.Event()
         self._told: deque[Progress] = deque(maxlen=KEPT_STEPS)
         self._hello: Hello | None = None
-        self._own: tempfile.TemporaryDirectory[str] | None = None
 
     def ready(self) -> Hello:
         """Load the backbone, unless that was done; a PTuningError if it cannot be, or is not the one of the others."""
@@ -78,16 +77,20 @@ class Worker:
                 f"{asked.fingerprint}); put the same files on all machines"
             )
         sees = asked.mark.is_file() if asked.shared_folder is None else asked.shared_folder
-        if not sees:
-            self._own = tempfile.TemporaryDirectory(prefix="ptuning-")
-            self._work.out = Path(self._own.name)
         self._work.backbone = backbone
         self._work.worker = {"engine": "ray", "host": host, "pid": os.getpid()}
         return Hello(host, os.getpid(), sees)
 
     def run(self, unit: Unit) -> Done:
         """Do a unit. What stops all of it, such as a disk that is full, is the error of what is left."""
-        self.ready()
+        if self.ready().sees_folder:
+            return self._run(unit)
+        with tempfile.TemporaryDirectory(prefix="ptuning-", ignore_cleanup_errors=True) as place:
+            self._work.out = Path(place)
+            done = self._run(unit)
+            return replace(done, files=_files(Path(place), done.ended))
+
+    def _run(self, unit: Unit) -> Done:
         ended: list[Ended] = []
         stopped = False
         try:
@@ -98,19 +101,7 @@ class Worker:
             text = str(error) or type(error).__name__
             left = {*unit.folders} - {one.folder for one in ended}
             ended += [Ended(folder, text) for folder in unit.folders if folder in left]
-        return Done(ended, self._files(ended), stopped)
-
-    def _files(self, ended: Sequence[Ended]) -> dict[str, bytes]:
-        if self._own is None:
-            return {}
-        out = Path(self._own.name)
-        return {
-            path.relative_to(out).as_posix(): path.read_bytes()
-            for one in ended
-            if one.error is None
-            for path in sorted((out / one.folder).rglob("*"))
-            if path.is_file()
-        }
+        return Done(ended, stopped=stopped)
 
     def told(self) -> list[Progress]:
         """Return the progress since this was asked for the last time."""
@@ -119,3 +110,13 @@ class Worker:
     def stop(self) -> None:
         """Let the unit write a checkpoint and end."""
         self._stops.set()
+
+
+def _files(out: Path, ended: Sequence[Ended]) -> dict[str, bytes]:
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for one in ended
+        if one.error is None
+        for path in sorted((out / one.folder).rglob("*"))
+        if path.is_file()
+    }

@@ -15,7 +15,7 @@ def test_a_plan_names_what_it_rests_on() -> None:
     assert "does not fit" in " ".join(out.split())
     assert "(given)" in out
     assert "(assumed)" in out
-    assert "measured:" not in out
+    assert "(measured:" not in out
 
 
 def test_a_plan_as_json() -> None:
