@@ -53,7 +53,7 @@ def test_every_constant_counts_and_may_be_given(name: str) -> None:
     assert CONSTANTS[name].origin.startswith(("measured: ", "assumed"))
     constants = other.to_json()["constants"]
     assert isinstance(constants, dict)
-    assert constants[name]["origin"] == "given"  # type: ignore[index]
+    assert constants[name]["origin"] == "given"
 
 
 SHOWN = (

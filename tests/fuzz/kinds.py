@@ -61,7 +61,7 @@ from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
 from ptuning.workers.crew import Workers
-from ptuning.workers.units import Part, Unit
+from ptuning.workers.units import Unit, WorkPart
 from tests.conftest import make_model
 from tests.fuzz.strange import (
     as_json,
@@ -614,9 +614,9 @@ def written_texts(draw: Draw) -> None:
 
 def divisions(draw: Draw) -> None:
     """How a command is divided: parts, workers, addresses, and constants of a plan."""
-    part = tried(Part.parse, draw(changed_text("3/16") | texts))
+    part = tried(WorkPart.parse, draw(changed_text("3/16") | texts))
     if part is not None:
-        assert Part.parse(str(part)) == part
+        assert WorkPart.parse(str(part)) == part
         tried(part.share, [Unit(str(at), (str(at),)) for at in range(draw(st.integers(0, 20)))])
     number = st.integers(-3, 3) | st.floats()
     count = draw(st.none() | st.integers(-3, 10**30))

@@ -19,8 +19,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, OnProgress, Progress
-from ptuning.workers.crew import Asked, Busy, Ended, Workers
-from ptuning.workers.ray_crew import RETRIES, Crew, Shape
+from ptuning.workers.crew import Busy, Ended, Workers, WorkerSpec
+from ptuning.workers.ray_crew import RETRIES, Crew, CrewShape
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 from tests.workers.fake_ray import FakeRay
@@ -68,8 +68,8 @@ class Told:
     busy: list[Busy] = field(default_factory=list)
 
 
-def asked(tmp_path: Path) -> Asked:
-    return Asked("tiny", LoadOptions(), "a-b", tmp_path / "mark")
+def asked(tmp_path: Path) -> WorkerSpec:
+    return WorkerSpec("tiny", LoadOptions(), "a-b", tmp_path / "mark")
 
 
 def crew(
@@ -87,7 +87,7 @@ def crew(
         ray,
         work,
         UNITS,
-        Shape(count, 1, 0.0),
+        CrewShape(count, 1, 0.0),
         asked(tmp_path),
         report=told.progress.append,
         tell=told.busy.append,
@@ -188,8 +188,8 @@ def test_files_of_a_worker_without_the_folder_come_along(tmp_path: Path) -> None
 class TestWorker:
     """What runs in the process of a worker, in this one."""
 
-    def asked(self, loaded: Backbone, mark: Path, **options: Any) -> Asked:
-        found = Asked.of(Stub(mark.parent, loaded), Workers(2), mark=mark, threads=1)
+    def asked(self, loaded: Backbone, mark: Path, **options: Any) -> WorkerSpec:
+        found = WorkerSpec.of(Stub(mark.parent, loaded), Workers(2), mark=mark, threads=1)
         return type(found)(**{**vars(found), **options})
 
     def test_it_loads_the_backbone_and_writes_where_it_sees_the_folder(self, causal: Backbone, tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from ptuning.errors import ConfigError
 from ptuning.progress import Interrupted
-from ptuning.workers.units import Part, Unit, cut, held
+from ptuning.workers.units import Unit, WorkPart, cut, held
 
 UNITS = [Unit(f"unit {number}", (f"cells/{number}",)) for number in range(7)]
 
 
 @pytest.mark.parametrize("text", ["3/16", " 3 / 16 "])
 def test_a_part_is_read_and_written(text: str) -> None:
-    assert Part.parse(text) == Part(3, 16)
-    assert str(Part(3, 16)) == "3/16"
+    assert WorkPart.parse(text) == WorkPart(3, 16)
+    assert str(WorkPart(3, 16)) == "3/16"
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,19 @@ def test_a_part_is_read_and_written(text: str) -> None:
 )
 def test_a_part_that_cannot_be_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        Part.parse(text)
+        WorkPart.parse(text)
 
 
 @given(st.integers(1, 7))
 def test_parts_have_every_unit_once_and_about_equally_many(of: int) -> None:
-    shares = [Part(number, of).share(UNITS) for number in range(1, of + 1)]
+    shares = [WorkPart(number, of).share(UNITS) for number in range(1, of + 1)]
     assert sorted(unit.name for share in shares for unit in share) == sorted(unit.name for unit in UNITS)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_more_parts_than_units_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"part 2/8: there are only 7 units to share .* so give 7 parts or fewer"):
-        Part(2, 8).share(UNITS)
+        WorkPart(2, 8).share(UNITS)
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 20))

@@ -14,7 +14,7 @@ from ptuning.names import LOG_FOLDER
 
 if TYPE_CHECKING:
     from ptuning.workers.crew import Workers
-    from ptuning.workers.units import Part
+    from ptuning.workers.units import WorkPart
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Shares:
     gpus: float | None = None
 
     @property
-    def own(self) -> Part | None:
+    def own(self) -> WorkPart | None:
         """The part to do; None for all of it. A ConfigError if it is not K/N."""
-        from ptuning.workers.units import Part
+        from ptuning.workers.units import WorkPart
 
-        return None if self.part is None else Part.parse(self.part)
+        return None if self.part is None else WorkPart.parse(self.part)
 
     def crew(self, backbone: AskedBackbone) -> Workers | None:
         """Return the workers, None for none; a ConfigError if there cannot be such."""

@@ -77,7 +77,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanLine:
     """A line of the plan: some work, cut into ``units`` of ``unit_seconds`` each."""
 
     what: str
@@ -170,7 +170,7 @@ class Paper:
         used = replicas * self.replica
         return Planned(gpus, used, seconds, used * seconds / 3600 * self["dollars_per_hour"])
 
-    def lines(self, gpus: Sequence[int] = NUMBERS_OF_GPUS) -> list[Line]:
+    def lines(self, gpus: Sequence[int] = NUMBERS_OF_GPUS) -> list[PlanLine]:
         """Return the plan: LAMA with five seeds in several ways, 10,000 prompts, and one prompt."""
         for number in gpus:
             if number < 1:
@@ -195,7 +195,7 @@ class Paper:
             ("one prompt, 1,000 records of 512 tokens", 1, self.training(1000, 200, 512)),
         ]
         return [
-            Line(what, units, each, [self.on(one, units, each, tuned="fine-tuning" in what) for one in gpus])
+            PlanLine(what, units, each, [self.on(one, units, each, tuned="fine-tuning" in what) for one in gpus])
             for what, units, each in asked
         ]
 

@@ -27,7 +27,7 @@ from ptuning.provenance import versions
 from ptuning.report.results_file import MethodInfo, Results
 from ptuning.report.write import write_report
 from ptuning.workers.crew import Workers
-from ptuning.workers.units import Part, Unit
+from ptuning.workers.units import Unit, WorkPart
 
 # The files of a comparison beside its cells, which each unit keeps tidy itself: others may be at work in them.
 REPORT_FILES = replace(COMPARISON, folders=REPORT.folders)
@@ -62,7 +62,7 @@ class PlanOptions(TypedDict, total=False):
     vary: Mapping[str, Sequence[Setting]]
     overwrite: bool
     dry_run: bool
-    part: Part | str | None
+    part: WorkPart | str | None
     workers: Workers | int | None
     command: str | None
     watch: Watch | None
@@ -105,7 +105,7 @@ class Plan:
     vary: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
-    part: Part | None = None
+    part: WorkPart | None = None
     workers: Workers | None = None
     command: str | None = None
     watch: Watch = field(default_factory=Watch)
@@ -133,7 +133,7 @@ class Plan:
         if "out" in given:
             given["out"] = Path(given["out"])
         if isinstance(given.get("part"), str):
-            given["part"] = Part.parse(given["part"])
+            given["part"] = WorkPart.parse(given["part"])
         given["workers"] = Workers.of(given.get("workers"))
         return cls(suite, **given)
 

@@ -33,7 +33,7 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 from ptuning.workers.crew import Busy, Ended, Workers
-from ptuning.workers.units import UNIT_PROMPTS, Part, Unit, cut, held
+from ptuning.workers.units import UNIT_PROMPTS, Unit, WorkPart, cut, held
 
 # Between a prompt's name and the number of its start, if it has several starts.
 START = "#"
@@ -76,7 +76,7 @@ def train_fleet(
     report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
-    part: Part | str | None = None,
+    part: WorkPart | str | None = None,
     workers: Workers | int | None = None,
     command: str | None = None,
 ) -> FleetResult:
@@ -105,7 +105,7 @@ def train_fleet(
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
-    part, crew = Part.parse(part) if isinstance(part, str) else part, Workers.of(workers)
+    part, crew = WorkPart.parse(part) if isinstance(part, str) else part, Workers.of(workers)
     if crew is not None:
         crew.check()
     units = fleet_units(prompts, at_once=at_once)

@@ -120,7 +120,7 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class WorkerSpec:
     """What a worker needs beside the work, and what must be equal there.
 
     ``mark`` is a file in the folder of the results: a worker that sees it writes there itself.
@@ -136,7 +136,7 @@ class Asked:
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
-    def of(cls, work: Work, workers: Workers, *, mark: Path, threads: int) -> Asked:
+    def of(cls, work: Work, workers: Workers, *, mark: Path, threads: int) -> WorkerSpec:
         """Return what workers are asked to do."""
         backbone = work.backbone
         given = workers.loading or LoadOptions(

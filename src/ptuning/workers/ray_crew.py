@@ -22,7 +22,7 @@ from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RESULTS_FILE, RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
-from ptuning.workers.crew import ADDRESS_VARIABLE, Asked, Busy, Ended, Work, Workers
+from ptuning.workers.crew import ADDRESS_VARIABLE, Busy, Ended, Work, Workers, WorkerSpec
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 
@@ -40,7 +40,7 @@ OWN_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 
 
 @dataclass(frozen=True)
-class Shape:
+class CrewShape:
     """How many workers there are, and what each of them gets."""
 
     count: int
@@ -69,7 +69,7 @@ def spread(
     make_folder(work.out)
     mark = new_path(work.out.absolute() / RESULTS_FILE)
     with connected(work, workers, len(units)) as (ray, shape), _marked(mark):
-        asked = Asked.of(work, workers, mark=mark, threads=shape.threads)
+        asked = WorkerSpec.of(work, workers, mark=mark, threads=shape.threads)
         crew = Crew(ray, work, units, shape, asked, report=report, tell=tell, should_stop=should_stop)
         try:
             yield from crew.run()
@@ -87,7 +87,7 @@ def _marked(mark: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, Shape]]:
+def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, CrewShape]]:
     """Yield Ray, connected to the cluster that is asked for, and the shape of the crew on it."""
     with contextlib.ExitStack() as after:
         if workers.place is None:
@@ -157,7 +157,7 @@ def _handlers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _shape_here(work: Work, workers: Workers, units: int) -> Shape:
+def _shape_here(work: Work, workers: Workers, units: int) -> CrewShape:
     count = min(workers.count or 1, units)
     on_gpu = work.backbone.device.type == "cuda"
     there = torch.cuda.device_count() if on_gpu else 0
@@ -169,10 +169,10 @@ def _shape_here(work: Work, workers: Workers, units: int) -> Shape:
             f"{count} workers with {gpus:g} GPUs each need {gpus * count:g}, and there are {there}; give fewer workers "
             f"or a smaller share (--gpus-per-worker {there / count:.3g})"
         )
-    return Shape(count, max(1, torch.get_num_threads() // count), gpus)
+    return CrewShape(count, max(1, torch.get_num_threads() // count), gpus)
 
 
-def _shape_of_cluster(work: Work, workers: Workers, units: int, ray: Any) -> Shape:
+def _shape_of_cluster(work: Work, workers: Workers, units: int, ray: Any) -> CrewShape:
     there: Mapping[str, float] = ray.cluster_resources()
     gpus = workers.gpus if workers.gpus is not None else float(work.backbone.device.type == "cuda" or 0)
     nodes = sum(bool(node.get("Alive")) for node in ray.nodes())
@@ -184,7 +184,7 @@ def _shape_of_cluster(work: Work, workers: Workers, units: int, ray: Any) -> Sha
         )
     count = min(workers.count or max(1, room), units)
     threads = int(there.get("CPU", 1.0) // count)
-    return Shape(count, max(1, min(threads, MOST_THREADS)), gpus)
+    return CrewShape(count, max(1, min(threads, MOST_THREADS)), gpus)
 
 
 @dataclass(eq=False)
@@ -209,8 +209,8 @@ class Crew:
     ray: Any
     work: Work
     units: Sequence[Unit]
-    shape: Shape
-    asked: Asked
+    shape: CrewShape
+    asked: WorkerSpec
     report: OnProgress | None = None
     tell: Callable[[Busy], None] | None = None
     should_stop: Callable[[], bool] | None = None

@@ -34,11 +34,11 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Part:
+class WorkPart:
     """One of ``of`` equal parts of a command's units, by its ``number`` from 1.
 
-    >>> Part.parse("3/16")
-    Part(number=3, of=16)
+    >>> WorkPart.parse("3/16")
+    WorkPart(number=3, of=16)
     """
 
     number: int
@@ -51,7 +51,7 @@ class Part:
             raise ConfigError(f"part {self}: parts are counted from 1 to {self.of}, so there is no part {self.number}")
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> WorkPart:
         """Read ``K/N``; a ConfigError if the text is something else."""
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
         if found is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ptuning.errors import WorkerError
 from ptuning.progress import Interrupted, Progress
 from ptuning.provenance import versions
-from ptuning.workers.crew import Asked, Ended, Work
+from ptuning.workers.crew import Ended, Work, WorkerSpec
 from ptuning.workers.units import Unit
 
 # Steps that are kept until somebody asks for them.
@@ -42,7 +42,7 @@ class Done:
 class Worker:
     """A worker; one thread calls :meth:`ready` and :meth:`run`, another one :meth:`told` and :meth:`stop`."""
 
-    def __init__(self, work: Work, asked: Asked) -> None:
+    def __init__(self, work: Work, asked: WorkerSpec) -> None:
         self._work, self._asked = work, asked
         self._stops = threading.Event()
         self._told: deque[Progress] = deque(maxlen=KEPT_STEPS)

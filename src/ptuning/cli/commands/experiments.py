@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from ptuning.experiment.cells import CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
-    from ptuning.progress import Progress
+    from ptuning.progress import OnProgress, Progress
     from ptuning.report.exports import Format
     from ptuning.report.results_file import Results, Scores
+    from ptuning.workers.crew import Workers
 
     # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
     GetPlan = Callable[[], PlanOptions]
@@ -113,10 +114,6 @@ def _planned(
         log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
         clock = terminal.Clock()
 
-        def is_shown(now: Progress) -> bool:
-            # The bar of a training would jump between those of several workers.
-            return now.stage == "suite" if crew is not None else now.stage != "epoch"
-
         def on_cell(result: CellResult, number: int, total: int) -> None:
             show_cell(result, number, total, more="" if terminal.is_live() else f"; {clock.text}")
 
@@ -136,8 +133,7 @@ def _planned(
                 "workers": crew,
                 "command": options.command_line(),
                 "watch": Watch(
-                    # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(clock, lambda now: progress(now) if is_shown(now) else None, log),
+                    report=each(clock, _shown(progress, crew), log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,
@@ -147,6 +143,18 @@ def _planned(
 
         with log:
             yield plan
+
+
+def _shown(progress: OnProgress, crew: Workers | None) -> OnProgress:
+    """Return what shows the progress. A line per epoch of dozens of trainings would bury the line per cell, and the bar
+    of a training would jump between those of several workers.
+    """
+
+    def show(now: Progress) -> None:
+        if now.stage == "suite" if crew is not None else now.stage != "epoch":
+            progress(now)
+
+    return show
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
-    from ptuning.workers.units import Part
+    from ptuning.workers.units import WorkPart
 
 # A line about the slots of each of dozens of templates would bury all others.
 SHOWN_PLACES = 3
@@ -145,7 +145,7 @@ def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
     terminal.say(f"{name}: dev score {score}, n = {rows}, {chosen}")
 
 
-def show(found: FleetResult, out: Path, part: Part | None = None) -> None:
+def show(found: FleetResult, out: Path, part: WorkPart | None = None) -> None:
     """Print what a fleet left, or a part of it."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("prompt", "start", "dev score", "n", "chosen"):
