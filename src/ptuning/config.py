@@ -14,6 +14,7 @@ from ptuning.errors import ConfigError, closest
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
+DeepDtype = Literal["float32", "bfloat16"]
 RandomStart = Literal["random", "vocabulary"]
 Tune = Literal["frozen", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
@@ -50,7 +51,7 @@ SETTING_ALIASES: Mapping[str, str] = {
 # Settings of a part that only some methods train; all others act on every training.
 SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
-DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only")
+DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
     "tuned": ("backbone_lr", "backbone_weight_decay"),
     "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
@@ -92,6 +93,8 @@ class TrainConfig:
         examples: Number of examples in ``[D:examples]``; fewer where they do not fit.
         leave_one_out: Whether a training record that is among the examples does not read itself there.
         values_only: Whether the keys of a block of deep slots stay as they start.
+        deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
+            halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
         tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
             adapters on its linear layers.
@@ -137,6 +140,7 @@ class TrainConfig:
     examples: int = 16
     leave_one_out: bool = True
     values_only: bool = False
+    deep_dtype: DeepDtype = "float32"
     starts: int = 1
     tune: Tune = "frozen"
     backbone_lr: float = 3e-5
@@ -184,6 +188,7 @@ class TrainConfig:
         for name, choices in (
             ("encoder", get_args(EncoderKind)),
             ("deep_encoder", get_args(DeepEncoderKind)),
+            ("deep_dtype", get_args(DeepDtype)),
             ("start", get_args(RandomStart)),
             ("tune", get_args(Tune)),
             ("keep", get_args(Keep)),

@@ -67,6 +67,12 @@ def test_the_control_of_a_trained_method() -> None:
         mine.find("learn@random-weights")
 
 
+def test_what_people_call_a_method_finds_it() -> None:
+    assert METHODS.find("lora") is METHODS["manual+lora"]
+    assert METHODS.find("lora lora_rank=4").name == "manual+lora lora_rank=4"
+    assert METHODS.find("lora@random-weights").name == "manual+lora@random-weights"
+
+
 def test_the_methods_of_the_paper() -> None:
     assert list(methods) == [
         "majority", "manual", "manual-restricted", "in-context",

@@ -29,6 +29,7 @@ CHANGED = TrainConfig(
     examples=3,
     leave_one_out=False,
     values_only=True,
+    deep_dtype="bfloat16",
     learn_to_stop=False,
     max_target_tokens=7,
     choose_by="loss",

@@ -13,7 +13,9 @@ from ptuning.names import CELLS_FOLDER
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.progress import OnProgress, Progress
     from ptuning.report.results_file import Results
+    from ptuning.workers.crew import Workers
 
 
 def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
@@ -90,3 +92,15 @@ def show_part(found: Results, part: str) -> None:
     done = len(found.cells) - len(found.failed)
     terminal.line(f"part {part}: {done} of {len(found.cells)} cells are done in {found.folder}/{CELLS_FOLDER}")
     terminal.line("once all parts are done, the same command without --part collects them into one report")
+
+
+def shown(progress: OnProgress, crew: Workers | None) -> OnProgress:
+    """Return what shows the progress. A line per epoch of dozens of trainings would bury the line per cell, and the bar
+    of a training would jump between those of several workers.
+    """
+
+    def show(now: Progress) -> None:
+        if now.stage == "suite" if crew is not None else now.stage != "epoch":
+            progress(now)
+
+    return show

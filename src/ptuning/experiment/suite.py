@@ -27,6 +27,7 @@ from ptuning.experiment.cells import (
     answered_rows,
     digest,
     how_to_have_both,
+    mean_seconds,
     saved_identity,
 )
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
@@ -385,6 +386,7 @@ class Suite:
             hits=sum(answer.hit for answer in answers) / len(answers),
             dev_score=dev_score if isinstance(dev_score, float) else None,
             warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+            by=job.values_by(answers),
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
@@ -410,6 +412,8 @@ class Suite:
         }
         if task.words is not None:
             found["label words"] = task.words.to_json()
+        if task.text_metrics:
+            found["metric that chooses"] = task.text_metrics[0]
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
         if self.backbone.max_length is not None:
@@ -489,11 +493,3 @@ class Suite:
             "seconds": result.seconds,
             **more,
         }
-
-
-def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
-    """Return method -> mean seconds of its cells."""
-    times: dict[str, list[float]] = {}
-    for cell, seconds in taken.items():
-        times.setdefault(cell.method, []).append(seconds)
-    return {method: sum(listed) / len(listed) for method, listed in times.items()}

@@ -143,6 +143,11 @@ def task_job(
     """
     if not 1 <= pattern <= len(file.manual):
         raise ConfigError(f"pattern is {pattern}, and the task {file.name} has {len(file.manual)}; give 1 or more")
+    if file.text_metrics:
+        raise ConfigError(
+            f"the task {file.name} is scored by metrics for texts ({', '.join(file.text_metrics)}), which have no mean "
+            "with those of other tasks; compare methods on it with ptuning compare --task"
+        )
     train = file.read(find_split(folder, file, "train"))
     dev, val = _optional(file, folder, "dev"), _optional(file, folder, "val")
     if val is None and dev is None:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt
 
 
+# What people call some methods -> their names.
+SHORT_NAMES: Mapping[str, str] = {"lora": "manual+lora"}
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method may see of a task: everything except its test part.
@@ -40,6 +44,7 @@ class Task:
         single_token: Whether every target is one token of the backbone. Answers are then ranked among all tokens.
         file: The task file, if there is one.
         words: Label words where there is no task file, or others than its own.
+        text_metrics: Metrics for the texts that are written; the first one chooses. None if answers are right or wrong.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Task:
     single_token: bool = False
     file: TaskFile | None = None
     words: LabelWords | None = None
+    text_metrics: tuple[str, ...] = ()
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -200,14 +206,16 @@ class Methods(dict[str, Method]):
         return add
 
     def find(self, name: str) -> Method:
-        """Return a method by its name. ``NAME@random-weights`` returns the control of a trained method, and
-        ``NAME SETTING=VALUE`` a trained method with another setting (:meth:`Method.varied`).
+        """Return a method by its name (or short name). ``NAME@random-weights`` returns the control of a trained
+        method, and ``NAME SETTING=VALUE`` a trained method with another setting (:meth:`Method.varied`).
 
         Raises:
             ConfigError: If there is no such method; the message suggests the closest name.
         """
         called, sign, control = name.partition("@")
         plain, space, setting = called.partition(" ")
+        if plain in SHORT_NAMES:
+            return self.find(SHORT_NAMES[plain] + name.removeprefix(plain))
         if plain not in self:
             raise ConfigError(f"unknown method '{plain}'.{closest(plain, self)} Known: {', '.join(self)}")
         method = self[plain]

@@ -112,6 +112,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: Pr
             )
             records.append(result.record)
             score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
+            score = _judged(task, result.record, score)
             rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # frees its weights before the next copy of the backbone is made
@@ -160,6 +161,14 @@ def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
     if longest < STUCK_EVALUATIONS:
         return None
     return f"{longest} evaluations in a row guessed one class for every row of the development part"
+
+
+def _judged(task: Task, record: Mapping[str, Json], score: float) -> float:
+    """Return what tries are chosen by: the first metric for texts of the chosen epoch, or the share of hits."""
+    if not task.text_metrics:
+        return score
+    epochs = cast("list[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])])
+    return epochs[cast("int", record["chosen_epoch"])].get(f"dev_{task.text_metrics[0]}", score)
 
 
 def _best(tried: Sequence[dict[str, Json]]) -> int:

@@ -109,7 +109,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training run will take; ``longest_pass`` is in rows and tokens."""
+    """What a training run will take; ``longest_pass`` is in rows and tokens, and ``deep_in_front`` the number of deep
+    slots in front of rows, which are no tokens of a pass.
+    """
 
     device: str
     dtype: str
@@ -120,6 +122,7 @@ class Forecast:
     epochs: int
     starts: int
     longest_pass: tuple[int, int]
+    deep_in_front: int
     memory: Bytes
     seconds: Seconds
 
@@ -178,6 +181,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
         epochs=config.epochs,
         starts=config.starts,
         longest_pass=trial.longest_pass,
+        deep_in_front=run.prepared.bound.layout.in_front,
         memory=memory,
         seconds=Seconds(made - began, kept, epoch, dev, saving, answers, total),
     )

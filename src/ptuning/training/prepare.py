@@ -78,12 +78,14 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     began, config, task = time.monotonic(), spec.settings, spec.task
     if backbone.max_length is not None:
         config = replace(config, max_length=min(config.max_length, backbone.max_length))
+    if task is not None and task.text_metrics and config.choose_by == BY_SCORE:
+        config = replace(config, choose_by=task.text_metrics[0])
     template = _trainable(as_template(spec.template), config)
     spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
-        parts["dev"] = as_questions(spec.dev)
+        parts["dev"] = as_questions(spec.dev) if task is None else task.to_score(as_questions(spec.dev))
     answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
     _check_choice(config, answers, parts.get("dev", parts["train"]))
     require_rows(parts)
@@ -105,6 +107,9 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     fields = parts["train"].fields
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
+        if task is not None and task.gather:
+            parts["dev"] = task.to_score(parts["dev"])
+            items["dev"] = question_items(bound, parts["dev"], answers, with_stop=config.learn_to_stop)
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
     if not (learned and any(item.can_be_hit for item in items["dev"])):
         raise RecordError(

@@ -13,11 +13,11 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, TrainConfig, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_records
 from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Learned
+from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.objective import STOP_WEIGHT, Item, stop_weight
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
@@ -251,8 +251,13 @@ class TrainingRun:
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
             merge=prepared.merge,
-            deep=trainer.best_deep,
+            deep=_saved_deep(trainer.best_deep, trainer.config),
         )
+
+
+def _saved_deep(deep: Deep | None, config: TrainConfig) -> Deep | None:
+    """Return what deep slots bring in the number format of their file."""
+    return deep if deep is None or config.deep_dtype == "float32" else deep.rounded(torch.bfloat16)
 
 
 def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:

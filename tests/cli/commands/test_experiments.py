@@ -17,6 +17,7 @@ from rich.console import Console
 from ptuning.cli import cells, terminal
 from ptuning.cli.commands import experiments
 from ptuning.cli.terminal import duration
+from ptuning.data.rules import arithmetic
 from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
@@ -93,6 +94,28 @@ def test_compare(llama: str) -> None:
     assert note.startswith("4 distinct targets in 18 records: ")
     assert template == "learned template: [P*3] [X] [P:is] [Y] ."
     assert saved() == found
+
+
+def test_data_by_rule_brings_template_metrics_and_the_field_that_tells_it_apart(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "MOST", {"train": 4, "dev": 2, "test": 3})
+    monkeypatch.setattr(arithmetic, "CELLS", (("+", 1, 1), ("-", 1, 1), ("*", 1, 1)))
+    data = ("compare", "--data", "arithmetic:train", "--test", "arithmetic:test", "--backbone", llama)
+    done = call(*data, "--methods", "majority")
+    assert done.code == 0, done.err
+    assert "scored by last-number, told apart by digits (--metrics and --by for others)\n" in done.err
+    assert "last-number by digits" in done.out
+    found = saved("runs/compare")
+    assert list(found["tasks"]["arithmetic"]["majority"]) == ["last-number"]
+    assert list(found["by_value"]) == sorted(f"{left}{sign}{right}" for sign, left, right in arithmetic.CELLS)
+    assert {one["majority"]["last-number"]["n"] for one in found["by_value"].values()} == {3}
+    call("report", "runs/compare", "--csv", "--latex")
+    table = next(Path("runs/compare/tables").glob("*-by-a-field-of-the-records.csv")).read_text("utf-8")
+    assert "By a field of the records,1+1," in table
+    other = call(*data, "--methods", "majority", "--metrics", "exact", "--out", "other")
+    assert "scored by" not in other.err
+    assert "by_value" not in saved("other")
 
 
 @pytest.mark.parametrize(

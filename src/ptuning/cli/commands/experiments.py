@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.cells import show_cell, show_estimates, show_jobs, show_part
+from ptuning.cli.cells import show_cell, show_estimates, show_jobs, show_part, shown
 from ptuning.cli.labels import show_confusion
 from ptuning.cli.options import (
     SETTINGS,
@@ -26,21 +26,20 @@ from ptuning.cli.options import (
     fields_of,
 )
 from ptuning.cli.shares import Shares, shares_of
-from ptuning.cli.templates import manual_by_rule, notice_line_breaks, template_and_manual, template_pair
+from ptuning.cli.templates import manual_by_rule, notice_line_breaks, rule_of, template_and_manual, template_pair
 from ptuning.errors import ConfigError
-from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
+from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, best_of, called, in_order, primary
 from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
+from ptuning.texts.table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
     from ptuning.experiment.cells import CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
-    from ptuning.progress import OnProgress, Progress
     from ptuning.report.exports import Format
     from ptuning.report.results_file import Results, Scores
-    from ptuning.workers.crew import Workers
 
     # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
     GetPlan = Callable[[], PlanOptions]
@@ -50,6 +49,8 @@ else:
 
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
+# Methods beside each other in a table by the values of a field.
+VALUE_METHODS = 2
 
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="Facts: LAMA's release, or a file or folder a relation.")]
 WordingsOption = Annotated[
@@ -77,6 +78,17 @@ FactFieldOption = Annotated[
 ]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
 VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", help="Closed set of answers.")]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help=f"For texts, with commas: {', '.join(TEXT_METRICS)}; the first one chooses.",
+        autocompletion=options.among(*TEXT_METRICS),
+    ),
+]
+ByOption = Annotated[
+    str | None, typer.Option(metavar="FIELD", help="Scores by each value of a field of the records as well.")
+]
 SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split of relations in one file.")]
 
 
@@ -133,7 +145,7 @@ def _planned(
                 "workers": crew,
                 "command": options.command_line(),
                 "watch": Watch(
-                    report=each(clock, _shown(progress, crew), log),
+                    report=each(clock, shown(progress, crew), log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,
@@ -143,18 +155,6 @@ def _planned(
 
         with log:
             yield plan
-
-
-def _shown(progress: OnProgress, crew: Workers | None) -> OnProgress:
-    """Return what shows the progress. A line per epoch of dozens of trainings would bury the line per cell, and the bar
-    of a training would jump between those of several workers.
-    """
-
-    def show(now: Progress) -> None:
-        if now.stage == "suite" if crew is not None else now.stage != "epoch":
-            progress(now)
-
-    return show
 
 
 def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callable[..., None]]:
@@ -182,7 +182,7 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
     return decorate
 
 
-@_comparison()
+@_comparison(out=Path("runs/compare"))
 def compare(
     data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
     plan: GetPlan,
@@ -202,9 +202,14 @@ def compare(
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     vocabulary: VocabularyOption = None,
     train_size: SizeOption = None,
+    metrics: MetricsOption = None,
+    by: ByOption = None,
+    gather: options.GatherOption = False,
     field: FieldOption = None,
 ) -> Results:
     """Compare methods on your own data: is a learned prompt worth it?
+
+    With --metrics, or a task file that names metrics for texts, every method writes a text for each test record.
 
     Example: ptuning compare --data capitals:train --dev capitals:dev --test capitals:test
     --manual "The capital of [X] is [Y]" --out runs/capitals
@@ -213,6 +218,8 @@ def compare(
     template, manual = template_and_manual(template, manual, template_file, both=True)
     if manual is None and file is None:
         manual = manual_by_rule(data)
+    if file is None and labels is None and vocabulary is None:
+        metrics, by = _scored_by_rule(data, metrics, by)
     pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
@@ -229,10 +236,24 @@ def compare(
         task=file,
         vocabulary=vocabulary,
         train_size=train_size,
+        metrics=metrics,
+        by=by,
+        gather=gather,
         # It becomes a folder.
         name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
         **planned,
     )
+
+
+def _scored_by_rule(data: str, metrics: str | None, by: str | None) -> tuple[str | None, str | None]:
+    """Return the metrics and the field that are asked for, by default those of data by rule, and say them."""
+    rule = rule_of(data)
+    if rule is None or not rule.metrics or metrics is not None:
+        return metrics, by
+    found = by or rule.by
+    apart = f", told apart by {found}" if found else ""
+    terminal.say(f"scored by {', '.join(rule.metrics)}{apart} (--metrics and --by for others)")
+    return ",".join(rule.metrics), found
 
 
 @_comparison()
@@ -391,6 +412,7 @@ def show_results(found: Results) -> None:
             seeds = len(found.done(found.pair[1], name))
             added = f", {seeds} seeds added up" if seeds > 1 else ""
             show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
+    _show_values(found)
     for name, relation in found.paraphrases.items():
         for method, spread in relation.spread.items():
             range_ = f"{spread.min:.3f} to {spread.max:.3f}"
@@ -419,7 +441,7 @@ def _table(rows: Mapping[str, Scores], title: str) -> None:
     for name in ("sd", "lowest") if spread else ():
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
-    best = max(scores[first].value for scores in rows.values())
+    best = best_of(first, (scores[first].value for scores in rows.values()))
     for method, scores in rows.items():
         cells = [escape(terminal.interval(scores[name])) if name in scores else "" for name in names]
         main = scores[first]
@@ -427,6 +449,24 @@ def _table(rows: Mapping[str, Scores], title: str) -> None:
             cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
         table.add_row(escape(method), *cells, str(main.n), style=terminal.mark(main.value == best))
     terminal.results().print(table)
+
+
+def _show_values(found: Results) -> None:
+    """Print the first score by each value of a field, the best methods first, as many as fit beside each other."""
+    if not found.by_value:
+        return
+    score, methods = found.primary, found.best_first(name for one in found.by_value.values() for name in one)
+    terminal.heading(f"{called(score)} by {found.settings.get('by')}  [95 % interval]")
+    for at in range(0, len(methods), VALUE_METHODS):
+        shown = methods[at : at + VALUE_METHODS]
+        table = terminal.table(str(found.settings.get("by")), *shown)
+        table.add_column("n", justify="right")
+        for value, scores in found.by_value.items():
+            own = [scores[name][score] if name in scores else None for name in shown]
+            n = max(one.n for one in own if one is not None) if any(own) else 0
+            cells = ["" if one is None else f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in own]
+            table.add_row(escape(value), *map(escape, cells), str(n))
+        terminal.results().print(table)
 
 
 def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
