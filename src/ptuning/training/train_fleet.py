@@ -114,6 +114,7 @@ def train_fleet(
     runs = _prepared(
         prompts, own, backbone, folder, command=command, resume=resume, overwrite=overwrite, replaces=replaces
     )
+    _check_frozen(runs)
     if folder is not None and part is None:
         _tidy(folder, resume=resume)
     results, failed = dict[str, TrainResult](), dict[str, str]()
