@@ -16,7 +16,7 @@ EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
 DeepDtype = Literal["float32", "bfloat16"]
 RandomStart = Literal["random", "vocabulary"]
-Tune = Literal["frozen", "tuned", "lora"]
+Tune = Literal["frozen", "head", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
 Setting = int | float | str | bool  # the value of one
 
@@ -52,7 +52,10 @@ SETTING_ALIASES: Mapping[str, str] = {
 SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
 DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
+# Settings of a classification head, which did not exist either.
+HEAD_SETTINGS = ("head_lr",)
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
+    "head": HEAD_SETTINGS,
     "tuned": ("backbone_lr", "backbone_weight_decay"),
     "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
 }
@@ -96,8 +99,9 @@ class TrainConfig:
         deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
             halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
-            adapters on its linear layers.
+        tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
+            weight of the backbone, ``lora`` also small adapters on its linear layers.
+        head_lr: Peak learning rate of a classification head.
         backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
         backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.
@@ -143,6 +147,7 @@ class TrainConfig:
     deep_dtype: DeepDtype = "float32"
     starts: int = 1
     tune: Tune = "frozen"
+    head_lr: float = 1e-3
     backbone_lr: float = 3e-5
     backbone_weight_decay: float = 0.0
     lora_lr: float = 5e-4
@@ -178,7 +183,7 @@ class TrainConfig:
         self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "deep_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
+        for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
             self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")

@@ -15,6 +15,7 @@ from pathlib import Path
 from ptuning.errors import FileError
 from ptuning.files import (
     file_error,
+    is_abandoned,
     is_temporary,
     make_folder,
     open_regular,
@@ -53,7 +54,7 @@ UNLABELLED_FILE = "unlabelled.jsonl"
 ALL_METHODS = "all"
 MAJORITY, MANUAL, LEARNED = "majority", "manual", "p-tuning"
 # Setting "tune" -> what is added to the name of a method that trains the backbone as well.
-ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
+ALONG: Mapping[str, str] = {"frozen": "", "head": "+head", "tuned": "+fine-tuning", "lora": "+lora"}
 # Added to the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 
@@ -315,8 +316,10 @@ def remove(folder: Path, layout: Owned) -> None:
 
 
 def sweep(folder: Path, layout: Owned) -> None:
-    """Remove half-written files that killed processes left in a folder and in its folders."""
-    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp")
+    """Remove half-written files that killed processes left in a folder and in its folders; those that another machine
+    may still write stay.
+    """
+    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp" and is_abandoned(path))
 
 
 def delete(paths: Iterable[Path]) -> None:

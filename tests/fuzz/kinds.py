@@ -42,9 +42,10 @@ from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.experiment.forecast import Paper
 from ptuning.files import parse_toml, sha256, write_bytes
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import as_records, references_of, require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results

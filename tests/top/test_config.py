@@ -30,6 +30,7 @@ CHANGED = TrainConfig(
     leave_one_out=False,
     values_only=True,
     deep_dtype="bfloat16",
+    head_lr=0.5,
     learn_to_stop=False,
     max_target_tokens=7,
     choose_by="loss",

@@ -119,6 +119,15 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end of the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if _rank():  # the first of several processes speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _rank() -> int:
+    """Return the number of this process among those that a launcher started for one command."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    told = os.environ.get("RANK", "0")
+    return int(told) if several and told.isdecimal() else 0
 
 
 def _drop(*streams: TextIO) -> None:
@@ -129,6 +138,8 @@ def _drop(*streams: TextIO) -> None:
 
 def _fail(text: str, error: Exception) -> None:
     terminal.complain(text)
+    if _rank():
+        print(f"process {_rank()}: error: {text}", file=sys.__stderr__)
     logging.getLogger(__name__).debug("the error in full", exc_info=error)
     sys.exit(2)
 
@@ -142,12 +153,16 @@ def common(
     """Options of every command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if version:
         found = versions() if verbose else {"ptuning": VERSION}
         typer.echo("\n".join(f"{name} {number}" for name, number in found.items()))
         raise typer.Exit
 
 
+# What transformers imports if it is installed, and says of kernels that the machine does not have.
+NOISY = ("torchao", "torch.utils._pytree")
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,

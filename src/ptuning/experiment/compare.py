@@ -225,7 +225,7 @@ def unrestricted_methods(methods: Sequence[str] | str | None) -> list[str]:
     """
     asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
     if methods is None or asked == [ALL_METHODS]:
-        names = METHODS if asked == [ALL_METHODS] else asked
+        names = METHODS.every if asked == [ALL_METHODS] else asked
         return [name for name in names if not METHODS.find(name).open_only]
     return asked
 

@@ -141,7 +141,7 @@ class Plan:
     def method_names(self) -> list[str]:
         """The methods in the order of the tables, followed by their controls."""
         asked = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
-        chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
+        chosen = [METHODS.find(name) for name in (METHODS.every if asked == [ALL_METHODS] else asked)]
         names = [name for method in chosen for name in (method.name, *self._variants(method))]
         if self.control:
             trained = [method.name for method in chosen if method.trained and not re.search("[ @]", method.name)]

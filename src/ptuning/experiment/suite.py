@@ -60,7 +60,7 @@ from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
 logger = logging.getLogger(__name__)
 
 # What methods train of the backbone, the cheapest first.
-CHEAP_FIRST = (None, "frozen", "lora", "tuned")
+CHEAP_FIRST = (None, "frozen", "head", "lora", "tuned")
 
 
 @dataclass

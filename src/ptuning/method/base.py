@@ -128,6 +128,7 @@ class Method:
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
         reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
         open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
+        labels_only: Whether it is for labels only, of which not every task has some. ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
@@ -144,6 +145,7 @@ class Method:
     reads_train: bool = True
     reads_manual: bool = True
     open_only: bool = False
+    labels_only: bool = False
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
@@ -228,6 +230,11 @@ class Methods(dict[str, Method]):
                 f"'{name}': only {RANDOM_WEIGHTS} may follow the name of a method, and only a trained one"
             )
         return replace(method, name=name, describe=f"{method.describe}; backbone with random weights", seeded=True)
+
+    @property
+    def every(self) -> list[str]:
+        """The names of the methods that ``all`` stands for."""
+        return [name for name, method in self.items() if not method.labels_only]
 
     def default_for(self, suite: str) -> list[str]:
         """Return the names of the methods that a comparison runs if none are named."""

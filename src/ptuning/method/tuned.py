@@ -35,7 +35,7 @@ TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # Number of evaluations in a row with the same guess for every row that causes a warning.
 STUCK_EVALUATIONS = 3
 # The setting that holds the learning rate to try.
-RATES: Mapping[Tune, str] = {"frozen": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
+RATES: Mapping[Tune, str] = {"frozen": "lr", "head": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
 
 
 def bare(manual: Template) -> Template:
@@ -83,7 +83,7 @@ def _tried(
             labels=task.answer_space.words,
             task=task.file,
             checked=Findings(),  # of all methods' rows, before the comparison
-            method=None if kind is None else kind.name,
+            method=None if kind is None else kind.name + ALONG[tune],
         )
         for number, rate in enumerate(rates, start=1)
     ]
@@ -91,7 +91,7 @@ def _tried(
 
 def _rate(tune: Tune, template: Template) -> str:
     """Return the setting that holds the learning rate to try."""
-    return "deep_lr" if tune == "frozen" and template.has_deep else RATES[tune]
+    return "deep_lr" if tune in ("frozen", "head") and template.has_deep else RATES[tune]
 
 
 def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None) -> Solution:
@@ -198,33 +198,35 @@ def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for
         tune=tune,
         seeded=True,
         reads_manual=not learns_slots,
+        labels_only=tune == "head",
         default_for=default_for,
         prompts=prompts if tune == "frozen" else None,
     )
 
 
-def _of_kind(kind: PromptKind) -> Method:
-    """Return the method that learns a prompt of another kind over the frozen backbone."""
+def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
+    """Return the method that learns a prompt of another kind over the frozen backbone, with a head or without."""
 
     def template(task: Task) -> Template:
         return kind.template(task.manual, task.template)
 
     def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), tune="frozen", kind=kind)
+        return _learn(task, setup, template(task), tune=tune, kind=kind)
 
     def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), tune="frozen", kind=kind)
+        return _tried(task, setup, template(task), tune=tune, kind=kind)
 
     return Method(
-        kind.name,
-        f"{kind.describe}, backbone frozen",
+        kind.name + ALONG[tune],
+        f"{kind.describe}, backbone frozen{', classification head' if tune == 'head' else ''}",
         fit,
         trained=True,
         learns_slots=True,
-        tune="frozen",
+        tune=tune,
         seeded=True,
         reads_manual=not kind.learns_words,
-        prompts=prompts,
+        labels_only=tune == "head",
+        prompts=prompts if tune == "frozen" else None,
     )
 
 
@@ -254,4 +256,6 @@ TUNED = (
     _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
     _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
     *map(_of_kind, KINDS.values()),
+    _with_template("head", "the learned prompt with a classification head, backbone frozen", learns_slots=True),
+    _of_kind(KINDS["p-tuning-v2"], "head"),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.processes import processes
+from ptuning.engine.processes import processes, this_writes, wait_for_all
 from ptuning.errors import ConfigError, PTuningError, TrainingError
 from ptuning.files import Json, write_json
 from ptuning.names import (
@@ -115,7 +115,8 @@ def train_fleet(
         prompts, own, backbone, folder, command=command, resume=resume, overwrite=overwrite, replaces=replaces
     )
     _check_frozen(runs)
-    if folder is not None and part is None:
+    wait_for_all()  # all have looked at the folder
+    if folder is not None and part is None and this_writes():
         _tidy(folder, resume=resume)
     results, failed = dict[str, TrainResult](), dict[str, str]()
     going = _Going(at_once, resume, report, should_stop)
@@ -142,7 +143,7 @@ def train_fleet(
         "seconds": time.monotonic() - began,
         "prompts": [_line(name, results.get(name), failed.get(name)) for name in runs],
     }
-    if folder is not None and part is None:
+    if folder is not None and part is None and this_writes():
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
 
@@ -181,7 +182,7 @@ class _Going:
     ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
         """Train the prompts of a unit together, and yield each one that has ended."""
         checkpoint = folder / str(unit.checkpoint) if folder is not None else None
-        if checkpoint is not None:
+        if checkpoint is not None and this_writes():
             sweep(checkpoint, FLEET_CHECKPOINT)
         yield from fleet_runs(
             {name: runs[name] for name in unit.folders},
@@ -332,7 +333,7 @@ def fleet_runs(
     _check_frozen(runs)
     for run in runs.values():
         run.clear()
-    if checkpoint is not None and not resume:
+    if checkpoint is not None and not resume and this_writes():
         remove(checkpoint, FLEET_CHECKPOINT)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(

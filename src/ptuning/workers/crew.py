@@ -139,6 +139,8 @@ class WorkerSpec:
     def of(cls, work: Work, workers: Workers, *, mark: Path, threads: int) -> WorkerSpec:
         """Return what workers are asked to do."""
         backbone = work.backbone
+        if backbone.shards is not None:
+            raise ConfigError("workers have a whole backbone each; leave out --shard, or start without workers")
         given = workers.loading or LoadOptions(
             revision=backbone.revision,
             attn_implementation=backbone.loaded.get("attn_implementation"),

@@ -100,8 +100,11 @@ def held(out: Path, unit: Unit, waiting: Callable[[], None]) -> Iterator[None]:
     """Keep the folders of a unit from other processes, such as another part of the command. ``waiting`` is called while
     another one has them; it may raise.
     """
+    from ptuning.engine.processes import this_writes  # takes seconds, and to read a part must not
+
     with contextlib.ExitStack() as locks:
-        for folder in sorted(unit.folders):
+        # Processes that share a training do a unit together: one of them keeps others away.
+        for folder in sorted(unit.folders) if this_writes() else ():
             make_folder(out / folder)
             locks.enter_context(locked(out / folder, waiting=waiting))
         yield

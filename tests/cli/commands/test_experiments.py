@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ptuning.cli import cells, terminal
-from ptuning.cli.commands import experiments
+from ptuning.cli import comparisons, terminal
 from ptuning.cli.terminal import duration
 from ptuning.data.rules import arithmetic
 from ptuning.experiment.cells import CellEstimate, CellResult
@@ -464,9 +463,9 @@ def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
-    cells.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
-    cells.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
-    cells.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
+    comparisons.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
+    comparisons.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
+    comparisons.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
     assert printed() == (
         "",
         "2/9  P36  manual  seed 0: P@1 0.250  [0.046, 0.699], n = 4, 3 s\n"
@@ -475,7 +474,7 @@ def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
 
 
 def test_the_results_of_one_task(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_results(collected(done("P36", "manual", [0, 0, 0, 1]), done("P36", "p-tuning", [1, 1, 0, 1])))
+    comparisons.show_results(collected(done("P36", "manual", [0, 0, 0, 1]), done("P36", "p-tuning", [1, 1, 0, 1])))
     out, err = printed()
     assert err == ""
     assert "P36 (n = records)\n" in out
@@ -497,7 +496,7 @@ def test_the_results_of_one_task(printed: Callable[[], tuple[str, str]]) -> None
 def test_the_results_of_many_tasks(printed: Callable[[], tuple[str, str]]) -> None:
     tasks = [f"P{number}" for number in range(4)]
     cells = [done(task, method, [1, 0]) for task in tasks for method in ("majority", "manual")]
-    experiments.show_results(collected(*cells, types=dict.fromkeys(tasks[:2], "1-1") | dict.fromkeys(tasks[2:], None)))
+    comparisons.show_results(collected(*cells, types=dict.fromkeys(tasks[:2], "1-1") | dict.fromkeys(tasks[2:], None)))
     out, _ = printed()
     assert "mean over 4 tasks (n = tasks)" in out
     assert "1-1 (n = tasks)" in out
@@ -506,7 +505,7 @@ def test_the_results_of_many_tasks(printed: Callable[[], tuple[str, str]]) -> No
 
 
 def test_nothing_but_failures(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_results(collected(CellResult(Cell("P36", "manual", 0), "failed", error="no room")))
+    comparisons.show_results(collected(CellResult(Cell("P36", "manual", 0), "failed", error="no room")))
     out, _ = printed()
     assert out.startswith("failed: cells/P36/manual/seed-0: no room\n")
 
@@ -517,14 +516,14 @@ def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
         CellEstimate(Cell("P36", "p-tuning", 0), is_finished=False, seconds=90.0),
         CellEstimate(Cell("P36", "p-tuning", 1), is_finished=False, seconds=4000.0),
     ]
-    cells.show_estimates(known)
+    comparisons.show_estimates(known)
     out, _ = printed()
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["manual"] == ["1", "1", "0", "s"]
     assert rows["p-tuning"] == ["2", "0", "1", "h", "08", "min"]
     assert "P36  manual  seed 0: finished\nP36  p-tuning  seed 0: 2 min\nP36  p-tuning  seed 1: 1 h 07 min\n" in out
     assert out.endswith("2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n")
-    cells.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    comparisons.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
     out, _ = printed()
     assert "P36  in-context  seed 0: unknown\n" in out
     assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown; nothing was run\n" in out
@@ -570,7 +569,7 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
             report(progress)
 
         for result in Stub().run(report=tell):
-            cells.show_cell(result, 1, 2)
+            comparisons.show_cell(result, 1, 2)
         report(Progress("suite", 1, 2, "P36 p-tuning"))
         time.sleep(0.15)  # two frames
     assert [(progress.stage, progress.done, progress.total) for progress in told] == [

@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.cells import show_cell, show_estimates, show_jobs, show_part, shown
-from ptuning.cli.labels import show_confusion
+from ptuning.cli.comparisons import show_cell, show_estimates, show_jobs, show_part, show_results, shown
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -28,7 +26,6 @@ from ptuning.cli.options import (
 from ptuning.cli.shares import Shares, shares_of
 from ptuning.cli.templates import manual_by_rule, notice_line_breaks, rule_of, template_and_manual, template_pair
 from ptuning.errors import ConfigError
-from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, best_of, called, in_order, primary
 from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
 from ptuning.texts.table import TEXT_METRICS
@@ -39,18 +36,13 @@ if TYPE_CHECKING:
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.exports import Format
-    from ptuning.report.results_file import Results, Scores
+    from ptuning.report.results_file import Results
 
     # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
     GetPlan = Callable[[], PlanOptions]
 else:
     # Typer evaluates annotations, and these types would import torch.
     GetPlan = Results = Any
-
-# With more tasks than these the terminal shows means only; the report has each task.
-SHOWN_TASKS = 3
-# Methods beside each other in a table by the values of a field.
-VALUE_METHODS = 2
 
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="Facts: LAMA's release, or a file or folder a relation.")]
 WordingsOption = Annotated[
@@ -62,7 +54,7 @@ WordingsOption = Annotated[
 ]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
-TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|head|tuned|lora", help="What p-tuning trains besides slots.")]
 VaryOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
@@ -393,96 +385,3 @@ def report(
     terminal.line(str(page))
     if open_:
         typer.launch(str(page))
-
-
-def show_results(found: Results) -> None:
-    """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
-    from ptuning.report.confusion import confusions
-
-    if len(found.tasks) > 1:
-        many = found.overall_unit
-        _table(_means(found.macro), f"mean over {len(found.tasks)} {many} (n = {many})")
-        for kind, scores in found.shown_types.items():
-            _table(scores, f"{kind} (n = {many})")
-    unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
-    for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
-        _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
-        learned = confusions(found, name).get(found.pair[1])
-        if learned is not None:
-            seeds = len(found.done(found.pair[1], name))
-            added = f", {seeds} seeds added up" if seeds > 1 else ""
-            show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
-    _show_values(found)
-    for name, relation in found.paraphrases.items():
-        for method, spread in relation.spread.items():
-            range_ = f"{spread.min:.3f} to {spread.max:.3f}"
-            terminal.line(f"{found.named(name)}: {method} {range_}, {spread.patterns} wordings")
-    for name, differences in found.differences.items():
-        method = name.partition(" - ")[0]
-        if method not in found.controls and found.methods[method].learns_slots:
-            first = primary(differences)
-            score = differences[first]
-            where = f"  [{score.low:+.3f}, {score.high:+.3f}]" if score.has_interval else ""
-            terminal.line(f"{name}: {called(first)} {score.value:+.3f}{where}, n = {score.n}")
-    for result in found.failed:
-        terminal.line(f"failed: {result.folder}: {result.error}")
-    terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
-
-
-def _table(rows: Mapping[str, Scores], title: str) -> None:
-    terminal.heading(title)
-    present = in_order(name for scores in rows.values() for name in scores)
-    first, names = present[0], _columns(present, rows)
-    table = terminal.table("method")
-    for name in names:
-        table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
-    # Beside two scores with their intervals there is no room for more.
-    spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
-    for name in ("sd", "lowest") if spread else ():
-        table.add_column(name, justify="right")
-    table.add_column("n", justify="right")
-    best = best_of(first, (scores[first].value for scores in rows.values()))
-    for method, scores in rows.items():
-        cells = [escape(terminal.interval(scores[name])) if name in scores else "" for name in names]
-        main = scores[first]
-        if spread:
-            cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
-        table.add_row(escape(method), *cells, str(main.n), style=terminal.mark(main.value == best))
-    terminal.results().print(table)
-
-
-def _show_values(found: Results) -> None:
-    """Print the first score by each value of a field, the best methods first, as many as fit beside each other."""
-    if not found.by_value:
-        return
-    score, methods = found.primary, found.best_first(name for one in found.by_value.values() for name in one)
-    terminal.heading(f"{called(score)} by {found.settings.get('by')}  [95 % interval]")
-    for at in range(0, len(methods), VALUE_METHODS):
-        shown = methods[at : at + VALUE_METHODS]
-        table = terminal.table(str(found.settings.get("by")), *shown)
-        table.add_column("n", justify="right")
-        for value, scores in found.by_value.items():
-            own = [scores[name][score] if name in scores else None for name in shown]
-            n = max(one.n for one in own if one is not None) if any(own) else 0
-            cells = ["" if one is None else f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in own]
-            table.add_row(escape(value), *map(escape, cells), str(n))
-        terminal.results().print(table)
-
-
-def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
-    """Return means over tasks without metrics that the mean score counts already."""
-    return {
-        method: {name: value for name, value in scores.items() if name == TASK_SCORE or TASK_SCORE not in scores}
-        for method, scores in rows.items()
-    }
-
-
-def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
-    """Return the scores that fit into 80 columns: a task's own or their mean, and P@1 only once."""
-    if present[0] == TASK_SCORE:
-        return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
-    same = EXACT_MATCH in present and all(
-        scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values()
-    )
-    left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
-    return [name for name in present if name not in left_out]

@@ -65,7 +65,7 @@ def fleet(
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
     prompts = read_prompts(asked)
     log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
-    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
+    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone), spread=True)
     prompts = place_all(prompts, asked.entries, loaded)
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
