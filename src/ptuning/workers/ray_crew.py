@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -91,7 +92,7 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, C
     """Yield Ray, connected to the cluster that is asked for, and the shape of the crew on it."""
     with contextlib.ExitStack() as after:
         if workers.place is None:
-            own = {**OWN_SETTINGS, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            own = {**OWN_SETTINGS, "RAY_AUTH_TOKEN": _token()}
             after.enter_context(_environment(own, without=ADDRESS_VARIABLE))
         workers.check()
         import ray
@@ -110,6 +111,12 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, C
             after.callback(ray.shutdown)
             shape = _shape_of_cluster(work, workers, units, ray)
         yield ray, shape
+
+
+@functools.cache
+def _token() -> str:
+    """Return what gives access to a Ray of our own. Ray reads it once in a process."""
+    return secrets.token_hex(32)
 
 
 def _start(ray: Any, address: str, **own: object) -> None:
