@@ -78,12 +78,11 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         PTuningError: If anything cannot be used.
     """
     began, config, task = time.monotonic(), spec.settings, spec.task
-    processes()  # say so, if what the launcher left does not fit
     if backbone.max_length is not None:
         config = replace(config, max_length=min(config.max_length, backbone.max_length))
     if task is not None and task.text_metrics and config.choose_by == BY_SCORE:
         config = replace(config, choose_by=task.text_metrics[0])
-    template = _trainable(as_template(spec.template), config)
+    template = _trainable(as_template(spec.template), config, backbone)
     spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": as_questions(spec.data)}
@@ -102,8 +101,6 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     bound = _bound(template, parts["train"], backbone, config)
     if shown is not None:
         shown.check_length(bound)
-    if template.has_slots or config.tune == "lora":
-        _ = backbone.passes_gradients  # says so, if it does not
 
     def items_of(questions: Questions) -> list[Item]:
         items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
@@ -299,12 +296,15 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
     return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
 
 
-def _trainable(template: Template, config: TrainConfig) -> Template:
+def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> Template:
     if not template.has_slots and config.tune == "frozen":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
             "start from them, let --manual do it, or train something besides (--tune head, tuned or lora)"
         )
+    processes()  # says so, if what a launcher left does not fit
+    if template.has_slots or config.tune == "lora":
+        _ = backbone.passes_gradients  # says so, if it does not
     return template
 
 
