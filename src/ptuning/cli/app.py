@@ -25,6 +25,7 @@ from ptuning.cli.commands import (
     experiments,
     fleet,
     generate,
+    plan,
     predict,
     prompts,
     serve,
@@ -177,6 +178,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor.doctor,
     "demo": demo.demo,
     "estimate": estimate.estimate,
+    "plan": plan.plan,
     "fleet": fleet.fleet,
     "compare": experiments.compare,
     "lama": experiments.lama,
@@ -203,7 +205,7 @@ TITLES: Mapping[str, Sequence[str]] = {
         "demo",
     ),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
-    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
+    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate", "plan"),
 }
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",
