@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from functools import partial
 
 from benchmarks.common import (
-    ROOT,
     Json,
     Settings,
     answer,
+    child,
     interleave,
     no_answer,
     parser,
@@ -53,7 +52,7 @@ def main(settings: Settings) -> None:
     peaks: dict[tuple[str, str], list[float]] = {}
     for job in settings.pick(JOBS, JOBS[:1]):
         found = interleave(
-            {who: partial(child, job, who, settings) for who in contestants},
+            {who: partial(peak_of, job, who, settings) for who in contestants},
             repeats=settings.pick(2, 1),
             seconds=45,
             seed=settings.seed,
@@ -62,7 +61,7 @@ def main(settings: Settings) -> None:
         peaks |= {(job, who): values for who, values in found.items()}
         line = ", ".join(f"{who} {max(peaks[job, who]) / 1e6:.0f} MB" for who in contestants)
         say(f"  {job}: {line}")
-    ranking = child(RANK, OURS, settings, 0)
+    ranking = peak_of(RANK, OURS, settings, 0)
     say(f"  {RANK}: {ranking / 1e6:.0f} MB above the loaded model")
     cells: list[dict[str, Json]] = [
         {"cell": job, "contestant": who, "peak_bytes": spread(values)} for (job, who), values in peaks.items()
@@ -86,17 +85,9 @@ def main(settings: Settings) -> None:
     )
 
 
-def child(job: str, who: str, settings: Settings, _: int) -> float:
-    """Run one job in a process of its own and return the bytes at its peak. In a smoke run ranking alone has one, since
-    a process takes seconds to start.
-    """
-    if settings.smoke and job != RANK:
-        return float(peak_bytes(job, who, settings))
-    command = [sys.executable, "-m", "benchmarks.memory", *settings.arguments(), "--job", job, "--who", who]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"memory, {job}, {who}:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+def peak_of(job: str, who: str, settings: Settings, _: int) -> float:
+    """Run one job in a process of its own and return the bytes at its peak."""
+    return float(child("memory", settings, f"--job={job}", f"--who={who}")["peak_bytes"])
 
 
 def peak_bytes(job: str, who: str, settings: Settings) -> int:
