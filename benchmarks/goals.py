@@ -14,7 +14,7 @@ SUMMARY = "summary"
 # In the order in which they run.
 SCRIPTS = (
     "startup", "memory", "training", "late", "deep", "prefix", "scores", "fleet", "prediction", "writing", "serving",
-    "scaling", "arithmetic", "stages",
+    "scaling", "arithmetic", "stages", "workers",
 )  # fmt: skip
 
 
@@ -73,6 +73,12 @@ GOALS: dict[str, Goal] = {
     "time-to-peft-score": Goal("time to PEFT's final development score, against the time of PEFT's run", "scores", 5.0),
     "fleet-16-cpu": Goal("fleet of 16 on a CPU, against 16 runs one after another", "fleet", 1.3),
     "fleet-16-gpu": Goal("fleet of 16 on a GPU, against 16 runs one after another", "fleet", 8.0),
+    "workers-2": Goal(
+        "two workers against one process on the same cores, eight cells of LAMA, start of the workers included",
+        "workers",
+        1.5,
+    ),
+    "ray-start": Goal("start of the engine of workers (Ray)", "workers", 8.0, "seconds", True),
     "candidates-100": Goal("100 candidates a record, against one forward pass per candidate", "prediction", 10.0),
     "writing-32": Goal(
         "greedy writing of 32 tokens, batch of 16, against transformers' generate with the same embeddings",

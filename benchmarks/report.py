@@ -226,6 +226,11 @@ TABLES: dict[str, tuple[str, Callable[[Cell], bool], tuple[Column, ...]]] = {
             ("seconds a prompt", spread_of("seconds_per_prompt")),
         ),
     ),
+    "workers": (
+        "workers",
+        has("whole_seconds"),
+        (CELL, ("how", text_of("contestant")), ("seconds", spread_of("whole_seconds"))),
+    ),
     "prediction": (
         "prediction",
         has("seconds_per_record"),

@@ -28,8 +28,9 @@ from ptuning.config import TrainConfig
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError
 from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import DEEP_VERSION, REQUIRED_KEYS
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template

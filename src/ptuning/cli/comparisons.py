@@ -10,10 +10,13 @@ from rich.markup import escape
 from ptuning.cli import terminal
 from ptuning.cli.labels import show_confusion
 from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, best_of, called, in_order, primary
+from ptuning.names import CELLS_FOLDER
 
 if TYPE_CHECKING:
     from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.progress import OnProgress, Progress
     from ptuning.report.results_file import Results, Scores
+    from ptuning.workers.crew import Workers
 
 # With more tasks than these the terminal shows means only; the report has each task.
 SHOWN_TASKS = 3
@@ -179,3 +182,24 @@ def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
     )
     left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
     return [name for name in present if name not in left_out]
+
+
+def show_part(found: Results, part: str) -> None:
+    """Print how many cells a part has, and what collects all parts."""
+    for result in found.failed:
+        terminal.line(f"failed: {result.folder}: {result.error}")
+    done = len(found.cells) - len(found.failed)
+    terminal.line(f"part {part}: {done} of {len(found.cells)} cells are done in {found.folder}/{CELLS_FOLDER}")
+    terminal.line("once all parts are done, the same command without --part collects them into one report")
+
+
+def shown(progress: OnProgress, crew: Workers | None) -> OnProgress:
+    """Return what shows the progress. A line per epoch of dozens of trainings would bury the line per cell, and the bar
+    of a training would jump between those of several workers.
+    """
+
+    def show(now: Progress) -> None:
+        if now.stage == "suite" if crew is not None else now.stage != "epoch":
+            progress(now)
+
+    return show

@@ -436,8 +436,15 @@ def development_records(prompt: str) -> Records | None:
     return rows if rows else None
 
 
-def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
-    """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default."""
+def load(asked: AskedBackbone, *, prompt: Prompt | None = None, spread: bool = False) -> Backbone:
+    """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default.
+    Only a command whose processes all do the same may ``spread`` it over them.
+    """
+    if asked.options.shard in ("tp", "layers") and not spread:
+        raise ConfigError(
+            f"--shard {asked.options.shard} is for train and fleet, in which all processes run the same passes; use "
+            "--shard map here (one process), or --quantize"
+        )
     own = prompt.backbone if prompt is not None else None
     name, options = asked.name, asked.options
     if name is None and own is not None:

@@ -122,6 +122,15 @@ class Learned:
         counts = tuple(len(one.vectors) for one in prompts)
         return cls(vectors, counts, tuple(rows), deep if any(deep) else ())
 
+    def apart(self) -> Learned:
+        """Return the same as leaves: gradients end there, instead of going on to what made them."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(True)
+
+        deep = tuple(None if one is None else one.map(leaf) for one in self.deep)
+        return replace(self, vectors=leaf(self.vectors), deep=deep)
+
     def to(self, device: torch.device) -> Learned:
         """Return the same on a device."""
         deep = tuple(None if one is None else one.map(lambda tensor: tensor.to(device)) for one in self.deep)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ptuning.config import NOT_VARIED, TrainConfig
 from ptuning.data.questions import Question, Questions
-from ptuning.files import Json, sha256
+from ptuning.errors import FileError
+from ptuning.files import Json, read_json, sha256
 from ptuning.method.base import Task
 from ptuning.metrics import Answer, most_of, primary, score_values
+from ptuning.names import RUN_FILE, STARTED_FILE
 from ptuning.records import Record, Records
 from ptuning.report.cell_files import AnsweredRow
 from ptuning.report.results_file import Cell, CellRecord, Status
@@ -156,3 +160,33 @@ def answered_rows(questions: Questions, answers: Sequence[Answer]) -> list[Answe
         AnsweredRow(row.record, row.right[0] if row.right else None, answer, row.idx, row.group, row.choices)
         for row, answer in zip(questions, answers, strict=True)
     ]
+
+
+def how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
+    """Return how results with both settings come into one report, if nothing else differs."""
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
+    if not varied.issuperset(changed):
+        return ""
+    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
+    return f". To have both in one report, leave the settings as they were and add {options}"
+
+
+def saved_identity(folder: Path) -> Mapping[str, Json] | None:
+    """Return the identity of a finished or started cell; None if there is none that can be read."""
+    for name in (RUN_FILE, STARTED_FILE):
+        try:
+            saved = read_json(folder / name).get("identity")
+        except FileError:
+            continue
+        if isinstance(saved, Mapping):
+            return saved
+    return None
+
+
+def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
+    """Return method -> mean seconds of its cells."""
+    times: dict[str, list[float]] = {}
+    for cell, seconds in taken.items():
+        times.setdefault(cell.method, []).append(seconds)
+    return {method: sum(listed) / len(listed) for method, listed in times.items()}

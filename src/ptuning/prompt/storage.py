@@ -27,6 +27,7 @@ from ptuning.files import (
     Json,
     Unchecked,
     file_error,
+    is_abandoned,
     make_folder,
     read_bytes,
     read_json,
@@ -128,7 +129,8 @@ def write_prompt(
                 _put(folder, new, sums, manifest)
             write_text(folder / CARD_FILE, _card(manifest, weights, len(data)))
             written = {folder / name for name in (MANIFEST_FILE, CARD_FILE, *sums)}
-            delete(path for path in (*before.ours, *before.temporary) if path not in written)
+            left = filter(is_abandoned, before.temporary)
+            delete(path for path in (*before.ours, *left) if path not in written)
             with contextlib.suppress(OSError):
                 (folder / WEIGHTS_FOLDER).rmdir()  # of an earlier prompt, and empty now
     finally:

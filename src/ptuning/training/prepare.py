@@ -21,6 +21,7 @@ from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
+from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
@@ -81,7 +82,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         config = replace(config, max_length=min(config.max_length, backbone.max_length))
     if task is not None and task.text_metrics and config.choose_by == BY_SCORE:
         config = replace(config, choose_by=task.text_metrics[0])
-    template = _trainable(as_template(spec.template), config)
+    template = _trainable(as_template(spec.template), config, backbone)
     spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": as_questions(spec.data)}
@@ -253,7 +254,7 @@ def place_slots(
     both = Template.from_manual(manual, about=about)
     some = [one for one in records if all(name in one for name in both.fields)]
     some = some[:: max(1, len(some) // COUNTED)][:COUNTED]
-    is_kept = bool(config.prefix_cache_share) and backbone.shares_prefix
+    is_kept = bool(config.prefix_cache_share) and backbone.keeps_prefixes
     if not (some and is_kept and (closed or _field_tokens(both, some, backbone) >= LONG_FIELD_TOKENS)):
         return Placement(both)
     read = _read_tokens(both, some, backbone, config)
@@ -295,12 +296,15 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
     return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
 
 
-def _trainable(template: Template, config: TrainConfig) -> Template:
+def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> Template:
     if not template.has_slots and config.tune == "frozen":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
             "start from them, let --manual do it, or train something besides (--tune head, tuned or lora)"
         )
+    processes()  # says so, if what a launcher left does not fit
+    if template.has_slots or config.tune == "lora":
+        _ = backbone.passes_gradients  # says so, if it does not
     return template
 
 

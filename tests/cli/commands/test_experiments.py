@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -320,6 +321,32 @@ def interrupting(times: int, number: int = signal.SIGINT) -> Callable[..., objec
     return train
 
 
+def test_parts_say_what_collects_them(llama: str) -> None:
+    args = compare(llama, "--methods", "majority,manual,p-tuning")
+    out = works(*args, "--part", "2/2", "--log-to", "csv")
+    assert out.startswith("part 2/2: 1 of 1 cells are done in out/cells\n")
+    assert "the same command without --part collects them" in out
+    assert not Path("out/results.json").exists()
+    works(*args, "--part", "1/2", "--log-to", "csv")
+    assert [path.parts[2] for path in Path("out/log").rglob("log.csv")] == ["part-1-of-2"]
+    assert "p-tuning - manual: P@1" in works(*args)
+    assert [cell["status"] for cell in saved()["cells"]] == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--part", "4/2"), "there is no part 4"),
+        (("--part", "9/9"), "there are only 2 units to share"),
+        (("--part", "first"), "part 'first' is not K/N"),
+        (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
+        (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
+    ],
+)
+def test_a_command_that_cannot_be_divided_so_runs_nothing(llama: str, options: tuple[str, ...], said: str) -> None:
+    fails(*compare(llama, "--methods", "majority,manual"), *options, says=[said])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_in_a_cell_says_how_to_go_on_and_the_end_is_the_same(
     llama: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch
@@ -511,7 +538,9 @@ def test_times(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
-def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every comparison on a terminal ended in a KeyError: tests do not run on one."""
     screen = Screen()
     console = Console(file=screen, force_terminal=True, width=80, color_system=None)
@@ -521,8 +550,9 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
     class Stub(Suite):
         def __init__(self) -> None:
             """Takes nothing: its cells are all there."""
+            self.out = tmp_path
 
-        @property
+        @functools.cached_property
         def cells(self) -> list[Cell]:
             return [Cell("P36", "manual", 0), Cell("P36", "p-tuning", 0)]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.comparisons import show_cell, show_estimates, show_jobs, show_results
+from ptuning.cli.comparisons import show_cell, show_estimates, show_jobs, show_part, show_results, shown
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -23,9 +23,10 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
+from ptuning.cli.shares import Shares, shares_of
 from ptuning.cli.templates import manual_by_rule, notice_line_breaks, rule_of, template_and_manual, template_pair
 from ptuning.errors import ConfigError
-from ptuning.names import LOG_FOLDER
+from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
 from ptuning.texts.table import TEXT_METRICS
 
@@ -84,7 +85,7 @@ SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split o
 
 
 @contextmanager
-@options.takes(backbone=options.backbone_options)
+@options.takes(shares=shares_of, backbone=options.backbone_options)
 def _planned(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")],
     methods: Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")] = None,
@@ -101,6 +102,7 @@ def _planned(
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
     *,
+    shares: Shares,
     backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
     """Turn the options that all comparisons share into a plan. Show progress and cells, and stop at a signal."""
@@ -108,11 +110,12 @@ def _planned(
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     varied = options.varied_by(vary, config)
-    with signals.stoppable(out) as (progress, should_stop):
+    part, crew = shares.own, shares.crew(backbone)
+    with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
 
-        log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
         clock = terminal.Clock()
 
         def on_cell(result: CellResult, number: int, total: int) -> None:
@@ -130,10 +133,11 @@ def _planned(
                 "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
+                "part": part,
+                "workers": crew,
                 "command": options.command_line(),
                 "watch": Watch(
-                    # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, shown(progress, crew), log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,
@@ -158,10 +162,12 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
             asked = {name: given.pop(name) for name in shared}
             with _planned(**asked) as plan:
                 found = command(**given, plan=plan)
-            if not asked["dry_run"]:
+            if asked["part"] is not None and not asked["dry_run"]:
+                show_part(found, asked["part"])
+            elif not asked["dry_run"]:
                 show_results(found)
-                if found.failed:
-                    raise typer.Exit(1)
+            if found.failed:
+                raise typer.Exit(1)
 
         return options.signed(run, [*own.values(), *shared.values()])
 

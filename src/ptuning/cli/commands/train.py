@@ -60,7 +60,7 @@ def train(
     asked = completed(asked)
     spec = training_spec(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
-    loaded = load(backbone)
+    loaded = load(backbone, spread=True)
     spec = placed(spec, asked.inputs, loaded)
     log.settings["template"] = str(spec.template)
     if asked.inputs["template"] is None:
