@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,16 @@ def forked(
     finally:
         if found.code is None:
             found.kill()
+
+
+def launched(processes: int) -> list[dict[str, str]]:
+    """Return what torchrun tells each of so many processes on one machine, for their environments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "none"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**told, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _run(program: str, words: list[str], out: str, err: str, environment: dict[str, str]) -> None:

@@ -14,8 +14,9 @@ from ptuning.errors import ConfigError, closest
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
+DeepDtype = Literal["float32", "bfloat16"]
 RandomStart = Literal["random", "vocabulary"]
-Tune = Literal["frozen", "tuned", "lora"]
+Tune = Literal["frozen", "head", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
 Setting = int | float | str | bool  # the value of one
 
@@ -50,8 +51,11 @@ SETTING_ALIASES: Mapping[str, str] = {
 # Settings of a part that only some methods train; all others act on every training.
 SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
-DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only")
+DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
+# Settings of a classification head, which did not exist either.
+HEAD_SETTINGS = ("head_lr",)
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
+    "head": HEAD_SETTINGS,
     "tuned": ("backbone_lr", "backbone_weight_decay"),
     "lora": ("lora_lr", "lora_rank", "lora_alpha", "lora_targets"),
 }
@@ -92,9 +96,12 @@ class TrainConfig:
         examples: Number of examples in ``[D:examples]``; fewer where they do not fit.
         leave_one_out: Whether a training record that is among the examples does not read itself there.
         values_only: Whether the keys of a block of deep slots stay as they start.
+        deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
+            halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
-        tune: ``frozen`` trains the slots alone, ``tuned`` also every weight of the backbone, ``lora`` also small
-            adapters on its linear layers.
+        tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
+            weight of the backbone, ``lora`` also small adapters on its linear layers.
+        head_lr: Peak learning rate of a classification head.
         backbone_lr: Peak learning rate of the backbone's weights, for ``tuned``.
         backbone_weight_decay: Of AdamW for the backbone's matrices, for ``tuned``; biases and norms do not decay.
         lora_lr: Peak learning rate of adapters.
@@ -137,8 +144,10 @@ class TrainConfig:
     examples: int = 16
     leave_one_out: bool = True
     values_only: bool = False
+    deep_dtype: DeepDtype = "float32"
     starts: int = 1
     tune: Tune = "frozen"
+    head_lr: float = 1e-3
     backbone_lr: float = 3e-5
     backbone_weight_decay: float = 0.0
     lora_lr: float = 5e-4
@@ -174,7 +183,7 @@ class TrainConfig:
         self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
         self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
-        for name in ("lr", "deep_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
+        for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
             self._require(name, 0 <= getattr(self, name) <= sys.float_info.max, "a number from 0")
@@ -184,6 +193,7 @@ class TrainConfig:
         for name, choices in (
             ("encoder", get_args(EncoderKind)),
             ("deep_encoder", get_args(DeepEncoderKind)),
+            ("deep_dtype", get_args(DeepDtype)),
             ("start", get_args(RandomStart)),
             ("tune", get_args(Tune)),
             ("keep", get_args(Keep)),

@@ -63,6 +63,10 @@ class TrainingError(PTuningError):
     """A training run cannot start, go on or be resumed."""
 
 
+class WorkerError(PTuningError):
+    """Workers cannot be started or reached, or cannot do the work: no engine, no room, another version or backbone."""
+
+
 class ExchangeError(PTuningError):
     """A prompt cannot be written in the form of another program, or read from it, or is not the same there."""
 

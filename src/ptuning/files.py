@@ -12,8 +12,10 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+# A half-made file or folder of another machine that is older than this was left behind by a killed process.
+STALE_SECONDS = 3600.0
 HASHED_BYTES = 2**22  # how much of a large file is read at a time
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
@@ -180,14 +184,37 @@ def file_error(action: str, path: Path, error: OSError) -> FileError:
     return FileError(f"cannot {action} {path}: {reason}; {hint}")
 
 
+@functools.cache
+def _host() -> str:
+    """Return eight digits that stand for this machine: several may write into one folder that they share."""
+    return sha256(socket.gethostname().encode())[:8]
+
+
 def new_path(path: Path) -> Path:
-    """Return a temporary path beside a path, which nobody can guess and :func:`is_temporary` knows."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    """Return a temporary path beside a path, with this machine and what nobody can guess in its name, which
+    :func:`is_temporary` knows.
+    """
+    return path.with_name(f".{path.name}.{_host()}-{secrets.token_hex(8)}.tmp")
 
 
 def is_temporary(name: str, of: str) -> bool:
-    """Whether a name has exactly the form of :func:`new_path` for a path whose name matches a regular expression."""
-    return re.fullmatch(rf"\.({of})\.[0-9a-f]{{16}}\.tmp", name) is not None
+    """Whether a name has exactly the form of :func:`new_path`, or that of older releases, for a path whose name matches
+    a regular expression.
+    """
+    return re.fullmatch(rf"\.({of})\.([0-9a-f]{{8}}-)?[0-9a-f]{{16}}\.tmp", name) is not None
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a temporary file or folder was left by a killed process: what another machine made may still be written,
+    until it is old.
+    """
+    found = re.search(r"\.([0-9a-f]{8})-[0-9a-f]{16}\.tmp$", path.name)
+    if found is None or found[1] == _host():
+        return True
+    try:
+        return time.time() - path.lstat().st_mtime >= STALE_SECONDS
+    except OSError:  # it is gone
+        return False
 
 
 @contextlib.contextmanager

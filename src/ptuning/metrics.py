@@ -277,6 +277,9 @@ TASK_SCORE = "score"  # the mean of a task's own metrics, which a mean over task
 SCORES = (TASK_SCORE, *METRICS)
 RESULT_SCORES = (TASK_SCORE, *sorted(METRICS, key=lambda name: not METRICS[name].by_default))
 TASK_METRICS = tuple(name for name, metric in METRICS.items() if metric.in_task_files)
+# Scores of written texts (``texts/table.py``) that go up to 100, as their libraries have them; all others go up to 1.
+UP_TO_100 = ("bleu", "bleu-lc", "chrf", "chatglm-bleu-4", "chatglm-rouge-1", "chatglm-rouge-2", "chatglm-rouge-l")
+LOWER_IS_BETTER = ("invented",)
 
 
 def score_values(
@@ -309,10 +312,20 @@ def called(score: str) -> str:
     return METRICS[score].shown_as if score in METRICS else score.replace("_", " ")
 
 
+def most_of(score: str) -> float:
+    """Return the most that a score can be."""
+    return 100.0 if score in UP_TO_100 else 1.0
+
+
+def best_of(score: str, values: Iterable[float]) -> float:
+    """Return the best of the values of a score."""
+    return min(values) if score in LOWER_IS_BETTER else max(values)
+
+
 def in_order(scores: Iterable[str]) -> list[str]:
-    """Return names of scores, each once, in the order of tables; unknown ones last, in alphabetical order."""
-    present = set(scores)
-    return [name for name in SCORES if name in present] + sorted(present - set(SCORES))
+    """Return names of scores, each once, in the order of tables; those of texts last, as they are given."""
+    present = dict.fromkeys(scores)
+    return [name for name in SCORES if name in present] + [name for name in present if name not in SCORES]
 
 
 def primary(scores: Iterable[str]) -> str:

@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptuning.errors import FileError
 from ptuning.files import (
     file_error,
+    is_abandoned,
     is_temporary,
     make_folder,
     open_regular,
@@ -52,7 +54,7 @@ UNLABELLED_FILE = "unlabelled.jsonl"
 ALL_METHODS = "all"
 MAJORITY, MANUAL, LEARNED = "majority", "manual", "p-tuning"
 # Setting "tune" -> what is added to the name of a method that trains the backbone as well.
-ALONG: Mapping[str, str] = {"frozen": "", "tuned": "+fine-tuning", "lora": "+lora"}
+ALONG: Mapping[str, str] = {"frozen": "", "head": "+head", "tuned": "+fine-tuning", "lora": "+lora"}
 # Added to the name of a method that ran on a backbone with random weights.
 RANDOM_WEIGHTS = "@random-weights"
 
@@ -90,6 +92,7 @@ class Owned:
 
 NOT_EMPTY = "{folder} exists and is not empty; choose another folder"
 HEAD_BYTES = 2**16
+LOCK_SECONDS = 0.2  # between two looks at a lock
 MAX_MANIFEST_BYTES = 2**24  # the template, the label words and the task file of a prompt are in it
 # What pages begin with, somewhere in their first lines.
 PAGE_MARKS = {
@@ -166,7 +169,8 @@ COMPARISON = Owned(
 
 def fleet_layout(names: Iterable[str]) -> Owned:
     """Return the layout of the folder of a fleet with prompts of these names."""
-    folders = {CHECKPOINT_FOLDER: FLEET_CHECKPOINT, **dict.fromkeys(names, RUN)}
+    checkpoints = dict.fromkeys((CHECKPOINT_FOLDER, f"{CHECKPOINT_FOLDER}-#"), FLEET_CHECKPOINT)
+    folders = {**checkpoints, **dict.fromkeys(names, RUN)}
     return Owned({FLEET_FILE: _keys("format_version", "command")}, folders=folders, left=(LOG_FOLDER,))
 
 
@@ -312,8 +316,10 @@ def remove(folder: Path, layout: Owned) -> None:
 
 
 def sweep(folder: Path, layout: Owned) -> None:
-    """Remove half-written files that killed processes left in a folder and in its folders."""
-    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp")
+    """Remove half-written files that killed processes left in a folder and in its folders; those that another machine
+    may still write stay.
+    """
+    delete(path for path in survey(folder, layout).temporary if path.suffix == ".tmp" and is_abandoned(path))
 
 
 def delete(paths: Iterable[Path]) -> None:
@@ -358,19 +364,37 @@ def check_free(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one thread of one process at a time into the block, where the system can lock a folder."""
+def locked(folder: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Let one thread of one process at a time into the block, where the system can lock a folder. ``waiting`` is called
+    again and again while another one is in it; what it raises ends the waiting.
+    """
     handle = None
     with contextlib.suppress(ImportError, OSError):
-        import fcntl
+        import fcntl  # noqa: F401  # Windows has none
 
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
     try:
+        if handle is not None:
+            _lock(handle, waiting)
         yield
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _lock(handle: int, waiting: Callable[[], None] | None) -> None:
+    import fcntl
+
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if waiting is not None else 0))
+            return
+        except BlockingIOError:
+            assert waiting is not None
+            waiting()
+            time.sleep(LOCK_SECONDS)
+        except OSError:  # a file system without locks
+            return
 
 
 @contextlib.contextmanager

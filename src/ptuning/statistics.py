@@ -20,7 +20,7 @@ BOOTSTRAP_BATCH_VALUES = 2_000_000
 FEW_VALUES = 30
 FEWEST_PAIRS = 5  # of a rank correlation: two pairs always have 1 or -1
 ROUNDING = 1e-9  # differences below this are those of sums of fractions
-SCORE_BOUNDS, DIFFERENCE_BOUNDS = (0.0, 1.0), (-1.0, 1.0)
+SCORE_BOUNDS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,22 @@ def summary(seeds: Sequence[Values], *, most: float = SCORE_BOUNDS[1]) -> Score:
     )
 
 
-def difference(left: Sequence[Values], right: Sequence[Values]) -> Score:
-    """Return the difference of two methods' mean scores on the same rows, with the 95 % interval of the paired one."""
+def difference(left: Sequence[Values], right: Sequence[Values], *, most: float = SCORE_BOUNDS[1]) -> Score:
+    """Return the difference of two methods' mean scores on the same rows, with the 95 % interval of the paired one.
+    Scores lie between 0 and ``most``.
+    """
     import numpy as np
 
     if not any(isinstance(values, Ratios | Sums | Blend) for values in (*left, *right)):
-        return mean_difference((np.array(left).mean(axis=0) - np.array(right).mean(axis=0)).tolist())
+        apart_by_row = (np.array(left).mean(axis=0) - np.array(right).mean(axis=0)).tolist()
+        return mean_difference(apart_by_row, most=most)
 
     def apart(weights: np.ndarray) -> np.ndarray:
         means = [np.mean([_over(values, weights) for values in seeds], axis=0) for seeds in (left, right)]
         found: np.ndarray = means[0] - means[1]
         return found
 
-    return _resampled(apart, rows_of(left[0]), DIFFERENCE_BOUNDS)
+    return _resampled(apart, rows_of(left[0]), (-most, most))
 
 
 def blend(parts: Sequence[Sequence[float] | Ratios]) -> Values:
@@ -226,9 +229,9 @@ def mean_score(values: Sequence[float], *, bounds: tuple[float, float] = SCORE_B
     return Score(mean, float(found.low), float(found.high), len(array))
 
 
-def mean_difference(values: Sequence[float]) -> Score:
+def mean_difference(values: Sequence[float], *, most: float = SCORE_BOUNDS[1]) -> Score:
     """Return the mean difference of two methods on the same rows or tasks; the interval is :func:`mean_score`'s."""
-    return mean_score(values, bounds=DIFFERENCE_BOUNDS)
+    return mean_score(values, bounds=(-most, most))
 
 
 def _array(values: Sequence[float]) -> np.ndarray:

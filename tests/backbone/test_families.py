@@ -28,8 +28,9 @@ from ptuning.engine.writing.ending import OpenRow, Written
 from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import BackboneError, TemplateError
 from ptuning.names import PREDICTIONS_FILE
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
 from ptuning.template.example import Example
 from ptuning.template.segments import FILLS_MASKS

@@ -13,10 +13,12 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.probes import check_reading
+from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
-from tests.conftest import make_tokenizer
+from ptuning.training.run import train
+from tests.conftest import RECORDS, WARM, make_tokenizer
 from tests.families import BART, BERT, GPT, GROUPED, POSITIONS, ROBERTA, SMALL, built, model_of, tokenizer_of
 
 
@@ -200,3 +202,42 @@ def test_a_model_whose_embeddings_are_no_tensor() -> None:
     config = transformers.IBertConfig(vocab_size=len(tokenizer_of("roberta")), **ROBERTA)
     with pytest.raises(BackboneError, match=r"embeddings of IBertForMaskedLM are not a tensor \(tuple\).*use another"):
         made(transformers.IBertForMaskedLM, config, "roberta")
+
+
+def test_slots_of_every_family_get_gradients(backbone: Backbone) -> None:
+    """Nothing about the model changes while it is tried, not even the numbers that are drawn next."""
+    before = torch.random.get_rng_state()
+    with torch.no_grad():
+        assert backbone.passes_gradients
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (torch.round, "gives the first token of a row no gradient, so slots would stay as they start"),
+        (lambda one: one * float("nan"), "NaN or infinite"),
+    ],
+)
+def test_a_model_whose_layers_pass_no_gradient(causal: Backbone, spoilt: Any, message: str) -> None:
+    """Rounded products (weights and activations in 8 bits) have a gradient that is zero everywhere. At the position
+    that is scored it is not: the residual stream goes past the layers. Nothing said so, and slots stayed as they were.
+    """
+    for layer in causal.model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            part.register_forward_hook(
+                lambda _module, _inputs, found: (
+                    (spoilt(found[0]), *found[1:]) if isinstance(found, tuple) else spoilt(found)
+                )
+            )
+    with pytest.raises(BackboneError, match=message):
+        _ = causal.passes_gradients
+    with pytest.raises(BackboneError, match=message):
+        train(WARM, RECORDS, backbone=causal, config=TrainConfig(epochs=1))
+
+
+def test_a_model_that_detaches_what_it_returns(causal: Backbone) -> None:
+    causal.model.model.norm.register_forward_hook(lambda _module, _inputs, found: found.detach())
+    with pytest.raises(BackboneError, match=r"llama: LlamaForCausalLM cannot be trained through: .*--quantize"):
+        _ = causal.passes_gradients

@@ -21,7 +21,6 @@ from ptuning.backbone.sources import (
     BACKBONE,
     KNOWN,
     MANIFEST,
-    STALE_SECONDS,
     GgufWeights,
     LoadOptions,
     cached_folder,
@@ -30,6 +29,7 @@ from ptuning.backbone.sources import (
     is_cached,
 )
 from ptuning.errors import BackboneError, FileError
+from ptuning.files import STALE_SECONDS
 
 
 @pytest.fixture

@@ -325,7 +325,7 @@ def test_a_changed_config_of_adapters(causal: Backbone, tmp_path: Path) -> None:
 def test_what_is_said_of_files_is_checked(causal: Backbone, tmp_path: Path) -> None:
     about = TrainedWeights.of(moved(causal), causal, tune="tuned", keep="difference").save(tmp_path)
     changes: list[tuple[dict[str, Json], str]] = [
-        ({"tune": "frozen"}, "'tune' must be one of tuned, lora, and is \"frozen\""),
+        ({"tune": "frozen"}, "'tune' must be one of head, tuned, lora, and is \"frozen\""),
         ({"keep": "some"}, "'keep' must be one of difference, whole"),
         ({"sha256": None}, "'sha256' must be a table"),
         ({"sha256": {}}, f"the sha256 of {DIFFERENCE_FILE} is missing"),

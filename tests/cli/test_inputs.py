@@ -16,7 +16,8 @@ from ptuning.data.relations import read_relations
 from ptuning.data.task_files import TaskFile, find_split
 from ptuning.errors import BackboneError, ConfigError, FileError, PTuningError, RecordError
 from ptuning.prompt.asked import ToAnswer
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import require_fields
 from ptuning.report.results_file import read_results
 from ptuning.template.language import Template

@@ -10,6 +10,7 @@ import pytest
 
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names, shipped_tasks
 from ptuning.errors import FileError, RecordError, TaskError
+from ptuning.records import references_of
 
 SUPERGLUE = ("BoolQ", "CB", "COPA", "MultiRC", "ReCoRD", "RTE", "WiC", "WSC")
 # One row of each layout, as the data files have it.
@@ -121,6 +122,46 @@ def test_a_minimal_file_gets_its_learned_template_from_the_manual_one() -> None:
     assert [str(one) for one in task.learned] == ["{text} [P:It was] [Y]."]
     assert (task.metrics, task.calibrate, task.normalise) == (("accuracy",), False, "sum")
     assert task.read_rows([{"text": "a", "label": "bad", "other": [1]}])[0].record == {"text": "a", "y": "bad"}
+
+
+WRITES = """
+name = "mine"
+version = "1"
+label = "ref"
+gather = true
+metrics = ["bleu", "coverage", "bleu"]
+[[patterns]]
+manual = "{text} In a sentence: [Y]"
+"""
+
+
+def test_a_task_of_texts_has_their_metrics_and_several_references() -> None:
+    task = TaskFile.parse(WRITES)
+    assert (task.text_metrics, task.answer_metrics) == (("bleu", "coverage"), ())
+    assert (TaskFile.parse(MINIMAL).text_metrics, TaskFile.parse(MINIMAL).answer_metrics) == ((), ("accuracy",))
+    rows = task.read_rows([{"text": "a", "ref": one} for one in ("A.", "The a.")] + [{"text": "b", "ref": "B."}])
+    scored = task.to_score(rows)
+    assert [references_of(row.record) for row in rows] == [("A.",), ("The a.",), ("B.",)]
+    assert [references_of(row.record) for row in scored] == [("A.", "The a."), ("B.",)]
+    plain = TaskFile.parse(WRITES.replace("gather = true\n", ""))
+    assert plain.to_score(rows) is rows
+    listed = TaskFile.parse(WRITES.replace('"ref"', '"refs[]"'))
+    found = listed.read_rows([{"text": "a", "refs": ["A. ", "The a.", "A."]}, {"text": "b", "refs": ["B."]}])
+    assert [references_of(row.record) for row in found] == [("A.", "The a."), ("B.",)]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (MINIMAL.replace("[labels]", 'metrics = ["bleu"]\n[labels]'), "labels or choices writes no texts. Known: acc"),
+        (MINIMAL.replace("[labels]", "gather = true\n[labels]"), "'gather' is for texts with several references"),
+        (WRITES.replace('"coverage"', '"f1"'), "name bleu, which is for texts, and f1, which is for right and wrong"),
+        (WRITES.replace('"coverage"', '"coverag"'), "unknown metric 'coverag'. Did you mean 'coverage'"),
+    ],
+)
+def test_mistakes_in_a_task_of_texts(written: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        TaskFile.parse(written)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from ptuning.doctor.checks import Check
 from ptuning.files import sha256
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
 from ptuning.prompt.asked import ToAnswer, typed_fields
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
 from tests.conftest import WARM, learned

@@ -18,6 +18,7 @@ import ptuning.engine.batch as batch_module
 import ptuning.engine.passes as model_module
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import MAX_BATCH_POSITIONS, MAX_BATCH_TOKENS, MAX_CACHED_TOKENS, batches, collate
+from ptuning.engine.ceiling import measure_ceiling
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import inputs_of
@@ -26,7 +27,6 @@ from ptuning.errors import PromptError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.example import Example
-from ptuning.training.step import measure_ceiling
 from tests.conftest import CAUSAL, RECORDS, bound, items_of, learned, plain_logits, spoken
 
 TEMPLATES = (

@@ -7,13 +7,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from ptuning.engine.processes import processes
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.engine.processes import TORCHRUN, DataRanks, _on_processors, processes
 from ptuning.errors import TrainingError
+from ptuning.training.run import train
+from tests.conftest import RECORDS, WARM
 
 
 @pytest.fixture
@@ -74,3 +80,40 @@ def test_threads_see_whole_processes_and_a_whole_environment(monkeypatch: pytest
         over.set()
         watcher.join()
     assert not missed
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_process_that_believes_it_is_alone_trains_nothing(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate sees one process on a processor unless it is told: two of them used to train one run in one folder."""
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(TrainingError, match=r"2 processes were started, and accelerate sees 1.*ACCELERATE_USE_CPU"):
+            train(WARM, RECORDS, backbone=causal, out=tmp_path / "run", config=TrainConfig(epochs=1))
+    assert not (tmp_path / "run").exists()
+    assert processes().num_processes == 1
+
+
+@pytest.mark.parametrize(("told", "expected"), [({}, False), ({TORCHRUN: "none"}, True)])
+def test_processes_of_torchrun_meet_on_processors_where_there_is_no_gpu(
+    told: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was asked for counts more, and variables that stayed in a shell do not start anything."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _on_processors() is expected
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not _on_processors()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert _on_processors()
+
+
+def test_rows_are_spread_over_ranks_and_one_rank_sends_nothing() -> None:
+    rows = list(range(7))
+    parts = [DataRanks(rank, 3).own(rows) for rank in range(3)]
+    assert sorted(row for part in parts for row in part) == rows
+    one = torch.ones(2)
+    assert DataRanks().sum([one])[0] is one

@@ -13,11 +13,16 @@ import pytest
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.splits import split_records
-from ptuning.errors import RecordError, TemplateError
+from ptuning.data.task_files import TaskFile
+from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.experiment.compare import compare
-from ptuning.records import Record, Records
+from ptuning.experiment.merge import merged
+from ptuning.experiment.superglue import superglue
+from ptuning.records import Record, Records, references_of
+from ptuning.report.cell_files import read_answers
 from ptuning.report.results_file import Results
 from ptuning.template.language import Template
+from ptuning.texts.table import score_texts
 
 WORDS = ("yes", "good", "great", "bad")
 ROWS = [{"sub_label": f"Kenya {at}", "obj_label": WORDS[at % 4]} for at in range(20)]
@@ -116,3 +121,105 @@ def test_the_template_to_learn_is_made_of_the_manual_one(causal: Backbone, tmp_p
     told = info(run_compare(causal, tmp_path / "out", name="mine"), "mine")
     assert (told["manual"], told["template"]) == (MANUAL, str(Template.from_manual(MANUAL)))
     assert told["rows"] == 24
+
+
+# Five contents with two texts each, a row for each text, as E2E has them.
+TEXTS = [
+    {"content": f"name[Place {at}], area[{area}]", "kind": "ab"[at % 2], "y": text}
+    for at, area in enumerate(("city", "river", "hill", "city", "coast"))
+    for text in (f"Place {at} is in the {area}.", f"There is Place {at} near the {area}.")
+]
+WRITTEN: dict[str, Any] = {
+    "data": TEXTS, "dev": TEXTS, "test": TEXTS, "manual": "{content} : [Y]", "metrics": "coverage,bleu",
+}  # fmt: skip
+
+
+def test_texts_are_scored_by_metrics_with_all_references(causal: Backbone, tmp_path: Path) -> None:
+    found = run_compare(causal, tmp_path, **WRITTEN, methods="majority,manual", gather=True)
+    rows = list(read_answers(tmp_path / "cells/task/manual/seed-0/predictions.jsonl"))
+    records = [row.record for row in rows]
+    assert [len(references_of(one)) for one in records] == [2] * 5
+    expected = score_texts([row.answer.text for row in rows], records, ["coverage", "bleu"])
+    own = found.tasks["task"]["manual"]
+    assert list(own) == ["coverage", "invented", "bleu"]
+    for name, one in expected.items():
+        assert (own[name].value, own[name].low, own[name].high, own[name].n) == tuple(vars(one.score).values())
+    assert (found.primary, found.settings["choose_by"]) == ("coverage", "coverage")
+    assert found.differences["majority - manual"].keys() == own.keys()
+    said = info(found)
+    assert said["text_metrics"] == ["coverage", "bleu"]
+    assert said["signatures"] == {"bleu": expected["bleu"].signature}
+    assert "nrefs:2" in said["signatures"]["bleu"]
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "bleu: nrefs:2" in report
+    assert f" {own['bleu'].value:.1f} " in report  # of 100, so no percentage
+    again = run_compare(causal, tmp_path, **WRITTEN, methods="majority,manual", gather=True)
+    assert again.to_json() == found.to_json()
+    assert merged([tmp_path]).tasks == found.tasks
+
+
+def test_scores_are_told_apart_by_a_field(causal: Backbone, tmp_path: Path) -> None:
+    found = run_compare(causal, tmp_path, **WRITTEN, methods="majority", by="kind")
+    rows = list(read_answers(tmp_path / "cells/task/majority/seed-0/predictions.jsonl"))
+    assert list(found.by_value) == ["a", "b"]
+    for kind, scores in found.by_value.items():
+        own = [row for row in rows if row.record["kind"] == kind]
+        expected = score_texts([row.answer.text for row in own], [row.record for row in own], ["coverage"])["coverage"]
+        assert (scores["majority"]["coverage"].value, scores["majority"]["coverage"].n) == (
+            expected.score.value, len(own)
+        )  # fmt: skip
+    assert "coverage by kind, a field of the test records" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    ranked = run_compare(causal, tmp_path / "ranked", by="y", methods="majority")
+    assert {name: one["majority"]["p_at_1"].value for name, one in ranked.by_value.items()} == {
+        word: float(word == min(WORDS)) for word in sorted({row["y"] for row in FACTS[18:]})
+    }
+    assert "by_value" not in run_compare(causal, tmp_path / "plain").to_json()
+    with pytest.raises(RecordError, match="no text in the field 'digits'"):
+        run_compare(causal, tmp_path / "refused", by="digits")
+
+
+def test_tries_and_epochs_are_chosen_by_the_first_metric(causal: Backbone, tmp_path: Path) -> None:
+    config = TrainConfig(epochs=1, batch_size=4)
+    asked = {**WRITTEN, "metrics": "chrf"}
+    run_compare(causal, tmp_path, **asked, methods="p-tuning", config=config, tries=2)
+    tuned = json.loads((tmp_path / "cells/task/p-tuning/seed-0/run.json").read_text("utf-8"))
+    for number, one in enumerate(tuned["tried"], start=1):
+        run = json.loads((tmp_path / f"cells/task/p-tuning/seed-0/try-{number}/run.json").read_text("utf-8"))
+        epochs = [run["start"], *run["history"]]
+        assert one["dev_score"] == epochs[run["chosen_epoch"]]["dev_chrf"]
+
+
+def test_metrics_for_texts_that_do_not_fit_are_refused(causal: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\(--metrics\) are for answers that are written.* are labels or choices"):
+        run_compare(causal, tmp_path, labels=";".join(WORDS), metrics="exact")
+    with pytest.raises(ConfigError, match="those here are of a vocabulary"):
+        run_compare(causal, tmp_path, vocabulary="objects", metrics="exact")
+    with pytest.raises(ConfigError, match=r"references \(--gather\) are for answers that are written"):
+        run_compare(causal, tmp_path, labels=";".join(WORDS), gather=True)
+    with pytest.raises(ConfigError, match="unknown metric 'blue'"):
+        run_compare(causal, tmp_path, metrics="blue")
+    with pytest.raises(RecordError, match="'coverage' reads attributes"):
+        run_compare(causal, tmp_path, metrics="coverage")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_task_file_brings_its_metrics_and_gathers(causal: Backbone, tmp_path: Path) -> None:
+    task = TaskFile.parse(
+        'name = "texts"\nversion = "1"\nlabel = "ref"\ngather = true\nmetrics = ["coverage"]\n'
+        '[[patterns]]\nmanual = "{content} : [Y]"\n'
+    )
+    rows = task.read_rows([{"content": row["content"], "ref": row["y"]} for row in TEXTS])
+    found = run_compare(
+        causal, tmp_path, data=rows, dev=None, test=rows, task=task, manual=task.manual[0], template=task.learned[0]
+    )
+    assert list(found.tasks["task"]["majority"]) == ["coverage", "invented"]
+    assert found.tasks["task"]["majority"]["coverage"].n == 5
+    data = info(found)["data"]
+    assert (data["train"]["rows"], data["dev"]["rows"], data["test"]["rows"]) == (8, 1, 5)
+    with pytest.raises(ConfigError, match=r"texts is scored by metrics for texts .* compare --task"):
+        superglue(tmp_path, tasks=[str(file_of(task, tmp_path))], backbone=causal, out=tmp_path / "glue")
+
+
+def file_of(task: TaskFile, folder: Path) -> Path:
+    (folder / "texts.toml").write_text(task.text, encoding="utf-8")
+    return folder / "texts.toml"

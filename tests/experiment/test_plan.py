@@ -64,9 +64,9 @@ def test_methods_stand_in_the_order_of_the_tables(causal: Backbone) -> None:
 
     assert Plan("paraphrases", Path("out"), causal).method_names == ["manual", "p-tuning"]
     assert names("p-tuning, manual,manual,") == names(["p-tuning", "manual"]) == ["manual", "p-tuning"]
-    assert names("all") == names(["all"]) == list(METHODS)
-    controls = [f"{name}@random-weights" for name in list(METHODS)[4:]]
-    assert names("all", control=True) == [*METHODS, *controls]
+    assert names("all") == names(["all"]) == METHODS.every
+    controls = [f"{name}@random-weights" for name in METHODS.every[4:]]
+    assert names("all", control=True) == [*METHODS.every, *controls]
     assert names("manual,p-tuning", control=True) == ["manual", "p-tuning", "p-tuning@random-weights"]
     # A control that is asked for by name is not controlled once more.
     one = "p-tuning@random-weights"

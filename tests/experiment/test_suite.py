@@ -19,10 +19,10 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError, TrainingError
-from ptuning.experiment.cells import CellJob
+from ptuning.experiment.cells import CellJob, mean_seconds
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
-from ptuning.experiment.suite import Suite, mean_seconds
+from ptuning.experiment.suite import Suite
 from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
 from ptuning.method.registry import METHODS

@@ -40,10 +40,12 @@ from ptuning.doctor.remote import Remote, RemoteAnswer
 from ptuning.doctor.server import check_server
 from ptuning.errors import PTuningError, TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
+from ptuning.experiment.forecast import Paper
 from ptuning.files import parse_toml, sha256, write_bytes
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import as_records, references_of, require_fields
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
@@ -59,6 +61,8 @@ from ptuning.texts.table import TEXT_METRICS, value_of_texts
 from ptuning.training.fleet_file import read_fleet
 from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
+from ptuning.workers.crew import Workers
+from ptuning.workers.units import Unit, WorkPart
 from tests.conftest import make_model
 from tests.fuzz.strange import (
     as_json,
@@ -609,6 +613,20 @@ def written_texts(draw: Draw) -> None:
             tried(value_of_texts, written, records, name)
 
 
+def divisions(draw: Draw) -> None:
+    """How a command is divided: parts, workers, addresses, and constants of a plan."""
+    part = tried(WorkPart.parse, draw(changed_text("3/16") | texts))
+    if part is not None:
+        assert WorkPart.parse(str(part)) == part
+        tried(part.share, [Unit(str(at), (str(at),)) for at in range(draw(st.integers(0, 20)))])
+    number = st.integers(-3, 3) | st.floats()
+    count = draw(st.none() | st.integers(-3, 10**30))
+    tried(Workers, count, draw(st.none() | texts), draw(st.none() | number))
+    paper = tried(Paper, draw(number | st.just(7e9)), constants={draw(texts | st.just("layer_seconds")): draw(number)})
+    if paper is not None:
+        tried(paper.to_json, [draw(st.integers(-3, 10**9))])
+
+
 def kept_texts(draw: Draw) -> None:
     """What a stopped run of `generate` has left, damaged."""
     lines = [{"lines of": {"records": 2}}, {"record": {"x": "Kenya"}, "predicted": "Nairobi"}]
@@ -629,6 +647,6 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
         task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
-        servers, written_texts, kept_texts,
+        servers, written_texts, kept_texts, divisions,
     )
 }  # fmt: skip

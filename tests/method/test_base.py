@@ -67,20 +67,28 @@ def test_the_control_of_a_trained_method() -> None:
         mine.find("learn@random-weights")
 
 
+def test_what_people_call_a_method_finds_it() -> None:
+    assert METHODS.find("lora") is METHODS["manual+lora"]
+    assert METHODS.find("lora lora_rank=4").name == "manual+lora lora_rank=4"
+    assert METHODS.find("lora@random-weights").name == "manual+lora@random-weights"
+
+
 def test_the_methods_of_the_paper() -> None:
     assert list(methods) == [
         "majority", "manual", "manual-restricted", "in-context",
         "p-tuning", "fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning", "manual+lora", "p-tuning+lora",
-        *KINDS,
+        *KINDS, "p-tuning+head", "p-tuning-v2+head",
     ]  # fmt: skip
+    assert methods.every == list(methods)[:-2]
     assert [name for name, method in methods.items() if method.trained] == list(methods)[4:]
     assert [name for name, method in methods.items() if not method.seeded] == list(methods)[:3]
     assert [name for name, method in methods.items() if method.learns_slots] == [
-        "p-tuning", "p-tuning+fine-tuning", "p-tuning+lora", *KINDS,
+        "p-tuning", "p-tuning+fine-tuning", "p-tuning+lora", *KINDS, "p-tuning+head", "p-tuning-v2+head",
     ]  # fmt: skip
     assert {name: method.tune for name, method in methods.items() if method.trained} == {
         "p-tuning": "frozen", "fine-tuning": "tuned", "manual+fine-tuning": "tuned", "p-tuning+fine-tuning": "tuned",
         "manual+lora": "lora", "p-tuning+lora": "lora", **dict.fromkeys(KINDS, "frozen"),
+        "p-tuning+head": "head", "p-tuning-v2+head": "head",
     }  # fmt: skip
     assert list(KINDS) == ["prompt-tuning", "prefix-tuning", "p-tuning-v2", "context-tuning", "hybrid"]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import HEAD
+from ptuning.backbone.trained_weights import Head, with_head
 from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
@@ -19,7 +20,7 @@ from ptuning.engine.objective import class_scores, inputs_of, score_choices
 from ptuning.engine.passes import target_logits
 from ptuning.errors import BackboneError
 from ptuning.method.base import Setup, Task
-from ptuning.method.classification_head import Head, HeadModel, head_items, head_template, with_head
+from ptuning.method.classification_head import HeadModel, head_items, head_template
 from ptuning.method.registry import methods
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate

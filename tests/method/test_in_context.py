@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,31 @@ def test_number_and_draw_are_chosen_by_the_development_score(causal: Backbone, m
     assert len(examples_in(found)) == 4  # of equal scores the first, which has fewer examples
     tried: Any = found.record["tried"]
     assert len(tried) == 12
+
+
+def test_texts_are_chosen_by_their_first_metric_on_as_many_records_as_a_training_writes(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of hits is 0 for all."""
+    asked: list[int] = []
+
+    def solution(_: Task, __: Setup, template: Template, *, closed: object) -> Solution:
+        longer = str(template).count("\n") == 4
+
+        def answer(questions: Questions) -> list[Answer]:
+            asked.append(len(questions))
+            return [Answer(f"so {row.record['y']}" if longer else "nothing", hit=False) for row in questions]
+
+        return Solution(answer)
+
+    monkeypatch.setattr(in_context_module, "prompt_solution", solution)
+    monkeypatch.setattr(in_context_module, "example_counts", lambda *_: (1, 4))
+    monkeypatch.setattr(in_context_module, "JUDGED_RECORDS", 2)
+    found = in_context(replace(task(), text_metrics=("chrf", "exact")), Setup(causal))
+    chosen: Any = found.record["chosen"]
+    assert chosen["settings"] == {"examples": 4, "draw": 0}
+    assert 10 < chosen["dev_score"] <= 100
+    assert set(asked) == {2}
 
 
 def test_a_draw_that_does_not_fit_says_nothing_of_the_next(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

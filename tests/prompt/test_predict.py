@@ -26,9 +26,10 @@ from ptuning.engine import batch as batch_module
 from ptuning.engine.passes import target_logits
 from ptuning.engine.writing.continuation import Continuation
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, TemplateError
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record
 from ptuning.template.example import Example
 from ptuning.template.labels import LabelWords, Normalise

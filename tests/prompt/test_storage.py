@@ -28,8 +28,9 @@ from ptuning.config import TrainConfig
 from ptuning.data.task_files import load_task
 from ptuning.errors import FileError, PromptError
 from ptuning.names import CARD_FILE, MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.storage import DEEP_VERSION, REQUIRED_KEYS
 from ptuning.template.labels import LabelWords, Scoring
 from ptuning.template.language import Template
@@ -190,6 +191,32 @@ def test_deep_slots_come_back_in_a_format_of_their_own(causal: Backbone, deep: P
     model = PromptModel(causal)
     assert model.predict(RECORDS[:3], found) == model.predict(RECORDS[:3], str(again))
     assert found.without("slots").deep is None
+
+
+def test_deep_slots_of_bfloat16_take_half_and_answer_alike(causal: Backbone, deep: Path) -> None:
+    whole = Prompt.load(deep)
+    assert whole.deep is not None
+    half = replace(whole, deep=whole.deep.rounded(torch.bfloat16))
+    half.save(deep.parent / "half")
+    manifest = json.loads((deep.parent / "half" / MANIFEST_FILE).read_text(encoding="utf-8"))
+    assert (manifest["format_version"], manifest["deep"]["dtype"]) == (DEEP_VERSION, "bfloat16")
+    tensors = safetensors.torch.load_file(deep.parent / "half" / VECTORS_FILE)
+    assert {one.dtype for name, one in tensors.items() if name != VECTORS_KEY} == {torch.bfloat16}
+    assert tensors[VECTORS_KEY].dtype == torch.float32
+    found = Prompt.load(deep.parent / "half")
+    assert found.deep is not None
+    assert half.deep is not None
+    for name, one in found.deep.tensors.items():
+        assert one.dtype == torch.float32
+        assert torch.equal(one, half.deep.tensors[name])
+    found.save(deep.parent / "again")
+    assert (deep.parent / "again" / VECTORS_FILE).read_bytes() == (deep.parent / "half" / VECTORS_FILE).read_bytes()
+    model = PromptModel(causal)
+    exact, rounded = (model.target_logits(RECORDS, one)[0] for one in (whole, found))
+    assert 0 < float((exact - rounded).abs().max()) < 0.05 * float(exact.abs().max())
+    change(deep.parent / "half", deep={**manifest["deep"], "dtype": "int8"})
+    with pytest.raises(PromptError, match="float32, bfloat16"):
+        Prompt.load(deep.parent / "half")
 
 
 def test_a_damaged_layer_of_deep_slots(deep: Path) -> None:

@@ -31,7 +31,8 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.errors import FileError, PromptError, PTuningError
 from ptuning.files import read_bytes
 from ptuning.names import MANIFEST_FILE, VECTORS_FILE, VECTORS_KEY
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine.job import StoppedError
 from ptuning.serve.registry import (
     MAX_VECTORS_BYTES,

@@ -11,7 +11,8 @@ import torch
 
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError, RecordError, TemplateError
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.prompt import Prompt
 from ptuning.template.chat import DEFAULT_SYSTEM, chat_parts, chat_template
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate, TooLongError

@@ -14,6 +14,7 @@ import pytest
 
 from ptuning import files
 from ptuning.errors import ConfigError, FileError
+from ptuning.names import RUN, sweep
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -99,11 +100,11 @@ def test_a_file_of_a_temporary_name_is_neither_followed_nor_replaced(
     victim = tmp_path / "victim"
     victim.write_text("mine", encoding="utf-8")
     path = tmp_path / "a.json"
-    for name in (f".a.json.{os.getpid()}.tmp", ".a.json.0000000000000000.tmp"):
-        (tmp_path / name).symlink_to(victim)
+    (tmp_path / f".a.json.{os.getpid()}.tmp").symlink_to(victim)
     files.write_text(path, "new")
     assert not path.is_symlink()
     monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)
+    files.new_path(path).symlink_to(victim)
     with pytest.raises(FileError, match="cannot write"):
         files.write_text(path, "newer")
     assert (victim.read_text(encoding="utf-8"), path.read_text(encoding="utf-8")) == ("mine", "new")
@@ -287,3 +288,28 @@ def test_a_name_that_cannot_be_a_path_is_an_error_of_reading() -> None:
     for name in ("a\0b", "a" * 300):
         with pytest.raises(FileError, match="cannot read"):
             files.read_bytes(Path(name))
+
+
+def test_temporary_files_of_another_machine_are_spared_while_they_are_young(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several machines write into a folder that they share. Two processes of one number used to have one name for a
+    temporary file, and whoever came later removed what the other was writing.
+    """
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0" * 16)  # the same draws, as of two machines with one seed
+    files._host.cache_clear()
+    mine = files.new_path(tmp_path / "run.json")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("socket.gethostname", lambda: "elsewhere")
+        files._host.cache_clear()
+        other = files.new_path(tmp_path / "run.json")
+    files._host.cache_clear()
+    assert mine != other
+    for path in (mine, other):
+        path.touch()
+        assert files.is_temporary(path.name, "run.json")
+    sweep(tmp_path, RUN)
+    assert list(tmp_path.iterdir()) == [other]
+    os.utime(other, (0, 0))
+    sweep(tmp_path, RUN)
+    assert list(tmp_path.iterdir()) == []

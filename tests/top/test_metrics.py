@@ -187,7 +187,7 @@ learned = "[P:one] [X] [Y]"
         found = score_values(answers, rows, (name,))
         assert 0 < value_of(found[name]) <= 1
         assert called(name) == METRICS[name].shown_as
-    assert in_order(["zeta", *reversed(SCORES), "alpha"]) == [*SCORES, "alpha", "zeta"]
+    assert in_order(["zeta", *reversed(SCORES), "alpha"]) == [*SCORES, "zeta", "alpha"]
     assert called("some_score") == "some score"
 
 

@@ -57,3 +57,29 @@ def test_glm_4_learns_and_answers_with_its_chat_template(glm: Backbone) -> None:
     assert ending.is_own([5, user])
     (answer,) = PromptModel(glm).predict([{"messages": "the movie 3?"}], result.prompt)
     assert answer.text is not None
+
+
+@pytest.mark.parametrize("place", ["in front", "as the system text"])
+def test_deep_slots_and_a_conversation_in_one_template(glm: Backbone, place: str) -> None:
+    """What is supervised stays the answer and its end; the start is that of the words; it learns, answers, is saved."""
+    words = str(chat_template(glm.tokenizer, "so good"))
+    assert "[P:so good]" in words
+    deep = "[D*3]" + words.replace("[P:so good]", "so good")
+    if place == "as the system text":
+        deep = words.replace("[P:so good]", "[D:so good]")
+    config = TrainConfig(epochs=4, batch_size=4, lr=0.05, deep_lr=0.05, encoder="none", column_dropout=0.0)
+    found = train(deep, talks(), backbone=glm, config=config)
+    plain = train(words, talks(), backbone=glm, config=TrainConfig(epochs=1, encoder="none"))
+    losses = [float(one["dev_loss"]) for one in [found.record["start"], *found.record["history"]]]  # type: ignore[misc]
+    assert min(losses) < losses[0]
+    if place == "as the system text":
+        assert losses[0] == pytest.approx(float(plain.record["start"]["dev_loss"]), abs=1e-4)  # type: ignore[arg-type,call-overload,index]
+    assert found.prompt.deep is not None
+    assert found.prompt.deep.count == (3 if place == "in front" else len(plain.prompt.bind(glm).slot_start_ids))
+    record = talks()[0].record
+    own, other = (one.prompt.bind(glm).examples([record], with_stop=True)[0] for one in (found, plain))
+    assert own.target_ids == other.target_ids
+    model = PromptModel(glm)
+    together = model.predict([{"messages": "the movie 3?"}] * 2, [found.prompt, plain.prompt])
+    alone = model.predict([{"messages": "the movie 3?"}], found.prompt)[0]
+    assert together[0].text == alone.text

@@ -183,3 +183,17 @@ def test_progress_ends_where_it_was_to(causal: Backbone) -> None:
     estimate(WARM, RECORDS, backbone=causal, report=found.append)
     assert {one.stage for one in found} == {"estimate"}
     assert found[-1].done == found[-1].total == len(found)
+
+
+def test_deep_slots_in_front_cost_no_token_and_nothing_is_kept_behind_them(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
+    config = TrainConfig(epochs=1, batch_size=2)
+    plain = module.estimate_spec(TrainSpec("[X] is [P] [Y]", FACTS[:15], dev=FACTS[15:], config=config), causal)
+    deep = module.estimate_spec(TrainSpec("[D*9] [X] is [P] [Y]", FACTS[:15], dev=FACTS[15:], config=config), causal)
+    assert (plain.deep_in_front, deep.deep_in_front) == (0, 9)
+    assert plain.memory.constant_part > 0
+    assert deep.memory.constant_part == 0
+    assert deep.longest_pass[1] <= plain.longest_pass[1]
+    assert deep.to_json()["deep_in_front"] == 9

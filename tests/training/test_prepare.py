@@ -12,7 +12,8 @@ from ptuning.config import TrainConfig
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.backbone_id import BackboneId
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Records
 from ptuning.training.prepare import LONG_FIELD_TOKENS, Placement, place_slots, prepare
 from ptuning.training.spec import TrainSpec

@@ -1011,3 +1011,19 @@ def test_a_part_without_any_known_answer_is_an_error(masked: Backbone) -> None:
     rows: list[Record] = [{"x": "Kenya", "y": "yes"}, *({"x": f"Peru {at}", "y": "\U0001f642"} for at in range(3))]
     with pytest.raises(RecordError, match="the tokenizer knows no target of in memory"):
         run(masked, data=rows)
+
+
+def test_deep_slots_are_rounded_once_when_the_prompt_is_made(causal: Backbone, tmp_path: Path) -> None:
+    """What is returned, what is saved and what is loaded are the same numbers."""
+    template, settings = "[D*2] [X] is [D] [Y]", {**FAST, "deep_dtype": "bfloat16"}
+    config = TrainConfig.from_json(settings)
+    found = train(template, FACTS, backbone=causal, config=config, out=tmp_path / "half").prompt
+    whole = train(template, FACTS, backbone=causal, config=TrainConfig.from_json(FAST)).prompt
+    saved = Prompt.load(tmp_path / "half").deep
+    assert found.deep is not None
+    assert saved is not None
+    assert whole.deep is not None
+    assert saved.dtype == torch.bfloat16
+    for name, one in found.deep.tensors.items():
+        assert torch.equal(one, saved.tensors[name])
+        assert torch.equal(one, whole.deep.tensors[name].bfloat16().float())

@@ -23,7 +23,7 @@ from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.errors import ConfigError, PTuningError, RecordError, TrainingError
+from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
 from ptuning.progress import Interrupted, Progress
 from ptuning.prompt.predict import PromptModel
@@ -36,6 +36,7 @@ from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import Learner, Step
 from ptuning.training.train_fleet import FleetResult, train_fleet
 from ptuning.training.trainer import Trainer
+from ptuning.workers.units import Unit, held
 from tests.conftest import bound, items_of, make_model, small_memory
 from tests.processes import forked
 from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
@@ -317,6 +318,35 @@ def test_a_fleet_stops_between_passes_that_fill_the_prefix_cache(
     parts = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
     assert not parts.failed
+
+
+def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which prompts train together decides rounding, so it follows from the prompts, and not from who trains them."""
+    monkeypatch.setattr(runs, "UNIT_PROMPTS", 3)
+    units = runs.fleet_units(EVERY, at_once=3)
+    assert [unit.folders for unit in units] == [("plain", "late", "labels"), ("free", "parts"), ("starts", "dev")]
+    train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
+    for part in ("3/3", "1/3", "2/3"):
+        found = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part=part)
+        assert list(found.results) == list(units[int(part[0]) - 1].folders)
+        assert not (tmp_path / "parts" / FLEET_FILE).exists()
+    with pytest.raises(FileError, match="--resume"):
+        train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/3")
+    with pytest.raises(ConfigError, match="only 3 units to share"):
+        train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, part="1/4")
+    collected = train_fleet(EVERY, backbone=causal, out=tmp_path / "parts", at_once=3, resume=True)
+    assert list(collected.results) == [prompt.name for prompt in EVERY]
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
+    assert not list((tmp_path / "parts").glob("checkpoint*"))
+
+
+def test_two_processes_do_not_train_the_same_prompts(causal: Backbone, tmp_path: Path) -> None:
+    other, busy = Unit("other", ("plain",)), pytest.raises(TrainingError, match="another process trains prompts in")
+    with held(tmp_path, other, lambda: None), busy:
+        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, part="1/1")
+    assert list(train_fleet(EVERY[:1], backbone=causal, out=tmp_path, part="1/1").results) == ["plain"]
 
 
 def test_overwriting_a_stopped_fleet_begins_anew(causal: Backbone, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import inspect
 import math
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,17 +26,20 @@ from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import as_questions
 from ptuning.engine import batch as batch_module
 from ptuning.engine import evaluate, prefix_cache
+from ptuning.engine.ceiling import measure_ceiling
 from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices, target_items
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FILE
 from ptuning.progress import NUMBERS, Interrupted, Progress
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, as_records
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate
@@ -45,12 +48,12 @@ from ptuning.template.language import Template
 from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
-from ptuning.training.step import Chunk, Step, measure_ceiling
+from ptuning.training.step import Chunk, Step
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
 from tests.families import backbone_of
-from tests.processes import forked
+from tests.processes import forked, launched
 
 TEMPLATE = "[P*2] [X] [P:is] [Y]"
 FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
@@ -692,44 +695,89 @@ def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
     assert math.isclose(found.state.history[0]["train_loss"], expected, abs_tol=1e-5)
 
 
+# What several processes must learn as one does: settings, the template, and the numbers that a step sends around.
+SPREAD: dict[str, tuple[dict[str, Any], str, int]] = {
+    "lstm": ({"dropout": 0.2}, TEMPLATE, 3 * 32),
+    "none": ({"encoder": "none"}, TEMPLATE, 3 * 32),
+    "several batches a step": ({"dropout": 0.2, "batch_size": 1, "accumulation_steps": 3}, TEMPLATE, 3 * 3 * 32),
+    "without dropout": ({"batch_size": 1, "accumulation_steps": 3}, TEMPLATE, 3 * 32),
+    "deep": ({}, "[P*2] [X] [D:is] [Y]", 3 * 32 + 32),
+}
+
+
+def spread_trainer(backbone: Backbone, case: str, **more: Any) -> Trainer:
+    """Return the trainer of a case of :data:`SPREAD`."""
+    settings, template, _ = SPREAD[case]
+    config = TrainConfig.from_json({**FAST, **settings, **more})
+    return Trainer(backbone, bound(backbone, template), config=config)
+
+
+def fit_spread(backbone: Backbone, case: str, **more: Any) -> Trainer:
+    """Train a case of :data:`SPREAD`."""
+    found, items = spread_trainer(backbone, case, **more), items_of(backbone, SPREAD[case][1], FACTS)
+    found.fit(items, items[:4])
+    return found
+
+
+def learned_of(found: Trainer) -> Tensor:
+    """Everything that was learned, as one tensor."""
+    return torch.cat([one.reshape(-1) for one in found.learner.learned().tensors])
+
+
+def spread(folder: Path, out: Path) -> None:
+    """Train all cases as one of several processes, and write what was learned and what was sent around."""
+    sizes: list[int] = []
+    real = torch.distributed.all_reduce
+
+    def spy(tensor: Tensor, **more: Any) -> object:
+        sizes.append(tensor.numel())
+        return real(tensor, **more)
+
+    torch.distributed.all_reduce = spy  # type: ignore[assignment]
+    backbone = load_backbone(str(folder), dtype="float32", device="cpu")
+    found = {}
+    for case in SPREAD:
+        sizes.clear()
+        trained = fit_spread(backbone, case)
+        assert trained.learner.ranks.size == 2
+        assert len(sizes) == trained.state.step, "one all-reduce in each step"
+        found[case] = learned_of(trained)
+        found[f"{case}, sent"] = torch.tensor(sizes)
+    found["tuned"] = learned_of(fit_spread(backbone, "lstm", tune="tuned"))
+    safetensors.torch.save_file(found, out / f"{DataRanks.of(backbone).rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
 def test_two_processes_learn_what_one_learns(
     causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
     """Invariant *Loss position = scored position*: the number of processes does not change what is learned.
 
-    With groups that do not divide among them, and dropout.
+    With groups that do not divide among them, batches of which one gets no row, dropout, and deep slots. They tell each
+    other the loss and the gradients of the slots, once a step: kilobytes, however large the encoder.
     """
     program = (
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "import tests.training.test_trainer as t\n"
-        "from ptuning.backbone.loading import load_backbone\n"
-        f"backbone = load_backbone({str(model_folder('llama'))!r}, dtype='float32', device='cpu')\n"
-        "found = t.fit(t.make_trainer(backbone, dropout=0.2))\n"
-        "assert found.learner.processes.num_processes == 2\n"
-        f"torch.save(found.learner.vectors(), {str(tmp_path)!r} + f'/{{found.learner.processes.process_index}}.pt')\n"
-        "torch.distributed.destroy_process_group()\n"
+        "t.spread(*map(pathlib.Path, sys.argv[1:]))\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    # What torchrun tells the processes that it starts.
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    told = launched(2)
     with contextlib.ExitStack() as stack:
         running = [
             stack.enter_context(
-                forked(
-                    program, folder=tmp_path / f"said-{rank}", environment={**told, "RANK": rank, "LOCAL_RANK": rank}
-                )
+                forked(program, model_folder("llama"), tmp_path, folder=tmp_path / f"said-{rank}", environment=one)
             )
-            for rank in "01"
+            for rank, one in enumerate(told)
         ]
         assert [process.wait() for process in running] == [0, 0], [process.err[-3000:] for process in running]
-    alone = fit(make_trainer(causal, dropout=0.2)).learner.vectors()
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert torch.equal(*both)
-    torch.testing.assert_close(both[0], alone, atol=1e-5, rtol=0)
-    assert float((alone - make_trainer(causal).learner.vectors()).abs().max()) > 1e-3
+    both = [safetensors.torch.load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    for name, value in both[0].items():
+        assert torch.equal(value, both[1][name]), f"{name}: ranks must agree to the bit"
+    for case, (_, _, numbers) in SPREAD.items():
+        alone = learned_of(fit_spread(causal, case))
+        torch.testing.assert_close(both[0][case], alone, atol=1e-5, rtol=0, msg=case)
+        assert float((alone - learned_of(spread_trainer(causal, case))).abs().max()) > 1e-3
+        assert max(both[0][f"{case}, sent"].tolist()) == 1 + numbers
 
 
 def script_evaluations(monkeypatch: pytest.MonkeyPatch, found: Trainer, outcomes: list[tuple[float, float]]) -> None:

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from ptuning.backbone.forward import HEAD, Forward, Memory, Seen
 from ptuning.backbone.layers import LayerOffsets, listen
 from ptuning.backbone.number_format import short_name
-from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights, run_on, sharing, weights_of
+from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights, run_on, sharing
+from ptuning.backbone.placement.quantized import format_of, keep_in_place
+from ptuning.backbone.placement.shards import Shards
+from ptuning.backbone.placement.stored import fingerprint, is_packed, is_wrapped
 from ptuning.backbone.probes import (
     DeepShape,
     beside_pads,
+    check_gradients,
     check_reading,
     deep_shape,
     follows_branches,
@@ -38,7 +42,7 @@ from ptuning.backbone.tokenizer import (
     text_ends,
 )
 from ptuning.errors import BackboneError
-from ptuning.files import Json, sha256
+from ptuning.files import Json
 from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
@@ -48,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 # Held by a pass of a model that turns to other positions: they are one tensor for all threads that run it.
 _turning = threading.RLock()
-# Number of values of each weight in the fingerprint, besides the whole embedding table.
-FINGERPRINT_SAMPLES = 256
 
 
 class TableStatistics(NamedTuple):
@@ -77,7 +79,9 @@ class Backbone:
         self.model = model
         self.name = name
         self.revision = revision
+        keep_in_place(model)
         self.kind: Kind = kind_of(model.config, has_mask=tokenizer.mask_token_id is not None)
+        self.shards = Shards.of(model)
         self._forward = Forward(model, kind=self.kind, name=name)
         generation = getattr(model, "generation_config", None)
         self.tokenizer = TextTokenizer(
@@ -143,17 +147,9 @@ class Backbone:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hashes of the embedding table and of samples of every weight, all as bfloat16: the same for any dtype."""
-        from accelerate.utils import align_module_device
-
-        with align_module_device(self._embedding):
-            table = _as_bfloat16_bytes(self._table_weight)
-        samples = []
-        for weight in weights_of(self.model):
-            step = max(1, weight.numel() // FINGERPRINT_SAMPLES)
-            samples.append(sha256(_as_bfloat16_bytes(weight.detach().reshape(-1)[::step])))
-        # Sorted, since the names and the order of weights differ between releases of transformers.
-        return f"{sha256(table)[:16]}-{sha256(''.join(sorted(samples)).encode())[:16]}"
+        """Hashes of the embedding table and of samples of every weight (:func:`~ptuning.backbone.placement.stored`)."""
+        _ = self._table_weight  # says so, if there is none
+        return fingerprint(self.model, self._embedding, name=self.name)
 
     @property
     def _embedding(self) -> nn.Module:
@@ -169,6 +165,11 @@ class Backbone:
         weight = self._embedding.weight
         if not isinstance(weight, Tensor):
             raise BackboneError(f"{self.name}: the input embeddings of {type(self.model).__name__} have no weight")
+        if is_wrapped(weight):
+            raise BackboneError(
+                f"{self.name}: its embedding table is quantised, and slots are vectors in that table; quantise the "
+                "model without its input embeddings"
+            )
         return weight
 
     @property
@@ -185,9 +186,8 @@ class Backbone:
         found = {"dtype": short_name(self.dtype)}
         if isinstance(attention := getattr(config, "_attn_implementation", None), str):
             found["attn_implementation"] = attention
-        if (quantized := getattr(config, "quantization_config", None)) is not None:
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-            found["quantization"] = str(getattr(method, "value", method))
+        if (quantization := format_of(config)) is not None:
+            found["quantization"] = quantization
         if self.max_length is not None:
             found["max_length"] = str(self.max_length)
         return found
@@ -202,7 +202,19 @@ class Backbone:
             "parameters": self.parameters,
             **self.loaded,
             "dtype_reason": self.dtype_reason,
+            **({"shards": spread} if (spread := self.spread) is not None else {}),
         }
+
+    @property
+    def spread(self) -> dict[str, Json] | None:
+        """Where weights are that do not lie in one place, and what is done without for that; None if they do."""
+        devices, offloaded = devices_of(self.model), is_offloaded(self.model)
+        if self.shards is None and len(devices) == 1 and not offloaded:
+            return None
+        found: dict[str, Json] = {"how": "map", "devices": ", ".join(sorted(map(str, devices))), "offloaded": offloaded}
+        if self.shards is not None:
+            found = {"how": self.shards.how, "processes": self.shards.processes}
+        return {**found, "shares_prefix": self.shares_prefix, "keeps_prefixes": self.keeps_prefixes}
 
     def freeze(self) -> None:
         """Put the model into evaluation mode, and turn off gradients for all weights."""
@@ -217,6 +229,15 @@ class Backbone:
                 "call the backbone's freeze(), or the model's eval(), first"
             )
 
+    @functools.cached_property
+    def passes_gradients(self) -> bool:
+        """Whether slots can learn through the model: always, or a BackboneError says why not. Found by running a row
+        forward and backward.
+        """
+        with own_draws(self.device):
+            check_gradients(self)
+        return True
+
     def thaw(self, weights: Iterable[nn.Parameter]) -> None:
         """Put the model into training mode (its own dropout is on), and turn on gradients for some weights."""
         self.model.train()
@@ -225,13 +246,25 @@ class Backbone:
 
     def copy(self, *, share: bool = False) -> Backbone:
         """Return a frozen copy to train: with own float32 weights, or (``share``) the same tensors in new modules.
-        Raises BackboneError if weights are offloaded.
+        Raises BackboneError if weights are offloaded or spread, or would have to be own ones and are quantised.
         """
+        if self.shards is not None:
+            raise BackboneError(
+                f"{self.name}: its weights are spread over {self.shards.processes} processes, and only a prompt's "
+                "slots can be trained beside such weights; leave out what needs a copy of the backbone (tuned, lora, a "
+                "classification head, random weights), or load it without --shard"
+            )
         if is_offloaded(self.model):
             raise BackboneError(
                 f"{self.name}: some of its weights are offloaded, and only a prompt's slots can be trained beside such "
                 "weights; leave out what needs a copy of the backbone (tuned, lora, a classification head, random "
                 "weights), or load it into memory"
+            )
+        if not share and is_packed(self.model):
+            raise BackboneError(
+                f"{self.name}: its weights are quantised ({self.loaded['quantization']}), so they cannot be trained or "
+                "drawn anew; leave out what needs a copy of the backbone (tuned, a classification head, random "
+                "weights), or load it without --quantize, or from a folder that is not quantised"
             )
         other = copy.copy(self)
         for name in ("fingerprint", "trained", "table_statistics"):
@@ -247,6 +280,11 @@ class Backbone:
         other = self.copy(share=True)
         other.put_head(nn.Identity())
         return beside_pads(other).shape[-1]
+
+    @property
+    def head(self) -> nn.Module:
+        """The classification head that was put in place of the language-model head."""
+        return self.model.get_submodule(HEAD)
 
     def put_head(self, head: nn.Module) -> None:
         """Replace the language-model head: ``head`` turns (N, H) hidden states into (N, K) logits."""
@@ -290,6 +328,13 @@ class Backbone:
             type(layer) is transformers.DynamicLayer and layer.get_seq_length() == 1 for layer in memory.cache.layers
         )
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether keys and values of text in front of slots can be kept. How many there is room for differs between the
+        processes over which a model is spread, which must all run the same passes.
+        """
+        return self.shards is None and self.shares_prefix
+
     @functools.cached_property
     @torch.no_grad()
     def branches(self) -> bool:
@@ -305,7 +350,9 @@ class Backbone:
         """Whether rows can be read behind given keys and values of any tokens, some of them hidden (deep slots in
         front). Found by running two rows. Positions must not depend on the row's length.
         """
-        return self.shares_prefix and self.turn is None and reads_blocks(self)
+        # Of a model in tensor parallelism, each process has the keys and values of its own heads.
+        is_whole = self.shards is None or self.shards.how != "tp"
+        return self.shares_prefix and self.turn is None and is_whole and reads_blocks(self)
 
     @functools.cached_property
     @torch.no_grad()
@@ -416,10 +463,6 @@ class Backbone:
         _, memory = self.run(embeddings, mask=mask, positions=positions, rows=at, cols=at, keep=True, offsets=offsets)
         assert memory is not None
         return memory
-
-
-def _as_bfloat16_bytes(weight: Tensor) -> bytes:
-    return weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ptuning.backbone.attention import take_over
 from ptuning.backbone.layers import LayerOffsets, Walk, walking
-from ptuning.backbone.placement import replace_forward
+from ptuning.backbone.placement.devices import replace_forward
+from ptuning.backbone.placement.shards import is_spread, spread_product
 from ptuning.config import GenerationSettings
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
@@ -136,7 +137,8 @@ class Forward:
         output = model.get_output_embeddings()
         if type(output) is nn.Linear:
             # Not a method of the module: it could not be pickled. A copy of it made later runs itself.
-            replace_forward(output, functools.partial(_head_forward, output))
+            own = vars(output).get("forward") if is_spread(output.weight) else None
+            replace_forward(output, functools.partial(_head_forward, output, own))
 
     def __call__(
         self,
@@ -248,17 +250,21 @@ def _gather_hook(_module: nn.Module, _inputs: object, output: object) -> dict[st
     return output
 
 
-def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+def _head_forward(head: nn.Linear, own: Callable[[Tensor], Tensor] | None, hidden: Tensor) -> Tensor:
     """Return the logits of a head, (1, N, V): in float32 where the asked positions are scored, whatever the weights.
+    ``own`` is how it is run where its weight is spread over several processes.
 
     In bfloat16 the logits of likely tokens are multiples of 1/8, so that different answers tie. Training steps keep the
     fast format: ties mean nothing to them. Source: docs/decisions.md, decision 44.
     """
     asked = _gather.get()
     if asked is None or asked.hidden is None or hidden.dtype == torch.float32 or torch.is_grad_enabled():
-        return nn.Linear.forward(head, hidden)
+        return nn.Linear.forward(head, hidden) if own is None else own(hidden)
     wide = hidden.float()
-    logits = torch.cat([wide @ rows.float().T for rows in head.weight.split(HEAD_ROWS)], dim=-1)
+    if own is not None:
+        logits = spread_product(wide, head.weight)
+    else:
+        logits = torch.cat([wide @ rows.float().T for rows in head.weight.split(HEAD_ROWS)], dim=-1)
     return logits if head.bias is None else logits + head.bias.float()
 
 

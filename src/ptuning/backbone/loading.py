@@ -7,6 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,10 @@ import torch
 
 from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone, quiet
+from ptuning.backbone.layers import layers_of
 from ptuning.backbone.number_format import Chosen, automatic, short_name, warn_if_slow
+from ptuning.backbone.placement.quantized import asked_format, format_of, import_for
+from ptuning.backbone.placement.shards import Shards, check_launch, shard_layers, tensor_parallel
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
 CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=True (--trust-remote-code)"
+QUANTIZE_NEEDS = "Not every machine and model can be quantised so; try another --quantize, or none"
 GGUF_NEEDS = "transformers reads causal models of common architectures; take the model's safetensors instead"
 
 
@@ -43,6 +48,8 @@ def load_backbone(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     max_length: int | None = None,
+    quantize: str | None = None,
+    shard: str | None = None,
 ) -> Backbone:
     """Load a language model, frozen and in evaluation mode.
 
@@ -61,6 +68,10 @@ def load_backbone(
         trust_remote_code: Whether code that comes with the model may run. Read it before.
         max_length: Most tokens of a row, for everything that this backbone is used for; by default as many as the
             model reads. Fields of longer rows are truncated.
+        quantize: ``int8`` (torchao, weights only), ``nf4`` or ``int8-bnb`` (bitsandbytes): fewer bits for the weights
+            of linear layers. A folder that is quantised already loads without.
+        shard: For a model that one device does not hold: ``tp`` (tensor parallelism) or ``layers`` (FSDP) over the
+            processes that torchrun started, or ``map`` over all devices, the memory and the disk in one process.
 
     Raises:
         BackboneError: If there is no such backbone, if it is damaged, unsafe or of an unknown kind, or if an option has
@@ -76,30 +87,59 @@ def load_backbone(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         max_length=max_length,
+        quantize=quantize,
+        shard=shard,
     )
+    if asked.shard is not None:
+        check_launch(asked.shard)
     place = _device(asked.device)
     _check_attention(asked.attn_implementation)
     name = str(name)
     folder, found_revision = _find(name, asked)
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    chosen = _chosen(asked.dtype) or automatic(place)
-    warn_if_slow(chosen.dtype, place)
-    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
-    is_placed = asked.device_map is not None
+    chosen = _number_format(name, asked, config, place)
+    asked = _placed(asked, config, place)
+    is_placed = asked.device_map is not None or asked.shard == "tp"
     # float16 has a smaller range than the other formats, so the fingerprint is taken of the weights as they are stored.
     is_halved = chosen.dtype == torch.float16 and not is_placed
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
-    model = _load(folder, kind, name, asked, dtype=dtype)
+    model = _load(folder, kind, name, asked, config=config, dtype=dtype)
     backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
     backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
-    if is_halved:
+    if is_halved or asked.shard is not None:  # of weights that are spread, it is taken in all processes, or before
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
+    if is_halved:
         model.half()
+    if asked.shard == "layers":
+        shard_layers(layers_of(model), device=place, name=name)
+        backbone.shards = Shards.of(model)
     if not is_placed:
         model.to(place)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
     backbone.freeze()
     check_reading(backbone)
     return backbone
+
+
+def _number_format(name: str, asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> Chosen:
+    """Return the number format to load, or that of what is not quantised."""
+    stored = format_of(config)
+    if stored is not None and asked.quantize is not None:
+        raise BackboneError(f"the backbone '{name}' is quantised already: {stored}; leave out quantize (--quantize)")
+    chosen = _chosen(asked.dtype) or automatic(place, quantize=asked.quantize is not None)
+    warn_if_slow(chosen.dtype, place)
+    logger.info("%s in %s: %s", name, short_name(chosen.dtype), chosen.reason)
+    import_for(stored)
+    return chosen
+
+
+def _placed(asked: LoadOptions, config: PretrainedConfig, place: torch.device) -> LoadOptions:
+    """Return the options with a device map, where one is needed."""
+    if asked.shard == "map":
+        return replace(asked, device="auto", device_map="auto", shard=None)
+    is_quantised = asked.quantize is not None or format_of(config) is not None
+    if is_quantised and asked.device_map is None:  # quantised weights are made where they stay
+        return replace(asked, device="auto", device_map={"": str(place)})
+    return asked
 
 
 def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | None = None) -> tuple[TextTokenizer, Kind]:
@@ -168,7 +208,9 @@ def _read_tokenizer(
         return config, tokenizer, kind_of(config, has_mask=tokenizer.mask_token_id is not None)
 
 
-def _load(folder: str, kind: Kind, name: str, asked: LoadOptions, *, dtype: torch.dtype) -> PreTrainedModel:
+def _load(
+    folder: str, kind: Kind, name: str, asked: LoadOptions, *, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
     """Load a model. Weights come from safetensors, never from pickles, and no code of the folder is run that was not
     asked for.
     """
@@ -181,7 +223,12 @@ def _load(folder: str, kind: Kind, name: str, asked: LoadOptions, *, dtype: torc
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     }[kind]
     chosen: dict[str, Any] = {"device_map": asked.device_map, "attn_implementation": asked.attn_implementation}
-    with _reading(name):
+    needs = FOLDER_NEEDS
+    if asked.shard == "tp":
+        chosen["distributed_config"] = tensor_parallel(config, name=name)
+    if asked.quantize is not None:
+        chosen["quantization_config"], needs = asked_format(asked.quantize, dtype=dtype), QUANTIZE_NEEDS
+    with _reading(name, needs=needs):
         model, info = auto.from_pretrained(
             folder,
             dtype=dtype,

@@ -22,8 +22,9 @@ class Chosen(NamedTuple):
     reason: str
 
 
-def automatic(device: torch.device) -> Chosen:
-    """Return the format of a device's backbones where none was asked for: the GPU's half precision, else float32.
+def automatic(device: torch.device, *, quantize: bool = False) -> Chosen:
+    """Return the format of a device's backbones where none was asked for: the GPU's half precision, else float32; of
+    what is left when weights are quantised, bfloat16 where that is not slow.
 
     A processor with units for bfloat16 is faster in it, but prompts were not shown to score the same as in float32.
     Source: docs/decisions.md, decision 9.
@@ -32,6 +33,8 @@ def automatic(device: torch.device) -> Chosen:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Chosen(torch.bfloat16, "the GPU computes in it")
         return Chosen(torch.float16, "the GPU has no units for bfloat16")
+    if quantize and device.type == "cpu" and has_units():
+        return Chosen(torch.bfloat16, "quantising is for less memory, and the processor computes in it")
     if device.type != "cpu":
         return Chosen(torch.float32, f"bfloat16 is not measured on {device.type}")
     if not has_units():

@@ -143,6 +143,13 @@ def running(what: str, *, do: str = "use another language model") -> Iterator[No
 
 def beside_pads(backbone: Probed, *, left: int = 0, right: int = 0) -> Tensor:
     """Return the logits at the last token of a row (or the decoder's only token), (1, V), with pads beside the row."""
+    return _at_the_end(backbone, left=left, right=right)[0]
+
+
+def _at_the_end(
+    backbone: Probed, *, left: int = 0, right: int = 0, with_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the logits as :func:`beside_pads` does, and the row's embeddings, (1, T, E), which they depend on."""
     ids = nn.functional.pad(probe_ids(backbone)[None], (left, right))  # (1, T)
     mask = nn.functional.pad(torch.ones(1, 3, dtype=torch.int64, device=backbone.device), (left, right))
     positions, encoder_tokens, at = (mask.cumsum(1) - 1).clamp(min=0), 0, left + 2
@@ -150,15 +157,43 @@ def beside_pads(backbone: Probed, *, left: int = 0, right: int = 0) -> Tensor:
         encoder_tokens = at = ids.shape[1]
         ids, mask = (torch.cat([value, value[:, left : left + 1]], dim=1) for value in (ids, mask))
         positions = nn.functional.pad(positions, (0, 1))
+    embeddings = backbone.embed(ids)
+    if with_gradients:
+        embeddings = embeddings.detach().clone().requires_grad_(True)
     logits, _ = backbone.run(
-        backbone.embed(ids),
+        embeddings,
         mask=mask,
         positions=positions,
         rows=torch.zeros(1, dtype=torch.int64, device=backbone.device),
         cols=torch.tensor([at], device=backbone.device),
         encoder_tokens=encoder_tokens,
     )
-    return logits
+    return logits, embeddings
+
+
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def check_gradients(backbone: Probed) -> None:
+    """Check that what is scored at the end of a row has a gradient at its beginning, where slots would learn from it.
+
+    It is not looked at where the logits are: past all layers, a gradient gets there even through weights of which none
+    lets it pass. Raises BackboneError if there is none, if it is zero, or no number.
+    Source: docs/big-models.md (quantised weights whose products are rounded have a gradient that is zero everywhere).
+    """
+    called = f"{backbone.name}: {type(backbone.model).__name__}"
+    do = "load it in another format (--dtype, --quantize), or take another backbone"
+    with running(f"{called} cannot be trained through", do=do), evaluating(backbone.model):
+        logits, embeddings = _at_the_end(backbone, with_gradients=True)
+        (gradient,) = torch.autograd.grad(torch.logsumexp(logits, dim=-1).sum(), embeddings)
+    first = gradient[0, 0].float()
+    if not bool(first.isfinite().all()):
+        raise BackboneError(
+            f"{called} gives gradients that are no numbers (NaN or infinite), so slots cannot learn; {do}"
+        )
+    if not bool(first.any()):
+        raise BackboneError(
+            f"{called} gives the first token of a row no gradient, so slots would stay as they start; {do}"
+        )
 
 
 def follows_branches(backbone: Probed) -> bool:

@@ -15,15 +15,27 @@ from importlib import metadata
 from pathlib import Path
 
 from ptuning.errors import BackboneError, FileError, PTuningError, closest
-from ptuning.files import Json, check_room, file_sha256, is_temporary, open_regular, parse_json, read_json, write_json
+from ptuning.files import (
+    STALE_SECONDS,
+    Json,
+    check_room,
+    file_sha256,
+    is_temporary,
+    open_regular,
+    parse_json,
+    read_json,
+    write_json,
+)
 from ptuning.names import publish_folder
 
 BACKBONE = "smollm2-135m"
 MANIFEST = "ptuning-cache.json"
-# A half-made folder older than this was left behind by a killed process.
-STALE_SECONDS = 3600.0
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Formats that weights are quantised to on loading.
+QUANTIZE = ("int8", "nf4", "int8-bnb")
+# Ways to spread a model that one device does not hold.
+SHARD = ("tp", "map", "layers")
 # The shortest row that a backbone can be tried with.
 MIN_LENGTH = 4
 # How long the hub may take to answer; then the copy in its cache is used, if there is one.
@@ -67,6 +79,8 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     max_length: int | None = None
+    quantize: str | None = None
+    shard: str | None = None
 
     def __post_init__(self) -> None:
         known = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
@@ -76,6 +90,18 @@ class LoadOptions:
             raise BackboneError(
                 f"unknown device_map '{self.device_map}'; use {', '.join(DEVICE_MAPS)}, or a mapping from names of "
                 f"modules to devices.{closest(self.device_map, DEVICE_MAPS)}"
+            )
+        for option, value, words in (("quantize", self.quantize, QUANTIZE), ("shard", self.shard, SHARD)):
+            if value is not None and value not in words:
+                raise BackboneError(
+                    f"unknown {option} '{value}'; use {', '.join(words[:-1])} or {words[-1]}.{closest(value, words)}"
+                )
+        if self.shard is not None and self.device_map is not None:
+            raise BackboneError("shard and device_map are two answers to one question; give one of them")
+        if self.shard in ("tp", "layers") and self.quantize is not None:
+            raise BackboneError(
+                f"quantised weights are not spread over processes; give quantize '{self.quantize}' or shard "
+                f"'{self.shard}', or use shard 'map'"
             )
         if self.device_map is not None and self.device != "auto":
             raise BackboneError(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.forward import HEAD
 from ptuning.backbone.probes import beside_pads, running
+from ptuning.backbone.randomness import own_draws
 from ptuning.config import Keep, Tune
 from ptuning.errors import PromptError
 from ptuning.files import (
@@ -38,13 +40,47 @@ DIFFERENCE_FILE = "difference.safetensors"
 WHOLE_FILE = "model.safetensors"
 # If only some rows of a tensor changed, those rows are saved, and their indices under its name with this suffix.
 ROWS = ".rows"
-TRAINED: tuple[Tune, ...] = ("tuned", "lora")
+TRAINED: tuple[Tune, ...] = ("head", "tuned", "lora")
+HEAD_FILE = "head.safetensors"
+# Standard deviation of the start values of a head. Source: most classification models of transformers.
+START_SCALE = 0.02
+# A choice has a single logit. This second, constant logit is so large that it alone decides the softmax's denominator:
+# the log-probability of a choice is then its own logit minus this constant.
+FAR_ABOVE = 100.0
+
+
+class Head(nn.Linear):
+    """A linear layer over classes. With one class it scores a choice, and a constant second logit is added."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (..., K) logits of (..., H) hidden states. K is the number of classes, or 2 for a single class."""
+        logits: Tensor = super().forward(hidden.to(self.weight.dtype))
+        return logits if self.out_features > 1 else torch.cat([torch.full_like(logits, FAR_ABOVE), logits], dim=-1)
+
+
+def with_head(backbone: Backbone, classes: int, *, seed: int, share: bool = False) -> Backbone:
+    """Return a float32 copy of a backbone, or one that shares the weights, with a new head: a logit per class, or for 1
+    class a logit per choice. A BackboneError if the backbone does not expose the hidden states that its head reads.
+    """
+    other = backbone.copy(share=share)
+    with own_draws(backbone.device):  # start values of torch's own, which ours replace
+        head = Head(backbone.hidden_width, classes, device=backbone.device)
+    with torch.no_grad():
+        head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        head.bias.zero_()
+    other.put_head(head)
+    other.freeze()
+    if share:  # under a new head it still is the same backbone
+        other.__dict__["fingerprint"] = backbone.fingerprint
+    return other
 
 
 def trained_parameters(backbone: Backbone, tune: Tune) -> dict[str, nn.Parameter]:
     """Return the weights of a backbone that are trained, by name."""
     if tune == "frozen":
         return {}
+    if tune == "head":
+        return {name: one for name, one in backbone.model.named_parameters() if name.startswith(f"{HEAD}.")}
     return lora.adapter_parameters(backbone.model) if tune == "lora" else dict(backbone.model.named_parameters())
 
 
@@ -85,6 +121,8 @@ class TrainedWeights:
         if tune == "lora":
             files = {lora.CONFIG_FILE: lora.adapter_config(trained.model, backbone=frozen.name)}
             return cls(tune, keep, trained.fingerprint, tensors, files)
+        if tune == "head":
+            return cls(tune, keep, trained.fingerprint, tensors)
         if keep == "difference":
             return cls(tune, keep, trained.fingerprint, _changed(tensors, dict(frozen.model.named_parameters())))
         return cls(tune, keep, trained.fingerprint, _saved_tensors(trained), _model_files(trained))
@@ -92,31 +130,51 @@ class TrainedWeights:
     @property
     def file(self) -> str:
         """Name of the file that holds the tensors."""
-        if self.tune == "lora":
-            return lora.WEIGHTS_FILE
+        if self.tune in ("lora", "head"):
+            return lora.WEIGHTS_FILE if self.tune == "lora" else HEAD_FILE
         return WHOLE_FILE if self.keep == "whole" else DIFFERENCE_FILE
 
     @property
     def describe(self) -> str:
         """A short description."""
-        if self.tune == "lora":
-            return "adapters (LoRA)"
+        if self.tune in ("lora", "head"):
+            return "adapters (LoRA)" if self.tune == "lora" else "a classification head"
         return "all of them" if self.keep == "whole" else "those that changed"
 
     def into(self, backbone: Backbone) -> Backbone:
         """Return a frozen copy of a backbone with these weights; the given one does not change.
 
-        With adapters the copy shares all other weights; with tuned weights it is a full copy in float32.
+        With adapters or a head the copy shares all other weights; with tuned weights it is a full copy in float32.
         Raises PromptError if a key is missing or unknown, or a shape does not fit this backbone.
         """
         if self.tune == "lora":
             other = backbone.copy(share=True)
             lora.restore_adapters(other.model, self.files[lora.CONFIG_FILE], self.tensors)
             other.freeze()
+        elif self.tune == "head":
+            other = self._under_head(backbone)
         else:
             other = backbone.copy()
             self._put_into(other)
         other.trained = self.mark
+        return other
+
+    def _under_head(self, backbone: Backbone) -> Backbone:
+        weight, bias = (self.tensors.get(f"{HEAD}.{name}") for name in ("weight", "bias"))
+        if weight is None or bias is None or len(self.tensors) > 2 or bias.shape != weight.shape[:1]:
+            raise PromptError(
+                f"the classification head holds {', '.join(sorted(self.tensors)) or 'nothing'}, and must "
+                f"hold the weight and the bias of one layer"
+            )
+        if weight.ndim != 2 or weight.shape[1] != backbone.hidden_width:
+            raise PromptError(
+                f"the classification head has a wrong shape, {tuple(weight.shape)}, and '{backbone.name}' gives hidden "
+                f"states of width {backbone.hidden_width}"
+            )
+        other = with_head(backbone, len(weight), seed=0, share=True)
+        with torch.no_grad():
+            for name, own in trained_parameters(other, "head").items():
+                own.copy_(self.tensors[name])
         return other
 
     def _put_into(self, backbone: Backbone) -> None:

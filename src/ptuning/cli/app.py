@@ -25,6 +25,7 @@ from ptuning.cli.commands import (
     experiments,
     fleet,
     generate,
+    plan,
     predict,
     prompts,
     serve,
@@ -118,6 +119,15 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end of the process
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if _rank():  # the first of several processes speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _rank() -> int:
+    """Return the number of this process among those that a launcher started for one command."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    told = os.environ.get("RANK", "0")
+    return int(told) if several and told.isdecimal() else 0
 
 
 def _drop(*streams: TextIO) -> None:
@@ -128,6 +138,8 @@ def _drop(*streams: TextIO) -> None:
 
 def _fail(text: str, error: Exception) -> None:
     terminal.complain(text)
+    if _rank():
+        print(f"process {_rank()}: error: {text}", file=sys.__stderr__)
     logging.getLogger(__name__).debug("the error in full", exc_info=error)
     sys.exit(2)
 
@@ -141,12 +153,16 @@ def common(
     """Options of every command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[terminal.LogHandler()])
     logging.getLogger("ptuning").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if version:
         found = versions() if verbose else {"ptuning": VERSION}
         typer.echo("\n".join(f"{name} {number}" for name, number in found.items()))
         raise typer.Exit
 
 
+# What transformers imports if it is installed, and says of kernels that the machine does not have.
+NOISY = ("torchao", "torch.utils._pytree")
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,
@@ -162,6 +178,7 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "doctor": doctor.doctor,
     "demo": demo.demo,
     "estimate": estimate.estimate,
+    "plan": plan.plan,
     "fleet": fleet.fleet,
     "compare": experiments.compare,
     "lama": experiments.lama,
@@ -188,7 +205,7 @@ TITLES: Mapping[str, Sequence[str]] = {
         "demo",
     ),
     "Compare methods": ("compare", "lama", "paraphrases", "superglue", "report"),
-    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate"),
+    "Look first": ("data", "backbones", "doctor", "template", "task", "estimate", "plan"),
 }
 GROUPS: Mapping[str, str] = {
     "template": "Look at how a template is filled.",

@@ -36,8 +36,10 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
         "access_log", "engine", "engine_url", "engine_key_file",
     ),
     "Machine": (
-        "backbone", "dtype", "device", "device_map", "revision", "attn_implementation", "trust_remote_code",
-        "cache_memory", "cache_disk",
+        "backbone", "dtype", "device", "device_map", "quantize", "shard", "revision", "attn_implementation",
+        "trust_remote_code", "cache_memory", "cache_disk",
+        "part", "workers", "ray", "gpus_per_worker",
+        "gpus", "gpus_per_model", "backbone_params", "layers", "weight_bytes",
     ),
 }  # fmt: skip
 ARGUMENTS, GENERAL = "Arguments", "General"

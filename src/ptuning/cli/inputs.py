@@ -333,17 +333,20 @@ def data_to_write(prompt: Prompt, data: str, field: Sequence[str] | None, *, gat
         if target is not None:
             terminal.say(TARGET_TAKEN.format(target))
             found = as_questions(with_target(found.records, target))
-    return with_references(found) if gather else found
+    return gathered_rows(found, prompt.task, asked=gather)
 
 
-def with_references(rows: Questions) -> Questions:
-    """Return records of which those that differ in their target alone are one, and say how many there are."""
-    from ptuning.data.questions import as_questions
-    from ptuning.records import gathered
+def gathered_rows(rows: Questions, task: TaskFile | None, *, asked: bool) -> Questions:
+    """Return rows as texts are scored on them. If that is ``asked`` for, or the task says so, those that differ in
+    their target alone are one, and it is said how many there are.
+    """
+    from ptuning.data.questions import with_references
 
+    if not (asked or (task is not None and task.gather)):
+        return rows
     if rows.has_choices:
         raise ConfigError("--gather is for texts that are written, and these rows have choices")
-    found = as_questions(gathered(rows.records))
+    found = with_references(rows)
     terminal.say(f"{len(rows)} records have {len(found)} different inputs; each is one, with all of its references")
     return found
 
@@ -433,8 +436,15 @@ def development_records(prompt: str) -> Records | None:
     return rows if rows else None
 
 
-def load(asked: AskedBackbone, *, prompt: Prompt | None = None) -> Backbone:
-    """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default."""
+def load(asked: AskedBackbone, *, prompt: Prompt | None = None, spread: bool = False) -> Backbone:
+    """Load the backbone that is asked for, the prompt's own at the revision that it was trained on, or the default.
+    Only a command whose processes all do the same may ``spread`` it over them.
+    """
+    if asked.options.shard in ("tp", "layers") and not spread:
+        raise ConfigError(
+            f"--shard {asked.options.shard} is for train and fleet, in which all processes run the same passes; use "
+            "--shard map here (one process), or --quantize"
+        )
     own = prompt.backbone if prompt is not None else None
     name, options = asked.name, asked.options
     if name is None and own is not None:

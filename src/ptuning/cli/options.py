@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 from typer.core import TyperCommand
 
-from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, LoadOptions
+from ptuning.backbone.sources import DEVICE_MAPS, DTYPES, KNOWN, QUANTIZE, SHARD, LoadOptions
 from ptuning.cli import terminal
 from ptuning.cli.help import print_help
 from ptuning.cli.templates import manual_by_rule, template_and_manual
-from ptuning.config import SETTING_ALIASES, GenerationSettings, Setting, TrainConfig, listed_names, setting_of
+from ptuning.config import SETTING_ALIASES, Setting, TrainConfig, listed_names, setting_of
 from ptuning.errors import ConfigError, closest
 from ptuning.files import parse_json
 from ptuning.names import LEARNED
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Heavy modules (torch, transformers) are imported inside the functions: --help must not wait for them.
 
 SETTINGS = TrainConfig()
-TUNES = ("frozen", "tuned", "lora")
+TUNES = ("frozen", "head", "tuned", "lora")
 T = TypeVar("T")
 
 
@@ -209,6 +209,18 @@ RevisionOption = Annotated[str | None, typer.Option(metavar="R", help="Branch, t
 AttentionOption = Annotated[
     str | None, typer.Option(metavar="A", help="sdpa, eager, ...", autocompletion=among("sdpa", "eager"))
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(QUANTIZE), help="Fewer bits for the weights.", autocompletion=among(*QUANTIZE)),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(SHARD),
+        help="A model that no device holds: over processes (tp, layers) or devices (map).",
+        autocompletion=among(*SHARD),
+    ),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the backbone.")]
 
 
@@ -228,6 +240,8 @@ def backbone_options(
     revision: RevisionOption = None,
     attn_implementation: AttentionOption = None,
     trust_remote_code: TrustOption = False,
+    quantize: QuantizeOption = None,
+    shard: ShardOption = None,
 ) -> AskedBackbone:
     """Collect the options of a backbone; commands take them with :func:`takes`."""
     options = LoadOptions(
@@ -237,6 +251,8 @@ def backbone_options(
         revision=revision,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        shard=shard,
     )
     return AskedBackbone(backbone, options)
 
@@ -329,7 +345,7 @@ def training(
     method: KindOption = None,
     examples: Annotated[int, typer.Option(metavar="N", help="Examples in [D:examples].")] = SETTINGS.examples,
     tune: TuneOption = SETTINGS.tune,
-    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of tuned or lora.")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(metavar="F", help="Learning rate of what --tune adds.")] = None,
     keep: KeepOption = SETTINGS.keep,
     starts: StartsOption = SETTINGS.starts,
     cache_memory: Annotated[
@@ -354,43 +370,13 @@ def training(
         method = None
     if method is not None:
         config = config.with_settings(kind_of_prompt(method).settings)
-    template, manual = template_and_manual(template, manual, template_file, learns_words=tune == "frozen")
+    template, manual = template_and_manual(template, manual, template_file, learns_words=tune in ("frozen", "head"))
     if template is None and manual is None and task is None and not chat:
         manual = manual_by_rule(data)
     named: dict[str, object] = {"data": data, "dev": dev, "template": template, "manual": manual, "about": about}
     named |= {"task": task, "pattern": pattern, "labels": labels, "merge": merge, "strict": strict}
     named |= {"chat": chat, "system": system, "method": method}
     return TrainInputs({**named, "calibrate": calibrate, "field": field}, config)
-
-
-def writing(
-    max_new_tokens: LongestOption = None,
-    num_beams: BeamsOption = None,
-    length_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 0 favours long beams.")] = None,
-    do_sample: Annotated[bool | None, typer.Option("--do-sample", "--sample", help="Draw each token.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="F", help="Below 1 draws likely tokens more often.")
-    ] = None,
-    sampling_top_k: Annotated[int | None, typer.Option(metavar="N", help="Draw among the N likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="F", help="Draw among the likeliest that sum to F.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(metavar="F", help="Above 1 avoids repetitions.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Ends an answer; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the draws.", rich_help_panel="Answers")] = None,
-) -> GenerationSettings:
-    """Read the settings of writing; those that are not given have the defaults of ``GenerationSettings``."""
-    given: dict[str, object] = {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": sampling_top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop_strings": stop,
-        "seed": seed,
-    }
-    return GenerationSettings.of({name: value for name, value in given.items() if value is not None})
 
 
 def command_line() -> str:
@@ -442,8 +428,9 @@ def tune_options(tune: str, backbone_lr: float | None, keep: str) -> dict[str, o
     if backbone_lr is None:
         return {"tune": tune, "keep": keep}
     if tune == "frozen":
-        raise ConfigError("--backbone-lr goes with --tune tuned or lora: a frozen backbone learns nothing")
-    return {"tune": tune, "keep": keep, "lora_lr" if tune == "lora" else "backbone_lr": backbone_lr}
+        raise ConfigError("--backbone-lr goes with --tune head, tuned or lora: a frozen backbone learns nothing")
+    rate = {"lora": "lora_lr", "head": "head_lr"}.get(tune, "backbone_lr")
+    return {"tune": tune, "keep": keep, rate: backbone_lr}
 
 
 def fields_of(pairs: Sequence[str] | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ptuning.files import read_text
 if TYPE_CHECKING:
     from ptuning.backbone.backbone import Backbone
     from ptuning.data.questions import Questions
+    from ptuning.data.rules.table import Rule
     from ptuning.data.task_files import TaskFile
     from ptuning.template.language import Template
     from ptuning.template.segments import Tokenizer
@@ -58,15 +59,21 @@ def template_and_manual(
     return text, manual
 
 
-def manual_by_rule(data: str) -> str | None:
-    """Return the manual template of data by rule, given as ``NAME:split``, and say it; None for any other data."""
+def rule_of(data: str) -> Rule | None:
+    """Return the rule of data that is made by one, given as ``NAME:split``; None for any other data."""
     from ptuning.data.rules.table import RULES
 
     name, _, split = data.partition(":")
-    if name not in RULES or not split or not RULES[name].manual:
+    return RULES.get(name) if split else None
+
+
+def manual_by_rule(data: str) -> str | None:
+    """Return the manual template of data by rule, and say it; None for any other data."""
+    rule = rule_of(data)
+    if rule is None or not rule.manual:
         return None
-    terminal.say(f'manual template: "{RULES[name].manual}" (--manual for another)')
-    return RULES[name].manual
+    terminal.say(f'manual template: "{rule.manual}" (--manual for another)')
+    return rule.manual
 
 
 def notice_line_breaks(pattern: str | None, tokenizer: Tokenizer, *, say: Callable[[str], None] = terminal.say) -> None:

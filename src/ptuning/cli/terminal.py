@@ -286,6 +286,7 @@ def parameters(record: Mapping[str, Json]) -> None:
     train_seconds, seconds = cast("float", record["train_seconds"]), cast("float", record["seconds"])
     whose = {
         "frozen": "the prompt encoder",
+        "head": "prompt encoder and classification head",
         "tuned": "prompt encoder and backbone",
         "lora": "prompt encoder and adapters",
     }

@@ -25,12 +25,13 @@ class AnswerSpace:
     """What rows are answered with: labels with their ``words``, choices of their own, or text that the model writes.
 
     Labels and choices are closed: an answer is one of K classes, and each class has one or more texts that are scored.
-    Label words come before choices.
+    Label words come before choices. A ``head`` scores the labels themselves (a classification head), not their words.
     """
 
     words: LabelWords | None = None
     own_choices: bool = False
     scoring: Scoring = PLAIN
+    head: bool = False
 
     @property
     def has_choices(self) -> bool:

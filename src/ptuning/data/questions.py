@@ -16,10 +16,12 @@ from ptuning.records import (
     TARGET_FIELD,
     Record,
     Records,
+    References,
     Rows,
     as_records,
     canonical_json,
     check_text,
+    gathered,
     references_of,
     scalar,
 )
@@ -180,6 +182,10 @@ class Reader:
         return Question(record, choices, answers, _joined(group), self._idx(context, where=where), where)
 
     def _label(self, context: Context, *, where: str) -> str:
+        if self.label.names[-1].endswith("[]") and not self.labels:
+            texts = [text.strip() for text in self.label.texts(context, where=where)]
+            references = list(dict.fromkeys(filter(None, texts)))
+            return References(references) if len(references) > 1 else "".join(references)
         text = self._valued(TARGET_FIELD, self.label.text(context, where=where).strip(), where=where)
         if self.labels and text not in self.labels:
             raise RecordError(
@@ -218,6 +224,11 @@ def as_questions(data: Rows | Questions) -> Questions:
     records = as_records(data)
     rows = [Question(record, where=records.place(number)) for number, record in enumerate(records, start=1)]
     return Questions(rows, name=records.name, digest=records.sha256, fields=records.fields)
+
+
+def with_references(rows: Questions) -> Questions:
+    """Return rows of which those that differ in their target alone are one, with all of their references."""
+    return as_questions(gathered(rows.records))
 
 
 def _plain(row: object, *, where: str) -> Json:

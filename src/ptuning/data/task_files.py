@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.data.answer_space import AnswerSpace
-from ptuning.data.questions import ChoiceSource, Questions, Reader
+from ptuning.data.questions import ChoiceSource, Questions, Reader, with_references
 from ptuning.data.reading import SUFFIXES, Row, raw_rows
 from ptuning.data.row_paths import RowPath
 from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, TemplateError, closest
@@ -24,6 +24,7 @@ from ptuning.names import is_folder_name
 from ptuning.records import TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
+from ptuning.texts.table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable  # where Python 3.10 has it
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 SUFFIX = ".toml"
 KEYS = (
     "name", "version", "source", "about", "rows", "fields", "values", "label", "labels", "choices", "group", "idx",
-    "metrics", "calibrate", "normalise", "files", "patterns",
+    "gather", "metrics", "calibrate", "normalise", "files", "patterns",
 )  # fmt: skip
 REQUIRED_KEYS = ("name", "version", "patterns")
 CHOICE_KEYS = ("from", "spans", "of", "phrases", "right")
@@ -58,7 +59,9 @@ class TaskFile:
         learned: Templates with slots; pattern i of both belong together.
         reader: Turns rows into questions.
         label_words: The verbalizer of a classification; None if rows bring their choices, or the target is any text.
-        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`; the first one chooses.
+        metrics: Names of :data:`ptuning.metrics.TASK_METRICS`, or all of :data:`ptuning.texts.table.TEXT_METRICS`: for
+            texts that are written. The first one chooses.
+        gather: Whether rows that differ in their target alone are one with several references, where texts are scored.
         calibrate: The default of calibration: subtract from each label the score that it gets for an empty record.
         normalise: The default for scores of choices and label words of several tokens: their sum or mean.
         files: Part -> names of files to look for, without their endings.
@@ -74,6 +77,7 @@ class TaskFile:
     reader: Reader
     label_words: LabelWords | None = None
     metrics: tuple[str, ...] = ("accuracy",)
+    gather: bool = False
     calibrate: bool = False
     normalise: Normalise = "sum"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SPLIT_FILES)
@@ -89,6 +93,7 @@ class TaskFile:
                 raise TaskError(f"the key '{missing[0]}' is missing; a task needs {', '.join(REQUIRED_KEYS)}")
             manual, learned = _patterns(task)
             words = task.optional("labels", lambda one: LabelWords(_named_texts(one)))
+            is_closed = words is not None or task.at("choices").value is not None
             return cls(
                 name=_name(task),
                 version=task.at("version").text(blank=False),
@@ -98,7 +103,8 @@ class TaskFile:
                 learned=learned,
                 reader=_reader(task, words, used=[name for one in (*manual, *learned) for name in one.fields]),
                 label_words=words,
-                metrics=_metrics(task, words),
+                metrics=_metrics(task, words, is_closed=is_closed),
+                gather=_gather(task, is_closed=is_closed),
                 calibrate=task.at("calibrate", False).flag(),
                 normalise=task.at("normalise", "sum").one_of(("sum", "mean")),
                 files=_files(task),
@@ -122,6 +128,20 @@ class TaskFile:
     def closed_fields(self) -> tuple[str, ...]:
         """Fields that hold one of a few words, such as "because" and "so"."""
         return tuple(name for name in self.reader.values if name != TARGET_FIELD)
+
+    @property
+    def text_metrics(self) -> tuple[str, ...]:
+        """Its metrics, if they are for texts that are written; else none."""
+        return self.metrics if self.metrics[0] in TEXT_METRICS else ()
+
+    @property
+    def answer_metrics(self) -> tuple[str, ...]:
+        """Its metrics, if they are for answers, right or wrong; else none."""
+        return () if self.text_metrics else self.metrics
+
+    def to_score(self, rows: Questions) -> Questions:
+        """Return rows as texts are scored on them: with all references of an input in one row, if it gathers them."""
+        return with_references(rows) if self.gather else rows
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -298,17 +318,36 @@ def _reader(task: Unchecked, words: LabelWords | None, used: Iterable[str]) -> R
     )
 
 
-def _metrics(task: Unchecked, words: LabelWords | None) -> tuple[str, ...]:
+def _metrics(task: Unchecked, words: LabelWords | None, *, is_closed: bool) -> tuple[str, ...]:
     names = _texts(task.at("metrics", ["accuracy"]))
+    known = TASK_METRICS if is_closed else (*TASK_METRICS, *TEXT_METRICS)
     if not names:
-        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(TASK_METRICS)}, or leave the key out")
+        raise TaskError(f"'metrics' is empty; name one or more of {', '.join(known)}, or leave the key out")
     for name in names:
-        if name not in TASK_METRICS:
-            raise TaskError(f"unknown metric '{name}'.{closest(name, TASK_METRICS)} Known: {', '.join(TASK_METRICS)}")
+        if name not in known:
+            closed = " A task with labels or choices writes no texts." if name in TEXT_METRICS else ""
+            raise TaskError(f"unknown metric '{name}'.{closest(name, known)}{closed} Known: {', '.join(known)}")
+    of_texts = [name in TEXT_METRICS for name in names]
+    if any(of_texts):
+        if not all(of_texts):
+            text, answer = names[of_texts.index(True)], names[of_texts.index(False)]
+            raise TaskError(
+                f"'metrics' name {text}, which is for texts, and {answer}, which is for right and wrong answers; "
+                f"give those of one kind. For texts: {', '.join(TEXT_METRICS)}"
+            )
+        return tuple(dict.fromkeys(names))
+    for name in names:
         needed = METRICS[name].needs_label
         if needed is not None and (words is None or needed not in words.labels):
             raise TaskError(f"the metric '{name}' needs the label '{needed}', which this task does not have")
     return names
+
+
+def _gather(task: Unchecked, *, is_closed: bool) -> bool:
+    found = task.at("gather", False).flag()
+    if found and is_closed:
+        raise TaskError("'gather' is for texts with several references; a row with labels or choices has one answer")
+    return found
 
 
 def _files(task: Unchecked) -> dict[str, tuple[str, ...]]:

@@ -22,12 +22,18 @@ class Deep:
         lead: Number of these tokens.
         offsets: (N, L - 1, H) float32; what is added in every layer but the first in the columns of N deep slots.
         slots: Which of the prompt's slots with a vector these N are.
+        dtype: Number format of a file that holds them: the numbers are among those that it has.
     """
 
     block: Tensor | None = None
     lead: int = 0
     offsets: Tensor | None = None
     slots: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def rounded(self, dtype: torch.dtype) -> Deep:
+        """Return the same with the nearest numbers of a number format."""
+        return replace(self.map(lambda one: one.to(dtype).float()), dtype=dtype)
 
     def parts(self, slots: int) -> tuple[Deep, Deep]:
         """Return what belongs to the block and the first slots with a vector, and what belongs to the others."""
@@ -70,6 +76,7 @@ class Deep:
             "lead": self.lead,
             "of": list(self.slots),
             "layers": layers,
+            **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
 
@@ -114,6 +121,15 @@ class Learned:
         deep = tuple(one.deep[0] if one.deep else None for one in prompts)
         counts = tuple(len(one.vectors) for one in prompts)
         return cls(vectors, counts, tuple(rows), deep if any(deep) else ())
+
+    def apart(self) -> Learned:
+        """Return the same as leaves: gradients end there, instead of going on to what made them."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(True)
+
+        deep = tuple(None if one is None else one.map(leaf) for one in self.deep)
+        return replace(self, vectors=leaf(self.vectors), deep=deep)
 
     def to(self, device: torch.device) -> Learned:
         """Return the same on a device."""

@@ -187,6 +187,8 @@ def _closed_items(
     first: int,
     labelled: bool,
 ) -> list[Item]:
+    if answers.head:
+        return _head_items(bound, questions, answers, source=source, labelled=labelled)
     scoring, texts = answers.scoring, [answers.texts(question) for question in questions]
     filled = bound.answers([question.record for question in questions], texts, source=source, first=first)
     if answers.words is not None and filled:
@@ -212,6 +214,21 @@ def _closed_items(
             )
         )
     return items
+
+
+def _head_items(
+    bound: BoundTemplate, questions: Sequence[Question], answers: AnswerSpace, *, source: str, labelled: bool
+) -> list[Item]:
+    """Return items whose classes are the outputs of a classification head, which reads the hidden state that would
+    write the first token of the target.
+    """
+    choices = tuple(Choice(0, (label,), 1) for label in range(len(answers.labels)))
+    filled = bound.contexts([question.record for question in questions], source=source)
+    rows = (replace(one, logit_positions=one.logit_positions[:1]) for one in filled)
+    return [
+        Item((row,), choices, tuple(range(len(choices))), answers.right(question) if labelled else ())
+        for row, question in zip(rows, questions, strict=True)
+    ]
 
 
 def cut_target(item: Item, most: int) -> Item:

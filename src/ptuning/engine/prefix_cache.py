@@ -155,7 +155,7 @@ class PrefixCache:
     def pays(self, texts: Sequence[Ids]) -> bool:
         """Whether the backbone can use cached texts (:meth:`ids_of` each row), and they are worth caching."""
         enough = sum(map(len, texts)) >= MIN_PREFIX_TOKENS * len(texts)
-        return bool(self._memory_share) and enough and self.backbone.shares_prefix
+        return bool(self._memory_share) and enough and self.backbone.keeps_prefixes
 
     def keep(self, texts: Iterable[Ids], *, report: Told | None = None) -> None:
         """Compute and keep the keys and values of texts; ``report`` as for :meth:`prepare`."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from ptuning.data.questions import Questions
-from ptuning.files import Json, sha256
+from ptuning.config import NOT_VARIED, TrainConfig
+from ptuning.data.questions import Question, Questions
+from ptuning.errors import FileError
+from ptuning.files import Json, read_json, sha256
 from ptuning.method.base import Task
-from ptuning.metrics import Answer, primary, score_values
-from ptuning.records import Records
+from ptuning.metrics import Answer, most_of, primary, score_values
+from ptuning.names import RUN_FILE, STARTED_FILE
+from ptuning.records import Record, Records
 from ptuning.report.cell_files import AnsweredRow
 from ptuning.report.results_file import Cell, CellRecord, Status
 from ptuning.statistics import Score, Values, rows_of, summary, value_of
+from ptuning.texts.table import measure_texts
 
 # The metrics of a task with labels and no task file.
 LABEL_METRICS = ("accuracy", "macro_f1")
@@ -25,7 +30,8 @@ class CellJob:
 
     ``info`` is the task's entry in ``task_info`` of ``results.json``. Scores are averaged over each ``type`` as well.
     ``by_seed`` has the tasks with the parts that a seed draws. The ``unlabelled`` rows are answered as well, for a
-    benchmark's server. ``notes`` are what a user should know before it runs.
+    benchmark's server. ``notes`` are what a user should know before it runs. Test records are also scored by each
+    value of the field ``by``.
     """
 
     task: Task
@@ -35,23 +41,47 @@ class CellJob:
     by_seed: Mapping[int, Task] = dataclasses.field(default_factory=dict)
     unlabelled: Questions | None = None
     notes: Sequence[str] = ()
+    by: str | None = None
 
     @property
     def metrics(self) -> Sequence[str]:
         """Names of the task's own metrics; none if answers are scored by their ranks."""
         if self.task.file is not None:
-            return self.task.file.metrics
+            return self.task.file.answer_metrics
         return LABEL_METRICS if self.task.words is not None else ()
 
     def values(self, answers: Sequence[Answer]) -> dict[str, Values]:
         """Return score -> values of the answers to the test part."""
-        found = score_values(answers, self.test, self.metrics)
+        return self._values(answers, self.test)
+
+    def values_by(self, answers: Sequence[Answer]) -> dict[str, dict[str, Values]]:
+        """Return value of the field ``by`` -> score -> values of the answers to the test records with that value."""
+        if self.by is None:
+            return {}
+        pairs: dict[str, list[tuple[Answer, Question]]] = {}
+        for answer, row in zip(answers, self.test, strict=True):
+            pairs.setdefault(row.record[self.by], []).append((answer, row))
+        return {
+            value: self._values([answer for answer, _ in pairs[value]], Questions([row for _, row in pairs[value]]))
+            for value in sorted(pairs)
+        }
+
+    def _values(self, answers: Sequence[Answer], rows: Questions) -> dict[str, Values]:
+        if self.task.text_metrics:
+            return text_values(answers, rows.records, self.task.text_metrics)
+        found = score_values(answers, rows, self.metrics)
         # Accuracy is what labels are trained and chosen for; its mean with another metric would be neither.
         return found if self.task.words is None else {name: found[name] for name in self.metrics}
 
     def task_of(self, seed: int) -> Task:
         """Return the task with the parts of a seed."""
         return self.by_seed.get(seed, self.task)
+
+
+def text_values(answers: Sequence[Answer], records: Sequence[Record], metrics: Sequence[str]) -> dict[str, Values]:
+    """Return score -> values of written texts, row by row or as sums."""
+    found = measure_texts([answer.text for answer in answers], records, metrics)
+    return {name: one.values for name, one in found.items()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +93,7 @@ class CellResult:
     finished it, ``tried`` how many settings were compared on the development part. ``hits`` is the share of the test
     records answered correctly, whatever the scores are, and ``dev_score`` that of the development part for the chosen
     setting; None where nothing was chosen. ``folder`` is where its files are, if not in the cell's own place.
+    ``by`` maps values of a field to the values of the test records that have them.
     """
 
     cell: Cell
@@ -76,6 +107,7 @@ class CellResult:
     dev_score: float | None = None
     warnings: Sequence[str] = ()
     folder: str | None = None
+    by: Mapping[str, Mapping[str, Values]] = dataclasses.field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -89,7 +121,7 @@ class CellResult:
 
     def score(self, name: str) -> Score:
         """Return one score with its interval over the test records."""
-        return summary([self.values[name]])
+        return summary([self.values[name]], most=most_of(name))
 
     @property
     def record(self) -> CellRecord:
@@ -128,3 +160,33 @@ def answered_rows(questions: Questions, answers: Sequence[Answer]) -> list[Answe
         AnsweredRow(row.record, row.right[0] if row.right else None, answer, row.idx, row.group, row.choices)
         for row, answer in zip(questions, answers, strict=True)
     ]
+
+
+def how_to_have_both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
+    """Return how results with both settings come into one report, if nothing else differs."""
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
+    if not varied.issuperset(changed):
+        return ""
+    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
+    return f". To have both in one report, leave the settings as they were and add {options}"
+
+
+def saved_identity(folder: Path) -> Mapping[str, Json] | None:
+    """Return the identity of a finished or started cell; None if there is none that can be read."""
+    for name in (RUN_FILE, STARTED_FILE):
+        try:
+            saved = read_json(folder / name).get("identity")
+        except FileError:
+            continue
+        if isinstance(saved, Mapping):
+            return saved
+    return None
+
+
+def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
+    """Return method -> mean seconds of its cells."""
+    times: dict[str, list[float]] = {}
+    for cell, seconds in taken.items():
+        times.setdefault(cell.method, []).append(seconds)
+    return {method: sum(listed) / len(listed) for method, listed in times.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from typing_extensions import Unpack
 
-from ptuning.config import listed_names
+from ptuning.config import BY_SCORE, TrainConfig, listed_names
 from ptuning.data.labelling import Labelled, Labels, Merge, label_rows
-from ptuning.data.questions import Questions, as_questions
+from ptuning.data.questions import Questions, as_questions, with_references
 from ptuning.data.splits import draw_questions, draw_records, split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError
@@ -22,14 +23,30 @@ from ptuning.method.registry import METHODS
 from ptuning.method.tuned import bare
 from ptuning.names import ALL_METHODS
 from ptuning.prompt.prompt import as_template
-from ptuning.records import Rows
+from ptuning.records import Rows, references_of, require_fields
 from ptuning.report.results_file import Results
+from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
+from ptuning.texts.table import check_metrics, measure_texts, metrics_of
 from ptuning.training.prepare import place_slots
 
 logger = logging.getLogger(__name__)
 
 SUITE = "compare"
+
+
+class CompareOptions(PlanOptions, total=False):
+    """The keyword arguments of a comparison on one's own data, beside those of every comparison.
+
+    ``metrics`` are for the texts that are written (:data:`ptuning.texts.table.TEXT_METRICS`), by default the task's;
+    the first one chooses. ``by`` is a field of the test records: scores are told for each of its values as well.
+    ``gather`` says that records that differ in their target alone are one with several references, where they are
+    scored.
+    """
+
+    metrics: Sequence[str] | str | None
+    by: str | None
+    gather: bool
 
 
 def compare(
@@ -46,7 +63,7 @@ def compare(
     vocabulary: str | Path | None = None,
     train_size: int | None = None,
     name: str = "task",
-    **options: Unpack[PlanOptions],
+    **options: Unpack[CompareOptions],
 ) -> Results:
     """Compare methods on your own data. Finished cells of an earlier run are not run again.
 
@@ -64,7 +81,8 @@ def compare(
         vocabulary: A closed set of answers: ``objects`` (all targets of the data), or a file.
         train_size: Learn from a seeded draw of this many records.
         name: Name of the task.
-        **options: ``out``, ``backbone``, ``methods`` and the others of :class:`ptuning.experiment.plan.Plan`.
+        **options: Those of :class:`CompareOptions`, and ``out``, ``backbone``, ``methods`` and the others of
+            :class:`ptuning.experiment.plan.Plan`.
 
     Returns all scores; the files are in ``out``. A PTuningError if the data or the settings cannot be used; nothing
     has been run then.
@@ -96,50 +114,118 @@ def compare_labelled(
     vocabulary: str | Path | None = None,
     train_size: int | None = None,
     name: str = "task",
-    **options: Unpack[PlanOptions],
+    **options: Unpack[CompareOptions],
 ) -> Results:
     """Compare methods on rows that were looked at, as :func:`compare` does."""
     words = rows.words
-    is_closed = words is not None or (task is not None and task.answer_space.is_closed)
-    if is_closed:
-        if vocabulary is not None:
-            raise ConfigError("a vocabulary (--vocabulary) is for answers as text; labels and choices are all there is")
-        options["methods"] = methods_for_labels(options.get("methods"))
-    plan = Plan.of(SUITE, **options)
+    scored = ScoredBy.of(options, task, words=words, vocabulary=vocabulary)
+    if scored.is_closed or scored.metrics:
+        options["methods"] = unrestricted_methods(options.get("methods"))
+    config = options.get("config") or TrainConfig()
+    if scored.metrics and config.choose_by == BY_SCORE:
+        options["config"] = replace(config, choose_by=scored.metrics[0])
+    plan = Plan.of(SUITE, **without_scoring(options))
     parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
+    if scored.gather:
+        parts |= {part: with_references(parts[part]) for part in ("dev", "test")}
+    if scored.by is not None:
+        require_fields(parts["test"].records, [scored.by])
     pair = template_pair(as_template(manual), template)
     notes: tuple[str, ...] = ()
     if template is None:
-        found = place_slots(str(pair[0]), parts["train"].records, plan.backbone, config=plan.config, closed=is_closed)
+        records, closed = parts["train"].records, scored.is_closed
+        found = place_slots(str(pair[0]), records, plan.backbone, config=plan.config, closed=closed)
         pair = pair[0], found.template
         notes = (*filter(None, [found.told]), f"learned template: {found.template}")
     info: dict[str, Json] = {"label": None, "type": None, "rows": sum(map(len, parts.values())), "dropped": {}}
     info["split"] = how
-    closed: Vocabulary = None
+    listed: Vocabulary = None
     single = False
-    if is_closed:
+    if scored.metrics:
+        info |= {"text_metrics": list(scored.metrics), "signatures": _signatures(parts["test"], scored.metrics)}
+    elif scored.is_closed:
         info |= {"labels": list(words.labels) if words is not None else None}
         info |= {"left_out": list(rows.findings.left_out)} if rows.findings.left_out else {}
     else:
         one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
         single = all(one_token.every(part.records) for part in parts.values())
-        closed = read_vocabulary(vocabulary)
-        for part, questions in parts.items() if isinstance(closed, tuple) else ():
-            missing = are_listed(questions.records, closed or ()).count(False)
-            if missing:
-                text = "%d of %d %s targets are not in %s: never right"
-                logger.warning(text, missing, len(questions), part, vocabulary)
+        listed = _listed(vocabulary, parts)
     own = words if task is None or words != task.label_words else None
-    job = fact_job(name, parts, pair, vocabulary=closed, single_token=single, info=info, file=task, words=own)
+    job = fact_job(
+        name, parts, pair, vocabulary=listed, single_token=single, info=info, file=task, words=own,
+        text_metrics=scored.metrics, by=scored.by,
+    )  # fmt: skip
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
+    settings |= {"by": scored.by} if scored.by is not None else {}
     return run_jobs([replace(job, notes=notes)], plan=plan, settings=settings)
 
 
-def methods_for_labels(methods: Sequence[str] | str | None) -> list[str]:
-    """Return names of methods; by default, and for all, without those that are for answers as text only."""
+@dataclass(frozen=True)
+class ScoredBy:
+    """How the test part is scored: :class:`CompareOptions`, filled in by the task and checked against the answers."""
+
+    is_closed: bool
+    metrics: tuple[str, ...] = ()
+    by: str | None = None
+    gather: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        asked: CompareOptions,
+        task: TaskFile | None,
+        *,
+        words: LabelWords | None,
+        vocabulary: str | Path | None,
+    ) -> ScoredBy:
+        """Return how answers are scored; a ConfigError if it does not fit what they are."""
+        is_closed = words is not None or (task is not None and task.answer_space.is_closed)
+        named, gather = asked.get("metrics"), asked.get("gather", False)
+        if is_closed and vocabulary is not None:
+            raise ConfigError("a vocabulary (--vocabulary) is for answers as text; labels and choices are all there is")
+        if is_closed or vocabulary is not None:
+            for option, given in (("metrics for texts (--metrics)", named), ("references (--gather)", gather)):
+                if given:
+                    answers = "labels or choices" if is_closed else "of a vocabulary"
+                    raise ConfigError(f"{option} are for answers that are written, and those here are {answers}")
+            return cls(is_closed, by=asked.get("by"))
+        own = task.text_metrics if task is not None else ()
+        metrics = own if named is None else tuple(metrics_of(named))
+        return cls(False, metrics, asked.get("by"), gather or (task is not None and task.gather))
+
+
+def without_scoring(options: CompareOptions) -> PlanOptions:
+    """Return the options that every comparison has."""
+    own = ("metrics", "by", "gather")
+    return cast("PlanOptions", {name: value for name, value in options.items() if name not in own})
+
+
+def _listed(vocabulary: str | Path | None, parts: Mapping[str, Questions]) -> Vocabulary:
+    """Return a closed set of answers, if there is one, and warn about targets that it lacks."""
+    closed = read_vocabulary(vocabulary)
+    for part, questions in parts.items() if isinstance(closed, tuple) else ():
+        missing = are_listed(questions.records, closed or ()).count(False)
+        if missing:
+            text = "%d of %d %s targets are not in %s: never right"
+            logger.warning(text, missing, len(questions), part, vocabulary)
+    return closed
+
+
+def _signatures(test: Questions, metrics: Sequence[str]) -> dict[str, Json]:
+    """Return score -> what must be equal for it to be compared with other figures. An error if one has no extra."""
+    records = test.records
+    check_metrics(metrics, records)
+    found = measure_texts([references_of(record)[0] for record in records], records, metrics)
+    return {name: one.signature for name, one in found.items() if one.signature is not None}
+
+
+def unrestricted_methods(methods: Sequence[str] | str | None) -> list[str]:
+    """Return names of methods; by default, and for all, without the one that chooses among the task's objects: these
+    are the labels then, or whole texts.
+    """
     asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
     if methods is None or asked == [ALL_METHODS]:
-        names = METHODS if asked == [ALL_METHODS] else asked
+        names = METHODS.every if asked == [ALL_METHODS] else asked
         return [name for name in names if not METHODS.find(name).open_only]
     return asked
 

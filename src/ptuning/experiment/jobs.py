@@ -112,18 +112,24 @@ def fact_job(
     info: Mapping[str, Json],
     file: TaskFile | None = None,
     words: LabelWords | None = None,
+    text_metrics: tuple[str, ...] = (),
+    by: str | None = None,
 ) -> CellJob:
     """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``, whose answers are text, labels with
     their ``words``, or as the task's ``file`` says.
 
     ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
+    ``text_metrics`` score texts that are written, and ``by`` is a field that tells test records apart.
     """
     manual, learned = pair
     train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
     objects = tuple(sorted({row.record[TARGET_FIELD].strip() for rows in (train, dev, test) for row in rows}))
     closed = objects if vocabulary == OBJECTS else vocabulary
     asked = manual or bare(learned)
-    task = Task(name, train, dev, asked, learned, objects, closed, single_token=single_token, file=file, words=words)
+    task = Task(
+        name, train, dev, asked, learned, objects, closed, single_token, file=file, words=words,
+        text_metrics=text_metrics,
+    )  # fmt: skip
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
     about: dict[str, Json] = {
         "manual": str(manual) if manual is not None else None,
@@ -131,4 +137,4 @@ def fact_job(
         "data": data,
     }
     kind = info.get("type")
-    return CellJob(task, test, {**about, **info}, kind if isinstance(kind, str) else None)
+    return CellJob(task, test, {**about, **info}, kind if isinstance(kind, str) else None, by=by)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptuning.errors import FileError
-from ptuning.experiment.cells import CellResult
+from ptuning.experiment.cells import CellResult, text_values
 from ptuning.experiment.paraphrases import compare_wordings
 from ptuning.experiment.results import Collector
 from ptuning.files import Json
@@ -22,7 +22,12 @@ from ptuning.report.results_file import PARAPHRASES, Agreement, Cell, CellRecord
 from ptuning.statistics import value_of
 
 # What the rows of a task are, which folders with the same test rows share.
-OF_ROWS = ("label", "relation", "type", "data", "rows", "dropped", "metrics", "benchmark", "labels")
+OF_ROWS = (
+    "label", "relation", "type", "data", "rows", "dropped", "metrics", "text_metrics", "signatures", "benchmark",
+    "labels",
+)  # fmt: skip
+# The keys of a task's own metrics, for answers and for texts.
+METRICS = ("metrics", "text_metrics")
 # A score that is computed anew from the answers must be the cell's own; else it is left out, since it needs more.
 TOLERANCE = 1e-6
 
@@ -149,11 +154,13 @@ def _cell(cell: Cell, record: CellRecord, part: _Part, base: Path) -> CellResult
     rows = part.answers.get(Cell(record.task, record.method, record.seed))
     if rows is None:
         return CellResult(cell, record.status, seconds=record.seconds, error=record.error, folder=folder)
-    metrics = part.results.task_info.get(record.task, {}).get("metrics")
-    asked = [_Asked({**row.record, TARGET_FIELD: row.target or ""}, (row.target or "",), row.group) for row in rows]
-    values = score_values(
-        [row.answer for row in rows], asked, list(map(str, metrics)) if isinstance(metrics, list) else ()
-    )
+    info, answers = part.results.task_info.get(record.task, {}), [row.answer for row in rows]
+    metrics, of_texts = (list(map(str, found)) if isinstance(found := info.get(key), list) else [] for key in METRICS)
+    if of_texts:
+        values = text_values(answers, [row.record for row in rows], of_texts)
+    else:
+        asked = [_Asked({**row.record, TARGET_FIELD: row.target or ""}, (row.target or "",), row.group) for row in rows]
+        values = score_values(answers, asked, metrics)
     own = {
         name: found
         for name, found in values.items()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,16 @@ from ptuning.files import Json, make_folder
 from ptuning.method.base import Method
 from ptuning.method.registry import METHODS
 from ptuning.method.tuned import tried_factors
-from ptuning.names import ALL_METHODS, COMPARISON, RANDOM_WEIGHTS, check_writable
+from ptuning.names import ALL_METHODS, COMPARISON, RANDOM_WEIGHTS, REPORT, check_writable, sweep
 from ptuning.progress import OnProgress
 from ptuning.provenance import versions
 from ptuning.report.results_file import MethodInfo, Results
 from ptuning.report.write import write_report
+from ptuning.workers.crew import Workers
+from ptuning.workers.units import Unit, WorkPart
+
+# The files of a comparison beside its cells, which each unit keeps tidy itself: others may be at work in them.
+REPORT_FILES = replace(COMPARISON, folders=REPORT.folders)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class PlanOptions(TypedDict, total=False):
     vary: Mapping[str, Sequence[Setting]]
     overwrite: bool
     dry_run: bool
+    part: WorkPart | str | None
+    workers: Workers | int | None
     command: str | None
     watch: Watch | None
 
@@ -78,6 +85,9 @@ class Plan:
             a method of its own (``p-tuning encoder=mlp``); one setting is varied at a time.
         overwrite: Whether to replace results that were made with other settings.
         dry_run: List the cells and the time they will take, and run nothing.
+        part: Run only this part of the cells, such as ``3/16``, and write neither ``results.json`` nor a report. Parts
+            may run at the same time, on several machines. The comparison without it then collects all.
+        workers: Run the cells in several processes; a number stands for so many on this machine, and 1 for none.
         command: The command line, for the record.
         watch: Callbacks.
 
@@ -95,6 +105,8 @@ class Plan:
     vary: Mapping[str, Sequence[Setting]] = field(default_factory=dict)
     overwrite: bool = False
     dry_run: bool = False
+    part: WorkPart | None = None
+    workers: Workers | None = None
     command: str | None = None
     watch: Watch = field(default_factory=Watch)
 
@@ -120,13 +132,16 @@ class Plan:
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if "out" in given:
             given["out"] = Path(given["out"])
+        if isinstance(given.get("part"), str):
+            given["part"] = WorkPart.parse(given["part"])
+        given["workers"] = Workers.of(given.get("workers"))
         return cls(suite, **given)
 
     @property
     def method_names(self) -> list[str]:
         """The methods in the order of the tables, followed by their controls."""
         asked = METHODS.default_for(self.suite) if self.methods is None else listed_names(self.methods)
-        chosen = [METHODS.find(name) for name in (METHODS if asked == [ALL_METHODS] else asked)]
+        chosen = [METHODS.find(name) for name in (METHODS.every if asked == [ALL_METHODS] else asked)]
         names = [name for method in chosen for name in (method.name, *self._variants(method))]
         if self.control:
             trained = [method.name for method in chosen if method.trained and not re.search("[ @]", method.name)]
@@ -172,6 +187,8 @@ def run_jobs(
     ``settings`` are those of this suite only, for the record. ``more`` adds entries of ``results.json`` of this suite.
     A FileError if the folder holds other files, or results that were made with other settings.
     """
+    if plan.workers is not None and not plan.dry_run:
+        plan.workers.check()
     for job in jobs:
         check_known(job, plan.backbone)
     suite = Suite(
@@ -183,37 +200,56 @@ def run_jobs(
         config=plan.config,
         tries=plan.tries,
     )
+    units = suite.units if plan.part is None else plan.part.share(suite.units)
     empty = _empty_results(suite, plan, settings)
     collector = Collector(empty, plan.method_names, {job.task.name: job.type for job in jobs})
     _check_folder(plan.out)
     if not (plan.dry_run and plan.overwrite):  # which would remove cells
-        suite.check(overwrite=plan.overwrite)
+        suite.check(None if plan.part is None else units, overwrite=plan.overwrite)
     if plan.watch.on_jobs is not None:
         plan.watch.on_jobs(jobs)
     if plan.dry_run:
         if plan.watch.on_estimate is not None:
-            plan.watch.on_estimate(suite.estimates())
-        return collector.collect([CellResult(cell, "waiting") for cell in suite.cells])
+            plan.watch.on_estimate(suite.estimates(units))
+        return collector.collect([CellResult(cell, "waiting") for cell in suite.cells_of(units)])
+
+    def collected(cells: Sequence[CellResult]) -> Results:
+        results = collector.collect(cells)
+        return more(results, cells) if more is not None else results
+
     make_folder(plan.out)
-    suite.tidy()
+    if plan.part is not None:
+        return collected(list(_run(suite, units, plan)))
+    sweep(plan.out, REPORT_FILES)
+    return _run_and_report(suite, units, plan, collected)
+
+
+def _run(suite: Suite, units: Sequence[Unit], plan: Plan) -> Iterator[CellResult]:
+    total = sum(len(unit.folders) for unit in units)
+    watch = plan.watch
+    ended = suite.run(units, workers=plan.workers, report=watch.report, should_stop=watch.should_stop)
+    for number, result in enumerate(ended, start=1):
+        yield result
+        if watch.on_cell is not None:
+            watch.on_cell(result, number, total)
+
+
+def _run_and_report(
+    suite: Suite, units: Sequence[Unit], plan: Plan, collected: Callable[[Sequence[CellResult]], Results]
+) -> Results:
     # Finished cells first: if this run is stopped before its first new cell, the file must not hold less than before.
     found = {cell: suite.load(cell) or CellResult(cell, "waiting") for cell in suite.cells}
 
     def write() -> Results:
-        cells = list(found.values())
-        results = collector.collect(cells)
-        if more is not None:
-            results = more(results, cells)
+        results = collected(list(found.values()))
         results.write()
         return results
 
     results = write()
-    for number, result in enumerate(suite.run(report=plan.watch.report, should_stop=plan.watch.should_stop), start=1):
+    for result in _run(suite, units, plan):
         found[result.cell] = result
         if not result.was_there:
             results = write()
-        if plan.watch.on_cell is not None:
-            plan.watch.on_cell(result, number, len(found))
     write_report(plan.out)
     return results
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ptuning.experiment.cells import CellResult
 from ptuning.method.registry import METHODS
-from ptuning.metrics import RESULT_SCORES
+from ptuning.metrics import RESULT_SCORES, most_of
 from ptuning.names import LEARNED, MANUAL
 from ptuning.report.results_file import Results, Scores, ScoreWithSpread
 from ptuning.statistics import Score, Values, difference, mean_difference, mean_score, summary, value_of
@@ -48,7 +48,20 @@ class Collector:
             macro=over_tasks(done, names),
             by_type=by_type,
         )
-        return replace(found, differences=differences(done, compared(names, found.ranked)))
+        return replace(
+            found, by_value=self._by_value(cells, names), differences=differences(done, compared(names, found.ranked))
+        )
+
+    def _by_value(self, cells: Sequence[CellResult], names: Sequence[str]) -> dict[str, dict[str, Scores]]:
+        """Return value of a field -> method -> scores on the test records with that value."""
+        done = [one for one in cells if one.status == "done"]
+        table: dict[str, dict[str, Scores]] = {}
+        for value in dict.fromkeys(value for one in done for value in one.by):
+            for name in names:
+                own = [replace(one, values=one.by[value]) for one in done if one.cell.method == name]
+                if own:  # kept beside those of tasks, whose names have no line breaks
+                    table.setdefault(value, {})[name] = self._summary(f"\n{value}", name, own)
+        return table
 
     def _summary(self, task: str, method: str, results: Sequence[CellResult]) -> Scores:
         """Return the scores of a method on a task; the bootstrap is drawn again only when a seed joins."""
@@ -63,7 +76,7 @@ def over_records(results: Sequence[CellResult]) -> dict[str, ScoreWithSpread]:
     found = {}
     for name in _common(results):
         seeds = [result.values[name] for result in results]
-        found[name] = _summary(summary(seeds), [value_of(values) for values in seeds])
+        found[name] = _summary(summary(seeds, most=most_of(name)), [value_of(values) for values in seeds])
     return found
 
 
@@ -75,13 +88,14 @@ def over_tasks(done: Mapping[str, Mapping[str, Sequence[CellResult]]], names: It
     table: dict[str, Scores] = {}
     for method in names:
         found = [methods[method] for methods in done.values() if method in methods]
-        common = [name for name in RESULT_SCORES if found and all(name in _common(results) for results in found)]
+        common = _common([one for results in found for one in results])
         scores = {}
         for name in common:
             means = [{one.cell.seed: value_of(one.values[name]) for one in results} for results in found]
             seeds = [seed for seed in means[0] if all(seed in row for row in means)]  # those that all tasks have
             by_seed = [float(np.mean([row[seed] for row in means])) for seed in seeds]
-            scores[name] = _summary(mean_score([float(np.mean(list(row.values()))) for row in means]), by_seed)
+            tasks = [float(np.mean(list(row.values()))) for row in means]
+            scores[name] = _summary(mean_score(tasks, bounds=(0.0, most_of(name))), by_seed)
         if scores:
             table[method] = scores
     return table
@@ -112,14 +126,12 @@ def differences(
     for one, other in pairs:
         both = [(methods[one], methods[other]) for methods in done.values() if one in methods and other in methods]
         scores = {}
-        for name in RESULT_SCORES:
-            if not both or not all(name in _common(results) for pair in both for results in pair):
-                continue
+        for name in _common([one for pair in both for results in pair for one in results]):
             values = [([row.values[name] for row in left], [row.values[name] for row in right]) for left, right in both]
             scores[name] = (
-                difference(*values[0])
+                difference(*values[0], most=most_of(name))
                 if len(values) == 1
-                else mean_difference([_mean(left) - _mean(right) for left, right in values])
+                else mean_difference([_mean(left) - _mean(right) for left, right in values], most=most_of(name))
             )
         if scores:
             found[f"{one} - {other}"] = scores
@@ -131,7 +143,9 @@ def _mean(seeds: Sequence[Values]) -> float:
 
 
 def _common(results: Sequence[CellResult]) -> list[str]:
-    return [name for name in RESULT_SCORES if all(name in result.values for result in results)]
+    """Return the scores that all results have: in the order of the table, and those of texts in their own."""
+    listed = dict.fromkeys([*RESULT_SCORES, *(name for result in results[:1] for name in result.values)])
+    return [name for name in listed if results and all(name in result.values for result in results)]
 
 
 def _summary(over: Score, by_seed: Sequence[float]) -> ScoreWithSpread:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import time
@@ -16,10 +17,19 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import NOT_VARIED, RECIPE, TrainConfig
+from ptuning.config import RECIPE, TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
-from ptuning.experiment.cells import CellEstimate, CellJob, CellResult, answered_rows, digest
+from ptuning.experiment.cells import (
+    CellEstimate,
+    CellJob,
+    CellResult,
+    answered_rows,
+    digest,
+    how_to_have_both,
+    mean_seconds,
+    saved_identity,
+)
 from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
@@ -44,11 +54,13 @@ from ptuning.report.results_file import FORMAT_VERSION, Cell
 from ptuning.training.identity import check_identity, identity
 from ptuning.training.run import TrainingRun
 from ptuning.training.train_fleet import can_train_together, fleet_runs, run_of
+from ptuning.workers.crew import Busy, Ended, Workers
+from ptuning.workers.units import UNIT_PROMPTS, Unit, cut, held
 
 logger = logging.getLogger(__name__)
 
 # What methods train of the backbone, the cheapest first.
-CHEAP_FIRST = (None, "frozen", "lora", "tuned")
+CHEAP_FIRST = (None, "frozen", "head", "lora", "tuned")
 
 
 @dataclass
@@ -58,6 +70,7 @@ class _Going:
     report: OnProgress | None
     should_stop: Callable[[], bool] | None
     cells: Sequence[Cell]
+    workers: int = 1
     finished: dict[Cell, CellResult] = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,15 +81,20 @@ class _Going:
     def total(self) -> int:
         return len(self.cells)
 
-    def tell(self, cell: Cell | None = None) -> None:
-        """Report how far the run is, which cell begins now, and how long the others will take."""
+    def check_stop(self) -> None:
+        """Raise Interrupted if the run is to stop."""
+        if self.should_stop is not None and self.should_stop():
+            raise Interrupted(f"stopped after {self.done} of {self.total} cells")
+
+    def tell(self, cell: Cell | None = None, note: str = "") -> None:
+        """Report how far the run is, which cell begins now or what else is to be said, and how long the others take."""
         if self.report is not None:
             waiting = [one for one in self.cells if one not in self.finished]
             means = mean_seconds({cell: one.seconds for cell, one in self.finished.items() if one.status == "done"})
             known = [means[one.method] for one in waiting if one.method in means]
-            note, untimed = "" if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
-            now = Progress("suite", self.done, self.total, note, seconds_left=sum(known), untimed=untimed)
-            self.report(now)
+            note, untimed = note if cell is None else f"{cell.task} {cell.method}", len(waiting) - len(known)
+            left = sum(known) / min(self.workers, max(1, len(waiting)))
+            self.report(Progress("suite", self.done, self.total, note, seconds_left=left, untimed=untimed))
 
 
 class Suite:
@@ -100,13 +118,18 @@ class Suite:
         self.backbone = backbone
         self.config = config
         self.tries = tries
+        self.worker: dict[str, Json] | None = None
         self._random: tuple[int, Backbone] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A worker loads a backbone of its own.
+        return {**vars(self), "backbone": None, "_random": None}
 
     def config_of(self, cell: Cell) -> TrainConfig:
         """Return the settings of a cell's trainings."""
         return self.config.with_settings(self.methods[cell.method].settings)
 
-    @property
+    @functools.cached_property
     def cells(self) -> list[Cell]:
         """All cells in the order in which they run: cheap methods first, so that a useful table exists early."""
         ordered = sorted(self.methods.values(), key=lambda method: (method.trained, CHEAP_FIRST.index(method.tune)))
@@ -118,78 +141,147 @@ class Suite:
             if number == 0 or method.seeded or (job.by_seed and method.reads_train)
         ]
 
-    def check(self, *, overwrite: bool) -> None:
-        """Check that the cells in the folder were made with these settings; with ``overwrite`` remove the others.
+    @property
+    def units(self) -> list[Unit]:
+        """The cells, cut into what one worker does alone. It depends on what is compared, and on nothing else."""
+        found: list[Unit] = []
+        for (seed, method), group in itertools.groupby(self.cells, key=lambda cell: (cell.seed, cell.method)):
+            same = list(group)
+            if not self._trains_together(same):
+                found += [Unit(f"{cell.task} {cell.method} seed {cell.seed}", (cell.folder,)) for cell in same]
+                continue
+            prompts = self.tries * self.config_of(same[0]).starts
+            for number, cells in enumerate(cut(same, [prompts] * len(same), UNIT_PROMPTS), start=1):
+                name = f"{method}-seed-{seed}" + (f"-{number}" if number > 1 else "")
+                found.append(Unit(name, tuple(cell.folder for cell in cells), f"{FLEETS_FOLDER}/{name}"))
+        return found
+
+    def cells_of(self, units: Sequence[Unit]) -> list[Cell]:
+        """Return the cells of units, in the order in which they run."""
+        return [self._by_folder[folder] for unit in units for folder in unit.folders]
+
+    @functools.cached_property
+    def _by_folder(self) -> dict[str, Cell]:
+        return {cell.folder: cell for cell in self.cells}
+
+    def check(self, units: Sequence[Unit] | None = None, *, overwrite: bool) -> None:
+        """Check that the cells of units were made with these settings; with ``overwrite`` remove the others.
 
         A FileError says what differs: settings, data or backbone.
         """
-        for cell in self.cells:
-            folder = self.out / cell.folder
-            saved = _saved_identity(folder)
-            if saved is None:
-                if overwrite:
+        for unit in self.units if units is None else units:
+            for cell in self.cells_of([unit]):
+                folder = self.out / cell.folder
+                saved = saved_identity(folder)
+                if saved is None:
+                    if overwrite:
+                        remove(folder, CELL)
+                    continue  # it is missing or damaged, and will be made again
+                now = self.identity(cell)
+                try:
+                    check_identity(now, saved, where=cell.folder)
+                except TrainingError as error:
+                    if not overwrite:
+                        why = str(error).replace("resume from", "reuse")
+                        raise FileError(
+                            f"{self.out} holds results made with other settings. {why}{how_to_have_both(now, saved)}"
+                        ) from error
                     remove(folder, CELL)
-                continue  # it is missing or damaged, and will be made again
-            now = self.identity(cell)
-            try:
-                check_identity(now, saved, where=cell.folder)
-            except TrainingError as error:
-                if not overwrite:
-                    why = str(error).replace("resume from", "reuse")
-                    raise FileError(
-                        f"{self.out} holds results made with other settings. {why}{_both(now, saved)}"
-                    ) from error
-                remove(folder, CELL)
-                # Prompts that were trained together with it have other settings, too.
-                remove(self.out / FLEETS_FOLDER, COMPARISON.folders[FLEETS_FOLDER])
-
-    def tidy(self) -> None:
-        """Remove what killed processes left in the folder: half-written files, and marks that a finished cell began."""
-        sweep(self.out, COMPARISON)
-        for cell in self.cells:
-            if self.load(cell) is not None:
-                (self.out / cell.folder / STARTED_FILE).unlink(missing_ok=True)
+                    # Prompts that were trained together with it have other settings, too.
+                    if units is None:
+                        remove(self.out / FLEETS_FOLDER, COMPARISON.folders[FLEETS_FOLDER])
+                    elif unit.checkpoint is not None:
+                        remove(self.out / unit.checkpoint, FLEET_CHECKPOINT)
 
     def run(
-        self, *, report: OnProgress | None = None, should_stop: Callable[[], bool] | None = None
+        self,
+        units: Sequence[Unit] | None = None,
+        *,
+        workers: Workers | None = None,
+        report: OnProgress | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[CellResult]:
-        """Run the cells that are not finished, and yield the result of every cell.
+        """Run the cells of units, by default of all, that are not finished, and yield the result of each; here, or by
+        ``workers``.
 
         A cell that fails is logged and yielded as failed; the others go on. When ``should_stop`` says so, it is
-        interrupted (:class:`ptuning.progress.Interrupted`).
+        interrupted (:class:`ptuning.progress.Interrupted`). A unit that another process works on is waited for.
         """
-        cells = self.cells
-        going = _Going(report, should_stop, cells)
-        for _, group in itertools.groupby(cells, key=lambda cell: (cell.seed, cell.method)):
-            same = list(group)
-            run = self._run_together if self._trains_together(same) else self._run_in_turn
-            for result in run(same, going):
-                going.finished[result.cell] = result
-                if not result.was_there:
-                    going.tell()
-                yield result
+        units = self.units if units is None else units
+        going = _Going(report, should_stop, self.cells_of(units))
+        here = (result for unit in units for result in self._run_unit(unit, going))
+        for result in here if workers is None else self._spread(units, workers, going):
+            going.finished[result.cell] = result
+            if not result.was_there and workers is None:
+                going.tell()
+            yield result
+        with contextlib.suppress(OSError):
+            (self.out / FLEETS_FOLDER).rmdir()
         going.tell()
 
-    def _run_in_turn(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
-        for cell in cells:
-            going.tell(cell)
-            done = self.load(cell)
-            if done is None and going.should_stop is not None and going.should_stop():
-                raise Interrupted(f"stopped after {going.done} of {going.total} cells")
-            yield done or self._run(cell, going)
+    def run_unit(
+        self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None
+    ) -> Iterator[Ended]:
+        """Run what is left of a unit, in the process of a worker."""
+        for result in self._run_unit(unit, _Going(report, should_stop, self.cells_of([unit]))):
+            yield Ended(result.cell.folder, result.error, result.seconds)
+
+    def _spread(self, units: Sequence[Unit], workers: Workers, going: _Going) -> Iterator[CellResult]:
+        from ptuning.workers.ray_crew import spread
+
+        left: list[Unit] = []
+        for unit in units:
+            done = [result for cell in self.cells_of([unit]) if (result := self.load(cell)) is not None]
+            yield from done
+            going.finished |= {result.cell: result for result in done}
+            if len(done) < len(unit.folders):
+                left.append(unit)
+
+        def tell(busy: Busy) -> None:
+            going.workers = max(1, len(busy.units))
+            going.tell(note=str(busy))
+
+        ended = spread(self, left, workers, report=going.report, tell=tell, should_stop=going.should_stop)
+        for one in ended if left else ():
+            cell = self._by_folder[one.folder]
+            if cell in going.finished:
+                continue
+            if one.error is not None:
+                yield self._failed(cell, PTuningError(one.error), seconds=one.seconds)
+            else:
+                lost = CellResult(cell, "failed", seconds=one.seconds, error="its files cannot be read")
+                yield replace(self.load(cell) or lost, was_there=False)
+
+    def _run_unit(self, unit: Unit, going: _Going) -> Iterator[CellResult]:
+        cells = self.cells_of([unit])
+        going.tell(cells[0])
+        with held(self.out, unit, going.check_stop):
+            for cell in cells:  # what killed processes left
+                sweep(self.out / cell.folder, CELL)
+                mark = self.out / cell.folder / STARTED_FILE
+                if mark.exists() and self.load(cell) is not None:
+                    mark.unlink()
+            if unit.checkpoint is not None:
+                sweep(self.out / unit.checkpoint, FLEET_CHECKPOINT)
+                yield from self._run_together(cells, self.out / unit.checkpoint, going)
+                return
+            for cell in cells:
+                done = self.load(cell)
+                if done is None:
+                    going.check_stop()
+                yield done or self._run(cell, going)
 
     def _trains_together(self, cells: Sequence[Cell]) -> bool:
         several = len(cells) * self.tries * self.config_of(cells[0]).starts > 1
         return self.methods[cells[0].method].prompts is not None and several and can_train_together()
 
-    def _run_together(self, cells: Sequence[Cell], going: _Going) -> Iterator[CellResult]:
+    def _run_together(self, cells: Sequence[Cell], place: Path, going: _Going) -> Iterator[CellResult]:
         """Train the prompts of one method and seed together, and yield their cells in the order they finish."""
         done = {cell: result for cell in cells if (result := self.load(cell)) is not None}
         yield from done.values()
         if len(done) == len(cells):
             return
         going.tell(next(cell for cell in cells if cell not in done))
-        place = self.out / FLEETS_FOLDER / f"{cells[0].method}-seed-{cells[0].seed}"
         runs: dict[str, TrainingRun] = {}
         owners: dict[str, Cell] = {}
         for cell in cells:
@@ -221,8 +313,6 @@ class Suite:
             for cell in left:
                 going.tell(cell)
                 yield self._run(cell, going)
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()
 
     def _ended(
         self, runs: Mapping[str, TrainingRun], owners: Mapping[str, Cell], place: Path, going: _Going
@@ -274,11 +364,14 @@ class Suite:
         except (PTuningError, ValueError, KeyError, TypeError):
             return None
 
-    def estimates(self) -> list[CellEstimate]:
-        """Return all cells. Those that wait are estimated by the mean time of their method's finished cells."""
+    def estimates(self, units: Sequence[Unit] | None = None) -> list[CellEstimate]:
+        """Return the cells of units, by default all. Those that wait are estimated by the mean time of their method's
+        finished cells.
+        """
         taken = {cell: done.seconds for cell in self.cells if (done := self.load(cell)) is not None}
         means = mean_seconds(taken)
-        return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in self.cells]
+        cells = self.cells if units is None else self.cells_of(units)
+        return [CellEstimate(cell, cell in taken, taken.get(cell, means.get(cell.method))) for cell in cells]
 
     def _result(self, cell: Cell, answers: Sequence[Answer], record: Mapping[str, Json], seconds: float) -> CellResult:
         job = self.jobs[cell.task]
@@ -293,6 +386,7 @@ class Suite:
             hits=sum(answer.hit for answer in answers) / len(answers),
             dev_score=dev_score if isinstance(dev_score, float) else None,
             warnings=tuple(map(str, cast("Sequence[Json]", record.get("warnings", ())))),
+            by=job.values_by(answers),
         )
 
     def identity(self, cell: Cell) -> dict[str, Json]:
@@ -318,6 +412,8 @@ class Suite:
         }
         if task.words is not None:
             found["label words"] = task.words.to_json()
+        if task.text_metrics:
+            found["metric that chooses"] = task.text_metrics[0]
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
         if self.backbone.max_length is not None:
@@ -391,38 +487,9 @@ class Suite:
             "backbone": {"name": self.backbone.name, "fingerprint": self.backbone.fingerprint},
             "settings": dict(self.config_of(cell).to_json()),
             "versions": dict(versions()),
+            **({"worker": self.worker} if self.worker is not None else {}),
             "scores": {name: result.score(name).to_json() for name in result.values},
             "n": result.n,
             "seconds": result.seconds,
             **more,
         }
-
-
-def mean_seconds(taken: Mapping[Cell, float]) -> dict[str, float]:
-    """Return method -> mean seconds of its cells."""
-    times: dict[str, list[float]] = {}
-    for cell, seconds in taken.items():
-        times.setdefault(cell.method, []).append(seconds)
-    return {method: sum(listed) / len(listed) for method, listed in times.items()}
-
-
-def _both(now: Mapping[str, Json], saved: Mapping[str, Json]) -> str:
-    """Return how results with both settings come into one report, if nothing else differs."""
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    varied = {one.name for one in dataclasses.fields(TrainConfig)} - {*NOT_VARIED}
-    if not varied.issuperset(changed):
-        return ""
-    options = " ".join(f"--vary {name}={now.get(name)}" for name in changed)
-    return f". To have both in one report, leave the settings as they were and add {options}"
-
-
-def _saved_identity(folder: Path) -> Mapping[str, Json] | None:
-    """Return the identity of a finished or started cell; None if there is none that can be read."""
-    for name in (RUN_FILE, STARTED_FILE):
-        try:
-            saved = read_json(folder / name).get("identity")
-        except FileError:
-            continue
-        if isinstance(saved, Mapping):
-            return saved
-    return None

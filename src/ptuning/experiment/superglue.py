@@ -56,7 +56,8 @@ def superglue(
         few_shot: Learn from this many examples, and choose by as many others. Each seed draws its own.
         pattern: The number of the task's pattern to use, from 1. No pattern is chosen by its score.
         limit: Report on a seeded draw of about this many rows.
-        tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``tuned`` all weights, ``lora`` adapters.
+        tune: What ``p-tuning`` trains besides the prompt: ``frozen`` nothing, ``head`` a classification head,
+            ``tuned`` all weights, ``lora`` adapters.
         server: Whether to answer the test split, if there is one, for the benchmark's server.
         **options: ``out``, ``backbone`` and the others of :class:`Plan`. The default of ``seeds`` is 3 here.
 
@@ -96,7 +97,7 @@ def chosen_methods(methods: Sequence[str] | str | None, *, tune: Tune) -> list[s
         raise ConfigError(f"tune is '{tune}'; it must be one of {', '.join(get_args(Tune))}")
     asked = METHODS.default_for(SUITE) if methods is None else listed_names(methods)
     if asked == [ALL_METHODS]:
-        return [method.name for method in METHODS.values() if not method.open_only]
+        return [name for name in METHODS.every if not METHODS[name].open_only]
     plain = [name.partition("@") for name in asked]
     return [(learned[tune] if name == LEARNED else name) + sign + control for name, sign, control in plain]
 
@@ -143,6 +144,11 @@ def task_job(
     """
     if not 1 <= pattern <= len(file.manual):
         raise ConfigError(f"pattern is {pattern}, and the task {file.name} has {len(file.manual)}; give 1 or more")
+    if file.text_metrics:
+        raise ConfigError(
+            f"the task {file.name} is scored by metrics for texts ({', '.join(file.text_metrics)}), which have no mean "
+            "with those of other tasks; compare methods on it with ptuning compare --task"
+        )
     train = file.read(find_split(folder, file, "train"))
     dev, val = _optional(file, folder, "dev"), _optional(file, folder, "val")
     if val is None and dev is None:

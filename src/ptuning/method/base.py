@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt
 
 
+# What people call some methods -> their names.
+SHORT_NAMES: Mapping[str, str] = {"lora": "manual+lora"}
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method may see of a task: everything except its test part.
@@ -40,6 +44,7 @@ class Task:
         single_token: Whether every target is one token of the backbone. Answers are then ranked among all tokens.
         file: The task file, if there is one.
         words: Label words where there is no task file, or others than its own.
+        text_metrics: Metrics for the texts that are written; the first one chooses. None if answers are right or wrong.
     """
 
     name: str
@@ -52,6 +57,7 @@ class Task:
     single_token: bool = False
     file: TaskFile | None = None
     words: LabelWords | None = None
+    text_metrics: tuple[str, ...] = ()
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -122,6 +128,7 @@ class Method:
         reads_train: Whether it reads the training or development part. If not, seeds that draw parts do not repeat it.
         reads_manual: Whether it reads the words of the manual template. If not, a relation need not have one.
         open_only: Whether it equals another method on tasks with labels or choices. SuperGLUE's ``all`` leaves it out.
+        labels_only: Whether it is for labels only, of which not every task has some. ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
@@ -138,6 +145,7 @@ class Method:
     reads_train: bool = True
     reads_manual: bool = True
     open_only: bool = False
+    labels_only: bool = False
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
@@ -200,14 +208,16 @@ class Methods(dict[str, Method]):
         return add
 
     def find(self, name: str) -> Method:
-        """Return a method by its name. ``NAME@random-weights`` returns the control of a trained method, and
-        ``NAME SETTING=VALUE`` a trained method with another setting (:meth:`Method.varied`).
+        """Return a method by its name (or short name). ``NAME@random-weights`` returns the control of a trained
+        method, and ``NAME SETTING=VALUE`` a trained method with another setting (:meth:`Method.varied`).
 
         Raises:
             ConfigError: If there is no such method; the message suggests the closest name.
         """
         called, sign, control = name.partition("@")
         plain, space, setting = called.partition(" ")
+        if plain in SHORT_NAMES:
+            return self.find(SHORT_NAMES[plain] + name.removeprefix(plain))
         if plain not in self:
             raise ConfigError(f"unknown method '{plain}'.{closest(plain, self)} Known: {', '.join(self)}")
         method = self[plain]
@@ -220,6 +230,11 @@ class Methods(dict[str, Method]):
                 f"'{name}': only {RANDOM_WEIGHTS} may follow the name of a method, and only a trained one"
             )
         return replace(method, name=name, describe=f"{method.describe}; backbone with random weights", seeded=True)
+
+    @property
+    def every(self) -> list[str]:
+        """The names of the methods that ``all`` stands for."""
+        return [name for name, method in self.items() if not method.labels_only]
 
     def default_for(self, suite: str) -> list[str]:
         """Return the names of the methods that a comparison runs if none are named."""

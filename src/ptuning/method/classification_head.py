@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
-
-from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.randomness import own_draws
+from ptuning.backbone.trained_weights import with_head
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
@@ -33,39 +29,8 @@ from ptuning.template.segments import Kind
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 
-# Standard deviation of the start values. Source: most classification models of transformers.
-START_SCALE = 0.02
 # Name of the field that holds a row's choice; task files cannot use this name.
 CHOICE = "a row's choice"
-# A choice has a single logit. This second, constant logit is so large that it alone decides the softmax's denominator:
-# the log-probability of a choice is then its own logit minus this constant.
-FAR_ABOVE = 100.0
-
-
-class Head(nn.Linear):
-    """A linear layer over classes. With one class it scores a choice, and a constant second logit is added."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return (..., K) logits of (..., H) hidden states. K is the number of classes, or 2 for a single class."""
-        logits: Tensor = super().forward(hidden)
-        return logits if self.out_features > 1 else torch.cat([torch.full_like(logits, FAR_ABOVE), logits], dim=-1)
-
-
-def with_head(backbone: Backbone, classes: int, *, seed: int) -> Backbone:
-    """Return a float32 copy of a backbone with a new head: a logit per class, or for 1 class a logit per choice.
-
-    Raises:
-        BackboneError: If the backbone does not expose the hidden states that its head reads.
-    """
-    other = backbone.copy()
-    with own_draws(backbone.device):  # start values of torch's own, which ours replace
-        head = Head(backbone.hidden_width, classes, device=backbone.device)
-    with torch.no_grad():
-        head.weight.copy_(START_SCALE * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)))
-        head.bias.zero_()
-    other.put_head(head)
-    other.freeze()
-    return other
 
 
 def head_template(task: Task, *, kind: Kind) -> Template:

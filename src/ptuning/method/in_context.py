@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from ptuning.data.questions import Questions, as_questions
+from ptuning.data.splits import draw_records
 from ptuning.errors import ConfigError, TemplateError
 from ptuning.files import Json
 from ptuning.method.base import Method, Setup, Solution, Task
 from ptuning.method.manual import prompt_solution
+from ptuning.metrics import Answer
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.examples import with_examples
 from ptuning.template.language import Template
+from ptuning.texts.table import value_of_texts
+from ptuning.training.run import JUDGED_RECORDS
 
 # Numbers of examples to try, and how often each number is drawn. Each combination is one tried setting.
 IN_CONTEXT_EXAMPLES = (1, 4, 16, 32)
@@ -27,15 +32,18 @@ def in_context(task: Task, setup: Setup) -> Solution:
     """
     tried: list[dict[str, Json]] = []
     best: tuple[float, Template] | None = None
+    dev = task.dev
+    if task.text_metrics:  # writing takes long: as many texts as a training writes after an epoch
+        dev = as_questions(draw_records(dev.records, JUDGED_RECORDS, seed=setup.seed))
     for count, draw, template in drawn_examples(task, setup):
         try:
-            answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(task.dev)
+            answers = prompt_solution(task, setup, template, closed=task.vocabulary).answer(dev)
         except TemplateError:
             continue  # these examples do not fit in front of the question
-        hits = sum(answer.hit for answer in answers) / len(answers)
-        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": hits})
-        if best is None or hits > best[0]:
-            best = hits, template
+        score = dev_score(task, answers, dev)
+        tried.append({"settings": {"examples": count, "draw": draw}, "dev_score": score})
+        if best is None or score > best[0]:
+            best = score, template
     if best is None:
         raise ConfigError(
             f"{task.name}: none of {len(task.train)} training records fits in front of the question, so in-context "
@@ -44,6 +52,13 @@ def in_context(task: Task, setup: Setup) -> Solution:
     found = prompt_solution(task, setup, best[1], closed=task.vocabulary)
     chosen = next(one for one in tried if one["dev_score"] == best[0])
     return Solution(found.answer, {"tried": list(tried), "chosen": chosen, "prompt": str(best[1])})
+
+
+def dev_score(task: Task, answers: Sequence[Answer], dev: Questions) -> float:
+    """Return what a setting is chosen by: the task's first metric for texts, or the share of hits."""
+    if task.text_metrics:
+        return value_of_texts([answer.text for answer in answers], dev.records, task.text_metrics[0])
+    return sum(answer.hit for answer in answers) / len(answers)
 
 
 def drawn_examples(task: Task, setup: Setup) -> Iterator[tuple[int, int, Template]]:

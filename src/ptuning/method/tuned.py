@@ -35,7 +35,7 @@ TRIED_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 # Number of evaluations in a row with the same guess for every row that causes a warning.
 STUCK_EVALUATIONS = 3
 # The setting that holds the learning rate to try.
-RATES: Mapping[Tune, str] = {"frozen": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
+RATES: Mapping[Tune, str] = {"frozen": "lr", "head": "lr", "tuned": "backbone_lr", "lora": "lora_lr"}
 
 
 def bare(manual: Template) -> Template:
@@ -83,7 +83,7 @@ def _tried(
             labels=task.answer_space.words,
             task=task.file,
             checked=Findings(),  # of all methods' rows, before the comparison
-            method=None if kind is None else kind.name,
+            method=None if kind is None else kind.name + ALONG[tune],
         )
         for number, rate in enumerate(rates, start=1)
     ]
@@ -91,7 +91,7 @@ def _tried(
 
 def _rate(tune: Tune, template: Template) -> str:
     """Return the setting that holds the learning rate to try."""
-    return "deep_lr" if tune == "frozen" and template.has_deep else RATES[tune]
+    return "deep_lr" if tune in ("frozen", "head") and template.has_deep else RATES[tune]
 
 
 def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: PromptKind | None = None) -> Solution:
@@ -112,6 +112,7 @@ def _learn(task: Task, setup: Setup, template: Template, *, tune: Tune, kind: Pr
             )
             records.append(result.record)
             score, loss = (result.prompt.scores[name] for name in (task.answer_space.score_name, "loss"))
+            score = _judged(task, result.record, score)
             rate = getattr(one.settings, setting)
             tried.append({"settings": {setting: rate}, "dev_score": score, "dev_loss": loss})
             del result  # frees its weights before the next copy of the backbone is made
@@ -162,6 +163,14 @@ def stuck(evaluations: Sequence[Mapping[str, float]]) -> str | None:
     return f"{longest} evaluations in a row guessed one class for every row of the development part"
 
 
+def _judged(task: Task, record: Mapping[str, Json], score: float) -> float:
+    """Return what tries are chosen by: the first metric for texts of the chosen epoch, or the share of hits."""
+    if not task.text_metrics:
+        return score
+    epochs = cast("list[Mapping[str, float]]", [record["start"], *cast("list[Json]", record["history"])])
+    return epochs[cast("int", record["chosen_epoch"])].get(f"dev_{task.text_metrics[0]}", score)
+
+
 def _best(tried: Sequence[dict[str, Json]]) -> int:
     """Return the index of the highest development score; on a tie of the lowest loss, then of the earliest try."""
     keys = [(cast("float", one["dev_score"]), -cast("float", one["dev_loss"])) for one in tried]
@@ -189,33 +198,35 @@ def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for
         tune=tune,
         seeded=True,
         reads_manual=not learns_slots,
+        labels_only=tune == "head",
         default_for=default_for,
         prompts=prompts if tune == "frozen" else None,
     )
 
 
-def _of_kind(kind: PromptKind) -> Method:
-    """Return the method that learns a prompt of another kind over the frozen backbone."""
+def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
+    """Return the method that learns a prompt of another kind over the frozen backbone, with a head or without."""
 
     def template(task: Task) -> Template:
         return kind.template(task.manual, task.template)
 
     def fit(task: Task, setup: Setup) -> Solution:
-        return _learn(task, setup, template(task), tune="frozen", kind=kind)
+        return _learn(task, setup, template(task), tune=tune, kind=kind)
 
     def prompts(task: Task, setup: Setup) -> list[FleetPrompt]:
-        return _tried(task, setup, template(task), tune="frozen", kind=kind)
+        return _tried(task, setup, template(task), tune=tune, kind=kind)
 
     return Method(
-        kind.name,
-        f"{kind.describe}, backbone frozen",
+        kind.name + ALONG[tune],
+        f"{kind.describe}, backbone frozen{', classification head' if tune == 'head' else ''}",
         fit,
         trained=True,
         learns_slots=True,
-        tune="frozen",
+        tune=tune,
         seeded=True,
         reads_manual=not kind.learns_words,
-        prompts=prompts,
+        labels_only=tune == "head",
+        prompts=prompts if tune == "frozen" else None,
     )
 
 
@@ -245,4 +256,6 @@ TUNED = (
     _with_template("lora", "the manual prompt, adapters trained (LoRA)", learns_slots=False),
     _with_template("lora", "the learned prompt, adapters trained along", learns_slots=True),
     *map(_of_kind, KINDS.values()),
+    _with_template("head", "the learned prompt with a classification head, backbone frozen", learns_slots=True),
+    _of_kind(KINDS["p-tuning-v2"], "head"),
 )

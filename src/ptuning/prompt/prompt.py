@@ -19,6 +19,7 @@ from ptuning.engine.deep import check_deep, deep_start
 from ptuning.engine.learned import Deep, Learned
 from ptuning.errors import ConfigError, LabelWordError, PromptError, TaskError, TemplateError
 from ptuning.files import Json, Unchecked
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.sharing import find_prompt, push
 from ptuning.prompt.storage import Stored, read_prompt, write_prompt
 from ptuning.template.fill import BoundTemplate
@@ -27,42 +28,6 @@ from ptuning.template.language import Template
 
 # The longest target of a prompt that was not trained.
 DEFAULT_TARGET_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class BackboneId:
-    """The backbone that a prompt belongs to: known name, folder, GGUF file or hub id; commit on the hub, or None; and
-    :attr:`~ptuning.backbone.backbone.Backbone.fingerprint`, which alone decides whether another one is the same.
-    ``loaded`` says what it was loaded with (:attr:`~ptuning.backbone.backbone.Backbone.loaded`).
-    """
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    loaded: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> BackboneId:
-        """Return the identity of a loaded backbone."""
-        return cls(backbone.name, backbone.revision, backbone.fingerprint, backbone.loaded)
-
-    @classmethod
-    def from_json(cls, found: Unchecked) -> BackboneId:
-        """Read the identity from a manifest."""
-        revision = found.optional("revision", Unchecked.text)
-        loaded = {name: one.text() for name, one in found.at("loaded", {}).table().items()}
-        return cls(found.at("name").text(), revision, found.at("fingerprint").text(), loaded)
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the identity as a manifest holds it."""
-        return {**vars(self), "loaded": dict(self.loaded)}
-
-    @property
-    def described(self) -> str:
-        """A short description: the name, the revision, and what it was loaded with."""
-        revision = [] if self.revision is None else [f"revision {self.revision[:12]}"]
-        loaded = (f"rows of {value} tokens" if name == "max_length" else value for name, value in self.loaded.items())
-        return ", ".join([self.name, *revision, *loaded])
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +188,8 @@ class Prompt:
         """The possible answers, and how they are scored."""
         kept = self.task.closed_fields if self.task is not None else ()
         has_choices = self.task is not None and self.task.answer_space.has_choices
-        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept))
+        head = self.weights is not None and self.weights.tune == "head"
+        return AnswerSpace(self.label_words, has_choices, Scoring(self.normalise, self.calibrate, kept), head)
 
     def check_open(self) -> None:
         """Raise a ConfigError if it has a closed set of answers, and so cannot answer among candidates."""
@@ -326,15 +292,8 @@ class Prompt:
         return backbone.fingerprint == self.weights.fingerprint != self.backbone.fingerprint
 
     def _check_backbone(self, backbone: Backbone, *, force: bool) -> None:
-        if self.backbone is None or self.backbone.fingerprint == backbone.fingerprint or force:
-            return
-        same_table = self.backbone.fingerprint.split("-")[0] == backbone.fingerprint.split("-")[0]
-        what = "has the same embeddings and other weights (a tuned copy?)" if same_table else "is another model"
-        raise PromptError(
-            f"the prompt was trained on the backbone '{self.backbone.name}' "
-            f"({self.backbone.fingerprint}), and '{backbone.name}' ({backbone.fingerprint}) {what}; "
-            "use the right backbone (--backbone), or insist with --force"
-        )
+        if self.backbone is not None and not force:
+            self.backbone.check(backbone)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the prompt's folder: vectors, trained weights, manifest, and a card for people.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
-from ptuning.data.task_files import TaskFile
 from ptuning.engine.evaluate import Evaluation, evaluate_parts
 from ptuning.engine.objective import item_parts
 from ptuning.errors import RecordError
@@ -119,9 +118,10 @@ def score_prompt(
     records, said = questions.records, guessed(prompt, questions, found)
     if not answers.is_closed:
         found = of_any_reference(model.backbone, bound, records, learned, found)
-    if not said and (prompt.task is not None or (with_rows and candidates is None)):
+    own = prompt.task.answer_metrics if prompt.task is not None else ()
+    if not said and (own or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
-    scores = {answers.score_name: score(found.hits), **_metrics(questions, prompt.task, said, found)}
+    scores = {answers.score_name: score(found.hits), **_metrics(questions, own, said, found)}
     rows = prediction_rows(records, said, found.hits) if said else []
     ranked: list[Answer] = []
     if candidates is not None:
@@ -137,14 +137,14 @@ def score_prompt(
 
 
 def _metrics(
-    questions: Questions, task: TaskFile | None, said: Sequence[Prediction], found: Evaluation
+    questions: Questions, names: Sequence[str], said: Sequence[Prediction], found: Evaluation
 ) -> dict[str, Score]:
-    if task is None:
+    if not names:
         return {}
     rows = zip(said, found.hits, found.known, strict=True)
     answers = [Answer(one.text, bool(hit), known=known) for one, hit, known in rows]
-    values = score_values(answers, questions, task.metrics)
-    return {name: summary([values[name]]) for name in task.metrics}
+    values = score_values(answers, questions, names)
+    return {name: summary([values[name]]) for name in names}
 
 
 def _rank(

@@ -27,6 +27,7 @@ from ptuning.files import (
     Json,
     Unchecked,
     file_error,
+    is_abandoned,
     make_folder,
     read_bytes,
     read_json,
@@ -59,6 +60,8 @@ FORMAT_VERSION = 1
 WEIGHTS_VERSION = 2
 # The prompt has deep slots. A reader of the versions before must refuse it: it would ignore their vectors.
 DEEP_VERSION = 3
+# Number formats of what deep slots bring, in the file.
+DEEP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A file of vectors is not larger than its header and two times its float32 numbers, nor than this.
 HEADER_BYTES, MAX_VECTORS_BYTES = 2**20, 2**31
 # A folder of prompts holds them so many folders deep; the path in it is a prompt's name.
@@ -126,7 +129,8 @@ def write_prompt(
                 _put(folder, new, sums, manifest)
             write_text(folder / CARD_FILE, _card(manifest, weights, len(data)))
             written = {folder / name for name in (MANIFEST_FILE, CARD_FILE, *sums)}
-            delete(path for path in (*before.ours, *before.temporary) if path not in written)
+            left = filter(is_abandoned, before.temporary)
+            delete(path for path in (*before.ours, *left) if path not in written)
             with contextlib.suppress(OSError):
                 (folder / WEIGHTS_FOLDER).rmdir()  # of an earlier prompt, and empty now
     finally:
@@ -262,17 +266,18 @@ def _deep_tensors(deep: Deep) -> dict[str, Tensor]:
     """Return what deep slots bring as a file holds it: tensors of their own for each layer, counted from 0."""
     found: dict[str, Tensor] = {}
     for layer, (keys, values) in enumerate(deep.block if deep.block is not None else ()):
-        found |= {f"deep.{layer}.keys": keys.contiguous(), f"deep.{layer}.values": values.contiguous()}  # (K, C, D)
+        found |= {f"deep.{layer}.keys": keys, f"deep.{layer}.values": values}  # (K, C, D)
     if deep.offsets is not None:
         for layer, offsets in enumerate(deep.offsets.unbind(dim=1), start=1):
-            found[f"deep.{layer}.inputs"] = offsets.contiguous()  # (N, H)
-    return found
+            found[f"deep.{layer}.inputs"] = offsets  # (N, H)
+    return {name: one.to(deep.dtype).contiguous() for name, one in found.items()}
 
 
 def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> Deep:
     """Put what deep slots bring together from a file's tensors; a PromptError if it is not as the manifest says."""
     lead, layers = about.at("lead").whole(least=0), about.at("layers").whole(least=1)
     in_front, slots = about.at("block").whole(least=0), tuple(one.whole(least=0) for one in about.at("of").items())
+    dtype = DEEP_DTYPES[about.at("dtype", "float32").one_of(tuple(DEEP_DTYPES))]
     named = {f"deep.{layer}.{part}" for layer in range(layers) for part in ("keys", "values") if in_front}
     named |= {f"deep.{layer}.inputs" for layer in range(1, layers) if slots}
     if found := sorted(named ^ set(tensors)):
@@ -292,7 +297,7 @@ def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> 
     )
     if wrong:
         raise PromptError(f"{where}: the vectors in the layers have another shape than {MANIFEST_FILE} says")
-    return Deep(block, lead, offsets, slots)
+    return Deep(block, lead, offsets, slots, dtype)
 
 
 def _metadata(manifest: Mapping[str, Json], where: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ptuning.metrics import most_of
 from ptuning.report.results_file import ScoreWithSpread
 from ptuning.statistics import Score
 
@@ -127,35 +128,46 @@ def points(value: float) -> str:
     return f"+{shown}" if value > 0 and shown != "0.0" else shown
 
 
-def entry(score: Score | None, *, best: bool = False) -> Entry:
-    """Return a score with its interval, n, and its spread over seeds if there are several."""
+def entry(score: Score | None, *, best: bool = False, of: str = "") -> Entry:
+    """Return a score ``of`` a name with its interval, n, and its spread over seeds if there are several."""
     if score is None:
         return Entry("–")
-    small = [_interval(score), f"n = {score.n:,}"]
+    most = most_of(of)
+    small = [_interval(score, most=most), f"n = {score.n:,}"]
     if isinstance(score, ScoreWithSpread) and score.std is not None and score.seeds > 1:
-        small.append(f"sd {decimal(score.std)}, {score.seeds} seeds")
-        small += [f"lowest {decimal(score.lowest)}"] if score.lowest is not None else []
-    return Entry(percent(score.value), small, best, score)
+        small.append(f"sd {decimal(score.std / most)}, {score.seeds} seeds")
+        small += [f"lowest {decimal(score.lowest / most)}"] if score.lowest is not None else []
+    return Entry(valued(score.value, of), small, best, score)
 
 
-def difference(score: Score | None) -> Entry:
+def difference(score: Score | None, *, of: str = "") -> Entry:
     """Return a difference in points with its interval and n."""
     if score is None:
         return Entry("–")
-    return Entry(points(score.value), [_interval(score, signed=True), f"n = {score.n:,}"], score=score)
+    most = most_of(of)
+    small = [_interval(score, signed=True, most=most), f"n = {score.n:,}"]
+    return Entry(points(score.value / most), small, score=score)
 
 
-def phrase(score: Score, unit: str, *, signed: bool = False) -> str:
-    r"""Write a score within a sentence.
+def phrase(score: Score, unit: str, *, signed: bool = False, of: str = "") -> str:
+    r"""Write a score ``of`` a name within a sentence.
 
     >>> phrase(Score(0.5, 0.4, 0.6, n=10), "facts")
     '50.0\xa0% (95 % interval 40.0 to 60.0, n = 10 facts)'
+    >>> phrase(Score(50.0, 40.0, 60.0, n=10), "records", of="bleu")
+    '50.0 (95 % interval 40.0 to 60.0, n = 10 records)'
     """
-    write = points if signed else decimal
-    shown = f"{points(score.value)} points" if signed else percent(score.value)
+    write, most = points if signed else decimal, most_of(of)
+    shown = f"{points(score.value / most)} points" if signed else valued(score.value, of)
     n = f"n = {score.n:,} {unit}".rstrip()
-    interval = NO_INTERVAL if not score.has_interval else f"95 % interval {write(score.low)} to {write(score.high)}"
+    ends = (write(end / most) for end in (score.low, score.high))
+    interval = NO_INTERVAL if not score.has_interval else f"95 % interval {' to '.join(ends)}"
     return f"{shown} ({interval}, {n})"
+
+
+def valued(value: float, of: str) -> str:
+    """Write the value of a score: a percentage, or as it is where the score goes up to 100."""
+    return percent(value) if most_of(of) == 1.0 else decimal(value / most_of(of))
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -167,9 +179,9 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def _interval(score: Score, *, signed: bool = False) -> str:
+def _interval(score: Score, *, signed: bool = False, most: float = 1.0) -> str:
     write = points if signed else decimal
-    return NO_INTERVAL if not score.has_interval else f"[{write(score.low)}, {write(score.high)}]"
+    return NO_INTERVAL if not score.has_interval else f"[{write(score.low / most)}, {write(score.high / most)}]"
 
 
 def decimal(value: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ptuning.files import Json, Unchecked, read_json, read_json_lines, write_json_lines
 from ptuning.metrics import Answer
 from ptuning.names import RUN_FILE
+from ptuning.records import References, plain
 from ptuning.report.results_file import AGAIN
 
 
@@ -31,7 +32,7 @@ class AnsweredRow:
         """Return the line of ``predictions.jsonl``."""
         about: dict[str, Json] = {"idx": self.idx, "group": self.group, "choices": list(self.choices) or None}
         return {
-            "record": dict(self.record),
+            "record": plain(self.record),
             **{name: value for name, value in about.items() if value is not None},
             "target": self.target,
             "prediction": self.answer.text,
@@ -45,7 +46,7 @@ class AnsweredRow:
     def from_json(cls, value: Unchecked) -> AnsweredRow:
         """Read what :meth:`to_json` returned."""
         return cls(
-            {name: text.text() for name, text in value.at("record").table().items()},
+            {name: _text(text) for name, text in value.at("record").table().items()},
             value.optional("target", Unchecked.text),
             Answer(
                 value.at("prediction", "").text(),
@@ -58,6 +59,11 @@ class AnsweredRow:
             value.optional("group", Unchecked.text),
             value.at("choices", []).texts(),
         )
+
+
+def _text(field: Unchecked) -> str:
+    """Return the text of a field, or a target with its references."""
+    return References(field.texts()) if isinstance(field.value, list) and field.value else field.text()
 
 
 def write_answers(path: Path, rows: Iterable[AnsweredRow]) -> None:

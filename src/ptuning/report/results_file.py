@@ -160,6 +160,7 @@ class Results:
         tasks: Task -> method -> score on its test part.
         macro: Method -> score: means over the tasks.
         by_type: Type of relation -> method -> score: means over the tasks of the type.
+        by_value: Value of a field of the test records -> method -> score on the records that have it.
         differences: ``A - B`` -> score: paired difference of two methods.
         folder: The folder of the file; not in the file.
     """
@@ -178,12 +179,15 @@ class Results:
     tasks: Mapping[str, ScoreTable] = field(default_factory=dict)
     macro: ScoreTable = field(default_factory=dict)
     by_type: Mapping[str, ScoreTable] = field(default_factory=dict)
+    by_value: Mapping[str, ScoreTable] = field(default_factory=dict)
     differences: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     folder: Path = Path()
 
     def to_json(self) -> dict[str, Json]:
         """Return the content of ``results.json``; a part that this experiment does not have is left out."""
-        left_out = {name for name in ("paraphrases", "agreement", "warnings") if getattr(self, name) in (None, {})}
+        left_out = {
+            name for name in ("paraphrases", "agreement", "warnings", "by_value") if getattr(self, name) in (None, {})
+        }
         found = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return {name: value for name, value in found.items() if name not in {"folder", *left_out}}
 

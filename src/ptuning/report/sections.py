@@ -69,12 +69,14 @@ def _answer(results: Results) -> Iterator[str]:
         yield "No method has finished yet, so there is nothing to compare."
         return
     best, *others = ranked
-    yield f"Of {counted(len(ranked), 'method')}, {best} is best: {called(score)} {phrase(scores[best], unit)}."
+    most = phrase(scores[best], unit, of=score)
+    yield f"Of {counted(len(ranked), 'method')}, {best} is best: {called(score)} {most}."
     if others:
-        yield f"Next is {others[0]} with {phrase(scores[others[0]], unit)}."
+        yield f"Next is {others[0]} with {phrase(scores[others[0]], unit, of=score)}."
         gap = results.difference(best, others[0], score)
         if gap is not None:
-            yield f"The difference {best} \N{MINUS SIGN} {others[0]} is {phrase(gap, '', signed=True)}{_verdict(gap)}."
+            shown = phrase(gap, "", signed=True, of=score)
+            yield f"The difference {best} \N{MINUS SIGN} {others[0]} is {shown}{_verdict(gap)}."
     for method in results.ordered(name for one in results.paraphrases.values() for name in one.spread):
         wide = {task: one.spread[method] for task, one in results.paraphrases.items() if method in one.spread}
         at = max(wide, key=lambda task: wide[task].range)
@@ -160,6 +162,7 @@ SECTIONS: Mapping[str, Callable[[Results], list[Block]]] = {
     "Scores": tables.main,
     "Wordings": _wordings,
     "By type of relation": tables.by_type,
+    "By a field of the records": tables.by_value,
     "Every task": tables.per_task,
     "What is taken for what": confusion.section,
     "Written against learned": _dots,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ptuning.errors import cut
 from ptuning.files import Json, sha256
-from ptuning.metrics import TASK_SCORE, Answer, called, in_order
+from ptuning.metrics import TASK_SCORE, Answer, best_of, called, in_order
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
 from ptuning.report.blocks import (
     Block,
@@ -84,15 +84,18 @@ def main(results: Results) -> list[Block]:
     shown = in_order(name for one in scores.values() for name in one)
     if not shown:
         return []
-    best = {name: max(one[name].value for one in scores.values() if name in one) for name in shown}
+    best = {name: best_of(name, (one[name].value for one in scores.values() if name in one)) for name in shown}
     rows = []
     for method in results.ordered(scores):
         about = results.methods[method].describe if method in results.methods else ""
-        columns = [(scores[method].get(name), best[name]) for name in shown]
+        columns = [(scores[method].get(name), name) for name in shown]
         rows.append(
             [
                 Entry(method, [about] if about else []),
-                *(entry(one, best=one is not None and one.value == top and len(scores) > 1) for one, top in columns),
+                *(
+                    entry(one, best=one is not None and one.value == best[name] and len(scores) > 1, of=name)
+                    for one, name in columns
+                ),
                 *(column(results, method) for column in COLUMNS.values()),
             ]
         )
@@ -107,7 +110,35 @@ def main(results: Results) -> list[Block]:
         "a column; sd is the standard deviation over seeds; tried is the number of settings that were compared "
         "on the development part."
     )
-    return [Table(caption, ["method", *map(called, shown), *COLUMNS], rows)]
+    signed = [f"{called(name)}: {text}" for name, text in _signatures(results).items()]
+    told = [Text(f"Compare these scores with others only where all of this is equal. {'; '.join(signed)}.")]
+    return [Table(caption, ["method", *map(called, shown), *COLUMNS], rows), *(told if signed else [])]
+
+
+def _signatures(results: Results) -> Mapping[str, Json]:
+    """Return score -> the signature that its library gives, of the only task."""
+    found = next(iter(results.task_info.values()), {}).get("signatures") if len(results.tasks) == 1 else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def by_value(results: Results) -> list[Block]:
+    """Return the scores by each value of a field of the test records, if that is asked for."""
+    if not results.by_value:
+        return []
+    score, field = results.primary, _shown(results.settings.get("by"))
+    methods = results.best_first(name for found in results.by_value.values() for name in found)
+    rows = []
+    for value, found in results.by_value.items():
+        scores = [_of(found, method, score) for method in methods]
+        best = best_of(score, (one.value for one in scores if one is not None))
+        rows.append(
+            [Entry(value), *(entry(one, best=one is not None and one.value == best, of=score) for one in scores)]
+        )
+    caption = (
+        f"{called(score)} by {field}, a field of the test {results.unit}, with 95 % intervals; ★ marks the best of a "
+        f"row; n counts {results.unit}."
+    )
+    return [Table(caption, [field, *methods], rows)]
 
 
 def _tried(results: Results, method: str) -> Entry:
@@ -197,11 +228,16 @@ def control(results: Results) -> list[Block]:
     for method in results.controls:
         base = method.removesuffix(RANDOM_WEIGHTS)
         gap = results.differences.get(f"{base} - {method}", {}).get(score)
-        rows.append([Entry(base), entry(_of(scores, base, score)), entry(_of(scores, method, score)), difference(gap)])
+        both = (entry(_of(scores, name, score), of=score) for name in (base, method))
+        rows.append([Entry(base), *both, difference(gap, of=score)])
     if not rows:
         return []
     common = _of(scores, "majority", score)
-    also = f" Always giving the majority answer reaches {phrase(common, results.overall_unit)}." if common else ""
+    also = (
+        f" Always giving the majority answer reaches {phrase(common, results.overall_unit, of=score)}."
+        if common
+        else ""
+    )
     return [
         Text(
             "A backbone with random weights has read no text, so a method's score on it was learned from the training "
@@ -225,7 +261,7 @@ def differences(results: Results) -> list[Block]:
     rows = []
     for pair, found in results.differences.items():
         first = found.get(shown[0])
-        columns = (difference(found.get(name)) for name in shown)
+        columns = (difference(found.get(name), of=name) for name in shown)
         rows.append([Entry(pair), *columns, Entry(reading(first) if first is not None else "–")])
     caption = (
         "Differences in percentage points, with 95 % intervals of the paired difference (both methods answered the "

@@ -42,7 +42,7 @@ def chatglm(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Mappin
     versions = "|".join(f"{package}:{version_of(package)}" for package in ("jieba", "rouge-chinese", "nltk"))
     signature = f"characters|smooth:3|{versions}"
     found = {"chatglm-bleu-4": bleus, **{f"chatglm-{name}": [row[name] for row in rows] for name in ROUGE}}
-    return {name: Measured(values, 100.0, signature) for name, values in found.items()}
+    return {name: Measured(values, signature) for name, values in found.items()}
 
 
 def _row(text: str, references: Sequence[str], cutter: Any, rouge: Any) -> dict[str, float]:

@@ -18,12 +18,9 @@ CHINESE = ("\u3400", "\u9fff")
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of a score, the ``most`` that it can be (1 or 100, as its library has it), and its ``signature``: what
-    must be equal for two scores to be compared.
-    """
+    """Values of a score, and its ``signature``: what must be equal for two scores to be compared."""
 
     values: Values
-    most: float = 1.0
     signature: str | None = None
 
 

@@ -43,7 +43,7 @@ def _summed(metric: Any, texts: Sequence[str], references: TextReferences) -> Me
     streams = list(itertools.zip_longest(*references))
     sums = np.array(metric._extract_corpus_statistics(list(texts), streams), dtype=np.float64)  # (N, K)
     signature = str(metric.get_signature())
-    return Measured(Sums(sums, lambda totals: float(metric._compute_score_from_stats(totals).score)), 100.0, signature)
+    return Measured(Sums(sums, lambda totals: float(metric._compute_score_from_stats(totals).score)), signature)
 
 
 def rouge(texts: Sequence[str], references: TextReferences) -> Mapping[str, Measured]:

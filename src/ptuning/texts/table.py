@@ -1,4 +1,6 @@
-"""The table of metrics for texts. One more entry in :data:`TEXT_METRICS`, and ``eval --metrics`` has it."""
+"""The table of metrics for texts. One more entry in :data:`TEXT_METRICS`, and ``eval``, ``compare`` and task files have
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from functools import partial
 
 from ptuning.config import listed_names
 from ptuning.errors import ConfigError, closest
+from ptuning.metrics import most_of
 from ptuning.records import Record, references_of
 from ptuning.statistics import Score, Values, summary, value_of
 from ptuning.texts import answers, chatglm, contents, overlap
@@ -86,14 +89,16 @@ def check_metrics(names: Sequence[str], records: Sequence[Record]) -> None:
 
 def score_texts(texts: Sequence[str], records: Sequence[Record], names: Sequence[str]) -> dict[str, TextScore]:
     """Score N texts with metrics, against the references (or the contents) of the N records that they answer."""
-    found: dict[str, TextScore] = {}
-    for name in names:
-        for part, one in TEXT_METRICS[name].compute(texts, records).items():
-            found[part] = TextScore(summary([one.values], most=one.most), one.signature)
-    return found
+    measured = measure_texts(texts, records, names)
+    return {name: TextScore(summary([one.values], most=most_of(name)), one.signature) for name, one in measured.items()}
+
+
+def measure_texts(texts: Sequence[str], records: Sequence[Record], names: Sequence[str]) -> dict[str, Measured]:
+    """Return score -> what N texts have of it, row by row; the scores of the first metric are first."""
+    return {part: one for name in names for part, one in TEXT_METRICS[name].compute(texts, records).items()}
 
 
 def value_of_texts(texts: Sequence[str], records: Sequence[Record], name: str) -> float:
     """Return the first score of a metric, without an interval."""
-    values: Values = next(iter(TEXT_METRICS[name].compute(texts, records).values())).values
+    values: Values = next(iter(measure_texts(texts, records, [name]).values())).values
     return value_of(values)

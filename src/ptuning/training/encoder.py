@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.randomness import own_draws
+from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart, TrainConfig
+from ptuning.engine.deep import deep_start
 from ptuning.engine.learned import Deep
+from ptuning.template.fill import BoundTemplate
 
 # Up to this width the paper's sizes hold; beyond it they would train hundreds of millions of weights for a few vectors.
 MAX_ENCODER_WIDTH = 1024
@@ -209,3 +213,44 @@ class DeepEncoder(nn.Module):
         hidden = torch.tanh(inputs @ first.T)  # (N, middle)
         made: Tensor = hidden @ last.T * hidden.shape[1] ** -0.5
         return made
+
+
+def make_encoder(
+    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+) -> PromptEncoder:
+    """Return the encoder of a template's slots on a backbone; ``generator`` returns that of a purpose."""
+    known = frozen.table_statistics
+    start = start_vectors(
+        bound.slot_start_ids,
+        vectors_of=frozen.vectors_of,
+        vocabulary=frozen.vocabulary,
+        mean=known.mean,
+        std=known.std,
+        how=config.start,
+        generator=generator("slot starts"),
+    )
+    with own_draws():  # torch's modules draw weights of their own before ours are written
+        return PromptEncoder(
+            start,
+            reach=known.norm,
+            kind=config.encoder if bound.slots else "none",
+            dropout=config.dropout,
+            generator=generator("encoder weights"),
+        ).to(frozen.device)
+
+
+def make_deep_encoder(
+    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+) -> DeepEncoder | None:
+    """Return the encoder of a template's deep slots, None without any; arguments as of :func:`make_encoder`."""
+    found = deep_start(frozen, bound, generator=generator("deep slots"))
+    if found is None:
+        return None
+    start, reach = found
+    return DeepEncoder(
+        start,
+        reach=reach,
+        kind=config.deep_encoder,
+        values_only=config.values_only,
+        generator=generator("deep encoder weights"),
+    ).to(frozen.device)

@@ -14,10 +14,12 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
+from ptuning.backbone.placement.stored import stored_tensors
 from ptuning.data.questions import Questions
 from ptuning.engine.evaluate import evaluate
 from ptuning.engine.memory import PeakMemory, peak_so_far, taken_bytes, tensor_bytes, whole_passes
 from ptuning.engine.objective import Item, inputs_of
+from ptuning.engine.processes import processes
 from ptuning.errors import TrainingError
 from ptuning.files import Json
 from ptuning.progress import OnProgress, Progress
@@ -109,7 +111,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training run will take; ``longest_pass`` is in rows and tokens."""
+    """What a training run will take; ``longest_pass`` is in rows and tokens, and ``deep_in_front`` the number of deep
+    slots in front of rows, which are no tokens of a pass.
+    """
 
     device: str
     dtype: str
@@ -120,6 +124,7 @@ class Forecast:
     epochs: int
     starts: int
     longest_pass: tuple[int, int]
+    deep_in_front: int
     memory: Bytes
     seconds: Seconds
 
@@ -152,6 +157,8 @@ def estimate(
 @with_gradients
 def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | None = None) -> Forecast:
     """Say what a training will take; as :func:`estimate`."""
+    if processes().num_processes > 1:
+        raise TrainingError("an estimate times the steps of one process; start it without a launcher such as torchrun")
     before, began = peak_so_far(backbone.device), clock()
     run = TrainingRun(prepare(spec, backbone))
     filled = clock()
@@ -178,6 +185,7 @@ def estimate_spec(spec: TrainSpec, backbone: Backbone, *, report: OnProgress | N
         epochs=config.epochs,
         starts=config.starts,
         longest_pass=trial.longest_pass,
+        deep_in_front=run.prepared.bound.layout.in_front,
         memory=memory,
         seconds=Seconds(made - began, kept, epoch, dev, saving, answers, total),
     )
@@ -296,7 +304,7 @@ class _Trial:
     def bytes(self, peak: int, before: int) -> Bytes:
         """Return what is in memory; ``peak`` was taken while steps were tried, ``before`` earlier in this process."""
         learner, backbone = self.learner, self.run.prepared.backbone
-        weights = tensor_bytes([*backbone.model.parameters(), *backbone.model.buffers()])
+        weights = tensor_bytes(stored_tensors(backbone.model))
         trained = tensor_bytes(learner.parameters())
         encoder = tensor_bytes(learner.encoder.parameters())
         activations = max(0, peak - self.resident - 3 * trained - self.trial_bytes)

@@ -15,6 +15,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine.memory import total_bytes
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import this_writes, wait_for_all
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.files import make_folder, read_json, write_json
 from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
@@ -134,6 +135,7 @@ class Fleet:
             TrainingError: If several processes train, or the checkpoint is of other settings.
         """
         state = self._read() or _State()
+        wait_for_all()  # all have read it
         order = [name for name in (*state.live, *self.members) if name in self.members and name not in self._finished]
         waiting = deque(self.members[name] for name in dict.fromkeys(order))
         folders = {name: self._folder / folder for name, folder in state.live.items()} if self.checkpoint else {}
@@ -160,7 +162,7 @@ class Fleet:
                 yield from self._go_on(self._live, failed, work)
                 if prefix_cache.is_used and len(self._live) < before:
                     prefix_cache.keep_only(row for one in self._live for row in _rows(one.member))
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and this_writes():
             remove(self.checkpoint, FLEET_CHECKPOINT)
 
     def _take_steps(self) -> dict[Trainer, TrainingError]:
@@ -193,7 +195,7 @@ class Fleet:
         should_stop: Callable[[], bool] | None,
     ) -> _Live:
         trainer = member.make(prefix_cache)
-        if trainer.learner.processes.num_processes > 1:
+        if trainer.learner.ranks.size > 1:
             raise TrainingError("a fleet trains in one process; train its prompts one by one, or start one process")
         if member.name in folders and not trainer.load_from(folders[member.name]):
             raise TrainingError(f"the checkpoint {folders[member.name]} is gone; start anew with --overwrite")
@@ -265,6 +267,9 @@ class Fleet:
         due. Trained in another way, the prompts would be rounded in another way.
         """
         began = time.monotonic()
+        if not this_writes():
+            self._saved_at = began
+            return
         try:
             self._write(self._save_all(trainers))
         except FileError as error:

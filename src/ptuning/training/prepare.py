@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune
+from ptuning.backbone.trained_weights import with_head
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, Tune, derived_seed
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
@@ -20,6 +21,7 @@ from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
 from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
+from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template
@@ -78,13 +80,18 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     began, config, task = time.monotonic(), spec.settings, spec.task
     if backbone.max_length is not None:
         config = replace(config, max_length=min(config.max_length, backbone.max_length))
-    template = _trainable(as_template(spec.template), config)
+    if task is not None and task.text_metrics and config.choose_by == BY_SCORE:
+        config = replace(config, choose_by=task.text_metrics[0])
+    template = _trainable(as_template(spec.template), config, backbone)
     spec = _checked(spec)
     words = LabelWords.of(spec.labels) if spec.labels is not None else None
     parts = {"train": as_questions(spec.data)}
     if spec.dev is not None:
-        parts["dev"] = as_questions(spec.dev)
-    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate)
+        parts["dev"] = _scored(as_questions(spec.dev), task)
+    answers = _answers(words, parts["train"], task, calibrate=spec.calibrate, head=config.tune == "head")
+    if answers.head:
+        seed = derived_seed(config.seed, "classification head")
+        backbone = with_head(backbone, len(answers.labels), seed=seed, share=True)
     _check_choice(config, answers, parts.get("dev", parts["train"]))
     require_rows(parts)
     for questions in parts.values():
@@ -105,6 +112,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     fields = parts["train"].fields
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
+        if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
+            parts["dev"], items["dev"] = dev, question_items(bound, dev, answers, with_stop=config.learn_to_stop)
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
     if not (learned and any(item.can_be_hit for item in items["dev"])):
         raise RecordError(
@@ -127,6 +136,11 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     return Prepared(
         template, bound, backbone, config, answers, task, parts, items, fields, merge, left_out, method, began
     )
+
+
+def _scored(rows: Questions, task: TaskFile | None) -> Questions:
+    """Return rows as they are scored: as they are, or with several references, if the task gathers them."""
+    return rows if task is None else task.to_score(rows)
 
 
 def method_name(template: Template, tune: Tune) -> str:
@@ -240,7 +254,7 @@ def place_slots(
     both = Template.from_manual(manual, about=about)
     some = [one for one in records if all(name in one for name in both.fields)]
     some = some[:: max(1, len(some) // COUNTED)][:COUNTED]
-    is_kept = bool(config.prefix_cache_share) and backbone.shares_prefix
+    is_kept = bool(config.prefix_cache_share) and backbone.keeps_prefixes
     if not (some and is_kept and (closed or _field_tokens(both, some, backbone) >= LONG_FIELD_TOKENS)):
         return Placement(both)
     read = _read_tokens(both, some, backbone, config)
@@ -282,12 +296,15 @@ def _read_tokens(template: Template, records: Sequence[Record], backbone: Backbo
     return (every - kept if kept >= MIN_PREFIX_TOKENS * len(filled) else every) / len(filled)
 
 
-def _trainable(template: Template, config: TrainConfig) -> Template:
+def _trainable(template: Template, config: TrainConfig, backbone: Backbone) -> Template:
     if not template.has_slots and config.tune == "frozen":
         raise TemplateError(
             f"the template '{template}' has no slots, so there is nothing to learn; write words as [P:words] to "
-            "start from them, let --manual do it, or train the backbone's own weights (--tune tuned or lora)"
+            "start from them, let --manual do it, or train something besides (--tune head, tuned or lora)"
         )
+    processes()  # says so, if what a launcher left does not fit
+    if template.has_slots or config.tune == "lora":
+        _ = backbone.passes_gradients  # says so, if it does not
     return template
 
 
@@ -372,11 +389,18 @@ def _set_aside(
 
 
 def _answers(
-    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None
+    words: LabelWords | None, train: Questions, task: TaskFile | None, *, calibrate: bool | None, head: bool
 ) -> AnswerSpace:
     """Return what rows are answered with; scored as the task says, unless asked otherwise."""
     scoring = task.answer_space.scoring if task is not None else PLAIN
-    answers = AnswerSpace(words, train.has_choices, scoring).scored(calibrate=calibrate)
+    if head and words is None:
+        raise ConfigError(
+            "a classification head (tune head) chooses among labels, and there are none here; name them (--labels), or "
+            "train without it"
+        )
+    if head and calibrate:
+        raise ConfigError("calibration is for words of labels, and a classification head (tune head) has none")
+    answers = AnswerSpace(words, train.has_choices, scoring, head).scored(calibrate=False if head else calibrate)
     if calibrate and not answers.is_closed:
         raise ConfigError("calibration is for label words and choices; a target that is written has none to compare")
     return answers

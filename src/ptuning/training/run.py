@@ -13,13 +13,15 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, TrainConfig, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_records
+from ptuning.engine.ceiling import measure_ceiling
 from ptuning.engine.evaluate import evaluate
-from ptuning.engine.learned import Learned
+from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.objective import STOP_WEIGHT, Item, stop_weight
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import this_writes, wait_for_all
 from ptuning.errors import ConfigError
 from ptuning.files import Json, check_room, make_folder, write_json, write_json_lines
 from ptuning.names import (
@@ -31,8 +33,9 @@ from ptuning.names import (
     remove,
 )
 from ptuning.progress import OnProgress, named
+from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.predict import MORE_TOKENS, PromptModel
-from ptuning.prompt.prompt import BackboneId, Prompt
+from ptuning.prompt.prompt import Prompt
 from ptuning.prompt.score import guessed, prediction_rows
 from ptuning.prompt.written import judging
 from ptuning.provenance import described, versions
@@ -43,7 +46,7 @@ from ptuning.training.identity import identity_of_run
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import SpecOptions, TrainSpec
-from ptuning.training.step import measure_ceiling, with_gradients
+from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Judge, Trainer
 
 FORMAT_VERSION = 1
@@ -127,6 +130,8 @@ class TrainingRun:
     ) -> None:
         if resume and out is None:
             raise ConfigError("there is nothing to resume without the folder of the run (out)")
+        if ceiling and prepared.backbone.shards is not None:
+            raise ConfigError("the bare backbone is timed in one process (--measure-ceiling); leave it out, or --shard")
         self.prepared, self.config, self.items = prepared, prepared.config, prepared.items
         self.record = _first_record(prepared, command)
         self.identity = identity_of_run(self.record)
@@ -191,7 +196,8 @@ class TrainingRun:
 
     def clear(self) -> None:
         """Remove the run that this one replaces and half-written files, once it is certain that training starts."""
-        if self.folder is not None:
+        wait_for_all()  # all have looked at the folder
+        if self.folder is not None and this_writes():
             clear_folder(self.folder, replaces=self._replaces, finished=self.finished is not None)
 
     def _checkpoint(self, number: int) -> Path | None:
@@ -218,11 +224,13 @@ class TrainingRun:
         record |= {**_outcome(best, seconds=seconds), "dev_score": dev_score.to_json(), **(more or {})}
         if self.config.starts > 1:
             record["starts"] = [self._starts[number] for number in sorted(self._starts)]
+        if best.learner.ranks.size > 1:
+            record["data_ranks"] = best.learner.ranks.size
         if self._ceiling:
             record["ceiling_tokens_per_second"] = measure_ceiling(
                 prepared.backbone, self.items["train"], batch_size=self.config.batch_size, slots=prepared.bound.slots
             )
-        if self.folder is not None and best.learner.processes.is_main_process:
+        if self.folder is not None:
             _write(self.folder, prompt, record, prepared, best)
         return TrainResult(prompt, record, self.folder)
 
@@ -251,8 +259,13 @@ class TrainingRun:
             normalise=prepared.answers.scoring.normalise,
             fields=prepared.fields,
             merge=prepared.merge,
-            deep=trainer.best_deep,
+            deep=_saved_deep(trainer.best_deep, trainer.config),
         )
+
+
+def _saved_deep(deep: Deep | None, config: TrainConfig) -> Deep | None:
+    """Return what deep slots bring in the number format of their file."""
+    return deep if deep is None or config.deep_dtype == "float32" else deep.rounded(torch.bfloat16)
 
 
 def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:
@@ -364,13 +377,20 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
 
 
 def _write(folder: Path, prompt: Prompt, record: Mapping[str, Json], prepared: Prepared, best: Trainer) -> None:
-    make_folder(folder)
-    prompt.save(folder / PROMPT_FOLDER, overwrite=True)
+    ranks = best.learner.ranks
+    if ranks.writes:
+        make_folder(folder)
+        prompt.save(folder / PROMPT_FOLDER, overwrite=True)
+    if not (ranks.writes or best.learner.frozen.shards is not None):  # a model that is spread runs in all processes
+        wait_for_all()
+        return
     dev, items = prepared.parts["dev"], prepared.items["dev"]
     backbone = best.learner.backbone
     found = evaluate(backbone, items, Learned.of(best.best_vectors, best.best_deep), cache=best.learner.cache)
     # Labels and choices were chosen by scoring them. Other answers must be written.
     predictions = guessed(prompt, dev, found) or PromptModel(backbone).predict(dev, prompt)
-    write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
-    write_json(folder / RUN_FILE, record)
-    remove(folder / CHECKPOINT_FOLDER, CHECKPOINT)
+    if ranks.writes:
+        write_json_lines(folder / PREDICTIONS_FILE, prediction_rows(dev.records, predictions, found.hits))
+        write_json(folder / RUN_FILE, record)
+        remove(folder / CHECKPOINT_FOLDER, CHECKPOINT)
+    wait_for_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import time
@@ -11,26 +12,25 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.layers import recomputing
+from ptuning.backbone.layers import layers_of, recomputing
+from ptuning.backbone.placement.devices import is_offloaded
 from ptuning.backbone.randomness import own_draws, seed_draws
 from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
 from ptuning.config import TrainConfig, derived_seed
-from ptuning.engine.batch import collate, shared_tokens
-from ptuning.engine.deep import deep_start
+from ptuning.engine.batch import shared_tokens
 from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.memory import OutOfMemory, half
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
-from ptuning.engine.passes import run_embeddings, runs_prefix_once, target_logits
+from ptuning.engine.passes import runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.processes import processes
+from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate
-from ptuning.training.encoder import DeepEncoder, PromptEncoder, start_vectors
+from ptuning.training.encoder import make_deep_encoder, make_encoder
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
 # more memory; a GPU is not busy with so few. Source: docs/decisions.md, decision 28.
@@ -62,6 +62,8 @@ class Learner:
 
     Attributes:
         weights: Weights of the backbone that are trained, by name; none of a frozen one.
+        ranks: The processes over which the rows of each step are spread.
+        recomputes: Whether activations are computed again in the backward pass.
         uses_prefix_cache: Whether rows run from their first slot onwards.
         pass_tokens: The most tokens of a pass of several records, pads included; fewer after one did not fit.
 
@@ -77,46 +79,19 @@ class Learner:
         self.frozen, self.bound, self.config = frozen, bound, config
         self.backbone = _to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.tune)
-        self.processes = processes()
-        known = frozen.table_statistics
-        start = start_vectors(
-            bound.slot_start_ids,
-            vectors_of=frozen.vectors_of,
-            vocabulary=frozen.vocabulary,
-            mean=known.mean,
-            std=known.std,
-            how=config.start,
-            generator=self.generator("slot starts"),
-        )
-        with own_draws():  # torch's modules draw weights of their own before ours are written
-            self.encoder = PromptEncoder(
-                start,
-                reach=known.norm,
-                kind=config.encoder if bound.slots else "none",
-                dropout=config.dropout,
-                generator=self.generator("encoder weights"),
-            ).to(frozen.device)
-        self.deep_encoder = self._make_deep()
+        self.ranks = DataRanks.of(frozen)
+        self._made: dict[int, tuple[Learned, Learned]] = {}
+        self.encoder = make_encoder(frozen, bound, config, self.generator)
+        self.deep_encoder = make_deep_encoder(frozen, bound, config, self.generator)
         self.optimizer = self._make_optimizer()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.prefix_cache = prefix_cache or PrefixCache(
             self.backbone, memory_share=config.prefix_cache_share, disk_bytes=config.prefix_cache_bytes
         )
         self.uses_prefix_cache = False
+        # A pass with gradients would hold all offloaded weights until its backward pass.
+        self.recomputes = config.checkpointing or (is_offloaded(frozen.model) and bool(layers_of(frozen.model)))
         self.pass_tokens = PASS_TOKENS.get(frozen.device.type, PASS_TOKENS_ELSEWHERE)
-
-    def _make_deep(self) -> DeepEncoder | None:
-        found = deep_start(self.frozen, self.bound, generator=self.generator("deep slots"))
-        if found is None:
-            return None
-        start, reach = found
-        return DeepEncoder(
-            start,
-            reach=reach,
-            kind=self.config.deep_encoder,
-            values_only=self.config.values_only,
-            generator=self.generator("deep encoder weights"),
-        ).to(self.frozen.device)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -125,7 +100,7 @@ class Learner:
         ]
         if self.deep_encoder is not None:
             groups.append({"params": list(self.deep_encoder.parameters()), "lr": config.deep_lr})
-        peak = config.lora_lr if config.tune == "lora" else config.backbone_lr
+        peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.tune, config.backbone_lr)
         decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
         for is_matrix in (True, False):
             weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
@@ -186,7 +161,24 @@ class Learner:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         self.encoder.train()
+        self._made.clear()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def encoded(self, at: int) -> Learned:
+        """Return what the prompt brings to the passes of a batch, ``at`` in its step, with gradients. Of several
+        processes each keeps them there, until :meth:`finish` has added them up.
+        """
+        if self.ranks.size > 1 and (kept := self._made.get(self._key(at))) is not None:
+            return kept[1]
+        found = Learned.of(self.encoder(), self.deep_encoder() if self.deep_encoder is not None else None)
+        if self.ranks.size == 1:
+            return found
+        self._made[self._key(at)] = found, found.apart()
+        return self._made[self._key(at)][1]
+
+    def _key(self, at: int) -> int:
+        """Return what batches have in common whose encoder gives the same: all of a step, unless dropout is drawn."""
+        return at if self.config.dropout else 0
 
     def finish(self, step: Step, losses: Sequence[Tensor]) -> float:
         """Add up the losses of a step's passes and the gradients over all processes, move the weights, return the loss.
@@ -195,11 +187,8 @@ class Learner:
             TrainingError: If the loss is NaN or infinite, or the step overflows.
         """
         summed = torch.stack(list(losses)).sum() if losses else torch.zeros((), device=self.backbone.device)
-        if self.processes.num_processes > 1:
-            summed = reduce(summed, "sum")
-            for weight in self.parameters():
-                gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-                weight.grad = reduce(gradient, "sum")
+        if self.ranks.size > 1:
+            summed = self._add_up(step, summed)
         loss_sum = float(summed)
         self.check_loss(loss_sum, f"the loss became {loss_sum} in epoch {step.epoch}")
         torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
@@ -210,6 +199,24 @@ class Learner:
                 raise
             raise TrainingError(f"step {step.number + 1} overflows ({error}); lower the learning rate") from error
         return loss_sum
+
+    def _add_up(self, step: Step, summed: Tensor) -> Tensor:
+        """Add up a step's loss and gradients over all processes, and return the loss. The gradients of what encoders
+        gave are a few kilobytes, whatever the size of the encoders: they go in one all-reduce, and then every process
+        runs the same backward pass through its encoders. Weights of the backbone are added up one by one.
+        """
+        for at in range(0, len(step.items), self.config.batch_size):
+            if self._key(at) not in self._made:  # this process had no rows of the batch
+                with own_draws(self.backbone.device):
+                    Chunk(step, (), at).learned()
+        kept = [self._made[key] for key in sorted(self._made)]
+        given, leaves = ([one for pair in kept for one in pair[side].tensors] for side in (0, 1))
+        own = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        summed, *gradients = self.ranks.sum([summed, *own])
+        torch.autograd.backward(given, gradients)
+        for weight in self.weights.values():
+            (weight.grad,) = self.ranks.sum([torch.zeros_like(weight) if weight.grad is None else weight.grad])
+        return summed
 
     def check_loss(self, value: float, what: str) -> None:
         """Raise a TrainingError if a loss is NaN or infinite; ``what`` says what happened then."""
@@ -225,6 +232,10 @@ def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
         return backbone
     if config.tune == "tuned":
         return backbone.copy()
+    if config.tune == "head":  # which ``prepare`` has put on it
+        other = backbone.copy(share=True)
+        other.put_head(copy.deepcopy(other.head))
+        return other
     return with_adapters(
         backbone,
         rank=config.lora_rank,
@@ -246,9 +257,8 @@ class Step:
 
     def chunks(self) -> list[Chunk]:
         """Return the passes of this step (gradient accumulation), with the rows of this process."""
-        processes, rank = self.learner.processes.num_processes, self.learner.processes.process_index
-        size = self.learner.config.batch_size
-        parts = {at: self.items[at : at + size][rank::processes] for at in range(0, len(self.items), size)}
+        size, own = self.learner.config.batch_size, self.learner.ranks.own
+        parts = {at: own(self.items[at : at + size]) for at in range(0, len(self.items), size)}
         return [part for at, items in parts.items() if items for part in Chunk(self, items, at).cut()]
 
 
@@ -314,18 +324,17 @@ class Chunk:
     def draws(self) -> bool:
         """Whether its pass draws random numbers (dropout), or sets a generator back to compute activations again."""
         config = self.learner.config
-        return bool(config.dropout) or config.checkpointing or self.learner.backbone.model.training
+        return bool(config.dropout) or self.learner.recomputes or self.learner.backbone.model.training
 
     def learned(self) -> Learned:
         """Return the slot vectors with gradients. Dropout is drawn from this pass's own seed; that of the encoder from
         its batch's, so that a batch that was cut has the same slot vectors in all parts.
         """
         self._seed(self.at)
-        vectors = self.learner.encoder()  # (P, E)
-        deep = self.learner.deep_encoder() if self.learner.deep_encoder is not None else None
+        found = self.learner.encoded(self.at)
         if self.behind:
             self._seed(self.at + self.behind)
-        return Learned.of(vectors, deep)
+        return found
 
     def _seed(self, at: int) -> None:
         if self.draws:
@@ -455,8 +464,11 @@ def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
     learned = Learned.join(
         [chunk.learned() for chunk in chunks], rows=[number for number, part in enumerate(rows) for _ in part]
     )
-    saves = any(chunk.learner.config.checkpointing for chunk in chunks)
-    with recomputing(backbone.model, name=backbone.name) if saves else contextlib.nullcontext():
+    with (
+        recomputing(backbone.model, name=backbone.name)
+        if any(one.learner.recomputes for one in chunks)
+        else contextlib.nullcontext()
+    ):
         logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
     sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
     found: dict[Chunk, Tensor] = {}
@@ -465,28 +477,3 @@ def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
     means = [value / loss_count(chunk.step.items) for chunk, value in found.items()]
     torch.stack(means).sum().backward()
     return {chunk: value.detach() for chunk, value in found.items()}
-
-
-def measure_ceiling(
-    backbone: Backbone, items: Sequence[Item], *, batch_size: int, slots: int, seconds: float = 10.0
-) -> float:
-    """Return the tokens per second of a bare forward and backward pass of the backbone over training batches.
-
-    The embeddings are the leaves: no encoder, no slots, no optimizer. Logits are computed where training computes them,
-    and a shared prefix runs once. Rows run whole, so training from the first slot onwards may be faster than this.
-    """
-    learned = Learned(torch.zeros(slots, backbone.width))  # says where slots are; its values are not used
-    tokens, spent, began = 0, 0.0, time.monotonic()
-    for number, at in enumerate((0, *range(0, len(items), batch_size))):
-        batch = collate(inputs_of(items[at : at + batch_size]), learned).to(backbone.device)
-        embeddings = backbone.embed(batch.token_ids).detach().requires_grad_(True)  # (B, T, E)
-        start = time.monotonic()
-        logits, _ = run_embeddings(backbone, embeddings, batch)
-        torch.logsumexp(logits, dim=-1).sum().backward()
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize(backbone.device)
-        if number:  # the first time, the first batch warms the machine up
-            tokens, spent = tokens + batch.tokens, spent + time.monotonic() - start
-        if number and time.monotonic() - began > seconds:
-            break
-    return tokens / spent

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker
 
 from ptuning.config import listed_names
-from ptuning.engine.processes import processes
+from ptuning.engine.processes import this_writes
 from ptuning.errors import ConfigError, FileError, closest
 from ptuning.files import Json, make_folder, read_bytes, read_json, write_json, write_text
 from ptuning.names import is_folder_name
@@ -70,7 +70,7 @@ class TrainingLog:
 
     def __call__(self, progress: Progress) -> None:
         """Log the numbers of a progress, if it has any."""
-        if not (self.trackers and progress.numbers and processes().is_main_process):
+        if not (self.trackers and progress.numbers and this_writes()):
             return
         name, step = progress.name, int(progress.numbers["step"])
         if name not in self._open:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.processes import processes
-from ptuning.errors import ConfigError, PTuningError
+from ptuning.engine.processes import processes, this_writes, wait_for_all
+from ptuning.errors import ConfigError, PTuningError, TrainingError
 from ptuning.files import Json, write_json
 from ptuning.names import (
     CHECKPOINT_FOLDER,
@@ -23,7 +24,7 @@ from ptuning.names import (
     remove,
     sweep,
 )
-from ptuning.progress import OnProgress
+from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import versions
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
 from ptuning.training.prepare import prepare
@@ -31,6 +32,8 @@ from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
+from ptuning.workers.crew import Busy, Ended, Workers
+from ptuning.workers.units import UNIT_PROMPTS, Unit, WorkPart, cut, held
 
 # Between a prompt's name and the number of its start, if it has several starts.
 START = "#"
@@ -73,11 +76,14 @@ def train_fleet(
     report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_prompt: Callable[[str, TrainResult | PTuningError], None] | None = None,
+    part: WorkPart | str | None = None,
+    workers: Workers | int | None = None,
     command: str | None = None,
 ) -> FleetResult:
     """Train many prompts together on one frozen backbone, with different data, templates, seeds, settings or encoders.
 
-    Each prompt gets the result that it would get alone, up to rounding: prompts share passes, and nothing else.
+    Each prompt gets the result that it would get alone, up to rounding: prompts share passes, and nothing else. More
+    than 16 (or ``at_once``) are cut into several fleets of about equal size, one after another.
 
     Args:
         prompts: The prompts, in the order in which they start.
@@ -89,6 +95,9 @@ def train_fleet(
         report: Called with progress.
         should_stop: Asked after every step.
         on_prompt: Called with each prompt that has ended.
+        part: Train only this part of the fleets, such as ``1/4``, and write no ``fleet.json``. Parts may run at the
+            same time; the whole with ``resume`` then collects all.
+        workers: Train the fleets in several processes; a number stands for so many on this machine, and 1 for none.
         command: The command line, for the record.
 
     Raises:
@@ -96,14 +105,27 @@ def train_fleet(
         Interrupted: If ``should_stop`` returned true; a checkpoint was written.
     """
     began, folder = time.monotonic(), Path(out) if out is not None else None
-    runs = _prepared(prompts, backbone, folder, resume=resume, overwrite=overwrite, command=command)
-    if folder is not None:
-        sweep(folder, fleet_layout(runs))
-    results, failed = dict[str, TrainResult](), dict[str, str]()
-    checkpoint = folder / CHECKPOINT_FOLDER if folder is not None else None
-    ended = fleet_runs(
-        runs, checkpoint=checkpoint, at_once=at_once, resume=resume, report=report, should_stop=should_stop
+    part, crew = WorkPart.parse(part) if isinstance(part, str) else part, Workers.of(workers)
+    if crew is not None:
+        crew.check()
+    units = fleet_units(prompts, at_once=at_once)
+    own = units if part is None else part.share(units)
+    replaces = overwrite or part is not None  # other parts write into the folder, too
+    runs = _prepared(
+        prompts, own, backbone, folder, command=command, resume=resume, overwrite=overwrite, replaces=replaces
     )
+    _check_frozen(runs)
+    wait_for_all()  # all have looked at the folder
+    if folder is not None and part is None and this_writes():
+        _tidy(folder, resume=resume)
+    results, failed = dict[str, TrainResult](), dict[str, str]()
+    going = _Going(at_once, resume, report, should_stop)
+    if crew is None:
+        ended = _in_turn(own, runs, folder, going)
+    elif folder is None:
+        raise ConfigError("workers need a folder for the prompts (out)")
+    else:
+        ended = FleetWork(prompts, folder, backbone, at_once, command).spread(own, runs, crew, going)
     for name, outcome in ended:
         if isinstance(outcome, TrainResult):
             results[name] = outcome
@@ -121,21 +143,148 @@ def train_fleet(
         "seconds": time.monotonic() - began,
         "prompts": [_line(name, results.get(name), failed.get(name)) for name in runs],
     }
-    if folder is not None:
+    if folder is not None and part is None and this_writes():
         write_json(folder / FLEET_FILE, record)
     return FleetResult(results, failed, record)
 
 
+def _tidy(folder: Path, *, resume: bool) -> None:
+    """Remove what a killed process left beside the prompts, and unless they ``resume``, checkpoints of other fleets."""
+    layout = fleet_layout(())
+    sweep(folder, replace(layout, folders={}))
+    for entry in () if resume or not folder.is_dir() else sorted(folder.iterdir()):
+        if layout.folder(entry.name) is not None:
+            remove(entry, FLEET_CHECKPOINT)
+
+
+def fleet_units(prompts: Sequence[FleetPrompt], *, at_once: int = AT_ONCE) -> list[Unit]:
+    """Return the prompts, cut into what trains together. It depends on the prompts and on ``at_once`` alone."""
+    weights = [prompt.settings.starts for prompt in prompts]
+    names = [prompt.name for prompt in prompts]
+    return [
+        Unit(f"fleet {number}", tuple(some), CHECKPOINT_FOLDER + (f"-{number}" if number > 1 else ""))
+        for number, some in enumerate(cut(names, weights, max(UNIT_PROMPTS, at_once)) if prompts else (), start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class _Going:
+    """How the fleets of one call train."""
+
+    at_once: int
+    resume: bool
+    report: OnProgress | None
+    should_stop: Callable[[], bool] | None
+    worker: Mapping[str, Json] | None = None
+
+    def train(
+        self, unit: Unit, runs: Mapping[str, TrainingRun], folder: Path | None
+    ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
+        """Train the prompts of a unit together, and yield each one that has ended."""
+        checkpoint = folder / str(unit.checkpoint) if folder is not None else None
+        if checkpoint is not None and this_writes():
+            sweep(checkpoint, FLEET_CHECKPOINT)
+        yield from fleet_runs(
+            {name: runs[name] for name in unit.folders},
+            checkpoint=checkpoint,
+            at_once=self.at_once,
+            resume=self.resume,
+            report=self.report,
+            should_stop=self.should_stop,
+            more=self.worker,
+        )
+
+
+def _in_turn(
+    units: Sequence[Unit], runs: Mapping[str, TrainingRun], folder: Path | None, going: _Going
+) -> Iterator[tuple[str, TrainResult | PTuningError]]:
+    def taken() -> None:
+        raise TrainingError(f"another process trains prompts in {folder}; wait for its end, and go on with --resume")
+
+    for unit in units:
+        with held(folder, unit, taken) if folder is not None else contextlib.nullcontext():
+            yield from going.train(unit, runs, folder)
+
+
+@dataclass
+class FleetWork:
+    """The fleets of one call, as workers get them; what was to be replaced was removed before."""
+
+    prompts: Sequence[FleetPrompt]
+    out: Path
+    backbone: Backbone
+    at_once: int
+    command: str | None
+    worker: dict[str, Json] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "backbone": None}  # a worker loads its own
+
+    def run_unit(
+        self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None
+    ) -> Iterator[Ended]:
+        """Train what is left of a unit, in the process of a worker."""
+
+        def waiting() -> None:
+            if should_stop is not None and should_stop():
+                raise Interrupted("stopped while another process trained the same prompts")
+
+        about: dict[str, Json] | None = {"worker": self.worker} if self.worker is not None else None
+        going = _Going(self.at_once, True, report, should_stop, about)
+        with held(self.out, unit, waiting):
+            runs = _prepared(self.prompts, [unit], self.backbone, self.out, command=self.command, resume=True)
+            for name, outcome in going.train(unit, runs, self.out):
+                yield Ended(name, str(outcome) if isinstance(outcome, PTuningError) else None)
+
+    def spread(
+        self, units: Sequence[Unit], runs: Mapping[str, TrainingRun], workers: Workers, going: _Going
+    ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
+        """Let workers train units, and yield each prompt that has ended."""
+        from ptuning.workers.ray_crew import spread
+
+        for run in () if going.resume else runs.values():
+            run.clear()
+        left: list[Unit] = []
+        for unit in units:
+            if not going.resume:
+                remove(self.out / str(unit.checkpoint), FLEET_CHECKPOINT)
+            done = {name: run for name in unit.folders if (run := runs[name]).finished is not None}
+            yield from ((name, run.finished) for name, run in done.items() if run.finished is not None)
+            left += [unit] if len(done) < len(unit.folders) else []
+        ended = {name for name, run in runs.items() if run.finished is not None}
+
+        def tell(busy: Busy) -> None:
+            if going.report is not None:
+                note = f"{len(ended)} of {len(runs)} prompts done; {busy}"
+                going.report(Progress("train", len(ended), len(runs), note))
+
+        found = spread(self, left, workers, report=None, tell=tell, should_stop=going.should_stop)
+        for one in found if left else ():
+            if one.folder in ended:
+                continue
+            ended.add(one.folder)
+            if one.error is not None:
+                yield one.folder, TrainingError(one.error)
+                continue
+            prompt = next(prompt for prompt in self.prompts if prompt.name == one.folder)
+            result = run_of(prompt, self.backbone, out=self.out / one.folder, resume=True).finished
+            yield one.folder, result or TrainingError(f"the files in {self.out / one.folder} cannot be read")
+
+
 def _prepared(
     prompts: Sequence[FleetPrompt],
+    units: Sequence[Unit],
     backbone: Backbone,
     folder: Path | None,
     *,
-    resume: bool,
-    overwrite: bool,
     command: str | None,
+    resume: bool,
+    overwrite: bool = False,
+    replaces: bool = False,
 ) -> dict[str, TrainingRun]:
-    """Return name -> run, all of them checked before anything is written."""
+    """Return name -> run of the prompts of units, all of them checked before anything is written; ``replaces`` says
+    whether anything of ours may be in the folder.
+    """
     if not prompts:
         raise ConfigError("the fleet has no prompts")
     names: list[str] = []
@@ -143,9 +292,10 @@ def _prepared(
         _check_name(prompt.name, names)
         names.append(prompt.name)
     if folder is not None:
-        check_writable(folder, fleet_layout(names), overwrite=overwrite, resume=resume)
+        check_writable(folder, fleet_layout(names), overwrite=replaces, resume=resume)
     runs: dict[str, TrainingRun] = {}
-    for prompt in prompts:
+    own = {name for unit in units for name in unit.folders}
+    for prompt in (prompt for prompt in prompts if prompt.name in own):
         runs[prompt.name] = run_of(
             prompt,
             backbone,
@@ -171,9 +321,10 @@ def fleet_runs(
     resume: bool = False,
     report: OnProgress | None = None,
     should_stop: Callable[[], bool] | None = None,
+    more: Mapping[str, Json] | None = None,
 ) -> Iterator[tuple[str, TrainResult | PTuningError]]:
     """Train runs together, and yield each one that has ended: its result, which was written, or its error. Runs that
-    were finished before come first. Unless they ``resume``, an existing checkpoint is removed.
+    were finished before come first. Unless they ``resume``, an existing checkpoint is removed. Records get ``more``.
 
     Raises:
         ConfigError: If a run trains weights of the backbone.
@@ -182,7 +333,7 @@ def fleet_runs(
     _check_frozen(runs)
     for run in runs.values():
         run.clear()
-    if checkpoint is not None and not resume:
+    if checkpoint is not None and not resume and this_writes():
         remove(checkpoint, FLEET_CHECKPOINT)
     owners = {_member_name(name, number): name for name, run in runs.items() for number in range(run.config.starts)}
     fleet = Fleet(
@@ -201,7 +352,7 @@ def fleet_runs(
             for member in (member for member, owner in owners.items() if owner == name):
                 fleet.release(member)
             yield name, run.finished
-    about: dict[str, Json] = {"fleet": {"prompts": len(runs), "at_once": at_once}}
+    about: dict[str, Json] = {"fleet": {"prompts": len(runs), "at_once": at_once}, **(more or {})}
     for member, outcome in fleet.run(report=report, should_stop=should_stop):
         name, run = owners[member], runs[owners[member]]
         if not isinstance(outcome, Trainer):
@@ -238,7 +389,7 @@ def _member(name: str, run: TrainingRun, number: int) -> Member:
 def _check_name(name: str, taken: Collection[str]) -> None:
     if name in taken:
         raise ConfigError(f"two prompts of the fleet are named '{name}'; give each a name of its own")
-    if not is_folder_name(name) or name in (CHECKPOINT_FOLDER, LOG_FOLDER, FLEET_FILE):
+    if not is_folder_name(name) or name in (LOG_FOLDER, FLEET_FILE) or fleet_layout(()).folder(name) is not None:
         raise ConfigError(
             f"'{name}' is not a name for a prompt: it becomes a folder; use letters, digits and - _ . + ="
         )

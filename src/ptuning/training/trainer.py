@@ -19,6 +19,7 @@ from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.processes import wait_for_all
 from ptuning.errors import PromptError, TrainingError
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -198,12 +199,12 @@ class Trainer:
 
     def _take_best(self, kept: KeptWeights) -> None:
         """Load the weights of the best epoch into the backbone, and drop the state of the optimizer."""
-        self.learner.processes.wait_for_everyone()
+        wait_for_all()
         try:
             kept.restore(self.learner.weights, epoch=self.state.chosen_epoch)
         except PromptError as error:
             raise TrainingError(f"{error}; start anew with --overwrite") from error
-        self.learner.processes.wait_for_everyone()  # no process removes the file while another reads it
+        wait_for_all()  # no process removes the file while another reads it
         self.learner.backbone.__dict__.pop("fingerprint", None)  # it was that of the weights before
         self.learner.backbone.freeze()
         self.learner.optimizer.state.clear()
@@ -316,7 +317,7 @@ class Trainer:
     @property
     def _writes(self) -> bool:
         """Whether this process writes: the main process into a checkpoint's folder, each one into its own."""
-        return self.checkpoint is None or bool(self.learner.processes.is_main_process)
+        return self.checkpoint is None or self.learner.ranks.writes
 
     def save_to(self, folder: Path) -> None:
         """Write everything that is needed to resume into a folder."""

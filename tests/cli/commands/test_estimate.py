@@ -20,6 +20,7 @@ SIZES = Bytes(
 FOUND = Forecast(
     device="cpu", dtype="float32", tune="frozen", train_records=146, dev_records=36, steps=19, epochs=6, starts=1,
     longest_pass=(8, 17), memory=SIZES,
+    deep_in_front=0,
     seconds=Seconds(preparing=1.0, constant_part=2.0, epoch=45.0, dev=4.0, saving=5.0, answers=6.0, total=310.0),
 )  # fmt: skip
 
@@ -86,6 +87,9 @@ def test_the_tables_leave_out_what_is_nothing(capsys: pytest.CaptureFixture[str]
     assert "training, per epoch 45 s" in out
     assert "scoring the development part, each of 7 times 4 s" in out
     assert "all of it: 6 epochs 5 min" in out
+    assert "deep slots" not in out
+    deep = squeezed(printed(replace(FOUND, deep_in_front=16), capsys))
+    assert "16 deep slots in front are keys and values: they cost no token of a pass" in deep
     more = replace(FOUND, starts=3, memory=replace(SIZES, constant_part=10**6, other_starts=10**6, on_disk=5 * 10**6))
     out = squeezed(printed(more, capsys))
     assert "kept text in front of the slots 1" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ptuning.cli import terminal
-from ptuning.cli.commands import experiments
+from ptuning.cli import comparisons, terminal
 from ptuning.cli.terminal import duration
+from ptuning.data.rules import arithmetic
 from ptuning.experiment.cells import CellEstimate, CellResult
 from ptuning.experiment.results import Collector
 from ptuning.experiment.suite import Suite
@@ -92,6 +93,28 @@ def test_compare(llama: str) -> None:
     assert note.startswith("4 distinct targets in 18 records: ")
     assert template == "learned template: [P*3] [X] [P:is] [Y] ."
     assert saved() == found
+
+
+def test_data_by_rule_brings_template_metrics_and_the_field_that_tells_it_apart(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "MOST", {"train": 4, "dev": 2, "test": 3})
+    monkeypatch.setattr(arithmetic, "CELLS", (("+", 1, 1), ("-", 1, 1), ("*", 1, 1)))
+    data = ("compare", "--data", "arithmetic:train", "--test", "arithmetic:test", "--backbone", llama)
+    done = call(*data, "--methods", "majority")
+    assert done.code == 0, done.err
+    assert "scored by last-number, told apart by digits (--metrics and --by for others)\n" in done.err
+    assert "last-number by digits" in done.out
+    found = saved("runs/compare")
+    assert list(found["tasks"]["arithmetic"]["majority"]) == ["last-number"]
+    assert list(found["by_value"]) == sorted(f"{left}{sign}{right}" for sign, left, right in arithmetic.CELLS)
+    assert {one["majority"]["last-number"]["n"] for one in found["by_value"].values()} == {3}
+    call("report", "runs/compare", "--csv", "--latex")
+    table = next(Path("runs/compare/tables").glob("*-by-a-field-of-the-records.csv")).read_text("utf-8")
+    assert "By a field of the records,1+1," in table
+    other = call(*data, "--methods", "majority", "--metrics", "exact", "--out", "other")
+    assert "scored by" not in other.err
+    assert "by_value" not in saved("other")
 
 
 @pytest.mark.parametrize(
@@ -298,6 +321,32 @@ def interrupting(times: int, number: int = signal.SIGINT) -> Callable[..., objec
     return train
 
 
+def test_parts_say_what_collects_them(llama: str) -> None:
+    args = compare(llama, "--methods", "majority,manual,p-tuning")
+    out = works(*args, "--part", "2/2", "--log-to", "csv")
+    assert out.startswith("part 2/2: 1 of 1 cells are done in out/cells\n")
+    assert "the same command without --part collects them" in out
+    assert not Path("out/results.json").exists()
+    works(*args, "--part", "1/2", "--log-to", "csv")
+    assert [path.parts[2] for path in Path("out/log").rglob("log.csv")] == ["part-1-of-2"]
+    assert "p-tuning - manual: P@1" in works(*args)
+    assert [cell["status"] for cell in saved()["cells"]] == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--part", "4/2"), "there is no part 4"),
+        (("--part", "9/9"), "there are only 2 units to share"),
+        (("--part", "first"), "part 'first' is not K/N"),
+        (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
+        (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
+    ],
+)
+def test_a_command_that_cannot_be_divided_so_runs_nothing(llama: str, options: tuple[str, ...], said: str) -> None:
+    fails(*compare(llama, "--methods", "majority,manual"), *options, says=[said])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_in_a_cell_says_how_to_go_on_and_the_end_is_the_same(
     llama: str, number: int, code: int, monkeypatch: pytest.MonkeyPatch
@@ -414,9 +463,9 @@ def collected(*cells: CellResult, types: Mapping[str, str | None] | None = None)
 
 
 def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
-    experiments.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
-    experiments.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
+    comparisons.show_cell(done("P36", "manual", [1, 0, 0, 0]), 2, 9)
+    comparisons.show_cell(done("P36", "majority", [1, 0], was_there=True), 3, 9)
+    comparisons.show_cell(CellResult(Cell("P36", "p-tuning", 1), "failed", error="no [room]"), 4, 9)
     assert printed() == (
         "",
         "2/9  P36  manual  seed 0: P@1 0.250  [0.046, 0.699], n = 4, 3 s\n"
@@ -425,7 +474,7 @@ def test_a_line_per_new_cell(printed: Callable[[], tuple[str, str]]) -> None:
 
 
 def test_the_results_of_one_task(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_results(collected(done("P36", "manual", [0, 0, 0, 1]), done("P36", "p-tuning", [1, 1, 0, 1])))
+    comparisons.show_results(collected(done("P36", "manual", [0, 0, 0, 1]), done("P36", "p-tuning", [1, 1, 0, 1])))
     out, err = printed()
     assert err == ""
     assert "P36 (n = records)\n" in out
@@ -447,7 +496,7 @@ def test_the_results_of_one_task(printed: Callable[[], tuple[str, str]]) -> None
 def test_the_results_of_many_tasks(printed: Callable[[], tuple[str, str]]) -> None:
     tasks = [f"P{number}" for number in range(4)]
     cells = [done(task, method, [1, 0]) for task in tasks for method in ("majority", "manual")]
-    experiments.show_results(collected(*cells, types=dict.fromkeys(tasks[:2], "1-1") | dict.fromkeys(tasks[2:], None)))
+    comparisons.show_results(collected(*cells, types=dict.fromkeys(tasks[:2], "1-1") | dict.fromkeys(tasks[2:], None)))
     out, _ = printed()
     assert "mean over 4 tasks (n = tasks)" in out
     assert "1-1 (n = tasks)" in out
@@ -456,7 +505,7 @@ def test_the_results_of_many_tasks(printed: Callable[[], tuple[str, str]]) -> No
 
 
 def test_nothing_but_failures(printed: Callable[[], tuple[str, str]]) -> None:
-    experiments.show_results(collected(CellResult(Cell("P36", "manual", 0), "failed", error="no room")))
+    comparisons.show_results(collected(CellResult(Cell("P36", "manual", 0), "failed", error="no room")))
     out, _ = printed()
     assert out.startswith("failed: cells/P36/manual/seed-0: no room\n")
 
@@ -467,14 +516,14 @@ def test_estimates(printed: Callable[[], tuple[str, str]]) -> None:
         CellEstimate(Cell("P36", "p-tuning", 0), is_finished=False, seconds=90.0),
         CellEstimate(Cell("P36", "p-tuning", 1), is_finished=False, seconds=4000.0),
     ]
-    experiments.show_estimates(known)
+    comparisons.show_estimates(known)
     out, _ = printed()
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert rows["manual"] == ["1", "1", "0", "s"]
     assert rows["p-tuning"] == ["2", "0", "1", "h", "08", "min"]
     assert "P36  manual  seed 0: finished\nP36  p-tuning  seed 0: 2 min\nP36  p-tuning  seed 1: 1 h 07 min\n" in out
     assert out.endswith("2 of 3 cells to run, estimated time: 1 h 08 min; nothing was run\n")
-    experiments.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
+    comparisons.show_estimates([*known, CellEstimate(Cell("P36", "in-context", 0), is_finished=False, seconds=None)])
     out, _ = printed()
     assert "P36  in-context  seed 0: unknown\n" in out
     assert "3 of 4 cells to run, estimated time: 1 h 08 min + unknown; nothing was run\n" in out
@@ -489,7 +538,9 @@ def test_times(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
-def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every comparison on a terminal ended in a KeyError: tests do not run on one."""
     screen = Screen()
     console = Console(file=screen, force_terminal=True, width=80, color_system=None)
@@ -499,8 +550,9 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
     class Stub(Suite):
         def __init__(self) -> None:
             """Takes nothing: its cells are all there."""
+            self.out = tmp_path
 
-        @property
+        @functools.cached_property
         def cells(self) -> list[Cell]:
             return [Cell("P36", "manual", 0), Cell("P36", "p-tuning", 0)]
 
@@ -517,7 +569,7 @@ def test_a_terminal_has_a_bar_for_every_stage_that_a_suite_reports(monkeypatch: 
             report(progress)
 
         for result in Stub().run(report=tell):
-            experiments.show_cell(result, 1, 2)
+            comparisons.show_cell(result, 1, 2)
         report(Progress("suite", 1, 2, "P36 p-tuning"))
         time.sleep(0.15)  # two frames
     assert [(progress.stage, progress.done, progress.total) for progress in told] == [

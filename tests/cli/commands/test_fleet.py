@@ -67,6 +67,15 @@ def test_each_prompt_is_left_as_train_leaves_it(llama: str) -> None:
     assert {path.parent.name for path in Path("out/log").rglob("log.csv")} == {"facts-seed=0", "facts-seed=1", "kinds"}
 
 
+def test_a_part_of_a_fleet_says_how_to_collect(llama: str) -> None:
+    shown = works(*fleet(llama, "--part", "1/1"))
+    assert "the same command with --resume instead of --part collects" in shown
+    assert "fleet.json" not in shown
+    assert not Path("out/fleet.json").exists()
+    works(*fleet(llama, "--resume"))
+    assert [row["status"] for row in saved()["prompts"]] == ["done"] * 3
+
+
 def test_a_finished_fleet_takes_further_prompts_in(llama: str) -> None:
     works(*fleet(llama))
     before = Path("out/kinds/run.json").read_bytes()

@@ -170,6 +170,39 @@ def test_records_that_differ_in_their_target_alone_are_gathered(llama: str) -> N
     assert json.loads(works("eval", PROMPT, *args, "--metrics", "exact", "--json"))["scores"]["exact"]["n"] == 2
 
 
+TASK = """
+name = "places"
+version = "1"
+label = "ref"
+gather = true
+metrics = ["exact", "last-number"]
+[[patterns]]
+manual = "{x} is [Y]"
+"""
+
+
+def test_a_task_of_texts_is_learned_written_and_scored_by_its_metrics(llama: str) -> None:
+    """With all references of an input where texts are scored, and with each on its own where they are learned."""
+    Path("places.toml").write_text(TASK, encoding="utf-8")
+    rows = [{"x": f"Kenya {at % 3}", "ref": word} for at, word in enumerate(("a film", "a city", "25", "a movie"))]
+    write_lines(Path("places.jsonl"), rows)
+    data = ("--task", "places.toml", "--data", "places.jsonl", "--backbone", llama)
+    works("train", *data, "--dev", "places.jsonl", "--out", "run", "--epochs", "1")
+    run = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
+    assert run["settings"]["choose_by"] == "exact"
+    assert "dev_exact" in run["history"][0]
+    assert [run["data"][part]["kept"] for part in ("train", "dev")] == [4, 3]
+    works("train", *data, "--out", "aside", "--epochs", "1", "--seed", "1")
+    aside = json.loads(Path("aside/run.json").read_text(encoding="utf-8"))["data"]
+    assert (aside["train"]["kept"], aside["dev"]["kept"]) in ((3, 1), (2, 1))
+    found = json.loads(works("eval", "run", "--data", "places.jsonl", "--backbone", llama, "--json"))
+    assert {name: one["n"] for name, one in found["scores"].items()} == {"exact": 3, "last-number": 3}
+    works("generate", "run", "--data", "places.jsonl", "--out", "texts.jsonl", "--backbone", llama)
+    assert rows_of("texts.jsonl")[0]["target"] == ["a film", "a movie"]
+    other = json.loads(works("eval", PROMPT, *data[2:], "--field", "y=ref", "--json"))
+    assert list(other["scores"]) == ["exact_match"]
+
+
 def test_bad_input_of_metrics(llama: str) -> None:
     args = ("eval", PROMPT, "--data", "rows.jsonl", "--backbone", llama)
     fails(*args, "--metrics", "blue", says=["unknown metric 'blue'. Did you mean 'bleu'? Known: bleu, bleu-lc, chrf"])

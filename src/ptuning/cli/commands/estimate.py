@@ -51,6 +51,11 @@ def show(found: Forecast, *, as_json: bool) -> None:
         f"{found.train_records} records, {found.steps} steps an epoch, the longest pass {rows} x {tokens} tokens; "
         f"{found.dev_records} records to choose by; {found.tune} on {found.device} in {found.dtype}"
     )
+    if found.deep_in_front:
+        terminal.line(
+            f"{found.deep_in_front} deep slots in front are keys and values: they cost no token of a pass, and as they "
+            "change, no text behind them is kept"
+        )
     sizes = {
         "backbone": memory.weights,
         "what is trained": memory.trained,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.markup import escape
 
 from ptuning.cli import inputs, options, signals, terminal
-from ptuning.cli.labels import show_confusion
+from ptuning.cli.comparisons import show_cell, show_estimates, show_jobs, show_part, show_results, shown
 from ptuning.cli.options import (
     SETTINGS,
     AskedBackbone,
@@ -24,28 +23,26 @@ from ptuning.cli.options import (
     StartsOption,
     fields_of,
 )
-from ptuning.cli.templates import manual_by_rule, notice_line_breaks, template_and_manual, template_pair
+from ptuning.cli.shares import Shares, shares_of
+from ptuning.cli.templates import manual_by_rule, notice_line_breaks, rule_of, template_and_manual, template_pair
 from ptuning.errors import ConfigError
-from ptuning.metrics import EXACT_MATCH, METRICS, TASK_SCORE, called, in_order, primary
-from ptuning.names import LOG_FOLDER
+from ptuning.names import CELLS_FOLDER
 from ptuning.progress import each
+from ptuning.texts.table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from ptuning.config import Tune
-    from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
+    from ptuning.experiment.cells import CellResult
     from ptuning.experiment.lama import Targets
     from ptuning.experiment.plan import PlanOptions
     from ptuning.report.exports import Format
-    from ptuning.report.results_file import Results, Scores
+    from ptuning.report.results_file import Results
 
     # Loads the backbone and returns the plan. A command calls it last, once everything else has been read.
     GetPlan = Callable[[], PlanOptions]
 else:
     # Typer evaluates annotations, and these types would import torch.
     GetPlan = Results = Any
-
-# With more tasks than these the terminal shows means only; the report has each task.
-SHOWN_TASKS = 3
 
 LamaOption = Annotated[str, typer.Option(metavar="DIR", help="Facts: LAMA's release, or a file or folder a relation.")]
 WordingsOption = Annotated[
@@ -57,7 +54,7 @@ WordingsOption = Annotated[
 ]
 RelationsOption = Annotated[str, typer.Option(metavar="LIST|TYPE|all", help="As P36,P103, or 1-1, N-1, N-M.")]
 ControlOption = Annotated[str | None, typer.Option(metavar="random-weights", help="The same on an untrained backbone.")]
-TuneOption = Annotated[str, typer.Option(metavar="frozen|tuned|lora", help="What p-tuning trains besides its prompt.")]
+TuneOption = Annotated[str, typer.Option(metavar="frozen|head|tuned|lora", help="What p-tuning trains besides slots.")]
 VaryOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=V,V", help="As encoder=mlp,none: trained methods with these as well; repeatable."),
@@ -73,11 +70,22 @@ FactFieldOption = Annotated[
 ]
 SizeOption = Annotated[int | None, typer.Option(metavar="N", help="Training records, at most: a seeded draw.", min=1)]
 VocabularyOption = Annotated[str | None, typer.Option(metavar="FILE|objects", help="Closed set of answers.")]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help=f"For texts, with commas: {', '.join(TEXT_METRICS)}; the first one chooses.",
+        autocompletion=options.among(*TEXT_METRICS),
+    ),
+]
+ByOption = Annotated[
+    str | None, typer.Option(metavar="FIELD", help="Scores by each value of a field of the records as well.")
+]
 SplitOption = Annotated[int, typer.Option(metavar="N", help="Seed of the split of relations in one file.")]
 
 
 @contextmanager
-@options.takes(backbone=options.backbone_options)
+@options.takes(shares=shares_of, backbone=options.backbone_options)
 def _planned(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; finished cells in it are kept.")],
     methods: Annotated[str | None, typer.Option(metavar="LIST|all", help="Methods, with commas between.")] = None,
@@ -94,6 +102,7 @@ def _planned(
     dry_run: DryRunOption = False,
     log_to: options.LogOption = None,
     *,
+    shares: Shares,
     backbone: AskedBackbone,
 ) -> Iterator[GetPlan]:
     """Turn the options that all comparisons share into a plan. Show progress and cells, and stop at a signal."""
@@ -101,11 +110,12 @@ def _planned(
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     varied = options.varied_by(vary, config)
-    with signals.stoppable(out) as (progress, should_stop):
+    part, crew = shares.own, shares.crew(backbone)
+    with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog
 
-        log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
+        log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
         clock = terminal.Clock()
 
         def on_cell(result: CellResult, number: int, total: int) -> None:
@@ -123,10 +133,11 @@ def _planned(
                 "vary": varied,
                 "overwrite": overwrite,
                 "dry_run": dry_run,
+                "part": part,
+                "workers": crew,
                 "command": options.command_line(),
                 "watch": Watch(
-                    # A line per epoch of dozens of trainings would bury the line per cell.
-                    report=each(clock, lambda now: progress(now) if now.stage != "epoch" else None, log),
+                    report=each(clock, shown(progress, crew), log),
                     should_stop=should_stop,
                     on_cell=on_cell,
                     on_jobs=show_jobs,
@@ -151,17 +162,19 @@ def _comparison(**defaults: object) -> Callable[[Callable[..., Results]], Callab
             asked = {name: given.pop(name) for name in shared}
             with _planned(**asked) as plan:
                 found = command(**given, plan=plan)
-            if not asked["dry_run"]:
+            if asked["part"] is not None and not asked["dry_run"]:
+                show_part(found, asked["part"])
+            elif not asked["dry_run"]:
                 show_results(found)
-                if found.failed:
-                    raise typer.Exit(1)
+            if found.failed:
+                raise typer.Exit(1)
 
         return options.signed(run, [*own.values(), *shared.values()])
 
     return decorate
 
 
-@_comparison()
+@_comparison(out=Path("runs/compare"))
 def compare(
     data: Annotated[str, typer.Option(metavar="TRAIN", help="Data file, or NAME:train of the shipped facts.")],
     plan: GetPlan,
@@ -181,9 +194,14 @@ def compare(
     pattern: Annotated[int | None, typer.Option(metavar="N", help="Which template of the task, from 1.")] = None,
     vocabulary: VocabularyOption = None,
     train_size: SizeOption = None,
+    metrics: MetricsOption = None,
+    by: ByOption = None,
+    gather: options.GatherOption = False,
     field: FieldOption = None,
 ) -> Results:
     """Compare methods on your own data: is a learned prompt worth it?
+
+    With --metrics, or a task file that names metrics for texts, every method writes a text for each test record.
 
     Example: ptuning compare --data capitals:train --dev capitals:dev --test capitals:test
     --manual "The capital of [X] is [Y]" --out runs/capitals
@@ -192,6 +210,8 @@ def compare(
     template, manual = template_and_manual(template, manual, template_file, both=True)
     if manual is None and file is None:
         manual = manual_by_rule(data)
+    if file is None and labels is None and vocabulary is None:
+        metrics, by = _scored_by_rule(data, metrics, by)
     pair = template_pair(file, manual, template, pattern)
     sources = {"train": data, "dev": dev, "test": test}
     parts = inputs.read_parts(sources, field, file, reads=pair[0].fields)
@@ -208,10 +228,24 @@ def compare(
         task=file,
         vocabulary=vocabulary,
         train_size=train_size,
+        metrics=metrics,
+        by=by,
+        gather=gather,
         # It becomes a folder.
         name=re.sub(r"[^\w.+=-]+", "-", Path(data).stem.partition(":")[0]).strip("-.+=")[:100] or "task",
         **planned,
     )
+
+
+def _scored_by_rule(data: str, metrics: str | None, by: str | None) -> tuple[str | None, str | None]:
+    """Return the metrics and the field that are asked for, by default those of data by rule, and say them."""
+    rule = rule_of(data)
+    if rule is None or not rule.metrics or metrics is not None:
+        return metrics, by
+    found = by or rule.by
+    apart = f", told apart by {found}" if found else ""
+    terminal.say(f"scored by {', '.join(rule.metrics)}{apart} (--metrics and --by for others)")
+    return ",".join(rule.metrics), found
 
 
 @_comparison()
@@ -351,144 +385,3 @@ def report(
     terminal.line(str(page))
     if open_:
         typer.launch(str(page))
-
-
-def show_cell(result: CellResult, number: int, total: int, *, more: str = "") -> None:
-    """Print a finished cell, and ``more``; one that was finished by an earlier start is not worth a line."""
-    if result.was_there:
-        return
-    cell = result.cell
-    where = f"{number}/{total}  {cell.task}  {cell.method}  seed {cell.seed}: "
-    if result.status == "failed":
-        terminal.say(f"{where}failed: {result.error}{more}")
-        return
-    name = result.primary
-    score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
-
-
-def show_jobs(jobs: Sequence[CellJob]) -> None:
-    """Print what a user should know of each task: its notes, how many facts of a relation were kept and why others were
-    dropped. Wordings of one relation have the same facts, and are listed with the names of their cells.
-    """
-    for job in jobs:
-        for note in job.notes:
-            terminal.say(note)
-    for text in dict.fromkeys(map(_facts_of, jobs)):
-        if text:
-            terminal.say(text)
-    for job in jobs:
-        if job.info.get("relation") not in (None, job.task.name):
-            terminal.say(f"{job.task.name}: {job.task.manual}")
-
-
-def _facts_of(job: CellJob) -> str:
-    name, rows, dropped = job.info.get("relation"), job.info.get("rows"), job.info.get("dropped")
-    if not (isinstance(name, str) and isinstance(rows, int) and isinstance(dropped, Mapping)):
-        return ""  # of a comparison that drops nothing
-    parts = {"train": job.task.train, "dev": job.task.dev, "test": job.test}
-    kept = ", ".join(f"{len(part):,} {part_name}" for part_name, part in parts.items())
-    lost = sum(count for count in dropped.values() if isinstance(count, int))
-    remedies = {"object is not one token": " (--targets any keeps these)"} if name == job.task.name else {}
-    why = ", ".join(f"{count:,} {reason}{remedies.get(reason, '')}" for reason, count in dropped.items())
-    return f"{name}: {rows - lost:,} of {rows:,} facts kept: {kept}" + (f"; dropped: {why}" if why else "")
-
-
-def show_estimates(found: Sequence[CellEstimate]) -> None:
-    """Print the cells of a dry run with their estimated times, one line per method, and the sum."""
-    table = terminal.table("method")
-    for name in ("cells", "finished", "estimated time"):
-        table.add_column(name, justify="right")
-    left = [one for one in found if not one.is_finished]
-    for method in dict.fromkeys(one.cell.method for one in found):
-        own = [one for one in found if one.cell.method == method]
-        waiting = [one for one in own if not one.is_finished]
-        table.add_row(escape(method), str(len(own)), str(len(own) - len(waiting)), _time(waiting))
-    terminal.results().print(table)
-    for one in found:
-        time = "finished" if one.is_finished else _time([one])
-        terminal.line(f"{one.cell.task}  {one.cell.method}  seed {one.cell.seed}: {time}")
-    terminal.line(f"{len(left)} of {len(found)} cells to run, estimated time: {_time(left)}; nothing was run")
-    if any(one.seconds is None for one in left):
-        terminal.line("unknown: no cell of this method is finished; the mean of finished ones is the estimate")
-
-
-def _time(cells: Sequence[CellEstimate]) -> str:
-    known = [one.seconds for one in cells if one.seconds is not None]
-    if len(known) == len(cells):
-        return terminal.duration(sum(known))
-    return f"{terminal.duration(sum(known))} + unknown" if known else "unknown"
-
-
-def show_results(found: Results) -> None:
-    """Print the main table, the learned prompt's confusion of labels, the differences, and where everything lies."""
-    from ptuning.report.confusion import confusions
-
-    if len(found.tasks) > 1:
-        many = found.overall_unit
-        _table(_means(found.macro), f"mean over {len(found.tasks)} {many} (n = {many})")
-        for kind, scores in found.shown_types.items():
-            _table(scores, f"{kind} (n = {many})")
-    unit = "rows, or groups scored together" if found.suite == "superglue" else "records"
-    for name, scores in found.tasks.items() if len(found.tasks) <= SHOWN_TASKS else ():
-        _table(scores, f"{found.named(name) if found.paraphrases else name} (n = {unit})")
-        learned = confusions(found, name).get(found.pair[1])
-        if learned is not None:
-            seeds = len(found.done(found.pair[1], name))
-            added = f", {seeds} seeds added up" if seeds > 1 else ""
-            show_confusion(learned.shortened(), of=f"{name}, {found.pair[1]}{added}")
-    for name, relation in found.paraphrases.items():
-        for method, spread in relation.spread.items():
-            range_ = f"{spread.min:.3f} to {spread.max:.3f}"
-            terminal.line(f"{found.named(name)}: {method} {range_}, {spread.patterns} wordings")
-    for name, differences in found.differences.items():
-        method = name.partition(" - ")[0]
-        if method not in found.controls and found.methods[method].learns_slots:
-            first = primary(differences)
-            score = differences[first]
-            where = f"  [{score.low:+.3f}, {score.high:+.3f}]" if score.has_interval else ""
-            terminal.line(f"{name}: {called(first)} {score.value:+.3f}{where}, n = {score.n}")
-    for result in found.failed:
-        terminal.line(f"failed: {result.folder}: {result.error}")
-    terminal.line(f"report:  {found.folder}/report.html  (report.md, results.json and cells/ beside it)")
-
-
-def _table(rows: Mapping[str, Scores], title: str) -> None:
-    terminal.heading(title)
-    present = in_order(name for scores in rows.values() for name in scores)
-    first, names = present[0], _columns(present, rows)
-    table = terminal.table("method")
-    for name in names:
-        table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
-    # Beside two scores with their intervals there is no room for more.
-    spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
-    for name in ("sd", "lowest") if spread else ():
-        table.add_column(name, justify="right")
-    table.add_column("n", justify="right")
-    best = max(scores[first].value for scores in rows.values())
-    for method, scores in rows.items():
-        cells = [escape(terminal.interval(scores[name])) if name in scores else "" for name in names]
-        main = scores[first]
-        if spread:
-            cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
-        table.add_row(escape(method), *cells, str(main.n), style=terminal.mark(main.value == best))
-    terminal.results().print(table)
-
-
-def _means(rows: Mapping[str, Scores]) -> dict[str, Scores]:
-    """Return means over tasks without metrics that the mean score counts already."""
-    return {
-        method: {name: value for name, value in scores.items() if name == TASK_SCORE or TASK_SCORE not in scores}
-        for method, scores in rows.items()
-    }
-
-
-def _columns(present: Sequence[str], rows: Mapping[str, Scores]) -> list[str]:
-    """Return the scores that fit into 80 columns: a task's own or their mean, and P@1 only once."""
-    if present[0] == TASK_SCORE:
-        return list(present[1:]) if len(present) <= 3 and present[1:] else [TASK_SCORE]
-    same = EXACT_MATCH in present and all(
-        scores[present[0]].value == scores[EXACT_MATCH].value for scores in rows.values()
-    )
-    left_out = {name for name, metric in METRICS.items() if metric.only_in_report} | ({EXACT_MATCH} if same else set())
-    return [name for name in present if name not in left_out]

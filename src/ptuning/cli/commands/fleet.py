@@ -17,10 +17,10 @@ from rich.table import Table
 from ptuning.cli import inputs, options, signals, terminal
 from ptuning.cli.chat import check_chat
 from ptuning.cli.options import AskedBackbone
+from ptuning.cli.shares import Shares, shares_of
 from ptuning.cli.templates import placed
 from ptuning.config import TrainConfig
 from ptuning.errors import PTuningError
-from ptuning.names import LOG_FOLDER
 from ptuning.progress import each
 
 if TYPE_CHECKING:
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from ptuning.training.run import TrainResult
     from ptuning.training.spec import FleetPrompt
     from ptuning.training.train_fleet import FleetResult
+    from ptuning.workers.units import WorkPart
 
 # A line about the slots of each of dozens of templates would bury all others.
 SHOWN_PLACES = 3
 
 
-@options.takes(backbone=options.backbone_options)
+@options.takes(shares=shares_of, backbone=options.backbone_options)
 def fleet(
     config: Annotated[Path, typer.Option(metavar="FILE", help="TOML that names the prompts: docs/fleets.md.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder with a folder for each prompt.")],
@@ -46,6 +47,7 @@ def fleet(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier fleet in DIR.")] = False,
     log_to: options.LogOption = None,
     *,
+    shares: Shares,
     backbone: AskedBackbone,
 ) -> None:
     """Learn many prompts at once on one frozen backbone: other data, templates, seeds or settings. Each is left as
@@ -58,10 +60,12 @@ def fleet(
     from ptuning.training.tracking import TrainingLog
 
     asked = read_fleet(config)
-    check_writable(out, fleet_layout(one.name for one in asked.entries), overwrite=overwrite, resume=resume)
+    part, crew = shares.own, shares.crew(backbone)
+    layout = fleet_layout(one.name for one in asked.entries)
+    check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
     prompts = read_prompts(asked)
-    log = TrainingLog(log_to or (), out / LOG_FOLDER, together=True)
-    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone))
+    log = TrainingLog(log_to or (), shares.log_folder(out), together=True)
+    loaded = inputs.load(replace(backbone, name=backbone.name or asked.backbone), spread=True)
     prompts = place_all(prompts, asked.entries, loaded)
     with signals.stoppable(out, again="--resume") as (report, should_stop), log:
         from ptuning.training.fleet import AT_ONCE
@@ -78,9 +82,11 @@ def fleet(
             report=each(lambda now: report(now) if now.stage != "epoch" else None, log),
             should_stop=should_stop,
             on_prompt=show_prompt,
+            part=part,
+            workers=crew,
             command=options.command_line(),
         )
-    show(found, out)
+    show(found, out, part)
     if found.failed:
         raise typer.Exit(1)
 
@@ -139,8 +145,8 @@ def show_prompt(name: str, outcome: TrainResult | Exception) -> None:
     terminal.say(f"{name}: dev score {score}, n = {rows}, {chosen}")
 
 
-def show(found: FleetResult, out: Path) -> None:
-    """Print what a fleet left."""
+def show(found: FleetResult, out: Path, part: WorkPart | None = None) -> None:
+    """Print what a fleet left, or a part of it."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("prompt", "start", "dev score", "n", "chosen"):
         table.add_column(name, justify="left" if name in ("prompt", "chosen") else "right")
@@ -150,9 +156,10 @@ def show(found: FleetResult, out: Path) -> None:
     for name, error in found.failed.items():
         table.add_row(escape(name), "", "", "", escape(f"failed: {error}"))
     terminal.results().print(table)
-    terminal.line(
-        f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl; {out}/fleet.json names them all"
-    )
+    listed = "" if part is not None else f"; {out}/fleet.json names them all"
+    terminal.line(f"prompts: {out}/NAME, each with prompt/, run.json and predictions.jsonl{listed}")
+    if part is not None:
+        terminal.line(f"part {part}; after all parts, the same command with --resume instead of --part collects them")
     if found.results:
         terminal.line(
             f"next:    {terminal.program()} eval {shlex.quote(str(out / next(iter(found.results))))} --data FILE"

@@ -13,12 +13,13 @@ from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_to_write, load, prompt_of, task_of
 from ptuning.cli.outputs import check_file, is_table, kept_lines
 from ptuning.cli.signals import stoppable
+from ptuning.cli.writing import writing as writing_options
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
 from ptuning.progress import Interrupted
 
 
-@options.takes(writing=options.writing, backbone=options.limited_backbone_options)
+@options.takes(writing=writing_options, backbone=options.limited_backbone_options)
 def generate(
     prompt: options.PromptArgument,
     data: Annotated[

@@ -22,6 +22,7 @@ from ptuning.cli.inputs import (
 )
 from ptuning.cli.outputs import Take, answer_columns, answers_to, check_file, show_answer
 from ptuning.cli.signals import SIGNAL_EXIT
+from ptuning.cli.writing import writing as writing_options
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError, PTuningError
 from ptuning.template.language import CONVERSATION_FIELD
@@ -43,7 +44,7 @@ Answer = Callable[["Questions"], "list[Prediction]"]
 Show = Callable[["ToAnswer"], str]  # prints answers, and returns the last one
 
 
-@options.takes(writing=options.writing, backbone=options.limited_backbone_options)
+@options.takes(writing=writing_options, backbone=options.limited_backbone_options)
 def predict(
     prompt: options.PromptArgument,
     text: Annotated[

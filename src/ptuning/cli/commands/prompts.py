@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ptuning.cli import options, terminal
-from ptuning.cli.inputs import data_of, labelled, load, prompt_of, read_candidates, task_of, with_references
+from ptuning.cli.inputs import data_of, gathered_rows, labelled, load, prompt_of, read_candidates, task_of
 from ptuning.cli.labels import show_errors, show_labels
 from ptuning.cli.outputs import check_file, write_scored
 from ptuning.config import GenerationSettings
@@ -73,14 +73,15 @@ def evaluate(
     """
     from ptuning.records import require_fields
 
-    named = _metrics_of(metrics, max_new_tokens=max_new_tokens, num_beams=num_beams, candidates=candidates)
     chosen = prompt_of(prompt, task_of(task), without=without)
+    own = chosen.task.text_metrics if chosen.task is not None and candidates is None else ()
+    named = _metrics_of(metrics, own, max_new_tokens=max_new_tokens, num_beams=num_beams, candidates=candidates)
     check_file(out, overwrite=overwrite, data=data)
     rows = data_of(data, field, chosen.task, part="val", prompt=chosen)
     if candidates is not None:
         chosen.check_open()
     chosen, rows = labelled(chosen, rows, labels, merge)
-    rows = with_references(rows) if gather else rows
+    rows = gathered_rows(rows, chosen.task, asked=gather)
     if candidates is not None and labels is not None:
         chosen.check_open()
     records = rows.records
@@ -102,9 +103,16 @@ def evaluate(
 
 
 def _metrics_of(
-    metrics: str | None, *, max_new_tokens: int | None, num_beams: int | None, candidates: str | None
+    metrics: str | None,
+    own: Sequence[str],
+    *,
+    max_new_tokens: int | None,
+    num_beams: int | None,
+    candidates: str | None,
 ) -> list[str]:
-    """Return the metrics for texts that are asked for; none if answers are scored as ever."""
+    """Return the metrics for texts that are asked for, or the task's ``own``; none if answers are scored as ever."""
+    if metrics is None and own:
+        return [*own]
     if metrics is not None:
         if candidates is not None:
             raise ConfigError("--metrics is for texts that are written, and --candidates are ranked; leave one out")

@@ -48,7 +48,8 @@ def train(
 ) -> None:
     """Learn a prompt; DIR gets prompt/, run.json and predictions.jsonl.
 
-    The backbone stays frozen; with --tune lora adapters on a copy of it are trained along, with --tune tuned all of it.
+    The backbone stays frozen; with --tune head a classification head is trained along, with lora adapters on a copy of
+    it, with tuned all of the copy.
 
     Example: ptuning train --data capitals:train --dev capitals:dev --manual "The capital of [X] is [Y]" --out capitals
     """
@@ -59,7 +60,7 @@ def train(
     asked = completed(asked)
     spec = training_spec(asked)
     log = TrainingLog(log_to or (), out / LOG_FOLDER, settings=spec.settings.to_json())
-    loaded = load(backbone)
+    loaded = load(backbone, spread=True)
     spec = placed(spec, asked.inputs, loaded)
     log.settings["template"] = str(spec.template)
     if asked.inputs["template"] is None:

@@ -6,6 +6,7 @@ Hooks of accelerate on the modules move inputs between devices, and read offload
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,13 @@ def weights_of(model: nn.Module) -> Iterator[Tensor]:
 
 def number_of_weights(model: nn.Module) -> int:
     """Return how many numbers the weights of a model are; tied weights count once."""
-    return sum(module.get_parameter(name).numel() for module, names in _weights_by_module(model) for name in names)
+    return sum(_numbers(module.get_parameter(name)) for module, names in _weights_by_module(model) for name in names)
+
+
+def _numbers(weight: Tensor) -> int:
+    """Return how many numbers a weight is; codes of 4 bits, two in a byte, know the shape that they stand for."""
+    shape = getattr(getattr(weight, "quant_state", None), "shape", None)
+    return weight.numel() if shape is None else math.prod(shape)
 
 
 def _weights_by_module(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:

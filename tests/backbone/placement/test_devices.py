@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import _Asked
 from ptuning.backbone.loading import load_backbone
-from ptuning.backbone.placement import devices_of, is_offloaded, number_of_weights
+from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
 from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel

@@ -1,0 +1,83 @@
+"""A stand-in for Ray: actors in this process, whose calls run when they are waited for, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+
+class RayError(Exception):
+    """Of Ray itself: an actor has ended."""
+
+
+class RayTaskError(RayError):
+    """What a call raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+@dataclass(eq=False)
+class Ref:
+    """The result of a call to be."""
+
+    call: Callable[[], Any]
+
+    def get(self) -> Any:
+        try:
+            return self.call()
+        except RayError:
+            raise
+        except Exception as error:
+            raise RayTaskError(error) from error
+
+
+@dataclass
+class FakeRay:
+    """The part of Ray that the crew uses. ``deaths`` says how often a unit ends its worker."""
+
+    make: Callable[..., Any]
+    deaths: dict[str, int] = field(default_factory=dict)
+    begun: list[tuple[int, str]] = field(default_factory=list)
+    killed: int = 0
+    exceptions: Any = field(default_factory=lambda: SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError))
+    _made: int = 0
+
+    def remote(self, kind: type) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
+
+    def _actor(self, work: Any, asked: Any) -> Any:
+        self._made += 1
+        actor, number = self.make(work, asked), self._made
+
+        def run(unit: Any) -> Any:
+            self.begun.append((number, unit.name))
+            if self.deaths.get(unit.name, 0):
+                self.deaths[unit.name] -= 1
+                raise RayError("The actor died unexpectedly")
+            return actor.run(unit)
+
+        def method(call: Callable[..., Any]) -> Any:
+            return SimpleNamespace(remote=lambda *given: Ref(lambda: call(*given)))
+
+        def at_once(call: Callable[..., Any]) -> Any:
+            return SimpleNamespace(remote=call)
+
+        return SimpleNamespace(
+            ready=method(actor.ready), run=method(run), told=method(actor.told), stop=at_once(actor.stop)
+        )
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, refs: Sequence[Ref], *, num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        return list(refs[:num_returns]), list(refs[num_returns:])
+
+    def get(self, ref: Ref) -> Any:
+        return ref.get()
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1

@@ -1,0 +1,105 @@
+"""Units of work, the parts that a command is divided into, and who holds a unit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptuning.errors import ConfigError
+from ptuning.progress import Interrupted
+from ptuning.workers.units import Unit, WorkPart, cut, held
+
+UNITS = [Unit(f"unit {number}", (f"cells/{number}",)) for number in range(7)]
+
+
+@pytest.mark.parametrize("text", ["3/16", " 3 / 16 "])
+def test_a_part_is_read_and_written(text: str) -> None:
+    assert WorkPart.parse(text) == WorkPart(3, 16)
+    assert str(WorkPart(3, 16)) == "3/16"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "part '' is not K/N"),
+        ("3", "part '3' is not K/N"),
+        ("3/", "is not K/N"),
+        ("3/16/2", "is not K/N"),
+        ("-1/4", "is not K/N"),
+        ("1.5/4", "is not K/N"),
+        ("٣/٤", "is not K/N"),
+        ("9" * 30 + "/4", "is not K/N"),
+        ("0/4", "there is no part 0"),
+        ("5/4", "part 5/4: parts are counted from 1 to 4, so there is no part 5"),
+        ("1/0", "the number of parts must be from 1"),
+        ("1/2000000", "the number of parts must be from 1 to 1,000,000"),
+    ],
+)
+def test_a_part_that_cannot_be_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        WorkPart.parse(text)
+
+
+@given(st.integers(1, 7))
+def test_parts_have_every_unit_once_and_about_equally_many(of: int) -> None:
+    shares = [WorkPart(number, of).share(UNITS) for number in range(1, of + 1)]
+    assert sorted(unit.name for share in shares for unit in share) == sorted(unit.name for unit in UNITS)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_parts_than_units_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"part 2/8: there are only 7 units to share .* so give 7 parts or fewer"):
+        WorkPart(2, 8).share(UNITS)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 20))
+def test_items_are_cut_in_their_order_and_none_is_lost(weights: list[int], most: int) -> None:
+    items = list(range(len(weights)))
+    runs = cut(items, weights, most)
+    assert [item for run in runs for item in run] == items
+    for run in runs:
+        assert len(run) == 1 or sum(weights[item] for item in run) <= most
+
+
+@given(st.integers(1, 100), st.integers(1, 5))
+def test_runs_of_equal_items_are_few_and_about_equally_long(count: int, weight: int) -> None:
+    sizes = [len(run) for run in cut(range(count), [weight] * count, 16)]
+    assert len(sizes) == -(-count // (16 // weight))
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_unit_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Another one waits, and can be stopped while it does; the end of a process lets go of its unit."""
+    unit = Unit("both", ("cells/a", "cells/b"))
+    begun, go_on = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").Event()
+
+    def hold() -> None:
+        with held(tmp_path, unit, lambda: None):
+            begun.set()
+            go_on.wait(60)
+
+    process = multiprocessing.get_context("fork").Process(target=hold, daemon=True)
+    process.start()
+    assert begun.wait(60)
+
+    def stop() -> None:
+        raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted), held(tmp_path, Unit("one", ("cells/b",)), stop):
+        pytest.fail("the block must not begin")
+    with held(tmp_path, Unit("other", ("cells/c",)), stop):
+        pass
+    asked: list[int] = []
+
+    def let_go() -> None:
+        asked.append(1)
+        go_on.set()
+
+    with held(tmp_path, unit, let_go):
+        assert asked
+    process.join(60)

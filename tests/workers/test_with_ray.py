@@ -1,0 +1,104 @@
+"""Workers of Ray itself: one is killed, a cell fails, a folder is not shared; the files are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import TrainConfig
+from ptuning.experiment.compare import compare
+from ptuning.files import Json
+from ptuning.method.registry import METHODS
+from tests.conftest import WARM
+from tests.experiment.test_parts import files_of
+from tests.experiment.test_suite import DEV, MANUAL, TEST, TRAIN, has_checkpoint
+from tests.processes import forked
+
+pytestmark = pytest.mark.ray
+pytest.importorskip("ray", reason="the extra ptuning[ray] is not installed")
+
+# A worker knows the methods that the command registers.
+PROGRAM = """
+import json, logging, pathlib, sys
+from ptuning import TrainConfig, compare, load_backbone, methods
+from ptuning.experiment.plan import Watch
+from ptuning.workers.crew import Workers
+logging.basicConfig(level=logging.INFO)
+
+@methods.register("failing", describe="of a test")
+def failing(task, setup):
+    raise RuntimeError("it always fails")
+
+model, data, out, manual, template = sys.argv[1:]
+train, dev, test = json.loads(pathlib.Path(data).read_text())
+told = []
+for name, shared in (("together", None), ("apart", False)):
+    compare(
+        train, dev=dev, test=test, manual=manual, template=template, out=pathlib.Path(out, name), seeds=2,
+        backbone=load_backbone(model, dtype="float32", device="cpu"), methods=["majority", "failing", "p-tuning"],
+        config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0), tries=2,
+        workers=Workers(2, shared_folder=shared), watch=Watch(report=told.append),
+    )
+print("notes", sorted({now.note for now in told if now.stage == "suite"}))
+print("steps of", sorted({now.name.split("/")[0] for now in told if now.stage == "train"}))
+"""
+
+
+def workers_of(said: str) -> list[tuple[int, str]]:
+    """Return the processes that began a unit, and which."""
+    return [(int(pid), unit) for pid, unit in re.findall(r"\(process (\d+)\) begins (\S+)", said)]
+
+
+def without_workers(files: dict[str, Any]) -> dict[str, Any]:
+    """Leave out who did what."""
+    return {
+        name: {key: one for key, one in value.items() if key != "worker"} if isinstance(value, dict) else value
+        for name, value in files.items()
+    }
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_worker_changes_no_byte(
+    model_folder: Callable[[str], Path], loaded: Callable[[str], Backbone], tmp_path: Path
+) -> None:
+    """Invariant *Resume is exact*, with two workers, one of which is killed; then two that do not see the folder."""
+    (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
+    given = [model_folder("llama"), tmp_path / "data.json", tmp_path, MANUAL, WARM]
+    with forked(PROGRAM, *given, folder=tmp_path / "said") as program:
+        program.wait_until(lambda: has_checkpoint(tmp_path / "together"))
+        os.kill(next(pid for pid, unit in workers_of(program.err) if unit.startswith("p-tuning")), signal.SIGKILL)
+        assert program.wait(250) == 0, program.err
+        said, told = program.err, program.out
+    assert "has ended in p-tuning" in said
+    assert "does not see the folder" in said
+    assert "at work: p-tuning-seed-" in told
+    assert "steps of ['p-tuning-seed-0', 'p-tuning-seed-1']" in told
+
+    def failing(task: Any, setup: Any) -> Any:
+        raise RuntimeError("it always fails")
+
+    METHODS.register("failing", describe="of a test")(failing)
+    try:
+        compare(
+            TRAIN, dev=DEV, test=TEST, manual=MANUAL, template=WARM, out=tmp_path / "whole", seeds=2, tries=2,
+            backbone=loaded("llama"), methods=["majority", "failing", "p-tuning"],
+            config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0),
+        )  # fmt: skip
+    finally:
+        del METHODS["failing"]
+    whole = files_of(tmp_path / "whole")
+    assert {cell["method"]: cell["status"] for cell in whole["results.json"]["cells"]} == {
+        "majority": "done", "failing": "failed", "p-tuning": "done",
+    }  # fmt: skip
+    record: dict[str, Json] = files_of(tmp_path / "together")["cells/task/p-tuning/seed-0/run.json"]
+    assert record["worker"]["engine"] == "ray"  # type: ignore[index,call-overload]
+    for other in ("together", "apart"):
+        assert without_workers(files_of(tmp_path / other)) == without_workers(whole)
