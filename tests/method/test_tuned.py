@@ -203,7 +203,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
     return seen
 
 
-@pytest.mark.parametrize(("method", "family"), zip(LORA * 2, FAMILIES, strict=True))
+@pytest.mark.parametrize(("method", "family"), [*zip(LORA * 2, FAMILIES, strict=True)])
 def test_adapters_learn_the_training_facts(method: str, backbone: Backbone) -> None:
     config = replace(LEARNS, lora_lr=0.02)
     solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
