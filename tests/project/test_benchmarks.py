@@ -34,6 +34,7 @@ NAMES = {
     "writing-32", "memory-worst", "rank-memory", "import-seconds", "help-seconds",
     "load-against-transformers", "serve-64-prompts", "serve-p99-64", "serve-peft-64", "serve-one-text",
     "serve-overhead-labels", "serve-overhead-written", "serve-overload", "serve-hot-load", "serve-1000-prompts",
+    "deep-16", "deep-160", "deep-late-512", "deep-mixed-16", "deep-writing", "deep-memory",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 WITHOUT_RAY = "ray is not installed"
