@@ -10,14 +10,18 @@ import json
 import os
 import platform
 import random
+import runpy
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -107,6 +111,57 @@ def settings_of(options: argparse.Namespace) -> Settings:
             values[name] = str(Path(values[name]).resolve())
     values["backbone"] = values["backbone"] or ("tiny" if values["smoke"] else Settings.backbone)
     return Settings(**values)
+
+
+def child(script: str, settings: Settings, *options: str) -> Any:
+    """Run one of the scripts in a process of its own.
+
+    A smoke run forks this process instead, which spares the seconds of all imports.
+
+    Returns:
+        What the last line says that it printed, read as JSON.
+
+    Raises:
+        SystemExit: It failed; with what it said.
+    """
+    words = [*settings.arguments(), *options]
+    if settings.smoke:
+        code, said, complaints = _forked(script, words)
+    else:
+        command = [sys.executable, "-m", f"benchmarks.{script}", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        code, said, complaints = done.returncode, done.stdout, done.stderr
+    if code:
+        raise SystemExit(f"{script} {' '.join(options)}:\n{complaints}")
+    return json.loads(said.splitlines()[-1])
+
+
+def _forked(script: str, words: Sequence[str]) -> tuple[int, str, str]:
+    """Run a script as the main module of a fork; return its exit code, its output and its errors."""
+    with tempfile.TemporaryFile("w+b") as out, tempfile.TemporaryFile("w+b") as err:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.argv = [script, *words]
+                runpy.run_module(f"benchmarks.{script}", run_name="__main__", alter_sys=True)
+                code = 0
+            finally:
+                if code:
+                    traceback.print_exc()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return code, texts[0], texts[1]
 
 
 def interleave(

@@ -10,15 +10,13 @@ set, or on a GPU the most that torch held. Not part of `make bench`: it prints a
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common import ROOT, Settings, parser, say, settings_of
+from benchmarks.common import Settings, child, parser, say, settings_of
 
 HOWS = ("estimate", "train")
 
@@ -59,23 +57,13 @@ def main(settings: Settings, wanted: Sequence[str]) -> None:
     for index, case in enumerate(CASES):
         if wanted and case.name not in wanted:
             continue
-        found = {how: child(index, how, settings) for how in HOWS}
+        found = {how: child("estimates", settings, f"--child={index}", f"--how={how}") for how in HOWS}
         (one, other) = (found[how] for how in HOWS)
         cells = [case.name]
         for name, scale in (("seconds", 1.0), ("peak", 1e6)):
             off = one[name] / other[name] - 1
             cells += [f"{one[name] / scale:.0f}", f"{other[name] / scale:.0f}", f"{off:+.0%}"]
         say(f"| {' | '.join(cells)} | {one['took']:.0f} s |")
-
-
-def child(case: int, how: str, settings: Settings) -> dict[str, float]:
-    """Do one thing in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.estimates", *settings.arguments(), f"--child={case}", f"--how={how}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{CASES[case].name}, {how}:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def work(case: Case, how: str, settings: Settings) -> dict[str, float]:

@@ -13,7 +13,7 @@ from benchmarks.common import Json
 SUMMARY = "summary"
 # In the order in which they run.
 SCRIPTS = (
-    "startup", "memory", "training", "late", "prefix", "scores", "fleet", "prediction", "writing", "serving",
+    "startup", "memory", "training", "late", "deep", "prefix", "scores", "fleet", "prediction", "writing", "serving",
     "scaling", "arithmetic", "stages", "workers", "reduced", "formats",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ class Goal:
         return f"{self.goal:g}{unit} or {'less' if self.most else 'more'}"
 
 
-PEER = "PEFT + Trainer"
+PEER, PREFIX_PEER = "PEFT + Trainer", "PEFT's PREFIX_TUNING + Trainer"
 GOALS: dict[str, Goal] = {
     "peft-short-16": Goal(f"one prompt, short facts, batch 16, against {PEER}", "training", 1.8),
     "peft-short-64": Goal(f"the same, batch 64, against {PEER}", "training", 2.2),
@@ -68,6 +68,16 @@ GOALS: dict[str, Goal] = {
         5.0,
     ),
     "late-512": Goal(f"slots late, records of 512 tokens, an epoch after the first, against {PEER}", "late", 30.0),
+    "deep-16": Goal(f"16 deep slots, short facts, batch 16, against {PREFIX_PEER} from the same start", "deep", 1.3),
+    "deep-160": Goal(f"the same with 160 deep slots, against {PREFIX_PEER}", "deep", 1.5),
+    "deep-late-512": Goal(
+        f"deep slots late, records of 512 tokens, an epoch after the first, against {PREFIX_PEER}", "deep", 30.0
+    ),
+    "deep-mixed-16": Goal("16 rows of 16 deep prompts in one batch, against 16 calls", "deep", 4.0),
+    "deep-writing": Goal("writing with 16 deep slots, against writing without a prompt", "deep", 0.95),
+    "deep-memory": Goal(
+        f"peak memory with 16 and 160 deep slots over that of {PREFIX_PEER}, worst", "memory", 1.0, "of the peer", True
+    ),
     "shared-prefix": Goal("long shared prefix (200 of 224 tokens), against the plain path", "prefix", 4.0),
     "time-to-peft-score": Goal("time to PEFT's final development score, against the time of PEFT's run", "scores", 5.0),
     "fleet-16-cpu": Goal("fleet of 16 on a CPU, against 16 runs one after another", "fleet", 1.3),

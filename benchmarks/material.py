@@ -149,7 +149,9 @@ def country_sentences(*, train: int, dev: int, seed: int) -> tuple[Records, Reco
 
 def bind(backbone: Backbone, template: str) -> BoundTemplate:
     """Bind a pattern to a backbone."""
-    return BoundTemplate(Template.parse(template), tokenizer=backbone.tokenizer, kind=backbone.kind)
+    parsed = Template.parse(template)
+    block = parsed.has_deep and backbone.reads_blocks
+    return BoundTemplate(parsed, tokenizer=backbone.tokenizer, kind=backbone.kind, block=block)
 
 
 def items_of(bound: BoundTemplate, records: Sequence[Record], *, labels: LabelWords | None = None) -> list[Item]:

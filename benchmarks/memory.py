@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from benchmarks.common import (
-    ROOT,
     Json,
     Settings,
     answer,
+    child,
     interleave,
     no_answer,
     parser,
+    ratios,
     say,
     settings_of,
     spread,
@@ -30,6 +31,8 @@ from benchmarks.common import (
 OURS, PEER = "ptuning", "peft"
 # Job -> contestants. Every job is one optimizer step or pass on the sizes of the other scripts.
 JOBS = ("short-16", "late-sentences", "long-512-16", "candidates")
+# The same beside PEFT's prefix tuning, an entry of their own.
+DEEP_JOBS = {"deep-16": 16, "deep-160": 160}
 # A job of ptuning alone: what it takes above the loaded model.
 RANK = "rank"
 RANKED_RECORDS, RANKED_TOKENS, RANKED_CANDIDATES = 100, 400, 1000
@@ -51,9 +54,9 @@ def main(settings: Settings) -> None:
 
     contestants = (OURS, PEER) if find_spec("peft") is not None else (OURS,)
     peaks: dict[tuple[str, str], list[float]] = {}
-    for job in settings.pick(JOBS, JOBS[:1]):
+    for job in settings.pick((*JOBS, *DEEP_JOBS), (JOBS[0], "deep-16")):
         found = interleave(
-            {who: partial(child, job, who, settings) for who in contestants},
+            {who: partial(peak_of, job, who, settings) for who in contestants},
             repeats=settings.pick(2, 1),
             seconds=45,
             seed=settings.seed,
@@ -62,41 +65,41 @@ def main(settings: Settings) -> None:
         peaks |= {(job, who): values for who, values in found.items()}
         line = ", ".join(f"{who} {max(peaks[job, who]) / 1e6:.0f} MB" for who in contestants)
         say(f"  {job}: {line}")
-    ranking = child(RANK, OURS, settings, 0)
+    ranking = peak_of(RANK, OURS, settings, 0)
     say(f"  {RANK}: {ranking / 1e6:.0f} MB above the loaded model")
     cells: list[dict[str, Json]] = [
         {"cell": job, "contestant": who, "peak_bytes": spread(values)} for (job, who), values in peaks.items()
     ]
     cells.append({"cell": RANK, "contestant": OURS, "peak_bytes": spread([ranking])})
-    result = no_answer("peft is not installed; make bench installs it")
-    if PEER in contestants:
-        worst: tuple[list[float], str] = ([0.0], "")
-        for job in dict.fromkeys(job for job, _ in peaks):
-            of_peer = [one / other for one, other in zip(peaks[job, OURS], peaks[job, PEER], strict=True)]
-            worst = max(worst, (of_peer, job), key=lambda entry: max(entry[0]))
-        result = answer(worst[0], f"worst of {len({job for job, _ in peaks})} questions: {worst[1]}")
+    measured = list(dict.fromkeys(job for job, _ in peaks))
+    answers = {
+        "memory-worst": worst(peaks, [job for job in measured if job in JOBS]),
+        "deep-memory": worst(peaks, [job for job in measured if job in DEEP_JOBS]),
+        "rank-memory": answer([ranking / 1e6], settings.backbone_name),
+    }
     write_result(
         settings,
         "memory",
         question=(__doc__ or "").splitlines()[0],
         cells=cells,
-        answers={"memory-worst": result, "rank-memory": answer([ranking / 1e6], settings.backbone_name)},
+        answers=answers,
         method=METHOD,
         seconds=time.monotonic() - began,
     )
 
 
-def child(job: str, who: str, settings: Settings, _: int) -> float:
-    """Run one job in a process of its own and return the bytes at its peak. In a smoke run ranking alone has one, since
-    a process takes seconds to start.
-    """
-    if settings.smoke and job != RANK:
-        return float(peak_bytes(job, who, settings))
-    command = [sys.executable, "-m", "benchmarks.memory", *settings.arguments(), "--job", job, "--who", who]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"memory, {job}, {who}:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+def worst(peaks: Mapping[tuple[str, str], Sequence[float]], jobs: Sequence[str]) -> dict[str, Json]:
+    """Return the entry of the job with the largest peak of ptuning's over PEFT's."""
+    if (jobs[0], PEER) not in peaks:
+        return no_answer("peft is not installed; make bench installs it")
+    found = {job: ratios(peaks[job, OURS], peaks[job, PEER]) for job in jobs}
+    most = max(found, key=lambda job: max(found[job]))
+    return answer(found[most], f"worst of {len(jobs)} questions: {most}")
+
+
+def peak_of(job: str, who: str, settings: Settings, _: int) -> float:
+    """Run one job in a process of its own and return the bytes at its peak."""
+    return float(child("memory", settings, f"--job={job}", f"--who={who}")["peak_bytes"])
 
 
 def peak_bytes(job: str, who: str, settings: Settings) -> int:
@@ -165,6 +168,19 @@ def train(job: str, who: str, settings: Settings, backbone: object) -> None:
     from ptuning.backbone.backbone import Backbone
 
     assert isinstance(backbone, Backbone)
+    if job in DEEP_JOBS:
+        from benchmarks import deep
+        from benchmarks.peer import PrefixPeer
+
+        slots = settings.pick(DEEP_JOBS[job], 2)
+        bound, items, batch_size, parts = deep.short_facts(backbone, settings, slots=slots)
+        items = items[: 2 * batch_size * parts]
+        if who == OURS:
+            material.train_seconds(backbone, bound, items, batch_size=batch_size, parts=parts)
+            return
+        with PrefixPeer(backbone, block=deep.block_at_start(backbone, bound)) as prefix:
+            prefix.train(rows_of(items), epochs=1, batch_size=batch_size, parts=parts)
+        return
     if job == "late-sentences":
         records = material.country_sentences(train=160, dev=40, seed=settings.seed)[0][:64]
         slots, batch_size, parts = late.PEER_SLOTS, late.BATCH, 1
@@ -188,7 +204,7 @@ def train(job: str, who: str, settings: Settings, backbone: object) -> None:
 
 if __name__ == "__main__":
     given = parser(__doc__)
-    given.add_argument("--job", choices=(*JOBS, RANK), help="what a child does")
+    given.add_argument("--job", choices=(*JOBS, *DEEP_JOBS, RANK), help="what a child does")
     given.add_argument("--who", choices=(OURS, PEER), help="who does it")
     chosen = given.parse_args()
     if chosen.job:

@@ -103,10 +103,8 @@ class Peer:
     """
 
     def __init__(self, backbone: Backbone, *, slots: int, seed: int = 0, vectors: Tensor | None = None) -> None:
-        from peft import PromptEncoderConfig, get_peft_model
+        from peft import PromptEncoderConfig
 
-        self.backbone = backbone
-        self.slots = slots
         torch.manual_seed(seed)
         config = PromptEncoderConfig(
             task_type="CAUSAL_LM",
@@ -118,13 +116,21 @@ class Peer:
             encoder_dropout=0.0,
             inference_mode=vectors is not None,
         )
-        self._use_cache = backbone.model.config.use_cache
-        with _calm():
-            self.model: Any = get_peft_model(backbone.model, config)  # a whole model, of which stubs know little
+        self._put_on(backbone, config, columns=slots)
         if vectors is not None:
             with torch.no_grad():
                 self.model.prompt_encoder["default"].embedding.weight.copy_(vectors)
             self.model.eval()
+
+    def _put_on(self, backbone: Backbone, config: Any, *, columns: int) -> None:
+        """Put an adapter on the backbone, whose slots take so many columns of a pass."""
+        from peft import get_peft_model
+
+        self.backbone = backbone
+        self.columns = columns
+        self._use_cache = backbone.model.config.use_cache
+        with _calm():
+            self.model: Any = get_peft_model(backbone.model, config)  # a whole model, of which stubs know little
 
     def __enter__(self) -> Peer:
         return self
@@ -210,7 +216,7 @@ class Peer:
             for line, row in enumerate(group):
                 for place in range(len(row.ids) - row.scored, len(row.ids)):
                     lines.append(line)
-                    places.append(self.slots + place - 1)
+                    places.append(self.columns + place - 1)
                     tokens.append(row.ids[place])
             chosen_logits = logits[lines, places].float()  # (N, V)
             token_ids = torch.tensor(tokens, device=device)
@@ -255,6 +261,36 @@ class Peer:
             for index, row in zip(indices, written.tolist(), strict=True):
                 answers[index] = row[texts.shape[1] :]
         return answers
+
+
+class PrefixPeer(Peer):
+    """A prefix of PEFT in front of the rows of one backbone: keys and values that start where ours do (PREFIX_TUNING
+    without its network).
+
+    Args:
+        backbone: The backbone; :meth:`close` puts it back as it was.
+        block: (L, 2, K, C, D) the keys and values that it starts at.
+        seed: Of the order of rows.
+    """
+
+    def __init__(self, backbone: Backbone, *, block: Tensor, seed: int = 0) -> None:
+        from peft import PrefixTuningConfig
+
+        layers, _, heads, slots, width = block.shape
+        torch.manual_seed(seed)
+        config = PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=slots,
+            token_dim=heads * width,
+            num_layers=layers,
+            num_attention_heads=heads,
+            encoder_hidden_size=heads * width,
+            prefix_projection=False,
+        )
+        self._put_on(backbone, config, columns=0)
+        with torch.no_grad():
+            start = block.permute(3, 0, 1, 2, 4).reshape(slots, -1)
+            self.model.prompt_encoder["default"].embedding.weight.copy_(start)
 
 
 class Peers:

@@ -191,6 +191,16 @@ TABLES: dict[str, tuple[str, Callable[[Cell], bool], tuple[Column, ...]]] = {
             ("the pass before, s", text_of("pass_seconds")),
         ),
     ),
+    "deep": (
+        "deep",
+        lambda cell: "seconds" in cell or "samples_per_second" in cell,
+        (
+            CELL,
+            WHO,
+            ("samples/s", lambda cell: spread_of("samples_per_second")(cell) if "samples_per_second" in cell else ""),
+            ("seconds", lambda cell: spread_of("seconds")(cell) if "seconds" in cell else ""),
+        ),
+    ),
     "prefix": (
         "prefix",
         has("seconds"),

@@ -86,7 +86,7 @@ class Service:
     """A real ``ptuning serve`` in a process of its own; :meth:`ready` waits for it."""
 
     def __init__(self, settings: Settings, folder: Path, workplace: Path) -> None:
-        self._settings, self._folder, self._workplace = settings, folder, workplace
+        self._settings, self.folder, self._workplace = settings, folder, workplace
         self._url = ""
         self._said = workplace / "service.log"
         self._process: subprocess.Popen[str] | None = None
@@ -95,7 +95,7 @@ class Service:
         """Start it, and do not wait."""
         settings, key = self._settings, self._workplace / "admin-keys"
         key.write_text(f"{ADMIN_KEY}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "ptuning", "serve", f"--prompts={self._folder}", "--port=0"]
+        command = [sys.executable, "-m", "ptuning", "serve", f"--prompts={self.folder}", "--port=0"]
         command += [f"--admin-key-file={key}", f"--backbone={folder_of(settings)}"]
         command += [f"--dtype={settings.dtype}", f"--device={settings.device}"]
         environment = dict(os.environ)
@@ -105,6 +105,12 @@ class Service:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=said, text=True
             )
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        assert self._process is not None
+        return self._process.pid
 
     def ready(self) -> str:
         """Return the address, once requests are taken."""

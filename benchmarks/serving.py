@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import (
-    ROOT,
     Json,
     Settings,
     answer,
+    child,
     interleave,
     no_answer,
     parser,
@@ -322,11 +320,7 @@ def compared(theirs: Sequence[Mapping[str, Any]], ours: Sequence[Prediction]) ->
 
 def memory(folder: Path, settings: Settings) -> tuple[Cells, Answers]:
     """Load a folder of prompts in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.serving", *settings.arguments(), f"--registry={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"serving, memory:\n{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = child("serving", settings, f"--registry={folder}")
     cells: Cells = [{"cell": "memory", **found}]
     return cells, {"serve-1000-prompts": answer([found["bytes"] / 1e6], f"{found['prompts']} prompts of 6 slots")}
 

@@ -15,6 +15,7 @@ from benchmarks.common import (
     Json,
     Settings,
     answer,
+    child,
     interleave,
     parser,
     ratios,
@@ -42,7 +43,7 @@ def main(settings: Settings) -> None:
     """Start all processes, in random order in each round."""
     began = time.monotonic()
     contestants = {
-        "import": lambda _: printed([sys.executable, "-c", IMPORT]),
+        "import": lambda _: imported(),
         "help": lambda _: wall([sys.executable, "-m", "ptuning", "--help"]),
         "load": lambda _: stage("load", settings),
         "load, transformers": lambda _: stage("load-transformers", settings),
@@ -73,12 +74,10 @@ def main(settings: Settings) -> None:
     )
 
 
-def printed(command: list[str]) -> float:
-    """Run a command and return the number on its last line."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"startup, {command[-1]}:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def imported() -> float:
+    """Return the seconds of the import, as the process says them that does nothing else."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def wall(command: list[str]) -> float:
@@ -89,10 +88,8 @@ def wall(command: list[str]) -> float:
 
 
 def stage(name: str, settings: Settings) -> float:
-    """Run one stage in a new process of this script; in a smoke run all but ``load`` in this one, to save seconds."""
-    if settings.smoke and name != "load":
-        return seconds_of(name, settings)
-    return printed([sys.executable, "-m", "benchmarks.startup", *settings.arguments(), "--stage", name])
+    """Run one stage in a new process of this script."""
+    return float(child("startup", settings, f"--stage={name}"))
 
 
 def seconds_of(name: str, settings: Settings) -> float:

@@ -370,10 +370,8 @@ SUBJECTS = ("Kenya", "France", "Peru", "the movie", "a film", "1999", "the capit
 @pytest.mark.parametrize(
     ("name", "template", "targets"),
     [
-        ("t5", "[P*2] [X] [P] [Y]", ("Paris", "Lima", "yes", "no")),  # slots where the encoder reads, a sentinel as gap
-        ("t5", "[P*2] [X] [>] [P] [Y]", ("Paris", "Lima", "yes", "no")),
+        ("t5", "[P*2] [X] [>] [P] [Y]", ("Paris", "Lima", "yes", "no")),  # slots on both sides
         ("xlnet", "[P*2] [X] [P] [Y]", ("the", "a")),
-        ("xlnet", "[X] is [Y]", ("the", "a")),
     ],
 )
 def test_facts_are_learned_by_heart_on_the_way_a_user_goes(

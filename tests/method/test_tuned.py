@@ -31,7 +31,7 @@ from ptuning.template.language import Template
 from ptuning.template.segments import Ids
 from ptuning.training import step as steps
 from ptuning.training.trainer import Trainer
-from tests.conftest import bound
+from tests.conftest import FAMILIES, bound
 
 MANUAL = "The capital of [X] is [Y] ."
 WORDS = ("yes", "good", "great", "bad")
@@ -40,6 +40,8 @@ DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good
 TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
 LORA = ("manual+lora", "p-tuning+lora")
 TRAINED = ("p-tuning", *TUNING, *LORA)
+# Each method with a family, each family with a method: for rules that hold for every method of every family.
+EACH = [(name, FAMILIES[at % len(FAMILIES)]) for at, name in enumerate(TRAINED)]
 QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
 # Training takes steps; each epoch ends with scoring and writing all weights, so what learns by heart sees its rows
 # several times in an epoch.
@@ -62,7 +64,7 @@ def share(answers: Sequence[Answer]) -> float:
     return sum(answer.hit for answer in answers) / len(answers)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize(("method", "family"), EACH)
 def test_the_backbone_stays_as_it_is(method: str, backbone: Backbone) -> None:
     before = {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
     fingerprint = backbone.fingerprint
@@ -112,7 +114,7 @@ def test_only_slots_have_several_starts(
     assert len(set(began)) == len(began) == starts
 
 
-@pytest.mark.parametrize("method", TUNING)
+@pytest.mark.parametrize(("method", "family"), [*((name, "gpt2") for name in TUNING), *EACH[1:4]])
 def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     plain = share(answer_records(PromptModel(backbone), Prompt.manual(MANUAL), Records(TRAIN), single_token=True))
     slow = replace(LEARNS, epochs=6)  # tiny masked models take their time
@@ -201,16 +203,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[bool, bool,
     return seen
 
 
-def test_adapters_learn_the_training_facts(backbone: Backbone) -> None:
+@pytest.mark.parametrize(("method", "family"), [*zip(LORA * 2, FAMILIES, strict=True)])
+def test_adapters_learn_the_training_facts(method: str, backbone: Backbone) -> None:
     config = replace(LEARNS, lora_lr=0.02)
-    for method in LORA:
-        solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
-        history: Any = solution.record["history"]
-        start: Any = solution.record["start"]
-        assert history[-1]["train_loss"] < 0.9 * start["dev_loss"]  # on the same facts
-        everything = sum(weight.numel() for weight in backbone.model.parameters())
-        trained: Any = solution.record["trainable_parameters"]
-        assert (0 < trained < everything) or method == "p-tuning+lora"
+    solution = fit(method, backbone, config, task=task(SEEN, TRAIN))
+    history: Any = solution.record["history"]
+    start: Any = solution.record["start"]
+    assert history[-1]["train_loss"] < 0.9 * start["dev_loss"]  # on the same facts
+    everything = sum(weight.numel() for weight in backbone.model.parameters())
+    trained: Any = solution.record["trainable_parameters"]
+    assert (0 < trained < everything) or method == "p-tuning+lora"
 
 
 @pytest.mark.parametrize("method", TUNING)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import arithmetic, common, goals, material, peer, picture, report, run, scaling, scores, training
+from benchmarks import arithmetic, common, goals, material, peer, picture, report, run, scaling, scores, soak, training
 
 from ptuning.backbone.attention import MARK
 from ptuning.backbone.backbone import Backbone
@@ -34,6 +34,7 @@ NAMES = {
     "writing-32", "memory-worst", "rank-memory", "import-seconds", "help-seconds",
     "load-against-transformers", "serve-64-prompts", "serve-p99-64", "serve-peft-64", "serve-one-text",
     "serve-overhead-labels", "serve-overhead-written", "serve-overload", "serve-hot-load", "serve-1000-prompts",
+    "deep-16", "deep-160", "deep-late-512", "deep-mixed-16", "deep-writing", "deep-memory",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
 WITHOUT_RAY = "ray is not installed"
@@ -438,3 +439,13 @@ def reordered(example: Any) -> Any:
     rest = [token for at, token in enumerate(example.token_ids) if at not in example.slot_positions]
     count = len(example.slot_positions)
     return replace(example, token_ids=(*([0] * count), *rest), slot_positions=tuple(range(count)))
+
+
+def test_a_soak_tells_a_leak_from_what_fills_at_the_start_and_from_peaks() -> None:
+    """The first quarter fills caches; behind it 40 MB an hour are seen, and peaks are not taken for them."""
+    flat = [(float(at), 1_000_000_000 + min(at, 900) * 100_000) for at in range(0, 3600, 5)]
+    found = soak.trend([(at, size + 200_000_000 * (at % 60 == 0)) for at, size in flat])
+    assert found == {"first_mb": 1090.0, "last_mb": 1090.0, "most_mb": 1290.0, "mb_per_hour": 0.0}
+    leaks = soak.trend([(at, size + int(at / 3600 * 40e6)) for at, size in flat])
+    assert leaks["mb_per_hour"] == pytest.approx(40, rel=0.01)
+    assert leaks["last_mb"] - leaks["first_mb"] == pytest.approx(22.5, rel=0.02)

@@ -49,16 +49,16 @@ class FakeRay:
     def remote(self, kind: type) -> Any:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._actor))
 
-    def _actor(self, work: Any, asked: Any) -> Any:
+    def _actor(self, asked: Any) -> Any:
         self._made += 1
-        actor, number = self.make(work, asked), self._made
+        actor, number = self.make(asked), self._made
 
-        def run(unit: Any) -> Any:
+        def run(unit: Any, work: Any) -> Any:
             self.begun.append((number, unit.name))
             if self.deaths.get(unit.name, 0):
                 self.deaths[unit.name] -= 1
                 raise RayError("The actor died unexpectedly")
-            return actor.run(unit)
+            return actor.run(unit, work)
 
         def method(call: Callable[..., Any]) -> Any:
             return SimpleNamespace(remote=lambda *given: Ref(lambda: call(*given)))

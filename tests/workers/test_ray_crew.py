@@ -55,9 +55,8 @@ class Stub:
 class Ready(Worker):
     """A worker that needs no backbone."""
 
-    def ready(self) -> Hello:
-        self._hello = Hello("here", 7, sees_folder=True)
-        return self._hello
+    def ready(self, work: Any) -> Hello:
+        return Hello("here", 7, sees_folder=True)
 
 
 @dataclass
@@ -135,7 +134,7 @@ def test_a_full_disk_on_a_worker_fails_its_unit_alone(tmp_path: Path) -> None:
 
 def test_a_backbone_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
     class Broken(Worker):
-        def ready(self) -> Hello:
+        def ready(self, work: Any) -> Hello:
             raise BackboneError("no such backbone: tiny; give a folder")
 
     _, one = crew(tmp_path, make=Broken)
@@ -147,7 +146,7 @@ def test_workers_that_end_while_they_start_are_given_up(tmp_path: Path) -> None:
     from tests.workers.fake_ray import RayError
 
     class Dying(Worker):
-        def ready(self) -> Hello:
+        def ready(self, work: Any) -> Hello:
             raise RayError("out of memory")
 
     _, one = crew(tmp_path, make=Dying)
@@ -170,7 +169,7 @@ def test_files_of_a_worker_without_the_folder_come_along(tmp_path: Path) -> None
     """And only into the folders of its results."""
 
     class Away(Ready):
-        def run(self, unit: Unit) -> Done:
+        def run(self, unit: Unit, work: Any) -> Done:
             folder = unit.folders[0]
             files = {f"{folder}/run.json": b"{}", f"{folder}/try-1/x.bin": b"\x00", "results.json": b"mine"}
             if unit.name == "unit 4":
@@ -194,30 +193,30 @@ class TestWorker:
 
     def test_it_loads_the_backbone_and_writes_where_it_sees_the_folder(self, causal: Backbone, tmp_path: Path) -> None:
         (tmp_path / "mark").touch()
-        worker = Worker(Stub(tmp_path), self.asked(causal, tmp_path / "mark"))
-        assert worker.ready().sees_folder
-        assert worker.run(UNITS[0]) == Done([Ended("cells/0", None, 1.5)])
+        worker = Worker(self.asked(causal, tmp_path / "mark"))
+        assert worker.ready(Stub(tmp_path)).sees_folder
+        assert worker.run(UNITS[0], Stub(tmp_path)) == Done([Ended("cells/0", None, 1.5)])
         assert (tmp_path / "cells/0/run.json").read_text() == "unit 0"
         assert [progress.note for progress in worker.told()] == ["training unit 0"]
         assert worker.told() == []
         worker.stop()
-        assert worker.run(UNITS[1]).stopped
+        assert worker.run(UNITS[1], Stub(tmp_path)).stopped
 
     def test_it_sends_the_files_where_it_does_not(self, causal: Backbone, tmp_path: Path) -> None:
-        worker = Worker(Stub(tmp_path), self.asked(causal, tmp_path / "mark"))
-        assert not worker.ready().sees_folder
-        assert worker.run(UNITS[0]).files == {"cells/0/run.json": b"unit 0"}
+        worker = Worker(self.asked(causal, tmp_path / "mark"))
+        assert not worker.ready(Stub(tmp_path)).sees_folder
+        assert worker.run(UNITS[0], Stub(tmp_path)).files == {"cells/0/run.json": b"unit 0"}
         assert not (tmp_path / "cells").exists()
 
     def test_another_version_or_backbone_is_refused(self, causal: Backbone, tmp_path: Path) -> None:
         mark = tmp_path / "mark"
         given = self.asked(causal, mark)
         with pytest.raises(WorkerError, match=r"has torch .*, not 1\.0\. Install the same versions"):
-            Worker(Stub(tmp_path), self.asked(causal, mark, versions={**given.versions, "torch": "1.0"})).ready()
+            Worker(self.asked(causal, mark, versions={**given.versions, "torch": "1.0"})).ready(Stub(tmp_path))
         with pytest.raises(WorkerError, match=r"is another one \(fingerprint .* and not 0-0\)"):
-            Worker(Stub(tmp_path), self.asked(causal, mark, fingerprint="0-0")).ready()
+            Worker(self.asked(causal, mark, fingerprint="0-0")).ready(Stub(tmp_path))
         with pytest.raises(BackboneError, match="nowhere"):
-            Worker(Stub(tmp_path), self.asked(causal, mark, backbone=str(tmp_path / "nowhere"))).ready()
+            Worker(self.asked(causal, mark, backbone=str(tmp_path / "nowhere"))).ready(Stub(tmp_path))
 
 
 @pytest.mark.parametrize(

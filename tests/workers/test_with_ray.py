@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.experiment.compare import compare
 from ptuning.files import Json
@@ -43,7 +43,7 @@ told = []
 for name, shared in (("together", None), ("apart", False)):
     compare(
         train, dev=dev, test=test, manual=manual, template=template, out=pathlib.Path(out, name), seeds=2,
-        backbone=load_backbone(model, dtype="float32", device="cpu"), methods=["majority", "failing", "p-tuning"],
+        backbone=load_backbone(model, device="cpu"), methods=["majority", "failing", "p-tuning"],
         config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0), tries=2,
         workers=Workers(2, shared_folder=shared), watch=Watch(report=told.append),
     )
@@ -66,12 +66,11 @@ def without_workers(files: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_worker_changes_no_byte(
-    model_folder: Callable[[str], Path], loaded: Callable[[str], Backbone], tmp_path: Path
-) -> None:
+def test_a_killed_worker_changes_no_byte(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Invariant *Resume is exact*, with two workers, one of which is killed; then two that do not see the folder."""
     (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
-    given = [model_folder("llama"), tmp_path / "data.json", tmp_path, MANUAL, WARM]
+    model = model_folder("llama")
+    given = [model, tmp_path / "data.json", tmp_path, MANUAL, WARM]
     with forked(PROGRAM, *given, folder=tmp_path / "said") as program:
         program.wait_until(lambda: has_checkpoint(tmp_path / "together"))
         os.kill(next(pid for pid, unit in workers_of(program.err) if unit.startswith("p-tuning")), signal.SIGKILL)
@@ -89,7 +88,7 @@ def test_a_killed_worker_changes_no_byte(
     try:
         compare(
             TRAIN, dev=DEV, test=TEST, manual=MANUAL, template=WARM, out=tmp_path / "whole", seeds=2, tries=2,
-            backbone=loaded("llama"), methods=["majority", "failing", "p-tuning"],
+            backbone=load_backbone(model, device="cpu"), methods=["majority", "failing", "p-tuning"],
             config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0),
         )  # fmt: skip
     finally:

@@ -212,7 +212,7 @@ class Suite:
         here = (result for unit in units for result in self._run_unit(unit, going))
         for result in here if workers is None else self._spread(units, workers, going):
             going.finished[result.cell] = result
-            if not result.was_there and workers is None:
+            if not result.was_there:
                 going.tell()
             yield result
         with contextlib.suppress(OSError):

@@ -132,6 +132,7 @@ class WorkerSpec:
     mark: Path
     shared_folder: bool | None = None
     threads: int = 1
+    dtype_reason: str | None = None
     folder: Path = field(default_factory=Path.cwd)
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -150,7 +151,15 @@ class WorkerSpec:
         # A worker on a GPU sees only its own, so numbers of devices mean nothing there.
         device = given.device.partition(":")[0]
         loading = replace(given, dtype=short_name(backbone.dtype), device=device)
-        return cls(backbone.name, loading, backbone.fingerprint, mark, workers.shared_folder, threads)
+        return cls(
+            backbone.name,
+            loading,
+            backbone.fingerprint,
+            mark,
+            workers.shared_folder,
+            threads,
+            backbone.dtype_reason,  # it was chosen before, and is asked for here
+        )
 
 
 @dataclass(frozen=True)

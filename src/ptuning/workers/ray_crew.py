@@ -227,6 +227,7 @@ class Crew:
     _attempts: Counter[str] = field(default_factory=Counter)
     _waiting: deque[Unit] = field(default_factory=deque)
     _last: str = ""
+    _sent: Any = None  # the work, where workers get it
 
     def run(self) -> Iterator[Ended]:
         """Start the workers, and yield what ends until all units are done."""
@@ -235,11 +236,11 @@ class Crew:
         actor = ray.remote(Worker).options(
             num_cpus=shape.threads, num_gpus=shape.gpus, max_restarts=-1, max_task_retries=0, max_concurrency=2
         )
-        work = ray.put(self.work)
+        self._sent = ray.put(self.work)
         for _ in range(shape.count):
-            member = _Member(actor.remote(work, self.asked))
+            member = _Member(actor.remote(self.asked))
             self._members.append(member)
-            self._running[member.actor.ready.remote()] = member
+            self._running[member.actor.ready.remote(self._sent)] = member
         looked = time.monotonic()
         pause = LOOK_SECONDS if shape.count < MANY else LOOK_SECONDS_AT_MANY
         while self._waiting or any(member.unit is not None for member in self._members):
@@ -268,7 +269,7 @@ class Crew:
             if self._waiting and member.hello is not None and member.unit is None:
                 member.unit = self._waiting.popleft()
                 logger.info("%s begins %s", member.name, member.unit.name)
-                self._running[member.actor.run.remote(member.unit)] = member
+                self._running[member.actor.run.remote(member.unit, self._sent)] = member
 
     def _take(self, ref: Any) -> Iterator[Ended]:
         member = self._running.pop(ref)
@@ -297,7 +298,7 @@ class Crew:
         member.deaths += 1
         if unit is None and member.deaths > RETRIES:
             return  # it cannot even start
-        self._running[member.actor.ready.remote()] = member
+        self._running[member.actor.ready.remote(self._sent)] = member
         if unit is None:
             return
         member.deaths = 0

@@ -40,24 +40,28 @@ class Done:
 
 
 class Worker:
-    """A worker; one thread calls :meth:`ready` and :meth:`run`, another one :meth:`told` and :meth:`stop`."""
+    """A worker; one thread calls :meth:`ready` and :meth:`run`, another one :meth:`told` and :meth:`stop`.
 
-    def __init__(self, work: Work, asked: WorkerSpec) -> None:
-        self._work, self._asked = work, asked
+    Both of the former get the work, since a worker that has ended is started again without a word.
+    """
+
+    def __init__(self, asked: WorkerSpec) -> None:
+        self._asked = asked
+        self._work: Work | None = None
         self._stops = threading.Event()
         self._told: deque[Progress] = deque(maxlen=KEPT_STEPS)
         self._hello: Hello | None = None
 
-    def ready(self) -> Hello:
+    def ready(self, work: Work) -> Hello:
         """Load the backbone, unless that was done; a PTuningError if it cannot be, or is not the one of the others."""
         import torch
 
         torch.set_num_threads(self._asked.threads)  # it counts for the thread that calls it
         if self._hello is None:
-            self._hello = self._prepare()
+            self._hello = self._prepare(work)
         return self._hello
 
-    def _prepare(self) -> Hello:
+    def _prepare(self, work: Work) -> Hello:
         from ptuning.backbone.loading import load_backbone
 
         asked, host = self._asked, platform.node()
@@ -76,25 +80,28 @@ class Worker:
                 f"the backbone {asked.backbone} on {host} is another one (fingerprint {backbone.fingerprint} and not "
                 f"{asked.fingerprint}); put the same files on all machines"
             )
+        backbone.dtype_reason = asked.dtype_reason
         sees = asked.mark.is_file() if asked.shared_folder is None else asked.shared_folder
-        self._work.backbone = backbone
-        self._work.worker = {"engine": "ray", "host": host, "pid": os.getpid()}
+        work.backbone = backbone
+        work.worker = {"engine": "ray", "host": host, "pid": os.getpid()}
+        self._work = work
         return Hello(host, os.getpid(), sees)
 
-    def run(self, unit: Unit) -> Done:
+    def run(self, unit: Unit, work: Work) -> Done:
         """Do a unit. What stops all of it, such as a disk that is full, is the error of what is left."""
-        if self.ready().sees_folder:
-            return self._run(unit)
+        sees_folder, own = self.ready(work).sees_folder, self._work or work
+        if sees_folder:
+            return self._run(unit, own)
         with tempfile.TemporaryDirectory(prefix="ptuning-", ignore_cleanup_errors=True) as place:
-            self._work.out = Path(place)
-            done = self._run(unit)
+            own.out = Path(place)
+            done = self._run(unit, own)
             return replace(done, files=_files(Path(place), done.ended))
 
-    def _run(self, unit: Unit) -> Done:
+    def _run(self, unit: Unit, work: Work) -> Done:
         ended: list[Ended] = []
         stopped = False
         try:
-            ended += self._work.run_unit(unit, report=self._told.append, should_stop=self._stops.is_set)
+            ended += work.run_unit(unit, report=self._told.append, should_stop=self._stops.is_set)
         except Interrupted:
             stopped = True
         except Exception as error:  # noqa: BLE001
@@ -116,7 +123,6 @@ def _files(out: Path, ended: Sequence[Ended]) -> dict[str, bytes]:
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for one in ended
-        if one.error is None
         for path in sorted((out / one.folder).rglob("*"))
         if path.is_file()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import _Asked
+from ptuning.backbone.layers import recomputing
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
 from ptuning.config import TrainConfig
@@ -214,8 +216,12 @@ def test_offloaded_weights_are_let_go_of_within_a_step(
 ) -> None:
     """A pass with gradients held all that it had read until its backward pass, unless checkpointing was asked for."""
     runs: list[str] = []
-    real = steps.recomputing
-    monkeypatch.setattr(steps, "recomputing", lambda model, *, name: runs.append(name) or real(model, name=name))
+
+    def spy(model: PreTrainedModel, *, name: str) -> contextlib.AbstractContextManager[None]:
+        runs.append(name)
+        return recomputing(model, name=name)
+
+    monkeypatch.setattr(steps, "recomputing", spy)
     split = load_backbone(str(model_folder("llama")), dtype="float32", device_map=SPLIT)
     for backbone, expected in ((causal, 0), (split, 2)):
         train(WARM, RECORDS[:4], dev=RECORDS[:2], backbone=backbone, config=TrainConfig(epochs=1, batch_size=2))

@@ -255,8 +255,7 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Opened]]:
 
 
 @in_a_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_two_prompts_are_asked_in_one_request_and_seen_side_by_side(
     opened: Callable[..., Opened], tmp_path: Path, width: int, scheme: str
 ) -> None:
