@@ -15,9 +15,11 @@ from ptuning.experiment import suite as suites
 from ptuning.experiment.compare import compare
 from ptuning.experiment.plan import Watch
 from ptuning.report.results_file import Results
+from ptuning.workers.crew import Workers
 from tests.conftest import WARM
 from tests.experiment.test_suite import DEV, FAST, MANUAL, TEST, TRAIN, results_of, suite, timeless
 from tests.processes import forked
+from tests.workers.fake_ray import use_fake_ray
 
 METHODS = ("majority", "manual", "p-tuning")
 
@@ -53,6 +55,26 @@ def test_parts_leave_the_same_files_as_one_process(causal: Backbone, tmp_path: P
     run(causal, tmp_path / "parts", watch=Watch(on_cell=lambda result, *_: was_there.append(result.was_there)))
     assert was_there == [True] * 4
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shared", [None, False])
+def test_workers_leave_the_same_files_as_one_process(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool | None
+) -> None:
+    """Whether they see the folder or not, and though some of them end in the middle."""
+    run(causal, tmp_path / "whole")
+    ray = use_fake_ray(monkeypatch, causal, task_manual_seed_0=1)
+    told: list[str] = []
+    watch = Watch(report=lambda now: told.append(now.stage), on_cell=lambda result, *_: told.append(result.status))
+    found = run(causal, tmp_path / "workers", workers=Workers(3, shared_folder=shared), watch=watch)
+    assert [name for _, name in ray.begun].count("task manual seed 0") == 2
+    assert told.count("done") == len(found.cells) == 4
+    files, whole = files_of(tmp_path / "workers"), files_of(tmp_path / "whole")
+    assert {files[f"{cell.folder}/run.json"].pop("worker")["engine"] for cell in found.cells} == {"fake"}
+    assert files == whole
+    again = run(causal, tmp_path / "workers", workers=3)
+    assert len(ray.begun) == 5, "nothing was left to do"
+    assert again.tasks == found.tasks
 
 
 PROGRAM = """

@@ -40,6 +40,7 @@ from ptuning.workers.units import Unit, held
 from tests.conftest import bound, items_of, make_model, small_memory
 from tests.processes import forked
 from tests.training.fleets import EVERY, FACTS, FAST, TEXTS
+from tests.workers.fake_ray import use_fake_ray
 
 
 def alone(prompt: FleetPrompt, backbone: Backbone) -> TrainResult:
@@ -340,6 +341,26 @@ def test_a_large_fleet_is_cut_and_its_parts_leave_the_same_bytes(
     assert list(collected.results) == [prompt.name for prompt in EVERY]
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole") != {}
     assert not list((tmp_path / "parts").glob("checkpoint*"))
+
+
+def test_workers_leave_the_same_prompts(causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "UNIT_PROMPTS", 3)
+    whole = train_fleet(EVERY, backbone=causal, out=tmp_path / "whole", at_once=3)
+    use_fake_ray(monkeypatch, causal, fleet_2=1)
+    seen: list[str] = []
+    options: dict[str, Any] = {"workers": 2, "on_prompt": lambda name, _: seen.append(name)}
+    found = train_fleet(EVERY, backbone=causal, out=tmp_path / "workers", at_once=3, **options)
+    assert sorted(seen) == sorted(whole.results)
+    assert list(found.results) == list(whole.results)
+    assert {result.record["worker"]["engine"] for result in found.results.values()} == {"fake"}  # type: ignore[call-overload,index]
+    assert bytes_of(tmp_path / "workers") == bytes_of(tmp_path / "whole") != {}
+    with pytest.raises(FileError, match="--resume"):
+        train_fleet(EVERY, backbone=causal, out=tmp_path / "workers", at_once=3, workers=2)
+    with pytest.raises(ConfigError, match="workers need a folder"):
+        train_fleet(EVERY, backbone=causal, workers=2)
+    other = [replace(EVERY[0], config=replace(EVERY[0].settings, lr=0.02))]
+    changed = train_fleet(other, backbone=causal, out=tmp_path / "workers", workers=2, overwrite=True)
+    assert not torch.equal(vectors(changed.results["plain"]), vectors(whole.results["plain"]))
 
 
 def test_two_processes_do_not_train_the_same_prompts(causal: Backbone, tmp_path: Path) -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.workers import ray_crew
+from ptuning.workers.crew import Work, Workers
+from ptuning.workers.ray_crew import CrewShape
+from ptuning.workers.worker import Hello, Worker
 
 
 class RayError(Exception):
@@ -71,7 +81,7 @@ class FakeRay:
         )
 
     def put(self, value: Any) -> Any:
-        return value
+        return copy.copy(value)  # as it is sent, without the backbone
 
     def wait(self, refs: Sequence[Ref], *, num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
         return list(refs[:num_returns]), list(refs[num_returns:])
@@ -81,3 +91,23 @@ class FakeRay:
 
     def kill(self, actor: Any) -> None:
         self.killed += 1
+
+
+def use_fake_ray(patch: pytest.MonkeyPatch, backbone: Backbone, **deaths: int) -> FakeRay:
+    """Let workers be actors of a stand-in, which have this backbone."""
+
+    class Here(Worker):
+        def _prepare(self, work: Work) -> Hello:
+            self._work = work
+            work.backbone, work.worker = backbone, {"engine": "fake"}
+            return Hello("here", 1, sees_folder=self._asked.shared_folder is not False)
+
+    ray = FakeRay(Here, {name.replace("_", " "): count for name, count in deaths.items()})
+
+    @contextlib.contextmanager
+    def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[FakeRay, CrewShape]]:
+        yield ray, CrewShape(min(units, workers.count or 1), 1, 0.0)
+
+    patch.setattr(ray_crew, "connected", connected)
+    patch.setattr(Workers, "check", lambda _: None)
+    return ray

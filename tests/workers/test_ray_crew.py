@@ -36,6 +36,7 @@ class Stub:
     backbone: Any = None
     worker: Any = None
     failing: Sequence[str] = ()
+    summary: str = "results.json"
 
     def run_unit(
         self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None

@@ -41,6 +41,7 @@ from ptuning.names import (
     FLEETS_FOLDER,
     PREDICTIONS_FILE,
     RANDOM_WEIGHTS,
+    RESULTS_FILE,
     RUN_FILE,
     STARTED_FILE,
     UNLABELLED_FILE,
@@ -119,6 +120,7 @@ class Suite:
         self.config = config
         self.tries = tries
         self.worker: dict[str, Json] | None = None
+        self.summary = RESULTS_FILE
         self._random: tuple[int, Backbone] | None = None
 
     def __getstate__(self) -> dict[str, object]:

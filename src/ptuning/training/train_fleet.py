@@ -216,6 +216,7 @@ class FleetWork:
     at_once: int
     command: str | None
     worker: dict[str, Json] | None = None
+    summary: str = FLEET_FILE
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "backbone": None}  # a worker loads its own
@@ -232,7 +233,8 @@ class FleetWork:
         about: dict[str, Json] | None = {"worker": self.worker} if self.worker is not None else None
         going = _Going(self.at_once, True, report, should_stop, about)
         with held(self.out, unit, waiting):
-            runs = _prepared(self.prompts, [unit], self.backbone, self.out, command=self.command, resume=True)
+            command = self.command
+            runs = _prepared(self.prompts, [unit], self.backbone, self.out, command=command, resume=True, replaces=True)
             for name, outcome in going.train(unit, runs, self.out):
                 yield Ended(name, str(outcome) if isinstance(outcome, PTuningError) else None)
 

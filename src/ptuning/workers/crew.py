@@ -108,6 +108,7 @@ class Work(Protocol):
     out: Path
     backbone: Backbone
     worker: dict[str, Json] | None  # who works on it, for the record
+    summary: str  # the file that names all results, which the command writes
 
     def run_unit(
         self, unit: Unit, *, report: OnProgress | None, should_stop: Callable[[], bool] | None

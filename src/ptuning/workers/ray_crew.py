@@ -21,7 +21,7 @@ import torch
 
 from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
-from ptuning.names import RESULTS_FILE, RUN_FILE
+from ptuning.names import RUN_FILE
 from ptuning.progress import Interrupted, OnProgress
 from ptuning.workers.crew import ADDRESS_VARIABLE, Busy, Ended, Work, Workers, WorkerSpec
 from ptuning.workers.units import Unit
@@ -68,7 +68,7 @@ def spread(
         Interrupted: If ``should_stop`` returned true; workers have written checkpoints.
     """
     make_folder(work.out)
-    mark = new_path(work.out.absolute() / RESULTS_FILE)
+    mark = new_path(work.out.absolute() / work.summary)  # which is swept if it is left behind
     with connected(work, workers, len(units)) as (ray, shape), _marked(mark):
         asked = WorkerSpec.of(work, workers, mark=mark, threads=shape.threads)
         crew = Crew(ray, work, units, shape, asked, report=report, tell=tell, should_stop=should_stop)
