@@ -14,7 +14,7 @@ SUMMARY = "summary"
 # In the order in which they run.
 SCRIPTS = (
     "startup", "memory", "training", "late", "deep", "prefix", "scores", "fleet", "prediction", "writing", "serving",
-    "scaling", "arithmetic", "stages", "workers",
+    "scaling", "arithmetic", "stages", "workers", "reduced", "formats",
 )  # fmt: skip
 
 
@@ -31,7 +31,16 @@ class Goal:
     @property
     def text(self) -> str:
         """The goal as it stands in a table."""
-        unit = {"times": "x", "seconds": " s", "of the peer": "", "of transformers": "", "MB": " MB"}[self.unit]
+        unit = {
+            "times": "x",
+            "seconds": " s",
+            "of the peer": "",
+            "of transformers": "",
+            "MB": " MB",
+            "bytes": " bytes",
+            "of float32": "",
+            "points": " points",
+        }[self.unit]
         return f"{self.goal:g}{unit} or {'less' if self.most else 'more'}"
 
 
@@ -122,6 +131,13 @@ GOALS: dict[str, Goal] = {
     ),
     "serve-hot-load": Goal("service: loading a prompt while requests run", "serving", 0.05, "seconds", True),
     "serve-1000-prompts": Goal("service: memory of 1,000 loaded prompts", "serving", 50.0, "MB", True),
+    "reduced-bytes": Goal(
+        "bytes that a step of data parallelism sends around, lstm encoder", "reduced", 25_000, "bytes", True
+    ),
+    "int8-memory": Goal("int8: memory of the weights, against float32", "formats", 0.35, "of float32", True),
+    "int8-score": Goal(
+        "int8: score of a prompt that is trained on it, against one trained on bfloat16", "formats", 3.0, "points", True
+    ),
     "import-seconds": Goal("import ptuning", "startup", 0.2, "seconds", True),
     "help-seconds": Goal("ptuning --help", "startup", 0.5, "seconds", True),
     "load-against-transformers": Goal(

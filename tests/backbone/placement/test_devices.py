@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.forward import _Asked
+from ptuning.backbone.layers import recomputing
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
 from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
+from ptuning.training import step as steps
 from ptuning.training.run import train
 from tests.conftest import FAMILIES, RECORDS, WARM, build_model, learned, make_tokenizer
 
@@ -206,3 +209,20 @@ def test_rows_share_no_prefix_over_several_devices(causal: Backbone) -> None:
 
 def test_tied_weights_count_once(causal: Backbone) -> None:
     assert number_of_weights(causal.model) == sum(weight.numel() for weight in causal.model.parameters())
+
+
+def test_offloaded_weights_are_let_go_of_within_a_step(
+    causal: Backbone, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass with gradients held all that it had read until its backward pass, unless checkpointing was asked for."""
+    runs: list[str] = []
+
+    def spy(model: PreTrainedModel, *, name: str) -> contextlib.AbstractContextManager[None]:
+        runs.append(name)
+        return recomputing(model, name=name)
+
+    monkeypatch.setattr(steps, "recomputing", spy)
+    split = load_backbone(str(model_folder("llama")), dtype="float32", device_map=SPLIT)
+    for backbone, expected in ((causal, 0), (split, 2)):
+        train(WARM, RECORDS[:4], dev=RECORDS[:2], backbone=backbone, config=TrainConfig(epochs=1, batch_size=2))
+        assert len(runs) == expected
