@@ -141,6 +141,7 @@ def soak(server: Service, settings: Settings, seconds: float) -> Watched:
 
     from benchmarks.service import ADMIN_KEY, name_of, texts
 
+    server.ready()
     names, over = [name_of(number) for number in range(settings.pick(PROMPTS, 8))], threading.Event()
     watched, process = Watched(), psutil.Process(server.pid)
 

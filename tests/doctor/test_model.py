@@ -35,6 +35,8 @@ def test_a_folder_is_found_loaded_and_described(
     assert list(found) == ["loads", "fingerprint", "kind", "sizes", "slots"]
     assert found["fingerprint"].found == backbone.fingerprint
     assert kind in found["kind"].found
+    taken = sum(4 * weight.numel() for weight in backbone.model.parameters())
+    assert f" M weights in {taken / 1e6:.1f} MB" in found["kind"].found
     assert found["sizes"].found == f"width 32, vocabulary {backbone.vocabulary}, rows of 64 tokens at most"
     assert slots in found["slots"].found
     assert "on cpu: float32, " in found["loads"].found

@@ -74,7 +74,13 @@ class Backbone:
     turn: int | None = None
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, revision: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        revision: str | None = None,
+        is_tokenizer_shared: bool = True,
     ) -> None:
         self.model = model
         self.name = name
@@ -90,6 +96,7 @@ class Backbone:
             rows=self.embedding_rows,
             decoder_ids=decoder_start(model.config, generation),
             end_ids=text_ends(model.config, generation),
+            is_shared=is_tokenizer_shared,
         )
         self.width = int(self.embed(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).shape[-1])
         # Either can be larger: tables are padded to round sizes, and tokenizers get tokens that were never embedded.

@@ -104,7 +104,7 @@ def load_backbone(
     is_halved = chosen.dtype == torch.float16 and not is_placed
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
     model = _load(folder, kind, name, asked, config=config, dtype=dtype)
-    backbone = Backbone(model, tokenizer, name=name, revision=found_revision)
+    backbone = Backbone(model, tokenizer, name=name, revision=found_revision, is_tokenizer_shared=False)
     backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
     if is_halved or asked.shard is not None:  # of weights that are spread, it is taken in all processes, or before
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
@@ -153,6 +153,7 @@ def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | Non
         max_tokens=longest_row(config),
         decoder_ids=decoder_start(config, generation),
         end_ids=text_ends(config, generation),
+        is_shared=False,
     ), kind
 
 

@@ -35,7 +35,8 @@ class TextTokenizer:
     """A transformers tokenizer for templates: it adds no special tokens, and special text in records is plain text.
 
     ``max_tokens`` is the model's longest row; special tokens beyond ``rows``, the ids that it can embed, are ignored.
-    ``end_ids`` end what the model writes, besides the tokenizer's own end of a text.
+    ``end_ids`` end what the model writes, besides the tokenizer's own end of a text. A tokenizer that others may use
+    (``is_shared``) is copied, since encoding special text as plain text changes its state; a copy takes 0.3 seconds.
     Raises BackboneError if the special tokens cannot be told apart from text.
     """
 
@@ -47,9 +48,9 @@ class TextTokenizer:
         rows: int | None = None,
         decoder_ids: Ids = (),
         end_ids: Ids = (),
+        is_shared: bool = True,
     ) -> None:
-        # Encoding special text as plain text changes the tokenizer's state, so this works on a copy.
-        self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer = copy.deepcopy(tokenizer) if is_shared else tokenizer
         self._reserved: frozenset[int | None] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
         self.mask_id: int | None = tokenizer.mask_token_id
@@ -215,12 +216,13 @@ class TextTokenizer:
     def _find_gap(self, rows: int | None) -> Gap:
         if self.mask_id is not None:
             return Gap((self.mask_id,))
-        vocabulary = self._tokenizer.get_vocab()
-        for first, second in SENTINELS:
-            if first in vocabulary and second in vocabulary:
-                gap, end = vocabulary[first], vocabulary[second]
-                if rows is None or max(gap, end) < rows:
-                    return Gap((gap,), (gap,), end)
+        for names in SENTINELS:
+            found = self._tokenizer.convert_tokens_to_ids(list(names))
+            if None in found or self._tokenizer.convert_ids_to_tokens(found) != list(names):
+                continue  # the unknown token's id stands for what is not there
+            gap, end = found
+            if rows is None or max(gap, end) < rows:
+                return Gap((gap,), (gap,), end)
         return Gap()
 
     def _probe_specials(self) -> tuple[Ids, Ids, int]:

@@ -9,8 +9,10 @@ from ptuning.backbone import sources
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.families import families
 from ptuning.backbone.loading import load_backbone
+from ptuning.backbone.placement.stored import stored_tensors
 from ptuning.backbone.sources import LoadOptions
 from ptuning.doctor.checks import Check, Group
+from ptuning.engine.memory import tensor_bytes
 from ptuning.errors import PTuningError
 from ptuning.template.segments import FILLS_MASKS
 
@@ -60,7 +62,8 @@ def _described(backbone: Backbone, seconds: float) -> Iterator[Check]:
     yield BACKBONE.ok("loads", f"in {seconds:.1f} s on {backbone.device}: {how}{reason}")
     yield BACKBONE.ok("fingerprint", backbone.fingerprint)
     head = type(backbone.model).__name__
-    yield BACKBONE.ok("kind", f"{backbone.kind}, {head}, {backbone.parameters / 1e6:,.1f} M weights")
+    taken = tensor_bytes(stored_tensors(backbone.model)) / 1e6
+    yield BACKBONE.ok("kind", f"{backbone.kind}, {head}, {backbone.parameters / 1e6:,.1f} M weights in {taken:,.1f} MB")
     sizes = f"width {backbone.width:,}, vocabulary {backbone.vocabulary:,}"
     yield BACKBONE.ok("sizes", f"{sizes}, rows of {backbone.tokenizer.max_tokens:,} tokens at most")
     known = next((one for one in families() if one.head == head), None)
