@@ -963,7 +963,7 @@ def test_bad_label_words(labels: str, says: list[str], bert: str, data: Path) ->
         (["--field", "y=capital"], ["train.jsonl, line 1: no field 'capital' to use as 'y'", "x, y"]),
         (["--manual", "[X] is [Y]"], ["give either --template, or --manual"]),
         (["--about", "country"], ["--about goes with --manual"]),
-        (["--tune", "melted"], ["setting 'tune' is 'melted'; it must be one of frozen, tuned, lora"]),
+        (["--tune", "melted"], ["setting 'tune' is 'melted'; it must be one of frozen, head, tuned, lora"]),
         (["--backbone-lr", "0.1"], ["--backbone-lr goes with --tune head, tuned or lora"]),
         (["--tune", "lora", "--backbone-lr", "0"], ["setting 'lora_lr' is 0.0; it must be a number above 0"]),
         (["--tune", "lora", "--keep", "whole"], ["setting 'keep' is 'whole'; it must be difference where tune is not"]),

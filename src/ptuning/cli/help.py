@@ -28,7 +28,7 @@ OPTION_GROUPS: Mapping[str, Sequence[str]] = {
     "Answers": (
         "top_k", "min_probability", "stream", "max_new_tokens", "num_beams", "length_penalty", "do_sample",
         "temperature", "sampling_top_k", "top_p", "repetition_penalty", "stop", "normalise", "calibrate", "count_stop",
-        "without", "force", "metrics",
+        "without", "force", "metrics", "by",
     ),
     "Output": ("as", "out", "overwrite", "errors", "json", "log_to", "dry_run", "open", "latex", "csv", "server"),
     "Server": (
