@@ -71,9 +71,9 @@ def texts() -> list[str]:
 
 
 @contextmanager
-def serving(settings: Settings, folder: Path, workplace: Path) -> Iterator[Service]:
+def serving(settings: Settings, folder: Path, workplace: Path, *options: str) -> Iterator[Service]:
     """Start a server if there can be one here, and end it."""
-    server = Service(settings, folder, workplace)
+    server = Service(settings, folder, workplace, options)
     if missing() is None:
         server.start()
     try:
@@ -83,11 +83,12 @@ def serving(settings: Settings, folder: Path, workplace: Path) -> Iterator[Servi
 
 
 class Service:
-    """A real ``ptuning serve`` in a process of its own; :meth:`ready` waits for it."""
+    """A real ``ptuning serve`` in a process of its own, with further ``options``; :meth:`ready` waits for it."""
 
-    def __init__(self, settings: Settings, folder: Path, workplace: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, workplace: Path, options: Sequence[str] = ()) -> None:
         self._settings, self.folder, self._workplace = settings, folder, workplace
         self._url = ""
+        self._options = options
         self._said = workplace / "service.log"
         self._process: subprocess.Popen[str] | None = None
 
@@ -97,7 +98,7 @@ class Service:
         key.write_text(f"{ADMIN_KEY}\n", encoding="utf-8")
         command = [sys.executable, "-m", "ptuning", "serve", f"--prompts={self.folder}", "--port=0"]
         command += [f"--admin-key-file={key}", f"--backbone={folder_of(settings)}"]
-        command += [f"--dtype={settings.dtype}", f"--device={settings.device}"]
+        command += [f"--dtype={settings.dtype}", f"--device={settings.device}", *self._options]
         environment = dict(os.environ)
         if settings.threads is not None:
             environment["OMP_NUM_THREADS"] = str(settings.threads)

@@ -30,7 +30,9 @@ CLIENTS = 4
 LOOK_SECONDS, SAY_SECONDS = 5.0, 300.0
 # The first part fills what is kept (keys and values, compiled code, the allocator's pools), and is told apart.
 WARM = 0.25
-NEW_TEXTS = 100_000  # texts of one's own: no run is short of them, and what is kept of old ones must make room
+NEW_TEXTS = 100_000  # texts of one's own: no run is short of them
+# Of the free memory, for kept keys and values: it is full after minutes, and what is kept must make room from then on.
+CACHE_MEMORY = 0.004
 
 
 @dataclass
@@ -185,7 +187,7 @@ def main(settings: Settings, minutes: float) -> int:
         (written,) = service.prompts(backbone, service.WRITTEN, 1, seed=settings.seed, labelled=False)
         service.write_prompts(folder, made)
         written.save(folder / service.WRITES)
-        with service.serving(settings, folder, Path(place)) as server:
+        with service.serving(settings, folder, Path(place), f"--cache-memory={CACHE_MEMORY}") as server:
             watched = soak(server, settings, 60 * minutes)
     found: dict[str, Json] = {
         "minutes": minutes,
