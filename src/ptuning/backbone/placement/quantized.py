@@ -26,13 +26,13 @@ PACKAGES: Mapping[str, str] = {"int8": "torchao", "nf4": "bitsandbytes", "int8-b
 # Source: docs/big-models.md, where it was measured.
 TRAVELS = "prompts were measured to score alike in both, within the error of the measurement; evaluate it again"
 ANOTHER = (
-    "with weights of 4 bits a small model is another model, and prompts of smollm2-135m scored half as much there; "
-    "train it in the format that it is used in, or evaluate it again"
+    "weights of 4 bits make another model of a small one, and a prompt of smollm2-135m scored 0.27 there instead of "
+    "0.40; train it in the format that it is used in, or evaluate it again"
 )
 UNKNOWN = "how prompts do there was not measured; evaluate it again"
 OLDER = "an older release wrote down less of the format, so whether it is the same cannot be told; evaluate it again"
-# The format in which prompts score as with whole weights.
-MEASURED = "torchao int8-weight-only"
+# Formats in which prompts were trained and used.
+MEASURED = ("torchao int8-weight-only", "bitsandbytes int8", "bitsandbytes nf4")
 # What a module of bitsandbytes calls the order that it moves its weights to.
 REORDERS = "support_avx512bf16_for_cpu"
 
@@ -140,13 +140,6 @@ def in_another_format(trained: str | None, used: str | None) -> str | None:
         return None
     if trained and used and used.split(" ")[0] == trained:
         return OLDER
-    both = {_kind(trained), _kind(used)}
-    if "4 bits" in both:
+    if used and "4 bits" in used:
         return ANOTHER
-    return UNKNOWN if "other" in both else TRAVELS
-
-
-def _kind(text: str | None) -> str:
-    if text is None or text.startswith(MEASURED):
-        return "measured"
-    return "4 bits" if "4 bits" in text else "other"
+    return TRAVELS if all(text is None or text.startswith(MEASURED) for text in (trained, used)) else UNKNOWN
