@@ -217,13 +217,17 @@ class TextTokenizer:
         if self.mask_id is not None:
             return Gap((self.mask_id,))
         for names in SENTINELS:
-            found = self._tokenizer.convert_tokens_to_ids(list(names))
-            if None in found or self._tokenizer.convert_ids_to_tokens(found) != list(names):
-                continue  # the unknown token's id stands for what is not there
-            gap, end = found
+            gap, end = (self._id_of(name) for name in names)
+            if gap is None or end is None:
+                continue
             if rows is None or max(gap, end) < rows:
                 return Gap((gap,), (gap,), end)
         return Gap()
+
+    def _id_of(self, name: str) -> int | None:
+        """Return the id of a token; None if there is none, for which tokenizers give the unknown token's id."""
+        found = self._tokenizer.convert_tokens_to_ids(name)
+        return found if isinstance(found, int) and self._tokenizer.convert_ids_to_tokens(found) == name else None
 
     def _probe_specials(self) -> tuple[Ids, Ids, int]:
         bare = self.encode(["a"])[0]
