@@ -57,7 +57,7 @@ def main(settings: Settings) -> None:
     began = time.monotonic()
     backbone = backbone_of(settings)
     loading = LoadOptions(dtype=settings.dtype, device=settings.device)
-    has_ray = importlib.util.find_spec("ray") is not None
+    has_ray = importlib.util.find_spec("ray") is not None and not settings.smoke
     with tempfile.TemporaryDirectory(prefix="ptuning-bench-") as place:
         data = facts_in(Path(place) / "data", settings.pick(FACTS, 12))
 
@@ -80,7 +80,8 @@ def main(settings: Settings) -> None:
         {"cell": f"{len(RELATIONS) * SEEDS} cells", "contestant": name, "whole_seconds": spread(values)}
         for name, values in found.items()
     ]
-    answers = {"workers-2": no_answer(MISSING), "ray-start": no_answer(MISSING)}
+    missing = "a smoke run starts no Ray" if settings.smoke else MISSING
+    answers = {"workers-2": no_answer(missing), "ray-start": no_answer(missing)}
     if has_ray:
         cells.append({"cell": "start of the engine", "contestant": "Ray", "whole_seconds": spread(starts)})
         note = f"{torch.get_num_threads()} threads against {WORKERS} workers"

@@ -428,7 +428,7 @@ def test_superglue(llama: str) -> None:
     works(*command, "--few-shot", "8", "--overwrite", "--seeds", 1)
     assert saved()["settings"]["few_shot"] == 8
     assert saved()["task_info"]["CB"]["data"]["train"]["rows"] == 8
-    fails(*command, "--tune", "melted", says=["must be one of frozen, tuned, lora"])
+    fails(*command, "--tune", "melted", says=["must be one of frozen, head, tuned, lora"])
     fails(*command, "--tasks", "CBB", says=["no shipped task 'CBB'"])
 
 
