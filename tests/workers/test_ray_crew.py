@@ -5,6 +5,7 @@ A stand-in for Ray runs them here, in this process; with Ray itself: tests/worke
 
 from __future__ import annotations
 
+import itertools
 import re
 import socket
 import sys
@@ -20,7 +21,7 @@ from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.workers.crew import Busy, Ended, Workers, WorkerSpec
-from ptuning.workers.ray_crew import RETRIES, Crew, CrewShape
+from ptuning.workers.ray_crew import RETRIES, Attempts, Crew, CrewShape
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 from tests.workers.fake_ray import FakeRay
@@ -121,9 +122,29 @@ def test_a_unit_that_ends_every_worker_fails_alone(tmp_path: Path) -> None:
     ray, one = crew(tmp_path, deaths={"unit 1": 99})
     ended = {each.folder: each.error for each in one.run()}
     assert [folder for folder, error in ended.items() if error is not None] == ["cells/1"]
-    assert re.search(r"ended 4 times \(The actor died unexpectedly\)", str(ended["cells/1"]))
+    assert re.search(r"ended 4 times without getting further \(The actor died unexpectedly\)", str(ended["cells/1"]))
     assert len(ended) == len(UNITS)
     assert [name for _, name in ray.begun].count("unit 1") == RETRIES + 1
+
+
+def test_a_unit_that_gets_further_each_time_is_not_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that are taken away again and again end a long unit more often than a few times."""
+    monkeypatch.setattr("ptuning.workers.ray_crew.LOOK_SECONDS", 0.0)
+    steps = itertools.count(1)
+
+    class Reports(Ready):
+        def told(self) -> list[Progress]:
+            return [Progress("train", 0, 0, "", "one", {"step": next(steps)})]
+
+    _, one = crew(tmp_path, make=Reports, deaths={"unit 1": 3 * RETRIES})
+    assert [each.folder for each in one.run() if each.error is not None] == []
+
+
+def test_steps_that_were_reached_before_do_not_count() -> None:
+    attempts, unit = Attempts(), UNITS[0]
+    for step, lost in ((10, 1), (10, 2), (9, 3), (11, 1), (3, 2)):
+        attempts.saw(unit, Progress("train", 0, 0, "", "one", {"step": step}))
+        assert attempts.lost(unit) == lost
 
 
 def test_a_full_disk_on_a_worker_fails_its_unit_alone(tmp_path: Path) -> None:

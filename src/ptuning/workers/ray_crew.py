@@ -22,14 +22,14 @@ import torch
 from ptuning.errors import ConfigError, PTuningError, WorkerError
 from ptuning.files import make_folder, new_path, write_bytes
 from ptuning.names import RUN_FILE
-from ptuning.progress import Interrupted, OnProgress
+from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.workers.crew import ADDRESS_VARIABLE, Busy, Ended, Work, Workers, WorkerSpec
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
 
 logger = logging.getLogger(__name__)
 
-# How often a unit is done again, and a worker that cannot start is started again.
+# How often a unit is done again that gets no further, and a worker that cannot start is started again.
 RETRIES = 3
 # Between two looks at the workers; with many of them, the answers are work, too.
 LOOK_SECONDS, LOOK_SECONDS_AT_MANY, MANY = 1.0, 5.0, 100
@@ -210,6 +210,29 @@ class _Member:
 
 
 @dataclass
+class Attempts:
+    """How often in a row each unit has lost its worker without having got further than before, in optimizer steps."""
+
+    _steps: dict[str, dict[str, float]] = field(default_factory=dict)
+    _reached: dict[str, float] = field(default_factory=dict)
+    _lost: Counter[str] = field(default_factory=Counter)
+
+    def saw(self, unit: Unit, progress: Progress) -> None:
+        """Note how far a unit is."""
+        steps = self._steps.setdefault(unit.name, {})
+        steps[progress.name] = max(steps.get(progress.name, 0), progress.numbers.get("step", 0))
+
+    def lost(self, unit: Unit) -> int:
+        """Count a worker that ended in a unit; return how many there were since it got further."""
+        reached = sum(self._steps.get(unit.name, {}).values())
+        if reached > self._reached.get(unit.name, 0):
+            self._lost[unit.name] = 0
+        self._reached[unit.name] = reached
+        self._lost[unit.name] += 1
+        return self._lost[unit.name]
+
+
+@dataclass
 class Crew:
     """The workers of one run, and the units that wait; the arguments are those of :func:`spread`."""
 
@@ -224,7 +247,7 @@ class Crew:
     _members: list[_Member] = field(default_factory=list)
     _running: dict[Any, _Member] = field(default_factory=dict)
     _asking: dict[Any, _Member] = field(default_factory=dict)
-    _attempts: Counter[str] = field(default_factory=Counter)
+    _attempts: Attempts = field(default_factory=Attempts)
     _waiting: deque[Unit] = field(default_factory=deque)
     _last: str = ""
     _sent: Any = None  # the work, where workers get it
@@ -302,11 +325,11 @@ class Crew:
         if unit is None:
             return
         member.deaths = 0
-        self._attempts[unit.name] += 1
-        if self._attempts[unit.name] <= RETRIES:
+        lost = self._attempts.lost(unit)
+        if lost <= RETRIES:
             self._waiting.appendleft(unit)
             return
-        why = f"its worker ended {self._attempts[unit.name]} times ({first}); it may need more memory than there is"
+        why = f"its worker ended {lost} times without getting further ({first}); it may need more memory than there is"
         for folder in unit.folders:
             yield Ended(folder, why)
 
@@ -337,6 +360,8 @@ class Crew:
                     if progress.stage == "suite":
                         continue
                     member.note = progress.note
+                    if member.unit is not None:
+                        self._attempts.saw(member.unit, progress)
                     if self.report is not None:
                         self.report(progress)
         asked = set(map(id, self._asking.values()))
