@@ -37,7 +37,7 @@ NAMES = {
     "deep-16", "deep-160", "deep-late-512", "deep-mixed-16", "deep-writing", "deep-memory",
 }  # fmt: skip
 WITHOUT_PEER = "peft is not installed"
-WITHOUT_RAY = "ray is not installed"
+WITHOUT_RAY = "a smoke run starts no Ray"
 needs_peer = pytest.mark.skipif(not peer.is_installed(), reason=f"{WITHOUT_PEER}; make bench installs it")
 
 
