@@ -36,7 +36,7 @@ fuzz: $(VENV)/dev.stamp
 	@$(BIN)/python -m tests.fuzz.run --inputs $(or $(N),10000) --seed $(or $(SEED),0) $(if $(KINDS),--kinds $(KINDS))
 
 # Measure this machine: benchmarks/results/*.json, benchmarks/report.md and the tables of
-# docs/evidence/performance.md, in about 50 minutes on two cores. SMOKE=1 runs every script on a tiny random model
+# docs/evidence/performance.md, in more than an hour on two cores. SMOKE=1 runs every script on a tiny random model
 # instead, in seconds; OPTIONS adds options.
 bench: $(VENV)/bench.stamp
 	@$(BIN)/python -m benchmarks.run $(if $(SMOKE),--smoke) $(OPTIONS)

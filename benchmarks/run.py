@@ -1,6 +1,6 @@
 """Run all benchmark scripts one after another, then write summary, report, picture and the tables of the documentation.
 
-python -m benchmarks.run                    # everything, about 50 minutes on two cores
+python -m benchmarks.run                    # everything, more than an hour on two cores
 python -m benchmarks.run --smoke            # that everything works, in seconds, on a tiny random model
 python -m benchmarks.run --only training prefix
 """

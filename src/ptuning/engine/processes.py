@@ -74,13 +74,11 @@ class DataRanks:
         rank: Which part of the rows this process runs, from 0.
         size: Number of parts. 1 if all processes see the same rows, since each holds a part of the model.
         writes: Whether this process writes files. One of all does, whatever the ranks are.
-        group: The processes that add up what they found; None for all that there are.
     """
 
     rank: int = 0
     size: int = 1
     writes: bool = True
-    group: distributed.ProcessGroup | None = None
 
     @classmethod
     def of(cls, backbone: Backbone) -> DataRanks:
@@ -101,7 +99,7 @@ class DataRanks:
         if self.size == 1:
             return list(tensors)
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        distributed.all_reduce(flat, group=self.group)
+        distributed.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
