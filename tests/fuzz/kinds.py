@@ -604,9 +604,8 @@ def remote_answers(draw: Draw) -> None:
     """What a vLLM server behind the service answers: an answer, a stream and an echo; and its address."""
     body = as_json(draw(changed_json({"choices": [{"logprobs": TOLD, "text": "a"}], "model": "tiny"})))
     status = draw(st.sampled_from((200,) * 6 + (302, 400, 429, 500, 503)))
-    models = as_json(
-        draw(changed_json({"data": [{"id": "tiny", "max_model_len": 64}]}) | st.just({"data": [{"id": "a"}]}))
-    )
+    listed = {"data": [{"id": "tiny", "max_model_len": 64}]}
+    models = as_json(draw(changed_json(listed) | st.just(listed)))
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path.endswith("/models"):
@@ -707,7 +706,7 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
         task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
-        servers, remote_answers, written_texts, kept_texts, divisions, settings, tables, model_folders, gguf_files, chat_templates,
-        loading_options,
+        servers, remote_answers, written_texts, kept_texts, divisions, settings, tables, model_folders, gguf_files,
+        chat_templates, loading_options,
     )
 }  # fmt: skip
