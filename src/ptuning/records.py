@@ -54,6 +54,7 @@ TARGET_FIELD = "y"
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
 # Values that become the text that Python writes: 2026-11-27, 10:30:00, 3.50. A datetime is a date.
 WRITTEN = (date, time, timedelta, Decimal)
+MISSING = ("NaT", "NaN", "sNaN")
 
 
 class Records(list[Record]):
@@ -241,9 +242,12 @@ def scalar(value: object) -> str | bool | int | float | None:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")  # nanoseconds would become a number
         value = str(value) if is_time and value == value else value.item()
-    if not isinstance(value, (str, bool, int, float, *WRITTEN)) or value != value:
+    if isinstance(value, WRITTEN):
+        text = str(value)
+        return None if text.lstrip("-") in MISSING else text
+    if not isinstance(value, str | bool | int | float) or value != value:
         return None
-    return str(value) if isinstance(value, WRITTEN) else value
+    return value
 
 
 def _as_text(value: str | bool | int | float, name: str, *, where: str) -> str:

@@ -6,6 +6,7 @@ anything else. Files go into a temporary folder.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -679,7 +680,10 @@ def tables(draw: Draw) -> None:
     columns = draw(st.lists(st.sampled_from(("x", "y", "label", "day")) | texts, min_size=1, max_size=4))
     rows = [[draw(cells) for _ in columns] for _ in range(draw(st.integers(0, 3)))]
     listed: Any = [dict(zip(columns, row, strict=True)) for row in rows]
-    for data in (listed, pandas.DataFrame(rows, columns=columns) if rows else listed):
+    frame = listed
+    with contextlib.suppress(UnicodeError, OverflowError, ValueError, TypeError):  # of pandas: there is no such frame
+        frame = pandas.DataFrame(rows, columns=columns)
+    for data in (listed, frame):
         found = tried(as_records, data)
         if found is not None:
             tried(as_questions, found)

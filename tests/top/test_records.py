@@ -41,7 +41,7 @@ def test_dates_times_and_decimals_are_the_text_that_python_writes() -> None:
     row = {
         "a": date(2026, 11, 27), "b": datetime(2026, 11, 27, 10, 30), "c": time(10, 30), "d": timedelta(minutes=90),
         "e": Decimal("3.50"), "f": np.datetime64("2026-11-27"), "g": np.datetime64("2026-11-27T10:30", "ns"),
-        "h": np.datetime64("NaT"), "i": Decimal("nan"),
+        "h": np.datetime64("NaT"), "i": Decimal("nan"), "j": Decimal("-sNaN"),
     }  # fmt: skip
     assert clean(row, where="") == {
         "a": "2026-11-27", "b": "2026-11-27 10:30:00", "c": "10:30:00", "d": "1:30:00", "e": "3.50",

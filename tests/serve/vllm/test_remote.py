@@ -21,7 +21,7 @@ LOG_PROBS: dict[str, Any] = {
 READ = Read(ids=(5, 6))
 
 
-def answering(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> VllmServer:
+def answering(body: object, *, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> VllmServer:
     """A server that answers this to every question but the first, which models it has."""
     text = body if isinstance(body, str) else json.dumps(body)
 
@@ -66,7 +66,7 @@ def test_what_is_no_answer_of_vllm_is_one_error(body: object) -> None:
 @pytest.mark.parametrize("after", ["3", "²", "soon"])
 def test_a_full_server_says_when_to_come_again(after: str) -> None:
     with pytest.raises(QueueFullError) as refused:
-        answering("", status=429, headers={"retry-after": after.encode("utf-8").decode("latin-1")}).log_probs(READ, [3])
+        answering("", status=429, headers=[(b"retry-after", after.encode("latin-1"))]).log_probs(READ, [3])
     assert refused.value.retry_after == (3.0 if after == "3" else 1.0)
 
 
