@@ -378,7 +378,7 @@ def peft_folders(draw: Draw) -> None:
     """A folder of PEFT: its config changed, or its tensors, or any bytes; and a template for it."""
     backbone = tiny("gpt2")
     is_prefix = draw(st.booleans())
-    config = {"peft_type": "PREFIX_TUNING" if is_prefix else "PROMPT_TUNING", "task_type": "CAUSAL_LM"}
+    config: dict[str, Any] = {"peft_type": "PREFIX_TUNING" if is_prefix else "PROMPT_TUNING", "task_type": "CAUSAL_LM"}
     config |= {"num_virtual_tokens": 2, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
     wide = backbone.width * (2 * backbone.deep.layers if is_prefix else 1)
     data = safetensors.torch.save({"prompt_embeddings": torch.ones(2, wide)})
