@@ -92,6 +92,7 @@ def load_backbone(
     )
     if asked.shard is not None:
         check_launch(asked.shard)
+    given = asked
     place = _device(asked.device)
     _check_attention(asked.attn_implementation)
     name = str(name)
@@ -105,7 +106,7 @@ def load_backbone(
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
     model = _load(folder, kind, name, asked, config=config, dtype=dtype)
     backbone = Backbone(model, tokenizer, name=name, revision=found_revision, is_tokenizer_shared=False)
-    backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
+    backbone.dtype_reason, backbone.max_length, backbone.asked = chosen.reason, asked.max_length, given
     if is_halved or asked.shard is not None:  # of weights that are spread, it is taken in all processes, or before
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
     if is_halved:

@@ -39,8 +39,10 @@ class Shares:
             if self.gpus is not None:
                 raise ConfigError("--gpus-per-worker goes with --workers or --ray")
             return None
-        from ptuning.workers.crew import Workers
+        from ptuning.workers.crew import SHARDED, Workers
 
+        if backbone.options.shard in ("tp", "layers"):
+            raise ConfigError(SHARDED)
         return Workers(self.workers, self.address, self.gpus, backbone.options)
 
     def log_folder(self, out: Path) -> Path:
