@@ -33,8 +33,10 @@ class Shares:
 
         return None if self.part is None else WorkPart.parse(self.part)
 
-    def crew(self, backbone: AskedBackbone) -> Workers | None:
-        """Return the workers, None for none; a ConfigError if there cannot be such."""
+    def crew(self, backbone: AskedBackbone, *, dry_run: bool = False) -> Workers | None:
+        """Return the workers, None for none; an error if there cannot be such, before a backbone is loaded for them.
+        A ``dry_run`` starts none.
+        """
         if self.address is None and self.workers in (None, 1):
             if self.gpus is not None:
                 raise ConfigError("--gpus-per-worker goes with --workers or --ray")
@@ -43,7 +45,10 @@ class Shares:
 
         if backbone.options.shard in ("tp", "layers"):
             raise ConfigError(SHARDED)
-        return Workers(self.workers, self.address, self.gpus, backbone.options)
+        found = Workers(self.workers, self.address, self.gpus, backbone.options)
+        if not dry_run:
+            found.check()
+        return found
 
     def log_folder(self, out: Path) -> Path:
         """Return where logs go: each part has its own, since several may be written at once."""

@@ -61,8 +61,6 @@ def fleet(
 
     asked = read_fleet(config)
     part, crew = shares.own, shares.crew(backbone)
-    if crew is not None:
-        crew.check()  # before the backbone is loaded
     layout = fleet_layout(one.name for one in asked.entries)
     check_writable(out, layout, overwrite=overwrite or part is not None, resume=resume)
     prompts = read_prompts(asked)
