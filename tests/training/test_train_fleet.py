@@ -506,9 +506,10 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
-    with pytest.raises(TrainingError, match="damaged"):
-        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
+    for content in ('{"live": {}}', '{"live": {"a": 5}, "finished": []}', '{"live": {}, "finished": [[]]}'):
+        (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text(content)
+        with pytest.raises(TrainingError, match="damaged"):
+            train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 
 
 def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:

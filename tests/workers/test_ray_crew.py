@@ -283,6 +283,7 @@ class TestWorker:
         ({"count": 2, "gpus": 0.0}, "gpus of a worker is 0"),
         ({"count": 2, "gpus": 1.5}, "gpus of a worker is 1.5"),
         ({"count": 2, "gpus": float("nan")}, "gpus of a worker is nan"),
+        ({"count": 2, "gpus": float("inf")}, "gpus of a worker is inf"),
         ({"address": " "}, "the address of the cluster is empty"),
     ],
 )

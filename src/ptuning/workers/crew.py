@@ -57,7 +57,7 @@ class Workers:
             raise ConfigError("say how many workers there are (--workers), or which cluster runs them (--ray)")
         if self.count is not None and self.count < 1:
             raise ConfigError(f"workers is {self.count}; it must be 1 or more")
-        if self.gpus is not None and not (0 < self.gpus <= 1 or (self.gpus > 1 and self.gpus == int(self.gpus))):
+        if self.gpus is not None and not (0 < self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
             raise ConfigError(
                 f"gpus of a worker is {self.gpus:g}; it must be a share above 0 and up to 1, or a whole number"
             )
