@@ -101,7 +101,9 @@ def load_backbone(
     name = str(name)
     folder, found_revision = _find(name, asked)
     with _reading(name):
-        return _loaded(folder, name, found_revision, asked, place)
+        found = _loaded(folder, name, found_revision, asked, place)
+    found.asked = asked
+    return found
 
 
 def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, place: torch.device) -> Backbone:

@@ -20,6 +20,7 @@ from ptuning.files import Unchecked, make_folder, read_json, write_json
 from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.example import Example
+from ptuning.training.encoders.together import copied_bytes
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
 
@@ -181,8 +182,13 @@ class Fleet:
         """
         if not self._live or goes_on:
             return True
-        largest = max(one.trainer.learner.trainable_parameters for one in self._live)
-        fits = (len(self._live) + 1) * largest * BYTES_PER_WEIGHT <= STATE_SHARE * total_bytes(self.backbone.device)
+        device = self.backbone.device
+        largest = max(
+            one.trainer.learner.trainable_parameters
+            * (BYTES_PER_WEIGHT + copied_bytes(one.trainer.learner.encoder, device))
+            for one in self._live
+        )
+        fits = (len(self._live) + 1) * largest <= STATE_SHARE * total_bytes(device)
         return fits and len(self._live) < self.at_once
 
     def _begin(
