@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ptuning.errors import ConfigError, closest
+from ptuning.errors import ConfigError, closest, shown
+from ptuning.files import LARGEST, parse_json
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
@@ -182,7 +183,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
         self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
-        self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        self._require("seed", self.seed >= 0, "a whole number from 0 to below 2^63")
         for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
@@ -276,7 +277,7 @@ class GenerationSettings:
         _require("max_new_tokens", longest, longest is None or longest >= 1, "a whole number from 1")
         _require("num_beams", self.num_beams, self.num_beams >= 1, "a whole number from 1")
         _require("top_k", self.top_k, self.top_k >= 0, "a whole number from 0")
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        _require("seed", self.seed, self.seed >= 0, "a whole number from 0 to below 2^63")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 up to 1")
         _require("length_penalty", self.length_penalty, abs(self.length_penalty) <= 100, "a number from -100 to 100")
         for name in ("temperature", "repetition_penalty"):
@@ -326,14 +327,16 @@ def _are_texts(values: object) -> bool:
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
-        raise ConfigError(f"setting '{name}' is {value!r}; it must be {allowed}")
+        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {allowed}")
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:
-    """Check that a setting has its type. A whole number is a number too; true is not a number."""
+    """Check that a setting has its type. A whole number is a number too, unless no tensor holds it; true is not."""
     fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
-    if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"setting '{name}' is {value!r}; it must be {TYPE_NAMES[wanted]}")
+    too_large = isinstance(value, int) and abs(value) > LARGEST
+    if not fits or too_large or (isinstance(value, bool) and wanted is not bool):
+        below = " below 2^63" if too_large else ""
+        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {TYPE_NAMES[wanted]}{below}")
 
 
 def listed_names(names: Sequence[str] | str) -> list[str]:
@@ -346,7 +349,7 @@ def setting_of(text: str) -> tuple[str, Setting]:
     """Read ``NAME=VALUE``; the value is JSON, or else the text as it is."""
     name, _, value = text.partition("=")
     try:
-        found = json.loads(value)
+        found = parse_json(value)
     except ValueError:
         found = value
     return name, found if isinstance(found, int | float | str) else value

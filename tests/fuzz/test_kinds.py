@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.errors import RecordError
-from tests.fuzz.kinds import KINDS, tried
+from tests.fuzz.base import tried
+from tests.fuzz.kinds import KINDS
 
 # As many as take about a second.
-EXAMPLES = {"odd_texts": 8, "reports": 5, "relation_folders": 30, "task_files": 20, "prompt_folders": 40}
+EXAMPLES = {
+    "odd_texts": 8, "reports": 5, "relation_folders": 30, "task_files": 20, "prompt_folders": 40, "model_folders": 10,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

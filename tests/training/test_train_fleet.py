@@ -182,6 +182,20 @@ def test_little_is_padded_and_a_shared_prefix_stays_shared(causal: Backbone, mon
     assert found == [[prefix[0].learner], [one.learner for one, _ in short], [one.learner for one, _ in long]]
 
 
+def test_a_shared_prefix_does_not_cost_a_pass_where_launches_cost_more(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU runs a few thousand tokens in the time that the launches of a pass take."""
+    groups = [trainer(causal, "[P*50] [X] [Y]", FACTS, seed=seed) for seed in range(3)]
+    chunks = [chunk for one, items in groups for chunk in step_of(one, items[:2]).chunks()]
+    saved = chunks[0].saved_tokens
+    assert saved > 50
+    assert [len(together) for together in step.joined(chunks)] == [1, 1, 1]
+    for most, expected in ((saved, [1, 1, 1]), (saved + 1, [3])):
+        monkeypatch.setattr(step, "ALONE_TOKENS", {"cpu": most})
+        assert [len(together) for together in step.joined(chunks)] == expected
+
+
 def test_one_prompts_bad_loss_does_not_end_the_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Learner.finish
 
@@ -492,9 +506,10 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
-    with pytest.raises(TrainingError, match="damaged"):
-        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
+    for content in ('{"live": {}}', '{"live": {"a": 5}, "finished": []}', '{"live": {}, "finished": [[]]}'):
+        (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text(content)
+        with pytest.raises(TrainingError, match="damaged"):
+            train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 
 
 def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ptuning.backbone.probes import (
     turning_length,
 )
 from ptuning.backbone.randomness import own_draws
+from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.tokenizer import (
     TextTokenizer,
     decoder_start,
@@ -69,6 +70,7 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    asked: LoadOptions | None = None  # how it was asked for, where it was loaded
     max_length: int | None = None  # most tokens of a row, where fewer were asked for than the model reads
     # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
     turn: int | None = None

@@ -72,6 +72,11 @@ class PromptEncoder(nn.Module):
 
     start: Tensor
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is drawn in training."""
+        return self.kind != "none" and self.dropout.p > 0
+
     def _initialise(self, generator: torch.Generator) -> None:
         for name, weight in self.named_parameters():
             if name == "inputs":
