@@ -18,6 +18,7 @@ from ptuning.serve.engine import scheduler
 from ptuning.serve.engine.base import Collected
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import Answering, CancelledError, Job, Outcome, PromptRow, Token
+from ptuning.serve.engine.writing import Writing
 from tests.conftest import learned
 from tests.serve.engine.test_engine import LABELS
 
@@ -122,13 +123,13 @@ def test_answers_that_find_no_line_wait_and_others_go_first(causal: Backbone, mo
     """Never more lines than fit into memory; what waits for a line counts as waiting, and loses its place to none."""
     monkeypatch.setattr(scheduler, "MAX_LINES", 2)
     lines: list[int] = []
-    step = scheduler.Writing.step
+    step = Writing.step
 
-    def noted(self: scheduler.Writing) -> None:
+    def noted(self: Writing) -> None:
         lines.append(len(self))
         step(self)
 
-    monkeypatch.setattr(scheduler.Writing, "step", noted)
+    monkeypatch.setattr(Writing, "step", noted)
     with started(causal) as engine:
         with held(engine):
             written = [submit(engine, [writing(causal)], Steps(1)) for _ in range(5)]

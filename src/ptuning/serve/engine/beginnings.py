@@ -142,8 +142,8 @@ class Beginnings:
         return self.is_used and any(self._seen.get(name) for row in rows for _, name in self._named(row))
 
     def keep(self, rows: Sequence[PassRow], found: Pass) -> None:
-        """Keep what is wanted of a pass that has read these rows, and has its keys and values. A row that has no numbers
-        behind its beginning (NaN) has none in it, either: a hidden column still counts by 0 * NaN.
+        """Keep what is wanted of a pass that has read these rows, and has its keys and values. A row without numbers
+        (NaN) behind its beginning may have none in it, either: a hidden column still counts, by 0 * NaN.
         """
         assert found.memory is not None
         for at, row in enumerate(rows):

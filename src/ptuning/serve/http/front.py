@@ -81,7 +81,7 @@ class Front:
             if not seen.status:
                 await error_response(found)(scope, receive, sending)
         finally:
-            refused = scope["path"] if scope["path"] in ASKING else UNKNOWN  # before any route was looked for
+            refused: str = scope["path"] if scope["path"] in ASKING else UNKNOWN  # before any route was looked for
             self.service.watch.end(seen, route=getattr(scope.get("route"), "path", refused))
 
     def _check(self, path: str, headers: Headers) -> None:
