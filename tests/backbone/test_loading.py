@@ -76,6 +76,7 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"dtype": torch.int8}, "unknown dtype 'int8'; use auto, float32, bfloat16 or float16."),
         ({"device": "cuba"}, "device 'cuba' cannot be used: "),
         ({"device": "cuda:77"}, "; use auto, cpu"),
+        ({"device": "mps"}, "backend; use auto, cpu"),
         ({"device_map": "blanced"}, "unknown device_map 'blanced'; use auto, balanced, balanced_low_0, sequential, or"),
         ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
         ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),

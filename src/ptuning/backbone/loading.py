@@ -94,6 +94,9 @@ def load_backbone(
     if asked.shard is not None:
         check_launch(asked.shard)
     place = _device(asked.device)
+    for one in dict.fromkeys(asked.device_map.values() if isinstance(asked.device_map, Mapping) else ()):
+        if one != "disk":
+            _device(f"cuda:{one}" if isinstance(one, int) else str(one))
     _check_attention(asked.attn_implementation)
     name = str(name)
     folder, found_revision = _find(name, asked)
@@ -328,7 +331,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0].removesuffix(".")  # torch goes on for hundreds of words
         raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(_devices())}") from error
     return device
 
