@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ptuning.errors import ConfigError, closest
+from ptuning.errors import ConfigError, closest, shown
+from ptuning.files import LARGEST, parse_json
 
 EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
@@ -49,11 +50,12 @@ SETTING_ALIASES: Mapping[str, str] = {
 }
 
 # Settings of a part that only some methods train; all others act on every training.
-SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
+SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts", "restarts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
 DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
-# Settings of a classification head, which did not exist either.
+# Settings of a classification head, and of trainings that are lost, which did not exist either.
 HEAD_SETTINGS = ("head_lr",)
+LOST_SETTINGS = ("restarts",)
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
     "head": HEAD_SETTINGS,
     "tuned": ("backbone_lr", "backbone_weight_decay"),
@@ -99,6 +101,8 @@ class TrainConfig:
         deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
             halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
+        restarts: How often slots over a frozen backbone start anew with half the learning rates where training is lost:
+            when it ends, no epoch's development loss was below that of the start, nor its score above.
         tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
             weight of the backbone, ``lora`` also small adapters on its linear layers.
         head_lr: Peak learning rate of a classification head.
@@ -146,6 +150,7 @@ class TrainConfig:
     values_only: bool = False
     deep_dtype: DeepDtype = "float32"
     starts: int = 1
+    restarts: int = 1
     tune: Tune = "frozen"
     head_lr: float = 1e-3
     backbone_lr: float = 3e-5
@@ -180,9 +185,10 @@ class TrainConfig:
             "examples",
         ):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
-        self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
+        for name in ("max_target_tokens", "restarts"):
+            self._require(name, getattr(self, name) >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
-        self._require("seed", 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        self._require("seed", self.seed >= 0, "a whole number from 0 to below 2^63")
         for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) <= sys.float_info.max, "a number above 0")
         for name in ("weight_decay", "backbone_weight_decay", "checkpoint_seconds", "cache_disk"):
@@ -276,7 +282,7 @@ class GenerationSettings:
         _require("max_new_tokens", longest, longest is None or longest >= 1, "a whole number from 1")
         _require("num_beams", self.num_beams, self.num_beams >= 1, "a whole number from 1")
         _require("top_k", self.top_k, self.top_k >= 0, "a whole number from 0")
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to below 2^63")
+        _require("seed", self.seed, self.seed >= 0, "a whole number from 0 to below 2^63")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 up to 1")
         _require("length_penalty", self.length_penalty, abs(self.length_penalty) <= 100, "a number from -100 to 100")
         for name in ("temperature", "repetition_penalty"):
@@ -326,14 +332,16 @@ def _are_texts(values: object) -> bool:
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
-        raise ConfigError(f"setting '{name}' is {value!r}; it must be {allowed}")
+        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {allowed}")
 
 
 def _check_type(name: str, value: object, wanted: type) -> None:
-    """Check that a setting has its type. A whole number is a number too; true is not a number."""
+    """Check that a setting has its type. A whole number is a number too, unless no tensor holds it; true is not."""
     fits = isinstance(value, (int, float)) if wanted is float else isinstance(value, wanted)
-    if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"setting '{name}' is {value!r}; it must be {TYPE_NAMES[wanted]}")
+    too_large = isinstance(value, int) and abs(value) > LARGEST
+    if not fits or too_large or (isinstance(value, bool) and wanted is not bool):
+        below = " below 2^63" if too_large else ""
+        raise ConfigError(f"setting '{name}' is {shown(value)}; it must be {TYPE_NAMES[wanted]}{below}")
 
 
 def listed_names(names: Sequence[str] | str) -> list[str]:
@@ -346,7 +354,7 @@ def setting_of(text: str) -> tuple[str, Setting]:
     """Read ``NAME=VALUE``; the value is JSON, or else the text as it is."""
     name, _, value = text.partition("=")
     try:
-        found = json.loads(value)
+        found = parse_json(value)
     except ValueError:
         found = value
     return name, found if isinstance(found, int | float | str) else value

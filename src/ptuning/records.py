@@ -6,6 +6,8 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, Protocol, TypeGuard
 
 from ptuning.errors import PTuningError, RecordError, shown
@@ -50,6 +52,10 @@ Rows = Iterable[Mapping[str, object]] | DataFrame
 TARGET_FIELD = "y"
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
+IN_MEMORY = "in memory"  # the name of data that is in no file
+# Values that become the text that Python writes: 2026-11-27, 10:30:00, 3.50. A datetime is a date.
+WRITTEN = (date, time, timedelta, Decimal)
+MISSING = ("NaT", "NaN", "sNaN")
 
 
 class Records(list[Record]):
@@ -64,7 +70,7 @@ class Records(list[Record]):
         self,
         rows: Iterable[Record],
         *,
-        name: str = "in memory",
+        name: str = IN_MEMORY,
         digest: str | None = None,
         places: Sequence[str] = (),
         fields: Mapping[str, str] | None = None,
@@ -146,10 +152,12 @@ def rows_of(data: Rows) -> Iterable[Mapping[str, object]]:
         )
     table: Any = data
     if hasattr(data, "iterrows"):  # pandas
+        check_columns(list(map(str, table.columns)), where="the data frame")
         rows = table.to_dict(orient="records")
     elif hasattr(data, "iter_rows"):  # polars
         rows = table.iter_rows(named=True)
     elif hasattr(data, "to_pylist"):  # pyarrow
+        check_columns(table.column_names, where="the table")
         rows = table.to_pylist()
     elif isinstance(data, Iterable):
         rows = data
@@ -182,9 +190,9 @@ def check_text(text: str, *, where: str, what: str = "the row", error: type[PTun
 
 
 def clean(row: Mapping[str, object], *, where: str, target: str = TARGET_FIELD) -> dict[str, str]:
-    """Return scalar values as text, with :data:`ALIASES`; numpy's are scalars too, and None and NaN are missing. The
-    target is without the white space around it, which would be learned with it; a list of texts in its place, or in
-    the field that will be the ``target``, are its references. A RecordError for no mapping, a name that is no text, a
+    """Return scalar values (:func:`scalar`) as text, with :data:`ALIASES`; what is missing is left out. The target is
+    without the white space around it, which would be learned with it; a list of texts in its place, or in the field
+    that will be the ``target``, are its references. A RecordError for no mapping, a name that is no text, a
     reference that is none, or a number that is too long to write.
     """
     if not isinstance(row, Mapping):
@@ -222,14 +230,22 @@ def _referenced(given: Sequence[object], name: str, *, where: str) -> dict[str, 
 
 
 def scalar(value: object) -> str | bool | int | float | None:
-    """Return a text, truth value or number as Python's own; None for what is missing (None, NaN) or none of these.
+    """Return a text, truth value or number as Python's own, and a date, time or decimal as text; None for what is
+    missing (None, NaN, NaT) or none of these.
 
     >>> import numpy as np
     >>> scalar(np.int64(3)), scalar(np.str_("Kenya")), scalar(float("nan")), scalar([1])
     (3, 'Kenya', None, None)
+    >>> scalar(date(2026, 11, 27)), scalar(np.datetime64("2026-11-27")), scalar(Decimal("3.50"))
+    ('2026-11-27', '2026-11-27', '3.50')
     """
+    # Of numpy or torch, which need not be loaded here.
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # of numpy or torch, which need not be loaded here
+        is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m")  # nanoseconds would become a number
+        value = str(value) if is_time and value == value else value.item()
+    if isinstance(value, WRITTEN):
+        text = str(value)
+        return None if text.lstrip("-") in MISSING else text
     if not isinstance(value, str | bool | int | float) or value != value:
         return None
     return value

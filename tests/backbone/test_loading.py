@@ -63,6 +63,10 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=apple: there)
         found.append(loading._device("auto"))
     assert [str(device) for device in found] == ["cuda:0", "mps", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for rank, device in (("3", "cuda:1"), ("abc", "cuda:0")):  # what an earlier launcher left there
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert str(loading._device("auto")) == device
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,7 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"dtype": torch.int8}, "unknown dtype 'int8'; use auto, float32, bfloat16 or float16."),
         ({"device": "cuba"}, "device 'cuba' cannot be used: "),
         ({"device": "cuda:77"}, "; use auto, cpu"),
+        ({"device": "mps"}, "backend; use auto, cpu"),
         ({"device_map": "blanced"}, "unknown device_map 'blanced'; use auto, balanced, balanced_low_0, sequential, or"),
         ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
         ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),
@@ -80,6 +85,8 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"max_length": "many"}, "max_length is 'many'; it is a number of tokens"),
         ({"max_length": 65}, "max_length is 65, and the model reads 64 tokens at most"),
         ({"revision": "v2"}, "revision 'v2' names a version on the hub, and "),
+        ({"quantize": 8}, "unknown quantize '8'; use int8, nf4 or int8-bnb."),
+        ({"shard": True}, "unknown shard 'True'; use tp, map or layers."),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, object], message: str, llama: str) -> None:
@@ -87,6 +94,51 @@ def test_a_wrong_value_is_named_with_what_is_allowed(options: dict[str, object],
         load_backbone(llama, **options)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ODD = {
+    "generation_config.json": ("[]", "not json", '{"eos_token_id": "two"}'),
+    "config.json": (
+        {"max_position_embeddings": "many"}, {"eos_token_id": [[2]]}, {"dtype": 32}, {"quantization_config": ["int8"]},
+        {"rope_parameters": 3}, {"hidden_act": None}, {"architectures": 7},
+    ),
+    "tokenizer_config.json": ({"model_max_length": "long"}, {"added_tokens_decoder": {"0": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "content"), [(file, one) for file, listed in ODD.items() for one in listed])
+def test_whatever_its_files_hold_is_one_message(file: str, content: object, llama: str, tmp_path: Path) -> None:
+    """Values of wrong types were errors of Python; where transformers does not mind, the model is used."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    given = json.loads((folder / file).read_text(encoding="utf-8"))
+    text = content if isinstance(content, str) else json.dumps({**given, **content})  # type: ignore[dict-item]
+    (folder / file).write_text(text, encoding="utf-8")
+    said = []
+    for read in (load_backbone, load_tokenizer):
+        try:
+            read(str(folder))
+        except BackboneError as error:
+            said.append(str(error))
+    assert all(str(folder) in one and "\n" not in one for one in said)
+    if file == "generation_config.json":  # it says what ends a text, so it is not left out in silence
+        assert len(said) == 2
+
+
+def test_an_error_of_several_lines_is_told_to_its_point(llama: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "many"}), encoding="utf-8")
+    with pytest.raises(BackboneError, match=r"'max_position_embeddings': .*'many'.*\. The folder must hold"):
+        load_backbone(str(folder))
+
+
+def test_a_model_that_does_not_fit_into_the_gpu_says_what_to_do(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "to", full)
+    with pytest.raises(BackboneError, match=r"does not fit into the GPU's memory; take fewer bits .*--quantize"):
+        load_backbone(llama)
 
 
 def test_a_prompt_says_what_its_backbone_was_loaded_with(llama: str, tmp_path: Path) -> None:

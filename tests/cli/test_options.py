@@ -40,6 +40,7 @@ def test_values_to_vary_settings_by() -> None:
         "encoder": "'encoder' is not --vary NAME=VALUE,VALUE, such as encoder=mlp,none",
         "encoder=gru": "it must be one of lstm, mlp, none",
         "epochs=two": "setting 'epochs' is 'two'; it must be a whole number",
+        "epochs=" + "[" * 100_000: r"setting 'epochs' is '\[\[\[",
     }.items():
         with pytest.raises(ConfigError, match=says):
             options.varied_by([wrong], TrainConfig())

@@ -29,6 +29,7 @@ from ptuning.engine.objective import (
     loss_count,
     question_items,
     score_choices,
+    score_parts,
     share_inputs,
 )
 from ptuning.engine.passes import target_logits
@@ -133,6 +134,24 @@ def test_loss_is_sum_and_count(backbone: Backbone) -> None:
     parts = [loss(part, scored_by(backbone, part)) for part in (items[:2], items[2:])]
     assert math.isclose(float(whole), sum(float(value) for value, _ in parts), rel_tol=1e-5)
     assert math.isclose(count, sum(number for _, number in parts))
+
+
+def test_parts_that_are_scored_at_once_have_the_scores_of_each(causal: Backbone) -> None:
+    """Targets that end otherwise, choices with classes, and calibration stand beside each other."""
+    named = items_of(causal, "[P*2] [X] is [Y]</s>", RECORDS[:2])
+    plain = items_of(causal, TEMPLATE, RECORDS)
+    scoring = Scoring(calibrate=True)
+    rows = as_questions([{"x": "Kenya", "y": "good"}, {"x": "Mali", "y": "none"}])
+    labelled = question_items(bound(causal, TEMPLATE), rows, AnswerSpace(WORDS, scoring=scoring))
+    parts = [plain[:1], labelled, named, plain[1:]]
+    sizes = [sum(len(example.logit_positions) for example in inputs_of(part)) for part in parts]
+    logits = torch.randn(sum(sizes), causal.vocabulary)
+    alone = [score_choices(part, own) for part, own in zip(parts, logits.split(sizes), strict=True)]
+    found = score_parts(parts, logits)
+    for part, one, other in zip(parts, alone, found, strict=True):
+        torch.testing.assert_close(vars(other), vars(one), rtol=0, atol=1e-6)
+        torch.testing.assert_close(loss(part, other), loss(part, one), rtol=1e-6, atol=1e-6)
+    assert found[2].more_stop != found[0].more_stop == ()
 
 
 def test_hits_are_exact_matches_of_the_own_tokens(backbone: Backbone) -> None:

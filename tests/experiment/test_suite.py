@@ -106,11 +106,13 @@ def test_a_second_start_skips_what_is_finished_and_redoes_what_is_broken(causal:
     run(causal, out)
     before = results_of(out)
     (out / "cells/task/manual/seed-0/run.json").write_text('{"cut off')
+    record = out / "cells/task/majority/seed-0/run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text(encoding="utf-8")), "seconds": "many"}))
     kept = (out / "cells/task/in-context/seed-0/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     (out / "cells/task/in-context/seed-0/predictions.jsonl").write_text("\n".join(kept[:-1]) + "\n", encoding="utf-8")
     seen: dict[str, bool] = {}
     run(causal, out, watch=Watch(on_cell=lambda result, *_: seen.update({result.cell.method: result.was_there})))
-    assert seen == {"majority": True, "manual": False, "in-context": False, "p-tuning": True}
+    assert seen == {"majority": False, "manual": False, "in-context": False, "p-tuning": True}
     assert results_of(out) == before
 
 

@@ -6,17 +6,20 @@ anything else. Files go into a temporary folder.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
 from importlib import resources
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import httpx2
+import numpy
+import pandas
 import pyarrow
 import pyarrow.parquet
 import safetensors.torch
@@ -24,9 +27,9 @@ import torch
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from ptuning.backbone.backbone import Backbone
-from ptuning.backbone.loading import load_backbone
+from ptuning.cli.options import backbone_options, config_of, fields_of, varied_by
 from ptuning.cli.outputs import answers_to, kept_lines
+from ptuning.config import GenerationSettings, TrainConfig
 from ptuning.data.chat.conversations import read_conversations
 from ptuning.data.labelling import label_rows
 from ptuning.data.questions import as_questions
@@ -36,23 +39,26 @@ from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
 from ptuning.doctor.prompts import ReadPrompt, read_prompts
-from ptuning.doctor.remote import Remote, RemoteAnswer
+from ptuning.doctor.remote import Remote, RemoteAnswer, read_key
 from ptuning.doctor.server import check_server
-from ptuning.errors import PTuningError, TaskError
+from ptuning.errors import TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
 from ptuning.experiment.forecast import Paper
 from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.prompt.backbone_id import BackboneId
-from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import as_records, references_of, require_fields
+from ptuning.records import Record, as_records, gathered, references_of, require_fields
+from ptuning.records import rows_of as rows_of_data
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
+from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
+from ptuning.serve.vllm.remote import Read, VllmServer
+from ptuning.template.chat import chat_template
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -63,7 +69,9 @@ from ptuning.training.identity import identity_of_run
 from ptuning.training.run_folder import check_folder
 from ptuning.workers.crew import Workers
 from ptuning.workers.units import Unit, WorkPart
-from tests.conftest import make_model
+from tests.conftest import learned
+from tests.fuzz.backbones import chat_templates, gguf_files, loading_options, model_folders
+from tests.fuzz.base import FAMILIES, Draw, folder, model, tiny, tried
 from tests.fuzz.strange import (
     as_json,
     as_python,
@@ -77,37 +85,6 @@ from tests.fuzz.strange import (
 from tests.report.conftest import a_paraphrases, a_results, write_cells
 from tests.serve.http.conftest import Shelf, prompts_of
 
-T = TypeVar("T")
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-
-def tried(read: Callable[..., T], *inputs: Any, **options: Any) -> T | None:
-    """Read an input; None if that ends in an error of the package, which must say something."""
-    try:
-        return read(*inputs, **options)
-    except PTuningError as error:
-        if not str(error).strip():
-            raise AssertionError(f"{type(error).__name__} without a message") from error
-        return None
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    """Yield an empty folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        yield Path(name)
-
-
-@functools.cache
-def tiny(family: str) -> Backbone:
-    """A tiny random model of a family."""
-    with folder() as path:
-        make_model(family, path)
-        return load_backbone(str(path), dtype="float32", device="cpu")
-
-
-FAMILIES = ("llama", "bert", "gpt2")
-
 
 def templates(draw: Draw) -> None:
     """A pattern: parsed, printed and parsed again, made of a manual one, bound to a tokenizer and filled."""
@@ -118,12 +95,26 @@ def templates(draw: Draw) -> None:
         if one is None:
             continue
         assert Template.parse(str(one)) == one
-        backbone = tiny(draw(st.sampled_from(FAMILIES)))
+        family = draw(st.sampled_from(FAMILIES))
+        backbone = tiny(family)
         bound = tried(BoundTemplate, one, tokenizer=backbone.tokenizer, kind=backbone.kind)
         if bound is not None:
             record = {name: draw(texts) for name in (*one.fields, "y")}
             tried(bound.examples, [record])
             tried(bound.contexts, [record])
+            if one.has_deep:
+                _deep(one, family, record)
+
+
+def _deep(template: Template, family: str, record: Record) -> None:
+    """Use a template with deep slots, in front of the row where the model can."""
+    block = tiny(family).reads_blocks
+    bound = tried(BoundTemplate, template, tokenizer=tiny(family).tokenizer, kind=tiny(family).kind, block=block)
+    if bound is not None:
+        ids = [5] * (bound.layout.in_front + bound.slots)
+        prompt = tried(Prompt.from_token_ids, template, ids, tiny(family))
+        if prompt is not None:
+            tried(model(family).predict, [record], prompt, ["yes", "no"])
 
 
 def labels(draw: Draw) -> None:
@@ -337,12 +328,15 @@ def fleet_files(draw: Draw) -> None:
 
 @functools.cache
 def saved_prompt(kind: int) -> Mapping[str, bytes]:
-    """The files of a prompt: one with slots, one with label words, one with a task."""
+    """The files of a prompt: one with slots, one with label words, one with a task, two with deep slots."""
     backbone = BackboneId("somewhere", None, "0" * 16)
+    deep = Prompt.from_token_ids("[D*2] [X] [D] [P] so [Y]", [5, 6, 7, 8], tiny("llama"))
     prompt = (
         Prompt(Template.parse("[P*2] [X] [Y]"), torch.ones(2, 4), backbone),
         Prompt(Template.parse("[P*2] [X] [Y]"), torch.ones(2, 4), backbone, LabelWords.of("a=b; c=d")),
         Prompt.manual("{premise} [Y]", task=task("CB")),
+        deep,
+        replace(deep, deep=deep.deep.rounded(torch.bfloat16)) if deep.deep is not None else deep,
     )[kind]
     with folder() as path:
         prompt.save(path / "p")
@@ -351,7 +345,7 @@ def saved_prompt(kind: int) -> Mapping[str, bytes]:
 
 def prompt_folders(draw: Draw) -> None:
     """A prompt's folder: its manifest changed, its vectors changed with a right hash, or any file's bytes."""
-    files = dict(saved_prompt(draw(st.integers(0, 2))))
+    files = dict(saved_prompt(draw(st.integers(0, 4))))
     manifest = json.loads(files["prompt.json"])
     how = draw(st.integers(0, 3))
     if how == 0:
@@ -378,13 +372,17 @@ def prompt_folders(draw: Draw) -> None:
         if prompt is not None:
             prompt.save(path / "again")
             Prompt.load(path / "again")
+            tried(model("llama").predict, [{"x": "a film"}], prompt, ["yes", "no"])
 
 
 def peft_folders(draw: Draw) -> None:
     """A folder of PEFT: its config changed, or its tensors, or any bytes; and a template for it."""
     backbone = tiny("gpt2")
-    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "token_dim": 32}
-    data = safetensors.torch.save({"prompt_embeddings": torch.ones(2, backbone.width)})
+    is_prefix = draw(st.booleans())
+    config: dict[str, Any] = {"peft_type": "PREFIX_TUNING" if is_prefix else "PROMPT_TUNING", "task_type": "CAUSAL_LM"}
+    config |= {"num_virtual_tokens": 2, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4}
+    wide = backbone.width * (2 * backbone.deep.layers if is_prefix else 1)
+    data = safetensors.torch.save({"prompt_embeddings": torch.ones(2, wide)})
     how = draw(st.integers(0, 2))
     written = as_json(draw(changed_json(config)) if how == 0 else config).encode()
     if how == 1:
@@ -393,7 +391,8 @@ def peft_folders(draw: Draw) -> None:
         data = len(header).to_bytes(8, "little") + header + data[8 + size :]
     elif how == 2:
         written, data = draw(changed_bytes(written)), draw(changed_bytes(data))
-    template = draw(st.sampled_from(("[P*2]{x} is [Y]", "[P*2] {x}[Y]", "{x} [P*2] [Y]", "[P:a b c]{x} [Y]", "[Y]")))
+    patterns = ("[P*2]{x} is [Y]", "[P*2] {x}[Y]", "{x} [P*2] [Y]", "[P:a b c]{x} [Y]", "[Y]", "[D*2]{x} is [Y]")
+    template = draw(st.sampled_from(patterns))
     with folder() as path:
         (path / "adapter_config.json").write_bytes(written)
         (path / "adapter_model.safetensors").write_bytes(data)
@@ -487,12 +486,6 @@ def relation_folders(draw: Draw) -> None:
             tried(split_relation, relation, seed=0)
 
 
-@functools.cache
-def model(family: str) -> PromptModel:
-    """A tiny backbone in use."""
-    return PromptModel(tiny(family))
-
-
 def odd_texts(draw: Draw) -> None:
     """A record of strange values, answered in writing, among candidates and with label words."""
     family = draw(st.sampled_from(("llama", "bert")))
@@ -520,7 +513,11 @@ class Drawn:
 
 
 def servers(draw: Draw) -> None:
-    """The URL of a server, and what it answers to the doctor: each page changed, or something else."""
+    """The URL of a server, its keys, and what it answers to the doctor: each page changed, or something else."""
+    with folder() as path:
+        write_bytes(path / "keys", draw(changed_bytes(b"# a comment\nsecret-1\nsecret-2\n")))
+        tried(Keys.read, path / "keys")
+        tried(read_key, path / "keys")
     tried(Remote.of, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
     prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
     row = {"prediction": "a", "probabilities": {"a": 0.5, "b": 0.5}, "candidates": [{"text": "a", "log_prob": -0.7}]}
@@ -551,13 +548,17 @@ def servers(draw: Draw) -> None:
 @functools.cache
 def service() -> TestClient:
     """A service on a tiny model, asked in process."""
-    prompts = prompts_of(tiny("gpt2"))
+    backbone = tiny("gpt2")
+    backbone.tokenizer._tokenizer.chat_template = CHAT
+    prompts = {**prompts_of(backbone), "talk": learned(backbone, str(chat_template(backbone.tokenizer, "it")))}
     engine = Engine(model("gpt2"))
     engine.start()
     return TestClient(create_app(engine, Shelf.of(prompts), Settings(admin_keys=None)))
 
 
 # What a route takes; the values are right for one prompt or another.
+CHAT = "{% for m in messages %}{{ ('is ' if m.role == 'assistant' else 'the ') + m.content + ' ' }}{% endfor %}"
+TURNS = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
 COPA = {"premise": "a", "choice1": "b", "choice2": "c", "question": "d"}
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}]}
 BODIES: tuple[tuple[str, Any], ...] = (
@@ -574,6 +575,8 @@ BODIES: tuple[tuple[str, Any], ...] = (
     ("/v1/completions", {"model": "pair", "fields": {"x": "a", "z": "b"}, "logprobs": 1}),
     ("/v1/chat/completions", {"model": "write", "messages": [MESSAGE], "max_completion_tokens": 2, "logprobs": True,
                               "top_logprobs": 2, "tools": []}),
+    ("/v1/chat/completions", {"model": "talk", "messages": TURNS, "max_tokens": 2, "stream": True, "stop": "a"}),
+    ("/v1/predict", {"model": "talk", "records": [{"messages": TURNS}], "generation": {"max_new_tokens": 1}}),
     ("/v1/classify", {"model": "mood", "input": ["a", {"x": "b"}]}),
     ("/tokenize", {"model": "tiny", "prompt": "a", "add_special_tokens": True, "return_token_strs": True}),
     ("/detokenize", {"tokens": [5, 6]}),
@@ -598,6 +601,34 @@ def requests(draw: Draw) -> None:
     assert '"internal_error"' not in found.text, (found.text, data[:500])
 
 
+TOLD = {
+    "tokens": ["token_id:7"], "token_logprobs": [-0.5], "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -1.0}]
+}  # fmt: skip
+
+
+def remote_answers(draw: Draw) -> None:
+    """What a vLLM server behind the service answers: an answer, a stream and an echo; and its address."""
+    body = as_json(draw(changed_json({"choices": [{"logprobs": TOLD, "text": "a"}], "model": "tiny"})))
+    status = draw(st.sampled_from((200,) * 6 + (302, 400, 429, 500, 503)))
+    listed = {"data": [{"id": "tiny", "max_model_len": 64}]}
+    models = as_json(draw(changed_json(listed) | st.just(listed)))
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path.endswith("/models"):
+            return httpx2.Response(200, text=models)
+        stream = b'"stream":true' in request.content.replace(b" ", b"")
+        return httpx2.Response(status, text=f"data: {body}\n\ndata: [DONE]\n" if stream else body)
+
+    url = draw(st.just("http://stand-in:8000/v1") | changed_text("http://stand-in:8000/v1"))
+    server = tried(VllmServer, url, transport=httpx2.MockTransport(answer))
+    if server is not None:
+        read = Read(ids=(5, 6))
+        tried(server.log_probs, read, [3, 7])
+        tried(lambda: list(server.write(read, GenerationSettings(), most=2, alternatives=1)))
+        tried(server.echo, (5, 6), alternatives=1)
+        server.close()
+
+
 CONTENT, TEXT = "name#Kenya*capital#Nairobi*domain#.ke", "Kenya has Nairobi, 1,234.5 and .ke as its capital. It is 7."
 
 
@@ -605,7 +636,10 @@ def written_texts(draw: Draw) -> None:
     """Strange texts beside strange references and attributes, with every metric that needs no dictionary."""
     row = {"content": draw(changed_text(CONTENT)), "y": draw(st.lists(changed_text(TEXT), max_size=3) | st.just(TEXT))}
     records = tried(as_records, [row, {"content": CONTENT, "y": TEXT}])
-    if records is None or not all(map(references_of, records)):
+    if records is None:
+        return
+    assert 1 <= len(gathered(records)) <= len(records)
+    if not all(map(references_of, records)):
         return
     written = [draw(changed_text(TEXT)), TEXT]
     for name in TEXT_METRICS:
@@ -625,6 +659,43 @@ def divisions(draw: Draw) -> None:
     paper = tried(Paper, draw(number | st.just(7e9)), constants={draw(texts | st.just("layer_seconds")): draw(number)})
     if paper is not None:
         tried(paper.to_json, [draw(st.integers(-3, 10**9))])
+
+
+def settings(draw: Draw) -> None:
+    """Settings of training and of writing: from a file, from Python, and as --set, --vary and --field have them."""
+    own = TrainConfig().to_json()
+    tried(TrainConfig.from_json, as_python(draw(changed_json(own))))
+    generation = {"max_new_tokens": 3, "do_sample": True, "temperature": 0.5, "stop_strings": ["a"], "top_p": 0.9}
+    tried(GenerationSettings.of, as_python(draw(changed_json(generation))))
+    pairs = [f"{draw(st.sampled_from(sorted(own)) | texts)}={draw(texts | values.map(as_json))}"]
+    pairs += draw(st.lists(texts, max_size=1))
+    config = tried(config_of, pairs, epochs=3)
+    tried(varied_by, pairs, config or TrainConfig())
+    tried(fields_of, pairs)
+    tried(backbone_options, device_map=draw(changed_text('{"model.layers.0": 0, "": "disk"}')))
+
+
+CELLS: tuple[Any, ...] = (
+    "a film", "", 3, 0.5, True, None, pandas.NaT, pandas.NA, pandas.Timestamp("2026-11-27 10:30"), date(2026, 11, 27),
+    Decimal("3.50"), Decimal("sNaN"), numpy.datetime64("NaT"), numpy.datetime64("2026-11-27", "ns"), numpy.int8(3),
+    numpy.array([1, 2]), torch.tensor(3), b"a", {1}, object(), 1j,
+)  # fmt: skip
+
+
+def tables(draw: Draw) -> None:
+    """Data in memory: a data frame or a list of mappings, with whatever columns hold there."""
+    cells = st.sampled_from(CELLS) | values.map(as_python)
+    columns = draw(st.lists(st.sampled_from(("x", "y", "label", "day")) | texts, min_size=1, max_size=4))
+    rows = [[draw(cells) for _ in columns] for _ in range(draw(st.integers(0, 3)))]
+    listed: Any = [dict(zip(columns, row, strict=True)) for row in rows]
+    frame = listed
+    with contextlib.suppress(UnicodeError, OverflowError, ValueError, TypeError):  # of pandas: there is no such frame
+        frame = pandas.DataFrame(rows, columns=columns)
+    for data in (listed, frame):
+        found = tried(as_records, data)
+        if found is not None:
+            tried(as_questions, found)
+        tried(lambda: task("CB").read_rows(rows_of_data(data)))  # noqa: B023  # called at once
 
 
 def kept_texts(draw: Draw) -> None:
@@ -647,6 +718,7 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
         task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
-        servers, written_texts, kept_texts, divisions,
+        servers, remote_answers, written_texts, kept_texts, divisions, settings, tables, model_folders, gguf_files,
+        chat_templates, loading_options,
     )
 }  # fmt: skip

@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptuning.errors import RecordError
-from tests.fuzz.kinds import KINDS, tried
+from tests.fuzz.base import tried
+from tests.fuzz.kinds import KINDS
 
 # As many as take about half a second.
-EXAMPLES = {"odd_texts": 5, "reports": 3, "relation_folders": 15, "task_files": 10, "prompt_folders": 20}
+EXAMPLES = {
+    "odd_texts": 5, "reports": 3, "relation_folders": 15, "task_files": 10, "prompt_folders": 20, "model_folders": 5,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,6 +35,7 @@ CHANGED = TrainConfig(
     max_target_tokens=7,
     choose_by="loss",
     starts=2,
+    restarts=0,
     tune="tuned",
     backbone_lr=1e-5,
     backbone_weight_decay=0.25,
@@ -106,13 +107,13 @@ def test_a_wrong_type_is_an_error(name: str, value: object, allowed: str) -> Non
 @pytest.mark.parametrize(
     ("name", "wrong", "right"),
     [
-        ("epochs", (0, -1), (1, 1000)),
+        ("epochs", (0, -1, 2**63, 10**5000), (1, 1000, 2**63 - 1)),
         ("batch_size", (0,), (1,)),
         ("max_length", (0, -5), (1, 10**6)),
         ("accumulation_steps", (0,), (1,)),
         ("patience", (0,), (1,)),
         ("seed", (-1, 2**63), (0, 2**63 - 1)),
-        ("lr", (0.0, -1e-3, math.nan, math.inf), (1e-9, 5.0)),
+        ("lr", (0.0, -1e-3, math.nan, math.inf, 10**5000), (1e-9, 5.0)),
         ("max_grad_norm", (0.0, math.nan, math.inf), (1e-3,)),
         ("weight_decay", (-0.1, math.nan, math.inf), (0.0, 1.0)),
         ("checkpoint_seconds", (-1.0, math.nan, math.inf), (0.0,)),

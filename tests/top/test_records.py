@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -30,6 +32,21 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
         "g": np.float32(0.25), "h": np.array(2),
     }  # fmt: skip
     assert clean(row, where="") == {"a": "3", "b": "0.5", "c": "true", "d": "e", "f": "7", "g": "0.25", "h": "2"}
+
+
+def test_dates_times_and_decimals_are_the_text_that_python_writes() -> None:
+    """They were left out of the record, as if the field were missing; those of a task were text. numpy's nanoseconds
+    were a number.
+    """
+    row = {
+        "a": date(2026, 11, 27), "b": datetime(2026, 11, 27, 10, 30), "c": time(10, 30), "d": timedelta(minutes=90),
+        "e": Decimal("3.50"), "f": np.datetime64("2026-11-27"), "g": np.datetime64("2026-11-27T10:30", "ns"),
+        "h": np.datetime64("NaT"), "i": Decimal("nan"), "j": Decimal("-sNaN"),
+    }  # fmt: skip
+    assert clean(row, where="") == {
+        "a": "2026-11-27", "b": "2026-11-27 10:30:00", "c": "10:30:00", "d": "1:30:00", "e": "3.50",
+        "f": "2026-11-27", "g": "2026-11-27T10:30:00.000000000",
+    }  # fmt: skip
 
 
 def test_what_is_missing_in_a_table_is_missing_in_the_record() -> None:

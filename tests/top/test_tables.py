@@ -66,6 +66,12 @@ def test_numbers_of_classes_become_their_names() -> None:
     assert [row.get("y") for row in as_records(data)] == ["yes", "no", None]
 
 
+def test_dates_of_a_table_are_text_and_nat_is_missing() -> None:
+    table = pandas.DataFrame({"x": ["a", "b"], "day": pandas.to_datetime(["2026-11-27 10:30", None])})
+    for data in (table, pyarrow.Table.from_pandas(table), datasets.Dataset.from_pandas(table)):
+        assert [row.get("day") for row in as_records(data)] == ["2026-11-27 10:30:00", None]
+
+
 @pytest.mark.parametrize("kind", ["a generator", "a pandas data frame", "a data set"])
 def test_training_scoring_and_predicting_take_every_kind(kind: str, causal: Backbone) -> None:
     config = TrainConfig(epochs=1, batch_size=2)
@@ -102,6 +108,8 @@ def test_a_prompt_is_named_by_its_folder(causal: Backbone, tmp_path: Path) -> No
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"one DatasetDict; .* data\['train'\]"),
         (3, "a int"),
         (["Kenya"], "record 1: a record must be an object"),
+        (pandas.DataFrame([["a", "b"]], columns=["x", "x"]), "the data frame: the column names x are there twice"),
+        (pyarrow.table([["a"], ["b"]], names=["x", "x"]), "the table: the column names x are there twice"),
     ],
 )
 def test_what_is_no_table_is_an_error(data: Any, says: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
+from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
@@ -85,6 +86,26 @@ def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatc
         assert_alike(one, other)
         assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+
+
+def test_one_that_is_lost_starts_anew_among_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decision 72: as it does alone, and the others do not notice."""
+    real = Trainer.evaluate
+
+    def evaluate(self: Trainer, *args: Any, note: str = "", **named: Any) -> Evaluation:
+        if note == "before training" and self.config.seed == 1:
+            return Evaluation(0.0, (1.0,))  # nothing is better
+        return real(self, *args, note=note, **named)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    prompts = [EVERY[0], EVERY[1], EVERY[3]]
+    found = train_fleet(prompts, backbone=causal)
+    for prompt, result in zip(prompts, found.results.values(), strict=True):
+        wanted = alone(prompt, causal)
+        assert_alike(wanted, result)
+        assert len(cast("list[object]", result.record.get("lost", []))) == (prompt.settings.seed == 1)
+        if prompt.settings.seed == 1:
+            assert result.record["lost"] != wanted.record["history"]
 
 
 def assert_alike(one: TrainResult, other: TrainResult) -> None:
@@ -180,6 +201,20 @@ def test_little_is_padded_and_a_shared_prefix_stays_shared(causal: Backbone, mon
     chunks = [chunk for one, items in groups for chunk in step_of(one, items[:2]).chunks()]
     found = [[chunk.learner for chunk in together] for together in step.joined(chunks)]
     assert found == [[prefix[0].learner], [one.learner for one, _ in short], [one.learner for one, _ in long]]
+
+
+def test_a_shared_prefix_does_not_cost_a_pass_where_launches_cost_more(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU runs a few thousand tokens in the time that the launches of a pass take."""
+    groups = [trainer(causal, "[P*50] [X] [Y]", FACTS, seed=seed) for seed in range(3)]
+    chunks = [chunk for one, items in groups for chunk in step_of(one, items[:2]).chunks()]
+    saved = chunks[0].saved_tokens
+    assert saved > 50
+    assert [len(together) for together in step.joined(chunks)] == [1, 1, 1]
+    for most, expected in ((saved, [1, 1, 1]), (saved + 1, [3])):
+        monkeypatch.setattr(step, "ALONE_TOKENS", {"cpu": most})
+        assert [len(together) for together in step.joined(chunks)] == expected
 
 
 def test_one_prompts_bad_loss_does_not_end_the_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,9 +527,10 @@ def test_what_ended_prompts_had_in_front_of_their_slots_is_dropped(
 def test_a_damaged_state_is_said(causal: Backbone, tmp_path: Path) -> None:
     train_fleet(EVERY[:1], backbone=causal, out=tmp_path)
     (tmp_path / CHECKPOINT_FOLDER).mkdir()
-    (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text('{"live": {}}')
-    with pytest.raises(TrainingError, match="damaged"):
-        train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
+    for content in ('{"live": {}}', '{"live": {"a": 5}, "finished": []}', '{"live": {}, "finished": [[]]}'):
+        (tmp_path / CHECKPOINT_FOLDER / STATE_FILE).write_text(content)
+        with pytest.raises(TrainingError, match="damaged"):
+            train_fleet(EVERY[:1], backbone=causal, out=tmp_path, resume=True)
 
 
 def test_a_trained_prompt_is_released_once_it_is_written(causal: Backbone, tmp_path: Path) -> None:

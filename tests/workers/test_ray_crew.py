@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.loading import load_backbone
+from ptuning.backbone.placement.shards import Shards
 from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import BackboneError, ConfigError, WorkerError
 from ptuning.progress import Interrupted, OnProgress, Progress
@@ -109,6 +111,21 @@ def test_every_unit_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert any(len(busy.units) == 2 for busy in told.busy)
     one.end()
     assert ray.killed == 2
+
+
+def test_progress_says_where_units_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several machines."""
+    monkeypatch.setattr("ptuning.workers.ray_crew.LOOK_SECONDS", 0.0)
+    hosts = itertools.count(1)
+
+    class Somewhere(Ready):
+        def ready(self, work: Any) -> Hello:
+            return Hello(f"host-{next(hosts)}", 7, sees_folder=True)
+
+    told = Told()
+    _, one = crew(tmp_path, make=Somewhere, told=told)
+    list(one.run())
+    assert "unit 1 on host-2" in {unit for busy in told.busy for unit in busy.units}
 
 
 def test_a_worker_that_ends_costs_its_unit_another_attempt(tmp_path: Path) -> None:
@@ -230,6 +247,23 @@ class TestWorker:
         assert worker.run(UNITS[0], Stub(tmp_path)).files == {"cells/0/run.json": b"unit 0"}
         assert not (tmp_path / "cells").exists()
 
+    def test_it_loads_the_backbone_as_it_was_loaded(self, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+        """With all that was asked for; a model in memory has its name, its number format and its device."""
+        options: dict[str, Any] = {"device_map": {"": "cpu"}, "attn_implementation": "eager", "max_length": 50}
+        backbone = load_backbone(model_folder("llama"), **options)
+        asked = self.asked(backbone, tmp_path / "mark")
+        assert asked.loading == LoadOptions(dtype="float32", **options)
+        assert (asked.backbone, asked.fingerprint) == (str(model_folder("llama")), backbone.fingerprint)
+        other = Backbone.from_model(backbone.model, backbone.tokenizer._tokenizer, name="mine")
+        assert self.asked(other, tmp_path / "mark").loading == LoadOptions(
+            dtype="float32", device="cpu", attn_implementation="eager"
+        )
+
+    def test_a_backbone_over_several_processes_is_refused(self, causal: Backbone, tmp_path: Path) -> None:
+        causal.shards = Shards("tp", 2)
+        with pytest.raises(ConfigError, match="workers have a whole backbone each: leave out --shard"):
+            self.asked(causal, tmp_path / "mark")
+
     def test_another_version_or_backbone_is_refused(self, causal: Backbone, tmp_path: Path) -> None:
         mark = tmp_path / "mark"
         given = self.asked(causal, mark)
@@ -249,6 +283,7 @@ class TestWorker:
         ({"count": 2, "gpus": 0.0}, "gpus of a worker is 0"),
         ({"count": 2, "gpus": 1.5}, "gpus of a worker is 1.5"),
         ({"count": 2, "gpus": float("nan")}, "gpus of a worker is nan"),
+        ({"count": 2, "gpus": float("inf")}, "gpus of a worker is inf"),
         ({"address": " "}, "the address of the cluster is empty"),
     ],
 )
@@ -276,6 +311,13 @@ def test_the_address_of_the_environment_counts_for_auto(monkeypatch: pytest.Monk
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     assert (Workers(address="auto").place, Workers(2).place) == ("10.0.0.5:6379", None)
     assert Workers(address="other:1").place == "other:1"
+
+
+def test_workers_are_not_started_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process of torchrun would start its own, which would believe that they are those of torchrun."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"started 4 processes, .* start the command once, without torchrun"):
+        Workers(2).check()
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from ptuning.backbone.probes import (
     turning_length,
 )
 from ptuning.backbone.randomness import own_draws
+from ptuning.backbone.sources import LoadOptions
 from ptuning.backbone.tokenizer import (
     TextTokenizer,
     decoder_start,
@@ -69,6 +70,7 @@ class Backbone:
 
     trained: object | None = None  # the trained weights that were put into it, if any
     dtype_reason: str | None = None  # why the weights have their number format, where it was chosen on loading
+    asked: LoadOptions | None = None  # how it was asked for, where it was loaded
     max_length: int | None = None  # most tokens of a row, where fewer were asked for than the model reads
     # The length beyond which the model reads a row, and all rows beside it, with other positions (LongRoPE), if any.
     turn: int | None = None
@@ -123,7 +125,8 @@ class Backbone:
             if wanted not in {one.__name__ for one in type(given).__mro__}:
                 raise BackboneError(
                     f"a backbone is made of a transformers model and its tokenizer, and {type(given).__name__} is no "
-                    f"{wanted}; unwrap it (an adapter's merge_and_unload, a compiled or parallel model's module)"
+                    f"{wanted}; unwrap it (an adapter's merge_and_unload, a compiled or parallel model's module), or "
+                    "load a name with load_backbone"
                 )
         origin = str(getattr(model.config, "name_or_path", None) or "")
         from_hub = name is None and origin and not Path(origin).exists()

@@ -22,7 +22,7 @@ from ptuning.backbone.placement.shards import Shards, check_launch, shard_layers
 from ptuning.backbone.probes import check_reading
 from ptuning.backbone.sources import LoadOptions, check_no_revision, find_backbone
 from ptuning.backbone.tokenizer import TextTokenizer, decoder_start, kind_of, longest_row, text_ends
-from ptuning.errors import BackboneError, closest
+from ptuning.errors import BackboneError, PTuningError, closest
 from ptuning.template.segments import Kind
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FOLDER_NEEDS = "The folder must hold config.json, a tokenizer and whole safetensors files"
 CODE_NEEDS = "It runs only if you ask for it: read it, then give trust_remote_code=True (--trust-remote-code)"
 QUANTIZE_NEEDS = "Not every machine and model can be quantised so; try another --quantize, or none"
+SMALLER = "take fewer bits for its weights (--dtype, --quantize), spread them (--shard map), or use --device cpu"
 GGUF_NEEDS = "transformers reads causal models of common architectures; take the model's safetensors instead"
 
 
@@ -93,10 +94,21 @@ def load_backbone(
     if asked.shard is not None:
         check_launch(asked.shard)
     place = _device(asked.device)
+    for one in dict.fromkeys(asked.device_map.values() if isinstance(asked.device_map, Mapping) else ()):
+        if one != "disk":
+            _device(f"cuda:{one}" if isinstance(one, int) else str(one))
     _check_attention(asked.attn_implementation)
     name = str(name)
     folder, found_revision = _find(name, asked)
+    with _reading(name):
+        found = _loaded(folder, name, found_revision, asked, place)
+    found.asked = asked
+    return found
+
+
+def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, place: torch.device) -> Backbone:
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
+    _generation(folder)  # a damaged one, which says what ends a text, is left out by transformers without a word
     chosen = _number_format(name, asked, config, place)
     asked = _placed(asked, config, place)
     is_placed = asked.device_map is not None or asked.shard == "tp"
@@ -104,7 +116,7 @@ def load_backbone(
     is_halved = chosen.dtype == torch.float16 and not is_placed
     dtype = getattr(torch, short_name(config.dtype or torch.float32)) if is_halved else chosen.dtype
     model = _load(folder, kind, name, asked, config=config, dtype=dtype)
-    backbone = Backbone(model, tokenizer, name=name, revision=found_revision, is_tokenizer_shared=False)
+    backbone = Backbone(model, tokenizer, name=name, revision=revision, is_tokenizer_shared=False)
     backbone.dtype_reason, backbone.max_length = chosen.reason, asked.max_length
     if is_halved or asked.shard is not None:  # of weights that are spread, it is taken in all processes, or before
         logger.debug("%s: fingerprint %s", name, backbone.fingerprint)
@@ -146,15 +158,16 @@ def load_tokenizer(name: str | Path = sources.BACKBONE, asked: LoadOptions | Non
     """Load what templates need from a backbone, without its weights; errors as :func:`load_backbone`."""
     name, asked = str(name), asked or LoadOptions()
     folder, _ = _find(name, asked)
-    config, tokenizer, kind = _read_tokenizer(folder, name, asked)
-    generation = _generation(folder)
-    return TextTokenizer(
-        tokenizer,
-        max_tokens=longest_row(config),
-        decoder_ids=decoder_start(config, generation),
-        end_ids=text_ends(config, generation),
-        is_shared=False,
-    ), kind
+    with _reading(name):
+        config, tokenizer, kind = _read_tokenizer(folder, name, asked)
+        generation = _generation(folder)
+        return TextTokenizer(
+            tokenizer,
+            max_tokens=longest_row(config),
+            decoder_ids=decoder_start(config, generation),
+            end_ids=text_ends(config, generation),
+            is_shared=False,
+        ), kind
 
 
 def _find(name: str, asked: LoadOptions) -> tuple[str, str | None]:
@@ -175,14 +188,21 @@ def _generation(folder: str) -> GenerationConfig | None:
 
 @contextlib.contextmanager
 def _reading(name: str, *, needs: str = FOLDER_NEEDS) -> Iterator[None]:
-    """Turn any error of transformers' readers into one that names the backbone and says what it ``needs``."""
+    """Turn any error of reading and trying a model into one that names the backbone and says what it ``needs``: config,
+    tokenizer and weights are files of others, in which anything may stand.
+    """
     with quiet():
         try:
             yield
-        except BackboneError as error:
+        except PTuningError as error:
+            if name in str(error) or not isinstance(error, BackboneError):
+                raise
             raise BackboneError(f"{name}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise BackboneError(f"the backbone '{name}' does not fit into the GPU's memory; {SMALLER}") from error
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first, *more = (str(error).strip() or type(error).__name__).splitlines()
+            first = " ".join([first, *(line.strip() for line in more[:1] if first.endswith(":"))])
             if "trust_remote_code" in str(error):
                 first, needs = "it brings code of its own", CODE_NEEDS
             raise BackboneError(
@@ -258,10 +278,11 @@ def _convert(gguf: Path, folder: Path, *, name: str) -> None:
     read = read_gguf(gguf, name=name)
     # A model read from GGUF refuses save_pretrained, so its weights go into a new model.
     plain = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    with quiet():
+    with _reading(name, needs=GGUF_NEEDS):
         fresh = type(read)(type(read.config)(**plain))
         fresh.load_state_dict(read.state_dict())
         fresh.to(dtype)  # type: ignore[arg-type]  # the stub of Module.to is lost behind a decorator
+    with quiet():
         fresh.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -305,13 +326,14 @@ def _dtype_of_gguf(gguf: Path, *, name: str) -> torch.dtype:
 def _device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            told = os.environ.get("LOCAL_RANK", "0")  # what else stands there is an error of the processes
+            return torch.device("cuda", (int(told) if told.isdecimal() else 0) % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
+        first = str(error).splitlines()[0].partition(". ")[0].removesuffix(".")  # torch goes on for hundreds of words
         raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(_devices())}") from error
     return device
 

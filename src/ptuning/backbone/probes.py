@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptuning.backbone.attention import HALF
 from ptuning.backbone.forward import Memory, Seen
 from ptuning.backbone.layers import LayerOffsets
+from ptuning.backbone.placement.quantized import format_of
 from ptuning.backbone.tokenizer import TextTokenizer
 from ptuning.errors import BackboneError
 from ptuning.template.segments import Kind
@@ -109,6 +110,12 @@ def check_reading(backbone: Probed) -> None:
         return
     cut_off = backbone.model(inputs_embeds=backbone.embed(ids[:, :2]), attention_mask=ones[:, :2])
     if not same_logits(backbone, embedded[:2], cut_off.logits[0].float()):
+        if (stored := format_of(backbone.model.config)) is not None:
+            raise BackboneError(
+                f"{called} answers differently where later tokens stand behind: weights quantised to {stored} are "
+                "multiplied in another way for each pass, and with this model that changes the answer; load it in "
+                "another format (--quantize int8 or nf4, or none)"
+            )
         raise BackboneError(
             f"{called} lets a position see later tokens, so it would be shown the target; use a causal "
             "language model, or a masked one with its masked language-model head"

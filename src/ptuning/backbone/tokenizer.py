@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptuning.errors import BackboneError
+from ptuning.errors import BackboneError, shown
 from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 from ptuning.template.turns import ChatTurn
@@ -53,8 +53,8 @@ class TextTokenizer:
         self._tokenizer = copy.deepcopy(tokenizer) if is_shared else tokenizer
         self._reserved: frozenset[int | None] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
-        self.mask_id: int | None = tokenizer.mask_token_id
-        self.stop_id: int | None = tokenizer.eos_token_id
+        self.mask_id = _embedded(tokenizer.mask_token_id, rows)
+        self.stop_id = _embedded(tokenizer.eos_token_id, rows)
         self.end_ids: frozenset[int] = frozenset({self.stop_id, *end_ids} - {None})
         self.unknown_id: int | None = _unknown_id(tokenizer)
         self.line_end_id = self._probe_line_end()
@@ -273,6 +273,11 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     )
 
 
+def _embedded(token: int | None, rows: int | None) -> int | None:
+    """Return a token that a model can embed; None for one that was added to the tokenizer alone."""
+    return None if token is None or (rows is not None and token >= rows) else token
+
+
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token of text that has no other. One that only the vocabulary itself knows of is written as well."""
     found: int | None = tokenizer.unk_token_id
@@ -316,11 +321,18 @@ def decoder_start(config: object, generation: object) -> Ids:
 
 
 def text_ends(config: object, generation: object) -> Ids:
-    """Return the ids that end what a model writes: one or several of the generation config, else of the config."""
+    """Return the ids that end what a model writes: one or several of the generation config, else of the config.
+    Raises BackboneError if they are none.
+    """
     for source in (generation, config):
         ends = getattr(source, "eos_token_id", None)
         if ends is not None:
-            return (ends,) if isinstance(ends, int) else tuple(ends)
+            listed = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+            if not all(isinstance(one, int) for one in listed):
+                raise BackboneError(
+                    f"its eos_token_id is {shown(ends)}, and must be a token's number, or a list of them"
+                )
+            return listed
     return ()
 
 

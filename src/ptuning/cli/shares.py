@@ -33,15 +33,22 @@ class Shares:
 
         return None if self.part is None else WorkPart.parse(self.part)
 
-    def crew(self, backbone: AskedBackbone) -> Workers | None:
-        """Return the workers, None for none; a ConfigError if there cannot be such."""
+    def crew(self, backbone: AskedBackbone, *, dry_run: bool = False) -> Workers | None:
+        """Return the workers, None for none; an error if there cannot be such, before a backbone is loaded for them.
+        A ``dry_run`` starts none.
+        """
         if self.address is None and self.workers in (None, 1):
             if self.gpus is not None:
                 raise ConfigError("--gpus-per-worker goes with --workers or --ray")
             return None
-        from ptuning.workers.crew import Workers
+        from ptuning.workers.crew import SHARDED, Workers
 
-        return Workers(self.workers, self.address, self.gpus, backbone.options)
+        if backbone.options.shard in ("tp", "layers"):
+            raise ConfigError(SHARDED)
+        found = Workers(self.workers, self.address, self.gpus, backbone.options)
+        if not dry_run:
+            found.check()
+        return found
 
     def log_folder(self, out: Path) -> Path:
         """Return where logs go: each part has its own, since several may be written at once."""

@@ -319,6 +319,19 @@ def score_choices(items: Sequence[Item], logits: Tensor) -> Scored:
     )
 
 
+def score_parts(parts: Sequence[Sequence[Item]], logits: Tensor) -> list[Scored]:
+    """Return what :func:`score_choices` returns for each of several lists of items, from one look at all logits."""
+    whole = score_choices([item for part in parts for item in part], logits)
+    choices = [[choice for item in part for choice in (*item.choices, *item.empty)] for part in parts]
+    sizes = [len(own) for own in choices]
+    columns = (one.split(sizes) for one in (whole.log_probs, whole.all_log_probs, whole.correct, whole.lengths))
+    per_item = (tuple(len(item.choices) + len(item.empty) for item in part) for part in parts)
+    return [
+        Scored(log_probs, all_log_probs, correct, lengths, _token_count(scored), counts, _more_stop(scored))
+        for log_probs, all_log_probs, correct, lengths, scored, counts in zip(*columns, choices, per_item, strict=True)
+    ]
+
+
 def _token_count(choices: Sequence[Choice]) -> float:
     """Return the number of scored tokens of choices, with each stop token as it weighs."""
     own = sum(choice.own_tokens for choice in choices)

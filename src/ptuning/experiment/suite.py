@@ -30,7 +30,7 @@ from ptuning.experiment.cells import (
     mean_seconds,
     saved_identity,
 )
-from ptuning.files import Json, make_folder, read_json, read_json_lines, sha256, write_json
+from ptuning.files import Json, Unchecked, make_folder, read_json, read_json_lines, sha256, write_json
 from ptuning.method.base import Setup
 from ptuning.method.registry import METHODS
 from ptuning.metrics import Answer
@@ -362,7 +362,8 @@ class Suite:
             unlabelled = self.jobs[cell.task].unlabelled
             if unlabelled is not None and len(read_json_lines(folder / UNLABELLED_FILE)) != len(unlabelled):
                 return None
-            return replace(self._result(cell, answers, record, cast("float", record["seconds"])), was_there=True)
+            seconds = Unchecked(record).at("seconds").number()
+            return replace(self._result(cell, answers, record, seconds), was_there=True)
         except (PTuningError, ValueError, KeyError, TypeError):
             return None
 

@@ -22,7 +22,7 @@ from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, 
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import stream_answer, write_answers
-from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError
+from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, shown
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import Record, Rows, as_records
@@ -469,6 +469,8 @@ def check_listed(candidates: Sequence[str]) -> None:
         raise RecordError("there are no candidates to choose from")
     seen: set[str] = set()
     for text in candidates:
+        if not isinstance(text, str):
+            raise RecordError(f"candidates are texts, and one is {shown(text)}")
         if not text.strip():
             raise RecordError("a candidate is empty")
         if text in seen:

@@ -243,6 +243,8 @@ class Registry:
     def _put(self, name: str, path: str, *, replaces: bool) -> Served:
         folder = self._inside(path)
         with self._claim(name, is_served=replaces):
+            if _is_gone(folder):
+                raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
             try:
                 new = self._read(name, folder)
             except StoppedError:
@@ -326,6 +328,11 @@ class Registry:
         """Return an error's message; paths are those inside of the folder of prompts, whose place is the operator's."""
         text = str(error) if isinstance(error, PTuningError) else f"{type(error).__name__}: {error}"
         return text if self._root is None else text.replace(f"{self._root}/", "")
+
+
+def base_name_of(backbone: str) -> str:
+    """Return the name in service of a backbone: of a folder its own, without the path, which is nobody's business."""
+    return Path(backbone).name if Path(backbone).exists() else backbone
 
 
 def _check_plausible(manifest: Mapping[str, Json], folder: Path) -> None:

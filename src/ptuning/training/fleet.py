@@ -9,18 +9,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.memory import total_bytes
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import this_writes, wait_for_all
-from ptuning.errors import ConfigError, FileError, TrainingError
-from ptuning.files import make_folder, read_json, write_json
+from ptuning.errors import ConfigError, FileError, PTuningError, TrainingError
+from ptuning.files import Unchecked, make_folder, read_json, write_json
 from ptuning.names import FLEET_CHECKPOINT, STATE_FILE, remove
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.example import Example
+from ptuning.training.encoders.together import copied_bytes
 from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE, Trainer
 
@@ -182,8 +182,13 @@ class Fleet:
         """
         if not self._live or goes_on:
             return True
-        largest = max(one.trainer.learner.trainable_parameters for one in self._live)
-        fits = (len(self._live) + 1) * largest * BYTES_PER_WEIGHT <= STATE_SHARE * total_bytes(self.backbone.device)
+        device = self.backbone.device
+        largest = max(
+            one.trainer.learner.trainable_parameters
+            * (BYTES_PER_WEIGHT + copied_bytes(one.trainer.learner.encoder, device))
+            for one in self._live
+        )
+        fits = (len(self._live) + 1) * largest <= STATE_SHARE * total_bytes(device)
         return fits and len(self._live) < self.at_once
 
     def _begin(
@@ -253,9 +258,10 @@ class Fleet:
         if self.checkpoint is None or not (self.checkpoint / STATE_FILE).is_file():
             return None
         try:
-            saved = read_json(self.checkpoint / STATE_FILE)
-            return _State(dict(cast("dict[str, str]", saved["live"])), list(cast("list[str]", saved["finished"])))
-        except (FileError, KeyError, TypeError, ValueError) as error:
+            saved = Unchecked(read_json(self.checkpoint / STATE_FILE))
+            live = {name: one.text() for name, one in saved.at("live").table().items()}
+            return _State(live, saved.at("finished").texts())
+        except PTuningError as error:
             raise TrainingError(
                 f"the checkpoint {self.checkpoint / STATE_FILE} is damaged ({error}); start anew with --overwrite"
             ) from error

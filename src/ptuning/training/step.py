@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +16,21 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.layers import layers_of, recomputing
 from ptuning.backbone.placement.devices import is_offloaded
 from ptuning.backbone.randomness import own_draws, seed_draws
-from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters, with_adapters
+from ptuning.backbone.trained_weights import TrainedWeights, trained_parameters
 from ptuning.config import TrainConfig, derived_seed
 from ptuning.engine.batch import shared_tokens
 from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.memory import OutOfMemory, half
-from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices
+from ptuning.engine.objective import Item, inputs_of, loss, loss_count, score_choices, score_parts
 from ptuning.engine.passes import runs_prefix_once, target_logits
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate
-from ptuning.training.encoder import make_deep_encoder, make_encoder
+from ptuning.training.encoders.encoder import make_encoders
+from ptuning.training.encoders.together import StackedEncoders, adamw_step, stacked_where_it_helps, works_together
+from ptuning.training.optimizer import make_optimizer, overflows, to_train
 
 # Tokens of one pass with gradients over the rows of several prompts. More tokens are no faster on a processor and take
 # more memory; a GPU is not busy with so few. Source: docs/decisions.md, decision 28.
@@ -38,18 +38,14 @@ JOINT_TOKENS = {"cpu": 1024}
 JOINT_TOKENS_ELSEWHERE = 16_384
 # Rows of different prompts share a pass while padding adds at most 25 % to the tokens of each prompt's rows.
 JOINT_PADDING = 1.25
+# Rows of a prompt run alone if what they begin with saves so many tokens: a GPU runs fewer in the time of the launches.
+# Source: docs/fleets.md, "On a GPU".
+ALONE_TOKENS = {"cpu": 0}
+ALONE_TOKENS_ELSEWHERE = 4096
 # The most tokens of a pass over several records, pads included: a batch of long rows runs in several passes with the
 # same loss, whatever its size. 4,096 tokens take 5 GB with the default backbone in float32, and fill a processor.
 PASS_TOKENS = {"cpu": 4096}
 PASS_TOKENS_ELSEWHERE = 16_384
-
-
-Work = TypeVar("Work", bound=Callable[..., object])
-
-
-def with_gradients(work: Work) -> Work:
-    """Let a function or generator that trains compute gradients, though its caller may have turned them off."""
-    return torch.inference_mode(mode=False)(torch.enable_grad()(work))
 
 
 class Learner:
@@ -65,6 +61,7 @@ class Learner:
         ranks: The processes over which the rows of each step are spread.
         recomputes: Whether activations are computed again in the backward pass.
         uses_prefix_cache: Whether rows run from their first slot onwards.
+        stacked: In a step together with others, what computes the slot vectors of all, and this prompt's.
         pass_tokens: The most tokens of a pass of several records, pads included; fewer after one did not fit.
 
     Raises:
@@ -77,13 +74,15 @@ class Learner:
         if frozen.model.training or any(weight.requires_grad for weight in frozen.model.parameters()):
             raise TrainingError(f"the backbone '{frozen.name}' is not frozen; call its freeze() first")
         self.frozen, self.bound, self.config = frozen, bound, config
-        self.backbone = _to_train(frozen, config)
+        self.backbone = to_train(frozen, config)
         self.weights = trained_parameters(self.backbone, config.tune)
         self.ranks = DataRanks.of(frozen)
         self._made: dict[int, tuple[Learned, Learned]] = {}
-        self.encoder = make_encoder(frozen, bound, config, self.generator)
-        self.deep_encoder = make_deep_encoder(frozen, bound, config, self.generator)
-        self.optimizer = self._make_optimizer()
+        self.stacked: tuple[StackedEncoders, Tensor] | None = None
+        self._fresh = functools.partial(make_encoders, frozen, bound, config, self.generator)
+        self.encoder, self.deep_encoder = self._fresh()
+        own = [one for one in (self.encoder, self.deep_encoder) if one is not None]
+        self.optimizer = make_optimizer(own, self.weights, config)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.prefix_cache = prefix_cache or PrefixCache(
             self.backbone, memory_share=config.prefix_cache_share, disk_bytes=config.prefix_cache_bytes
@@ -93,26 +92,16 @@ class Learner:
         self.recomputes = config.checkpointing or (is_offloaded(frozen.model) and bool(layers_of(frozen.model)))
         self.pass_tokens = PASS_TOKENS.get(frozen.device.type, PASS_TOKENS_ELSEWHERE)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups: list[dict[str, list[nn.Parameter] | float]] = [
-            {"params": list(self.encoder.parameters()), "lr": config.lr}
-        ]
-        if self.deep_encoder is not None:
-            groups.append({"params": list(self.deep_encoder.parameters()), "lr": config.deep_lr})
-        peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.tune, config.backbone_lr)
-        decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
-        for is_matrix in (True, False):
-            weights = [weight for weight in self.weights.values() if (weight.ndim > 1) == is_matrix]
-            if weights:
-                groups.append({"params": weights, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
-        # Fused where it matters: other variants hold a second copy of all weights while they step.
-        fused = True if config.tune == "tuned" else None
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
-
     def generator(self, purpose: str, step: int = 0) -> torch.Generator:
         """Return the random generator of one purpose, independent of all others and of what was drawn before."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, step))
+
+    def start_anew(self) -> None:
+        """Give the prompt encoders their first weights back, and the optimizer nothing to remember."""
+        for own, first in zip((self.encoder, self.deep_encoder), self._fresh(), strict=True):
+            if own is not None and first is not None:
+                own.load_state_dict(first.state_dict())
+        self.optimizer.state.clear()
 
     @property
     def trainable_parameters(self) -> int:
@@ -162,6 +151,7 @@ class Learner:
             group["lr"] = peak * rate
         self.encoder.train()
         self._made.clear()
+        self.stacked = None
         self.optimizer.zero_grad(set_to_none=True)
 
     def encoded(self, at: int) -> Learned:
@@ -170,7 +160,8 @@ class Learner:
         """
         if self.ranks.size > 1 and (kept := self._made.get(self._key(at))) is not None:
             return kept[1]
-        found = Learned.of(self.encoder(), self.deep_encoder() if self.deep_encoder is not None else None)
+        vectors = self.encoder() if self.stacked is None else self.stacked[1]
+        found = Learned.of(vectors, self.deep_encoder() if self.deep_encoder is not None else None)
         if self.ranks.size == 1:
             return found
         self._made[self._key(at)] = found, found.apart()
@@ -190,14 +181,9 @@ class Learner:
         if self.ranks.size > 1:
             summed = self._add_up(step, summed)
         loss_sum = float(summed)
-        self.check_loss(loss_sum, f"the loss became {loss_sum} in epoch {step.epoch}")
+        step.check(loss_sum)
         torch.nn.utils.clip_grad_norm_(self.parameters(), self.config.max_grad_norm)
-        try:
-            self.optimizer.step()
-        except (RuntimeError, OverflowError) as error:
-            if "overflow" not in str(error):
-                raise
-            raise TrainingError(f"step {step.number + 1} overflows ({error}); lower the learning rate") from error
+        self.optimizer.step()
         return loss_sum
 
     def _add_up(self, step: Step, summed: Tensor) -> Tensor:
@@ -227,24 +213,6 @@ class Learner:
             )
 
 
-def _to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
-    if config.tune == "frozen":
-        return backbone
-    if config.tune == "tuned":
-        return backbone.copy()
-    if config.tune == "head":  # which ``prepare`` has put on it
-        other = backbone.copy(share=True)
-        other.put_head(copy.deepcopy(other.head))
-        return other
-    return with_adapters(
-        backbone,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets,
-        seed=derived_seed(config.seed, "adapter weights"),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Step:
     """An optimizer step of one learner. ``number``, from 0, seeds its dropout; ``rate`` is a share of the peaks."""
@@ -254,6 +222,12 @@ class Step:
     number: int
     epoch: int
     rate: float
+
+    def check(self, loss_sum: float) -> None:
+        """Raise a TrainingError if the loss is NaN or infinite, or weights would move further than float32 reaches."""
+        self.learner.check_loss(loss_sum, f"the loss became {loss_sum} in epoch {self.epoch}")
+        if overflows(self.learner.optimizer):
+            raise TrainingError(f"step {self.number + 1} overflows float32; lower the learning rate")
 
     def chunks(self) -> list[Chunk]:
         """Return the passes of this step (gradient accumulation), with the rows of this process."""
@@ -310,6 +284,11 @@ class Chunk:
     def tokens(self) -> int:
         """Tokens of its pass, pads included, without those that come from the KV cache."""
         return len(self.examples) * self.width
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens less of its pass where what its rows begin with is computed once."""
+        return (len(self.examples) - 1) * shared_tokens(self.examples)
 
     @property
     def runs_prefix_once(self) -> bool:
@@ -373,19 +352,48 @@ def take_steps(steps: Sequence[Step]) -> list[Taken | TrainingError]:
     began = time.monotonic()
     losses, failed = run_passes(steps)
     weights = [sum(item.tokens for item in step.items) for step in steps]
+    chunks = {step: [chunk for chunk in losses if chunk.step is step] for step in steps}
+    ends: dict[Step, float | TrainingError] = {**failed}
+    if _are_together(steps):
+        ends |= _finish_together({step: own for step, own in chunks.items() if step not in failed}, losses)
     outcomes: list[Taken | TrainingError] = []
     for step, weight in zip(steps, weights, strict=True):
         seconds = (time.monotonic() - began) * weight / sum(weights)
-        own = [chunk for chunk in losses if chunk.step is step]
-        tokens = sum(len(row.token_ids) for chunk in own for row in chunk.examples)
+        tokens = sum(len(row.token_ids) for chunk in chunks[step] for row in chunk.examples)
         try:
-            if step in failed:
-                raise failed[step]
-            loss_sum = step.learner.finish(step, [losses[chunk] for chunk in own])
-            outcomes.append(Taken(loss_sum, loss_count(step.items), tokens, seconds))
+            end = ends[step] if step in ends else step.learner.finish(step, [losses[one] for one in chunks[step]])
         except TrainingError as error:
-            outcomes.append(error)
+            end = error
+        taken = end if isinstance(end, TrainingError) else Taken(end, loss_count(step.items), tokens, seconds)
+        outcomes.append(taken)
     return outcomes
+
+
+def _are_together(steps: Sequence[Step]) -> bool:
+    """Whether encoders and optimizers of several prompts work as one (:mod:`ptuning.training.encoders.together`)."""
+    return len(steps) > 1 and works_together(steps[0].learner.backbone.device)
+
+
+def _finish_together(
+    chunks: Mapping[Step, Sequence[Chunk]], losses: Mapping[Chunk, Tensor]
+) -> dict[Step, float | TrainingError]:
+    """Do what :meth:`Learner.finish` does for steps of several prompts, with one call of the optimizer; return the loss
+    of each, or its error.
+    """
+    stacked = [step.learner.stacked[0] for step in chunks if step.learner.stacked is not None]
+    for one in dict.fromkeys(stacked):
+        one.backward()
+    told = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)) if losses else {}
+    found: dict[Step, float | TrainingError] = {}
+    for step, own in chunks.items():
+        found[step] = loss_sum = float(sum(told[chunk] for chunk in own))
+        try:
+            step.check(loss_sum)
+        except TrainingError as error:
+            found[step] = error
+    moved = [step.learner for step, end in found.items() if not isinstance(end, TrainingError)]
+    adamw_step([one.optimizer for one in moved], [one.config.max_grad_norm for one in moved])
+    return found
 
 
 def run_passes(steps: Sequence[Step]) -> tuple[dict[Chunk, Tensor], dict[Step, TrainingError]]:
@@ -398,6 +406,10 @@ def run_passes(steps: Sequence[Step]) -> tuple[dict[Chunk, Tensor], dict[Step, T
         going = [step for step in steps if step not in failed]
         for step in going:
             step.learner.begin(step.rate)
+        if _are_together(going):
+            stacked = stacked_where_it_helps([step.learner.encoder for step in going])
+            for step in going:
+                step.learner.stacked = stacked.get(step.learner.encoder)
         losses: dict[Chunk, Tensor] = {}
         for together in joined([chunk for step in going for chunk in step.chunks()]):
             try:
@@ -425,7 +437,9 @@ def joined(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         return
     waiting: dict[bool, list[Chunk]] = {True: [], False: []}
     for chunk in chunks:
-        if chunk.runs_prefix_once:
+        if chunk.runs_prefix_once and chunk.saved_tokens >= ALONE_TOKENS.get(
+            chunk.learner.backbone.device.type, ALONE_TOKENS_ELSEWHERE
+        ):
             yield [chunk]
         else:
             waiting[chunk.learner.uses_prefix_cache].append(chunk)
@@ -470,10 +484,13 @@ def _forward_and_backward(chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
         else contextlib.nullcontext()
     ):
         logits = target_logits(backbone, [row for part in rows for row in part], learned, cache=first.cache)
-    sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
-    found: dict[Chunk, Tensor] = {}
-    for chunk, own in zip(chunks, logits.split(sizes), strict=True):
-        found[chunk], _ = loss(chunk.items, score_choices(chunk.items, own))
+    if len(chunks) > 1 and works_together(backbone.device):
+        scored = score_parts([chunk.items for chunk in chunks], logits)
+    else:
+        sizes = [sum(len(example.logit_positions) for example in part) for part in rows]
+        parts = zip(chunks, logits.split(sizes), strict=True)
+        scored = [score_choices(chunk.items, own) for chunk, own in parts]
+    found = {chunk: loss(chunk.items, own)[0] for chunk, own in zip(chunks, scored, strict=True)}
     means = [value / loss_count(chunk.step.items) for chunk, value in found.items()]
     torch.stack(means).sum().backward()
     return {chunk: value.detach() for chunk, value in found.items()}

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
+from ptuning.backbone.placement.shards import launched
 from ptuning.backbone.sources import LoadOptions
 from ptuning.errors import ConfigError, WorkerError
 from ptuning.files import Json
@@ -22,6 +23,10 @@ from ptuning.workers.units import Unit
 AUTO = "auto"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ANSWER_SECONDS = 10.0  # that an address may take to answer
+SHARDED = (
+    "workers have a whole backbone each: leave out --shard tp and --shard layers, or use --shard map or --quantize, or "
+    "no workers (--workers, --ray)"
+)
 INSTALL = 'pip install -c constraints.txt "ptuning[ray]"'
 SHOWN_UNITS = 3
 
@@ -35,7 +40,7 @@ class Workers:
         address: A running Ray cluster, ``HOST:PORT`` or ``auto`` (then ``RAY_ADDRESS``, or one on this machine counts);
             None starts Ray on this machine, and ends it.
         gpus: GPUs for each worker, such as 0.25 for four workers on one; by default an equal share, one at most.
-        loading: How workers load the backbone; by default from where it was loaded, with the same number format.
+        loading: How workers load the backbone; by default as it was loaded.
         shared_folder: Whether workers see the folder of the results; by default that is found out.
 
     A ConfigError if a number cannot be.
@@ -52,7 +57,7 @@ class Workers:
             raise ConfigError("say how many workers there are (--workers), or which cluster runs them (--ray)")
         if self.count is not None and self.count < 1:
             raise ConfigError(f"workers is {self.count}; it must be 1 or more")
-        if self.gpus is not None and not (0 < self.gpus <= 1 or (self.gpus > 1 and self.gpus == int(self.gpus))):
+        if self.gpus is not None and not (0 < self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
             raise ConfigError(
                 f"gpus of a worker is {self.gpus:g}; it must be a share above 0 and up to 1, or a whole number"
             )
@@ -75,8 +80,14 @@ class Workers:
     def check(self) -> None:
         """Check, before anything else is done, that Ray is installed and that something listens at the address.
 
-        A WorkerError says what is missing; a ConfigError that the address is none. Ray itself would try for minutes.
+        A WorkerError says what is missing; a ConfigError that the address is none, or that a launcher has started
+        several processes, which would each start workers. Ray itself would try for minutes.
         """
+        if (processes := launched()) > 1:
+            raise ConfigError(
+                f"WORLD_SIZE says that a launcher has started {processes} processes, and each would start workers of "
+                "its own; start the command once, without torchrun, or leave out the workers (--workers, --ray)"
+            )
         if importlib.util.find_spec("ray") is None:
             raise WorkerError(f"workers need the package ray, which is not installed: {INSTALL}")
         if self.place in (None, AUTO):
@@ -142,12 +153,16 @@ class WorkerSpec:
         """Return what workers are asked to do."""
         backbone = work.backbone
         if backbone.shards is not None:
-            raise ConfigError("workers have a whole backbone each; leave out --shard, or start without workers")
-        given = workers.loading or LoadOptions(
-            revision=backbone.revision,
-            attn_implementation=backbone.loaded.get("attn_implementation"),
-            max_length=backbone.max_length,
-            device=backbone.device.type,
+            raise ConfigError(SHARDED)
+        given = (
+            workers.loading
+            or backbone.asked
+            or LoadOptions(
+                revision=backbone.revision,
+                attn_implementation=backbone.loaded.get("attn_implementation"),
+                max_length=backbone.max_length,
+                device=backbone.device.type,
+            )
         )
         # A worker on a GPU sees only its own, so numbers of devices mean nothing there.
         device = given.device.partition(":")[0]

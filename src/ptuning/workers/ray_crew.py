@@ -204,6 +204,11 @@ class _Member:
     deaths: int = 0
     note: str = ""
 
+    def at_work(self, several: bool) -> str:
+        """Say which unit it is at, and on which of ``several`` machines."""
+        where = f" on {self.hello.host}" if several and self.hello is not None else ""
+        return (self.unit.name if self.unit is not None else "nothing") + where
+
     @property
     def name(self) -> str:
         return "a worker" if self.hello is None else f"the worker on {self.hello.host} (process {self.hello.pid})"
@@ -370,7 +375,8 @@ class Crew:
                 self._asking[member.actor.told.remote()] = member
         if self.tell is not None:
             loading = sum(member.hello is None for member in self._members)
-            self.tell(Busy([member.unit.name for member in self._members if member.unit is not None], loading))
+            several = len({member.hello.host for member in self._members if member.hello is not None}) > 1
+            self.tell(Busy([member.at_work(several) for member in self._members if member.unit is not None], loading))
 
     def _stopped(self) -> Iterator[Ended]:
         """Let workers write checkpoints and end; yield what they finished."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,15 @@ from ptuning.backbone.layers import recomputing
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.devices import devices_of, is_offloaded, number_of_weights
 from ptuning.config import TrainConfig
+from ptuning.engine.batch import collate
+from ptuning.engine.learned import Learned
+from ptuning.engine.passes import inject, run_embeddings
 from ptuning.errors import BackboneError
 from ptuning.prompt.predict import PromptModel
 from ptuning.training import step as steps
 from ptuning.training.run import train
-from tests.conftest import FAMILIES, RECORDS, WARM, build_model, learned, make_tokenizer
+from tests.conftest import FAMILIES, RECORDS, WARM, build_model, items_of, learned, make_tokenizer
+from tests.processes import forked
 
 SPLIT = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
 SPLIT |= {"model.layers.1": "disk", "model.norm": "cpu", "lm_head": "cpu"}
@@ -181,8 +186,9 @@ def test_a_model_in_memory_with_layers_on_the_disk(model_folder: Callable[[str],
 
 
 def test_a_map_that_names_no_device_is_an_error(model_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(BackboneError, match=r"cannot load the backbone"):
-        load_backbone(str(model_folder("llama")), device_map={"": "cuba"})
+    for place, named in (("cuba", "cuba"), (7, "cuda:7")):
+        with pytest.raises(BackboneError, match=rf"device '{named}' cannot be used: .*; use auto, cpu"):
+            load_backbone(str(model_folder("llama")), device_map={"": place})
 
 
 def test_asked_positions_follow_the_last_layers_device() -> None:
@@ -226,3 +232,62 @@ def test_offloaded_weights_are_let_go_of_within_a_step(
     for backbone, expected in ((causal, 0), (split, 2)):
         train(WARM, RECORDS[:4], dev=RECORDS[:2], backbone=backbone, config=TrainConfig(epochs=1, batch_size=2))
         assert len(runs) == expected
+
+
+def over_two_devices(here: str, there: str) -> None:
+    """Run a step of a model whose last layer is on another device, without numbers: each operation checks its devices,
+    as a GPU would. The name of the device stays in the process, which is one of its own.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("pretend")
+    tokenizer = make_tokenizer("llama")
+    backbone = Backbone.from_model(build_model("llama", tokenizer), tokenizer)
+    backbone.freeze()
+    items = items_of(backbone, "[P] [X] [Y]", RECORDS[:1])
+    model = backbone.model
+    places = {"model.embed_tokens": here, "model.rotary_emb": here, "model.layers.0": here}
+    places |= {"model.layers.1": there, "model.norm": there, "lm_head": there}
+    with FakeTensorMode():
+        for name, place in places.items():
+            for module in model.get_submodule(name).modules():
+                for key, value in module.named_parameters(recurse=False):
+                    pretended = torch.empty(value.shape, dtype=value.dtype, device=place)
+                    module._parameters[key] = torch.nn.Parameter(pretended, requires_grad=False)
+                for key, buffer in module.named_buffers(recurse=False):
+                    module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device=place)
+            add_hook_to_module(model.get_submodule(name), AlignDevicesHook(place))
+        backbone.__dict__.pop("shares_prefix", None)
+        vectors = torch.zeros(1, backbone.width, requires_grad=True)
+        batch = collate(items[0].inputs, Learned.of(vectors, None))
+        # Where the one slot stands is read as a number, which only a constant on the processor has.
+        none = batch.token_ids[:0, 0]
+        moved = replace(batch, slot_rows=none, slot_cols=none, slot_index=none).to(backbone.device)
+        batch = replace(moved, slot_rows=batch.slot_rows, slot_cols=batch.slot_cols, slot_index=batch.slot_index)
+        embeddings = inject(backbone.embed(batch.token_ids), vectors, batch)
+        logits, _ = run_embeddings(backbone, embeddings, batch)
+        logits.logsumexp(dim=-1).sum().backward()
+    assert {str(device) for device in devices_of(model)} == {here, there}
+    assert not backbone.shares_prefix
+    assert vectors.grad is not None
+    print(*(one.device for one in (embeddings, logits, vectors.grad)))
+
+
+@pytest.mark.parametrize("places", [("cpu", "pretend:0"), ("pretend:0", "cpu")])
+def test_a_step_over_two_devices_without_a_gpu(places: tuple[str, str], tmp_path: Path) -> None:
+    """Slots, gathered positions, logits and gradients follow the devices of a split model."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: F401
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"this torch pretends no second device in the way that the test knows: {error}")
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
+        "import tests.backbone.placement.test_devices as t\n"
+        "t.over_two_devices(*sys.argv[1:])\n"
+    )
+    with forked(program, *places, folder=tmp_path) as process:
+        assert process.wait() == 0, process.err[-3000:]
+        assert process.out.split() == [places[0], places[0], "cpu"]

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ptuning.backbone import probes
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.quantized import ANOTHER, OLDER, TRAVELS, UNKNOWN, format_of, in_another_format
@@ -236,6 +237,15 @@ def test_weights_and_activations_in_8_bits_are_refused_for_training(wide: Path) 
     with pytest.raises(BackboneError, match="slots would stay as they start; load it in another format"):
         train(WARM, RECORDS, backbone=backbone, config=TrainConfig(epochs=1))
     assert len(PromptModel(backbone).predict(RECORDS, Prompt.manual("[X] is [Y]"))) == len(RECORDS)
+
+
+def test_a_format_that_a_model_cannot_be_read_in_says_so(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM.int8 multiplies in another way where any token of a pass has large numbers, and Gemma 3 shows it."""
+    monkeypatch.setattr(probes, "format_of", lambda _: BNB8)
+    same = iter([True, True, False])  # embeddings, positions, and what stands behind
+    monkeypatch.setattr(probes, "same_logits", lambda *_: next(same))
+    with pytest.raises(BackboneError, match=r"quantised to bitsandbytes int8, .*--quantize int8 or nf4, or none"):
+        probes.check_reading(causal)
 
 
 @BITSANDBYTES

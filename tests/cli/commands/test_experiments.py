@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -341,10 +342,26 @@ def test_parts_say_what_collects_them(llama: str) -> None:
         (("--part", "first"), "part 'first' is not K/N"),
         (("--gpus-per-worker", "0.5"), "--gpus-per-worker goes with --workers or --ray"),
         (("--workers", "2", "--gpus-per-worker", "-1"), "gpus of a worker is -1"),
+        (("--workers", "2", "--shard", "tp"), "workers have a whole backbone each: leave out --shard tp"),
+        (("--shard", "tp"), "--shard tp is for train and fleet"),
     ],
 )
 def test_a_command_that_cannot_be_divided_so_runs_nothing(llama: str, options: tuple[str, ...], said: str) -> None:
     fails(*compare(llama, "--methods", "majority,manual"), *options, says=[said])
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_workers_need_is_asked_for_before_the_backbone_is_loaded(
+    dry_run: bool, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one takes minutes. What would be done is told without."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    args = compare(llama, "--methods", "majority,manual", "--workers", "2")
+    if dry_run:
+        assert "nothing was run" in works(*args, "--dry-run")
+    else:
+        monkeypatch.setattr("ptuning.cli.inputs.load", lambda _: pytest.fail("it was loaded"))
+        fails(*args, says=["need the package ray", "ptuning[ray]"])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

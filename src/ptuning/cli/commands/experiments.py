@@ -110,7 +110,7 @@ def _planned(
         raise ConfigError(f"--control is random-weights, not '{control}'")
     config = options.config_of(set_, encoder=encoder, epochs=epochs, seed=seed, starts=starts)
     varied = options.varied_by(vary, config)
-    part, crew = shares.own, shares.crew(backbone)
+    part, crew = shares.own, shares.crew(backbone, dry_run=dry_run)
     with signals.stoppable(out, kept=out / CELLS_FOLDER if part else None) as (progress, should_stop):
         from ptuning.experiment.plan import Watch
         from ptuning.training.tracking import TrainingLog

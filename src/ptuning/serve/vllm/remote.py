@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ptuning.config import GenerationSettings
 from ptuning.errors import ConfigError
-from ptuning.files import Unchecked
+from ptuning.files import Unchecked, parse_json
 from ptuning.serve.engine.job import QueueFullError, RemoteError
 from ptuning.template.segments import Ids
 
@@ -26,6 +25,7 @@ LIKELIEST = 20
 # What a full server says about the time until it has room, where it says nothing.
 RETRY_SECONDS = 1.0
 SHOWN_CHARACTERS = 300
+MOST_DIGITS = 9  # of a token's id
 
 
 class Next(NamedTuple):
@@ -61,19 +61,32 @@ class VllmServer:
         url: Its address, such as ``http://localhost:8000``.
         key: What it asks for as ``Authorization: Bearer``, if anything.
         connections: Most requests at a time.
+        transport: Stands for the network.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, connections: int = 64) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        connections: int = 64,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        wrong = f"'{url}' is no address of a server (--engine-url), such as http://localhost:8000"
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"'{url}' is no address of a server (--engine-url), such as http://localhost:8000")
+            raise ConfigError(wrong)
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx2.Client(
-            base_url=self.url,
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            timeout=httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            follow_redirects=False,
-        )
+        try:
+            self._client = httpx2.Client(
+                base_url=self.url,
+                headers={} if key is None else {"Authorization": f"Bearer {key}"},
+                timeout=httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+                limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+                follow_redirects=False,
+                transport=transport,
+            )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise ConfigError(f"{wrong}: {error}") from error
         try:
             self.model, self.max_tokens = self._first_model()
         except BaseException:
@@ -96,7 +109,10 @@ class VllmServer:
     def log_probs(self, read: Read, wanted: Sequence[int]) -> dict[int, float]:
         """Return the log-probabilities of some tokens as the next one; a RemoteError if it does not tell them."""
         body = {**self._body(read, most=1), "logprobs": LIKELIEST, "logprob_token_ids": list(wanted)}
-        (first,) = self._tokens(self._post(body), None)
+        told = list(self._tokens(self._post(body), None))
+        if len(told) != 1:
+            raise RemoteError(f"{self.url}: {len(told)} tokens, and one was asked for; is it vLLM?")
+        first = told[0]
         found = dict(first.likeliest) | {first.id: first.log_prob}
         missing = [token for token in wanted if token not in found]
         if missing:
@@ -111,8 +127,7 @@ class VllmServer:
         """Return the log-probability of each token of a text, None for the first, and the likeliest ones there."""
         body = {**self._body(Read(ids=ids), most=1), "echo": True, "logprobs": max(1, alternatives)}
         choice = self._post(body)
-        values = choice.at("logprobs").at("token_logprobs").items()[: len(ids)]
-        tops = choice.at("logprobs").at("top_logprobs").items()[: len(ids)]
+        values, tops = (one[: len(ids)] for one in _columns(choice.at("logprobs"), "token_logprobs", "top_logprobs"))
         found: list[tuple[float | None, tuple[tuple[int, float], ...]]] = []
         for value, top in zip(values, tops, strict=True):
             log_prob = None if value.value is None else value.number()
@@ -171,7 +186,7 @@ class VllmServer:
         """Return the body of a response that is well; raise what it says if it is not."""
         if response.status_code in (429, 503):
             after = response.headers.get("retry-after", "")
-            seconds = float(after) if after.isdigit() else RETRY_SECONDS
+            seconds = float(after) if after.isascii() and after.isdigit() else RETRY_SECONDS
             raise QueueFullError("the vLLM server has no room now; try again later", retry_after=seconds)
         if response.status_code != 200:
             said = response.text[:SHOWN_CHARACTERS]
@@ -185,15 +200,17 @@ class VllmServer:
         """Yield the tokens of a choice, or of a piece of it; None for all alternatives that were told."""
         if choice.at("logprobs").value is None:
             return
-        listed = choice.at("logprobs")
-        table = zip(
-            listed.at("tokens").items(),
-            listed.at("token_logprobs").items(),
-            listed.at("top_logprobs").items(),
-            strict=True,
-        )
-        for token, value, top in table:
+        columns = _columns(choice.at("logprobs"), "tokens", "token_logprobs", "top_logprobs")
+        for token, value, top in zip(*columns, strict=True):
             yield Next(_token_id(token.text()), value.number(), _likeliest(top)[:alternatives])
+
+
+def _columns(listed: Unchecked, *names: str) -> list[list[Unchecked]]:
+    """Return lists that have an entry for each token. A RemoteError if one is longer than another."""
+    found = [listed.at(name).items() for name in names]
+    if len({len(one) for one in found}) > 1:
+        raise listed.failure(f"{', '.join(names)} are lists of different lengths")
+    return found
 
 
 def _likeliest(top: Unchecked) -> tuple[tuple[int, float], ...]:
@@ -205,7 +222,7 @@ def _likeliest(top: Unchecked) -> tuple[tuple[int, float], ...]:
 def _token_id(text: str) -> int:
     """Read ``token_id:17``."""
     number = text.removeprefix("token_id:")
-    if number == text or not number.isdigit():
+    if number == text or not (number.isascii() and number.isdigit()) or len(number) > MOST_DIGITS:
         raise RemoteError(f"the server names a token '{text}', and not by its id; is it vLLM?")
     return int(number)
 
@@ -216,6 +233,6 @@ def _unchecked(value: object) -> Unchecked:
 
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise RemoteError(f"the server answers no JSON: {text[:SHOWN_CHARACTERS]}") from error

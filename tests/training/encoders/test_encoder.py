@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptuning.config import EncoderKind, RandomStart
-from ptuning.training.encoder import MAX_ENCODER_WIDTH, OUTPUT_SCALE, PromptEncoder, start_vectors
+from ptuning.training.encoders.encoder import MAX_ENCODER_WIDTH, OUTPUT_SCALE, PromptEncoder, start_vectors
 
 KINDS = get_args(EncoderKind)
 

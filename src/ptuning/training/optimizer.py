@@ -1,0 +1,70 @@
+"""Which weights a training moves beside the slots, their optimizer, and code that needs gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.trained_weights import with_adapters
+from ptuning.config import TrainConfig, derived_seed
+
+Work = TypeVar("Work", bound=Callable[..., object])
+
+
+def with_gradients(work: Work) -> Work:
+    """Let a function or generator that trains compute gradients, though its caller may have turned them off."""
+    return torch.inference_mode(mode=False)(torch.enable_grad()(work))
+
+
+def to_train(backbone: Backbone, config: TrainConfig) -> Backbone:
+    """Return what is trained of a frozen backbone: itself, a copy, or one with a head or adapters."""
+    if config.tune == "frozen":
+        return backbone
+    if config.tune == "tuned":
+        return backbone.copy()
+    if config.tune == "head":  # which ``prepare`` has put on it
+        other = backbone.copy(share=True)
+        other.put_head(copy.deepcopy(other.head))
+        return other
+    return with_adapters(
+        backbone,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        seed=derived_seed(config.seed, "adapter weights"),
+    )
+
+
+def make_optimizer(
+    encoders: Sequence[nn.Module], weights: Mapping[str, Tensor], config: TrainConfig
+) -> torch.optim.AdamW:
+    """Return the optimizer of a prompt encoder, of one of deep slots if it is the second, and of the backbone's
+    ``weights`` that are trained.
+    """
+    groups: list[dict[str, list[nn.Parameter] | list[Tensor] | float]] = [
+        {"params": list(encoder.parameters()), "lr": peak}
+        for encoder, peak in zip(encoders, (config.lr, config.deep_lr), strict=False)
+    ]
+    peak = {"lora": config.lora_lr, "head": config.head_lr}.get(config.tune, config.backbone_lr)
+    decay = config.backbone_weight_decay if config.tune == "tuned" else 0.0
+    for is_matrix in (True, False):
+        own = [weight for weight in weights.values() if (weight.ndim > 1) == is_matrix]
+        if own:
+            groups.append({"params": own, "lr": peak, "weight_decay": decay if is_matrix else 0.0})
+    # Fused where it matters: other variants hold a second copy of all weights while they step.
+    fused = True if config.tune == "tuned" else None
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+
+
+def overflows(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step may be larger than float32 holds."""
+    sizes = [
+        float(group["lr"]) * max(1.0 / (1.0 - group["betas"][0]), float(group["weight_decay"]))
+        for group in optimizer.param_groups
+    ]
+    return bool(max(sizes) > torch.finfo(torch.float32).max)
