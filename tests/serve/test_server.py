@@ -461,20 +461,20 @@ def test_an_engine_that_fails_ends_the_process(forked: Callable[..., Forked]) ->
     assert ended(found.child) == 17
 
 
-def test_a_kill_leaves_nothing_behind(forked: Callable[..., tuple[int, Running]]) -> None:
+def test_a_kill_leaves_nothing_behind(forked: Callable[..., Forked]) -> None:
     """Abuse case 13: clients are told by the end of their connections, and the port is free at once."""
-    child, server = forked(answer_after=60, drain=60)
-    with server.ask() as made:
-        time.sleep(0.3)
-        os.kill(child, signal.SIGKILL)
+    found = forked(drain=60)
+    with found.server.ask() as made:
+        found.has_a_job()
+        found.kill(signal.SIGKILL)
         assert read_all(made) == b""
-    assert ended(child) == -signal.SIGKILL
-    with listening(*server.address) as again:
+    assert ended(found.child) == -signal.SIGKILL
+    with listening(*found.server.address) as again:
         again.listen()
 
 
 def test_a_service_without_file_handles_answers_again_when_there_are_some(
-    forked: Callable[..., tuple[int, Running]],
+    forked: Callable[..., Forked],
 ) -> None:
     """Abuse case 23: connections wait until others are closed."""
 
@@ -483,12 +483,14 @@ def test_a_service_without_file_handles_answers_again_when_there_are_some(
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, 4096))
 
-    _, server = forked(answer_after=0.0, drain=1, before=few)
+    found = forked(drain=1, before=few)
+    server = found.server
     made = [server.connect() for _ in range(30)]
     time.sleep(0.3)
     for one in made:
         one.close()
     waited(server.is_well)
+    found.answer()
     with server.ask() as last:
         assert status_of(read_all(last)) == 200
 
@@ -516,7 +518,7 @@ def test_while_the_model_is_loaded_it_lives_and_is_not_ready(tiny: Backbone) -> 
             assert b"retry-after: 5" in found.lower()
         with made.ask(path="/health") as waits:
             engine = made.engine
-            engine.answer_after = 0.0
+            engine.on_job = lambda job: threading.Timer(0.0, engine.answer, [job]).start()
             ready: queue.Queue[Callable[[], None]] = queue.Queue()
             thread = threading.Thread(
                 target=run,
