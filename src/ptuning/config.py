@@ -50,11 +50,12 @@ SETTING_ALIASES: Mapping[str, str] = {
 }
 
 # Settings of a part that only some methods train; all others act on every training.
-SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts")
+SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts", "restarts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
 DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
-# Settings of a classification head, which did not exist either.
+# Settings of a classification head, and of trainings that are lost, which did not exist either.
 HEAD_SETTINGS = ("head_lr",)
+LOST_SETTINGS = ("restarts",)
 BACKBONE_SETTINGS: Mapping[str, Sequence[str]] = {
     "head": HEAD_SETTINGS,
     "tuned": ("backbone_lr", "backbone_weight_decay"),
@@ -100,6 +101,8 @@ class TrainConfig:
         deep_dtype: Number format of the vectors that deep slots have in the layers, in the prompt's file: ``bfloat16``
             halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
+        restarts: How often slots over a frozen backbone start anew with half the learning rates where training is lost:
+            when it ends, no epoch's development loss was below that of the start, nor its score above.
         tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
             weight of the backbone, ``lora`` also small adapters on its linear layers.
         head_lr: Peak learning rate of a classification head.
@@ -147,6 +150,7 @@ class TrainConfig:
     values_only: bool = False
     deep_dtype: DeepDtype = "float32"
     starts: int = 1
+    restarts: int = 1
     tune: Tune = "frozen"
     head_lr: float = 1e-3
     backbone_lr: float = 3e-5
@@ -181,7 +185,8 @@ class TrainConfig:
             "examples",
         ):
             self._require(name, getattr(self, name) >= 1, "a whole number from 1")
-        self._require("max_target_tokens", self.max_target_tokens >= 0, "a whole number from 0")
+        for name in ("max_target_tokens", "restarts"):
+            self._require(name, getattr(self, name) >= 0, "a whole number from 0")
         self._require("choose_by", bool(self.choose_by.strip()), "score, loss or a metric for texts")
         self._require("seed", self.seed >= 0, "a whole number from 0 to below 2^63")
         for name in ("lr", "deep_lr", "head_lr", "backbone_lr", "lora_lr", "lora_alpha", "max_grad_norm"):

@@ -52,6 +52,7 @@ Rows = Iterable[Mapping[str, object]] | DataFrame
 TARGET_FIELD = "y"
 # What other data sets call the two sides of a fact, or the target: LAMA's T-REx files and most classification sets.
 ALIASES = {"x": ("sub_label",), "y": ("obj_label", "label")}
+IN_MEMORY = "in memory"  # the name of data that is in no file
 # Values that become the text that Python writes: 2026-11-27, 10:30:00, 3.50. A datetime is a date.
 WRITTEN = (date, time, timedelta, Decimal)
 MISSING = ("NaT", "NaN", "sNaN")
@@ -69,7 +70,7 @@ class Records(list[Record]):
         self,
         rows: Iterable[Record],
         *,
-        name: str = "in memory",
+        name: str = IN_MEMORY,
         digest: str | None = None,
         places: Sequence[str] = (),
         fields: Mapping[str, str] | None = None,

@@ -76,6 +76,7 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"dtype": torch.int8}, "unknown dtype 'int8'; use auto, float32, bfloat16 or float16."),
         ({"device": "cuba"}, "device 'cuba' cannot be used: "),
         ({"device": "cuda:77"}, "; use auto, cpu"),
+        ({"device": "mps"}, "backend; use auto, cpu"),
         ({"device_map": "blanced"}, "unknown device_map 'blanced'; use auto, balanced, balanced_low_0, sequential, or"),
         ({"device_map": "auto", "device": "cpu"}, "device 'cpu' and a device_map are two answers to one question"),
         ({"attn_implementation": "sdap"}, "unknown attn_implementation 'sdap'; use eager, "),
@@ -119,6 +120,16 @@ def test_whatever_its_files_hold_is_one_message(file: str, content: object, llam
         except BackboneError as error:
             said.append(str(error))
     assert all(str(folder) in one and "\n" not in one for one in said)
+    if file == "generation_config.json":  # it says what ends a text, so it is not left out in silence
+        assert len(said) == 2
+
+
+def test_an_error_of_several_lines_is_told_to_its_point(llama: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": "many"}), encoding="utf-8")
+    with pytest.raises(BackboneError, match=r"'max_position_embeddings': .*'many'.*\. The folder must hold"):
+        load_backbone(str(folder))
 
 
 def test_a_model_that_does_not_fit_into_the_gpu_says_what_to_do(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -353,6 +354,14 @@ def test_from_training_weights_to_answers_without_them(tune: str, llama: str, da
     assert "nearest by cosine" in works("inspect", "out", "--data", data / "train.jsonl")
     fails("eval", "out", "--data", data / "train.jsonl", "--without", "words",
           says=["no part 'words' to leave out; it has slots and backbone"])  # fmt: skip
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_what_libraries_say_of_kernels_is_not_shown(library: str) -> None:
+    """A training of adapters began with a warning that named a package nobody needs: peft imports bitsandbytes."""
+    logging.getLogger(library).setLevel(logging.NOTSET)
+    works("--version")
+    assert not logging.getLogger(f"{library}.backends.cpu").isEnabledFor(logging.WARNING)
 
 
 def test_the_slots_of_a_frozen_backbone_can_be_left_out(run_folder: Path, data: Path) -> None:

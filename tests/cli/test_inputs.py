@@ -52,6 +52,10 @@ def test_a_prompt_whose_backbone_has_moved_says_how_to_name_it() -> None:
     with pytest.raises(BackboneError, match=r"'\./nowhere'") as found:
         inputs.load(asked, prompt=prompt)
     assert "learned on" not in str(found.value)
+    there = AskedBackbone(None, LoadOptions(device="cuba"))  # an error of something else says nothing of it
+    with pytest.raises(BackboneError, match="device 'cuba' cannot be used") as found:
+        inputs.load(there, prompt=prompt)
+    assert "learned on" not in str(found.value)
 
 
 def given(

@@ -19,27 +19,26 @@ from starlette.testclient import TestClient
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.cli import app
+from ptuning.prompt.predict import PromptModel
+from ptuning.serve.http.app import create_app
+from ptuning.serve.http.front import ADMIN
+from ptuning.serve.http.keys import Keys
+from ptuning.serve.http.service import Settings
 from ptuning.serve.http.watch import Monitor
 from ptuning.serve.registry import Registry
 from tests.cli.test_app import commands_of
 from tests.conftest import ROOT, learned
+from tests.serve.http.conftest import Shelf, Stub
 
 DEPLOY = ROOT / "deploy"
-ADMIN_ROUTES = [
-    "/metrics", "/v1/prompts", "/v1/prompts/", "/v1/prompts/a", "/v1/prompts/team/a", "/v1/prompts/reload",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
-]  # fmt: skip
-USER_ROUTES = [
-    "/",
-    "/health",
-    "/ready",
-    "/v1/models",
-    "/v1/models/prompts",
-    "/v1/predict",
-    "/v1/chat/completions",
-    "/tokenize",
-]
 METRIC = re.compile(r"\b(?:ptuning|process)_[a-z0-9_]+")
+
+
+@pytest.fixture
+def service(causal: Backbone) -> TestClient:
+    """A service with keys, of which none is sent, and all routes."""
+    keys = Settings(keys=Keys.of("sk-user"), admin_keys=Keys.of("sk-admin"))
+    return TestClient(create_app(Stub(PromptModel(causal), id), Shelf({}), keys))  # type: ignore[arg-type]
 
 
 def text(name: str) -> str:
@@ -107,9 +106,10 @@ def test_every_file_starts_the_service_with_options_that_it_has(options: set[str
 def test_the_image(options: set[str]) -> None:
     """Not root, with a health check, and built from what there is."""
     image = text("Dockerfile")
-    assert re.findall(r"^USER (\S+)$", image, re.MULTILINE) == ["ptuning"]
+    assert re.findall(r"^USER (\S+)$", image, re.MULTILINE) == ["10001:10001"]  # a number, as Kubernetes wants it
     assert "useradd --uid 10001" in image
-    assert "http://127.0.0.1:8000/health" in re.search(r"^HEALTHCHECK .*\n.*$", image, re.MULTILINE)[0]  # type: ignore[index]
+    # Not /health, which is well while the model is still being loaded.
+    assert "http://127.0.0.1:8000/ready" in re.search(r"^HEALTHCHECK .*\n.*$", image, re.MULTILINE)[0]  # type: ignore[index]
     assert "EXPOSE 8000" in image
     assert 'ENTRYPOINT ["ptuning", "serve"]' in image
     copied = [name for line in re.findall(r"^COPY (.*) \S+$", image, re.MULTILINE) for name in line.split()]
@@ -150,15 +150,40 @@ def test_two_replicas_behind_a_balancer() -> None:
     assert outside == "8000"
 
 
-def test_the_balancer_keeps_what_is_a_replicas_own_to_itself() -> None:
+def test_probes_ask_what_is_open(service: TestClient) -> None:
+    """Without a key, which no probe has."""
+    asked = set(re.findall(r"http://127\.0\.0\.1:8000(/\w+)", text("Dockerfile")))
+    asked |= {one["httpGet"]["path"] for name, one in container().items() if name.endswith("Probe")}
+    assert asked == {"/health", "/ready"}
+    assert [service.get(path).status_code for path in sorted(asked)] == [200, 200]
+    assert service.get("/v1/models").status_code == 401
+
+
+def test_the_balancer_keeps_what_is_a_replicas_own_to_itself(service: TestClient) -> None:
     """A change of the prompts that only one replica hears of would make them differ."""
     conf = text("nginx.conf")
     assert conf.count("{") == conf.count("}")
-    assert "server ptuning:8000 resolve" in conf
+    assert "server ptuning:8000 resolve max_fails=0;" in conf  # or full replicas become a 502
+    assert "http_429" in conf
     assert "proxy_buffering off;" in conf
     (kept,) = re.findall(r"location ~ (\S+) \{\s*return 404;", conf)
-    assert all(re.search(kept, route) for route in ADMIN_ROUTES)
-    assert not any(re.search(kept, route) for route in USER_ROUTES)
+    known = service.app.openapi()["paths"]  # type: ignore[attr-defined]
+    paths = {re.sub(r"\{\w+\}", "team/a", path) for path in known}
+    paths |= {
+        "/",
+        "/static/page.js",
+        "/classify",
+        "/v1/prompts/",
+        "/v1/models/prompts",
+        "/v1/prompts_",
+        "/metrics/",
+        "/v1/models/v1/prompts",
+    }
+    own = {path for path in paths if ADMIN.fullmatch(path)}
+    assert {path for path in paths if re.search(kept, path)} == own
+    assert {"/metrics", "/v1/prompts/team/a", "/v1/prompts/reload", "/v1/unload_lora_adapter"} <= own
+    assert {"/", "/v1/predict", "/v1/models/team/a", "/static/page.js"} <= paths - own
+    assert f"client_max_body_size {Settings().body_bytes >> 20}m;" in conf
 
 
 def test_a_deployment_in_kubernetes() -> None:

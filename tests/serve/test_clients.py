@@ -8,10 +8,13 @@ run by hand (docs/serving.md, "Clients"); here stand the requests that they sent
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import random
 import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,8 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.watch import Monitor
 from ptuning.serve.server import address_of, listening
-from tests.conftest import plain_logits
+from ptuning.template.labels import LabelWords
+from tests.conftest import learned, plain_logits
 from tests.serve.http.conftest import Shelf, prompts_of, tiny
 
 if TYPE_CHECKING:
@@ -36,19 +40,11 @@ __all__ = ["tiny"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny: Backbone) -> Iterator[Engine]:
-    made = Engine(PromptModel(tiny), queue_rows=4)
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def address(engine: Engine, tiny: Backbone) -> Iterator[str]:
-    """The address of a service of the tests' prompts, and of one called ``demo``."""
-    prompts = prompts_of(tiny)
-    shelf = Shelf.of(prompts | {"demo": prompts["write"]})
+@contextlib.contextmanager
+def running(backbone: Backbone, shelf: Shelf, *, queue_rows: int) -> Iterator[tuple[str, Engine]]:
+    """Run a service of these prompts; give its address, and its engine."""
+    engine = Engine(PromptModel(backbone), queue_rows=queue_rows)
+    engine.start()
     app = create_app(engine, shelf, watch=Monitor(shelf, status=lambda: engine.status))
     with listening("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
@@ -56,9 +52,59 @@ def address(engine: Engine, tiny: Backbone) -> Iterator[str]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield address_of(listener)
-        server.should_exit = True
-        thread.join()
+        try:
+            yield address_of(listener), engine
+        finally:
+            server.should_exit = True
+            thread.join()
+            engine.stop()
+
+
+@pytest.fixture(scope="module")
+def service(tiny: Backbone) -> Iterator[tuple[str, Engine]]:
+    """A service of the tests' prompts, and of one called ``demo``, with a short queue."""
+    prompts = prompts_of(tiny)
+    with running(tiny, Shelf.of(prompts | {"demo": prompts["write"]}), queue_rows=4) as found:
+        yield found
+
+
+@pytest.fixture
+def engine(service: tuple[str, Engine]) -> Engine:
+    return service[1]
+
+
+@pytest.fixture
+def address(service: tuple[str, Engine]) -> str:
+    return service[0]
+
+
+def test_eight_clients_of_64_prompts_get_their_own_answers(tiny: Backbone) -> None:
+    """Abuse case 15: rows of all prompts share passes, and no answer is another prompt's or another text's."""
+    records = [{"x": text} for text in ("Kenya", "a good film and a long one", "Peru")]
+    words = LabelWords.of(["Paris", "Lima", "located", "people"])
+    prompts, model = {}, PromptModel(tiny)
+    for number in range(64):
+        template = ("[P*3] {x} is [Y]", "{x} [P*2] is [Y]", "the capital of {x} [P*4] [Y]")[number % 3]
+        prompts[f"p{number}"] = dataclasses.replace(learned(tiny, template, seed=number), label_words=words)
+    expected = {name: model.predict(records, prompt) for name, prompt in prompts.items()}
+    assert len({round(found[0].log_prob, 4) for found in expected.values()}) == len(prompts)
+
+    def ask(url: str, seed: int) -> int:
+        draw = random.Random(seed)
+        with httpx2.Client(base_url=url, timeout=60) as client:
+            for turn in range(24):
+                names = [f"p{draw.randrange(64)}" for _ in range(1 + turn % 3)]
+                chosen = [draw.randrange(len(records)) for _ in range(1 + turn % 2)]
+                asked = {"model": names, "records": [records[at] for at in chosen]}
+                answer = client.post("/v1/predict", json=asked)
+                for name, found in zip(names, answer.json()["predictions"], strict=True):
+                    for at, one in zip(chosen, found, strict=True):
+                        assert one["probabilities"] == pytest.approx(expected[name][at].probabilities, abs=1e-4)
+        return turn
+
+    with running(tiny, Shelf.of(prompts), queue_rows=256) as (url, engine), ThreadPoolExecutor(8) as pool:
+        assert [one.result(120) for one in [pool.submit(ask, url, seed) for seed in range(8)]] == [23] * 8
+        assert engine.status.cached_tokens > 0
 
 
 @pytest.fixture

@@ -26,8 +26,9 @@ from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.serve.engine.job import Job, Outcome, StoppedError, Token
 from ptuning.serve.http import protocol
 from ptuning.serve.http.app import create_app
+from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
-from ptuning.serve.server import address_of, is_local, listening, run
+from ptuning.serve.server import address_of, is_local, listening, run, starting
 from tests.serve.http.conftest import Shelf, prompts_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and sockets of POSIX")
@@ -42,6 +43,7 @@ class Held:
     model: PromptModel
     queue_rows: int = 64
     is_alive: bool = True
+    has_failed: bool = False
     status: object = None
     jobs: list[Job] = field(default_factory=list)
     answer_after: float | None = None
@@ -320,7 +322,9 @@ def forked(tiny: Backbone) -> Iterator[Callable[..., tuple[int, Running]]]:
     """Start servers in processes of their own, and see that none is left."""
     children: list[int] = []
 
-    def start(*, answer_after: float, drain: float) -> tuple[int, Running]:
+    def start(
+        *, answer_after: float, drain: float, before: Callable[[Held], None] = lambda _: None
+    ) -> tuple[int, Running]:
         engine = Held(PromptModel(tiny), answer_after=answer_after)
         app = create_app(engine, Shelf.of(prompts_of(tiny)))
         listener = listening("127.0.0.1", 0)
@@ -334,9 +338,12 @@ def forked(tiny: Backbone) -> Iterator[Callable[..., tuple[int, Running]]]:
         if not child:
             code = 1
             try:
+                before(engine)
                 no_changes = SimpleNamespace(close=lambda: None)
                 run(app, engine, no_changes, listener, drain=drain, on_ready=told)
                 code = 0
+            except StoppedError:
+                code = 17
             finally:
                 os._exit(code)
         children.append(child)
@@ -404,6 +411,111 @@ def test_a_second_signal_ends_it_at_once(forked: Callable[..., tuple[int, Runnin
         time.sleep(0.3)
         os.kill(child, signal.SIGTERM)
         assert ended(child) == 128 + signal.SIGTERM
+
+
+def test_an_engine_that_fails_ends_the_process(forked: Callable[..., tuple[int, Running]]) -> None:
+    """Abuse case 14: what waits is told so, and whoever watches the process sees that it has ended, with an error."""
+
+    def fail_later(engine: Held) -> None:
+        threading.Timer(0.5, setattr, (engine, "has_failed", True)).start()
+        threading.Timer(0.5, engine.stop).start()
+
+    child, server = forked(answer_after=60, drain=60, before=fail_later)
+    with server.ask() as made:
+        assert status_of(read_all(made)) == 503
+    assert ended(child) == 17
+
+
+def test_a_kill_leaves_nothing_behind(forked: Callable[..., tuple[int, Running]]) -> None:
+    """Abuse case 13: clients are told by the end of their connections, and the port is free at once."""
+    child, server = forked(answer_after=60, drain=60)
+    with server.ask() as made:
+        time.sleep(0.3)
+        os.kill(child, signal.SIGKILL)
+        assert read_all(made) == b""
+    assert ended(child) == -signal.SIGKILL
+    with listening(*server.address) as again:
+        again.listen()
+
+
+def test_a_service_without_file_handles_answers_again_when_there_are_some(
+    forked: Callable[..., tuple[int, Running]],
+) -> None:
+    """Abuse case 23: connections wait until others are closed."""
+
+    def few(_: Held) -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, 4096))
+
+    _, server = forked(answer_after=0.0, drain=1, before=few)
+    made = [server.connect() for _ in range(30)]
+    time.sleep(0.3)
+    for one in made:
+        one.close()
+    waited(server.is_well)
+    with server.ask() as last:
+        assert status_of(read_all(last)) == 200
+
+
+# ---------------------------------------------------------------------------------------------------- the beginning
+
+
+def test_while_the_model_is_loaded_it_lives_and_is_not_ready(tiny: Backbone) -> None:
+    """Abuse case 22: 503 for all that asks, the page for who looks; whoever comes last waits for the service."""
+    settings = Settings(keys=Keys.of("sk-1"))
+    with listening("127.0.0.1", 0) as listener:
+        with starting(listener, settings):
+            made = Running(Held(PromptModel(tiny)), None, listener.getsockname())
+            assert made.is_well()
+            for path, status in (("/", 200), ("/ready", 503), ("/v1/models", 401)):
+                with made.ask(path=path) as one:
+                    assert status_of(read_all(one)) == status
+            with made.connect() as one:
+                one.sendall(
+                    request_of("/v1/completions", {}).replace(b"Host: a", b"Host: a\r\nAuthorization: Bearer sk-1")
+                )
+                found = read_all(one)
+            assert status_of(found) == 503
+            assert b"the service is loading; ask again later" in found
+            assert b"retry-after: 5" in found.lower()
+        with made.ask(path="/health") as waits:
+            engine = made.engine
+            engine.answer_after = 0.0
+            ready: queue.Queue[Callable[[], None]] = queue.Queue()
+            thread = threading.Thread(
+                target=run,
+                args=(create_app(engine, Shelf.of(prompts_of(tiny))), engine, SimpleNamespace(close=int), listener),
+                kwargs={"drain": 1, "on_ready": ready.put},
+            )
+            thread.start()
+            end = ready.get(timeout=WAIT)
+            assert status_of(read_all(waits)) == 200
+        with made.ask() as one:
+            assert status_of(read_all(one)) == 200
+        end()
+        thread.join(WAIT)
+        assert not thread.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_ends_it() -> None:
+    with listening("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        with pytest.raises(ConfigError, match="no model"), starting(listener, Settings()):
+            raise ConfigError("no model")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=WAIT)
+
+
+def test_of_two_that_take_a_port_at_once_one_is_told() -> None:
+    """Before either loads its model."""
+    with listening("127.0.0.1", 0) as one, listening(*one.getsockname()) as other:
+        one.listen()
+        with (
+            pytest.raises(ConfigError, match=r"cannot listen at .*; choose another --port"),
+            starting(other, Settings()),
+        ):
+            pytest.fail("it has begun")
 
 
 # ---------------------------------------------------------------------------------------------------- addresses

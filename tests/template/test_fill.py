@@ -595,6 +595,8 @@ def test_a_missing_field_is_named_with_those_that_are_there(families: dict[str, 
     assert first == "no field 'b' in record 2; its fields: a, y"
     assert shown == "  [P] {a} {b} [Y]"
     assert shown[caret.index("^") :].startswith("{b}")
+    with pytest.raises(TemplateError, match="no field 'a' in record 1; its fields: none"):  # not "in in memory"
+        families["gpt2"].bind("{a} [Y]").check_fields({}, where="in memory, record 1")
     with pytest.raises(TemplateError, match="no field 'a' in the record; its fields: none"):
         families["gpt2"].bind("{a} [Y]").check_fields({})
 

@@ -35,6 +35,7 @@ CHANGED = TrainConfig(
     max_target_tokens=7,
     choose_by="loss",
     starts=2,
+    restarts=0,
     tune="tuned",
     backbone_lr=1e-5,
     backbone_weight_decay=0.25,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from ptuning.backbone.loading import load_backbone
 from ptuning.config import TrainConfig
 from ptuning.data.reading import load_records
 from ptuning.engine import prefix_cache
+from ptuning.engine.evaluate import Evaluation
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError, FileError, PTuningError, RecordError, TrainingError
 from ptuning.names import CHECKPOINT_FOLDER, FLEET_FILE, PROMPT_FOLDER, RUN_FILE, STATE_FILE
@@ -85,6 +86,26 @@ def test_each_comes_out_as_if_alone(backbone: Backbone, monkeypatch: pytest.Monk
             assert_alike(one, other)
             assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
+
+
+def test_one_that_is_lost_starts_anew_among_others(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decision 72: as it does alone, and the others do not notice."""
+    real = Trainer.evaluate
+
+    def evaluate(self: Trainer, *args: Any, note: str = "", **named: Any) -> Evaluation:
+        if note == "before training" and self.config.seed == 1:
+            return Evaluation(0.0, (1.0,))  # nothing is better
+        return real(self, *args, note=note, **named)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    prompts = [EVERY[0], EVERY[1], EVERY[3]]
+    found = train_fleet(prompts, backbone=causal)
+    for prompt, result in zip(prompts, found.results.values(), strict=True):
+        wanted = alone(prompt, causal)
+        assert_alike(wanted, result)
+        assert len(cast("list[object]", result.record.get("lost", []))) == (prompt.settings.seed == 1)
+        if prompt.settings.seed == 1:
+            assert result.record["lost"] != wanted.record["history"]
 
 
 def assert_alike(one: TrainResult, other: TrainResult) -> None:

@@ -859,6 +859,110 @@ def test_the_choice_by_loss_or_by_a_metric(
         assert [one["dev_bleu"] for one in told] == values
 
 
+LOST = [(0.3, 2.0), (0.0, 6.0), (0.3, 4.0), (0.1, 3.0)]  # the start, and three epochs that are worse
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "restarts", "lost", "chosen"),
+    [
+        ([*LOST, (0.2, 3.0), (0.4, 3.0), (0.3, 1.0)], 1, 1, 2),  # the second attempt is better than the start
+        ([*LOST, *LOST[1:]], 1, 1, 0),  # it is lost, too
+        ([*LOST, *LOST[1:], (0.5, 3.0), (0.2, 3.0), (0.2, 3.0)], 2, 2, 1),
+        (LOST, 0, 0, 0),  # not asked for
+        ([(0.3, 2.0), (0.0, 6.0), (0.3, 1.5), (0.1, 3.0)], 1, 0, 2),  # the loss of an epoch was lower
+        ([(0.3, 2.0), (0.0, 6.0), (0.2, 1.5), (0.1, 3.0)], 1, 0, 0),  # ... though its score was not higher
+        ([(0.3, 2.0), (0.4, 6.0), (0.3, 4.0), (0.1, 3.0)], 1, 0, 1),  # the score of an epoch was higher
+    ],
+)
+def test_a_training_that_is_lost_starts_anew_with_half_the_rate(
+    causal: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    outcomes: list[tuple[float, float]],
+    restarts: int,
+    lost: int,
+    chosen: int,
+) -> None:
+    """Decision 72. The new attempt begins at the same values, and what it reports is its own."""
+    found = make_trainer(causal, epochs=3, restarts=restarts)
+    first = found.learner.vectors()
+    script_evaluations(monkeypatch, found, outcomes)
+    rates: list[float] = []
+    begun: list[Tensor] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "epoch" and progress.done == 0:
+            begun.append(found.learner.vectors())
+        if progress.stage == "train":
+            rates.append(found.numbers["lr"])
+
+    items = items_of(causal, TEMPLATE, FACTS)
+    found.fit(items, items, report=watch)
+    assert len(found.state.lost) == lost
+    assert [[row["dev_loss"] for row in rows] for rows in found.state.lost] == [[6.0, 4.0, 3.0]] * lost
+    assert [row["epoch"] for row in found.state.history] == [1, 2, 3]
+    assert found.state.chosen_epoch == chosen
+    each = len(rates) // (1 + lost)
+    for number in range(1 + lost):
+        assert rates[number * each : (number + 1) * each] == pytest.approx(
+            [rate * 0.5**number for rate in rates[:each]]
+        )
+    assert all(torch.equal(vectors, first) for vectors in begun)
+    assert ("it starts anew with 0.5 of the learning rates" in caplog.text) == (lost > 0)
+    assert ("the prompt is its start. Try a lower learning rate" in caplog.text) == (
+        found.state.is_lost and chosen == 0 and outcomes[2][1] > 2.0
+    )
+
+
+@pytest.fixture
+def always_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be better than the start."""
+    real = Trainer.evaluate
+
+    def evaluate(self: Trainer, *args: Any, note: str = "", **named: Any) -> Evaluation:
+        if note == "before training":
+            return Evaluation(0.0, (1.0,))
+        return real(self, *args, note=note, **named)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+@pytest.mark.usefixtures("always_lost")
+def test_a_training_that_started_anew_is_that_of_half_the_rate(causal: Backbone) -> None:
+    """Nothing of the attempt that was lost is left in the next one."""
+    found = fit(make_trainer(causal, encoder="none", lr=0.02, restarts=1))
+    wanted = fit(make_trainer(causal, encoder="none", lr=0.01, restarts=0))
+    assert len(found.state.lost) == 1
+    assert torch.equal(found.learner.vectors(), wanted.learner.vectors())
+    assert without_seconds(found) == without_seconds(wanted)
+    assert found.state.step == 2 * wanted.state.step
+
+
+@pytest.mark.usefixtures("always_lost")
+@pytest.mark.parametrize("stop_after", [5, 6, 8])
+def test_resuming_a_training_that_started_anew_is_exact(causal: Backbone, tmp_path: Path, stop_after: int) -> None:
+    """Stopped before, at and after the moment (six steps) at which it starts anew."""
+    settings: dict[str, Any] = {"encoder": "mlp", "dropout": 0.3}
+    whole = fit(make_trainer(causal, **settings))
+    with pytest.raises(Interrupted):
+        fit(make_trainer(causal, tmp_path, **settings), stop_after=stop_after)
+    again = make_trainer(causal, tmp_path, **settings)
+    assert again.load()
+    fit(again)
+    assert torch.equal(again.learner.vectors(), whole.learner.vectors())
+    assert without_seconds(again) == without_seconds(whole)
+    assert again.state.first_step == whole.state.first_step == 6
+    assert len(again.state.lost) == 1
+
+
+def test_a_training_of_the_backbone_does_not_start_anew(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons try other learning rates there."""
+    found = make_trainer(causal, epochs=3, tune="tuned")
+    script_evaluations(monkeypatch, found, LOST)
+    fit(found)
+    assert not found.state.lost
+
+
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (9, 9)])
 def test_early_stopping(causal: Backbone, monkeypatch: pytest.MonkeyPatch, patience: int, epochs: int) -> None:
     """Training ends after ``patience`` epochs without a better result."""

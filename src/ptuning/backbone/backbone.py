@@ -125,7 +125,8 @@ class Backbone:
             if wanted not in {one.__name__ for one in type(given).__mro__}:
                 raise BackboneError(
                     f"a backbone is made of a transformers model and its tokenizer, and {type(given).__name__} is no "
-                    f"{wanted}; unwrap it (an adapter's merge_and_unload, a compiled or parallel model's module)"
+                    f"{wanted}; unwrap it (an adapter's merge_and_unload, a compiled or parallel model's module), or "
+                    "load a name with load_backbone"
                 )
         origin = str(getattr(model.config, "name_or_path", None) or "")
         from_hub = name is None and origin and not Path(origin).exists()

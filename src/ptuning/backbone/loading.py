@@ -94,6 +94,9 @@ def load_backbone(
     if asked.shard is not None:
         check_launch(asked.shard)
     place = _device(asked.device)
+    for one in dict.fromkeys(asked.device_map.values() if isinstance(asked.device_map, Mapping) else ()):
+        if one != "disk":
+            _device(f"cuda:{one}" if isinstance(one, int) else str(one))
     _check_attention(asked.attn_implementation)
     name = str(name)
     folder, found_revision = _find(name, asked)
@@ -105,6 +108,7 @@ def load_backbone(
 
 def _loaded(folder: str, name: str, revision: str | None, asked: LoadOptions, place: torch.device) -> Backbone:
     config, tokenizer, kind = _read_tokenizer(folder, name, asked)
+    _generation(folder)  # a damaged one, which says what ends a text, is left out by transformers without a word
     chosen = _number_format(name, asked, config, place)
     asked = _placed(asked, config, place)
     is_placed = asked.device_map is not None or asked.shard == "tp"
@@ -197,7 +201,8 @@ def _reading(name: str, *, needs: str = FOLDER_NEEDS) -> Iterator[None]:
         except torch.OutOfMemoryError as error:
             raise BackboneError(f"the backbone '{name}' does not fit into the GPU's memory; {SMALLER}") from error
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            first, *more = (str(error).strip() or type(error).__name__).splitlines()
+            first = " ".join([first, *(line.strip() for line in more[:1] if first.endswith(":"))])
             if "trust_remote_code" in str(error):
                 first, needs = "it brings code of its own", CODE_NEEDS
             raise BackboneError(
@@ -328,7 +333,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, OverflowError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0].removesuffix(".")  # torch goes on for hundreds of words
         raise BackboneError(f"device '{name}' cannot be used: {first}; use auto, {', '.join(_devices())}") from error
     return device
 

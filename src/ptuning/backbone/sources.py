@@ -64,6 +64,10 @@ CONVERTED = {
 LARGEST_HEADER = 10**8  # bytes; the limit of safetensors itself
 
 
+class NoBackboneError(BackboneError):
+    """There is no backbone of a name: no such folder or file, and nothing on the hub or in its cache."""
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How a backbone is loaded; the fields are what :func:`ptuning.load_backbone` takes.
@@ -346,7 +350,7 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
     if name.strip() and _is(Path.is_dir, path):
         if not (path / "config.json").is_file():
             packed = sorted(path.glob("*.gguf"))
-            raise BackboneError(
+            raise NoBackboneError(
                 f"{name} is not a backbone: it has no config.json; "
                 + (f"it holds a file in GGUF format: give that, {packed[0]}" if packed else "")
                 + ("" if packed else "a folder must hold a model and its tokenizer as save_pretrained writes them")
@@ -361,14 +365,14 @@ def find_backbone(name: str, asked: LoadOptions) -> tuple[str, str | None]:
         "such as gpt2 or owner/name"
     )
     if closest(name, KNOWN) and "/" not in name:
-        raise BackboneError(f"no such backbone: {name}.{closest(name, KNOWN)} ({advice})")
+        raise NoBackboneError(f"no such backbone: {name}.{closest(name, KNOWN)} ({advice})")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name.strip():
-        raise BackboneError(f"no such backbone folder: '{name}'; {advice}")
+        raise NoBackboneError(f"no such backbone folder: '{name}'; {advice}")
     if path.suffix.lower() == ".gguf":
-        raise BackboneError(f"no such file: '{name}'; {advice}")
+        raise NoBackboneError(f"no such file: '{name}'; {advice}")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     patterns += ["*.py"] if asked.trust_remote_code else []
-    folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice)
+    folder = hub_folder(name, asked, patterns=patterns, what="backbone", advice=advice, error=NoBackboneError)
     check_folder(Path(folder), name, asked)
     return folder, Path(folder).name
 
@@ -388,7 +392,7 @@ def hub_folder(
     patterns: Sequence[str],
     what: str,
     advice: str,
-    error: type[PTuningError] = BackboneError,
+    error: type[PTuningError],
 ) -> str:
     """Return the folder of a repository of the hub, or of its copy in the hub's cache where the hub does not answer.
 

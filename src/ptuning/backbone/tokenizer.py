@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptuning.errors import BackboneError
+from ptuning.errors import BackboneError, shown
 from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 from ptuning.template.turns import ChatTurn
@@ -316,11 +316,18 @@ def decoder_start(config: object, generation: object) -> Ids:
 
 
 def text_ends(config: object, generation: object) -> Ids:
-    """Return the ids that end what a model writes: one or several of the generation config, else of the config."""
+    """Return the ids that end what a model writes: one or several of the generation config, else of the config.
+    Raises BackboneError if they are none.
+    """
     for source in (generation, config):
         ends = getattr(source, "eos_token_id", None)
         if ends is not None:
-            return (ends,) if isinstance(ends, int) else tuple(ends)
+            listed = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+            if not all(isinstance(one, int) for one in listed):
+                raise BackboneError(
+                    f"its eos_token_id is {shown(ends)}, and must be a token's number, or a list of them"
+                )
+            return listed
     return ()
 
 

@@ -162,7 +162,7 @@ def common(
 
 
 # What transformers imports if it is installed, and says of kernels that the machine does not have.
-NOISY = ("torchao", "torch.utils._pytree")
+NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 # Every command, in the order of --help. Two words are a command of a group.
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "train": train.train,

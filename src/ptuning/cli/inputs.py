@@ -455,7 +455,7 @@ def load(asked: AskedBackbone, *, prompt: Prompt | None = None, spread: bool = F
 
         try:
             found = load_backbone(name, **vars(options))
-        except BackboneError as error:
+        except sources.NoBackboneError as error:
             if asked.name is not None or own is None:
                 raise
             raise BackboneError(

@@ -13,6 +13,7 @@ from ptuning.data.row_paths import Context, RowPath, place, unfold
 from ptuning.errors import RecordError, closest
 from ptuning.files import Json, sha256
 from ptuning.records import (
+    IN_MEMORY,
     TARGET_FIELD,
     Record,
     Records,
@@ -62,7 +63,7 @@ class Questions(list[Question]):
         self,
         rows: Iterable[Question],
         *,
-        name: str = "in memory",
+        name: str = IN_MEMORY,
         digest: str | None = None,
         fields: Mapping[str, str] | None = None,
     ) -> None:

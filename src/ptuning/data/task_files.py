@@ -21,7 +21,7 @@ from ptuning.errors import FileError, LabelWordError, RecordError, TaskError, Te
 from ptuning.files import Json, Unchecked, parse_toml, read_bytes, read_text, sha256
 from ptuning.metrics import METRICS, TASK_METRICS
 from ptuning.names import is_folder_name
-from ptuning.records import TARGET_FIELD, Record
+from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.labels import LabelWords, Normalise, Scoring
 from ptuning.template.language import Template
 from ptuning.texts.table import TEXT_METRICS
@@ -182,7 +182,7 @@ class TaskFile:
     def read_rows(self, rows: Iterable[Mapping[str, object]], *, labelled: bool = True) -> Questions:
         """Read rows in memory, each like a line of a data file; errors as for :meth:`read`."""
         named = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return self.read_named(named, name="in memory", labelled=labelled)
+        return self.read_named(named, name=IN_MEMORY, labelled=labelled)
 
     def as_in_file(self, label: str) -> Json:
         """Return a label as data files write it: ``true`` for "true", and the number for a label with a number."""

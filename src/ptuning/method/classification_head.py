@@ -26,7 +26,7 @@ from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import is_known
 from ptuning.template.language import Field, Literal, Target, Template, Turn
 from ptuning.template.segments import Kind
-from ptuning.training.step import with_gradients
+from ptuning.training.optimizer import with_gradients
 from ptuning.training.trainer import Trainer
 
 # Name of the field that holds a row's choice; task files cannot use this name.

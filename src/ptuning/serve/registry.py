@@ -243,6 +243,8 @@ class Registry:
     def _put(self, name: str, path: str, *, replaces: bool) -> Served:
         folder = self._inside(path)
         with self._claim(name, is_served=replaces):
+            if _is_gone(folder):
+                raise PromptError(f"'{name}' cannot be loaded: there is no '{path}' in the folder of prompts")
             try:
                 new = self._read(name, folder)
             except StoppedError:

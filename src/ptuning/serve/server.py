@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import queue
 import signal
 import socket
 import sys
@@ -17,10 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 import uvicorn
 
 from ptuning.errors import ConfigError
+from ptuning.serve.engine.job import StoppedError
+from ptuning.serve.http.app import create_app
 from ptuning.serve.http.protocol import HEADER_BYTES, GuardedProtocol
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from ptuning.serve.http.service import Settings
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SIGNAL_EXIT = 128
@@ -35,6 +40,8 @@ OnReady = Callable[[Callable[[], None]], None]
 class Drains(Protocol):
     """What is drained and stopped: the engine."""
 
+    @property
+    def has_failed(self) -> bool: ...  # noqa: D102
     def drain(self, seconds: float) -> bool: ...  # noqa: D102
     def stop(self) -> None: ...  # noqa: D102
 
@@ -93,7 +100,7 @@ def run(
     """Serve until a signal comes. It drains: ``/ready`` and new requests get 503, and requests that run have ``drain``
     seconds to end. A second signal ends the process at once. ``on_ready`` is called once connections are taken, with
     what does the same as a signal and may be called from any thread. ``on_hangup`` is called in a thread at a SIGHUP;
-    in a terminal that ends the process, as ever.
+    in a terminal that ends the process, as ever. If the engine fails, whatever waits is told so; then a StoppedError.
     """
     config = uvicorn.Config(
         app,
@@ -110,7 +117,7 @@ def run(
         timeout_graceful_shutdown=LAST_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    server = _Server(config, on_ready, on_hangup)
+    server = _Server(config, on_ready, on_hangup, has_failed=lambda: engine.has_failed)
 
     def drained() -> None:
         registry.close()
@@ -122,6 +129,58 @@ def run(
         asyncio.run(server.serve(sockets=[listener]))
     finally:
         engine.stop()
+    if engine.has_failed:
+        raise StoppedError("the model has failed, for the reason above, and so the service has ended; start it anew")
+
+
+@contextlib.contextmanager
+def starting(listener: socket.socket, settings: Settings) -> Iterator[None]:
+    """Answer whoever connects while the block runs and gets the service ready: ``/health`` says that it lives, and
+    all that asks a prompt gets 503. Who connects behind the block waits for the service.
+    """
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {address_of(listener)}: {error.strerror}; choose another --port"
+        ) from error
+    nothing = _Nothing()
+    app = create_app(nothing, nothing, settings)  # type: ignore[arg-type]  # while it loads, nothing else is asked
+    app.state.service.phase = "loading"
+    begun: queue.Queue[Callable[[], None]] = queue.Queue()
+    # Its own handle of the socket: the server closes it in the end.
+    thread = threading.Thread(
+        target=run, args=(app, nothing, nothing, listener.dup()), kwargs={"drain": 0, "on_ready": begun.put}
+    )
+    thread.start()
+    end = begun.get()
+    try:
+        yield
+    finally:
+        end()
+        thread.join()
+
+
+class _Nothing:
+    """The engine and the registry of a service that is not ready."""
+
+    base_name = ""
+    is_alive = True
+    has_failed = False
+    status = None
+
+    def __init__(self) -> None:
+        self.served: dict[str, object] = {}
+        self.failures: dict[str, str] = {}
+
+    def drain(self, seconds: float) -> bool:  # noqa: ARG002
+        """There is nothing to wait for."""
+        return True
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+    close = stop
 
 
 def _begin_end(app: FastAPI, server: _Server, drained: Callable[[], None]) -> None:
@@ -141,9 +200,16 @@ class _Server(uvicorn.Server):
     ending: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, config: uvicorn.Config, on_ready: OnReady, on_hangup: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_ready: OnReady,
+        on_hangup: Callable[[], None] | None,
+        *,
+        has_failed: Callable[[], bool],
+    ) -> None:
         super().__init__(config)
-        self._on_ready, self._on_hangup = on_ready, on_hangup
+        self._on_ready, self._on_hangup, self._has_failed = on_ready, on_hangup, has_failed
         self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -151,6 +217,10 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         self._on_ready(self.end)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does ten times a second, and end if the engine has failed."""
+        return await super().on_tick(counter) or self._has_failed()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from ptuning.errors import RecordError, TemplateError
-from ptuning.records import TARGET_FIELD, Record
+from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.chat import Conversations, own_end
 from ptuning.template.example import SLOT_PLACEHOLDER, Example
 from ptuning.template.known import is_known
@@ -163,7 +163,8 @@ class BoundTemplate:
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
                 have = ", ".join(sorted(record)) or "none"
-                raise self.template.error(f"no field '{piece.name}' in {where}; its fields: {have}", index)
+                place = where.removeprefix(f"{IN_MEMORY}, ")
+                raise self.template.error(f"no field '{piece.name}' in {place}; its fields: {have}", index)
 
     def examples(
         self,

@@ -41,7 +41,25 @@ class RunState:
     best_value: float = -1.0  # of the metric that chooses, where it is not the score
     start: dict[str, float] = dataclasses.field(default_factory=dict)
     history: list[dict[str, float | int]] = dataclasses.field(default_factory=list)
+    lost: list[list[dict[str, float | int]]] = dataclasses.field(default_factory=list)  # histories before each restart
+    first_step: int = 0  # of the history
     done: bool = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the epochs so far made nothing better: neither what they are chosen by nor the development loss."""
+        losses = [epoch["dev_loss"] for epoch in self.history]
+        return self.chosen_epoch == 0 and bool(losses) and min(losses) > self.start["dev_loss"]
+
+    @property
+    def share(self) -> float:
+        """The share of the peak learning rates that restarts have left."""
+        return float(0.5 ** len(self.lost))
+
+    def start_anew(self) -> None:
+        """Go back to the first epoch, with half the learning rates."""
+        self.lost.append(self.history)
+        self.history, self.first_step, self.epoch, self.done = [], self.step, 1, False
 
 
 def write_checkpoint(

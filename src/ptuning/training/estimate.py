@@ -27,10 +27,11 @@ from ptuning.prompt.predict import PromptModel
 from ptuning.records import Rows
 from ptuning.template.language import Template
 from ptuning.training.checkpoint import RunState, write_checkpoint
+from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import prepare
 from ptuning.training.run import TrainingRun
 from ptuning.training.spec import SpecOptions, TrainSpec
-from ptuning.training.step import Step, take_steps, with_gradients
+from ptuning.training.step import Step, take_steps
 from ptuning.training.trainer import SAVING_PAUSE
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ptuning.config import DEEP_SETTINGS, HEAD_SETTINGS, TEXT_SETTINGS, TrainConfig
+from ptuning.config import DEEP_SETTINGS, HEAD_SETTINGS, LOST_SETTINGS, TEXT_SETTINGS, TrainConfig
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, sha256
 from ptuning.names import RUN_FILE
@@ -27,7 +27,8 @@ def identity(
     ``fingerprint`` is the backbone's, ``recipe`` :data:`ptuning.config.RECIPE` of the code that trained (None where
     nothing is trained), and ``task_file`` the text of the task file, if there is one.
     """
-    later = {name: getattr(TrainConfig, name) for name in (*DEEP_SETTINGS, *TEXT_SETTINGS, *HEAD_SETTINGS)}
+    came = (*DEEP_SETTINGS, *TEXT_SETTINGS, *HEAD_SETTINGS, *LOST_SETTINGS)
+    later = {name: getattr(TrainConfig, name) for name in came}
     found = {
         name: value
         for name, value in settings.items()

@@ -1,9 +1,10 @@
-"""Which weights a training moves beside the slots, and the optimizer of all that it moves."""
+"""Which weights a training moves beside the slots, their optimizer, and code that needs gradients."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.trained_weights import with_adapters
 from ptuning.config import TrainConfig, derived_seed
+
+Work = TypeVar("Work", bound=Callable[..., object])
+
+
+def with_gradients(work: Work) -> Work:
+    """Let a function or generator that trains compute gradients, though its caller may have turned them off."""
+    return torch.inference_mode(mode=False)(torch.enable_grad()(work))
 
 
 def to_train(backbone: Backbone, config: TrainConfig) -> Backbone:

@@ -43,10 +43,10 @@ from ptuning.records import Rows
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
 from ptuning.training.identity import identity_of_run
+from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
 from ptuning.training.spec import SpecOptions, TrainSpec
-from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Judge, Trainer
 
 FORMAT_VERSION = 1
@@ -366,6 +366,7 @@ def _outcome(trainer: Trainer, *, seconds: float) -> dict[str, Json]:
         **({"deep": trainer.best_deep.to_json()} if trainer.best_deep is not None else {}),
         "start": dict(state.start),
         "history": [dict(epoch) for epoch in state.history],
+        **({"lost": [[dict(epoch) for epoch in history] for history in state.lost]} if state.lost else {}),
         "choice_rule": trainer.choice_rule,
         "chosen_epoch": state.chosen_epoch,
         "stopped_early": len(state.history) < trainer.config.epochs,

@@ -6,9 +6,8 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate
-from ptuning.training.encoders.encoder import make_deep_encoder, make_encoder
+from ptuning.training.encoders.encoder import make_encoders
 from ptuning.training.encoders.together import StackedEncoders, adamw_step, stacked_where_it_helps, works_together
 from ptuning.training.optimizer import make_optimizer, overflows, to_train
 
@@ -47,14 +46,6 @@ ALONE_TOKENS_ELSEWHERE = 4096
 # same loss, whatever its size. 4,096 tokens take 5 GB with the default backbone in float32, and fill a processor.
 PASS_TOKENS = {"cpu": 4096}
 PASS_TOKENS_ELSEWHERE = 16_384
-
-
-Work = TypeVar("Work", bound=Callable[..., object])
-
-
-def with_gradients(work: Work) -> Work:
-    """Let a function or generator that trains compute gradients, though its caller may have turned them off."""
-    return torch.inference_mode(mode=False)(torch.enable_grad()(work))
 
 
 class Learner:
@@ -88,8 +79,8 @@ class Learner:
         self.ranks = DataRanks.of(frozen)
         self._made: dict[int, tuple[Learned, Learned]] = {}
         self.stacked: tuple[StackedEncoders, Tensor] | None = None
-        self.encoder = make_encoder(frozen, bound, config, self.generator)
-        self.deep_encoder = make_deep_encoder(frozen, bound, config, self.generator)
+        self._fresh = functools.partial(make_encoders, frozen, bound, config, self.generator)
+        self.encoder, self.deep_encoder = self._fresh()
         own = [one for one in (self.encoder, self.deep_encoder) if one is not None]
         self.optimizer = make_optimizer(own, self.weights, config)
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -104,6 +95,13 @@ class Learner:
     def generator(self, purpose: str, step: int = 0) -> torch.Generator:
         """Return the random generator of one purpose, independent of all others and of what was drawn before."""
         return torch.Generator().manual_seed(derived_seed(self.config.seed, purpose, step))
+
+    def start_anew(self) -> None:
+        """Give the prompt encoders their first weights back, and the optimizer nothing to remember."""
+        for own, first in zip((self.encoder, self.deep_encoder), self._fresh(), strict=True):
+            if own is not None and first is not None:
+                own.load_state_dict(first.state_dict())
+        self.optimizer.state.clear()
 
     @property
     def trainable_parameters(self) -> int:

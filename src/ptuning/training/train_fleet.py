@@ -27,10 +27,10 @@ from ptuning.names import (
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.provenance import versions
 from ptuning.training.fleet import AT_ONCE, Fleet, Member
+from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import prepare
 from ptuning.training.run import FORMAT_VERSION, TrainingRun, TrainResult
 from ptuning.training.spec import FleetPrompt
-from ptuning.training.step import with_gradients
 from ptuning.training.trainer import Trainer
 from ptuning.workers.crew import Busy, Ended, Workers
 from ptuning.workers.units import UNIT_PROMPTS, Unit, WorkPart, cut, held

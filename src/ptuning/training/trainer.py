@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import BoundTemplate
 from ptuning.training.checkpoint import KeptWeights, RunState, damaged, read_checkpoint, write_checkpoint
 from ptuning.training.step import Learner, Step, Taken, take_steps
+
+logger = logging.getLogger(__name__)
 
 # A checkpoint with weights of the backbone is written within an epoch only after this many times what writing it takes.
 SAVING_PAUSE = 20.0
@@ -178,7 +181,24 @@ class Trainer:
             last = state.history[-1]
             # Before the checkpoint, from which a killed run would go on without having told.
             tell(self._scored(last, f"train loss {last['train_loss']:.3f}, "))
+            if state.done and state.is_lost and not learner.weights:
+                self._meet_a_loss()
             self.save()
+
+    def _meet_a_loss(self) -> None:
+        """Start anew with half the learning rates after a training that was lost, or say that it was."""
+        state = self.state
+        losses = ", ".join(f"{epoch['dev_loss']:.3f}" for epoch in state.history)
+        what = (
+            f"training '{self.learner.bound.template}' was lost: the development loss, {state.start['dev_loss']:.3f} "
+            f"before training, was {losses} after each epoch"
+        )
+        if len(state.lost) == self.config.restarts:
+            logger.warning("%s; the prompt is its start. Try a lower learning rate (--lr) or another --seed", what)
+            return
+        state.start_anew()
+        self.learner.start_anew()
+        logger.warning("%s; it starts anew with %g of the learning rates", what, state.share)
 
     def _scored(self, found: Mapping[str, float], note: str) -> Progress:
         """Return the progress after the development part was scored, before training or at the end of an epoch."""
@@ -215,7 +235,8 @@ class Trainer:
         group_size = config.batch_size * config.accumulation_steps
         total_steps = math.ceil(len(train) / group_size) * config.epochs
         while state.position < len(train):
-            factor = rate(state.step, total_steps, warmup_fraction=config.warmup_fraction)
+            step = state.step - state.first_step
+            factor = state.share * rate(step, total_steps, warmup_fraction=config.warmup_fraction)
             items = [train[index] for index in order[state.position : state.position + group_size]]
             yield Step(self.learner, items, state.step, state.epoch, factor)
 

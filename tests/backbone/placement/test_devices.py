@@ -186,8 +186,9 @@ def test_a_model_in_memory_with_layers_on_the_disk(model_folder: Callable[[str],
 
 
 def test_a_map_that_names_no_device_is_an_error(model_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(BackboneError, match=r"cannot load the backbone"):
-        load_backbone(str(model_folder("llama")), device_map={"": "cuba"})
+    for place, named in (("cuba", "cuba"), (7, "cuda:7")):
+        with pytest.raises(BackboneError, match=rf"device '{named}' cannot be used: .*; use auto, cpu"):
+            load_backbone(str(model_folder("llama")), device_map={"": place})
 
 
 def test_asked_positions_follow_the_last_layers_device() -> None:

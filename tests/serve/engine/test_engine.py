@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Question, Questions
-from ptuning.engine.objective import question_items
+from ptuning.engine.objective import candidate_item, question_items
 from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine import beginnings, scheduler
+from ptuning.serve.engine import base, beginnings, scheduler
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import (
     Answering,
@@ -37,6 +38,7 @@ from ptuning.serve.engine.job import (
 )
 from ptuning.template.labels import LabelWords
 from ptuning.template.segments import FILLS_MASKS
+from tests.backbone.test_turn import longrope
 from tests.conftest import RECORDS, learned
 from tests.families import built
 
@@ -235,6 +237,23 @@ def test_the_base_model_goes_on_and_scores_a_text(causal: Backbone, serve: Calla
             engine.ask([wrong])
 
 
+def test_usage_is_what_is_read(backbone: Backbone, serve: Callable[..., Engine]) -> None:
+    """Of labels, candidates, beams and written answers; the sum is what the metrics tell."""
+    prompts, engine = prompts_of(backbone), serve(backbone)
+    record = {"x": "the capital of Kenya"}
+    hows = [(prompts[0], Answering()), (prompts[1], Answering()), (prompts[1], Answering(candidates=CANDIDATES))]
+    hows.append((prompts[0], Answering(top_k=2)))
+    found = engine.ask([PromptRow(prompt, Question(record), how) for prompt, how in hows])
+    written, labels, candidates, several = (one.usage.prompt_tokens for one in found)
+    bound = prompts[1].bind(backbone)
+    (examples,) = bound.answers([record], [CANDIDATES])
+    assert candidates == candidate_item(examples).tokens
+    items = question_items(bound, Questions([Question(record)]), prompts[1].answer_space, labelled=False)
+    assert labels == items[0].tokens
+    assert written == several
+    assert engine.status.prompt_tokens == sum(one.usage.prompt_tokens for one in found)
+
+
 def test_a_failed_row_fails_alone(backbone: Backbone, serve: Callable[..., Engine]) -> None:
     """A record without the field, a row that is too long, a prompt of another model, and a setting without meaning."""
     closed, kept = prompts_of(backbone)[1], Prompt.manual("{x!} is [Y]")
@@ -402,8 +421,40 @@ def test_a_fault_of_the_engine_ends_it_and_fails_what_waits(
     assert isinstance(heard.found[0], StoppedError)
     engine._thread.join(60)
     assert not engine.is_alive
+    assert engine.has_failed
     with pytest.raises(StoppedError):
         engine.ask([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))])
+
+
+def test_a_thread_that_hangs_is_not_alive(
+    causal: Backbone, serve: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Abuse case 14: rows wait and nothing happens; without rows nothing need happen, and who goes on lives again."""
+    engine, clock = serve(causal), [0.0]
+    monkeypatch.setattr(base, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    engine.call(int)
+    clock[0] += 2 * base.HUNG_SECONDS
+    assert engine.is_alive
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        let_go.wait(60)
+
+    thread = threading.Thread(target=lambda: engine.call(hold))
+    thread.start()
+    assert held.wait(60)
+    engine.submit(Job([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))], heard := Heard(1)))
+    assert engine.is_alive
+    clock[0] += 1.1 * base.HUNG_SECONDS
+    is_alive = engine.is_alive
+    let_go.set()
+    thread.join()
+    assert not is_alive
+    assert heard.ready.wait(60)
+    engine.call(int)
+    assert engine.is_alive
+    assert not engine.has_failed
 
 
 def test_many_prompts_on_one_text_read_it_once(
@@ -470,6 +521,59 @@ def test_kept_beginnings_have_a_bound(
         (outcome,) = engine.ask([PromptRow(prompt, Question(record))])
         assert outcome.prediction is not None
         alike(outcome.prediction, model.predict([record], prompt)[0])
+
+
+def test_a_few_slots_in_front_are_kept_and_go_with_rows_without(causal: Backbone, serve: Callable[..., Engine]) -> None:
+    """A prompt's own beginning, however short, is read no more than twice; its rows need no pass of their own."""
+    prompts = [replace(learned(causal, "[P*6] {x} is [Y]", seed=seed), target_tokens=3) for seed in range(2)]
+    engine, model = serve(causal), PromptModel(causal)
+    cached = []
+    for turn, records in enumerate((RECORDS[:1], RECORDS[1:2], RECORDS[2:4], RECORDS[:2])):
+        rows = [PromptRow(prompts[at], Question(record)) for at, record in enumerate(records)]
+        for row, outcome in zip(rows, engine.ask(rows), strict=True):
+            assert outcome.prediction is not None
+            alike(outcome.prediction, model.predict([row.question.record], row.prompt)[0])
+            cached.append(outcome.usage.cached_tokens)
+        assert engine.status.passes == turn + 1
+        assert engine.status.kept_texts == (0, 1, 1, 2)[turn]
+    assert [one > 0 for one in cached] == [False, False, True, False, True, False]
+    assert cached[2] == cached[4] == 6 + len(causal.tokenizer.prefix_ids)
+    assert engine.status.cached_tokens == sum(cached)
+
+
+def test_an_instruction_is_kept_though_the_text_behind_it_is_new(
+    causal: Backbone, serve: Callable[..., Engine]
+) -> None:
+    """What all rows of a prompt begin with comes again, also where a text stands between it and the slots."""
+    instruction = " ".join(["the capital of Kenya is Nairobi and of Peru Lima"] * 2)
+    prompt = replace(learned(causal, f"{instruction} {{x}} [P*2] so [Y]"), target_tokens=2)
+    engine, model = serve(causal), PromptModel(causal)
+    cached = []
+    for record in [*RECORDS[:4], RECORDS[3], RECORDS[3]]:
+        (outcome,) = engine.ask([PromptRow(prompt, Question(record))])
+        assert outcome.prediction is not None
+        alike(outcome.prediction, model.predict([record], prompt)[0])
+        cached.append(outcome.usage.cached_tokens)
+    assert cached[:2] == [0, 0]
+    assert 32 <= cached[2] == cached[3] == cached[4] < cached[5]
+
+
+@pytest.mark.parametrize("words", [0, 5])
+def test_kept_beginnings_of_a_model_that_turns(words: int, serve: Callable[..., Engine]) -> None:
+    """An answer that may cross the length at which positions change reads its whole row anew, kept beginning or not."""
+    backbone = longrope()
+    prompt = learned(backbone, "[P*6] the capital of {x} is [Y]")
+    engine, model = serve(backbone), PromptModel(backbone)
+    record = {"x": "Kenya " * words + "Peru"}
+    cached = []
+    for tokens in (2, 2, 2, 30):
+        how = GenerationSettings(max_new_tokens=tokens, stop_strings=("never",))
+        (outcome,) = engine.ask([PromptRow(prompt, Question(record), Answering(generation=how))])
+        assert outcome.prediction is not None
+        alike(outcome.prediction, model.predict([record], prompt, generation=how)[0])
+        cached.append(outcome.usage.cached_tokens)
+    assert cached == [0, 0, cached[2], 0]
+    assert cached[2] >= 6
 
 
 class Traffic(RuleBasedStateMachine):
@@ -548,12 +652,12 @@ class Traffic(RuleBasedStateMachine):
                     assert key is None or job.cancelled
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked", "encoder-decoder"])
+@pytest.mark.parametrize(("kind", "least"), [("causal", 3), ("causal", 32), ("masked", 3), ("encoder-decoder", 3)])
 def test_traffic_of_any_kind(
-    kind: str, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+    kind: str, least: int, make_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What must hold of the service: every answer equals the one-row loop, whatever shares its batch."""
-    monkeypatch.setattr(beginnings, "MIN_TOKENS", 3)
+    monkeypatch.setattr(beginnings, "MIN_TOKENS", least)
     backbone = built("t5") if kind == "encoder-decoder" else make_backbone("llama" if kind == "causal" else "bert")
     own = type("Own", (Traffic,), {"backbone": backbone, "prompts": prompts_of(backbone), "known": {}})
     run_state_machine_as_test(own, settings=settings(max_examples=12, stateful_step_count=12, deadline=None))

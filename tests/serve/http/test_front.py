@@ -264,7 +264,10 @@ def test_a_full_queue_refuses_before_the_body_is_looked_at(stubbed: Stubbed) -> 
             assert (found.status_code, found.headers["retry-after"]) == (429, "2")
         assert asked.client.post(path, content=b"{}", headers={**key, "Authorization": "no"}).status_code == 401
         assert asked.client.get(path, headers=key).status_code == 405
-    assert asked.client.get("/v1/models", headers=key).status_code == 200
+    assert ("/v1/predict", [], 429) in asked.watch.requests
+    assert ("/classify", [], 401) in asked.watch.requests
+    for path in ("/v1/models", "/health", "/ready"):  # abuse case 22: it is full, and well
+        assert asked.client.get(path, headers=key).status_code == 200
 
 
 def test_a_fault_tells_its_id_and_nothing_else(stubbed: Stubbed, caplog: pytest.LogCaptureFixture) -> None:

@@ -193,7 +193,7 @@ def address(engine: Engine, tiny: Backbone) -> Iterator[str]:
     ready: queue.Queue[Callable[[], None]] = queue.Queue()
     with listening("127.0.0.1", 0) as listener:
         # The engine is that of all tests: it is not this server's to stop.
-        kept = SimpleNamespace(drain=lambda seconds: True, stop=lambda: None)
+        kept = SimpleNamespace(drain=lambda seconds: True, stop=lambda: None, has_failed=False)
         closing = SimpleNamespace(close=lambda: None)
         thread = threading.Thread(
             target=run, args=(app, kept, closing, listener), kwargs={"drain": 1.0, "on_ready": ready.put}

@@ -146,7 +146,7 @@ def test_the_engine_and_the_registry_are_shown_as_they_are(watch: Monitor, regis
         "rows_failed_total", "prompts_loaded", "prompts_failed",
     )} == {
         "num_rows_waiting": 3, "num_rows_running": 2, "kept_bytes": 4096, "kept_texts": 1, "rows_total": 10,
-        "passes_total": 5, "prompt_tokens_total": 100, "generation_tokens_total": 20, "cached_tokens_total": 40,
+        "passes_total": 5, "prompt_tokens_total": 140, "generation_tokens_total": 20, "cached_tokens_total": 40,
         "rows_cancelled_total": 1, "rows_failed_total": 2, "prompts_loaded": 2, "prompts_failed": 0,
     }  # fmt: skip
     assert any(name.startswith("ptuning_build_info{model=base") for name in found)

@@ -80,19 +80,19 @@ def serve(
     folders = options.named_values(named or (), expected="NAME=FOLDER, such as capitals=runs/capitals")
     if prompts is None and not folders:
         raise ConfigError("there is nothing to serve; give --prompts DIR, or prompts as NAME=FOLDER")
+    from ptuning.serve.http.app import create_app
     from ptuning.serve.http.watch import Monitor
     from ptuning.serve.http.watch import access_log as requests_log
-    from ptuning.serve.server import address_of, listening, run
+    from ptuning.serve.server import address_of, listening, run, starting
 
     settings = _settings(api_key_file, admin_key_file, host, open_to_all=open_to_all)
     log = requests_log(access_log)
     with listening(host, port) as listener:  # an error about it comes before the backbone is loaded
-        loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
-        from ptuning.serve.http.app import create_app
-
-        running = _engine(loaded, engine_url, engine_key_file, queue_rows=queue_rows, cache_memory=cache_memory)
-        running.start()
-        registry = _registry(prompts, folders, running)
+        with starting(listener, settings):
+            loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
+            running = _engine(loaded, engine_url, engine_key_file, queue_rows=queue_rows, cache_memory=cache_memory)
+            running.start()
+            registry = _registry(prompts, folders, running)
         app = create_app(running, registry, settings, watch=Monitor(registry, status=lambda: running.status, log=log))
         said = _ready(address_of(listener), registry, has_key=settings.keys is not None)
         again = functools.partial(_reload, registry)

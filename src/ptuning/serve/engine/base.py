@@ -40,6 +40,11 @@ class EngineStatus:
     kept_texts: int
     kept_bytes: int
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the rows, whether they were read or kept."""
+        return self.tokens_read + self.cached_tokens
+
 
 class BaseEngine(ABC):
     """Takes jobs, and answers their rows in a thread that owns the tokenizer, and the model if it runs here."""
@@ -51,6 +56,7 @@ class BaseEngine(ABC):
         self._queue = Queue(self._tally)
         self._changed = threading.Condition()  # guards what follows, and the queue
         self._closed = self._stopped = False
+        self.has_failed = False
         self._unanswered = 0
         self._row_seconds = FIRST_ROW_SECONDS
         self._ticked = time.monotonic()

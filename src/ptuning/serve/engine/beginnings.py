@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import collate
 from ptuning.engine.learned import Learned
-from ptuning.engine.passes import run_batch
+from ptuning.engine.passes import MIN_SAVED_TOKENS, Pass, run_batch
 from ptuning.engine.prefix_cache import Past, cacheable_ids, free_bytes
 from ptuning.template.example import Example
 
-# Shorter beginnings are read again: to put their keys and values together takes as long.
+# Shorter texts come again less often, and are read again. So are shorter constant beginnings of prompts: on an
+# accelerator, to put their keys and values together takes as long; on a processor a few tokens take longer already.
 MIN_TOKENS = 32
+MIN_CONSTANT_TOKENS = 4
 # So many beginnings that were read once are remembered by their names, to be kept when they come again.
 SEEN = 4096
 
@@ -37,14 +39,17 @@ class PassRow:
     learned: Learned
     digest: bytes
     constant: int = 0
+    _names: dict[int, Name] = field(default_factory=dict, init=False)
 
     def name(self, tokens: int) -> Name:
         """Return the name of the row's beginning by what it holds: its token ids, and slot vectors if there are any."""
-        slots = [position for position in self.example.slot_positions if position < tokens]
-        ids = np.array(self.example.token_ids[:tokens], dtype=np.int64)
-        ids[slots] = -1 - np.arange(len(slots))
-        is_own = slots or self.example.begun
-        return hashlib.sha256(ids.tobytes() + (self.digest if is_own else b"")).digest()
+        if tokens not in self._names:
+            slots = [position for position in self.example.slot_positions if position < tokens]
+            ids = np.array(self.example.token_ids[:tokens], dtype=np.int64)
+            ids[slots] = -1 - np.arange(len(slots))
+            is_own = slots or self.example.begun
+            self._names[tokens] = hashlib.sha256(ids.tobytes() + (self.digest if is_own else b"")).digest()
+        return self._names[tokens]
 
     def behind(self, tokens: int) -> tuple[Example, Learned]:
         """Return what is left of the row behind its beginning, and what its prompt brings there."""
@@ -66,15 +71,17 @@ class Beginnings:
     """Keys and values of beginnings of rows on one frozen backbone, within ``memory_share`` of the memory that is free
     at first; those that were not used for the longest time are dropped.
 
-    A beginning is the text in front of a row's first slot, which rows of different prompts can share, or else what all
-    rows of a prompt begin with. It is named by what it holds, never by a prompt's name: a prompt that is replaced finds
-    nothing of the earlier one. One is kept when it comes for the second time: texts that come once cost nothing.
+    A beginning is the text in front of a row's first slot, which rows of different prompts can share, or what all rows
+    of a prompt begin with. It is named by what it holds, never by a prompt's name: a prompt that is replaced finds
+    nothing of the earlier one. One is kept when it comes for the second time, from the pass that reads it with its row:
+    texts that come once cost nothing.
     """
 
     def __init__(self, backbone: Backbone, *, memory_share: float) -> None:
         self._backbone = backbone
         self._kept: OrderedDict[Name, Tensor] = OrderedDict()  # (L, 2, H, C, D) each
-        self._seen: OrderedDict[Name, None] = OrderedDict()
+        self._seen: OrderedDict[Name, bool] = OrderedDict()  # whether more than once, so that it shall be kept
+        self._least_constant = MIN_CONSTANT_TOKENS if backbone.device.type == "cpu" else MIN_TOKENS
         self.limit = int(memory_share * free_bytes(backbone.device))
         self.bytes = 0
         self.tokens_read = 0
@@ -85,44 +92,76 @@ class Beginnings:
 
     def lengths(self, rows: Sequence[PassRow]) -> list[int]:
         """Return for each row of a pass how many of its tokens and slots are read from kept keys and values, or once
-        for several of these rows; 0 for none.
+        for several of these rows where that saves more than a pass costs; 0 for none.
         """
         if not self.is_used:
             return [0] * len(rows)
-        sizes = [self._candidate(row) for row in rows]
-        names = [row.name(size) if size else b"" for row, size in zip(rows, sizes, strict=True)]
-        counts = Counter(names)
-        return [
-            size if size and (name in self._kept or name in self._seen or counts[name] > 1) else self._note(name)
-            for name, size in zip(names, sizes, strict=True)
-        ]
+        named = [self._named(row) for row in rows]
+        counts = Counter(name for own in named for _, name in own)
+        return [self._length(own, counts) for own in named]
+
+    def _length(self, named: Sequence[tuple[int, Name]], counts: Counter[Name]) -> int:
+        kept = next((size for size, name in named if name in self._kept), 0)
+        longer = [(size, name) for size, name in named if size > kept]
+        for size, name in longer:
+            if (counts[name] - 1) * (size - kept) >= MIN_SAVED_TOKENS:
+                return size
+        for _, name in longer:
+            self._seen[name] = counts[name] > 1 or name in self._seen
+            self._seen.move_to_end(name)
+        while len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        return kept
+
+    @staticmethod
+    def is_long(size: int) -> bool:
+        """Whether so many keys and values are too many to be filled up with pads for rows that have fewer."""
+        return size >= MIN_TOKENS
 
     def to_read(self, row: PassRow, begun: set[Name]) -> int:
         """Return how many tokens of a row are read anew behind what is kept and what rows have ``begun`` in the same
-        pass, to which the row's own beginning is added.
+        pass, to which the row's own beginnings are added.
         """
-        size = self._candidate(row) if self.is_used else 0
-        if not size:
-            return len(row.example.token_ids)
-        name = row.name(size)
-        is_there = name in self._kept or name in begun
-        begun.add(name)
-        return len(row.example.token_ids) - size * is_there
+        named = self._named(row) if self.is_used else []
+        there = next((size for size, name in named if name in self._kept or name in begun), 0)
+        begun.update(name for _, name in named)
+        return len(row.example.token_ids) - there
 
-    def _candidate(self, row: PassRow) -> int:
-        """Return the length of a row's beginning, 0 if it is not worth keeping."""
-        example = row.example
-        text = len(cacheable_ids(example))
-        size = text if text >= MIN_TOKENS else min(row.constant, *example.logit_positions[:1])
-        alike = self._backbone.side(size) == self._backbone.side(len(example.token_ids))
-        return size if size >= MIN_TOKENS and alike else 0
+    def _named(self, row: PassRow) -> list[tuple[int, Name]]:
+        """Return the lengths and names of a row's beginnings that are worth keeping, the longest first."""
+        example, side = row.example, self._backbone.side
+        text, constant = len(cacheable_ids(example)), min((row.constant, *example.logit_positions[:1]))
+        sizes = {text} if text >= MIN_TOKENS else set()
+        if constant >= self._least_constant:
+            sizes.add(constant)
+        whole = side(len(example.token_ids))
+        return [(size, row.name(size)) for size in sorted(sizes, reverse=True) if side(size) == whole]
 
-    def _note(self, name: Name) -> int:
-        if name:
-            self._seen[name] = None
-            if len(self._seen) > SEEN:
-                self._seen.popitem(last=False)
-        return 0
+    def wants(self, rows: Sequence[PassRow]) -> bool:
+        """Whether a beginning of one of these rows, which a pass is about to read, shall be kept."""
+        return self.is_used and any(self._seen.get(name) for row in rows for _, name in self._named(row))
+
+    def keep(self, rows: Sequence[PassRow], found: Pass) -> None:
+        """Keep what is wanted of a pass that has read these rows, and has its keys and values. A row without numbers
+        (NaN) behind its beginning may have none in it, either: a hidden column still counts, by 0 * NaN.
+        """
+        assert found.memory is not None
+        for at, row in enumerate(rows):
+            for size, name in self._named(row):
+                if self._seen.get(name):
+                    columns = found.mask[at].nonzero()[: row.example.begun + size, 0]
+                    own = [torch.stack([pair[0][at], pair[1][at]])[:, :, columns] for pair in found.memory.layers]
+                    part = torch.stack(own)
+                    if part.isfinite().all():
+                        self._put(name, part)
+
+    def _put(self, name: Name, part: Tensor) -> None:
+        self._seen.pop(name, None)
+        if part.nbytes <= self.limit:
+            self._kept[name] = part
+            self.bytes += part.nbytes
+            while self.bytes > self.limit:
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
 
     def past(self, rows: Sequence[PassRow], lengths: Sequence[int]) -> Past:
         """Return the keys and values of each row's beginning, of these lengths (:meth:`lengths`; not all are 0), or of
@@ -145,11 +184,7 @@ class Beginnings:
             self._kept.move_to_end(name)
             return part
         part = self._read(row, size)
-        if part.nbytes <= self.limit:
-            self._kept[name] = part
-            self.bytes += part.nbytes
-            while self.bytes > self.limit:
-                self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._put(name, part)
         return part
 
     def _read(self, row: PassRow, size: int) -> Tensor:

@@ -72,6 +72,7 @@ class Engine(BaseEngine):
                 self._count()
         except Exception as fault:
             logger.exception("the engine has failed")
+            self.has_failed = True
             error = StoppedError(f"the engine has failed ({type(fault).__name__})")
         finally:
             with self._changed:

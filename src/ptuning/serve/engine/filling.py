@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, question_items
+from ptuning.engine.objective import Item, candidate_item, question_items
 from ptuning.engine.writing.ending import Ending, OpenRow
 from ptuning.engine.writing.generate import Company, contexts
 from ptuning.engine.writing.writer import Line
@@ -124,6 +124,17 @@ class Filling:
         ending = Ending.of(self._backbone, asked, stop_strings=how.generation.stop_strings)
         line = Line(ending, how.generation, alternatives=how.alternatives)
         return self._continued(pass_row(example, ready), line, asked.max_tokens)
+
+    def read_whole(self, row: PromptRow) -> int:
+        """Return how many tokens the model reads for a row that ``PromptModel.predict`` answers in one go: of all
+        candidates, or up to the answer.
+        """
+        ready, how, record = self.ready(row.prompt), row.how, row.question.record
+        if how.candidates is not None:
+            (examples,) = ready.bound.answers([record], [how.candidates], with_stop=how.count_stop)
+            return candidate_item(examples).tokens
+        (example,) = contexts([OpenRow(ready.bound, record, longest_answer(how.generation, row.prompt))])
+        return len(example.token_ids)
 
     def continued(self, row: TextRow) -> WrittenRow:
         """Return a row that the model goes on with."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class Passes:
         """Number of tokens that were not read again, since they were kept or other rows had them."""
         return self._begun - self.kept.tokens_read
 
+    def read_elsewhere(self, tokens: int) -> None:
+        """Count tokens that the model has read in passes of others."""
+        self._behind += tokens
+
     def logits(self, rows: Sequence[PassRow]) -> tuple[Tensor, list[int]]:
         """Return the logits at the scored positions of rows, (N, V) float32, row by row; and how many tokens of each
         were not read again.
@@ -71,12 +75,15 @@ class Passes:
 
         return logits_in_parts(self.backbone, [row.example for row in rows], run), cached
 
-    def together(self, rows: Sequence[PassRow], *, side_by_side: bool = False, cut: bool = False) -> list[Together]:
-        """Return which rows run in one pass each: some with one beginning ``side_by_side``, others with different ones,
-        and those without, ``cut`` by length where that saves more pads than a pass costs.
+    def together(
+        self, rows: Sequence[PassRow], *, side_by_side: bool = False, cut: bool = False, whole: bool = False
+    ) -> list[Together]:
+        """Return which rows run in one pass each: some with one long beginning ``side_by_side``, others with different
+        ones, and those with short ones or none, ``cut`` by length where that saves more pads than a pass costs.
+        ``whole`` rows are read from their first token on.
         """
-        begun = self.kept.lengths(rows)
-        names = [row.name(size) if size else b"" for row, size in zip(rows, begun, strict=True)]
+        begun = [0] * len(rows) if whole else self.kept.lengths(rows)
+        names = [row.name(size) if self.kept.is_long(size) else b"" for row, size in zip(rows, begun, strict=True)]
         alike: dict[bytes, list[int]] = {}
         for at, name in enumerate(names):
             is_many = side_by_side and name and names.count(name) >= SIDE_BY_SIDE_ROWS
@@ -110,7 +117,11 @@ class Passes:
         past = self.kept.past(rows, group.begun) if any(group.begun) else None
         batch = collate(examples, learned, pad_side=pad_side)
         self._count(batch.tokens, group)
-        return run_batch(self.backbone, batch, learned, past=past, keep=keep)
+        wants = self.kept.wants(rows)
+        found = run_batch(self.backbone, batch, learned, past=past, keep=keep or wants)
+        if wants:
+            self.kept.keep(rows, found)
+        return found if keep else replace(found, memory=None)
 
     def _side_by_side(self, rows: Sequence[PassRow], group: Together) -> Tensor:
         examples, learned = self._left(rows, group.begun)

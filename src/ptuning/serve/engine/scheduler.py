@@ -29,8 +29,6 @@ PROCESSOR_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
 TOKENS_BETWEEN_STEPS = 512
 # Most answers that are written at a time.
 MAX_LINES = 64
-# What a character of a record and a candidate count for before their tokens are known.
-CHARACTERS_PER_TOKEN, TOKENS_PER_CANDIDATE = 3, 3
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,7 @@ class Scheduler:
             return self._filling.scored(row, answers)
         several = row.how.top_k > 1 or row.how.generation.num_beams > 1
         if row.how.candidates is not None or several or self._fills_masks:
-            self._filling.ready(row.prompt)  # what does not fit fails here
-            characters = sum(map(len, row.question.record.values()))
-            listed = len(row.how.candidates or ())
-            return WholeRow(row, 1 + characters // CHARACTERS_PER_TOKEN + TOKENS_PER_CANDIDATE * listed)
+            return WholeRow(row, self._filling.read_whole(row))
         return self._filling.written(row)
 
     def _classify(self, rows: Sequence[tuple[Waiting, ClosedRow]]) -> None:
@@ -188,6 +183,7 @@ class Scheduler:
 
     def _outcome(self, row: WholeRow, prediction: Prediction) -> Outcome:
         checked(prediction.candidates)
+        self._passes.read_elsewhere(row.tokens)
         return Outcome(prediction, Usage(row.tokens, prediction.tokens or 0))
 
     def _echo(self, one: Waiting, row: PassRow) -> None:

@@ -59,7 +59,8 @@ class Writing:
         company = rows[0][1].company
         own = [filled.row for _, filled in rows]
         begun: list[tuple[Writer, list[Open]]] = []
-        for group in self._passes.together(own):
+        # A row that turns is read anew with each token, and so whole.
+        for group in self._passes.together(own, whole=company.turns):
             some = [own[at] for at in group.places]
             first = self._passes.run(some, group, pad_side="left", keep=not company.turns)
             behind = Continuation.behind(self._passes.backbone, [row.example for row in some], first)

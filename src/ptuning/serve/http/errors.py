@@ -32,6 +32,8 @@ MESSAGE_CHARACTERS = 2000
 RETRY_SECONDS = (1, 60)
 # A path of this machine: what stands in front of its last part is nobody's business.
 PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?(?:[\\/][^\s\\/'\"`,;:()]+)+(?=[\\/])[\\/]")
+# Advice about an option of the command line, at the end of a message: a client has none.
+OPTION = re.compile(r"[.;] [^.;]*\s--[a-z]{2,}[^.;]*$")
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # The first class that an error is of -> status and code.
 CODES: tuple[tuple[type[Exception], int, str], ...] = (
@@ -96,7 +98,8 @@ def api_error(error: Exception, *, request_id: str, param: str | None = None) ->
     for kind, status, code in CODES:
         if isinstance(error, kind):
             where = error.param if isinstance(error, RefusedNameError) else "model" if status == 404 else param
-            return ApiError(status, str(error), code=code, param=where)
+            told = OPTION.sub(".", str(error)) if kind is RecordError else str(error)
+            return ApiError(status, told, code=code, param=where)
     if isinstance(error, PTuningError) and not isinstance(error, FileError):
         return ApiError(400, str(error), code="invalid_value", param=param)
     log_fault(error, request_id)

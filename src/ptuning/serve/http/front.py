@@ -81,7 +81,8 @@ class Front:
             if not seen.status:
                 await error_response(found)(scope, receive, sending)
         finally:
-            self.service.watch.end(seen, route=getattr(scope.get("route"), "path", UNKNOWN))
+            refused: str = scope["path"] if scope["path"] in ASKING else UNKNOWN  # before any route was looked for
+            self.service.watch.end(seen, route=getattr(scope.get("route"), "path", refused))
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raise an ApiError if a request may not come in."""

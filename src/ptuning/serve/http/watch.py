@@ -44,9 +44,9 @@ ENGINE_GAUGES = {
 ENGINE_COUNTERS = {
     "rows": ("Rows that were answered", "rows_done"),
     "passes": ("Passes of the model", "passes"),
-    "prompt_tokens": ("Tokens read, slots included", "tokens_read"),
+    "prompt_tokens": ("Tokens of the rows, slots included", "prompt_tokens"),
     "generation_tokens": ("Tokens written", "tokens_written"),
-    "cached_tokens": ("Tokens read whose keys and values were kept", "cached_tokens"),
+    "cached_tokens": ("Of these tokens: those that were not read again", "cached_tokens"),
     "rows_cancelled": ("Rows whose client went before they were answered", "rows_cancelled"),
     "rows_failed": ("Rows that failed", "rows_failed"),
 }

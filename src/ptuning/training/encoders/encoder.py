@@ -220,10 +220,18 @@ class DeepEncoder(nn.Module):
         return made
 
 
-def make_encoder(
+def make_encoders(
+    frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
+) -> tuple[PromptEncoder, DeepEncoder | None]:
+    """Return what makes the vectors of a template's slots on a backbone, and, if there are any, those of deep slots;
+    ``generator`` returns that of a purpose.
+    """
+    return _make_encoder(frozen, bound, config, generator), _make_deep_encoder(frozen, bound, config, generator)
+
+
+def _make_encoder(
     frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> PromptEncoder:
-    """Return the encoder of a template's slots on a backbone; ``generator`` returns that of a purpose."""
     known = frozen.table_statistics
     start = start_vectors(
         bound.slot_start_ids,
@@ -244,10 +252,9 @@ def make_encoder(
         ).to(frozen.device)
 
 
-def make_deep_encoder(
+def _make_deep_encoder(
     frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> DeepEncoder | None:
-    """Return the encoder of a template's deep slots, None without any; arguments as of :func:`make_encoder`."""
     found = deep_start(frozen, bound, generator=generator("deep slots"))
     if found is None:
         return None

@@ -127,6 +127,8 @@ def test_what_cannot_be_done_is_an_error_of_openai_s_form(client: TestClient, tm
         answer = post("/v1/prompts", json={"name": "x", "path": path})
         assert error_of(answer) == (400, "prompt_unfit", None)
         assert str(tmp_path) not in answer.text
+        if path == "nothing":
+            assert "there is no 'nothing' in the folder of prompts" in answer.text
     assert error_of(client.put("/v1/prompts/x", json={"path": "c"})) == (404, "model_not_found", "model")
     assert error_of(client.put("/v1/prompts/a", json={"path": "unfit"})) == (400, "prompt_unfit", None)
     assert error_of(client.delete("/v1/prompts/x")) == (404, "model_not_found", "model")

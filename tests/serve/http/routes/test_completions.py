@@ -37,7 +37,7 @@ def test_a_prompt_answers_the_value_of_its_field(asked: Asked) -> None:
     assert answer["system_fingerprint"].endswith("-abababababab")
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
-    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
 
 
 def test_labels_are_the_text_and_their_log_probabilities_those_of_one_token(asked: Asked) -> None:

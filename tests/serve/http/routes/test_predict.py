@@ -104,8 +104,21 @@ def test_a_record_that_fails_does_so_alone(asked: Asked) -> None:
     codes = [answers[at]["error"]["code"] for at in (1, 2, 4)]
     assert codes == ["invalid_record", "context_length_exceeded", "invalid_record"]
     assert [answers[at]["error"]["param"] for at in (1, 2, 4)] == ["records[1]", "records[2]", "records[4]"]
+    # Without the advice about an option, which is for the command line.
+    assert answers[1]["error"]["message"] == "records[1]: no text in the field 'x'; its fields: z."
     alone = asked.post("/v1/predict", model="kept", records=["Kenya", "Peru"]).json()["predictions"]
     close_to([answers[0], answers[3]], alone)
+
+
+def test_strange_texts_are_texts(asked: Asked) -> None:
+    """Abuse case 18: marks of slots and fields, special tokens, control characters, right-to-left marks."""
+    texts = ["[P] [Y] {x}", "<s> </s> <|endoftext|> [MASK]", "a\x00\x1b[31m\r\nINFO b", "\u202edrow\u202c \u200b", "\n"]
+    texts += ["\U0001f600 \ufffe", "e\u0301 \u00e9"]
+    for name in ("mood", "write"):
+        found = asked.post("/v1/predict", model=name, records=texts).json()["predictions"]
+        for text, answer in zip(texts, found, strict=True):
+            (expected,) = asked.model.predict([{"x": text}], asked.prompts[name])
+            assert (answer["record"], answer["prediction"]) == ({"x": text}, expected.text)
 
 
 def test_records_that_all_fail_alike_are_an_error_of_the_request(asked: Asked) -> None:

@@ -1,0 +1,41 @@
+"""The queue: who comes first, and what is taken out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from ptuning.serve.engine import waiting
+from ptuning.serve.engine.base import Collected
+from ptuning.serve.engine.job import CallRow, Job, TextRow
+from ptuning.serve.engine.waiting import Queue, Tally
+
+
+def test_first_come_first_served_and_a_large_request_makes_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small request stands behind the first rows of a large one, a late one behind all; a call before all."""
+    queue, clock = Queue(Tally()), [0.0]
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    large, small, late = (Job([TextRow("a")] * rows, Collected(rows)) for rows in (4, 1, 1))
+    for at, job in ((0.0, large), (0.03, small), (0.5, late)):
+        clock[0] = at
+        queue.put(job)
+    call = Job([CallRow(lambda: None)], Collected(1))
+    queue.put(call)
+    assert len(queue) == 6
+    order = []
+    while (one := queue.take()) is not None:
+        order.append((one.job, one.index))
+    assert order == [(call, 0), (large, 0), (large, 1), (small, 0), (large, 2), (large, 3), (late, 0)]
+    assert not queue
+
+
+def test_cancelled_rows_are_taken_out_and_the_others_keep_their_order() -> None:
+    queue = Queue(Tally())
+    stays, goes = (Job([TextRow("a")] * 2, Collected(2)) for _ in range(2))
+    for job in (goes, stays):
+        queue.put(job)
+    goes.cancel()
+    assert [one.job for one in queue.take_cancelled()] == [goes, goes]
+    assert queue.take_cancelled() == []
+    assert [(one.job, one.index) for one in queue.take_all()] == [(stays, 0), (stays, 1)]
