@@ -65,7 +65,8 @@ METHOD = (
     "after a registry has loaded 1,000 prompts, less that before. Mixed rows: 256 facts, each with one of 64 prompts "
     "at random, slots in front. Engine.ask in process runs against PEFT with the same vectors as 64 adapters on one "
     "model, its rows grouped into one pass for each prompt, logits at the scored positions alone, and set_adapter "
-    "between; PEFT's rows are tokenised beforehand, the engine's are not. One text: 64 prompts with slots behind a "
+    "between; PEFT's rows are tokenised beforehand, the engine's are not, and it keeps the keys and values of slots "
+    "in front, from a prompt's second row on, as it does in service. One text: 64 prompts with slots behind a "
     "text of 512 tokens, a new one each time, in one request; against 64 requests of an engine that keeps nothing, of "
     "which 16 are timed and count four times. Answers are compared first."
 )

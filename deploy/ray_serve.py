@@ -1,4 +1,6 @@
-"""Replicas of the service on Ray Serve: ``serve run ray_serve:app``, in this folder, with PTUNING_PROMPTS set."""
+"""Replicas of the service on Ray Serve: ``serve run ray_serve:app``, in this folder, with PTUNING_PROMPTS, a folder,
+and PTUNING_API_KEYS, a file, set.
+"""
 
 import os
 from pathlib import Path
@@ -11,7 +13,7 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
-from ptuning.serve.registry import Registry
+from ptuning.serve.registry import Registry, base_name_of
 
 
 def build() -> FastAPI:
@@ -21,7 +23,7 @@ def build() -> FastAPI:
     engine.start()
     registry = Registry(
         Path(os.environ["PTUNING_PROMPTS"]),
-        base_name=model.backbone.name,
+        base_name=base_name_of(model.backbone.name),
         check=lambda prompt: engine.call(lambda: prompt.bind(model.backbone)),
     )
     registry.reload()

@@ -27,9 +27,11 @@ import ptuning.backbone.backbone
 import ptuning.engine.passes
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone, load_tokenizer
-from ptuning.errors import BackboneError
+from ptuning.config import TrainConfig
+from ptuning.errors import BackboneError, TemplateError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
+from ptuning.training.run import train
 from tests.conftest import (
     CAUSAL,
     CONTEXT,
@@ -264,6 +266,24 @@ def test_a_tokenizer_with_more_tokens_than_the_model() -> None:
     assert backbone.table().shape == (backbone.vocabulary, 32)
     assert "[PAD]" not in backbone.tokenizer.special_ids
     assert PromptModel(backbone).predict([{"x": "[PAD]"}], Prompt.manual("[X] is [Y]"))[0].text is not None
+
+
+def test_a_mask_or_an_end_that_was_never_embedded_is_none() -> None:
+    """A pass looked it up and ended with an IndexError."""
+    tokenizer = make_tokenizer("bert")
+    model = build_model("bert", tokenizer).eval()
+    tokenizer.add_special_tokens({"mask_token": "<gap>"})
+    with pytest.raises(TemplateError, match="has no mask token"):
+        bound(Backbone(model, tokenizer, name="test"), "[X] is [Y]")
+    tokenizer = make_tokenizer("llama")
+    model = build_model("llama", tokenizer).eval()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    backbone = Backbone(model, tokenizer, name="test")
+    backbone.freeze()
+    assert backbone.tokenizer.stop_id is None
+    rows = [{**record, "y": "yes\nor no"} for record in RECORDS]  # of several lines, so that only a token ends them
+    found = train("[P] [X] is [Y]", rows, dev=rows, backbone=backbone, config=TrainConfig(epochs=1))
+    assert not found.prompt.learned_to_stop
 
 
 def test_the_callers_tokenizer_is_left_alone(family: str) -> None:

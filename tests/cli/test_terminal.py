@@ -72,6 +72,20 @@ def test_the_clock_says_how_long_it_takes() -> None:
     assert clock.left == ""
 
 
+def test_the_clock_of_a_training_that_starts_anew() -> None:
+    """What an attempt that was lost took says nothing of the next one's steps."""
+    now = 0.0
+    clock = terminal.Clock(lambda: now)
+    clock(Progress("train", 0, 400, ""))
+    now = 300.0
+    clock(Progress("train", 300, 400, ""))
+    clock(Progress("train", 10, 400, ""))  # anew
+    assert clock.left == ""
+    now = 330.0
+    clock(Progress("train", 40, 400, ""))
+    assert clock.left == "at most 6 min left"
+
+
 def test_a_comparisons_bar_has_its_time_left(screen: Screen) -> None:
     """It said -:--:-- all the time: cells are too far apart for a speed."""
     with terminal.bar() as report:

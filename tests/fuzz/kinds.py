@@ -39,7 +39,7 @@ from ptuning.data.splits import split_relation
 from ptuning.data.task_files import TaskFile, find_split, load_task, shipped_names
 from ptuning.data.word_lists import read_words
 from ptuning.doctor.prompts import ReadPrompt, read_prompts
-from ptuning.doctor.remote import Remote, RemoteAnswer
+from ptuning.doctor.remote import Remote, RemoteAnswer, read_key
 from ptuning.doctor.server import check_server
 from ptuning.errors import TaskError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
@@ -48,13 +48,14 @@ from ptuning.files import parse_toml, sha256, write_bytes
 from ptuning.prompt.backbone_id import BackboneId
 from ptuning.prompt.prediction import Candidate, Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.records import Record, as_records, references_of, require_fields
+from ptuning.records import Record, as_records, gathered, references_of, require_fields
 from ptuning.records import rows_of as rows_of_data
 from ptuning.report import sections
 from ptuning.report.results_file import read_results
 from ptuning.report.write import write_report
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
+from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
 from ptuning.serve.vllm.remote import Read, VllmServer
 from ptuning.template.chat import chat_template
@@ -512,7 +513,11 @@ class Drawn:
 
 
 def servers(draw: Draw) -> None:
-    """The URL of a server, and what it answers to the doctor: each page changed, or something else."""
+    """The URL of a server, its keys, and what it answers to the doctor: each page changed, or something else."""
+    with folder() as path:
+        write_bytes(path / "keys", draw(changed_bytes(b"# a comment\nsecret-1\nsecret-2\n")))
+        tried(Keys.read, path / "keys")
+        tried(read_key, path / "keys")
     tried(Remote.of, draw(texts | changed_text("http://127.0.0.1:8000/v1")))
     prompt = Prompt.manual("{x} is [Y]", label_words=LabelWords.of("a=yes; b=no"))
     row = {"prediction": "a", "probabilities": {"a": 0.5, "b": 0.5}, "candidates": [{"text": "a", "log_prob": -0.7}]}
@@ -631,7 +636,10 @@ def written_texts(draw: Draw) -> None:
     """Strange texts beside strange references and attributes, with every metric that needs no dictionary."""
     row = {"content": draw(changed_text(CONTENT)), "y": draw(st.lists(changed_text(TEXT), max_size=3) | st.just(TEXT))}
     records = tried(as_records, [row, {"content": CONTENT, "y": TEXT}])
-    if records is None or not all(map(references_of, records)):
+    if records is None:
+        return
+    assert 1 <= len(gathered(records)) <= len(records)
+    if not all(map(references_of, records)):
         return
     written = [draw(changed_text(TEXT)), TEXT]
     for name in TEXT_METRICS:

@@ -41,6 +41,7 @@ from ptuning.serve.registry import (
     Registry,
     Reloaded,
     UnknownPromptError,
+    base_name_of,
 )
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -107,6 +108,12 @@ def test_a_prompt_is_named_by_its_path_in_the_folder(tmp_path: Path) -> None:
     manifest = tmp_path / "prompts" / "run" / "prompt" / MANIFEST_FILE
     assert found.sha256 == hashlib.sha256(manifest.read_bytes()).hexdigest()
     assert [registry.path_of(one) for one in registry.served.values()] == ["x", "run", "sentiment", "team/topic.v2"]
+
+
+def test_a_backbone_in_a_folder_has_no_path_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "team" / "model").mkdir(parents=True)
+    assert base_name_of(str(tmp_path / "team" / "model")) == "model"
+    assert base_name_of("team/model") == "team/model"
 
 
 def test_a_folder_that_is_a_prompt_itself_is_served_under_its_own_name(tmp_path: Path) -> None:

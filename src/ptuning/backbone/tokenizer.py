@@ -53,9 +53,9 @@ class TextTokenizer:
         self._tokenizer = copy.deepcopy(tokenizer) if is_shared else tokenizer
         self._reserved: frozenset[int | None] = frozenset()
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
-        self.mask_id: int | None = tokenizer.mask_token_id
-        self.stop_id: int | None = tokenizer.eos_token_id
-        self.end_ids: frozenset[int] = frozenset({self.stop_id, *end_ids} - {None})
+        self.mask_id = _embedded(tokenizer.mask_token_id, rows)
+        self.stop_id = _embedded(tokenizer.eos_token_id, rows)
+        self.end_ids = frozenset(token for token in (self.stop_id, *end_ids) if token is not None)
         self.unknown_id: int | None = _unknown_id(tokenizer)
         self.line_end_id = self._probe_line_end()
         self.special_ids: Mapping[str, int] = {
@@ -271,6 +271,11 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )
+
+
+def _embedded(token: int | None, rows: int | None) -> int | None:
+    """Return a token that a model can embed; None for one that was added to the tokenizer alone."""
+    return None if token is None or (rows is not None and token >= rows) else token
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -99,7 +99,8 @@ class Clock:
         if progress.stage == "suite":
             self._suite = progress
         elif progress.stage == "train":
-            if self._first is None or progress.total != self._first.total:
+            anew = self._last is not None and progress.done < self._last.done  # after a training that was lost
+            if self._first is None or anew or progress.total != self._first.total:
                 self._first, self._first_at = progress, self._now()
             self._last = progress
 

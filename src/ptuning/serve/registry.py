@@ -330,6 +330,11 @@ class Registry:
         return text if self._root is None else text.replace(f"{self._root}/", "")
 
 
+def base_name_of(backbone: str) -> str:
+    """Return the name in service of a backbone: of a folder its own, without the path, which is nobody's business."""
+    return Path(backbone).name if Path(backbone).exists() else backbone
+
+
 def _check_plausible(manifest: Mapping[str, Json], folder: Path) -> None:
     slots, width = manifest.get("slots"), manifest.get("width")
     if isinstance(slots, int) and isinstance(width, int) and 4 * slots * width > MAX_VECTORS_BYTES:

@@ -101,13 +101,13 @@ def serve(
 
 def _registry(prompts: Path | None, named: Mapping[str, str], engine: BaseEngine) -> Registry:
     """Return the prompts in service, each checked against the backbone; those that are left out are told."""
-    from ptuning.serve.registry import Registry
+    from ptuning.serve.registry import Registry, base_name_of
 
     loaded = engine.model.backbone
     registry = Registry(
         prompts,
         {name: Path(one) for name, one in named.items()},
-        base_name=Path(loaded.name).name if Path(loaded.name).exists() else loaded.name,
+        base_name=base_name_of(loaded.name),
         check=lambda prompt: prompt.bind(loaded),  # in the caller's thread: the engine's may be in a long pass
     )
     _show_failures(registry.reload().failed)
