@@ -24,6 +24,7 @@ from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.files import write_json_lines
 from ptuning.prompt.prompt import Prompt
+from ptuning.records import Record
 from ptuning.training.run import train
 from ptuning.training.spec import FleetPrompt
 from ptuning.training.train_fleet import train_fleet
@@ -33,10 +34,13 @@ from tests.families import model_of, tokenizer_of
 from tests.processes import forked, launched
 
 FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99)
+LABELLED: list[Record] = [{**row, "y": "ab"[number % 2]} for number, row in enumerate(RECORDS)]
 PROMPTS = (
     FleetPrompt("warm", WARM, RECORDS, config=FAST),
     FleetPrompt("free", "[P*2] [X] [Y]", RECORDS, config=replace(FAST, encoder="none", seed=1)),
     FleetPrompt("deep", "[P] [X] [D:is] [Y]", RECORDS, config=replace(FAST, batch_size=2)),
+    FleetPrompt("labels", "[P] [X] [Y]", LABELLED, config=FAST, labels="a=yes;b=a good film"),
+    FleetPrompt("written", "[P:The] [X] [Y]", RECORDS, config=replace(FAST, choose_by="bleu")),
 )
 
 
@@ -143,7 +147,7 @@ def test_a_model_over_two_processes_learns_what_it_learns_in_one(folders: dict[s
         }  # fmt: skip
         assert torch.equal(vectors(tmp_path / name / "run"), both[0][f"{name} run"])
         assert sorted(path.name for path in (tmp_path / name / "fleet").iterdir()) == [
-            "deep", "fleet.json", "free", "warm"
+            "deep", "fleet.json", "free", "labels", "warm", "written"
         ]  # fmt: skip
     half = logits(load_backbone(folders["llama"], dtype="bfloat16", device="cpu"))
     torch.testing.assert_close(both[0]["bfloat16 logits"], half, rtol=0.03, atol=0.03)
