@@ -13,6 +13,7 @@ from tests.fuzz.kinds import KINDS
 # As many as take about a second.
 EXAMPLES = {
     "odd_texts": 8, "reports": 5, "relation_folders": 30, "task_files": 20, "prompt_folders": 40, "model_folders": 10,
+    "gguf_files": 20,
 }  # fmt: skip
 
 
