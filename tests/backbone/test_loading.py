@@ -86,6 +86,8 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_processor(monkeypatch: pytest.
         ({"max_length": 65}, "max_length is 65, and the model reads 64 tokens at most"),
         ({"revision": "v2"}, "revision 'v2' names a version on the hub, and "),
         ({"quantize": 8}, "unknown quantize '8'; use int8, nf4 or int8-bnb."),
+        ({"attn_implementation": True}, "attn_implementation is True; it is a text"),
+        ({"revision": 3}, "revision is 3; it is a text"),
         ({"shard": True}, "unknown shard 'True'; use tp, map or layers."),
     ],
 )

@@ -74,7 +74,8 @@ def model_folders(draw: Draw) -> None:
         tried(load_tokenizer, str(path))
         backbone = tried(load_backbone, str(path), dtype="float32", device="cpu")
         if backbone is not None:
-            tried(PromptModel(backbone).predict, [{"x": "a film"}], Prompt.manual("{x} is [Y]"), ["yes", "no"])
+            for candidates in (["yes", "no"], None):
+                tried(PromptModel(backbone).predict, [{"x": "a film"}], Prompt.manual("{x} is [Y]"), candidates)
 
 
 @functools.cache

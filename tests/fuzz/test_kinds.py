@@ -13,6 +13,7 @@ from tests.fuzz.kinds import KINDS
 # As many as take about half a second.
 EXAMPLES = {
     "odd_texts": 5, "reports": 3, "relation_folders": 15, "task_files": 10, "prompt_folders": 20, "model_folders": 5,
+    "gguf_files": 10,
 }  # fmt: skip
 
 

@@ -55,6 +55,8 @@ def test_parts_have_every_unit_once_and_about_equally_many(of: int) -> None:
 def test_more_parts_than_units_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"part 2/8: there are only 7 units to share .* so give 7 parts or fewer"):
         WorkPart(2, 8).share(UNITS)
+    with pytest.raises(ConfigError, match=r"part 2/2: there is only one unit to share .* so leave out the part"):
+        WorkPart(2, 2).share(UNITS[:1])
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 20))

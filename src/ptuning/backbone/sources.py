@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from ptuning.errors import BackboneError, FileError, PTuningError, closest
+from ptuning.errors import BackboneError, FileError, PTuningError, closest, shown
 from ptuning.files import (
     STALE_SECONDS,
     Json,
@@ -111,6 +111,10 @@ class LoadOptions:
             raise BackboneError(
                 f"device '{self.device}' and a device_map are two answers to one question; give one of them"
             )
+        for option in ("revision", "attn_implementation", "cache_dir"):
+            value = getattr(self, option)
+            if not (value is None or isinstance(value, str) or (option == "cache_dir" and isinstance(value, Path))):
+                raise BackboneError(f"{option} is {shown(value)}; it is a text")
         if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < MIN_LENGTH):
             raise BackboneError(f"max_length is {self.max_length!r}; it is a number of tokens, {MIN_LENGTH} or more")
         self.check_attention({ATTENTION: self.attn_implementation})

@@ -55,7 +55,7 @@ class TextTokenizer:
         self.max_tokens = min(max_tokens, int(min(tokenizer.model_max_length, UNBOUNDED_TOKENS)))
         self.mask_id = _embedded(tokenizer.mask_token_id, rows)
         self.stop_id = _embedded(tokenizer.eos_token_id, rows)
-        self.end_ids: frozenset[int] = frozenset({self.stop_id, *end_ids} - {None})
+        self.end_ids = frozenset(token for token in (self.stop_id, *end_ids) if token is not None)
         self.unknown_id: int | None = _unknown_id(tokenizer)
         self.line_end_id = self._probe_line_end()
         self.special_ids: Mapping[str, int] = {

@@ -56,7 +56,9 @@ CONSTANTS: Mapping[str, Constant] = {
         1e-3, "s", "launching a layer's kernels, forward and backward", "Python and dispatch on a CPU, 0.98 ms"
     ),
     "step_seconds": Constant(2e-3, "s", "a step beside the model"),
-    "encoder_seconds": Constant(4e-3, "s", "a prompt's encoder and optimizer, a step"),
+    "encoder_seconds": Constant(
+        4e-3, "s", "a prompt's encoder and optimizer, a step; in a fleet of encoders none or mlp nearly nothing"
+    ),
     "reduce_seconds": Constant(25e-6, "s", "one sum over the GPUs of a split model, four for each layer and step"),
     "start_seconds": Constant(40.0, "s", "start of a worker: process, imports, CUDA"),
     "load_bytes_per_second": Constant(2e9, "B/s", "reading weights from a shared file system"),

@@ -162,8 +162,7 @@ class BoundTemplate:
         """Raise a TemplateError at the first field of the template that the record lacks; it names those it has."""
         for index, piece in enumerate(self.template.pieces):
             if isinstance(piece, Field) and piece.name not in record:
-                have = ", ".join(sorted(record)) or "none"
-                place = where.removeprefix(f"{IN_MEMORY}, ")
+                place, have = where.removeprefix(f"{IN_MEMORY}, "), ", ".join(sorted(record)) or "none"
                 raise self.template.error(f"no field '{piece.name}' in {place}; its fields: {have}", index)
 
     def examples(

@@ -169,7 +169,10 @@ def _shape_here(work: Work, workers: Workers, units: int) -> CrewShape:
     on_gpu = work.backbone.device.type == "cuda"
     there = torch.cuda.device_count() if on_gpu else 0
     if workers.gpus is not None and not on_gpu:
-        raise ConfigError(f"a worker is to have {workers.gpus:g} GPUs, and the backbone is on {work.backbone.device}")
+        raise ConfigError(
+            f"a worker is to have {workers.gpus:g} GPUs, and the backbone is on {work.backbone.device}; leave out the "
+            "GPUs of a worker (--gpus-per-worker), or load it on a GPU (--device cuda)"
+        )
     gpus = workers.gpus if workers.gpus is not None else min(1.0, there / count)
     if gpus * count > there + 1e-9:
         raise ConfigError(

@@ -64,9 +64,11 @@ class WorkPart:
     def share(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units of this part; a ConfigError if there are more parts than units."""
         if self.of > len(units):
+            unit = f"a unit is a cell, or at most {UNIT_PROMPTS} prompts that train together"
+            if len(units) == 1:
+                raise ConfigError(f"part {self}: there is only one unit to share ({unit}), so leave out the part")
             raise ConfigError(
-                f"part {self}: there are only {len(units)} units to share (a unit is a cell, or at most {UNIT_PROMPTS} "
-                f"prompts that train together), so give {len(units)} parts or fewer"
+                f"part {self}: there are only {len(units)} units to share ({unit}), so give {len(units)} parts or fewer"
             )
         return list(units[self.number - 1 :: self.of])
 

@@ -78,7 +78,7 @@ def test_a_model_over_two_processes_learns_what_it_learns_in_one(folders: dict[s
         }  # fmt: skip
         assert torch.equal(vectors(tmp_path / name / "run"), both[0][f"{name} run"])
         assert sorted(path.name for path in (tmp_path / name / "fleet").iterdir()) == [
-            "deep", "fleet.json", "free", "warm"
+            "deep", "fleet.json", "free", "labels", "warm", "written"
         ]  # fmt: skip
     half = logits(load_backbone(folders["llama"], dtype="bfloat16", device="cpu"))
     torch.testing.assert_close(both[0]["bfloat16 logits"], half, rtol=0.03, atol=0.03)
