@@ -1,0 +1,10 @@
+"""What the tests of comparisons share: reports without drawings."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(undrawn: None) -> None:
+    """Each comparison writes a report."""
