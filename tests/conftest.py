@@ -24,6 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import processes
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,9 +48,10 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage from now on, but not among them."""
+    """Look for garbage from now on, but not among them; and make the process that those of tests are forked of."""
     gc.freeze()
     gc.enable()
+    processes.prepare()
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,30 +1,67 @@
-"""Processes of their own that start at once: each is a fork of a process that has imported what takes seconds, and has
-done nothing else.
+"""Processes of their own that start at once: each is a fork of a process that has imported all that tests import, and
+has done nothing else.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
-_FORKS = multiprocessing.get_context("forkserver")
-# Installed modules alone: the folder of the tests is no place where the process that is forked looks for any.
-_FORKS.set_forkserver_preload(
-    [
-        "ptuning.cli.app", "ptuning.experiment.superglue", "ptuning.training.train_fleet",
-        "transformers.models.llama.modeling_llama",
-    ]
+# What they need beside that.
+ALSO = (
+    "ptuning.cli.app", "ptuning.experiment.superglue", "ptuning.training.train_fleet",
+    "transformers.models.llama.modeling_llama",
 )  # fmt: skip
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([*ALSO])
 
 COMMAND_LINE = "import runpy\nrunpy.run_module('ptuning', run_name='__main__', alter_sys=True)\n"
+
+
+def prepare() -> None:
+    """Make the process that others are forked of: a fork of this one, which has to be called before any test runs. The
+    standard library would start a new one instead, which takes seconds to import what is here already.
+    """
+    if "transformers" not in sys.modules:
+        return  # few tests run, and they may need none
+    for name in ALSO:
+        importlib.import_module(name)
+    start = util.spawnv_passfds
+
+    def fork(path: bytes, words: Sequence[str], handles: Sequence[int]) -> int:
+        if "forkserver" not in words[-1]:  # what tidies up is no fork
+            return start(path, words, handles)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the other threads only wait for pytest-xdist
+            process = os.fork()
+        if process:
+            return process
+        try:
+            atexit._clear()
+            last = 0
+            for handle in sorted({0, 1, 2, *handles}):
+                os.closerange(last, handle)
+                last = handle + 1
+            os.closerange(last, os.sysconf("SC_OPEN_MAX"))
+            exec(words[-1], {})
+        finally:
+            os._exit(1)
+
+    with patch.object(util, "spawnv_passfds", fork):
+        forkserver.ensure_running()
 
 
 class Forked:

@@ -99,13 +99,16 @@ def trained(
     return found
 
 
-@pytest.mark.parametrize("tune", ["frozen", "tuned", "lora"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "xlnet", "t5", "bart"])
+@pytest.mark.parametrize(
+    ("name", "tune"),
+    [*((name, "tuned") for name in ("gpt2", "llama", "bert", "xlnet", "t5", "bart")), ("gpt2", "frozen"),
+     ("t5", "frozen"), ("llama", "lora"), ("bert", "lora")],
+)  # fmt: skip
 def test_training_learns_the_same_to_the_bit(name: str, tune: str) -> None:
     """With the dropout that a tuned backbone draws: what is computed again draws it again."""
     if tune == "lora":
         pytest.importorskip("peft")
-    plain, saving = (trained(own_copy(name), tune=tune, checkpointing=on) for on in (False, True))
+    plain, saving = (trained(own_copy(name), tune=tune, checkpointing=on, epochs=1) for on in (False, True))
     assert torch.equal(plain.best_vectors, saving.best_vectors)
     assert torch.equal(plain.learner.vectors(), saving.learner.vectors())
     assert bool(plain.learner.weights) == (tune != "frozen")

@@ -277,7 +277,7 @@ def test_the_markup_of_a_chat_has_the_tokenizers_own_ids(name: str) -> None:
 
 
 @every_chat
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_markup_has_the_tokenizers_own_ids(name: str, data: st.DataObject) -> None:
     """Special tokens anywhere among words, line breaks and fields, and beside the target."""

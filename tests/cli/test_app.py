@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from ptuning.cli.help import EXIT_CODES, GENERAL, group_of
 from ptuning.progress import Progress
 from ptuning.training.run import TrainingRun
 from tests.conftest import make_model
-from tests.processes import COMMAND_LINE, forked
+from tests.processes import COMMAND_LINE, Forked, forked
 
 FACTS = [
     ("Kenya", "Nairobi"), ("France", "Paris"), ("Peru", "Lima"), ("Chad", "yes"), ("Togo", "no"), ("Cuba", "great"),
@@ -316,7 +315,6 @@ def test_a_full_disk_behind_the_output_is_one_message() -> None:
         ("PYTHONUTF8=0 PYTHONIOENCODING=latin-1 {} data cities", 0),
         ("{} data cities | true", 141),  # a reader of a line may leave after the last one is written
         ("{} data cities >&-", 0),
-        ("{} predict 'manual:[X] is [Y]' --data - <&-", 2),
         ("{} data nothing >&- 2>&-", 2),
     ],
 )
@@ -325,8 +323,14 @@ def test_streams_that_are_closed_or_cannot_show_a_text_are_no_reason_to_fail(com
     done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment(), check=False)
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
-    if code == 2 and done.stderr:
-        assert done.stderr == b"error: the standard input holds no records: lines of text, CSV or JSONL\n"
+
+
+def test_an_input_that_is_closed_holds_no_records(tmp_path: Path) -> None:
+    """As in ``ptuning predict ... <&-``, where Python finds nothing to read from."""
+    closed = f"import os, sys\nos.close(0)\nsys.stdin = None\n{COMMAND_LINE}"
+    with forked(closed, "predict", "manual:[X] is [Y]", "--data", "-", folder=tmp_path / "said") as process:
+        assert process.wait() == 2
+    assert process.err == "error: the standard input holds no records: lines of text, CSV or JSONL\n"
 
 
 # --------------------------------------------------------------------------------------------------------- train
@@ -1267,7 +1271,7 @@ def test_ctrl_c_in_training_leaves_a_checkpoint_from_which_it_goes_on(llama: str
     assert len(record_of(Path("out"))["history"]) == 20
 
 
-def test_ctrl_c_before_training_leaves_nothing(llama: str) -> None:
+def test_ctrl_c_before_training_leaves_nothing(llama: str, tmp_path: Path) -> None:
     os.mkfifo("train.jsonl")  # the process waits here for data until the signal comes
     handles: list[int] = []
 
@@ -1277,44 +1281,24 @@ def test_ctrl_c_before_training_leaves_nothing(llama: str) -> None:
         return bool(handles)
 
     args = ["train", "--data", "train.jsonl", "--template", WARM, "--backbone", llama, "--out", "out"]
-    with running(*args) as process:
-        wait_for(waits, process)
-        printed, said = press_ctrl_c(process)
+    with forked(COMMAND_LINE, *args, folder=tmp_path / "said") as process:
+        process.wait_until(waits)
+        press_ctrl_c(process)
     os.close(handles[0])
-    assert (process.returncode, printed, said) == (130, "", "stopped; nothing was written\n")
-    assert [path.name for path in Path.cwd().iterdir()] == ["train.jsonl"]
+    assert (process.code, process.out, process.err) == (130, "", "stopped; nothing was written\n")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["said", "train.jsonl"]
 
 
-@contextlib.contextmanager
-def running(*args: str) -> Iterator[subprocess.Popen[str]]:
-    """Run the command line in a process of its own, which does not outlive the test."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "ptuning", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(),
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def press_ctrl_c(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Press it until the process ends, and return what that said: Python may enter a read just after it noted the
-    signal and before it acts on it, and then sits there until the next one.
+def press_ctrl_c(process: Forked) -> None:
+    """Press it until the process ends: Python may enter a read just after it noted the signal and before it acts on it,
+    and then sits there until the next one.
     """
     for _ in range(6):
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=20)
+        process.send(signal.SIGINT)
+        with contextlib.suppress(AssertionError):
+            process.wait(20)
+            return
     raise AssertionError("the process did not stop")
-
-
-def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 200
-    while not holds():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def interrupting(number: int, *, times: int, at: Callable[[Progress], bool]) -> Callable[..., object]:

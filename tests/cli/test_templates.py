@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from ptuning.cli.templates import as_shell_text
+from ptuning.data.rules import arithmetic
 from tests.cli.test_app import call
 
 
@@ -19,8 +20,9 @@ def test_bash_reads_a_template_as_it_is_meant(pattern: str) -> None:
     assert done.stdout == pattern.replace(r"\n", "\n")
 
 
-def test_data_by_rule_has_a_template_of_its_own(llama: str) -> None:
+def test_data_by_rule_has_a_template_of_its_own(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--data arithmetic:train` needs no template; one that is given goes first, and other data needs one."""
+    monkeypatch.setattr(arithmetic, "MOST", {"train": 4, "dev": 2, "test": 3})
     args = ("--test", "arithmetic:dev", "--methods", "majority", "--out", "out", "--dry-run", "--backbone", llama)
     told = 'manual template: "{input}, step by step: [Y]" (--manual for another)'
     for words in (("compare", "--data", "arithmetic:train", *args), ("estimate", "--data", "arithmetic:train")):

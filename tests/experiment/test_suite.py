@@ -323,7 +323,7 @@ train, dev, test = json.loads(pathlib.Path(sys.argv[2]).read_text())
 compare(train, dev=dev, test=test, manual=sys.argv[4], template=sys.argv[5], out=sys.argv[3],
         backbone=load_backbone(sys.argv[1], dtype="float32", device="cpu"), methods=sys.argv[6].split(","),
         tries=int(sys.argv[7]),
-        config=TrainConfig(epochs=8, batch_size=2, lr=0.01, patience=9, checkpoint_seconds=0.0))
+        config=TrainConfig(epochs=3, batch_size=2, lr=0.01, patience=9, checkpoint_seconds=0.0))
 """
 
 

@@ -40,6 +40,8 @@ DEV: list[Record] = [{"x": "the movie", "y": "bad"}, {"x": "in Peru", "y": "good
 TUNING = ("fine-tuning", "manual+fine-tuning", "p-tuning+fine-tuning")
 LORA = ("manual+lora", "p-tuning+lora")
 TRAINED = ("p-tuning", *TUNING, *LORA)
+# Every template with every way to train, once: for rules that hold for each of them alike.
+KINDS = ("p-tuning", "fine-tuning", "manual+lora")
 # Each method with a family, each family with a method: for rules that hold for every method of every family.
 EACH = [(name, FAMILIES[at % len(FAMILIES)]) for at, name in enumerate(TRAINED)]
 QUICK = TrainConfig(epochs=2, batch_size=2, lr=0.01, backbone_lr=1e-3, lora_lr=0.01, patience=9)
@@ -130,7 +132,7 @@ def test_it_learns_the_training_facts(method: str, backbone: Backbone) -> None:
     assert trained > everything if method.startswith("p-tuning") else trained == everything
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", KINDS)
 def test_what_answers_is_what_scored_best_on_the_development_part(method: str, causal: Backbone) -> None:
     """Steps so large that the last epoch is not the best one."""
     config = replace(QUICK, epochs=5, lr=0.05, backbone_lr=0.02, lora_lr=0.2)
@@ -154,9 +156,9 @@ def test_without_a_better_epoch_the_untrained_weights_answer(causal: Backbone) -
     assert solution.answer(as_questions(DEV)) == plain
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", KINDS)
 def test_each_try_takes_another_learning_rate_and_the_best_one_answers(method: str, causal: Backbone) -> None:
-    config = replace(LEARNS, epochs=3)
+    config = QUICK
     record: Any = (several := fit(method, causal, config, tries=3, task=task(TRAIN, TRAIN))).record
     setting = "lr" if method == "p-tuning" else "lora_lr" if method in LORA else "backbone_lr"
     base = getattr(config, setting)
@@ -235,7 +237,7 @@ def test_a_bfloat16_backbone_is_tuned_in_float32(
     assert share(solution.answer(as_questions(TRAIN))) == 1.0
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", KINDS)
 def test_the_seed_decides_alone(method: str, causal: Backbone) -> None:
     def history(solution: Solution) -> list[dict[str, float]]:
         epochs: Any = solution.record["history"]
@@ -262,7 +264,7 @@ def test_a_closed_set_restricts_the_answers(causal: Backbone) -> None:
         assert 0 in {answer.rank for answer in found}  # a target that is not in it
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ["p-tuning", "manual+fine-tuning", "p-tuning+lora"])
 def test_stopped_it_goes_on_where_it_was(method: str, causal: Backbone, tmp_path: Path) -> None:
     whole = fit(method, causal, tries=2)
     asked = iter([False] * 3 + [True])

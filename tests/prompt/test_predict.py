@@ -143,10 +143,11 @@ def test_written_answers_alone_equal_those_in_company(backbone: Backbone, top_k:
     """Invariant *Alone or in company*: what is written depends neither on the rows beside it nor on their order."""
     prompt = learned(backbone, TEMPLATE)
     model = PromptModel(backbone)
-    together = model.predict(RECORDS, prompt, top_k=top_k)
-    same(together, [model.predict([record], prompt, top_k=top_k)[0] for record in RECORDS])
+    how: dict[str, Any] = {"top_k": top_k, "generation": {"max_new_tokens": 8}}
+    together = model.predict(RECORDS, prompt, **how)
+    same(together, [model.predict([record], prompt, **how)[0] for record in RECORDS])
     order = random.Random(0).sample(range(len(RECORDS)), len(RECORDS))
-    shuffled = model.predict([RECORDS[index] for index in order], prompt, top_k=top_k)
+    shuffled = model.predict([RECORDS[index] for index in order], prompt, **how)
     same(shuffled, [together[index] for index in order])
 
 
@@ -577,7 +578,11 @@ def test_strange_templates(backbone: Backbone, template: str) -> None:
     rows: list[Record] = [
         {"x": text, "a": "", "b": "ß\t東京", "y": "yes"} for text in ("", "東京", "a  b", "[P*3] [Y]")
     ]
-    same(model.predict(rows, prompt, top_k=2), [model.predict([row], prompt, top_k=2)[0] for row in rows])
+    short = {"max_new_tokens": 3}
+    same(
+        model.predict(rows, prompt, top_k=2, generation=short),
+        [model.predict([row], prompt, top_k=2, generation=short)[0] for row in rows],
+    )
     same(
         model.predict(rows, prompt, ["yes", "東京", "no"]),
         [model.predict([row], prompt, ["yes", "東京", "no"])[0] for row in rows],
@@ -606,8 +611,10 @@ def test_a_long_text_is_shortened_and_answered(backbone: Backbone) -> None:
     """Invariant *Only marked fields shrink*: slots and literals survive a text of thousands of tokens."""
     prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
     model = PromptModel(backbone)
-    rows: list[Record] = [{"x": "Nairobi 25 " * 2000, "y": "yes"}, {"x": "a", "y": "no"}]
-    same(model.predict(rows, prompt), [model.predict([row], prompt)[0] for row in rows])
+    rows: list[Record] = [{"x": "Nairobi 25 " * 700, "y": "yes"}, {"x": "a", "y": "no"}]
+    short = {"max_new_tokens": 4}
+    alone = [model.predict([row], prompt, generation=short)[0] for row in rows]
+    same(model.predict(rows, prompt, generation=short), alone)
     assert model.target_logits(rows, prompt)[0].isfinite().all()
 
 

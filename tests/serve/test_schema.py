@@ -31,7 +31,7 @@ from ptuning.serve.registry import Registry
 from tests.serve.http.conftest import prompts_of, tiny
 
 __all__ = ["tiny"]
-EXAMPLES = 6
+EXAMPLES = 4
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance]
 
 

@@ -46,7 +46,7 @@ class Held:
     has_failed: bool = False
     status: object = None
     jobs: list[Job] = field(default_factory=list)
-    answer_after: float | None = None
+    on_job: Callable[[Job], None] = lambda _: None
     _closed: bool = False
     _left: threading.Event = field(default_factory=threading.Event)
 
@@ -54,8 +54,7 @@ class Held:
         if self._closed:
             raise StoppedError("the engine takes no more requests")
         self.jobs.append(job)
-        if self.answer_after is not None:
-            threading.Timer(self.answer_after, self.answer, [job]).start()
+        self.on_job(job)
 
     def check_room(self) -> None:
         """There is room for all."""
@@ -102,8 +101,14 @@ class Running:
         return found
 
     def is_well(self) -> bool:
-        with self.ask(path="/health") as made:
-            return status_of(read_all(made)) == 200
+        return self.status("/health") == 200
+
+    def is_ready(self) -> bool:
+        return self.status("/ready") == 200
+
+    def status(self, path: str) -> int:
+        with self.ask(path=path) as made:
+            return status_of(read_all(made))
 
 
 def request_of(path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -270,7 +275,7 @@ def test_the_next_request_of_a_connection_has_its_own_time_for_headers(server: R
             found = b""
             while b'"ok"}' not in found:
                 found += made.recv(65536)
-            time.sleep(0.5)  # longer than headers may take: nothing has begun
+            time.sleep(0.35)  # longer than headers may take: nothing has begun
         made.sendall(b"GET /hea")
         assert read_all(made) == b""
 
@@ -317,23 +322,54 @@ def test_what_is_no_http_ends(server: Running) -> None:
 # ---------------------------------------------------------------------------------------------------- signals
 
 
+@dataclass
+class Forked:
+    """A server in a process of its own: its id, and the ends of pipes from and to it."""
+
+    child: int
+    server: Running
+    told: int
+    tell: int
+
+    def has_a_job(self) -> None:
+        """Wait until it has the request that was just sent."""
+        assert os.read(self.told, 1) == b"j"
+
+    def answer(self) -> None:
+        """Let it answer."""
+        os.write(self.tell, b"!")
+
+    def kill(self, number: int) -> None:
+        os.kill(self.child, number)
+
+
 @pytest.fixture
-def forked(tiny: Backbone) -> Iterator[Callable[..., tuple[int, Running]]]:
+def forked(tiny: Backbone) -> Iterator[Callable[..., Forked]]:
     """Start servers in processes of their own, and see that none is left."""
     children: list[int] = []
+    pipes: list[int] = []
 
-    def start(
-        *, answer_after: float, drain: float, before: Callable[[Held], None] = lambda _: None
-    ) -> tuple[int, Running]:
-        engine = Held(PromptModel(tiny), answer_after=answer_after)
+    def start(*, drain: float, before: Callable[[Held], None] = lambda _: None) -> Forked:
+        engine = Held(PromptModel(tiny))
         app = create_app(engine, Shelf.of(prompts_of(tiny)))
         listener = listening("127.0.0.1", 0)
         reads, writes = os.pipe()
+        asked, tell = os.pipe()
+        pipes.extend((reads, writes, asked, tell))
         made = Running(engine, app, listener.getsockname())
 
         def told(_: object) -> None:
             os.write(writes, b"!")
 
+        def answer(job: Job) -> None:
+            os.read(asked, 1)
+            engine.answer(job)
+
+        def begun(job: Job) -> None:
+            os.write(writes, b"j")
+            threading.Thread(target=answer, args=[job], daemon=True).start()
+
+        engine.on_job = begun
         child = os.fork()
         if not child:
             code = 1
@@ -349,13 +385,15 @@ def forked(tiny: Backbone) -> Iterator[Callable[..., tuple[int, Running]]]:
         children.append(child)
         listener.close()
         assert os.read(reads, 1) == b"!"
-        return child, made
+        return Forked(child, made, reads, tell)
 
     yield start
     for child in children:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+    for end in pipes:
+        os.close(end)
 
 
 def ended(child: int) -> int:
@@ -372,74 +410,71 @@ def ended(child: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(forked: Callable[..., tuple[int, Running]], number: int) -> None:
+def test_a_signal_drains(forked: Callable[..., Forked], number: int) -> None:
     """What runs is answered; the service says that it is not ready, takes no new request, and exits with 0."""
-    child, server = forked(answer_after=1.5, drain=20)
+    found = forked(drain=20)
+    server = found.server
     with server.ask() as made:
-        time.sleep(0.3)
-        os.kill(child, number)
-
-        def refused() -> bool:
-            with server.ask(path="/ready") as other:
-                return status_of(read_all(other)) == 503
-
-        waited(refused)
+        found.has_a_job()
+        found.kill(number)
+        waited(lambda: not server.is_ready())
         assert server.is_well(), "it lives until its end"
         with server.ask() as other:
             late = read_all(other)
         assert status_of(late) == 503
         assert b"not_serving" in late
+        found.answer()
         assert status_of(read_all(made)) == 200
-    assert ended(child) == 0
+    assert ended(found.child) == 0
 
 
-def test_what_does_not_end_in_time_is_told_so(forked: Callable[..., tuple[int, Running]]) -> None:
-    child, server = forked(answer_after=60, drain=0.3)
-    with server.ask() as made:
-        time.sleep(0.3)
-        os.kill(child, signal.SIGTERM)
-        found = read_all(made)
-    assert status_of(found) == 503
-    assert ended(child) == 0
+def test_what_does_not_end_in_time_is_told_so(forked: Callable[..., Forked]) -> None:
+    found = forked(drain=0.1)
+    with found.server.ask() as made:
+        found.has_a_job()
+        found.kill(signal.SIGTERM)
+        said = read_all(made)
+    assert status_of(said) == 503
+    assert ended(found.child) == 0
 
 
-def test_a_second_signal_ends_it_at_once(forked: Callable[..., tuple[int, Running]]) -> None:
-    child, server = forked(answer_after=60, drain=60)
-    with server.ask():
-        time.sleep(0.3)
-        os.kill(child, signal.SIGTERM)
-        time.sleep(0.3)
-        os.kill(child, signal.SIGTERM)
-        assert ended(child) == 128 + signal.SIGTERM
+def test_a_second_signal_ends_it_at_once(forked: Callable[..., Forked]) -> None:
+    found = forked(drain=60)
+    with found.server.ask():
+        found.has_a_job()
+        found.kill(signal.SIGTERM)
+        waited(lambda: not found.server.is_ready())  # two signals at once would be one
+        found.kill(signal.SIGTERM)
+        assert ended(found.child) == 128 + signal.SIGTERM
 
 
-def test_an_engine_that_fails_ends_the_process(forked: Callable[..., tuple[int, Running]]) -> None:
+def test_an_engine_that_fails_ends_the_process(forked: Callable[..., Forked]) -> None:
     """Abuse case 14: what waits is told so, and whoever watches the process sees that it has ended, with an error."""
 
     def fail_later(engine: Held) -> None:
         threading.Timer(0.5, setattr, (engine, "has_failed", True)).start()
         threading.Timer(0.5, engine.stop).start()
 
-    child, server = forked(answer_after=60, drain=60, before=fail_later)
-    with server.ask() as made:
+    found = forked(drain=60, before=fail_later)
+    with found.server.ask() as made:
         assert status_of(read_all(made)) == 503
-    assert ended(child) == 17
+    assert ended(found.child) == 17
 
 
-def test_a_kill_leaves_nothing_behind(forked: Callable[..., tuple[int, Running]]) -> None:
+def test_a_kill_leaves_nothing_behind(forked: Callable[..., Forked]) -> None:
     """Abuse case 13: clients are told by the end of their connections, and the port is free at once."""
-    child, server = forked(answer_after=60, drain=60)
-    with server.ask() as made:
-        time.sleep(0.3)
-        os.kill(child, signal.SIGKILL)
+    found = forked(drain=60)
+    with found.server.ask() as made:
+        found.has_a_job()
+        found.kill(signal.SIGKILL)
         assert read_all(made) == b""
-    assert ended(child) == -signal.SIGKILL
-    with listening(*server.address) as again:
+    assert ended(found.child) == -signal.SIGKILL
+    with listening(*found.server.address) as again:
         again.listen()
 
 
 def test_a_service_without_file_handles_answers_again_when_there_are_some(
-    forked: Callable[..., tuple[int, Running]],
+    forked: Callable[..., Forked],
 ) -> None:
     """Abuse case 23: connections wait until others are closed."""
 
@@ -448,12 +483,14 @@ def test_a_service_without_file_handles_answers_again_when_there_are_some(
 
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 12, 4096))
 
-    _, server = forked(answer_after=0.0, drain=1, before=few)
+    found = forked(drain=1, before=few)
+    server = found.server
     made = [server.connect() for _ in range(30)]
     time.sleep(0.3)
     for one in made:
         one.close()
     waited(server.is_well)
+    found.answer()
     with server.ask() as last:
         assert status_of(read_all(last)) == 200
 
@@ -481,7 +518,7 @@ def test_while_the_model_is_loaded_it_lives_and_is_not_ready(tiny: Backbone) -> 
             assert b"retry-after: 5" in found.lower()
         with made.ask(path="/health") as waits:
             engine = made.engine
-            engine.answer_after = 0.0
+            engine.on_job = lambda job: threading.Timer(0.0, engine.answer, [job]).start()
             ready: queue.Queue[Callable[[], None]] = queue.Queue()
             thread = threading.Thread(
                 target=run,

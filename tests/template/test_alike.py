@@ -36,7 +36,7 @@ def plain(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 @every_tokenizer
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_ids_are_those_of_whole_texts(name: str, data: st.DataObject) -> None:
     """For any beginning that texts share, and anything behind it."""

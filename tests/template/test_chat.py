@@ -23,7 +23,7 @@ from tests.chats import PLAIN, SHAPES, SPECIALS, chat_tokenizer, shaped
 from tests.conftest import CORPUS, make_tokenizer
 
 every_shape = pytest.mark.parametrize("name", SHAPES)
-CONVERSATIONS = 1000  # over all shapes
+CONVERSATIONS = 500  # over all shapes
 WORDS = " ".join(CORPUS).split()
 # Letters at the ends of contents that tokenizers join with what stands beside them.
 ENDS = ("", ".", "...", "\n1.", " é", "\n\nyes", "?!", " 😀", ")", "'s")
@@ -142,7 +142,7 @@ def test_contents_never_become_markup(name: str) -> None:
     """Whatever stands in a content, special tokens are those of the chat template, and the text is all there."""
     draw, filled, raw = random.Random(f"hostile {name}"), bound(name), shaped(name)
     specials = {raw.convert_tokens_to_ids(token) for token in SPECIALS}
-    for _ in range(20):
+    for _ in range(10):
         turns = conversation(draw)
         hostile = [
             Turn(role, f"{draw.choice(SPECIALS)} {text}{''.join(draw.choices(SPECIALS, k=2))} {draw.choice(SPECIALS)}")

@@ -58,7 +58,7 @@ def test_names_numbers_and_domains_from_nowhere_are_invented() -> None:
 
 
 def test_every_text_of_countries_says_all_and_invents_nothing() -> None:
-    records = load_records("countries:test")
+    records = load_records("countries:test")[::2]
     for pattern in (0, 5, 11):
         texts = [references_of(one)[pattern] for one in records]
         bare: list[Record] = [{"content": one["content"], "y": "none"} for one in records]

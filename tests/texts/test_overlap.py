@@ -48,7 +48,7 @@ def the(found: object, name: str) -> Measured:
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_bleu_and_chrf_equal_sacrebleu_to_the_last_digit(most: int) -> None:
-    for seed in range(40):
+    for seed in range(0, 40, 3):
         texts, references = pairs(seed, rows=1 + seed, most=most)
         for name, found, library in (
             ("bleu", overlap.bleu(texts, references), sacrebleu.BLEU(force=True)),

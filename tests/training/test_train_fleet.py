@@ -70,7 +70,8 @@ def starts(result: TrainResult) -> list[dict[str, float]]:
     return list(rows)
 
 
-def test_each_comes_out_as_if_alone(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "at_once"), [("gpt2", 2), ("llama", 16), ("bert", 16), ("roberta", 2)])
+def test_each_comes_out_as_if_alone(backbone: Backbone, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant *Fast = slow*: prompts that train together share passes, and nothing else.
 
     Causal and masked, with and without a constant part, fewer at once than there are.
@@ -78,13 +79,12 @@ def test_each_comes_out_as_if_alone(backbone: Backbone, monkeypatch: pytest.Monk
     """
     monkeypatch.setattr(prefix_cache, "MIN_PREFIX_TOKENS", 2)
     every_alone = [alone(prompt, backbone) for prompt in EVERY]
-    for at_once in (2, 16):
-        found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
-        assert not found.failed
-        assert list(found.results) == [prompt.name for prompt in EVERY]
-        for one, other in zip(every_alone, found.results.values(), strict=True):
-            assert_alike(one, other)
-            assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
+    found = train_fleet(EVERY, backbone=backbone, at_once=at_once)
+    assert not found.failed
+    assert list(found.results) == [prompt.name for prompt in EVERY]
+    for one, other in zip(every_alone, found.results.values(), strict=True):
+        assert_alike(one, other)
+        assert other.record["fleet"] == {"prompts": len(EVERY), "at_once": at_once}
     assert not any(weight.requires_grad or weight.grad is not None for weight in backbone.model.parameters())
 
 
@@ -319,7 +319,7 @@ def undisturbed(loaded: Callable[[str], Backbone], tmp_path_factory: pytest.Temp
     return get
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
+@pytest.mark.parametrize("stop", [1, 8, 11])
 def test_a_stopped_fleet_goes_on_exactly(
     stop: int, causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Whole
 ) -> None:
@@ -424,7 +424,7 @@ def test_a_fleet_that_cannot_start_replaces_nothing(causal: Backbone, tmp_path: 
 
 
 def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
-    """kill -9 at three moments in a row: prompts that were written after the last checkpoint come out the same."""
+    """kill -9 at two moments in a row: prompts that were written after the last checkpoint come out the same."""
     make_model("llama", tmp_path / "model")
     script = tmp_path / "fleet.py"
     script.write_text(
@@ -438,7 +438,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
         "from ptuning.training import fleet\n"
         "fleet.SAVING_PAUSE = 0.0\n"
         f"backbone = load_backbone({str(tmp_path / 'model')!r}, dtype='float32', device='cpu')\n"
-        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=4)) for one in EVERY]\n"
+        "prompts = [replace(one, config=replace(one.settings, checkpoint_seconds=0.0, epochs=2)) for one in EVERY]\n"
         "train_fleet(prompts, backbone=backbone, out=Path(sys.argv[1]), at_once=3, resume=True)\n"
     )
 
@@ -451,7 +451,7 @@ def test_a_killed_fleet_goes_on_exactly(tmp_path: Path) -> None:
 
     here("whole")
     state = tmp_path / "killed" / CHECKPOINT_FOLDER / STATE_FILE
-    for moment in range(3):
+    for moment in range(2):
         seen = {state.stat().st_mtime_ns if state.exists() else 0}
         with forked(script.read_text(), tmp_path / "killed", folder=tmp_path / "said") as process:
             while len(seen) <= 4 + 3 * moment:

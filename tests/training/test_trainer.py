@@ -32,7 +32,6 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, loss, loss_count, question_items, score_choices, target_items
 from ptuning.engine.passes import target_logits
 from ptuning.engine.prefix_cache import PrefixCache
-from ptuning.engine.processes import DataRanks
 from ptuning.errors import BackboneError, TrainingError
 from ptuning.files import Json
 from ptuning.names import CHECKPOINT_FILE
@@ -54,10 +53,7 @@ from tests.backbone.test_trained_weights import experts
 from tests.conftest import FAMILIES, RECORDS, bound, build_model, items_of, make_tokenizer, small_memory
 from tests.families import backbone_of
 from tests.processes import forked, launched
-
-TEMPLATE = "[P*2] [X] [P:is] [Y]"
-FACTS: list[Record] = [{"x": f"city {index}", "y": ("yes", "no", "São Tomé")[index % 3]} for index in range(7)]
-FAST = {"epochs": 2, "batch_size": 3, "lr": 0.01, "patience": 99}
+from tests.training.spread import FACTS, FAST, SPREAD, TEMPLATE, fit_spread, learned_of, spread_trainer
 
 
 def make_trainer(backbone: Backbone, folder: Path | None = None, **settings: Any) -> Trainer:
@@ -502,7 +498,6 @@ def test_a_record_that_does_not_fit_alone_ends_training_with_what_to_do(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"dropout": 0.3},
         {"dropout": 0.3, "checkpointing": True},
         {"tune": "tuned"},
         {"tune": "tuned", "checkpointing": True},
@@ -521,7 +516,7 @@ def test_trainings_in_threads_follow_their_seeds(masked: Backbone, settings: dic
     seeds = range(3)
 
     def learn(seed: int) -> Tensor:
-        return fit(make_trainer(masked, seed=seed, **settings)).learner.vectors()
+        return fit(make_trainer(masked, seed=seed, epochs=1, **settings)).learner.vectors()
 
     wanted = [learn(seed) for seed in seeds]
     before, interval = torch.get_rng_state(), sys.getswitchinterval()
@@ -695,59 +690,6 @@ def test_the_loss_of_a_step_is_per_token(backbone: Backbone) -> None:
     assert math.isclose(found.state.history[0]["train_loss"], expected, abs_tol=1e-5)
 
 
-# What several processes must learn as one does: settings, the template, and the numbers that a step sends around.
-SPREAD: dict[str, tuple[dict[str, Any], str, int]] = {
-    "lstm": ({"dropout": 0.2}, TEMPLATE, 3 * 32),
-    "none": ({"encoder": "none"}, TEMPLATE, 3 * 32),
-    "several batches a step": ({"dropout": 0.2, "batch_size": 1, "accumulation_steps": 3}, TEMPLATE, 3 * 3 * 32),
-    "without dropout": ({"batch_size": 1, "accumulation_steps": 3}, TEMPLATE, 3 * 32),
-    "deep": ({}, "[P*2] [X] [D:is] [Y]", 3 * 32 + 32),
-}
-
-
-def spread_trainer(backbone: Backbone, case: str, **more: Any) -> Trainer:
-    """Return the trainer of a case of :data:`SPREAD`."""
-    settings, template, _ = SPREAD[case]
-    config = TrainConfig.from_json({**FAST, **settings, **more})
-    return Trainer(backbone, bound(backbone, template), config=config)
-
-
-def fit_spread(backbone: Backbone, case: str, **more: Any) -> Trainer:
-    """Train a case of :data:`SPREAD`."""
-    found, items = spread_trainer(backbone, case, **more), items_of(backbone, SPREAD[case][1], FACTS)
-    found.fit(items, items[:4])
-    return found
-
-
-def learned_of(found: Trainer) -> Tensor:
-    """Everything that was learned, as one tensor."""
-    return torch.cat([one.reshape(-1) for one in found.learner.learned().tensors])
-
-
-def spread(folder: Path, out: Path) -> None:
-    """Train all cases as one of several processes, and write what was learned and what was sent around."""
-    sizes: list[int] = []
-    real = torch.distributed.all_reduce
-
-    def spy(tensor: Tensor, **more: Any) -> object:
-        sizes.append(tensor.numel())
-        return real(tensor, **more)
-
-    torch.distributed.all_reduce = spy  # type: ignore[assignment]
-    backbone = load_backbone(str(folder), dtype="float32", device="cpu")
-    found = {}
-    for case in SPREAD:
-        sizes.clear()
-        trained = fit_spread(backbone, case)
-        assert trained.learner.ranks.size == 2
-        assert len(sizes) == trained.state.step, "one all-reduce in each step"
-        found[case] = learned_of(trained)
-        found[f"{case}, sent"] = torch.tensor(sizes)
-    found["tuned"] = learned_of(fit_spread(backbone, "lstm", tune="tuned"))
-    safetensors.torch.save_file(found, out / f"{DataRanks.of(backbone).rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_learn_what_one_learns(
     causal: Backbone, tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
@@ -758,8 +700,8 @@ def test_two_processes_learn_what_one_learns(
     """
     program = (
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "import tests.training.test_trainer as t\n"
-        "t.spread(*map(pathlib.Path, sys.argv[1:]))\n"
+        "from tests.training.spread import spread\n"
+        "spread(*map(pathlib.Path, sys.argv[1:]))\n"
     )
     told = launched(2)
     with contextlib.ExitStack() as stack:

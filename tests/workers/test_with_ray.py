@@ -25,13 +25,17 @@ from tests.processes import forked
 pytestmark = pytest.mark.ray
 pytest.importorskip("ray", reason="the extra ptuning[ray] is not installed")
 
-# A worker knows the methods that the command registers.
-PROGRAM = """
+EPOCHS = 4
+# A worker knows the methods that the command registers. One Ray does for all, as it takes its time to start.
+PROGRAM = f"""
 import json, logging, pathlib, sys
+from types import SimpleNamespace
 from ptuning import TrainConfig, compare, load_backbone, methods
 from ptuning.experiment.plan import Watch
+from ptuning.workers import ray_crew
 from ptuning.workers.crew import Workers
 logging.basicConfig(level=logging.INFO)
+ray_crew.LOOK_SECONDS = 0.05  # tiny units end before the next second
 
 @methods.register("failing", describe="of a test")
 def failing(task, setup):
@@ -40,15 +44,21 @@ def failing(task, setup):
 model, data, out, manual, template = sys.argv[1:]
 train, dev, test = json.loads(pathlib.Path(data).read_text())
 told = []
-for name, shared in (("together", None), ("apart", False)):
+
+def run(name, workers):
     compare(
         train, dev=dev, test=test, manual=manual, template=template, out=pathlib.Path(out, name), seeds=2,
         backbone=load_backbone(model, device="cpu"), methods=["majority", "failing", "p-tuning"],
-        config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0), tries=2,
-        workers=Workers(2, shared_folder=shared), watch=Watch(report=told.append),
+        config=TrainConfig(epochs={EPOCHS}, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0), tries=2,
+        workers=workers, watch=Watch(report=told.append),
     )
-print("notes", sorted({now.note for now in told if now.stage == "suite"}))
-print("steps of", sorted({now.name.split("/")[0] for now in told if now.stage == "train"}))
+
+with ray_crew.connected(SimpleNamespace(backbone=load_backbone(model, device="cpu")), Workers(2), 2):
+    run("together", Workers(2))
+    ray_crew._shape_of_cluster = lambda *_: ray_crew.CrewShape(1, 1, 0.0)  # more threads would add in another order
+    run("apart", Workers(1, shared_folder=False))
+print("notes", sorted({{now.note for now in told if now.stage == "suite"}}))
+print("steps of", sorted({{now.name.split("/")[0] for now in told if now.stage == "train"}}))
 """
 
 
@@ -67,7 +77,7 @@ def without_workers(files: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 def test_a_killed_worker_changes_no_byte(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Invariant *Resume is exact*, with two workers, one of which is killed; then two that do not see the folder."""
+    """Invariant *Resume is exact*, with two workers, one of which is killed; then one that does not see the folder."""
     (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
     model = model_folder("llama")
     given = [model, tmp_path / "data.json", tmp_path, MANUAL, WARM]
@@ -89,7 +99,7 @@ def test_a_killed_worker_changes_no_byte(model_folder: Callable[[str], Path], tm
         compare(
             TRAIN, dev=DEV, test=TEST, manual=MANUAL, template=WARM, out=tmp_path / "whole", seeds=2, tries=2,
             backbone=load_backbone(model, device="cpu"), methods=["majority", "failing", "p-tuning"],
-            config=TrainConfig(epochs=8, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0),
+            config=TrainConfig(epochs=EPOCHS, batch_size=1, lr=0.01, patience=99, checkpoint_seconds=0.0),
         )  # fmt: skip
     finally:
         del METHODS["failing"]

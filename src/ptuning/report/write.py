@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ def write_pages(results: Results, folder: Path, *, formats: Sequence[Format] = (
     return folder / HTML_FILE
 
 
+@functools.cache
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 

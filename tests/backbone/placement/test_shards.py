@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,18 @@ import torch
 import transformers
 from torch import Tensor
 
-from ptuning import files
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
 from ptuning.backbone.placement.shards import Shards
-from ptuning.config import TrainConfig
 from ptuning.errors import BackboneError, ConfigError
 from ptuning.files import write_json_lines
 from ptuning.prompt.prompt import Prompt
 from ptuning.training.run import train
-from ptuning.training.spec import FleetPrompt
-from ptuning.training.train_fleet import train_fleet
+from tests.backbone.placement.spread import FAST, learned, logits
 from tests.cli.test_app import call
 from tests.conftest import RECORDS, WARM
 from tests.families import model_of, tokenizer_of
 from tests.processes import forked, launched
-
-FAST = TrainConfig(epochs=2, batch_size=3, lr=0.01, patience=99)
-PROMPTS = (
-    FleetPrompt("warm", WARM, RECORDS, config=FAST),
-    FleetPrompt("free", "[P*2] [X] [Y]", RECORDS, config=replace(FAST, encoder="none", seed=1)),
-    FleetPrompt("deep", "[P] [X] [D:is] [Y]", RECORDS, config=replace(FAST, batch_size=2)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,67 +39,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def learned(backbone: Backbone, out: Path | None = None) -> dict[str, Tensor]:
-    """What a run and a fleet learn on a backbone, and which one it is."""
-    run = train(WARM, RECORDS, backbone=backbone, out=None if out is None else out / "run", config=FAST)
-    fleet = train_fleet(PROMPTS, backbone=backbone, out=None if out is None else out / "fleet")
-    assert not fleet.failed
-    found = {"fingerprint": torch.tensor(list(backbone.fingerprint.encode()))}
-    for name, prompt in (("run", run.prompt), *((name, one.prompt) for name, one in fleet.results.items())):
-        assert prompt.slot_vectors is not None
-        found[name] = prompt.slot_vectors
-        if prompt.deep is not None:
-            found |= {f"{name} {part}": value for part, value in prompt.deep.tensors.items()}
-    return found
-
-
-def refuse(path: Path) -> Path:
-    raise AssertionError(f"a process that does not write has written {path}")
-
-
-def spread(out: Path, llama: Path, qwen3: Path) -> None:
-    """As one of several processes: train on models in tensor parallelism and on one whose layers are spread."""
-    rank = int(os.environ["RANK"])
-    if rank:
-        files.new_path = refuse
-    found: dict[str, Tensor] = {}
-    for name, folder, shard in (("llama", llama, "tp"), ("qwen3", qwen3, "tp"), ("layers", llama, "layers")):
-        backbone = load_backbone(folder, dtype="float32", device="cpu", shard=shard)
-        assert backbone.shards is not None
-        whole = sum(weight.numel() for weight in backbone.model.parameters())
-        here = sum(getattr(one, "_local_tensor", one).numel() for one in backbone.model.parameters())
-        assert here < 0.75 * whole
-        with pytest.raises(BackboneError, match="spread over 2 processes, and only a prompt's slots"):
-            backbone.with_random_weights(seed=0)
-        found |= {f"{name} {key}": value for key, value in learned(backbone, out / name).items()}
-    half = load_backbone(llama, dtype="bfloat16", device="cpu", shard="tp")
-    found["bfloat16 logits"] = logits(half)
-    plain = {name: value.contiguous() for name, value in found.items()}
-    safetensors.torch.save_file(plain, out / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-def logits(backbone: Backbone) -> Tensor:
-    """The logits of a row at two positions, as they are scored."""
-    ids = torch.tensor([[7, 8, 9, 10]])
-    with torch.no_grad():
-        return backbone.run(
-            backbone.embed(ids),
-            mask=torch.ones_like(ids),
-            positions=torch.arange(4)[None],
-            rows=torch.zeros(2, dtype=torch.int64),
-            cols=torch.tensor([2, 3]),
-        )[0]
-
-
 def test_a_model_over_two_processes_learns_what_it_learns_in_one(folders: dict[str, Path], tmp_path: Path) -> None:
     """Tensor parallelism rounds sums in another way; layers that are only kept apart change no bit. The fingerprint is
     that of the whole model, both processes learn the same bits, and the first one writes.
     """
     program = (
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
-        "import tests.backbone.placement.test_shards as t\n"
-        "t.spread(*map(pathlib.Path, sys.argv[1:]))\n"
+        "from tests.backbone.placement.spread import spread\n"
+        "spread(*map(pathlib.Path, sys.argv[1:]))\n"
     )
     with contextlib.ExitStack() as stack:
         running = [
@@ -131,9 +66,9 @@ def test_a_model_over_two_processes_learns_what_it_learns_in_one(folders: dict[s
     both = [safetensors.torch.load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     for name, value in both[0].items():
         assert torch.equal(value, both[1][name]), f"{name}: processes must agree to the bit"
+    alone = {name: learned(load_backbone(folder, dtype="float32", device="cpu")) for name, folder in folders.items()}
     for name, family in (("llama", "llama"), ("qwen3", "qwen3"), ("layers", "llama")):
-        whole = learned(load_backbone(folders[family], dtype="float32", device="cpu"))
-        for key, value in whole.items():
+        for key, value in alone[family].items():
             tolerance = 0.0 if name == "layers" else 1e-6
             torch.testing.assert_close(both[0][f"{name} {key}"], value, rtol=0, atol=tolerance, msg=f"{name} {key}")
         record = json.loads((tmp_path / name / "run" / "run.json").read_text())
@@ -143,7 +78,7 @@ def test_a_model_over_two_processes_learns_what_it_learns_in_one(folders: dict[s
         }  # fmt: skip
         assert torch.equal(vectors(tmp_path / name / "run"), both[0][f"{name} run"])
         assert sorted(path.name for path in (tmp_path / name / "fleet").iterdir()) == [
-            "deep", "fleet.json", "free", "warm"
+            "deep", "fleet.json", "free", "labels", "warm", "written"
         ]  # fmt: skip
     half = logits(load_backbone(folders["llama"], dtype="bfloat16", device="cpu"))
     torch.testing.assert_close(both[0]["bfloat16 logits"], half, rtol=0.03, atol=0.03)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -20,8 +18,9 @@ from ptuning import PromptModel, load_backbone
 from ptuning.cli.commands import serve
 from ptuning.data.questions import Question
 from ptuning.serve.engine.job import PromptRow
-from tests.cli.test_app import environment, fails
+from tests.cli.test_app import fails
 from tests.conftest import learned
+from tests.processes import COMMAND_LINE, forked
 from tests.serve.vllm.stand_in import serving
 
 
@@ -101,7 +100,7 @@ def ask(address: str, path: str, body: dict[str, Any] | None = None, *, key: str
 
 
 @pytest.mark.skipif(os.name != "posix", reason="ends by a signal of POSIX")
-def test_a_service_from_its_line_to_its_end(llama: str) -> None:
+def test_a_service_from_its_line_to_its_end(llama: str, tmp_path: Path) -> None:
     backbone = load_backbone(llama, dtype="float32", device="cpu")
     prompt = learned(backbone, "[P*2] {x} is [P] [Y]")
     prompt.save("prompts/team/capitals")
@@ -110,15 +109,11 @@ def test_a_service_from_its_line_to_its_end(llama: str) -> None:
     Path("prompts/broken/prompt.json").write_text("{", encoding="utf-8")
     Path("keys").write_text("# ours\nsk-123\n", encoding="utf-8")
     args = ["--prompts", "prompts", "other=elsewhere", "--port", "0", "--api-key-file", "keys", "--dtype", "float32"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptuning", "serve", *args],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+    with forked(COMMAND_LINE, "serve", *args, folder=tmp_path / "said") as process:
+        process.wait_until(lambda: "\n" in process.out)
+        line = process.out
         found = re.match(r"(http://127\.0\.0\.1:\d+) serves 2 prompts on llama; .*Ctrl-C ends it$", line.strip())
-        assert found, f"{line}{process.stderr.read() if process.stderr and not line else ''}"
+        assert found, line + process.err
         address = found[1]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(address, "/v1/models")
@@ -128,12 +123,8 @@ def test_a_service_from_its_line_to_its_end(llama: str) -> None:
         answer = ask(address, "/v1/predict", {"model": "team/capitals", "records": ["Kenya"]}, key="sk-123")
         (wanted,) = PromptModel(backbone).predict([{"x": "Kenya"}], prompt)
         assert answer["predictions"][0]["prediction"] == wanted.text
-        process.send_signal(signal.SIGTERM)
-        rest, told = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, told
-    assert rest == ""
-    assert "'broken' is left out" in told
-    assert "sk-123" not in line + told
+        process.send(signal.SIGTERM)
+        assert process.wait(60) == 0, process.err
+    assert process.out == line
+    assert "'broken' is left out" in process.err
+    assert "sk-123" not in line + process.err

@@ -660,4 +660,4 @@ def test_traffic_of_any_kind(
     monkeypatch.setattr(beginnings, "MIN_TOKENS", least)
     backbone = built("t5") if kind == "encoder-decoder" else make_backbone("llama" if kind == "causal" else "bert")
     own = type("Own", (Traffic,), {"backbone": backbone, "prompts": prompts_of(backbone), "known": {}})
-    run_state_machine_as_test(own, settings=settings(max_examples=12, stateful_step_count=12, deadline=None))
+    run_state_machine_as_test(own, settings=settings(max_examples=8, stateful_step_count=12, deadline=None))

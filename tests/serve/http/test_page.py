@@ -412,7 +412,7 @@ def test_a_key_is_asked_for_sent_and_kept_nowhere(opened: Callable[..., Opened])
 
 @in_a_browser
 def test_a_full_queue_is_waited_for(opened: Callable[..., Opened]) -> None:
-    made = opened(fails="429")
+    made = opened(fails="429", before=lambda page: page.clock.install())
     made.pick("mood")
     error = {"error": {"message": "the queue is full", "code": "rate_limit_exceeded"}}
     made.page.route("**/v1/predict", lambda route: route.fulfill(status=429, headers={"Retry-After": "2"}, json=error))
@@ -422,6 +422,7 @@ def test_a_full_queue_is_waited_for(opened: Callable[..., Opened]) -> None:
     made.field("x").press("Enter")  # too early: nothing is sent
     assert len(made.asked) == 1
     made.page.unroute("**/v1/predict")
+    made.page.clock.run_for(2_000)
     made.page.get_by_role("alert").get_by_text("may have room").wait_for()
     made.answer(x="good")
     assert made.page.locator("#notice").is_hidden()
@@ -429,7 +430,7 @@ def test_a_full_queue_is_waited_for(opened: Callable[..., Opened]) -> None:
 
 @in_a_browser
 def test_a_server_that_is_gone_is_looked_for(opened: Callable[..., Opened]) -> None:
-    made = opened(fails="ERR_")
+    made = opened(fails="ERR_", before=lambda page: page.clock.install())
     made.pick("mood")
     made.page.route("**/*", lambda route: route.abort())
     made.field("x").fill("good")
@@ -437,6 +438,7 @@ def test_a_server_that_is_gone_is_looked_for(opened: Callable[..., Opened]) -> N
     made.page.get_by_role("alert").get_by_text("does not answer").wait_for()
     made.check()
     made.page.unroute("**/*")
+    made.page.clock.run_for(3_000)
     made.page.get_by_role("alert").wait_for(state="hidden")
     assert made.field("x").input_value() == "good"
     made.answer()
