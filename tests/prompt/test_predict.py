@@ -527,6 +527,7 @@ def test_zero_records(backbone: Backbone) -> None:
     [
         (lambda m, p: m.predict(RECORDS, p, []), RecordError, "there are no candidates to choose from"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", " "]), RecordError, "a candidate is empty"),
+        (lambda m, p: m.rank(RECORDS, p, ["a", "\ud800"]), RecordError, r"ud800' holds half a character"),
         (lambda m, p: m.rank(RECORDS, p, [1999, 2000]), RecordError, "candidates are texts, and one is 1999"),
         (lambda m, p: m.rank(RECORDS, p, "yes"), RecordError, "candidates are a list of texts, and not the text 'yes'"),
         (lambda m, p: m.rank(RECORDS, p, ["yes", "no"], normalise="max"), ConfigError, "is sum or mean, not 'max'"),

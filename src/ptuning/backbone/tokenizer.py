@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.errors import BackboneError, shown
+from ptuning.records import check_text
 from ptuning.template.alike import SHARING_TEXTS, encode_alike, has_words_apart
 from ptuning.template.segments import ANCHOR_WORD, Gap, Ids, Kind, MarkedText
 from ptuning.template.turns import ChatTurn
@@ -86,7 +87,7 @@ class TextTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), split_special_tokens=True, **BARE)
+        encoded = _encoded(self._tokenizer, list(texts), split_special_tokens=True)
         return [self._spelled(text, list(ids)) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
 
     def encode_markup(self, texts: Sequence[MarkedText]) -> list[list[int]]:
@@ -94,7 +95,7 @@ class TextTokenizer:
         white space that it drops beside one, and without a mark of a text's beginning behind one. Special tokens that
         stand elsewhere are spelled out.
         """
-        encoded = self._with_specials([text.characters for text in texts], split_special_tokens=False, **BARE)
+        encoded = _encoded(self._with_specials, [text.characters for text in texts], split_special_tokens=False)
         return [self._own_specials(text, encoded, row) for row, text in enumerate(texts)]
 
     @functools.cached_property
@@ -271,6 +272,17 @@ def kind_of(config: object, *, has_mask: bool) -> Kind:
     raise BackboneError(
         f"model type '{model_type}' has neither a causal nor a masked language-model head in transformers"
     )
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, split_special_tokens: bool) -> BatchEncoding:
+    """Encode texts without special tokens around them; a RecordError for one that holds half a character."""
+    try:
+        found: BatchEncoding = tokenizer(texts, split_special_tokens=split_special_tokens, **BARE)
+    except TypeError:
+        for text in texts:
+            check_text(text, where="the tokenizer", what=f"the text {shown(text)}")
+        raise
+    return found
 
 
 def _embedded(token: int | None, rows: int | None) -> int | None:
