@@ -37,7 +37,7 @@ QUICK = ("--epochs", "1", "--set", "batch_size=8")
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """Work in a folder with data of two kinds."""
     monkeypatch.chdir(tmp_path)
     for part, rows in (("train", FACTS[:12]), ("dev", FACTS[12:18]), ("test", FACTS[18:])):
