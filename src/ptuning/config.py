@@ -102,7 +102,7 @@ class TrainConfig:
             halves it. They are rounded once, when the prompt is made.
         starts: Number of prompts that are trained from different draws; the best one on the development part is kept.
         restarts: How often slots over a frozen backbone start anew with half the learning rates where training is lost:
-            when it ends, no epoch's development loss was below that of the start, nor its score above.
+            when it ends, no epoch had a better score, or a lower loss in training or development, than the start.
         tune: ``frozen`` trains the slots alone, ``head`` also a classification head for labels, ``tuned`` also every
             weight of the backbone, ``lora`` also small adapters on its linear layers.
         head_lr: Peak learning rate of a classification head.

@@ -47,6 +47,7 @@ from ptuning.template.language import Template
 from ptuning.template.segments import Ids
 from ptuning.training import checkpoint, trainer
 from ptuning.training import step as steps
+from ptuning.training.checkpoint import RunState
 from ptuning.training.step import Chunk, Step
 from ptuning.training.trainer import Trainer, rate
 from tests.backbone.test_trained_weights import experts
@@ -867,6 +868,14 @@ def always_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, *args, note=note, **named)
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+def test_one_that_overfits_is_not_lost() -> None:
+    """The loss of what it learns from falls."""
+    history: list[dict[str, float | int]] = [{"epoch": 1, "train_loss": 1.9, "dev_loss": 2.1}]
+    assert not RunState(start={"dev_loss": 2.0}, history=history).is_lost
+    history[0]["train_loss"] = 2.05
+    assert RunState(start={"dev_loss": 2.0}, history=history).is_lost
 
 
 @pytest.mark.usefixtures("always_lost")

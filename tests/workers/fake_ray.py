@@ -22,6 +22,10 @@ class RayError(Exception):
     """Of Ray itself: an actor has ended."""
 
 
+class ActorUnavailableError(RayError):
+    """Of Ray itself: an actor is started again."""
+
+
 class RayTaskError(RayError):
     """What a call raised."""
 
@@ -53,7 +57,11 @@ class FakeRay:
     deaths: dict[str, int] = field(default_factory=dict)
     begun: list[tuple[int, str]] = field(default_factory=list)
     killed: int = 0
-    exceptions: Any = field(default_factory=lambda: SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError))
+    exceptions: Any = field(
+        default_factory=lambda: SimpleNamespace(
+            RayError=RayError, RayTaskError=RayTaskError, ActorUnavailableError=ActorUnavailableError
+        )
+    )
     _made: int = 0
 
     def remote(self, kind: type) -> Any:

@@ -26,7 +26,7 @@ from ptuning.workers.crew import Busy, Ended, Workers, WorkerSpec
 from ptuning.workers.ray_crew import RETRIES, Attempts, Crew, CrewShape
 from ptuning.workers.units import Unit
 from ptuning.workers.worker import Done, Hello, Worker
-from tests.workers.fake_ray import FakeRay
+from tests.workers.fake_ray import ActorUnavailableError, FakeRay
 
 UNITS = [Unit(f"unit {number}", (f"cells/{number}",)) for number in range(5)]
 
@@ -132,6 +132,28 @@ def test_a_worker_that_ends_costs_its_unit_another_attempt(tmp_path: Path) -> No
     ray, one = crew(tmp_path, deaths={"unit 1": RETRIES})
     assert sorted(each.folder for each in one.run() if each.error is None) == [unit.folders[0] for unit in UNITS]
     assert [name for _, name in ray.begun].count("unit 1") == RETRIES + 1
+
+
+@pytest.mark.parametrize("seconds", [300.0, 0.0])
+def test_a_worker_that_takes_long_to_be_there_again_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Ray says every two seconds that it is unavailable, which is no end of it; but not for ever."""
+    monkeypatch.setattr("ptuning.workers.ray_crew.START_SECONDS", seconds)
+    asked_again = itertools.count()
+
+    class Slow(Ready):
+        def ready(self, work: Any) -> Hello:
+            if 0 < next(asked_again) <= 5 * RETRIES:
+                raise ActorUnavailableError("The actor is temporarily unavailable")
+            return super().ready(work)
+
+    _, one = crew(tmp_path, make=Slow, deaths={"unit 1": 1}, count=1)
+    if not seconds:
+        with pytest.raises(WorkerError, match=r"no worker is left \(The actor is temporarily unavailable\)"):
+            list(one.run())
+        return
+    assert sorted(each.folder for each in one.run() if each.error is None) == [unit.folders[0] for unit in UNITS]
 
 
 def test_a_unit_that_ends_every_worker_fails_alone(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ class RunState:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the epochs so far made nothing better: neither what they are chosen by nor the development loss."""
-        losses = [epoch["dev_loss"] for epoch in self.history]
+        """Whether the epochs so far made nothing better: not what they are chosen by, and neither on the development
+        part nor on what they learned from was the loss ever below that of the start. Overfitting is something else.
+        """
+        losses = [epoch[name] for epoch in self.history for name in ("dev_loss", "train_loss")]
         return self.chosen_epoch == 0 and bool(losses) and min(losses) > self.start["dev_loss"]
 
     @property

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 RETRIES = 3
 # Between two looks at the workers; with many of them, the answers are work, too.
 LOOK_SECONDS, LOOK_SECONDS_AT_MANY, MANY = 1.0, 5.0, 100
+# How long a worker may take to be there again: while it starts and imports, Ray says that it is unavailable.
+START_SECONDS = 300.0
 # How long workers may take to write checkpoints when they are to stop.
 STOP_SECONDS = 120.0
 MOST_THREADS = 16
@@ -205,6 +207,7 @@ class _Member:
     hello: Hello | None = None
     unit: Unit | None = None
     deaths: int = 0
+    lost_at: float = field(default_factory=time.monotonic)  # or made
     note: str = ""
 
     def at_work(self, several: bool) -> str:
@@ -322,11 +325,15 @@ class Crew:
 
     def _lost(self, member: _Member, error: Exception) -> Iterator[Ended]:
         """A worker has ended: it is started again, and another one may do its unit."""
+        if member.unit is None and self._is_starting(member, error):
+            self._running[member.actor.ready.remote(self._sent)] = member
+            return
         unit, first = member.unit, (str(error).strip() or type(error).__name__).splitlines()[0]
         self._last = first
         logger.warning("%s has ended%s: %s", member.name, f" in {unit.name}" if unit is not None else "", first)
         member.hello, member.unit, member.note = None, None, ""
         member.deaths += 1
+        member.lost_at = time.monotonic()
         if unit is None and member.deaths > RETRIES:
             return  # it cannot even start
         self._running[member.actor.ready.remote(self._sent)] = member
@@ -340,6 +347,10 @@ class Crew:
         why = f"its worker ended {lost} times without getting further ({first}); it may need more memory than there is"
         for folder in unit.folders:
             yield Ended(folder, why)
+
+    def _is_starting(self, member: _Member, error: Exception) -> bool:
+        unavailable = isinstance(error, self.ray.exceptions.ActorUnavailableError)
+        return unavailable and time.monotonic() - member.lost_at < START_SECONDS
 
     def _landed(self, done: Done) -> Iterator[Ended]:
         """Write the files that came along, and yield the results."""
