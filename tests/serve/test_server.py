@@ -544,6 +544,18 @@ def test_a_model_that_cannot_be_loaded_ends_it() -> None:
         socket.create_connection(address, timeout=WAIT)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_nobody_can_answer_meanwhile_the_model_is_loaded_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no event loop")
+
+    monkeypatch.setattr("ptuning.serve.server.run", fails)
+    loaded = False
+    with listening("127.0.0.1", 0) as listener, starting(listener, Settings()):
+        loaded = True
+    assert loaded
+
+
 def test_of_two_that_take_a_port_at_once_one_is_told() -> None:
     """Before either loads its model."""
     with listening("127.0.0.1", 0) as one, listening(*one.getsockname()) as other:

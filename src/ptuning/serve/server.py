@@ -148,10 +148,15 @@ def starting(listener: socket.socket, settings: Settings) -> Iterator[None]:
     app = create_app(nothing, nothing, settings)  # type: ignore[arg-type]  # while it loads, nothing else is asked
     app.state.service.phase = "loading"
     begun: queue.Queue[Callable[[], None]] = queue.Queue()
-    # Its own handle of the socket: the server closes it in the end.
-    thread = threading.Thread(
-        target=run, args=(app, nothing, nothing, listener.dup()), kwargs={"drain": 0, "on_ready": begun.put}
-    )
+
+    def serve() -> None:
+        try:
+            with listener.dup() as own:  # uvicorn closes its handle of the socket
+                run(app, nothing, nothing, own, drain=0, on_ready=begun.put)
+        finally:
+            begun.put(lambda: None)  # if it could not begin, the service is got ready all the same
+
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     end = begun.get()
     try:

@@ -182,10 +182,10 @@ class Trainer:
             # Before the checkpoint, from which a killed run would go on without having told.
             tell(self._scored(last, f"train loss {last['train_loss']:.3f}, "))
             if state.done and state.is_lost and not learner.weights:
-                self._meet_a_loss()
+                self._end_lost()
             self.save()
 
-    def _meet_a_loss(self) -> None:
+    def _end_lost(self) -> None:
         """Start anew with half the learning rates after a training that was lost, or say that it was."""
         state = self.state
         losses = ", ".join(f"{epoch['dev_loss']:.3f}" for epoch in state.history)
