@@ -16,6 +16,7 @@ from ptuning.files import LARGEST, parse_json
 EncoderKind = Literal["lstm", "mlp", "none"]
 DeepEncoderKind = Literal["none", "mlp"]
 DeepDtype = Literal["float32", "bfloat16"]
+DeepStart = Literal["text", "random"]
 RandomStart = Literal["random", "vocabulary"]
 Tune = Literal["frozen", "head", "tuned", "lora"]
 Keep = Literal["difference", "whole"]
@@ -52,7 +53,16 @@ SETTING_ALIASES: Mapping[str, str] = {
 # Settings of a part that only some methods train; all others act on every training.
 SLOT_SETTINGS = ("lr", "weight_decay", "encoder", "dropout", "start", "starts", "restarts")
 # Settings of deep slots. They say nothing where there are none, nor did they exist when some results were made.
-DEEP_SETTINGS = ("deep_lr", "deep_encoder", "column_dropout", "examples", "leave_one_out", "values_only", "deep_dtype")
+DEEP_SETTINGS = (
+    "deep_lr",
+    "deep_encoder",
+    "deep_start",
+    "column_dropout",
+    "examples",
+    "leave_one_out",
+    "values_only",
+    "deep_dtype",
+)
 # Settings of a classification head, and of trainings that are lost, which did not exist either.
 HEAD_SETTINGS = ("head_lr",)
 LOST_SETTINGS = ("restarts",)
@@ -93,6 +103,8 @@ class TrainConfig:
         start: Start values of ``[P]`` slots: ``random``, or ``vocabulary`` for random tokens.
         deep_lr: Peak learning rate of deep slots, in shares of what tokens measure in each layer.
         deep_encoder: ``none`` (free vectors) or ``mlp`` (prefix tuning's) for what deep slots learn in the layers.
+        deep_start: What deep slots start at in the layers: ``text``, the words or tokens that they stand for, or
+            ``random``, normal numbers (the usual start of prefix tuning and P-tuning v2; a control, it learns slowly).
         column_dropout: Share of a block of deep slots in front that a row of training does not read, drawn anew for
             each row and step; never its first column.
         examples: Number of examples in ``[D:examples]``; fewer where they do not fit.
@@ -144,6 +156,7 @@ class TrainConfig:
     start: RandomStart = "random"
     deep_lr: float = 2e-3
     deep_encoder: DeepEncoderKind = "none"
+    deep_start: DeepStart = "text"
     column_dropout: float = 0.1
     examples: int = 16
     leave_one_out: bool = True
@@ -199,6 +212,7 @@ class TrainConfig:
         for name, choices in (
             ("encoder", get_args(EncoderKind)),
             ("deep_encoder", get_args(DeepEncoderKind)),
+            ("deep_start", get_args(DeepStart)),
             ("deep_dtype", get_args(DeepDtype)),
             ("start", get_args(RandomStart)),
             ("tune", get_args(Tune)),

@@ -25,6 +25,7 @@ CHANGED = TrainConfig(
     start="vocabulary",
     deep_lr=0.5,
     deep_encoder="mlp",
+    deep_start="random",
     column_dropout=0.25,
     examples=3,
     leave_one_out=False,

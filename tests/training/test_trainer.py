@@ -390,6 +390,27 @@ def test_keys_stay_where_only_values_learn(causal: Backbone) -> None:
     assert not torch.equal(start.block[:, 1], end.block[:, 1])
 
 
+@pytest.mark.parametrize("text", ["[D:the city of] [X] is [Y]", "[X] [D:is in] [Y]"])
+def test_deep_slots_start_at_random_where_asked(causal: Backbone, text: str) -> None:
+    """A control: the same draw with the same seed, and no longer the words."""
+    filled = BoundTemplate(Template.parse(text), tokenizer=causal.tokenizer, kind=causal.kind, block=True)
+
+    def start(how: str, seed: int) -> torch.Tensor:
+        settings = TrainConfig.from_json({**FAST, "deep_start": how, "seed": seed})
+        deep = Trainer(causal, filled, config=settings).learner.deep()
+        assert deep is not None
+        found = deep.block[:, :, :, deep.lead :] if deep.block is not None else deep.offsets
+        assert found is not None
+        return found
+
+    drawn = start("random", 0)
+    assert torch.equal(drawn, start("random", 0))
+    assert not torch.equal(drawn, start("random", 1))
+    assert 0.7 < float(drawn.std()) < 1.3
+    assert torch.equal(start("text", 0), start("text", 1))
+    assert float((start("text", 0) - drawn).abs().max()) > 0.1
+
+
 def test_resuming_twice_and_after_every_step(causal: Backbone, tmp_path: Path) -> None:
     """Invariant *Resume is exact*: after any number of stops."""
     whole = fit(make_trainer(causal, dropout=0.3))

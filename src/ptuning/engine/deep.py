@@ -51,12 +51,12 @@ def input_sizes(backbone: Backbone, generator: torch.Generator) -> Tensor:
 
 
 def deep_start(
-    backbone: Backbone, bound: BoundTemplate, *, generator: torch.Generator
+    backbone: Backbone, bound: BoundTemplate, *, generator: torch.Generator, random: bool = False
 ) -> tuple[Deep, dict[str, Tensor]] | None:
     """Return what the deep slots of a template start at, and the reach of each layer; None without deep slots.
 
     A block is what its tokens are in every layer of the frozen backbone; other deep slots add nothing yet, so that they
-    are the tokens that their vectors start at.
+    are the tokens that their vectors start at. With ``random`` both are standard normal numbers instead.
     """
     layout = bound.layout
     slots = layout.deep_slots
@@ -73,6 +73,10 @@ def deep_start(
         layers, width = backbone.deep
         offsets = torch.zeros(len(slots), layers - 1, width)
         reach["offsets"] = input_sizes(backbone, generator)
+    if random:
+        for drawn in (block[:, :, :, layout.lead :] if block is not None else None, offsets):
+            if drawn is not None:
+                drawn.normal_(generator=generator)
     return Deep(block, layout.lead, offsets, slots), reach
 
 

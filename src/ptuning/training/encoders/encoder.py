@@ -255,7 +255,7 @@ def _make_encoder(
 def _make_deep_encoder(
     frozen: Backbone, bound: BoundTemplate, config: TrainConfig, generator: Callable[[str], torch.Generator]
 ) -> DeepEncoder | None:
-    found = deep_start(frozen, bound, generator=generator("deep slots"))
+    found = deep_start(frozen, bound, generator=generator("deep slots"), random=config.deep_start == "random")
     if found is None:
         return None
     start, reach = found
