@@ -382,7 +382,7 @@ def as_setting(name: str, value: Setting) -> str:
 def acts_on(setting: str, *, tune: Tune | None, learns_slots: bool) -> bool:
     """Whether a setting changes anything for a training of this kind."""
     others = [name for kind, names in BACKBONE_SETTINGS.items() if kind != tune for name in names]
-    return setting not in others and (learns_slots or setting not in SLOT_SETTINGS)
+    return setting not in others and (learns_slots or setting not in (*SLOT_SETTINGS, *DEEP_SETTINGS))
 
 
 def derived_seed(seed: int, purpose: str, step: int = 0) -> int:

@@ -21,7 +21,7 @@ from ptuning.data.questions import as_questions
 from ptuning.errors import ConfigError, FileError, TrainingError
 from ptuning.experiment.cells import CellJob, mean_seconds
 from ptuning.experiment.compare import compare
-from ptuning.experiment.plan import Watch
+from ptuning.experiment.plan import Plan, Watch
 from ptuning.experiment.suite import Suite
 from ptuning.files import write_json
 from ptuning.method.base import Setup, Solution, Task
@@ -143,6 +143,21 @@ def test_a_setting_is_varied_as_further_methods(causal: Backbone, tmp_path: Path
     assert found.tasks["task"]["p-tuning encoder=none"] == alone.tasks["task"]["p-tuning"]
     cell = json.loads((tmp_path / "out/cells/task/p-tuning lr=0.1/seed-0/run.json").read_text(encoding="utf-8"))
     assert (cell["settings"]["lr"], cell["identity"]["lr"]) == (0.1, 0.1)
+
+
+def test_each_method_is_varied_by_what_it_depends_on(causal: Backbone) -> None:
+    """A cell that another one equals would only take time."""
+    names = "in-context,prompt-tuning,p-tuning-v2,hybrid,p-tuning,fine-tuning"
+    plan = Plan.of(
+        "compare", backbone=causal, out="x", methods=names, vary={"deep_start": ["random"], "encoder": ["mlp"]}
+    )
+    assert [name for name in plan.method_names if " " in name] == [
+        "p-tuning deep_start=random",
+        "p-tuning encoder=mlp",
+        "p-tuning-v2 deep_start=random",
+        "hybrid deep_start=random",
+        "hybrid encoder=mlp",
+    ]
 
 
 @pytest.mark.parametrize(

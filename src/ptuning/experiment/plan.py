@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import NOT_VARIED, Setting, TrainConfig, acts_on, listed_names
+from ptuning.config import NOT_VARIED, Setting, TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
 from ptuning.experiment.jobs import check_known
@@ -123,7 +123,7 @@ class Plan:
         if not self.method_names:
             raise ConfigError(f"there are no methods to compare; known: {ALL_METHODS}, {', '.join(METHODS)}")
         for setting in self.vary:
-            if not any(_depends(METHODS.find(name), setting) for name in self.method_names):
+            if not any(METHODS.find(name).depends_on(setting) for name in self.method_names):
                 raise ConfigError(f"none of the methods {', '.join(self.method_names)} depends on '{setting}'")
 
     @classmethod
@@ -156,12 +156,8 @@ class Plan:
         if method.settings or "@" in method.name:
             return []
         own = self.config.to_json()
-        depends = [setting for setting in self.vary if _depends(method, setting)]
+        depends = [setting for setting in self.vary if method.depends_on(setting)]
         return [method.varied(name, value).name for name in depends for value in self.vary[name] if value != own[name]]
-
-
-def _depends(method: Method, setting: str) -> bool:
-    return method.trained and acts_on(setting, tune=method.tune, learns_slots=method.learns_slots)
 
 
 def check_varied(vary: Mapping[str, Sequence[Setting]], config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +131,7 @@ class Method:
         labels_only: Whether it is for labels only, of which not every task has some. ``all`` leaves it out.
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
+        fixed: Training settings that are its own whatever the comparison's are, or change nothing for it.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
             many tasks beforehand.
     """
@@ -148,11 +149,17 @@ class Method:
     labels_only: bool = False
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    fixed: Collection[str] = ()
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
+
+    def depends_on(self, setting: str) -> bool:
+        """Whether a training setting of the comparison changes its result."""
+        acts = acts_on(setting, tune=self.tune, learns_slots=self.learns_slots)
+        return self.trained and acts and setting not in self.fixed
 
     def varied(self, name: str, value: Setting) -> Method:
         """Return the method with another value of a setting; a ConfigError if it does not train with it."""
-        if not (self.trained and acts_on(name, tune=self.tune, learns_slots=self.learns_slots)):
+        if not self.depends_on(name):
             raise ConfigError(f"{self.name} does not depend on the setting '{name}'")
         setting = as_setting(name, value)
         return replace(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from ptuning.config import Tune
+from ptuning.config import DEEP_SETTINGS, Tune
 from ptuning.data.labelling import Findings
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.errors import ConfigError
@@ -226,6 +226,7 @@ def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
         seeded=True,
         reads_manual=not kind.learns_words,
         labels_only=tune == "head",
+        fixed=(*kind.settings, *(() if kind.front.deep else DEEP_SETTINGS)),
         prompts=prompts if tune == "frozen" else None,
     )
 
