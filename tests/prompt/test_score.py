@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,13 @@ import ptuning.engine.objective
 from ptuning.backbone.backbone import Backbone
 from ptuning.data.questions import Question, Questions
 from ptuning.data.task_files import TaskFile, load_task
+from ptuning.engine.evaluate import Evaluation, evaluate
+from ptuning.engine.objective import Item, target_items
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ConfigError, RecordError, TemplateError
 from ptuning.metrics import Confusion
+from ptuning.prompt import answer as answer_module
+from ptuning.prompt.answer import of_any_reference
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Candidate
 from ptuning.prompt.prompt import Prompt
@@ -424,6 +428,30 @@ def test_any_reference_is_a_hit_and_the_loss_is_that_of_the_first(backbone: Back
     assert found.rows[0]["target"] == ["Nairobi film", right.strip()]
     ranked = score_prompt(model, [{**RECORDS[0], "y": ["Nairobi film", right]}], prompt, candidates=["yes", right])
     assert ranked.missing == 0
+
+
+def test_only_references_like_the_text_that_is_written_are_scored(
+    causal: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of many references would else take as many passes; the hits are the same."""
+    model, prompt = PromptModel(causal), learned(causal, "[P*2] [X] is [P][Y]", seed=1)
+    texts = [one.text for one in model.predict(RECORDS, prompt)]
+    own = [[text, text[: len(text) // 2], f"{text} and more", "Zz", "Nairobi film"] for text in texts]
+    data = as_records([{**record, "y": ["wrong", *some]} for record, some in zip(RECORDS, own, strict=True)])
+    filled, slots = prompt.bind(causal), prompt.learned(causal)
+    found = evaluate(causal, target_items(filled, data, with_stop=False), slots)
+    every = of_any_reference(causal, filled, data, slots, found)
+    scored: list[int] = []
+    whole = answer_module.evaluate
+
+    def counted(backbone: Backbone, items: Sequence[Item], *rest: Any, **named: Any) -> Evaluation:
+        scored.append(len(items))
+        return whole(backbone, items, *rest, **named)
+
+    monkeypatch.setattr(answer_module, "evaluate", counted)
+    assert of_any_reference(causal, filled, data, slots, found, written=texts) == every
+    assert 1.0 in every.hits
+    assert 0 < sum(scored) < 5 * len(RECORDS)  # a text without a letter begins like any
 
 
 def test_a_label_is_no_list_of_references(backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from ptuning.prompt.prompt import Prompt
 from ptuning.records import TARGET_FIELD, Records, Rows, references_of
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import can_hit
+from ptuning.template.segments import FILLS_MASKS
 
 
 def answer_records(
@@ -64,7 +66,7 @@ def answer_records(
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
     found = evaluate(model.backbone, items, learned, report=report, note=data.name)
-    found = of_any_reference(model.backbone, bound, data, learned, found)
+    found = of_any_reference(model.backbone, bound, data, learned, found, written=[one.text for one in written])
     return [
         Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
         for one, hit, known in zip(written, found.hits, found.known, strict=True)
@@ -72,16 +74,26 @@ def answer_records(
 
 
 def of_any_reference(
-    backbone: Backbone, bound: BoundTemplate, records: Records, learned: Learned, found: Evaluation
+    backbone: Backbone,
+    bound: BoundTemplate,
+    records: Records,
+    learned: Learned,
+    found: Evaluation,
+    *,
+    written: Sequence[str] = (),
 ) -> Evaluation:
     """Return how targets that are written were scored, with a hit where any reference of a record would be written; the
-    loss stays that of the first ones, which a prompt learns.
+    loss stays that of the first ones, which a prompt learns. ``written`` is what is written for each record, if that is
+    known: references that do not begin like it, nor it like them, are then not scored.
     """
+    # How many masks a masked model fills depends on the reference, so what it wrote elsewhere says nothing.
+    texts = written if written and backbone.kind not in FILLS_MASKS else None
     others = [
         (at, {**record, TARGET_FIELD: text})
         for at, record in enumerate(records)
         if not found.hits[at]
         for text in references_of(record)[1:]
+        if texts is None or _begin_alike(texts[at], text)
     ]
     if not others:
         return found
@@ -94,6 +106,13 @@ def of_any_reference(
         hits=tuple(1.0 if at in hit else one for at, one in enumerate(found.hits)),
         known=tuple(one or at in known for at, one in enumerate(found.known)),
     )
+
+
+def _begin_alike(one: str, other: str) -> bool:
+    """Whether one of two texts begins with the other, by their letters and digits: tokenizers may change the rest."""
+    plain = (unicodedata.normalize("NFKD", text.casefold()) for text in (one, other))
+    left, right = ("".join(filter(str.isalnum, text)) for text in plain)
+    return left.startswith(right) or right.startswith(left)
 
 
 def among_candidates(right: Collection[str], found: Sequence[Candidate]) -> Answer:

@@ -116,11 +116,12 @@ def score_prompt(
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)
-    if not answers.is_closed:
-        found = of_any_reference(model.backbone, bound, records, learned, found)
     own = prompt.task.answer_metrics if prompt.task is not None else ()
     if not said and (own or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
+    if not answers.is_closed:
+        written = [one.text for one in said]
+        found = of_any_reference(model.backbone, bound, records, learned, found, written=written)
     scores = {answers.score_name: score(found.hits), **_metrics(questions, own, said, found)}
     rows = prediction_rows(records, said, found.hits) if said else []
     ranked: list[Answer] = []
