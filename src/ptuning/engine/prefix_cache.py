@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import IO, NamedTuple, TypeVar, cast
 import psutil
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.engine.batch import batches, collate, one_sided
@@ -56,12 +58,16 @@ class Past(NamedTuple):
             whole = some[:, :, None].expand(layers, two, len(names), heads, width, depth)  # nothing is copied
             mask[:] = 1
         else:
-            whole = some.new_zeros(layers, two, len(names), heads, width, depth)
-            for row, name in enumerate(names):
-                if name in parts:
-                    start = width - parts[name].shape[3]
-                    whole[:, :, row, :, start:] = parts[name]
-                    mask[row, start:] = 1
+            starts = [width - parts[name].shape[3] if name in parts else width for name in names]
+            for row, start in enumerate(starts):
+                mask[row, start:] = 1
+            if any(part.requires_grad for part in parts.values()):
+                whole = _joined(parts, names, width)
+            else:
+                whole = some.new_zeros(layers, two, len(names), heads, width, depth)
+                for row, start in enumerate(starts):
+                    if start < width:
+                        whole[:, :, row, :, start:] = parts[names[row]]
         return cls([(keys, values) for keys, values in whole], mask, mask.sum(dim=1, keepdim=True))
 
     def hiding(self, unread: Sequence[Ids]) -> Past:
@@ -72,6 +78,17 @@ class Past(NamedTuple):
         for row, columns in enumerate(unread):
             mask[row, [starts[row] + column for column in columns]] = 0
         return self._replace(mask=mask)
+
+
+def _joined(parts: Mapping[Key, Tensor], names: Sequence[Key], width: int) -> Tensor:
+    """Return the parts that B rows name, padded on the left, (L, 2, B, H, C, D). Their gradients pass in one go: those
+    of rows that are copied into place one by one would copy the gradient of all rows for each.
+    """
+    none = torch.zeros_like(next(iter(parts.values()))[:, :, :, :0])
+    found = {name: parts.get(name, none) for name in names}
+    whole = {name: pad(part, (0, 0, width - part.shape[3], 0)) for name, part in found.items()}
+    runs = [(name, len(list(rows))) for name, rows in itertools.groupby(names)]
+    return torch.cat([whole[name][:, :, None].expand(-1, -1, count, -1, -1, -1) for name, count in runs], dim=2)
 
 
 class OnDisk(NamedTuple):
