@@ -453,6 +453,7 @@ def test_only_references_like_the_text_that_is_written_are_scored(
     monkeypatch.setattr(answer_module, "evaluate", counted)
     assert of_any_reference(causal, filled, data, slots, found, written=texts) == every
     assert 1.0 in every.hits
+    assert score_prompt(model, data, prompt).hits == every.hits
     assert 0 < sum(scored) < 4 * len(RECORDS)  # a text without a letter begins like any
 
 

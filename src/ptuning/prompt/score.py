@@ -23,6 +23,10 @@ from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 from ptuning.texts.table import RETENTION
 
+# References for each record above which a text is written first, to see which of them can be hits: it takes as long as
+# some three passes. Source: docs/decisions.md, decision 74.
+MANY_REFERENCES = 3
+
 
 @dataclass(frozen=True)
 class Result:
@@ -120,8 +124,9 @@ def score_prompt(
     if not said and (own or (with_rows and candidates is None)):
         said = model.predict(records, prompt)
     if not answers.is_closed:
-        written = [one.text for one in said]
-        found = of_any_reference(model.backbone, bound, records, learned, found, written=written)
+        written = said or (model.predict(records, prompt) if _have_many_references(records) else [])
+        texts = [one.text for one in written]
+        found = of_any_reference(model.backbone, bound, records, learned, found, written=texts)
     scores = {answers.score_name: score(found.hits), **_metrics(questions, own, said, found)}
     rows = prediction_rows(records, said, found.hits) if said else []
     ranked: list[Answer] = []
@@ -135,6 +140,11 @@ def score_prompt(
     confusion = Confusion.of(answers.labels, targets, given) if answers.labels else None
     missing = sum(answer.rank == 0 for answer in ranked)
     return Result(scores, found.loss, found.hits, missing=missing, rows=rows, confusion=confusion)
+
+
+def _have_many_references(records: Records) -> bool:
+    """Whether writing a text for each record takes less than scoring all of its references."""
+    return sum(len(references_of(record)) for record in records) > MANY_REFERENCES * len(records)
 
 
 def _metrics(
