@@ -444,7 +444,7 @@ def test_only_references_like_the_text_that_is_written_are_scored(
     found = evaluate(causal, target_items(filled, data, with_stop=False), slots)
     every = of_any_reference(causal, filled, data, slots, found)
     scored: list[int] = []
-    whole = answer_module.evaluate
+    whole = evaluate
 
     def counted(backbone: Backbone, items: Sequence[Item], *rest: Any, **named: Any) -> Evaluation:
         scored.append(len(items))
