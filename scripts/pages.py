@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+INNERMOST = re.compile(r"\[[^][{}]*\]|\{[^][{}]*\}")
 Figures = Mapping[str, Mapping[str, Any]]
 
 
@@ -18,8 +19,10 @@ def read_figures(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_figures(path: Path, figures: Figures) -> None:
-    """Write figures as a file that people can read."""
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    """Write figures as a file that people can read: what holds no other list or object is on one line."""
+    text = json.dumps(figures, indent=1)
+    text = INNERMOST.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def fill(path: Path, owner: str, made: Mapping[str, str]) -> None:
