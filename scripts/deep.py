@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ ENOUGH = 0.95
 
 def main(folders: Sequence[Path], names: Mapping[str, str]) -> None:
     """Write the figures, if results are given, then the tables."""
-    known = read_figures(FIGURES) if FIGURES.exists() else {}
+    known: dict[str, Any] = read_figures(FIGURES) if FIGURES.exists() else {}
     if folders:
         runs = {**known.get("runs", {}), **{one.name: summary(one, names) for one in folders}}
-        known = {**known, "runs": dict(sorted(runs.items()))}
+        known = {"goals": goals(runs), "runs": dict(sorted(runs.items()))}
         write_figures(FIGURES, known)
     fill(PAGE, "deep", tables(known["runs"]))
 
@@ -101,11 +102,113 @@ def tables(runs: Mapping[str, Any]) -> dict[str, str]:
         "encoders": (("words", "random"), encoders),
         "digits": (("arithmetic",), digits),
     }
+    made["goals"] = of_goals(goals(runs))
     return made | {
         name: make(*(runs[one] for one in needed))
         for name, (needed, make) in special.items()
         if all(one in runs for one in needed)
     }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure that a goal asks for: of which run, and at least (or ``most``) how much."""
+
+    name: str
+    what: str
+    asked: float
+    run: str
+    figure: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    most: bool = False
+
+    def met(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what docs/deep.json says of it."""
+        found = self.figure(run)
+        value = found["value"]
+        asked = f"{'at most' if self.most else 'at least'} {self.asked:g}"
+        reached = value <= self.asked if self.most else value >= self.asked
+        return {"what": self.what, "asked": asked, **found, "reached": reached, "run": self.run}
+
+
+def score(method: str, metric: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Return how to read a score off a run with one task."""
+
+    def found(run: Mapping[str, Any]) -> dict[str, Any]:
+        one = next(iter(run["scores"].values()))[method][metric]
+        return {key: one[key] for key in ("value", "low", "high", "n")}
+
+    return found
+
+
+def lead(left: str, right: str, metric: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Return how to read the paired difference of two methods off a run: over tasks, or over the records of one."""
+
+    def found(run: Mapping[str, Any]) -> dict[str, Any]:
+        tasks = list(run["scores"].values())
+        if len(tasks) == 1:
+            forth, back = f"{left} - {right}", f"{right} - {left}"
+            one = run["differences"].get(forth) or run["differences"].get(back)
+            if one is None:  # not among the pairs of the report: the difference of both scores, without an interval
+                value = tasks[0][left][metric]["value"] - tasks[0][right][metric]["value"]
+                return {"value": round(value, 4), "low": None, "high": None, "n": tasks[0][left][metric]["n"]}
+            one, turned = one[metric], forth not in run["differences"]
+            ends = [-one["high"], -one["low"]] if turned else [one["low"], one["high"]]
+            return {
+                "value": -one["value"] if turned else one["value"],
+                **dict(zip(("low", "high"), ends, strict=True)),
+                "n": one["n"],
+            }
+        gaps = mean_difference([task[left][metric]["value"] - task[right][metric]["value"] for task in tasks])
+        return {key: round(value, 6) for key, value in gaps.to_json().items()}
+
+    return found
+
+
+def shrunk(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean spread over draws after training, as a share of that in context."""
+    before, after = spreads(run)
+    share = statistics.mean(after) / statistics.mean(before)
+    return {"value": round(share, 4), "low": None, "high": None, "n": len(before)}
+
+
+V2, RANDOM = "p-tuning-v2", " deep_start=random"
+GOALS = (
+    Goal("Q1", "LAMA, hybrid less examples in context, P@1", 0.08, "relations", lead(BEST, "in-context", "p_at_1")),
+    Goal("Q3", "spread over draws of the examples, trained, as a share of in context", 0.5, "draws", shrunk, most=True),
+    Goal("Q6", "SST-2, text start less random start, accuracy", 0.05, "sst2", lead(LEARNED, LEARNED + RANDOM, "score")),
+    Goal("Q6", "TREC, text start less random start, accuracy", 0.05, "trec", lead(LEARNED, LEARNED + RANDOM, "score")),
+    Goal("Q6", "E2E, text start less random start, BLEU", 5, "e2e-320", lead(V2, V2 + RANDOM, "bleu-lc")),
+    Goal("Q6", "E2E, deep less shallow, BLEU", 5, "e2e-320", lead(V2, "prompt-tuning", "bleu-lc")),
+    Goal("G1", "E2E, 1,000 texts, BLEU", 58, "e2e-1000-context", score("context-tuning", "bleu-lc")),
+    Goal("G1", "E2E, 1,000 texts, coverage", 0.85, "e2e-1000-context", score("context-tuning", "coverage")),
+    Goal("G2", "E2E, 100 texts, deep less fine-tuning, BLEU", 0, "e2e-100", lead(V2, "fine-tuning", "bleu-lc")),
+    Goal("G2", "E2E, 320 texts, deep less fine-tuning, BLEU", 0, "e2e-320", lead(V2, "fine-tuning", "bleu-lc")),
+    Goal("G3", "countries, coverage", 0.97, "countries", score(V2, "coverage")),
+    Goal("G3", "countries, invented", 0.02, "countries", score(V2, "invented"), most=True),
+)
+
+
+def goals(runs: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return goal -> the figures that it asks for whose runs there are."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in GOALS:
+        if one.run in runs:
+            found.setdefault(one.name, []).append(one.met(runs[one.run]))
+    return found
+
+
+def of_goals(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the table of the goals."""
+    rows = ["| | figure | asked | measured | n | | run |", "|---" * 7 + "|"]
+    for name, one in ((name, one) for name, figures in found.items() for one in figures):
+        metric = "bleu" if "BLEU" in one["what"] else ""
+        value = number(one["value"], metric, "+" if " less " in one["what"] else "")
+        if one["low"] is not None:
+            sign = "+" if " less " in one["what"] else ""
+            value = with_interval(one, metric, sign)
+        end = "**reached**" if one["reached"] else "missed"
+        rows.append(f"| {name} | {one['what']} | {one['asked']} | {value} | {one['n']} | {end} | `{one['run']}` |")
+    return "\n".join(rows)
 
 
 def number(value: float, metric: str, sign: str = "") -> str:
@@ -157,17 +260,20 @@ def course(run: Mapping[str, Any], method: str) -> dict[str, list[Mapping[str, A
     return found
 
 
+def spreads(run: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return for each relation the standard deviation over draws of the examples at the start, and at the end."""
+    found = course(run, "context-tuning").values()
+    before, after = ([statistics.stdev(one["scores"][at] for one in draws) for draws in found] for at in (0, -1))
+    return before, after
+
+
 def spread(run: Mapping[str, Any]) -> str:
-    """Return the standard deviation over draws of the examples: in context (the start), and after the last epoch."""
+    """Return the scores of each draw of the examples: in context (the start), and after the last epoch."""
     rows = ["| relation | in context, each draw | sd | trained, each draw | sd |", "|---" * 5 + "|"]
-    before, after = list[float](), list[float]()
-    for task, found in course(run, "context-tuning").items():
-        starts, ends = ([one["scores"][at] for one in found] for at in (0, -1))
-        before.append(statistics.stdev(starts))
-        after.append(statistics.stdev(ends))
-        shown = (" ".join(f"{value:.3f}" for value in values) for values in (starts, ends))
-        left, right = shown
-        rows.append(f"| {task} | {left} | {before[-1]:.3f} | {right} | {after[-1]:.3f} |")
+    before, after = spreads(run)
+    for (task, draws), *sds in zip(course(run, "context-tuning").items(), before, after, strict=True):
+        left, right = (" ".join(f"{one['scores'][at]:.3f}" for one in draws) for at in (0, -1))
+        rows.append(f"| {task} | {left} | {sds[0]:.3f} | {right} | {sds[1]:.3f} |")
     gap = mean_difference([one - other for one, other in zip(after, before, strict=True)])
     rows.append(f"| mean | | **{statistics.mean(before):.3f}** | | **{statistics.mean(after):.3f}** |")
     rows.append(f"| paired | | | {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] | |")
