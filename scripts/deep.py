@@ -118,12 +118,14 @@ class Goal:
     what: str
     asked: float
     run: str
-    figure: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    figure: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
     most: bool = False
 
-    def met(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what docs/deep.json says of it."""
+    def met(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what docs/deep.json says of it; None if the run has no figure for it."""
         found = self.figure(run)
+        if found is None:
+            return None
         value = found["value"]
         asked = f"{'at most' if self.most else 'at least'} {self.asked:g}"
         reached = value <= self.asked if self.most else value >= self.asked
@@ -164,6 +166,16 @@ def lead(left: str, right: str, metric: str) -> Callable[[Mapping[str, Any]], Ma
     return found
 
 
+def at(value: str, method: str, metric: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """Return how to read a score of the records with one value of a field off a run."""
+
+    def found(run: Mapping[str, Any]) -> dict[str, Any] | None:
+        one = run["by"][value].get(method)
+        return None if one is None else {key: one[metric][key] for key in ("value", "low", "high", "n")}
+
+    return found
+
+
 def shrunk(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mean spread over draws after training, as a share of that in context."""
     before, after = spreads(run)
@@ -185,6 +197,8 @@ GOALS = (
     Goal("G2", "E2E, 320 texts, deep less fine-tuning, BLEU", 0, "e2e-320", lead(V2, "fine-tuning", "bleu-lc")),
     Goal("G3", "countries, coverage", 0.97, "countries", score(V2, "coverage")),
     Goal("G3", "countries, invented", 0.02, "countries", score(V2, "invented"), most=True),
+    Goal("G4", "arithmetic, frozen, 1+1 digits", 0.80, "arithmetic", at("1+1", V2, "last-number")),
+    Goal("G4", "arithmetic, LoRA, 2+2 digits", 0.90, "arithmetic", at("2+2", "manual+lora", "last-number")),
 )
 
 
@@ -192,8 +206,8 @@ def goals(runs: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return goal -> the figures that it asks for whose runs there are."""
     found: dict[str, list[dict[str, Any]]] = {}
     for one in GOALS:
-        if one.run in runs:
-            found.setdefault(one.name, []).append(one.met(runs[one.run]))
+        if one.run in runs and (figure := one.met(runs[one.run])) is not None:
+            found.setdefault(one.name, []).append(figure)
     return found
 
 
