@@ -17,7 +17,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.engine import prefix_cache
 from ptuning.engine.learned import Learned
 from ptuning.engine.passes import target_logits
-from ptuning.engine.prefix_cache import PrefixCache
+from ptuning.engine.prefix_cache import Past, PrefixCache
 from ptuning.records import Record, as_records
 from ptuning.template.example import Example
 from tests.conftest import CAUSAL, bound, small_memory
@@ -262,3 +262,23 @@ def test_texts_that_do_not_fit_into_one_pass_are_kept_in_several(
     assert max(ran) <= 40
     assert cache.tokens == wanted.tokens
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_parts_with_gradients_are_put_together_as_constant_ones() -> None:
+    """Of several lengths, for rows that name one several times, or none; and each part gets the gradient of its rows."""
+    drawn = torch.Generator().manual_seed(0)
+    parts = {name: torch.randn(2, 2, 3, length, 4, generator=drawn) for name, length in (("a", 5), ("b", 2), ("c", 1))}
+    names = ["b", "b", "a", "none", "c", "a"]
+    plain = Past.of(parts, names)
+    own = {name: part.clone().requires_grad_() for name, part in parts.items()}
+    found = Past.of(own, names)
+    assert torch.equal(found.mask, plain.mask)
+    for ours, theirs in zip(found.layers, plain.layers, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    weights = torch.randn(2, 2, len(names), 3, 5, 4, generator=drawn)
+    torch.stack([torch.stack(pair) for pair in found.layers]).mul(weights).sum().backward()
+    for name, part in own.items():
+        rows = [row for row, named in enumerate(names) if named == name]
+        expected = weights[:, :, rows, :, 5 - part.shape[3] :].sum(dim=2)
+        assert part.grad is not None
+        assert torch.allclose(part.grad, expected, atol=1e-6)
