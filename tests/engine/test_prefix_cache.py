@@ -265,7 +265,7 @@ def test_texts_that_do_not_fit_into_one_pass_are_kept_in_several(
 
 
 def test_parts_with_gradients_are_put_together_as_constant_ones() -> None:
-    """Of several lengths, for rows that name one several times, or none; and each part gets the gradient of its rows."""
+    """Of several lengths, named by several rows or by none; each part gets the gradient of its rows."""
     drawn = torch.Generator().manual_seed(0)
     parts = {name: torch.randn(2, 2, 3, length, 4, generator=drawn) for name, length in (("a", 5), ("b", 2), ("c", 1))}
     names = ["b", "b", "a", "none", "c", "a"]
