@@ -20,7 +20,7 @@ from typing import Any
 from pages import fill, read_figures, write_figures
 from ptuning.metrics import called
 from ptuning.names import LEARNED
-from ptuning.statistics import mean_difference, mean_score
+from ptuning.statistics import mean_difference
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE = DOCS / "deep.json", DOCS / "evidence" / "deep.md"
@@ -99,7 +99,6 @@ def tables(runs: Mapping[str, Any]) -> dict[str, str]:
         "differences": (("relations",), differences),
         "spread": (("draws",), spread),
         "seconds": (("time", "draws"), time_to_enough),
-        "encoders": (("words", "random"), encoders),
         "digits": (("arithmetic",), digits),
     }
     made["goals"] = of_goals(goals(runs))
@@ -149,17 +148,11 @@ def lead(left: str, right: str, metric: str) -> Callable[[Mapping[str, Any]], Ma
         tasks = list(run["scores"].values())
         if len(tasks) == 1:
             forth, back = f"{left} - {right}", f"{right} - {left}"
-            one = run["differences"].get(forth) or run["differences"].get(back)
-            if one is None:  # not among the pairs of the report: the difference of both scores, without an interval
-                value = tasks[0][left][metric]["value"] - tasks[0][right][metric]["value"]
-                return {"value": round(value, 4), "low": None, "high": None, "n": tasks[0][left][metric]["n"]}
-            one, turned = one[metric], forth not in run["differences"]
-            ends = [-one["high"], -one["low"]] if turned else [one["low"], one["high"]]
-            return {
-                "value": -one["value"] if turned else one["value"],
-                **dict(zip(("low", "high"), ends, strict=True)),
-                "n": one["n"],
-            }
+            turned = forth not in run["differences"]
+            one = run["differences"][back if turned else forth][metric]
+            value, low, high = (one[key] for key in ("value", "low", "high"))
+            value, low, high = (-value, -high, -low) if turned else (value, low, high)
+            return {"value": value, "low": low, "high": high, "n": one["n"]}
         gaps = mean_difference([task[left][metric]["value"] - task[right][metric]["value"] for task in tasks])
         return {key: round(value, 6) for key, value in gaps.to_json().items()}
 
@@ -216,10 +209,9 @@ def of_goals(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     rows = ["| | figure | asked | measured | n | | run |", "|---" * 7 + "|"]
     for name, one in ((name, one) for name, figures in found.items() for one in figures):
         metric = "bleu" if "BLEU" in one["what"] else ""
-        value = number(one["value"], metric, "+" if " less " in one["what"] else "")
-        if one["low"] is not None:
-            sign = "+" if " less " in one["what"] else ""
-            value = with_interval(one, metric, sign)
+        sign = "+" if " less " in one["what"] else ""
+        bare = one["low"] is None
+        value = number(one["value"], metric, sign) if bare else with_interval(one, metric, sign)
         end = "**reached**" if one["reached"] else "missed"
         rows.append(f"| {name} | {one['what']} | {one['asked']} | {value} | {one['n']} | {end} | `{one['run']}` |")
     return "\n".join(rows)
@@ -277,7 +269,7 @@ def course(run: Mapping[str, Any], method: str) -> dict[str, list[Mapping[str, A
 def spreads(run: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Return for each relation the standard deviation over draws of the examples at the start, and at the end."""
     found = course(run, "context-tuning").values()
-    before, after = ([statistics.stdev(one["scores"][at] for one in draws) for draws in found] for at in (0, -1))
+    before, after = ([statistics.stdev(one["scores"][end] for one in draws) for draws in found] for end in (0, -1))
     return before, after
 
 
@@ -286,11 +278,11 @@ def spread(run: Mapping[str, Any]) -> str:
     rows = ["| relation | in context, each draw | sd | trained, each draw | sd |", "|---" * 5 + "|"]
     before, after = spreads(run)
     for (task, draws), *sds in zip(course(run, "context-tuning").items(), before, after, strict=True):
-        left, right = (" ".join(f"{one['scores'][at]:.3f}" for one in draws) for at in (0, -1))
+        left, right = (" ".join(f"{one['scores'][end]:.3f}" for one in draws) for end in (0, -1))
         rows.append(f"| {task} | {left} | {sds[0]:.3f} | {right} | {sds[1]:.3f} |")
-    gap = mean_difference([one - other for one, other in zip(after, before, strict=True)])
+    apart = mean_difference([one - other for one, other in zip(after, before, strict=True)])
     rows.append(f"| mean | | **{statistics.mean(before):.3f}** | | **{statistics.mean(after):.3f}** |")
-    rows.append(f"| paired | | | {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] | |")
+    rows.append(f"| paired | | | {apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}] | |")
     return "\n".join(rows)
 
 
@@ -298,9 +290,9 @@ def seconds_to(one: Mapping[str, Any], enough: float) -> float | None:
     """Return the seconds of training until a development score is reached; None if it never is."""
     passed = 0.0
     seconds: float
-    for score, seconds in zip(one["scores"], (0.0, *one["seconds"]), strict=True):
+    for found, seconds in zip(one["scores"], (0.0, *one["seconds"]), strict=True):
         passed += seconds
-        if float(score) >= enough:
+        if float(found) >= enough:
             return float(passed)
     return None
 
@@ -329,36 +321,6 @@ def time_to_enough(run: Mapping[str, Any], other_run: Mapping[str, Any]) -> str:
     mean = f"{statistics.geometric_mean(shares):.2f}" if shares else ""
     rows.append(f"| geometric mean | | **{mean}**, of the {len(shares)} that have one |")
     return "\n".join(rows)
-
-
-def encoders(words: Mapping[str, Any], random: Mapping[str, Any]) -> str:
-    """Return P@1 of each encoder from words and from random starts, means over relations and seeds, and the paired
-    differences that the paper's two reasons for an encoder ask for.
-    """
-    kinds = {LEARNED: "`lstm`", f"{LEARNED} encoder=mlp": "`mlp`", f"{LEARNED} encoder=none": "`none`"}
-    means = {(start, kind): by_task(run, kind) for start, run in (("w", words), ("r", random)) for kind in kinds}
-    rows = [
-        "| encoder | from words | from random starts | words - random | sd over draws: words, random |",
-        "|---" * 5 + "|",
-    ]
-    for kind, name in kinds.items():
-        left, right = means["w", kind], means["r", kind]
-        shown = (mean_score([statistics.mean(one) for one in found.values()]) for found in (left, right))
-        told = (f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in shown)
-        spreads = (statistics.mean(statistics.stdev(one) for one in found.values()) for found in (left, right))
-        rows.append(
-            f"| {name} | {' | '.join(told)} | {gap(left, right)} | {', '.join(f'{one:.3f}' for one in spreads)} |"
-        )
-    plain = f"{LEARNED} encoder=none"
-    for kind, name in list(kinds.items())[:2]:
-        told = (gap(means[start, kind], means[start, plain]) for start in "wr")
-        rows.append(f"| {name} - `none` | {' | '.join(told)} | | |")
-    return "\n".join(rows)
-
-
-def by_task(run: Mapping[str, Any], method: str) -> dict[str, list[float]]:
-    """Return task -> P@1 on the test part with each seed."""
-    return {task: [one["test"]["p_at_1"] for one in found] for task, found in course(run, method).items()}
 
 
 def gap(left: Mapping[str, Sequence[float]], right: Mapping[str, Sequence[float]]) -> str:

@@ -23,8 +23,8 @@ from ptuning.statistics import Score, score, summary
 from ptuning.template.labels import Normalise
 from ptuning.texts.table import RETENTION
 
-# References for each record above which a text is written first, to see which of them can be hits: it takes as long as
-# some three passes. Source: docs/decisions.md, decision 74.
+# References for each record above which a text is written first, to see which of them can be hits.
+# Source: docs/decisions.md, decision 74.
 MANY_REFERENCES = 3
 
 
