@@ -25,6 +25,8 @@ Setting = int | float | str | bool  # the value of one
 # Version of the training code. Raise it when the same settings give another result, so that older results and
 # checkpoints are neither reused nor resumed.
 RECIPE = 4
+# What is added to it where slots are deep, or free vectors of the input: they get further in a step since.
+STEPS_RECIPE = 2
 
 # Settings of long targets. They did not exist when some results were made, which have their defaults.
 TEXT_SETTINGS = ("max_target_tokens", "choose_by")
@@ -154,7 +156,7 @@ class TrainConfig:
     encoder: EncoderKind = "lstm"
     dropout: float = 0.0
     start: RandomStart = "random"
-    deep_lr: float = 2e-3
+    deep_lr: float = 1e-2
     deep_encoder: DeepEncoderKind = "none"
     deep_start: DeepStart = "text"
     column_dropout: float = 0.1

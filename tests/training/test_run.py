@@ -20,7 +20,7 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.loading import load_backbone
-from ptuning.config import TrainConfig, start_seed
+from ptuning.config import RECIPE, STEPS_RECIPE, TrainConfig, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.reading import load_records
 from ptuning.data.task_files import TaskFile
@@ -606,9 +606,26 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     """The same settings learn something else in another version; a prompt of two halves would be neither."""
     with pytest.raises(Interrupted):
         run(causal, tmp_path, should_stop=after(2))
-    monkeypatch.setattr("ptuning.training.run.RECIPE", 99)
+    monkeypatch.setattr("ptuning.training.identity.RECIPE", 99)
     with pytest.raises(TrainingError, match="recipe of training was 4 and is 99"):
         run(causal, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "encoder", "further"),
+    [
+        (TEMPLATE, "lstm", False),
+        (TEMPLATE, "none", True),
+        ("[D*2] [X] [P] [Y]", "none", True),
+        ("[D*2] [X] [Y]", "none", True),
+    ],
+)
+def test_free_and_deep_slots_have_a_recipe_of_their_own(
+    causal: Backbone, template: str, encoder: str, further: bool
+) -> None:
+    """Their steps are longer than they were; a checkpoint of shorter ones must not be gone on with."""
+    found = run(causal, template=template, settings={"encoder": encoder, "epochs": 1})
+    assert found.record["recipe"] == RECIPE + STEPS_RECIPE * further
 
 
 TUNED = {"tune": "tuned", "backbone_lr": 0.005}

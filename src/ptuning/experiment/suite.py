@@ -17,7 +17,7 @@ import torch
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import RECIPE, TrainConfig
+from ptuning.config import TrainConfig
 from ptuning.data.questions import Questions
 from ptuning.errors import FileError, PTuningError, TrainingError
 from ptuning.experiment.cells import (
@@ -403,7 +403,7 @@ class Suite:
             {**settings, "seed": cell.seed},
             {part: digest(data) for part, data in parts.items()},
             fingerprint=self.backbone.fingerprint,
-            recipe=RECIPE if method.trained else None,
+            recipe=method.recipe(task, self.config_of(cell)),
             task_file=task.file.text if task.file is not None else None,
         )
         found |= {

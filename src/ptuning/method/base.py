@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.config import Setting, TrainConfig, Tune, acts_on, as_setting, setting_of
+from ptuning.config import RECIPE, EncoderKind, Setting, TrainConfig, Tune, acts_on, as_setting, setting_of
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Questions
 from ptuning.data.task_files import TaskFile
@@ -20,6 +20,7 @@ from ptuning.progress import OnProgress
 from ptuning.records import Record
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
+from ptuning.training.identity import recipe_of
 
 if TYPE_CHECKING:
     from ptuning.training.spec import FleetPrompt
@@ -132,6 +133,8 @@ class Method:
         default_for: The comparisons (``compare``, ``lama``, ...) that run it if no methods are named.
         settings: Training settings in which it differs from the comparison's.
         fixed: Training settings that are its own whatever the comparison's are, or change nothing for it.
+        template: Returns the template that it trains on.
+        encoder: The prompt encoder, if it has one of its own.
         prompts: Returns the trainings whose results ``fit`` looks for in its folder, so that a fleet can train those of
             many tasks beforehand.
     """
@@ -150,12 +153,20 @@ class Method:
     default_for: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     fixed: Collection[str] = ()
+    template: Callable[[Task], Template] | None = None
+    encoder: EncoderKind | None = None
     prompts: Callable[[Task, Setup], Sequence[FleetPrompt]] | None = None
 
     def depends_on(self, setting: str) -> bool:
         """Whether a training setting of the comparison changes its result."""
         acts = acts_on(setting, tune=self.tune, learns_slots=self.learns_slots)
         return self.trained and acts and setting not in self.fixed
+
+    def recipe(self, task: Task, config: TrainConfig) -> int | None:
+        """Return the version of the code that trains it on a task; None if nothing is trained."""
+        if not self.trained:
+            return None
+        return RECIPE if self.template is None else recipe_of(self.template(task), self.encoder or config.encoder)
 
     def varied(self, name: str, value: Setting) -> Method:
         """Return the method with another value of a setting; a ConfigError if it does not train with it."""

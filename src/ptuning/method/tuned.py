@@ -200,6 +200,7 @@ def _with_template(tune: Tune, describe: str, *, learns_slots: bool, default_for
         reads_manual=not learns_slots,
         labels_only=tune == "head",
         default_for=default_for,
+        template=template,
         prompts=prompts if tune == "frozen" else None,
     )
 
@@ -227,6 +228,8 @@ def _of_kind(kind: PromptKind, tune: Tune = "frozen") -> Method:
         reads_manual=not kind.learns_words,
         labels_only=tune == "head",
         fixed=(*kind.settings, *(() if kind.front.deep else DEEP_SETTINGS)),
+        template=template,
+        encoder=kind.settings.get("encoder"),
         prompts=prompts if tune == "frozen" else None,
     )
 

@@ -180,6 +180,11 @@ class Template:
         return any(isinstance(piece, Slots | TextSlots) and piece.deep for piece in self.pieces)
 
     @property
+    def has_input_slots(self) -> bool:
+        """Whether some of its slots are not deep."""
+        return any(isinstance(piece, Slots | TextSlots) and not piece.deep for piece in self.pieces)
+
+    @property
     def examples(self) -> int | None:
         """Index of ``[D:examples]`` among the pieces, None without one."""
         return next((index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)), None)

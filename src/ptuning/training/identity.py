@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ptuning.config import DEEP_SETTINGS, HEAD_SETTINGS, LOST_SETTINGS, TEXT_SETTINGS, TrainConfig
+from ptuning.config import (
+    DEEP_SETTINGS,
+    HEAD_SETTINGS,
+    LOST_SETTINGS,
+    RECIPE,
+    STEPS_RECIPE,
+    TEXT_SETTINGS,
+    EncoderKind,
+    TrainConfig,
+)
 from ptuning.errors import FileError, TrainingError
 from ptuning.files import Json, sha256
 from ptuning.names import RUN_FILE
+from ptuning.template.language import Template
 
 # Settings that do not change the result, so that a training may be resumed with other values.
 IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "cache_disk", "checkpointing", "device")
+
+
+def recipe_of(template: Template, encoder: EncoderKind) -> int:
+    """Return the version of the code that trains a template."""
+    free = encoder == "none" and template.has_input_slots
+    return RECIPE + STEPS_RECIPE * (free or template.has_deep)
 
 
 def identity(
@@ -24,8 +40,8 @@ def identity(
     """Return the identity of a result: settings but for :data:`IRRELEVANT_SETTINGS`, and for those that came later and
     have their default; and SHA-256 of each part of the data.
 
-    ``fingerprint`` is the backbone's, ``recipe`` :data:`ptuning.config.RECIPE` of the code that trained (None where
-    nothing is trained), and ``task_file`` the text of the task file, if there is one.
+    ``fingerprint`` is the backbone's, ``recipe`` the version of the code that trained
+    (:func:`recipe_of`; None where nothing is trained), and ``task_file`` the text of the task file, if there is one.
     """
     came = (*DEEP_SETTINGS, *TEXT_SETTINGS, *HEAD_SETTINGS, *LOST_SETTINGS)
     later = {name: getattr(TrainConfig, name) for name in came}

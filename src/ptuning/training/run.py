@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from ptuning.backbone.backbone import Backbone
 from ptuning.backbone.number_format import short_name
-from ptuning.config import BY_LOSS, BY_SCORE, RECIPE, TrainConfig, derived_seed, start_seed
+from ptuning.config import BY_LOSS, BY_SCORE, TrainConfig, derived_seed, start_seed
 from ptuning.data.questions import Questions
 from ptuning.data.splits import draw_records
 from ptuning.engine.ceiling import measure_ceiling
@@ -42,7 +42,7 @@ from ptuning.provenance import described, versions
 from ptuning.records import Rows
 from ptuning.statistics import Score, score
 from ptuning.template.language import Template
-from ptuning.training.identity import identity_of_run
+from ptuning.training.identity import identity_of_run, recipe_of
 from ptuning.training.optimizer import with_gradients
 from ptuning.training.prepare import Prepared, prepare
 from ptuning.training.run_folder import check_folder, checkpoint_folder, clear_folder
@@ -280,9 +280,8 @@ def _judge(prepared: Prepared, learned_from: Sequence[Item]) -> Judge | None:
 
 def _recipe(prepared: Prepared) -> int:
     """Return the version of the training code: one more with long targets, whose stop tokens weigh more since."""
-    return RECIPE + any(
-        stop_weight(one.own_tokens) > STOP_WEIGHT for item in prepared.items["train"] for one in item.choices
-    )
+    long = any(stop_weight(one.own_tokens) > STOP_WEIGHT for item in prepared.items["train"] for one in item.choices)
+    return recipe_of(prepared.template, prepared.config.encoder) + long
 
 
 def _dev_score(trainer: Trainer, n: int) -> Score:

@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptuning.config import EncoderKind, RandomStart
-from ptuning.training.encoders.encoder import MAX_ENCODER_WIDTH, OUTPUT_SCALE, PromptEncoder, start_vectors
+from ptuning.config import DeepEncoderKind, EncoderKind, RandomStart
+from ptuning.engine.learned import Deep
+from ptuning.training.encoders.encoder import (
+    MAX_ENCODER_WIDTH,
+    MOVED_BY_A_STEP,
+    DeepEncoder,
+    PromptEncoder,
+    start_vectors,
+)
 
 KINDS = get_args(EncoderKind)
 
@@ -116,23 +123,24 @@ def test_lstm_encoder_equals_the_equations_by_hand() -> None:
     for start, hidden in zip(encoder.start, row, strict=True):
         first = (encoder.first.weight @ hidden + encoder.first.bias).relu()
         unit = first / first.square().mean().sqrt()
-        moved = OUTPUT_SCALE / (width * width**0.5) * (encoder.last.weight @ unit + encoder.last.bias)
+        moved = 2 * MOVED_BY_A_STEP / (width * width**0.5) * (encoder.last.weight @ unit + encoder.last.bias)
         expected.append(start + 2.0 * moved / (1.0 + moved @ moved).sqrt())
     torch.testing.assert_close(encoder(), torch.stack(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_slot_gets_further_from_its_start_than_the_reach(kind: EncoderKind) -> None:
     """A slot that ran away on one split of P36, to ten times the length of an embedding, never came back."""
     encoder = make(torch.randn(4, 16), kind, reach=3.0)
+    last = encoder.free if kind == "none" else encoder.last.weight
     with torch.no_grad():
-        encoder.last.weight.fill_(1e4)
+        last.fill_(1e4)
     assert ((encoder() - encoder.start).norm(dim=-1) <= 3.0 + 1e-4).all()
     with torch.no_grad():
-        encoder.last.weight.fill_(0.0)
-        encoder.last.bias.fill_(1e-3)
-    # Near the start the bend is straight.
-    small = torch.full((4, 16), 3.0 * OUTPUT_SCALE / (16 * 4.0) * 1e-3)
+        last.fill_(0.0)
+        (encoder.free if kind == "none" else encoder.last.bias).fill_(1e-3)
+    # Near the start the bend is straight. A network adds up over its 16 features, half of which are zero.
+    small = torch.full((4, 16), 3.0 * MOVED_BY_A_STEP / 4.0 * 1e-3 * (1.0 if kind == "none" else 2.0 / 16))
     torch.testing.assert_close(encoder() - encoder.start, small, rtol=1e-2, atol=0)
 
 
@@ -244,12 +252,34 @@ def test_steps_do_not_grow_with_the_features(kind: EncoderKind) -> None:
     torch.testing.assert_close(encoder(), before, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "none"])
 @pytest.mark.parametrize("width", [16, 96, MAX_ENCODER_WIDTH + 128])
-def test_a_step_is_as_long_for_every_width(width: int) -> None:
-    """Adam moves every weight alike, so that a wider layer would move a slot further."""
-    encoder = make(torch.zeros(2, width), "mlp", reach=1.0)
+def test_a_step_is_as_long_for_every_width_with_a_network_and_without(width: int, kind: EncoderKind) -> None:
+    """Adam moves every weight alike, so that a wider layer would move a slot further, and a network further than free
+    vectors: one learning rate would be ten times too low for these.
+    """
+    encoder = make(torch.zeros(2, width), kind, reach=1.0)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     encoder().sum().backward()
     optimizer.step()
-    # Half of OUTPUT_SCALE times the learning rate is 0.125, bent to 0.124.
+    # MOVED_BY_A_STEP times the learning rate is 0.125, bent to 0.124.
     assert ((encoder() - encoder.start).norm(dim=-1) - 0.13).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["none", "mlp"])
+@pytest.mark.parametrize("width", [4, 64, 1024])
+def test_a_step_moves_deep_slots_by_about_the_learning_rate(width: int, kind: DeepEncoderKind) -> None:
+    """In shares of what tokens measure, with a network or without, for every width: one rate serves all kinds."""
+    start = Deep(None, 0, torch.zeros(3, 2, width), 3)
+    reach = {"offsets": torch.tensor([1.0, 50.0])}
+    generator = torch.Generator().manual_seed(0)
+    encoder = DeepEncoder(start, reach=reach, kind=kind, values_only=False, generator=generator)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
+    offsets = encoder().offsets
+    assert offsets is not None
+    offsets.sum().backward()
+    optimizer.step()
+    moved = encoder().offsets
+    assert moved is not None
+    shares = (moved / reach["offsets"][:, None]).mean(dim=-1)
+    assert ((shares.abs() > 0.002) & (shares.abs() < 0.016)).all(), shares  # slots share a network, and pull apart

@@ -19,9 +19,9 @@ from ptuning.template.fill import BoundTemplate
 MAX_ENCODER_WIDTH = 1024
 # Share of the embedding table's spread in a random start: more drowns the text (docs/decisions.md, decision 3).
 RANDOM_START_NOISE = 0.1
-# How far a slot moves in a step of Adam, in lengths of the reach: by about half of the learning rate times this, if all
-# weights of the last layer pull the same way. Source: docs/decisions.md, decision 3.
-OUTPUT_SCALE = 250.0
+# How far a slot moves in a step of Adam, in lengths of the reach and of the learning rate: with a network about as far,
+# if all weights of its last layer pull the same way. Source: docs/decisions.md, decisions 3 and 75.
+MOVED_BY_A_STEP = 125.0
 # The most numbers of the middle layer of a network that makes deep slots.
 DEEP_MIDDLE = 512
 
@@ -30,7 +30,8 @@ class PromptEncoder(nn.Module):
     r"""h_i = start_i + reach * bend(scale * W unit(f_i)), f_i = ReLU(V [LSTM forward(e_0..e_i) : backward(e_i..e_m)]).
 
     The slots of one template are one sequence in template order. The last layer starts at zero, so that before the
-    first step the slot vectors are exactly their starts. ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within
+    first step the slot vectors are exactly their starts. Free vectors take the place of W unit(f_i) where there is no
+    network, and one learning rate serves both. ``bend(u) = u / sqrt(1 + |u|^2)`` keeps every slot within
     ``reach`` of its start and makes steps alike for all backbones; ``unit`` gives the features of a slot a root mean
     square of 1, so that steps do not grow with them.
 
@@ -54,7 +55,8 @@ class PromptEncoder(nn.Module):
         self.reach = reach
         self.register_buffer("start", start.detach().float().clone(), persistent=True)
         if kind == "none":
-            self.free = nn.Parameter(torch.zeros(slots, width))
+            # Adam moves each number of a vector alike.
+            self.free, self.scale = nn.Parameter(torch.zeros(slots, width)), MOVED_BY_A_STEP / width**0.5
             return
         inner = min(width, MAX_ENCODER_WIDTH)
         half = max(1, inner // 2)
@@ -66,8 +68,8 @@ class PromptEncoder(nn.Module):
             self.lstm = nn.LSTM(width, half, num_layers=2, bidirectional=True, batch_first=True, dropout=dropout)
         self.first = nn.Linear(2 * half if kind == "lstm" else width, inner)
         self.last = nn.Linear(inner, width)
-        # A step of Adam adds up over the layer's inputs, and its length over its outputs.
-        self.scale = OUTPUT_SCALE / (inner * width**0.5)
+        # A step of Adam adds up over the layer's inputs (half of them, behind a ReLU), and its length over its outputs.
+        self.scale = 2 * MOVED_BY_A_STEP / (inner * width**0.5)
         self._initialise(generator)
 
     start: Tensor
@@ -90,15 +92,17 @@ class PromptEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the slot vectors, (P, E) float32."""
-        if self.kind == "none":
-            return self.start + self.free
+        moved = self.scale * (self.free if self.kind == "none" else self._made())  # (P, E)
+        return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
+
+    def _made(self) -> Tensor:
+        """Return what the network makes of the learned inputs, (P, E)."""
         hidden = self.inputs[None]  # (1, P, E)
         if self.kind == "lstm":
             hidden = self.lstm(hidden)[0]  # (1, P, 2 * half)
         hidden = torch.relu(self.first(self.dropout(hidden)))  # (1, P, inner)
-        hidden = functional.rms_norm(hidden, hidden.shape[-1:])
-        moved: Tensor = self.scale * self.last(hidden)[0]  # (P, E)
-        return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
+        made: Tensor = self.last(functional.rms_norm(hidden, hidden.shape[-1:]))[0]
+        return made
 
 
 def start_vectors(
@@ -216,7 +220,9 @@ class DeepEncoder(nn.Module):
             return free
         inputs, first, last = (getattr(self, f"{name}_{part}") for part in ("inputs", "first", "last"))
         hidden = torch.tanh(inputs @ first.T)  # (N, middle)
-        made: Tensor = hidden @ last.T * hidden.shape[1] ** -0.5
+        # A step of Adam adds up over the middle layer, whose numbers are about a half: it moves what is made by about
+        # the learning rate, as it moves free vectors.
+        made: Tensor = 2.0 / hidden.shape[1] * hidden @ last.T
         return made
 
 
