@@ -92,7 +92,7 @@ class PromptEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the slot vectors, (P, E) float32."""
-        moved = self.scale * (self.free if self.kind == "none" else self._made())  # (P, E)
+        moved: Tensor = self.scale * (self.free if self.kind == "none" else self._made())  # (P, E)
         return self.start + self.reach * moved / (1.0 + moved.square().sum(dim=-1, keepdim=True)).sqrt()
 
     def _made(self) -> Tensor:
