@@ -20,7 +20,7 @@ from typing import Any
 from pages import fill, read_figures, write_figures
 from ptuning.metrics import called
 from ptuning.names import LEARNED
-from ptuning.statistics import mean_difference
+from ptuning.statistics import mean_difference, mean_score
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIGURES, PAGE = DOCS / "deep.json", DOCS / "evidence" / "deep.md"
@@ -54,6 +54,7 @@ def summary(folder: Path, names: Mapping[str, str]) -> dict[str, Any]:
     return {
         "command": command,
         "dtype": results["backbone"]["dtype"],
+        "deep_lr": results["settings"]["deep_lr"],
         "scores": {task: {name: short(one) for name, one in found.items()} for task, found in results["tasks"].items()},
         "macro": {name: short(one) for name, one in results["macro"].items()},
         "differences": {name: short(one) for name, one in results["differences"].items()},
@@ -100,6 +101,7 @@ def tables(runs: Mapping[str, Any]) -> dict[str, str]:
         "spread": (("draws",), spread),
         "seconds": (("time", "draws"), time_to_enough),
         "digits": (("arithmetic",), digits),
+        "encoders": (("words", "random"), encoders),
     }
     made["goals"] = of_goals(goals(runs))
     return made | {
@@ -338,6 +340,36 @@ def digits(run: Mapping[str, Any]) -> str:
         shown = [with_interval(one, "last-number") for one in scores]
         rows.append(f"| {value} | {scores[0]['n']} | {' | '.join(shown)} |")
     return "\n".join(rows)
+
+
+def encoders(words: Mapping[str, Any], random: Mapping[str, Any]) -> str:
+    """Return P@1 of each encoder from words and from random starts, means over relations and seeds, and the paired
+    differences that the paper's two reasons for an encoder ask for.
+    """
+    kinds = {LEARNED: "`lstm`", f"{LEARNED} encoder=mlp": "`mlp`", f"{LEARNED} encoder=none": "`none`"}
+    means = {(start, kind): by_task(run, kind) for start, run in (("w", words), ("r", random)) for kind in kinds}
+    rows = [
+        "| encoder | from words | from random starts | words - random | sd over draws: words, random |",
+        "|---" * 5 + "|",
+    ]
+    for kind, name in kinds.items():
+        left, right = means["w", kind], means["r", kind]
+        shown = (mean_score([statistics.mean(one) for one in found.values()]) for found in (left, right))
+        told = (f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in shown)
+        spreads = (statistics.mean(statistics.stdev(one) for one in found.values()) for found in (left, right))
+        rows.append(
+            f"| {name} | {' | '.join(told)} | {gap(left, right)} | {', '.join(f'{one:.3f}' for one in spreads)} |"
+        )
+    plain = f"{LEARNED} encoder=none"
+    for kind, name in list(kinds.items())[:2]:
+        told = (gap(means[start, kind], means[start, plain]) for start in "wr")
+        rows.append(f"| {name} - `none` | {' | '.join(told)} | | |")
+    return "\n".join(rows)
+
+
+def by_task(run: Mapping[str, Any], method: str) -> dict[str, list[float]]:
+    """Return task -> P@1 on the test part with each seed."""
+    return {task: [one["test"]["p_at_1"] for one in found] for task, found in course(run, method).items()}
 
 
 if __name__ == "__main__":
