@@ -607,7 +607,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(
     with pytest.raises(Interrupted):
         run(causal, tmp_path, should_stop=after(2))
     monkeypatch.setattr("ptuning.training.identity.RECIPE", 99)
-    with pytest.raises(TrainingError, match="recipe of training was 4 and is 99"):
+    with pytest.raises(TrainingError, match=r"was 4 and is 99\. A ptuning that trains otherwise made it: start"):
         run(causal, tmp_path, resume=True)
 
 

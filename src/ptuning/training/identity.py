@@ -19,6 +19,8 @@ from ptuning.files import Json, sha256
 from ptuning.names import RUN_FILE
 from ptuning.template.language import Template
 
+# What the version of the training code is called in an identity.
+RECIPE_NAME = "recipe of training"
 # Settings that do not change the result, so that a training may be resumed with other values.
 IRRELEVANT_SETTINGS = ("checkpoint_seconds", "cache_memory", "cache_disk", "checkpointing", "device")
 
@@ -55,7 +57,7 @@ def identity(
         found["task file (sha256)"] = sha256(task_file.encode("utf-8"))
     found["backbone fingerprint"] = fingerprint
     if recipe is not None:
-        found["recipe of training"] = recipe
+        found[RECIPE_NAME] = recipe
     return found
 
 
@@ -88,7 +90,6 @@ def check_identity(now: Mapping[str, Json], saved: Mapping[str, Json], *, where:
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if names:
         shown = "; ".join(f"{name} was {saved.get(name)} and is {now.get(name)}" for name in names)
-        raise TrainingError(
-            f"cannot resume from {where}: {shown}. Repeat the command as it was, or start anew with "
-            "--overwrite or in another folder"
-        )
+        older = names == [RECIPE_NAME]
+        advice = "A ptuning that trains otherwise made it: start" if older else "Repeat the command as it was, or start"
+        raise TrainingError(f"cannot resume from {where}: {shown}. {advice} anew with --overwrite or in another folder")
