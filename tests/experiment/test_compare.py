@@ -14,10 +14,12 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.splits import split_records
 from ptuning.data.task_files import TaskFile
-from ptuning.errors import ConfigError, RecordError, TemplateError
+from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.merge import merged
 from ptuning.experiment.superglue import superglue
+from ptuning.prompt.predict import PromptModel
+from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records, references_of
 from ptuning.report.cell_files import read_answers
 from ptuning.report.results_file import Results
@@ -187,6 +189,39 @@ def test_tries_and_epochs_are_chosen_by_the_first_metric(causal: Backbone, tmp_p
         run = json.loads((tmp_path / f"cells/task/p-tuning/seed-0/try-{number}/run.json").read_text("utf-8"))
         epochs = [run["start"], *run["history"]]
         assert one["dev_score"] == epochs[run["chosen_epoch"]]["dev_chrf"]
+
+
+def test_every_method_writes_with_the_beams_that_are_asked_for(causal: Backbone, tmp_path: Path) -> None:
+    asked = {**WRITTEN, "methods": "majority,manual"}
+    config = TrainConfig(max_length=64)
+    found = run_compare(causal, tmp_path / "4", **asked, num_beams=4, config=config)
+    plain = run_compare(causal, tmp_path / "1", **asked, config=config)
+    assert "Texts are written by a search of 4 beams." in (tmp_path / "4/report.md").read_text(encoding="utf-8")
+    assert (found.settings["num_beams"], "num_beams" in plain.settings) == (4, False)
+    prompt = Prompt.manual(WRITTEN["manual"])
+    longest = max(one.own_tokens for one in prompt.bind(causal).examples(Records(TEXTS)))
+    written = {}
+    for beams in (4, 1):
+        rows = read_answers(tmp_path / f"{beams}/cells/task/manual/seed-0/predictions.jsonl")
+        written[beams] = [row.answer.text for row in rows]
+        generation = {"max_new_tokens": longest, "num_beams": beams}
+        expected = PromptModel(causal).predict(TEXTS, prompt, generation=generation)
+        assert written[beams] == [one.text for one in expected]
+    assert written[4] != written[1]
+    with pytest.raises(FileError, match="other settings"):
+        run_compare(causal, tmp_path / "1", **asked, num_beams=4, config=config)
+
+
+def test_beams_that_write_nothing_are_refused(causal: Backbone, masked: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"beams \(--beams\) are for answers that are written.* labels or choices"):
+        run_compare(causal, tmp_path, labels=";".join(WORDS), num_beams=2)
+    with pytest.raises(ConfigError, match="every answer is one token"):
+        run_compare(causal, tmp_path, num_beams=2)
+    with pytest.raises(ConfigError, match="this one fills masks"):
+        run_compare(masked, tmp_path, **WRITTEN, num_beams=2)
+    with pytest.raises(ConfigError, match="'num_beams' is 0"):
+        run_compare(causal, tmp_path, **WRITTEN, num_beams=0)
+    assert not any(tmp_path.iterdir())
 
 
 def test_metrics_for_texts_that_do_not_fit_are_refused(causal: Backbone, tmp_path: Path) -> None:

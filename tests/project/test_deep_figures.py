@@ -17,7 +17,7 @@ def deep() -> ModuleType:
 
 
 def test_the_documented_tables_are_those_of_the_documented_results(deep: ModuleType) -> None:
-    page = deep.PAGE.read_text(encoding="utf-8")
+    page = "".join(one.read_text(encoding="utf-8") for one in (deep.PAGE, deep.PAPER))
     made = deep.tables(deep.read_figures(deep.FIGURES)["runs"])
     shown = re.findall(r"<!-- deep: (\w+) -->\n(.*?)\n<!-- deep: end -->", page, flags=re.DOTALL)
     assert len(shown) > 5

@@ -10,7 +10,8 @@ from typing import cast
 
 from typing_extensions import Unpack
 
-from ptuning.config import BY_SCORE, TrainConfig, listed_names
+from ptuning.backbone.backbone import Backbone
+from ptuning.config import BY_SCORE, GenerationSettings, TrainConfig, listed_names
 from ptuning.data.labelling import Labelled, Labels, Merge, label_rows
 from ptuning.data.questions import Questions, as_questions, with_references
 from ptuning.data.splits import draw_questions, draw_records, split_questions
@@ -27,6 +28,7 @@ from ptuning.records import Rows, references_of, require_fields
 from ptuning.report.results_file import Results
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
+from ptuning.template.segments import FILLS_MASKS
 from ptuning.texts.table import check_metrics, measure_texts, metrics_of
 from ptuning.training.prepare import place_slots
 
@@ -39,12 +41,13 @@ class CompareOptions(PlanOptions, total=False):
     """The keyword arguments of a comparison on one's own data, beside those of every comparison.
 
     ``metrics`` are for the texts that are written (:data:`ptuning.texts.table.TEXT_METRICS`), by default the task's;
-    the first one chooses. ``by`` is a field of the test records: scores are told for each of its values as well.
-    ``gather`` says that records that differ in their target alone are one with several references, where they are
-    scored.
+    the first one chooses. Every method writes with ``num_beams`` beams. ``by`` is a field of the test records: scores
+    are told for each of its values as well. ``gather`` says that records that differ in their target alone are one
+    with several references, where they are scored.
     """
 
     metrics: Sequence[str] | str | None
+    num_beams: int
     by: str | None
     gather: bool
 
@@ -128,6 +131,8 @@ def compare_labelled(
     parts, how = _parted(rows.parts, plan, train_size=train_size, grouped=task is not None)
     if scored.gather:
         parts |= {part: with_references(parts[part]) for part in ("dev", "test")}
+    if scored.num_beams > 1:
+        _check_beams(plan.backbone)
     if scored.by is not None:
         require_fields(parts["test"].records, [scored.by])
     pair = template_pair(as_template(manual), template)
@@ -149,14 +154,20 @@ def compare_labelled(
     else:
         one_token = OneToken(plan.backbone, [*pair, bare(pair[0])])
         single = all(one_token.every(part.records) for part in parts.values())
+        if single and scored.num_beams > 1:
+            raise ConfigError(
+                "beams (--beams) are for texts that are written, and here every answer is one token, so that all "
+                "tokens are ranked; leave them out, or name --metrics"
+            )
         listed = _listed(vocabulary, parts)
     own = words if task is None or words != task.label_words else None
     job = fact_job(
         name, parts, pair, vocabulary=listed, single_token=single, info=info, file=task, words=own,
-        text_metrics=scored.metrics, by=scored.by,
+        text_metrics=scored.metrics, num_beams=scored.num_beams, by=scored.by,
     )  # fmt: skip
     settings: dict[str, Json] = {"vocabulary": str(vocabulary) if vocabulary else None, "train_size": train_size}
     settings |= {"by": scored.by} if scored.by is not None else {}
+    settings |= {"num_beams": scored.num_beams} if scored.num_beams > 1 else {}
     return run_jobs([replace(job, notes=notes)], plan=plan, settings=settings)
 
 
@@ -166,6 +177,7 @@ class ScoredBy:
 
     is_closed: bool
     metrics: tuple[str, ...] = ()
+    num_beams: int = 1
     by: str | None = None
     gather: bool = False
 
@@ -181,23 +193,33 @@ class ScoredBy:
         """Return how answers are scored; a ConfigError if it does not fit what they are."""
         is_closed = words is not None or (task is not None and task.answer_space.is_closed)
         named, gather = asked.get("metrics"), asked.get("gather", False)
+        beams = GenerationSettings(num_beams=asked.get("num_beams", 1)).num_beams
         if is_closed and vocabulary is not None:
             raise ConfigError("a vocabulary (--vocabulary) is for answers as text; labels and choices are all there is")
         if is_closed or vocabulary is not None:
-            for option, given in (("metrics for texts (--metrics)", named), ("references (--gather)", gather)):
+            for option, given in (
+                ("metrics for texts (--metrics)", named),
+                ("references (--gather)", gather),
+                ("beams (--beams)", beams > 1),
+            ):
                 if given:
                     answers = "labels or choices" if is_closed else "of a vocabulary"
                     raise ConfigError(f"{option} are for answers that are written, and those here are {answers}")
             return cls(is_closed, by=asked.get("by"))
         own = task.text_metrics if task is not None else ()
         metrics = own if named is None else tuple(metrics_of(named))
-        return cls(False, metrics, asked.get("by"), gather or (task is not None and task.gather))
+        return cls(False, metrics, beams, asked.get("by"), gather or (task is not None and task.gather))
 
 
 def without_scoring(options: CompareOptions) -> PlanOptions:
     """Return the options that every comparison has."""
-    own = ("metrics", "by", "gather")
+    own = ("metrics", "num_beams", "by", "gather")
     return cast("PlanOptions", {name: value for name, value in options.items() if name not in own})
+
+
+def _check_beams(backbone: Backbone) -> None:
+    if backbone.kind in FILLS_MASKS:
+        raise ConfigError("beams (--beams) are for models that write; this one fills masks, all at once")
 
 
 def _listed(vocabulary: str | Path | None, parts: Mapping[str, Questions]) -> Vocabulary:

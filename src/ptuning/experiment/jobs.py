@@ -113,13 +113,15 @@ def fact_job(
     file: TaskFile | None = None,
     words: LabelWords | None = None,
     text_metrics: tuple[str, ...] = (),
+    num_beams: int = 1,
     by: str | None = None,
 ) -> CellJob:
     """Return the job of a task with the ``parts`` ``train``, ``dev`` and ``test``, whose answers are text, labels with
     their ``words``, or as the task's ``file`` says.
 
     ``pair`` is the manual template, if any, and the one to learn; ``info`` is added to the task's description.
-    ``text_metrics`` score texts that are written, and ``by`` is a field that tells test records apart.
+    ``text_metrics`` score texts that are written with ``num_beams`` beams, and ``by`` is a field that tells test
+    records apart.
     """
     manual, learned = pair
     train, dev, test = (as_questions(parts[part]) for part in ("train", "dev", "test"))
@@ -128,7 +130,7 @@ def fact_job(
     asked = manual or bare(learned)
     task = Task(
         name, train, dev, asked, learned, objects, closed, single_token, file=file, words=words,
-        text_metrics=text_metrics,
+        text_metrics=text_metrics, num_beams=num_beams,
     )  # fmt: skip
     data: dict[str, Json] = {part: described(rows, kept=len(rows)) for part, rows in parts.items()}
     about: dict[str, Json] = {

@@ -415,8 +415,7 @@ class Suite:
         }
         if task.words is not None:
             found["label words"] = task.words.to_json()
-        if task.text_metrics:
-            found["metric that chooses"] = task.text_metrics[0]
+        found |= task.scoring
         if self.backbone.dtype != torch.float32:  # the fingerprint does not depend on the dtype
             found["dtype"] = short_name(self.backbone.dtype)
         if self.backbone.max_length is not None:

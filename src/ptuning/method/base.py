@@ -46,6 +46,7 @@ class Task:
         file: The task file, if there is one.
         words: Label words where there is no task file, or others than its own.
         text_metrics: Metrics for the texts that are written; the first one chooses. None if answers are right or wrong.
+        num_beams: Width of the beam search that writes answers; 1 is greedy decoding.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Task:
     file: TaskFile | None = None
     words: LabelWords | None = None
     text_metrics: tuple[str, ...] = ()
+    num_beams: int = 1
 
     @property
     def answer_space(self) -> AnswerSpace:
@@ -70,6 +72,12 @@ class Task:
     def is_written(self) -> bool:
         """Whether the backbone writes the answers freely."""
         return not (self.single_token or self.answer_space.is_closed)
+
+    @property
+    def scoring(self) -> dict[str, Json]:
+        """How written answers come about and are scored, as far as results depend on it."""
+        found: dict[str, Json] = {"metric that chooses": self.text_metrics[0]} if self.text_metrics else {}
+        return found | ({"num_beams": self.num_beams} if self.num_beams > 1 else {})
 
 
 @dataclass(frozen=True)

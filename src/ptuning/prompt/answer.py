@@ -38,13 +38,14 @@ def answer_records(
     closed: Sequence[str] | None = None,
     single_token: bool = False,
     max_tokens: int | None = None,
+    num_beams: int = 1,
     report: OnProgress | None = None,
 ) -> list[Answer]:
     """Answer N records, and rank each target among the possible answers. Written answers have no rank.
 
     If the prompt has label words or choices, these are the possible answers, and targets may be missing. Else they are
     ``closed``, or with ``single_token`` (all targets are one token each) all tokens, or any text of up to
-    ``max_tokens``.
+    ``max_tokens``, written with ``num_beams`` beams.
 
     Source: Petroni et al. (2019), section 4 (ranking single tokens); Liu et al. (2021), section 4.1.
     """
@@ -61,7 +62,7 @@ def answer_records(
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
-    written = model.predict(data, prompt, generation=GenerationSettings(max_new_tokens=max_tokens))
+    written = model.predict(data, prompt, generation=GenerationSettings(max_tokens, num_beams))
     if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)

@@ -110,6 +110,8 @@ def main(results: Results) -> list[Block]:
         "a column; sd is the standard deviation over seeds; tried is the number of settings that were compared "
         "on the development part."
     )
+    if (beams := results.settings.get("num_beams")) is not None:
+        caption += f" Texts are written by a search of {_shown(beams)} beams."
     signed = [f"{called(name)}: {text}" for name, text in _signatures(results).items()]
     told = [Text(f"Compare these scores with others only where all of this is equal. {'; '.join(signed)}.")]
     return [Table(caption, ["method", *map(called, shown), *COLUMNS], rows), *(told if signed else [])]

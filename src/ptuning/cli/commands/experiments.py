@@ -195,6 +195,7 @@ def compare(
     vocabulary: VocabularyOption = None,
     train_size: SizeOption = None,
     metrics: MetricsOption = None,
+    num_beams: options.BeamsOption = None,
     by: ByOption = None,
     gather: options.GatherOption = False,
     field: FieldOption = None,
@@ -229,6 +230,7 @@ def compare(
         vocabulary=vocabulary,
         train_size=train_size,
         metrics=metrics,
+        num_beams=1 if num_beams is None else num_beams,
         by=by,
         gather=gather,
         # It becomes a folder.
