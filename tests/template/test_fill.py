@@ -340,6 +340,13 @@ def test_a_causal_model_does_not_and_says_so_once(
     assert str(bound.template) == "{dropped notice} [Y]"
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="ptuning"):
+        gpt2.bind(f"[D:{'Kenya: yes.' + chr(10)}{'Peru: no. ' * 50}] {{dropped notice}} [Y] and on")
+    (said,) = (record.message for record in caplog.records)
+    assert "'[D:Kenya: yes. Peru: no." in said
+    assert said.endswith("no. Peru: no. ] {dropped notice} [Y]'")
+    assert len(said) < 300
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ptuning"):
         gpt2.bind("{dropped full stop} [Y].")
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
-from ptuning.errors import RecordError, TemplateError
+from ptuning.errors import RecordError, TemplateError, in_a_line
 from ptuning.records import IN_MEMORY, TARGET_FIELD, Record
 from ptuning.template.chat import Conversations, own_end
 from ptuning.template.example import SLOT_PLACEHOLDER, Example
@@ -66,11 +66,11 @@ class BoundTemplate:
     """One backbone's template. Text behind the target is dropped (with a notice) for a causal model or after ``[>]``.
 
     A special token behind a causal model's target is what answers end with, such as ``<|im_end|>``. Without one, unless
-    targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break
-    there anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's
-    limit or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the
-    prompt brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]``
-    have no tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
+    targets are ``multiline``, a causal model's answer ends with its line: models tend to write a line break there
+    anyway, so a prompt learns it in fewer steps than the end of the text. Rows that are longer than the model's limit
+    or ``max_length`` tokens are truncated. With ``block``, deep slots at the very front are no part of rows: the prompt
+    brings their keys and values (:attr:`Example.begun`). Raises a TemplateError if the words of ``[P:words]`` have no
+    tokens, a masked model has no mask token, or a model without a decoder's side gets ``[>]``.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class BoundTemplate:
             )
         self._end = NOTHING
         if kind == "causal" or template.turn is not None:
-            whole, (template, dropped) = template, template.without_tail()
+            whole, (template, dropped), reader = template, template.without_tail(), "decoder"
             if kind == "causal":
-                self._end, dropped = own_end(whole, tokenizer)
-            _notice_dropped(str(template), dropped.strip(), "causal model" if kind == "causal" else "decoder")
+                (self._end, dropped), reader = own_end(whole, tokenizer), "causal model"
+            _notice_dropped(in_a_line(str(template)), dropped.strip(), reader)
         elif kind in FILLS_MASKS and tokenizer.mask_id is None:
             raise TemplateError(f"this {kind} model's tokenizer has no mask token, so [Y] has no place in its input")
         # The template as it is remembered: with the end of answers, which is no part of what is read.

@@ -21,7 +21,7 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item
 from ptuning.engine.prefix_cache import PrefixCache
 from ptuning.engine.processes import wait_for_all
-from ptuning.errors import PromptError, TrainingError
+from ptuning.errors import PromptError, TrainingError, in_a_line
 from ptuning.files import Json
 from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.template.fill import BoundTemplate
@@ -190,8 +190,8 @@ class Trainer:
         state = self.state
         losses = ", ".join(f"{epoch['dev_loss']:.3f}" for epoch in state.history)
         what = (
-            f"training '{self.learner.bound.template}' was lost: the development loss, {state.start['dev_loss']:.3f} "
-            f"before training, was {losses} after each epoch"
+            f"training '{in_a_line(str(self.learner.bound.template))}' was lost: the development loss, "
+            f"{state.start['dev_loss']:.3f} before training, was {losses} after each epoch"
         )
         if len(state.lost) == self.config.restarts:
             logger.warning("%s; the prompt is its start. Try a lower learning rate (--lr) or another --seed", what)
