@@ -30,6 +30,8 @@ NAMES: Mapping[str, str] = {
     LEARNED: "**P-tuning**, one tried setting",
 }
 SHORT = ("majority", "manual", "manual, objects only", "in context", "P-tuning")
+# Prompts in every layer, which ran in bfloat16. They stand beside the others, and have paired differences of their own.
+DEEP: Mapping[str, str] = {"p-tuning-v2": "P-tuning v2", "hybrid": "hybrid"}
 # Tables of the relations on which all of some methods ran: name on the page -> method -> heading of its column.
 PARTS: Mapping[str, Mapping[str, str]] = {
     "trained": {
@@ -99,7 +101,9 @@ def tables(relations: Figures) -> dict[str, str]:
     counts = [f"{kind} ({len(part)})" for kind, part in kinds.items()]
     macro = [f"| P@1, mean over relations | all {len(relations)} | 95 % over relations | {' | '.join(counts)} |"]
     macro.append("|---" * 6 + "|")
-    for method, described in NAMES.items():
+    deep = {name: called for name, called in DEEP.items() if all(name in one["hits"] for one in relations.values())}
+    described_deep = {name: f"{called}, one tried setting, bfloat16" for name, called in deep.items()}
+    for method, described in {**NAMES, **described_deep}.items():
         all_of = mean_score(values(relations, method))
         means = [f"{sum(values(part, method)) / len(part):.3f}" for part in kinds.values()]
         macro.append(f"| {described} | {all_of.value:.3f} | {reach(all_of)} | {' | '.join(means)} |")
@@ -108,13 +112,26 @@ def tables(relations: Figures) -> dict[str, str]:
         if method != LEARNED:
             gap = mean_difference(apart(relations, LEARNED, method))
             paired.append(f"| P-tuning − {described.split(', twelve')[0]} | {gap.value:+.3f} | {reach(gap, '+')} |")
-    each = [f"| relation | | type | n | {' | '.join(SHORT)} |", "|---" * 9 + "|"]
+    each = [f"| relation | | type | n | {' | '.join((*SHORT, *deep.values()))} |", "|---" * (9 + len(deep)) + "|"]
     for name, one in relations.items():
-        shares = [f"{one['hits'][method] / one['n']:.3f}" for method in NAMES]
-        shares[-1] += f" {reach(of(one, LEARNED))}"
-        each.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares)} |")
+        shares = {method: f"{one['hits'][method] / one['n']:.3f}" for method in (*NAMES, *deep)}
+        shares[LEARNED] += f" {reach(of(one, LEARNED))}"
+        each.append(f"| {name} | {one['label']} | {one['type']} | {one['n']} | {' | '.join(shares.values())} |")
+    made = {"macro": macro, "paired": paired, "each": each, "deep": leads_of(relations, deep)}
     parts = {name: part(relations, methods) for name, methods in PARTS.items()}
-    return {"macro": "\n".join(macro), "paired": "\n".join(paired), "each": "\n".join(each), **parts}
+    return {name: "\n".join(rows) for name, rows in made.items()} | parts
+
+
+def leads_of(relations: Figures, deep: Mapping[str, str]) -> list[str]:
+    """Return a table of by how much prompts in every layer are ahead of other methods, paired over relations."""
+    rows = ["| paired difference | P@1 | 95 % over relations |", "|---|---|---|"]
+    others = {"in-context": "examples in context", LEARNED: "P-tuning", **deep}
+    for method, described in reversed(list(deep.items())):
+        del others[method]
+        for other, name in others.items():
+            gap = mean_difference(apart(relations, method, other))
+            rows.append(f"| {described} − {name} | {gap.value:+.3f} | {reach(gap, '+')} |")
+    return rows
 
 
 def part(relations: Figures, methods: Mapping[str, str]) -> str:

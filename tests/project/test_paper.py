@@ -44,6 +44,26 @@ def test_results_of_several_runs_are_put_together(lama: ModuleType, tmp_path: Pa
         lama.gathered(files, {"P7": {"label": "a", "type": "N-1", "n": 8, "hits": {}}})
 
 
+def test_prompts_in_every_layer_stand_beside_the_others_once_they_ran_on_all_relations(lama: ModuleType) -> None:
+    every = {*lama.NAMES, *(name for part in lama.PARTS.values() for name in part)}
+    hits = {**dict.fromkeys(every, 2), "p-tuning": 5, "p-tuning-v2": 6, "hybrid": 8}
+    rows = {
+        f"P{at}": {"label": "a", "type": lama.TYPES[at], "n": 10, "hits": {name: n + at for name, n in hits.items()}}
+        for at in range(3)
+    }
+    tables = lama.tables(rows)
+    assert tables["each"].splitlines()[0].endswith("| P-tuning | P-tuning v2 | hybrid |")
+    assert "| hybrid, one tried setting, bfloat16 | 0.900 |" in tables["macro"]
+    lines = tables["deep"].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| hybrid − examples in context", "+0.600"], ["| hybrid − P-tuning", "+0.300"],
+        ["| hybrid − P-tuning v2", "+0.200"], ["| P-tuning v2 − examples in context", "+0.400"],
+        ["| P-tuning v2 − P-tuning", "+0.100"],
+    ]  # fmt: skip
+    del rows["P1"]["hits"]["hybrid"]
+    assert "hybrid" not in "".join(lama.tables(rows).values())
+
+
 def test_a_part_of_the_relations_is_compared_where_all_of_its_methods_ran(lama: ModuleType) -> None:
     both = {"label": "a", "type": "N-1", "n": 10, "hits": {"p-tuning": 6, "fine-tuning": 4}}
     one = {"label": "b", "type": "1-1", "n": 10, "hits": {"p-tuning": 6}}
