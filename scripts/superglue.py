@@ -29,6 +29,7 @@ NAMES: Mapping[str, str] = {
     "in-context": "in context",
     "fine-tuning": "fine-tuning",
     "manual+fine-tuning": "manual + fine-tuning",
+    "context-tuning": "context tuning, frozen",
     LEARNED: "P-tuning, frozen",
     LEARNED + ALONG["tuned"]: "P-tuning, tuned",
 }
