@@ -187,7 +187,8 @@ def test_a_task_of_texts_is_learned_written_and_scored_by_its_metrics(llama: str
     rows = [{"x": f"Kenya {at % 3}", "ref": word} for at, word in enumerate(("a film", "a city", "25", "a movie"))]
     write_lines(Path("places.jsonl"), rows)
     data = ("--task", "places.toml", "--data", "places.jsonl", "--backbone", llama)
-    works("train", *data, "--dev", "places.jsonl", "--out", "run", "--epochs", "1")
+    told = works("train", *data, "--dev", "places.jsonl", "--out", "run", "--epochs", "1")
+    assert "epoch   train loss   dev loss   dev score   dev exact" in told  # what chooses is shown
     run = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     assert run["settings"]["choose_by"] == "exact"
     assert "dev_exact" in run["history"][0]

@@ -89,18 +89,17 @@ def show(result: TrainResult) -> None:
     chosen = cast("int", record["chosen_epoch"])
     terminal.heading(f"development part: {dev['rows']} records of {dev['name']}")
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("epoch", "train loss", "dev loss", "dev score"):
+    # A metric of written texts that chooses the epoch stands beside the score.
+    scores = dict.fromkeys(("dev_loss", "dev_score", *(name for name in start if name.startswith("dev_"))))
+    for name in ("epoch", "train loss", *(one.replace("_", " ") for one in scores)):
         table.add_column(name, justify="right")
-    table.add_row(
-        "start", "", f"{start['dev_loss']:.3f}", f"{start['dev_score']:.3f}", style=terminal.mark(chosen == 0)
-    )
-    for row in history:
+    for row in (start, *history):
+        epoch = int(row.get("epoch", 0))
         table.add_row(
-            str(row["epoch"]),
-            f"{row['train_loss']:.3f}",
-            f"{row['dev_loss']:.3f}",
-            f"{row['dev_score']:.3f}",
-            style=terminal.mark(row["epoch"] == chosen),
+            str(epoch) if epoch else "start",
+            f"{row['train_loss']:.3f}" if epoch else "",
+            *(f"{row[name]:.3f}" for name in scores),
+            style=terminal.mark(epoch == chosen),
         )
     console.print(table)
     console.print(f"chosen:  {'the start' if chosen == 0 else f'epoch {chosen}'} ({record['choice_rule']})")
