@@ -16,7 +16,7 @@ class Progress:
     Args:
         stage: ``suite`` before and after each cell of a comparison, ``train`` after each step, ``dev`` while the
             development part is scored, ``epoch`` after that (also before training, as epoch 0), ``cache`` while the KV
-            cache of the text before the slots is filled.
+            cache of the text before the slots is filled, and ``predict`` while texts are written.
         done, total: Records, for ``cache`` tokens, and for ``epoch`` epochs.
         note: What a person reads.
         name: Which training it is, where there are several: the prompt of a fleet, the cell of a comparison.

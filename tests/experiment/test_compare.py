@@ -17,7 +17,10 @@ from ptuning.data.task_files import TaskFile
 from ptuning.errors import ConfigError, FileError, RecordError, TemplateError
 from ptuning.experiment.compare import compare
 from ptuning.experiment.merge import merged
+from ptuning.experiment.plan import Watch
 from ptuning.experiment.superglue import superglue
+from ptuning.progress import Interrupted, Progress
+from ptuning.prompt import answer
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.records import Record, Records, references_of
@@ -210,6 +213,21 @@ def test_every_method_writes_with_the_beams_that_are_asked_for(causal: Backbone,
     assert written[4] != written[1]
     with pytest.raises(FileError, match="other settings"):
         run_compare(causal, tmp_path / "1", **asked, num_beams=4, config=config)
+
+
+@pytest.mark.parametrize("method", ["manual", "in-context"])
+def test_a_stop_while_texts_are_written_does_not_wait_for_all(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(answer, "WRITTEN_ROWS", 3)
+    asked = {**WRITTEN, "methods": method}
+    whole = run_compare(causal, tmp_path / "whole", **asked)
+    told: list[Progress] = []
+    watch = Watch(report=told.append, should_stop=lambda: told[-1].stage == "predict" if told else False)
+    with pytest.raises(Interrupted, match="3 of 10 records"):
+        run_compare(causal, tmp_path / "stopped", **asked, watch=watch)
+    assert [(now.done, now.total) for now in told if now.stage == "predict"] == [(3, 10)]
+    assert run_compare(causal, tmp_path / "stopped", **asked).tasks == whole.tasks
 
 
 def test_beams_that_write_nothing_are_refused(causal: Backbone, masked: Backbone, tmp_path: Path) -> None:

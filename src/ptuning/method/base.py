@@ -16,7 +16,7 @@ from ptuning.errors import ConfigError, closest
 from ptuning.files import Json
 from ptuning.metrics import Answer
 from ptuning.names import ALL_METHODS, RANDOM_WEIGHTS, is_folder_name
-from ptuning.progress import OnProgress
+from ptuning.progress import Interrupted, OnProgress, Progress
 from ptuning.records import Record
 from ptuning.template.labels import LabelWords
 from ptuning.template.language import Template
@@ -101,6 +101,13 @@ class Setup:
     folder: Path | None = None
     report: OnProgress | None = None
     should_stop: Callable[[], bool] | None = None
+
+    def watched(self, now: Progress) -> None:
+        """Report how far work is that leaves nothing half done; raises Interrupted if it is to stop."""
+        if self.report is not None:
+            self.report(now)
+        if self.should_stop is not None and now.done < now.total and self.should_stop():
+            raise Interrupted(f"stopped after {now.done} of {now.total} records")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def answering(
             single_token=task.single_token,
             max_tokens=target_tokens(task, setup) if task.is_written and closed is None else None,
             num_beams=task.num_beams,
-            report=setup.report,
+            report=setup.watched,
         )
 
     return Solution(answer, {**record, "prompt": str(prompt.template)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,16 +18,19 @@ from ptuning.engine.evaluate import Evaluation, evaluate
 from ptuning.engine.learned import Learned
 from ptuning.engine.objective import Item, inputs_of, target_items
 from ptuning.engine.passes import prefix_tokens, target_logits
-from ptuning.errors import RecordError
+from ptuning.errors import PromptError, RecordError
 from ptuning.metrics import Answer
 from ptuning.progress import OnProgress, Progress
 from ptuning.prompt.predict import PromptModel
-from ptuning.prompt.prediction import Candidate
-from ptuning.prompt.prompt import Prompt
+from ptuning.prompt.prediction import Candidate, Prediction
+from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
 from ptuning.records import TARGET_FIELD, Records, Rows, references_of
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.known import can_hit
 from ptuning.template.segments import FILLS_MASKS
+
+# Texts that are written together, and kept together if the work is stopped.
+WRITTEN_ROWS = 32
 
 
 def answer_records(
@@ -62,7 +65,8 @@ def answer_records(
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
-    written = model.predict(data, prompt, generation=GenerationSettings(max_tokens, num_beams))
+    settings = GenerationSettings(max_tokens, num_beams)
+    written = [one for part in written_parts(model, data, prompt, settings=settings, report=report) for one in part]
     if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
     items = target_items(bound, data, with_stop=False)
@@ -72,6 +76,35 @@ def answer_records(
         Answer(one.text, bool(hit), log_prob=one.log_prob, known=known)
         for one, hit, known in zip(written, found.hits, found.known, strict=True)
     ]
+
+
+def check_writes(prompt: Prompt) -> None:
+    """Raise a PromptError if a prompt chooses among labels or choices and writes nothing."""
+    if prompt.answer_space.is_closed:
+        raise PromptError(
+            f"the prompt answers with {prompt.answer_space.described} and writes no texts; use predict for its answers"
+        )
+
+
+def written_parts(
+    model: PromptModel,
+    records: Rows | Questions,
+    prompt: OnePrompt,
+    *,
+    settings: GenerationSettings | None = None,
+    done: int = 0,
+    report: OnProgress | None = None,
+) -> Iterator[list[Prediction]]:
+    """Yield what a prompt writes for N records, :data:`WRITTEN_ROWS` at a time; the first ``done`` records are left
+    out. A text does not depend on those beside it. A PromptError if the prompt writes no texts.
+    """
+    prompt, questions = as_prompt(prompt), as_questions(records)
+    check_writes(prompt)
+    for start in range(done, len(questions), WRITTEN_ROWS):
+        part = Questions(questions[start : start + WRITTEN_ROWS], name=questions.name)
+        yield model.predict(part, prompt, generation=settings)
+        if report is not None:
+            report(Progress("predict", start + len(part), len(questions), questions.name))
 
 
 def of_any_reference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,9 +14,10 @@ from ptuning.engine.learned import Learned
 from ptuning.engine.objective import item_parts
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import write_answers
-from ptuning.errors import PromptError, RecordError
+from ptuning.errors import RecordError
 from ptuning.files import Json, sha256
-from ptuning.progress import OnProgress, Progress
+from ptuning.progress import OnProgress
+from ptuning.prompt.answer import check_writes, written_parts
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import OnePrompt, Prompt, as_prompt
@@ -24,38 +25,6 @@ from ptuning.prompt.score import Result, prediction_rows
 from ptuning.records import Record, Records, Rows, plain, references_of, require_targets, target_of
 from ptuning.template.fill import BoundTemplate
 from ptuning.texts.table import check_metrics, metrics_of, score_texts, value_of_texts
-
-# Texts that are written together, and kept together if the work is stopped.
-WRITTEN_ROWS = 32
-
-
-def check_writes(prompt: Prompt) -> None:
-    """Raise a PromptError if a prompt chooses among labels or choices and writes nothing."""
-    if prompt.answer_space.is_closed:
-        raise PromptError(
-            f"the prompt answers with {prompt.answer_space.described} and writes no texts; use predict for its answers"
-        )
-
-
-def written_parts(
-    model: PromptModel,
-    records: Rows | Questions,
-    prompt: OnePrompt,
-    *,
-    settings: GenerationSettings | None = None,
-    done: int = 0,
-    report: OnProgress | None = None,
-) -> Iterator[list[Prediction]]:
-    """Yield what a prompt writes for N records, :data:`WRITTEN_ROWS` at a time; the first ``done`` records are left
-    out. A text does not depend on those beside it. A PromptError if the prompt writes no texts.
-    """
-    prompt, questions = as_prompt(prompt), as_questions(records)
-    check_writes(prompt)
-    for start in range(done, len(questions), WRITTEN_ROWS):
-        part = Questions(questions[start : start + WRITTEN_ROWS], name=questions.name)
-        yield model.predict(part, prompt, generation=settings)
-        if report is not None:
-            report(Progress("predict", start + len(part), len(questions), questions.name))
 
 
 def text_row(record: Record, found: Prediction) -> dict[str, Json]:

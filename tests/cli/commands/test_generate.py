@@ -13,7 +13,7 @@ import pytest
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import as_questions
 from ptuning.data.reading import load_records
-from ptuning.prompt import written
+from ptuning.prompt import answer, written
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from tests.cli.test_app import call, fails, works, write_lines
@@ -28,7 +28,7 @@ ROWS: list[dict[str, object]] = [
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "WRITTEN_ROWS", 2)
+    monkeypatch.setattr(answer, "WRITTEN_ROWS", 2)
     write_lines(tmp_path / "rows.jsonl", ROWS)
 
 

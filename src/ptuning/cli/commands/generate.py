@@ -50,7 +50,8 @@ def generate(
     Example: ptuning generate helper --data new.jsonl --out texts.jsonl
     """
     chosen = prompt_of(prompt, task_of(task), without=without)
-    from ptuning.prompt.written import check_writes, identity_of_texts, text_row, written_parts
+    from ptuning.prompt.answer import check_writes, written_parts
+    from ptuning.prompt.written import identity_of_texts, text_row
 
     check_writes(chosen)
     if is_table(out):
