@@ -65,7 +65,7 @@ def answer_records(
     if closed is not None:
         ranked = model.rank(data, prompt, closed)
         return [among_candidates(row.right, found) for row, found in zip(questions, ranked, strict=True)]
-    settings = GenerationSettings(max_tokens, num_beams)
+    settings = GenerationSettings(max_new_tokens=max_tokens, num_beams=num_beams)
     written = [one for part in written_parts(model, data, prompt, settings=settings, report=report) for one in part]
     if not all(row.right for row in questions):  # read without targets
         return [Answer(one.text, False, log_prob=one.log_prob) for one in written]
