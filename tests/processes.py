@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -51,11 +52,13 @@ def prepare() -> None:
             return process
         try:
             atexit._clear()
-            last = 0
-            for handle in sorted({0, 1, 2, *handles}):
+            last = 3  # closerange(0, 0) closes every handle where close_range is used
+            for handle in sorted({*handles} - {0, 1, 2}):
                 os.closerange(last, handle)
                 last = handle + 1
             os.closerange(last, os.sysconf("SC_OPEN_MAX"))
+            warnings.resetwarnings()  # those of the tests make errors of some
+            logging.getLogger().handlers.clear()  # one of pytest's writes to a handle that is closed now
             exec(words[-1], {})
         finally:
             os._exit(1)

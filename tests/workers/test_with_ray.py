@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,13 +23,15 @@ from tests.experiment.test_parts import files_of
 from tests.experiment.test_suite import DEV, MANUAL, TEST, TRAIN, has_checkpoint
 from tests.processes import forked
 
-pytestmark = pytest.mark.ray
-pytest.importorskip("ray", reason="the extra ptuning[ray] is not installed")
+# Imported here, Ray would keep the standard error that pytest has, which processes forked of the tests do not.
+MISSING = importlib.util.find_spec("ray") is None
+pytestmark = [pytest.mark.ray, pytest.mark.skipif(MISSING, reason="the extra ptuning[ray] is not installed")]
 
 EPOCHS = 4
 # A worker knows the methods that the command registers. One Ray does for all, as it takes its time to start.
 PROGRAM = f"""
 import json, logging, pathlib, sys
+import ray  # before it is told what gives access to it
 from types import SimpleNamespace
 from ptuning import TrainConfig, compare, load_backbone, methods
 from ptuning.experiment.plan import Watch
@@ -57,6 +60,9 @@ with ray_crew.connected(SimpleNamespace(backbone=load_backbone(model, device="cp
     run("together", Workers(2))
     ray_crew._shape_of_cluster = lambda *_: ray_crew.CrewShape(1, 1, 0.0)  # more threads would add in another order
     run("apart", Workers(1, shared_folder=False))
+ray.init(address="local", num_cpus=1, include_dashboard=False)  # the user's own, which knows nothing of ours
+print("nodes of the other", len(ray.nodes()))
+ray.shutdown()
 print("notes", sorted({{now.note for now in told if now.stage == "suite"}}))
 print("steps of", sorted({{now.name.split("/")[0] for now in told if now.stage == "train"}}))
 """
@@ -81,13 +87,15 @@ def test_a_killed_worker_changes_no_byte(model_folder: Callable[[str], Path], tm
     (tmp_path / "data.json").write_text(json.dumps([TRAIN, DEV, TEST]))
     model = model_folder("llama")
     given = [model, tmp_path / "data.json", tmp_path, MANUAL, WARM]
-    with forked(PROGRAM, *given, folder=tmp_path / "said") as program:
+    home = {"HOME": str(tmp_path)}  # where a Ray of the user's own keeps what gives access to it
+    with forked(PROGRAM, *given, folder=tmp_path / "said", environment=home) as program:
         program.wait_until(lambda: has_checkpoint(tmp_path / "together"))
         os.kill(next(pid for pid, unit in workers_of(program.err) if unit.startswith("p-tuning")), signal.SIGKILL)
         assert program.wait(250) == 0, program.err
         said, told = program.err, program.out
     assert "has ended in p-tuning" in said
     assert "does not see the folder" in said
+    assert "nodes of the other 1" in told
     assert "at work: p-tuning-seed-" in told
     assert "steps of ['p-tuning-seed-0', 'p-tuning-seed-1']" in told
 

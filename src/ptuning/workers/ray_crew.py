@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import secrets
@@ -92,7 +93,7 @@ def _marked(mark: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, CrewShape]]:
     """Yield Ray, connected to the cluster that is asked for, and the shape of the crew on it."""
-    with contextlib.ExitStack() as after:
+    with contextlib.ExitStack() as last, contextlib.ExitStack() as after:
         if workers.place is None:
             own = {**OWN_SETTINGS, "RAY_AUTH_TOKEN": _token()}
             after.enter_context(_environment(own, without=ADDRESS_VARIABLE))
@@ -104,6 +105,8 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, C
             return
         after.enter_context(_handlers())
         if workers.place is None:
+            _read_access()
+            last.callback(_read_access)
             shape = _shape_here(work, workers, units)
             folder = after.enter_context(tempfile.TemporaryDirectory(prefix="ptuning-ray-", ignore_cleanup_errors=True))
             _start(ray, "local", num_cpus=shape.count * shape.threads, include_dashboard=False, _temp_dir=folder)
@@ -117,8 +120,19 @@ def connected(work: Work, workers: Workers, units: int) -> Iterator[tuple[Any, C
 
 @functools.cache
 def _token() -> str:
-    """Return what gives access to a Ray of our own. Ray reads it once in a process."""
+    """Return what gives access to a Ray of our own."""
     return secrets.token_hex(32)
+
+
+def _read_access() -> None:
+    """Have Ray read from the environment what gives access to it. It does so once, when a process imports it, which may
+    be long before it is started here, and is not undone when it has ended.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # a Ray that knows no tokens
+        own: Any = importlib.import_module("ray._raylet")
+        tokens = own.AuthenticationTokenLoader
+        own.Config.initialize("")
+        tokens.instance().reset_cache()
 
 
 def _start(ray: Any, address: str, **own: object) -> None:
