@@ -140,7 +140,7 @@ def check_peft_reads(backbone: Backbone, folder: Path) -> None:
 
 def test_without_peft_the_error_says_what_to_install(causal: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"need the package peft; install it with: pip install peft"):
+    with pytest.raises(ConfigError, match=r"need the package peft; install it with: pip install 'ptuning\[lora\]'"):
         lora.add_adapters(causal.copy().model, rank=4, alpha=8.0, targets="all-linear", seed=0)
 
 

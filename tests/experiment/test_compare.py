@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ptuning.backbone import lora
 from ptuning.backbone.backbone import Backbone
 from ptuning.config import TrainConfig
 from ptuning.data.splits import split_records
@@ -87,6 +88,18 @@ def test_data_that_cannot_be_used(causal: Backbone, tmp_path: Path, options: dic
     with pytest.raises(RecordError, match=says):
         run_compare(causal, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_said_before_anything_runs(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(epochs=1)
+    found = run_compare(causal, tmp_path / "whole", methods="lora", config=config)
+    monkeypatch.setattr(lora, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="need the package peft"):
+        run_compare(causal, tmp_path / "out", methods="majority,lora", config=config)
+    assert not (tmp_path / "out").exists()
+    assert run_compare(causal, tmp_path / "whole", methods="lora", config=config).to_json() == found.to_json()
 
 
 def test_templates_that_cannot_be_used(causal: Backbone, tmp_path: Path) -> None:

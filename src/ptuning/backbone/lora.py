@@ -169,8 +169,15 @@ READ: Mapping[str, Callable[[Unchecked], object]] = {
 REQUIRED = ("target_modules", "r", "lora_alpha")
 
 
+def check_peft() -> None:
+    """Raise a ConfigError if peft, which has the adapters, is not installed."""
+    if find_spec("peft") is None:
+        raise ConfigError(
+            "adapters (lora) need the package peft; install it with: pip install 'ptuning[lora]' (or pip install peft)"
+        )
+
+
 def _peft() -> ModuleType:
     """Import peft, which takes seconds, only where adapters are used."""
-    if find_spec("peft") is None:
-        raise ConfigError("adapters (lora) need the package peft; install it with: pip install peft")
+    check_peft()
     return import_module("peft")

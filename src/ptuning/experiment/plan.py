@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Required, TypedDict, Unpack
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.lora import check_peft
 from ptuning.config import NOT_VARIED, Setting, TrainConfig, listed_names
 from ptuning.errors import ConfigError, FileError
 from ptuning.experiment.cells import CellEstimate, CellJob, CellResult
@@ -208,6 +209,7 @@ def run_jobs(
         if plan.watch.on_estimate is not None:
             plan.watch.on_estimate(suite.estimates(units))
         return collector.collect([CellResult(cell, "waiting") for cell in suite.cells_of(units)])
+    _check_installed(suite, units)
 
     def collected(cells: Sequence[CellResult]) -> Results:
         results = collector.collect(cells)
@@ -218,6 +220,13 @@ def run_jobs(
         return collected(list(_run(suite, units, plan)))
     sweep(plan.out, REPORT_FILES)
     return _run_and_report(suite, units, plan, collected)
+
+
+def _check_installed(suite: Suite, units: Sequence[Unit]) -> None:
+    """Raise a ConfigError if a cell that is left needs a package that is missing: now, not after hours of others."""
+    left = (cell for cell in suite.cells_of(units) if suite.methods[cell.method].tune == "lora")
+    if any(suite.load(cell) is None for cell in left):
+        check_peft()
 
 
 def _run(suite: Suite, units: Sequence[Unit], plan: Plan) -> Iterator[CellResult]:
