@@ -234,7 +234,15 @@ def test_a_damaged_layer_of_deep_slots(deep: Path) -> None:
     rewrite(deep, {**tensors, "deep.99.keys": tensors["deep.0.keys"].clone()})
     with pytest.raises(PromptError, match=r"extra key 'deep\.99\.keys'"):
         Prompt.load(deep)
+    rewrite(deep, {**tensors, "deep.1.keys": tensors["deep.1.keys"].to(torch.int32)})
+    with pytest.raises(PromptError, match=r"'deep\.1\.keys' is int32, and prompt\.json says float32"):
+        Prompt.load(deep)
     rewrite(deep, tensors)
+    about = json.loads((deep / MANIFEST_FILE).read_text(encoding="utf-8"))["deep"]
+    change(deep, deep={**about, "layers": 10**15})  # no names are made of so many
+    with pytest.raises(PromptError, match=r"tensors of deep slots, and prompt\.json says 10{15} layers"):
+        Prompt.load(deep)
+    change(deep, deep=about)
     change(deep, template="[P*2] [X] [P] [P] so [Y]")
     with pytest.raises(PromptError, match="has no deep slots"):
         Prompt.load(deep)
@@ -247,6 +255,10 @@ def test_a_prompt_with_deep_slots_of_another_shape_does_not_fit(causal: Backbone
     wider = replace(found.deep, offsets=found.deep.offsets.repeat(1, 2, 1))
     with pytest.raises(PromptError, match=r"are for \d+ layers of width \d+, and"):
         replace(found, deep=wider).bind(causal)
+    assert found.deep.block is not None
+    for other in (found.deep.block[1:], found.deep.block.repeat(1, 1, 2, 1, 1)):  # fewer layers, more heads
+        with pytest.raises(PromptError, match=r"has \d layers with \d heads of \d+ numbers, where theirs are of \d "):
+            replace(found, deep=replace(found.deep, block=other)).bind(causal)
     with pytest.raises(PromptError, match=r"deep slots in front and 1 elsewhere .* has 2 and 2"):
         replace(found, deep=replace(found.deep, slots=(0, 1))).bind(causal)
 

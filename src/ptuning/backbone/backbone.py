@@ -22,13 +22,14 @@ from ptuning.backbone.placement.quantized import format_of, keep_in_place
 from ptuning.backbone.placement.shards import Shards
 from ptuning.backbone.placement.stored import fingerprint, is_packed, is_wrapped
 from ptuning.backbone.probes import (
+    BlockShape,
     DeepShape,
     beside_pads,
+    block_shape,
     check_gradients,
     check_reading,
     deep_shape,
     follows_branches,
-    reads_blocks,
     same_logits,
     turning_length,
 )
@@ -356,13 +357,18 @@ class Backbone:
 
     @functools.cached_property
     @torch.no_grad()
-    def reads_blocks(self) -> bool:
-        """Whether rows can be read behind given keys and values of any tokens, some of them hidden (deep slots in
-        front). Found by running two rows. Positions must not depend on the row's length.
+    def block_shape(self) -> BlockShape | None:
+        """Of given keys and values of any tokens in front of rows, some of them hidden (deep slots in front); None if
+        rows cannot be read behind them. Found by running two rows. Positions must not depend on the row's length.
         """
         # Of a model in tensor parallelism, each process has the keys and values of its own heads.
         is_whole = self.shards is None or self.shards.how != "tp"
-        return self.shares_prefix and self.turn is None and is_whole and reads_blocks(self)
+        return block_shape(self) if self.shares_prefix and self.turn is None and is_whole else None
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether rows can be read behind given keys and values of any tokens."""
+        return self.block_shape is not None
 
     @functools.cached_property
     @torch.no_grad()

@@ -340,9 +340,20 @@ def deep_shape(backbone: Probed) -> DeepShape:
     return DeepShape(layers, width)
 
 
-def reads_blocks(backbone: Probed) -> bool:
-    """Whether the last token of a row, behind the keys and values of the first two and beside a hidden one, gives the
-    logits of the whole row.
+class BlockShape(NamedTuple):
+    """Number of layers, of their heads' keys and values, and the width of these."""
+
+    layers: int
+    heads: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers with {self.heads} heads of {self.width} numbers"
+
+
+def block_shape(backbone: Probed) -> BlockShape | None:
+    """Return the shape of keys and values in front of a row; None unless its last token, behind those of the first two
+    and beside a hidden one, gives the logits of the whole row.
     """
     ids = probe_ids(backbone)
     whole = _logits_of(backbone, ids.tolist(), [0, 1, 2], [2])
@@ -357,7 +368,7 @@ def reads_blocks(backbone: Probed) -> bool:
             keep=True,
         )
         if memory is None or len({keys.shape for keys, _ in memory.layers} | {v.shape for _, v in memory.layers}) > 1:
-            return False
+            return None
         hidden = [tuple(nn.functional.pad(one, (0, 0, 1, 0), value=1.0) for one in pair) for pair in memory.layers]
         zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
         behind, _ = backbone.run(
@@ -369,8 +380,9 @@ def reads_blocks(backbone: Probed) -> bool:
             memory=Memory.of(hidden),  # type: ignore[arg-type]  # pairs
         )
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-        return False
-    return same_logits(backbone, behind, whole)
+        return None
+    _, heads, _, width = memory.layers[0][0].shape
+    return BlockShape(len(memory.layers), heads, width) if same_logits(backbone, behind, whole) else None
 
 
 @contextlib.contextmanager

@@ -121,11 +121,11 @@ def answers_to(path: Path, raw: RawRows) -> Iterator[Take]:
 
 class KeptLines:
     """Lines of JSON that are kept while they are made, in a file beside the one that they become: ``path``, whose first
-    line says what they belong to. ``done`` is the number that were there, None if all are in the file already.
+    line says what they belong to. ``done`` is the number that were there.
     """
 
-    def __init__(self, out: Path, done: int | None) -> None:
-        self.out, self.path, self.done = out, out.with_name(f"{out.name}.part"), done
+    def __init__(self, out: Path) -> None:
+        self.out, self.path, self.done = out, _part_of(out), 0
 
     def write(self, rows: Sequence[Mapping[str, Json]]) -> None:
         """Add lines; they are in the file when this returns."""
@@ -147,13 +147,11 @@ def kept_lines(out: Path, identity: Mapping[str, Json], *, resume: bool, overwri
     A FileError if there are some and neither ``resume`` nor ``overwrite`` is asked for; a TrainingError if they belong
     to another ``identity``.
     """
-    kept = KeptLines(out, 0)
+    kept = KeptLines(out)
     make_folder(out.parent)
     if kept.path.is_symlink() or (kept.path.exists() and not kept.path.is_file()):
         raise FileError(f"{kept.path} is no file of ours, and lines are kept there; move it, or name another --out")
-    if resume and out.exists() and not kept.path.exists() and not overwrite:
-        kept.done = None
-    elif kept.path.exists() and not overwrite:
+    if kept.path.exists() and not overwrite:
         if not resume:
             raise FileError(
                 f"{kept.path} has lines of a run that was stopped; go on with --resume, or start anew with --overwrite"
@@ -166,6 +164,15 @@ def kept_lines(out: Path, identity: Mapping[str, Json], *, resume: bool, overwri
     finally:
         if kept.done == 0 and kept.path.exists() and kept.path.read_bytes().count(b"\n") == 1:
             kept.path.unlink()  # nothing was made
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a file of lines is whole: it is there, and what is kept while it is made is not."""
+    return out.exists() and not _part_of(out).exists()
+
+
+def _part_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")
 
 
 def _lines_left(path: Path, identity: Mapping[str, Json]) -> int:

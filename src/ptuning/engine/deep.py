@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone.backbone import Backbone
+from ptuning.backbone.probes import BlockShape
 from ptuning.engine.learned import Deep
 from ptuning.errors import PromptError
 from ptuning.template.fill import BoundTemplate
@@ -88,10 +89,15 @@ def check_deep(deep: Deep, bound: BoundTemplate, backbone: Backbone) -> None:
             f"the template '{bound.template}' has {layout.in_front} deep slots in front and {len(layout.deep_slots)} "
             f"elsewhere with this tokenizer, and the prompt has {deep.in_front} and {len(deep.slots)}"
         )
-    if deep.block is not None and not backbone.reads_blocks:
-        raise PromptError(
-            f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' reads none there"
-        )
+    if deep.block is not None:
+        layers, _, heads, _, width = deep.block.shape
+        own, read = BlockShape(layers, heads, width), backbone.block_shape
+        if own != read:
+            none = f"reads none there; they are of {own}"
+            raise PromptError(
+                f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' "
+                + (none if read is None else f"has {read}, where theirs are of {own}")
+            )
     if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
         raise PromptError(
             f"the prompt's deep slots are for {deep.offsets.shape[1] + 1} layers of width {deep.offsets.shape[2]}, and "

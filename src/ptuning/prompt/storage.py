@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ptuning.backbone.number_format import short_name
 from ptuning.backbone.trained_weights import TrainedWeights
 from ptuning.engine.learned import Deep
 from ptuning.errors import FileError, PromptError
@@ -278,11 +279,18 @@ def _read_deep(tensors: Mapping[str, Tensor], about: Unchecked, where: Path) -> 
     lead, layers = about.at("lead").whole(least=0), about.at("layers").whole(least=1)
     in_front, slots = about.at("block").whole(least=0), tuple(one.whole(least=0) for one in about.at("of").items())
     dtype = DEEP_DTYPES[about.at("dtype", "float32").one_of(tuple(DEEP_DTYPES))]
+    if layers > len(tensors) + 1:  # before names are made of any number
+        raise PromptError(f"{where}: {len(tensors)} tensors of deep slots, and {MANIFEST_FILE} says {layers} layers")
     named = {f"deep.{layer}.{part}" for layer in range(layers) for part in ("keys", "values") if in_front}
     named |= {f"deep.{layer}.inputs" for layer in range(1, layers) if slots}
     if found := sorted(named ^ set(tensors)):
         what = "missing" if found[0] in named else "extra"
         raise PromptError(f"{where}: {what} key '{found[0]}'; the file is damaged, or not that of the manifest")
+    for name, one in tensors.items():
+        if one.dtype != dtype:
+            raise PromptError(
+                f"{where}: '{name}' is {short_name(one.dtype)}, and {MANIFEST_FILE} says {short_name(dtype)}"
+            )
     block = offsets = None
     try:
         if in_front:

@@ -38,15 +38,18 @@ def text_row(record: Record, found: Prediction) -> dict[str, Json]:
     }
 
 
-def identity_of_texts(prompt: Prompt, questions: Questions, settings: GenerationSettings) -> dict[str, Json]:
-    """Return what must be equal for texts to be those of one and the same run."""
+def identity_of_texts(
+    prompt: Prompt, questions: Questions, settings: GenerationSettings, backbone: Backbone
+) -> dict[str, Json]:
+    """Return what must be equal for texts to be those of one and the same run, on this backbone as it is loaded."""
     vectors = b"" if prompt.slot_vectors is None else prompt.slot_vectors.numpy().tobytes()
     deep = b"" if prompt.deep is None else b"".join(one.numpy().tobytes() for one in prompt.deep.tensors.values())
     return {
         "template": str(prompt.template),
         "slots (sha256)": sha256(vectors + deep),
         "weights": None if prompt.weights is None else prompt.weights.fingerprint,
-        "backbone": None if prompt.backbone is None else prompt.backbone.fingerprint,
+        "backbone": backbone.fingerprint,
+        **{name: value for name, value in backbone.loaded.items() if name != "attn_implementation"},
         "data (sha256)": questions.sha256,
         "records": len(questions),
         **{name: list(one) if isinstance(one, tuple) else one for name, one in vars(settings).items()},

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
-from ptuning.data.questions import as_questions
+from ptuning.data.questions import Questions, as_questions
 from ptuning.data.reading import load_records
+from ptuning.files import Json
 from ptuning.prompt import answer, written
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
@@ -99,6 +102,9 @@ def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, mon
     assert "4 of 7 texts are there already" in done.err
     assert Path("texts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert "finished already" in call(*args, "--out", "texts.jsonl", "--resume").err
+    args = tuple(one if one != "rows.jsonl" else "fewer.jsonl" for one in args)
+    Path("fewer.jsonl").write_text(Path("rows.jsonl").read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
+    fails(*args, "--out", "texts.jsonl", "--resume", says=["its records are not those of fewer.jsonl"])
 
 
 def test_a_run_is_not_gone_on_with_as_another_one(llama: str) -> None:
@@ -233,17 +239,27 @@ def _loaded(llama: str) -> Any:
     return load_backbone(llama)
 
 
-def test_the_settings_are_part_of_what_a_run_is() -> None:
-    prompt = Prompt.manual("{x} [Y]")
-    rows = as_questions([{"x": "a"}])
-    first, other = (written.identity_of_texts(prompt, rows, GenerationSettings(num_beams=beams)) for beams in (1, 2))
-    assert first != other
-    assert first != written.identity_of_texts(prompt, as_questions([{"x": "b"}]), GenerationSettings())
+def test_the_settings_and_the_model_are_part_of_what_a_run_is(llama: str, model_folder: Callable[[str], Path]) -> None:
+    from ptuning.backbone.loading import load_backbone
+
+    prompt, rows, loaded = Prompt.manual("{x} [Y]"), as_questions([{"x": "a"}]), _loaded(llama)
+
+    def of(backbone: Backbone, rows: Questions = rows, **settings: int) -> dict[str, Json]:
+        return written.identity_of_texts(prompt, rows, GenerationSettings(**settings), backbone)  # type: ignore[arg-type]
+
+    first = of(loaded)
+    assert first == of(_loaded(llama))
     json.dumps(first)
+    others = [load_backbone(llama, **more) for more in ({"dtype": "bfloat16"}, {"max_length": 40})]
+    others.append(load_backbone(model_folder("gpt2")))
+    for other in (of(loaded, num_beams=2), of(loaded, as_questions([{"x": "b"}])), *map(of, others)):
+        assert other != first
 
 
 def test_what_deep_slots_learned_is_part_of_what_a_run_is(llama: str) -> None:
     rows = as_questions([{"x": "a"}])
     prompts = [Prompt.from_token_ids("[D*2] [X] is [Y]", ids, _loaded(llama)) for ids in ([5, 6], [5, 7], [5, 6])]
-    one, other, same = (written.identity_of_texts(prompt, rows, GenerationSettings()) for prompt in prompts)
+    one, other, same = (
+        written.identity_of_texts(prompt, rows, GenerationSettings(), _loaded(llama)) for prompt in prompts
+    )
     assert one == same != other

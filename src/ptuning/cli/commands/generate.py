@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ptuning.cli import options, terminal
 from ptuning.cli.inputs import data_to_write, load, prompt_of, task_of
-from ptuning.cli.outputs import check_file, is_table, kept_lines
+from ptuning.cli.outputs import check_file, is_finished, is_table, kept_lines
 from ptuning.cli.signals import stoppable
 from ptuning.cli.writing import writing as writing_options
 from ptuning.config import GenerationSettings
-from ptuning.errors import ConfigError
+from ptuning.errors import ConfigError, FileError
 from ptuning.progress import Interrupted
+from ptuning.records import plain
+
+if TYPE_CHECKING:
+    from ptuning.data.questions import Questions
 
 
 @options.takes(writing=writing_options, backbone=options.limited_backbone_options)
@@ -58,14 +62,15 @@ def generate(
         raise ConfigError(f"{out}: a text has a line of its own; let --out end in .jsonl")
     check_file(out, overwrite=overwrite or resume, data=data)
     questions = data_to_write(chosen, data, field, gather=gather)
-    identity = identity_of_texts(chosen, questions, writing)
-    with kept_lines(out, identity, resume=resume, overwrite=overwrite) as kept:
-        if kept.done is None:
-            terminal.say(f"{out} is finished already")
-            return
-        loaded = load(backbone, prompt=chosen)
-        from ptuning.prompt.predict import PromptModel
+    if resume and not overwrite and is_finished(out):
+        _check_finished(out, questions)
+        terminal.say(f"{out} is finished already; --overwrite writes it anew")
+        return
+    loaded = load(backbone, prompt=chosen)
+    from ptuning.prompt.predict import PromptModel
 
+    identity = identity_of_texts(chosen, questions, writing, loaded)
+    with kept_lines(out, identity, resume=resume, overwrite=overwrite) as kept:
         if kept.done:
             terminal.say(f"{kept.done} of {len(questions)} texts are there already")
         with stoppable(out, again="--resume", kept=kept.path) as (report, should_stop):
@@ -78,6 +83,20 @@ def generate(
                     raise Interrupted(f"stopped after {done} of {len(questions)} texts")
         kept.finish()
     _show_ends(out)
+
+
+def _check_finished(out: Path, questions: Questions) -> None:
+    """Raise a FileError if a finished file is not about these records. What wrote its texts, it does not say."""
+    asked = [plain(one.record) for one in questions]
+    try:
+        with out.open(encoding="utf-8") as lines:
+            is_same = [json.loads(line)["record"] for line in lines] == asked
+    except (ValueError, TypeError, KeyError):
+        is_same = False
+    if not is_same:
+        raise FileError(
+            f"{out} is there, and its records are not those of {questions.name}; use --overwrite, or name another --out"
+        )
 
 
 def _show_ends(out: Path) -> None:
