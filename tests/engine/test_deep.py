@@ -133,6 +133,17 @@ def prompts(backbone: Backbone) -> list[tuple[BoundTemplate, Learned]]:
     return found
 
 
+@pytest.mark.parametrize("pattern", ["[D*3] [Y]", "[D:the capital of] [Y]", "[D*3][Y]"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_deep_slots_with_nothing_but_a_space_before_the_target(name: str, pattern: str) -> None:
+    """They are in the row: a block is none of its positions, and the target needs one to be scored at."""
+    bound = bind(backbone_of(name), pattern, block=True)
+    (example,) = bound.examples([{"y": "a city"}])
+    assert bound.layout.in_front == 0
+    assert len(example.slot_positions) == bound.slots > 0
+    assert example.logit_positions[0] == example.slot_positions[-1]
+
+
 @every_family
 @torch.no_grad()
 def test_alone_or_in_company_of_other_prompts(name: str) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from ptuning.backbone.backbone import Backbone
-from ptuning.engine.learned import Learned
+from ptuning.engine.learned import Deep, Learned
 from ptuning.engine.passes import target_logits
 from ptuning.errors import ExchangeError
 from ptuning.exchange.imports import import_prompt, read_adapter_folder
+from ptuning.exchange.prefix_tuning import check_prefix
 from ptuning.prompt.prompt import Prompt
 from tests.conftest import RECORDS
 from tests.exchange.conftest import asked, exported, loaded_by_peft, ours, reserving, reserving_model
@@ -44,6 +45,12 @@ def test_peft_gives_the_log_probability_of_the_example(backbone: Backbone, tmp_p
     assert prompt.deep is not None
     assert torch.equal(back.deep.block, prompt.deep.block)  # type: ignore[arg-type]
     assert back.deep.lead == prompt.deep.lead == 1
+    # The tokens that open a text are known again where a file's numbers were rounded.
+    half = replace(prompt, deep=prompt.deep.rounded(torch.bfloat16))
+    exported(half, backbone, tmp_path / "half", "peft")
+    found = import_prompt(read_adapter_folder(tmp_path / "half"), prompt.template, backbone).deep
+    assert found is not None
+    assert (found.lead, found.in_front) == (1, 3)
 
 
 def peft_adapter(folder: Path) -> None:
@@ -94,6 +101,11 @@ def test_deep_slots_elsewhere_are_refused(tmp_path: Path) -> None:
     mixed = Prompt.from_token_ids("[D] {x} is [D] [Y]", [7, 8], backbone)
     with pytest.raises(ExchangeError, match="has other slots as well; train one with"):
         exported(mixed, backbone, tmp_path / "out", "peft")
+    front = Prompt.from_token_ids("[D*2] {x} is [Y]", [7, 8], backbone)
+    added = Deep(None, 0, torch.zeros(2, backbone.deep.layers - 1, backbone.width), (0, 1))
+    in_row = replace(front, deep=added, slot_vectors=torch.zeros(2, backbone.width))
+    with pytest.raises(ExchangeError, match="are added to what the layers of its model read"):
+        check_prefix(in_row)
     for kind in ("lora", "tokens", "gguf", "embeds"):
         with pytest.raises(ExchangeError, match="take --as peft"):
             exported(deep_prompt(backbone), backbone, tmp_path / "out", kind)

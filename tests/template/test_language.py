@@ -118,6 +118,8 @@ def problem_of(pattern: str) -> TemplateError | None:
         ("", 0, "a template needs one [Y]"),
         ("[Y] and [Y]", 8, "exactly one [Y], this one has two or more"),
         ("[X] [>] a [>] [Y]", 10, "a template turns to the decoder's side once, this one has two or more [>]"),
+        ("[D:examples] [D:examples] [X] [Y]", 13, "a template shows examples once, this one has two or more"),
+        ("[D:] [X] [Y]", 0, "write [D] for one slot that starts at a token of the data"),
         ("[X] [Y] [>]", 8, "[>] comes after [Y], but the target is always on the decoder's side"),
         ("[X] {y} [Y]", 4, "{y} would show the target to the model"),
         ("{y!} [Y]", 0, "{y} would show the target to the model"),

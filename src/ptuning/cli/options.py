@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -365,11 +366,10 @@ def training(
     """Collect the options of a training; commands take them with :func:`takes`."""
     chosen = {"encoder": encoder, "epochs": epochs, "batch_size": batch_size, "lr": lr, "starts": starts, "seed": seed}
     chosen |= {"max_length": max_length, "cache_memory": cache_memory, "cache_disk": cache_disk, "examples": examples}
-    config = config_of(set_, **chosen, **tune_options(tune, backbone_lr, keep))
     if method == LEARNED:
         method = None
-    if method is not None:
-        config = config.with_settings(kind_of_prompt(method).settings)
+    own = {} if method is None else kind_of_prompt(method).settings
+    config = config_of(set_, own, **chosen, **tune_options(tune, backbone_lr, keep))
     template, manual = template_and_manual(template, manual, template_file, learns_words=tune in ("frozen", "head"))
     if template is None and manual is None and task is None and not chat:
         manual = manual_by_rule(data)
@@ -384,8 +384,12 @@ def command_line() -> str:
     return f"ptuning {shlex.join(sys.argv[1:])}"
 
 
-def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
-    """Return the settings from options and from ``--set``; the others have the defaults of ``TrainConfig``."""
+def config_of(
+    pairs: Sequence[str] | None, instead: Mapping[str, object] = MappingProxyType({}), **options: object
+) -> TrainConfig:
+    """Return the settings from options and from ``--set``; the others have the defaults of ``TrainConfig``, or those
+    that are given ``instead``.
+    """
     given = named_values(pairs or (), expected="--set NAME=VALUE, such as patience=2")
     values: dict[str, Any] = {}
     for name, text in given.items():
@@ -398,7 +402,8 @@ def config_of(pairs: Sequence[str] | None, **options: object) -> TrainConfig:
             values[name] = parse_json(text)
         if name in options and options[name] not in (getattr(SETTINGS, name), values[name]):
             raise ConfigError(f"'{name}' is given twice: {options[name]} by its option, and {text} by --set")
-    return TrainConfig.from_json({**options, **values})
+    plain = {name: one for name, one in instead.items() if options.get(name) in (None, getattr(SETTINGS, name))}
+    return TrainConfig.from_json({**options, **plain, **values})
 
 
 def varied_by(pairs: Sequence[str] | None, config: TrainConfig) -> dict[str, list[Setting]]:

@@ -18,12 +18,20 @@ from ptuning.exchange.reserved import SlotTokens
 from ptuning.exchange.rows import Reader, Source
 from ptuning.prompt.prompt import Prompt
 from ptuning.template.example import Example
+from ptuning.template.language import Slots, TextSlots
 from ptuning.template.segments import Ids
 
 
 def check_prefix(prompt: Prompt) -> None:
-    """Raise an ExchangeError unless all of a prompt's slots are deep ones in front."""
+    """Raise an ExchangeError unless all of a prompt's slots are deep ones in front, and keys and values."""
     assert prompt.deep is not None
+    first, *rest = prompt.template.pieces
+    in_front = isinstance(first, Slots | TextSlots) and not any(isinstance(one, Slots | TextSlots) for one in rest)
+    if in_front and prompt.deep.block is None:
+        raise ExchangeError(
+            f"the deep slots of '{prompt.template}' are added to what the layers of its model read, as this one takes "
+            "no keys and values in front of a row, and these alone are what PEFT holds; no other template helps"
+        )
     if prompt.deep.block is None or prompt.deep.slots or prompt.slots:
         raise ExchangeError(
             f"of deep slots, PEFT holds keys and values in front of a text alone, and the template '{prompt.template}' "
@@ -87,7 +95,8 @@ def deep_of(vectors: Tensor, backbone: Backbone, *, opening: Ids) -> Deep:
         )
     block = vectors.view(-1, layers, two, heads, width).permute(1, 2, 3, 0, 4).contiguous()  # (L, 2, K, N, D)
     lead = len(opening)
-    rounding = 1e-5 if backbone.dtype == torch.float32 else 2e-2
+    is_rounded = backbone.dtype != torch.float32 or torch.equal(block.bfloat16().float(), block)
+    rounding = 2e-2 if is_rounded else 1e-5
     is_given = lead and block.shape[3] > lead
     if is_given:
         is_given = bool((block[:, :, :, :lead] - some).abs().max() <= rounding * some.abs().max())

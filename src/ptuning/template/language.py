@@ -61,7 +61,9 @@ class Conversation(Field):
 
 @dataclass(frozen=True)
 class Slots:
-    """A number of slots that start at random; ``deep`` ones have a vector in every layer."""
+    """A number of slots that start at random; ``deep`` ones have a vector in every layer, and start at tokens of the
+    training data.
+    """
 
     count: int
     deep: bool = False
@@ -101,8 +103,8 @@ BRACKETS: Mapping[str, Piece] = {
 @dataclass(frozen=True)
 class Template:
     """A parsed pattern: pieces in order, neighbouring literals joined. Raises a TemplateError if there is not exactly
-    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, if ``[C]`` is there
-    twice, or if a text holds half a character.
+    one target, if its own field is also an input, if ``[>]`` is there twice or behind the target, if ``[C]`` or
+    ``[D:examples]`` is there twice, or if a text holds half a character.
 
     >>> [type(piece).__name__ for piece in Template.parse("[P:The capital of] [X] is [Y]").pieces]
     ['TextSlots', 'Literal', 'Field', 'Literal', 'Target']
@@ -125,6 +127,9 @@ class Template:
         chats = [index for index, piece in enumerate(self.pieces) if isinstance(piece, Conversation)]
         if len(chats) > 1:
             raise self.error("a template has one conversation, this one has two or more [C]", chats[1])
+        shown = [index for index, piece in enumerate(self.pieces) if piece == TextSlots(EXAMPLES, deep=True)]
+        if len(shown) > 1:
+            raise self.error("a template shows examples once, this one has two or more [D:examples]", shown[1])
         for index, piece in enumerate(self.pieces):
             if isinstance(piece, Field) and piece.name == TARGET_FIELD:
                 raise self.error("{y} would show the target to the model; write [Y] where it is to be predicted", index)
@@ -326,7 +331,8 @@ def _text_slots(pattern: str, start: int) -> tuple[TextSlots, int]:
             raise TemplateError(message, pattern=pattern, column=start)
         elif pattern[at] == "]":
             if not "".join(text).strip():
-                message = f"[{kind}:words] without words; write [{kind}] for one slot that starts at random"
+                where = "at a token of the data" if kind == "D" else "at random"
+                message = f"[{kind}:words] without words; write [{kind}] for one slot that starts {where}"
                 raise TemplateError(message, pattern=pattern, column=start)
             return TextSlots("".join(text), deep=kind == "D"), at + 1
         else:

@@ -84,8 +84,10 @@ class SlotLayout:
 
 
 def _front(pieces: Sequence[object]) -> int:
-    """Return how many pieces of deep slots stand at the front; 0 if nothing is between them and the target."""
+    """Return how many pieces of deep slots stand at the front; 0 if nothing but a space, which is the target's, is
+    between them and the target.
+    """
     for count, piece in enumerate(pieces):
         if not (isinstance(piece, PlacedSlots) and piece.deep):
-            return 0 if isinstance(piece, Target) else count
+            return 0 if isinstance(pieces[count + (piece == MarkedText(" "))], Target) else count
     return 0

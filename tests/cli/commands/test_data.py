@@ -65,6 +65,9 @@ def test_template_show_without_a_record_fills_in_the_names(bert: str) -> None:
     assert {row["token_id"] for row in rows if row["part"] == "slot"} == {None}
     assert "".join(row["token"] for row in rows if row["part"] == "field question") == "question"
     assert "random start" in works("template", "show", template, "--backbone", bert)
+    assert "start drawn" in works("template", "show", "[D*2] {question} [Y]", "--backbone", bert)
+    shown = call("template", "show", "[D:examples] {question} [Y]", "--backbone", bert)
+    assert "training puts worked examples of its data there" in shown.err
 
 
 def test_template_show_does_not_load_the_weights(llama: str, tmp_path: Path) -> None:

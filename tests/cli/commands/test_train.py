@@ -303,6 +303,18 @@ def test_a_kind_of_prompt_makes_its_template_of_a_manual_one(llama: str, kind: s
     assert ("deep" in record) == (kind != "prompt-tuning")
 
 
+def test_what_is_asked_for_goes_before_the_settings_of_a_kind(llama: str) -> None:
+    for kind, more, asked in (
+        ("prefix-tuning", ("--set", "deep_encoder=none"), {"deep_encoder": "none", "encoder": "none"}),
+        ("prefix-tuning", (), {"deep_encoder": "mlp", "encoder": "none"}),
+        ("prompt-tuning", ("--encoder", "mlp"), {"encoder": "mlp", "start": "vocabulary"}),
+    ):
+        args = ("--method", kind, *more, "--epochs", "1", "--out", "run", "--overwrite")
+        works("train", "--data", "capitals:train", "--manual", "[X] is [Y]", "--backbone", llama, *args)
+        settings = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["settings"]
+        assert {name: settings[name] for name in asked} == asked
+
+
 def test_a_kind_of_prompt_that_cannot_be_made(llama: str) -> None:
     args = ("train", "--data", "capitals:train", "--backbone", llama, "--out", "run")
     fails(*args, "--method", "prefix-tunig", "--manual", "[X] is [Y]", says=["Did you mean 'prefix-tuning'?"])

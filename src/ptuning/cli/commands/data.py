@@ -119,7 +119,9 @@ def show_template(
         row = dict(as_read(rows)[0] if asked is None else asked[-1].record)
     bound = BoundTemplate(parsed, tokenizer=tokenizer, kind=kind)
     positions = bound.describe(row)
-    _show_positions(positions, tokenizer, as_json=as_json)
+    _show_positions(positions, tokenizer, free="start drawn" if parsed.has_deep else "random start", as_json=as_json)
+    if parsed.examples is not None:
+        terminal.say("[D:examples] is its word here; training puts worked examples of its data there")
     if is_chat and not as_json:
         learned = sum(part in ("target", "end") for part, _ in positions)
         terminal.line(f"{len(positions)} positions; learned is to write {learned} of them, the target and its end")
@@ -128,7 +130,9 @@ def show_template(
         terminal.say(f"warning: the target '{target}' is unknown to this tokenizer, so it is never a hit")
 
 
-def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, as_json: bool) -> None:
+def _show_positions(
+    positions: Sequence[tuple[str, int | None]], tokenizer: TextTokenizer, *, free: str, as_json: bool
+) -> None:
     texts = [None if token is None else tokenizer.token(token) for _, token in positions]
     rows = [(index, *position, text) for index, (position, text) in enumerate(zip(positions, texts, strict=True))]
     if as_json:
@@ -136,7 +140,7 @@ def _show_positions(positions: Sequence[tuple[str, int | None]], tokenizer: Text
         return
     table = terminal.table("position", "part", "id", "token")
     for index, part, token, text in rows:
-        shown = "random start" if text is None else terminal.quoted(text) + (" (start)" if part == "slot" else "")
+        shown = free if text is None else terminal.quoted(text) + (" (start)" if part == "slot" else "")
         style = {"slot": "green", "target": "bold", "end": "bold"}.get(part, "")
         table.add_row(str(index), escape(part), "" if token is None else str(token), escape(shown), style=style)
     terminal.results().print(table)
