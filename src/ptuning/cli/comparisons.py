@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -34,8 +34,9 @@ def show_cell(result: CellResult, number: int, total: int, *, more: str = "") ->
         terminal.say(f"{where}failed: {result.error}{more}")
         return
     name = result.primary
-    score = terminal.interval(result.score(name))
-    terminal.say(f"{where}{called(name)} {score}, n = {result.n}, {result.seconds:.0f} s{more}")
+    score = result.score(name)
+    shown = f"{terminal.interval(score)}{f', n = {result.n}' * score.has_interval}"  # without one it has its n
+    terminal.say(f"{where}{called(name)} {shown}, {result.seconds:.0f} s{more}")
 
 
 def show_jobs(jobs: Sequence[CellJob]) -> None:
@@ -126,25 +127,48 @@ def show_results(found: Results) -> None:
 
 
 def _table(rows: Mapping[str, Scores], title: str) -> None:
+    """Print the scores of methods: as many beside each other as the terminal is wide for, the others below."""
     terminal.heading(title)
     present = in_order(name for scores in rows.values() for name in scores)
     first, names = present[0], _columns(present, rows)
-    table = terminal.table("method")
-    for name in names:
-        table.add_column(f"{called(name)}  [95 % interval]", no_wrap=True)
     # Beside two scores with their intervals there is no room for more.
     spread = len(names) == 1 and any(scores[first].std is not None for scores in rows.values())
-    for name in ("sd", "lowest") if spread else ():
-        table.add_column(name, justify="right")
-    table.add_column("n", justify="right")
     best = best_of(first, (scores[first].value for scores in rows.values()))
-    for method, scores in rows.items():
-        cells = [escape(terminal.interval(scores[name])) if name in scores else "" for name in names]
-        main = scores[first]
-        if spread:
-            cells += ["" if value is None else f"{value:.3f}" for value in (main.std, main.lowest)]
-        table.add_row(escape(method), *cells, str(main.n), style=terminal.mark(main.value == best))
-    terminal.results().print(table)
+    cells = {
+        name: {method: terminal.interval(scores[name]) if name in scores else "" for method, scores in rows.items()}
+        for name in names
+    }
+    for shown in _fitting({f"{called(name)}  [95 % interval]": cells[name] for name in names}, rows):
+        table = terminal.table("method")
+        for head in shown:
+            table.add_column(escape(head), no_wrap=True)
+        for name in ("sd", "lowest") if spread else ():
+            table.add_column(name, justify="right")
+        table.add_column("n", justify="right")
+        for method, scores in rows.items():
+            main = scores[first]
+            more = [main.std, main.lowest] if spread else []
+            beside = ["" if value is None else f"{value:.3f}" for value in more]
+            own = (escape(column[method]) for column in shown.values())
+            table.add_row(escape(method), *own, *beside, str(main.n), style=terminal.mark(main.value == best))
+        terminal.results().print(table)
+
+
+def _fitting(
+    columns: Mapping[str, Mapping[str, str]], methods: Iterable[str]
+) -> Iterator[Mapping[str, Mapping[str, str]]]:
+    """Divide columns, each with a cell for each method, by what a terminal shows beside the methods' names and n."""
+    room = terminal.results().width - max(map(len, methods)) - len("    n  12345  ")
+    shown: dict[str, Mapping[str, str]] = {}
+    taken = 0
+    for head, column in columns.items():
+        wide = 3 + max(len(head), *map(len, column.values()))
+        if shown and taken + wide > room:
+            yield shown
+            shown, taken = {}, 0
+        shown[head] = column
+        taken += wide
+    yield shown
 
 
 def _show_values(found: Results) -> None:

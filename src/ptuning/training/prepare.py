@@ -164,11 +164,12 @@ class Shown:
         tokens = sum(map(len, bound.slots_of_lines(self.piece, self.lines)))
         room = bound.max_length // 2
         if tokens > room:
-            fitting = max(1, len(self.lines) * room // tokens)
+            count = len(self.lines)
+            fitting = count * room // tokens
+            fewer = f"take fewer (--set examples={fitting})" if fitting else "leave them out, as not even one fits"
             raise ConfigError(
-                f"the {len(self.lines)} examples of [D:examples] take {tokens:,} tokens, and at most half of a row's "
-                f"{bound.max_length:,} (max_length, or what the model reads) is for them; take fewer (--examples "
-                f"{fitting})"
+                f"the {count} example{'s' * (count > 1)} of [D:examples] take {tokens:,} tokens, and at most half of a "
+                f"row's {bound.max_length:,} (max_length, or what the model reads) is for them; {fewer}"
             )
 
     def leave_out(self, items: Sequence[Item], questions: Questions, bound: BoundTemplate) -> list[Item]:
@@ -201,7 +202,7 @@ def _examples(
     if len(plain) < config.examples:
         raise ConfigError(
             f"[D:examples] shows {config.examples} examples, and {train.name} has {len(plain)} records to learn from; "
-            f"take fewer (--examples {max(1, len(plain))}), or more records"
+            f"take fewer (--set examples={max(1, len(plain))}), or more records"
         )
     drawn = random.Random(f"examples {config.seed}").sample(plain, config.examples)
     spoken = [answers.spoken(record) for record in drawn]

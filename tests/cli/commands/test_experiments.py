@@ -510,6 +510,23 @@ def test_the_results_of_one_task(printed: Callable[[], tuple[str, str]]) -> None
     assert max(map(len, out.splitlines()[:-1])) <= 80
 
 
+def test_scores_that_do_not_fit_beside_each_other_stand_below(printed: Callable[[], tuple[str, str]]) -> None:
+    values = {"coverage": [0.0] * 4, "invented": [1.0, 0, 0, 1], "bleu": [50.0, 60, 40, 30]}
+    cells = [CellResult(Cell("texts", name, 0), "done", values, 3.4) for name in ("manual", "p-tuning")]
+    comparisons.show_cell(CellResult(Cell("texts", "manual", 0), "done", {"bleu": [50.0] * 4}, 3.4), 1, 2)
+    comparisons.show_results(collected(*cells))
+    out, err = printed()
+    assert "bleu 50.000  n = 4, 3 s" in err
+    heads = [line.split("  ") for line in out.splitlines() if line.strip().startswith("method ")]
+    assert [[one.strip() for one in head if one.strip()] for head in heads] == [
+        ["method", "coverage", "[95 % interval]", "invented", "[95 % interval]", "n"],
+        ["method", "bleu", "[95 % interval]", "n"],
+    ]
+    rows = [line for line in out.splitlines() if line.strip().startswith("p-tuning ")]
+    assert [row.split()[-1] for row in rows[:2]] == ["4", "4"]
+    assert "…" not in out
+
+
 def test_the_results_of_many_tasks(printed: Callable[[], tuple[str, str]]) -> None:
     tasks = [f"P{number}" for number in range(4)]
     cells = [done(task, method, [1, 0]) for task in tasks for method in ("majority", "manual")]
