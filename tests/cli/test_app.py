@@ -914,14 +914,20 @@ def test_data_that_is_not_there(source: str, says: list[str], llama: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_target_that_does_not_fit_the_context(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_of_a_target_that_does_not_fit_the_beginning_is_learned(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_lines(tmp_path / "train.jsonl", [{"x": "Kenya", "y": "Nairobi"}, {"x": "Peru", "y": LONG}])
     write_lines(tmp_path / "dev.jsonl", [{"x": "Kenya", "y": "Nairobi"}])
     args = ("--data", "train.jsonl", "--dev", "dev.jsonl", "--template", WARM)
-    fails(
-        "train", *args, "--backbone", request.getfixturevalue(name), "--out", "out",
-        says=["train.jsonl, record 2 does not fit", "target (", "the model reads 64"],
-    )  # fmt: skip
+    done = call("train", *args, "--backbone", request.getfixturevalue(name), "--epochs", "1", "--out", "out")
+    assert done.code == 0, done.err
+    assert "1 of 2 targets of train.jsonl do not fit into the 64 tokens that the model reads" in caplog.text
+    args = ("--data", "train.jsonl", "--metrics", "exact")
+    caplog.clear()
+    works("eval", "out", *args)
+    assert "1 of 2 targets of train.jsonl do not fit" in caplog.text
+    fails("eval", "out", *args[:2], says=["train.jsonl, record 2 does not fit", "a row has room for 64"])
 
 
 def test_a_field_that_must_be_kept_and_does_not_fit(llama: str, tmp_path: Path) -> None:

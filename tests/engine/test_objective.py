@@ -31,11 +31,13 @@ from ptuning.engine.objective import (
     score_choices,
     score_parts,
     share_inputs,
+    target_items,
 )
 from ptuning.engine.passes import target_logits
 from ptuning.errors import LabelWordError, RecordError, TemplateError
-from ptuning.records import Record, as_records
+from ptuning.records import Record, Records, as_records
 from ptuning.template.example import Example
+from ptuning.template.fill import TooLongError
 from ptuning.template.labels import LabelWords, Scoring
 from tests.conftest import RECORDS, bound, items_of, learned
 
@@ -102,6 +104,22 @@ def test_a_cut_target_is_the_beginning_of_the_whole_one(causal: Backbone) -> Non
             assert cut.choices[0].own_tokens == most
             assert by_hand(causal, cut.inputs[0]) == pytest.approx(by_hand(causal, item.inputs[0])[:most], abs=1e-5)
         assert cut_target(item, own) is item
+
+
+def test_the_beginning_of_a_target_that_does_not_fit(backbone: Backbone) -> None:
+    """Only of it, as much as half of what the model reads, and without an end; any other one is as it was."""
+    own, long = bound(backbone, TEMPLATE), "the capital of Peru is Lima and " * 12
+    records = Records([*RECORDS, {**RECORDS[0], "y": long}])
+    *others, cut = target_items(own, records, with_stop=True, cut=True)
+    assert others == target_items(own, Records(RECORDS), with_stop=True)
+    most, (example,) = own.max_length // 2, cut.inputs
+    assert most - 3 <= cut.choices[0].own_tokens <= most
+    if backbone.kind == "causal":  # a masked one may read another word at the end
+        whole = backbone.tokenizer.encode([f" {long}"])[0]
+        assert example.target_ids == tuple(whole[: len(example.target_ids)])
+    assert len(example.target_ids) == cut.choices[0].own_tokens
+    with pytest.raises(TooLongError, match="record 6 does not fit"):
+        target_items(own, records, with_stop=True)
 
 
 def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:

@@ -126,7 +126,9 @@ def test_too_few_or_too_long_examples(causal: Backbone) -> None:
         config = TrainConfig(examples=examples).with_settings(settings)
         prepare(TrainSpec("[D:examples] so [X] is [Y]", CAPITALS, dev=CAPITALS, config=config), causal)
 
-    with pytest.raises(ConfigError, match=r"shows 9 examples, and .* has 4 records to learn from; take fewer \(--set ex"):
+    with pytest.raises(
+        ConfigError, match=r"shows 9 examples, and .* has 4 records to learn from; .* \(--set examples=4\)"
+    ):
         ask(9)
     with pytest.raises(ConfigError, match=r"the 4 examples .* take \d+ tokens, .* take fewer \(--set examples=1\)"):
         ask(4, max_length=20)

@@ -439,7 +439,7 @@ def test_a_folder_with_something_else(causal: Backbone, tmp_path: Path) -> None:
         ({"dev": []}, RecordError, r"the dev data \(in memory\) holds no records"),
         ({"labels": "yes=great;no=bad"}, RecordError, "'São Tomé' is not one of the labels"),
         ({"labels": "yes=great"}, PTuningError, "at least two labels"),
-        ({"data": [{"x": "a", "y": "1 " * 200}, {"x": "b", "y": "c"}]}, TemplateError, "does not fit"),
+        ({"template": f"[P:{'1 ' * 200}] [X] is [Y]"}, TemplateError, "does not fit"),
         ({"resume": True, "out": None}, ConfigError, "nothing to resume without the folder"),
     ],
 )
@@ -944,7 +944,7 @@ def test_rows_are_cut_to_max_length_in_training_and_in_use(
     kept = json.loads(manifest.read_text(encoding="utf-8"))
     manifest.write_text(json.dumps({name: one for name, one in kept.items() if name != "max_length"}), encoding="utf-8")
     assert Prompt.load(tmp_path / "out").max_length is None
-    with pytest.raises(TemplateError, match=r"take \d+ tokens, and max_length leaves 6; use fewer"):
+    with pytest.raises(TemplateError, match=r"take \d+ tokens, and a row has room for 6 \(max_length, or what"):
         run(causal, settings={"max_length": 6}, template="[P*6] [X] is [Y]")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,12 +15,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
-from ptuning.records import Records
+from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.example import Example
-from ptuning.template.fill import BoundTemplate
+from ptuning.template.fill import BoundTemplate, TooLongError
 from ptuning.template.known import can_hit, check_fields, check_targets, rivals_of, warn
 from ptuning.template.labels import Normalise
-from ptuning.template.segments import Ids
+from ptuning.template.segments import FILLS_MASKS, Ids
+
+logger = logging.getLogger(__name__)
 
 # Weight of the stop token in the loss; each token of the target weighs 1. It is learned easily, and with full weight it
 # takes half of the loss from one-token targets and costs hits (docs/decisions.md, decision 13).
@@ -114,14 +118,44 @@ def _choice(example: Example, place: int = 0) -> Choice:
     return Choice(place, example.target_ids, example.own_tokens, example.known, example.named_end)
 
 
-def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool) -> list[Item]:
+def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool, cut: bool = False) -> list[Item]:
     """Return one item per record, with its target as the only choice. Warns about targets that the tokenizer does not
-    know, and raises a RecordError if there are hardly any others.
+    know, and raises a RecordError if there are hardly any others. Of a target that does not fit, the beginning is taken
+    if asked for (``cut``), without an end; with a warning.
     """
-    examples = bound.examples(records, with_stop=with_stop, source=f"{records.name}, record")
+    shorter = _shorter(bound, records) if cut else {}
+    rows = [shorter.get(index, record) for index, record in enumerate(records)]
+    examples = bound.examples(rows, with_stop=with_stop, source=f"{records.name}, record")
     items = [Item((example,), (_choice(example),)) for example in examples]
+    for index in shorter if bound.kind not in FILLS_MASKS else ():
+        items[index] = cut_target(items[index], max(1, items[index].choices[0].own_tokens - 1))
     _check_known(bound, records, [bool(item.can_be_hit) for item in items], is_choice=False)
     return items
+
+
+def _shorter(bound: BoundTemplate, records: Records) -> dict[int, Record]:
+    """Return index -> record with the beginning of its target, of those whose target does not fit beside the rest, even
+    with fields that are cut: as much of it as half of what the model reads.
+    """
+    most, encode = bound.max_length // 2, bound.tokenizer.encode
+    long = [index for index, record in enumerate(records) if len(record.get(TARGET_FIELD, "").encode()) > most]
+    found: dict[int, Record] = {}
+    for index, ids in zip(long, encode([records[index][TARGET_FIELD] for index in long]), strict=True):
+        if len(ids) <= most:
+            continue
+        try:
+            bound.examples([records[index]])
+        except TooLongError:
+            target = records[index][TARGET_FIELD]
+            end = bisect_right(range(len(target)), most, key=lambda at: len(encode([target[: at + 1]])[0]))
+            found[index] = {**records[index], TARGET_FIELD: target[: max(1, end)]}
+    if found:
+        logger.warning(
+            "%d of %d targets of %s do not fit into the %d tokens that the model reads: of these only the beginning is "
+            "read, %d tokens",
+            len(found), len(records), records.name, bound.max_length, most,
+        )  # fmt: skip
+    return found
 
 
 def _check_known(bound: BoundTemplate, records: Records, known: Sequence[bool], *, is_choice: bool) -> None:
@@ -130,26 +164,39 @@ def _check_known(bound: BoundTemplate, records: Records, known: Sequence[bool], 
 
 
 def question_items(
-    bound: BoundTemplate, questions: Questions, answers: AnswerSpace, *, with_stop: bool = False, labelled: bool = True
+    bound: BoundTemplate,
+    questions: Questions,
+    answers: AnswerSpace,
+    *,
+    with_stop: bool = False,
+    labelled: bool = True,
+    cut: bool = False,
 ) -> list[Item]:
     """Return one item per question: with every text of a closed answer space a choice, else with the target alone.
 
-    A written target gets a stop token ``with_stop``. Items of a closed space have their right classes if ``labelled``.
-    Raises RecordError if a question cannot be answered, or its target is not an answer; LabelWordError if the tokenizer
-    does not know a label's word, or not from that of another; warns and raises as :func:`target_items`.
+    A written target gets a stop token ``with_stop``, and is ``cut`` as :func:`target_items` says. Items of a closed
+    space have their right classes if ``labelled``. Raises RecordError if a question cannot be answered, or its target
+    is not an answer; LabelWordError if the tokenizer does not know a label's word, or not from that of another; warns
+    and raises as :func:`target_items`.
     """
-    parts = item_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled)
+    parts = item_parts(bound, questions, answers, with_stop=with_stop, labelled=labelled, cut=cut)
     return [item for part in parts for item in part]
 
 
 def item_parts(
-    bound: BoundTemplate, questions: Questions, answers: AnswerSpace, *, with_stop: bool = False, labelled: bool = True
+    bound: BoundTemplate,
+    questions: Questions,
+    answers: AnswerSpace,
+    *,
+    with_stop: bool = False,
+    labelled: bool = True,
+    cut: bool = False,
 ) -> Iterator[list[Item]]:
     """Yield the items of :func:`question_items` in parts, each made when it is asked for, so that the labels or choices
     of a few questions are in memory at a time. What it says of all records is said before it yields the last part.
     """
     if not answers.is_closed:
-        yield target_items(bound, questions.records, with_stop=with_stop)
+        yield target_items(bound, questions.records, with_stop=with_stop, cut=cut)
         return
     answers.check(questions, labelled=labelled)
     source, known = f"{questions.name}, record", list[bool]()

@@ -84,7 +84,7 @@ def score_written(
     check_written(prompt, questions, names)
     records = questions.records
     model = model.for_prompt(prompt)
-    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, prompt.answer_space)
+    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, prompt.answer_space, cut=True)
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     written = [

@@ -455,11 +455,6 @@ class BoundTemplate:
                 return limit
             limit = self._limit_of(max(misfits, key=itemgetter(0))[1], limit)
 
-    def _room(self) -> str:
-        if self.max_length < self.tokenizer.max_tokens:
-            return f"max_length leaves {self.max_length}"
-        return f"the model reads {self.max_length}"
-
     def _limit_of(self, row: _Row, high: int) -> int:
         """Return the most characters, fewer than ``high``, with which one row fits."""
         bare = self._fill([row], 0)[0]
@@ -469,8 +464,9 @@ class BoundTemplate:
                 f"{row.where} does not fit: slots ({self.slots + self.layout.in_front}), literal text, target "
                 f"({bare.own_tokens or row.target_tokens} tokens)"
                 f"{' and kept fields ' + ', '.join(kept) if kept else ''} take {bare.length} tokens, and "
-                f"{self._room()}{' on either side' if bare.encoder_tokens else ''}; "
-                + ("write {field} instead of {field!} to let it be shortened" if kept else "use fewer of them")
+                f"a row has room for {self.max_length} (max_length, or what the model reads)"
+                f"{' on either side' if bare.encoder_tokens else ''}; "
+                + ("write {field} instead of {field!} to let it be shortened" if kept else "shorten them")
             )
         low = 0
         while high - low > 1:

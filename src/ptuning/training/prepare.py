@@ -103,7 +103,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
         shown.check_length(bound)
 
     def items_of(questions: Questions) -> list[Item]:
-        items = question_items(bound, questions, answers, with_stop=config.learn_to_stop)
+        items = question_items(bound, questions, answers, with_stop=config.learn_to_stop, cut=True)
         if shown is None or not config.leave_one_out or ("dev" in parts and questions is parts["dev"]):
             return items
         return shown.leave_out(items, questions, bound)
@@ -113,7 +113,8 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if spec.dev is None:
         parts, items = _set_aside(parts["train"], items["train"], config)
         if (dev := _scored(parts["dev"], task)) is not parts["dev"]:
-            parts["dev"], items["dev"] = dev, question_items(bound, dev, answers, with_stop=config.learn_to_stop)
+            own = question_items(bound, dev, answers, with_stop=config.learn_to_stop, cut=True)
+            parts["dev"], items["dev"] = dev, own
     learned = [row for row, item in zip(parts["train"], items["train"], strict=True) if item.can_be_hit]
     if not (learned and any(item.can_be_hit for item in items["dev"])):
         raise RecordError(
