@@ -150,10 +150,7 @@ def test_what_cannot_be_learned_from(llama: str, chatty: Path) -> None:
 def test_a_conversation_that_is_too_long_is_said(chatty: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write("talks.jsonl", TALKS)
     works("train", "--data", data, "--chat", "--backbone", chatty, *QUICK, "--out", "out", "--max-length", "50")
-    assert (
-        "conversations of talks.jsonl (20% set aside, seed 0) are too long: the oldest turns are left out"
-        in caplog.text
-    )
+    assert "answers of talks.jsonl (20% set aside, seed 0): the oldest turns are left out" in caplog.text
     assert "fields were cut" not in caplog.text
 
 

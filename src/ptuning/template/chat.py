@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_SYSTEM = "You are a helpful assistant."
 # Between a system text and the user's, where a chat template has no place for the first.
 APART = "\n\n"
+# The words that stand for contents while a chat template is taken apart.
+PLACEHOLDER = re.compile(r"qx\d{4,}xq")
 # Letters that templates like to escape, to strip or to read as their own.
 AWKWARD = 'Tom & "Ann" said: 5 > 3 <b>\n\n it\'s {{ not }} 100 %'
 
@@ -53,8 +55,8 @@ class ChatMarkup:
         if key not in self._around:
             words = [f"qx{number:04d}xq" for number in range(len(roles))]
             text = self._tokenizer.render_chat(list(map(ChatTurn, roles, words)), answer_next=answer_next)
-            pieces = re.split("|".join(words), text)
-            if re.findall("|".join(words), text) != words:
+            pieces = PLACEHOLDER.split(text)
+            if PLACEHOLDER.findall(text) != words:
                 raise BackboneError(
                     f"the chat template of this model does not write the texts of {', '.join(roles)} once and in this "
                     "order, so it cannot be used; write its markup into a template (--template)"

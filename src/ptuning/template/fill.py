@@ -40,6 +40,8 @@ SPECIAL, SLOT = "special", "slot"
 TURN = "turn"
 # What an answer ends with, where the template says so.
 END = "end"
+# A token rarely has more.
+CHARACTERS_A_TOKEN = 8
 
 
 class TooLongError(TemplateError, RecordError):
@@ -468,9 +470,9 @@ class BoundTemplate:
                 f"{' on either side' if bare.encoder_tokens else ''}; "
                 + ("write {field} instead of {field!} to let it be shortened" if kept else "shorten them")
             )
-        low = 0
+        low, tried = 0, CHARACTERS_A_TOKEN * self.max_length  # most of a far longer text is never looked at
         while high - low > 1:
-            middle = (low + high) // 2
+            middle = tried if low < tried and 2 * tried < high else (low + high) // 2
             if self._fits(row, self._fill([row], middle)[0]):
                 low = middle
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
@@ -59,7 +60,8 @@ class MarkedText(NamedTuple):
         """Whether what stands from ``start`` to ``end``, but for white space around it, is a part of the markup."""
         name = self.characters[start:end].strip()
         start = self.characters.index(name, start)
-        return any(first <= start and start + len(name) <= last for first, last in self.markup)
+        at = bisect_right(self.markup, (start, len(self.characters))) - 1  # spans stand in order, and apart
+        return at >= 0 and start + len(name) <= self.markup[at][1]
 
 
 NOTHING = MarkedText("")

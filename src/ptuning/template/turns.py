@@ -52,9 +52,11 @@ def newest(turns: Turns, characters: int) -> Turns:
     """Return the newest turns that have at most so many characters together: of the oldest, a question goes with its
     answer. The last question alone is cut.
     """
-    kept = turns
-    while len(kept) > 1 and sum(len(turn.content) for turn in kept) > characters:
-        kept = kept[2:]
+    first, left = 0, sum(len(turn.content) for turn in turns)
+    while first + 1 < len(turns) and left > characters:
+        left -= len(turns[first].content) + len(turns[first + 1].content)
+        first += 2
+    kept = turns[first:]
     return kept if len(kept) > 1 else (ChatTurn(kept[0].role, kept[0].content[:characters]),)
 
 

@@ -376,7 +376,7 @@ def _say_turns_left_out(left_out: Sequence[int], name: str) -> None:
     """Warn about turns of conversations that the model will not see."""
     rows = sum(map(bool, left_out))
     if rows:
-        text = "%d conversations of %s are too long: the oldest turns are left out, %d in all"
+        text = "too much is said in front of %d answers of %s: the oldest turns are left out, %d in all"
         logger.warning(text, rows, name, sum(left_out))
 
 

@@ -14,6 +14,7 @@ from ptuning.data.questions import Questions
 from ptuning.data.reading import RawRows, raw_rows
 from ptuning.data.splits import split_questions
 from ptuning.errors import ConfigError, RecordError
+from ptuning.records import references_of
 from ptuning.template.turns import ChatTurn as Turn
 from ptuning.template.turns import read_turns
 
@@ -38,6 +39,7 @@ FORMS: dict[str, tuple[Mapping[str, object], Found]] = {
     "alpaca": ({"instruction": Q2, "output": A2, "system": BRIEF, "history": [[Q1, A1]]}, BOTH),
     "alpaca, with input": ({"instruction": Q1, "input": "Kenya", "output": A1}, [(None, f"{Q1}\nKenya", A1)]),
     "alpaca, with none": ({"instruction": Q1, "input": "", "output": A1, "history": []}, [(None, Q1, A1)]),
+    "alpaca, as a table": ({"instruction": Q1, "output": A1, "history": "[]"}, [(None, Q1, A1)]),
     "ChatGLM's chat": ({"prompt": Q2, "response": A2, "history": [[Q1, A1]]}, [(None, Q2, A2)]),
     "ChatGLM's texts": ({"content": "a#b*c#d", "summary": A1}, [(None, "a#b*c#d", A1)]),
     "facts": ({"x": "Kenya", "y": "Nairobi"}, [(None, "Kenya", "Nairobi")]),
@@ -70,6 +72,16 @@ def test_a_form_is_recognised_by_its_keys(form: str) -> None:
     if len(expected) > 1:
         assert turns(records[1]) == [Q1, A1, Q2]
         assert {one.group for one in found.questions} == {"talks.jsonl, line 1"}
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": Q1, "output": [A1, A2]}, {"x": Q1, "y": [A1, A2]}, {"messages": Q1, "y": [A1, A2]}]
+)
+@pytest.mark.parametrize("ask", [False, True])
+def test_an_answer_may_have_several_references(row: Mapping[str, object], ask: bool) -> None:
+    (one,) = read_conversations(rows_of(row), ask=ask).questions
+    assert one.record["y"] == A1
+    assert references_of(one.record) == (A1, A2)
 
 
 def test_what_is_asked_is_the_last_question() -> None:
@@ -111,6 +123,12 @@ BROKEN: dict[str, tuple[Mapping[str, object], str]] = {
         "messages[1].content is empty",
     ),
     "no content": ({"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "messages[1].content is empty"),
+    "a part that is null": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, MESSAGES[1]]},
+        "messages[0].content is empty",
+    ),
+    "a missing role": ({"messages": [{"content": Q1}]}, "messages[0] has no 'role'; its keys: content"),
+    "an empty reference": ({"instruction": Q1, "output": ["", A1]}, "output[0] is empty"),
     "a missing content": (
         {"messages": [MESSAGES[0], {"role": "assistant", "text": "a"}]},
         "messages[1] has no 'content'; its keys: role, text",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ptuning.data.reading import RawRows
 from ptuning.errors import RecordError, shown
 from ptuning.files import parse_json
-from ptuning.records import TARGET_FIELD, check_text, scalar
+from ptuning.records import TARGET_FIELD, References, check_text, scalar
 from ptuning.template.language import CONVERSATION_FIELD
 from ptuning.template.turns import ASSISTANT, SYSTEM, USER, read_turns
 
@@ -91,7 +91,7 @@ def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Ite
             # A text alone, or a record as this package has it: turns in front of one answer.
             yield from (ChatPart(turn.role, turn.content, key, learned=False) for turn in read_turns(value, where=key))
             if row.get(TARGET_FIELD):
-                yield ChatPart(ASSISTANT, _text(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
+                yield ChatPart(ASSISTANT, _answer(row[TARGET_FIELD], TARGET_FIELD), TARGET_FIELD)
             return
         value = _list_of(value) if isinstance(value, str) else value
         if not isinstance(value, list | tuple):
@@ -100,8 +100,8 @@ def _listed(key: str, role_key: str, content_key: str) -> Callable[[RawRow], Ite
             place = f"{key}[{at}]"
             if not isinstance(turn, Mapping):
                 raise RecordError(f"{place} is {shown(turn)}, and must be an object with {role_key} and {content_key}")
-            names = (role_key, content_key) if role_key in turn else ("role", "content") if "role" in turn else (
-                "from", "value")  # fmt: skip
+            forms = ((role_key, content_key), ("role", "content"), ("from", "value"))
+            names = next((form for form in forms if form[0] in turn), forms[0])
             missing = [name for name in names if name not in turn]
             if missing:
                 raise RecordError(f"{place} has no '{missing[0]}'; its keys: {', '.join(map(str, turn)) or 'none'}")
@@ -124,7 +124,7 @@ def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], 
             yield ChatPart(SYSTEM, _text(row[SYSTEM], SYSTEM), SYSTEM)
         history = row.get("history") or ()
         if isinstance(history, str):
-            history = _list_of(history)
+            history = () if history.strip() == "[]" else _list_of(history)
         if not isinstance(history, list | tuple):
             raise RecordError(f"history is {shown(row['history'])}, and must be a list of [question, answer]")
         for at, pair in enumerate(history):
@@ -135,7 +135,7 @@ def _asked(*keys: str, answer: str, learns_history: bool) -> Callable[[RawRow], 
         texts = [_text(row.get(key), key) for key in keys if row.get(key) not in (None, "")]
         yield ChatPart(USER, "\n".join(texts), keys[0])
         if answer in row:
-            yield ChatPart(ASSISTANT, _text(row[answer], answer), answer)
+            yield ChatPart(ASSISTANT, _answer(row[answer], answer), answer)
 
     return read
 
@@ -149,6 +149,16 @@ def _list_of(text: str) -> list[object] | None:
     return found if isinstance(found, list) and found and all(isinstance(one, dict | list) for one in found) else None
 
 
+def _answer(value: object, key: str) -> str:
+    """Return an answer as text; a list of texts is one with several references."""
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
+        texts = [_text(one, key) for one in value]
+        if "" in texts:
+            raise RecordError(f"{key}[{texts.index('')}] is empty")
+        return References(texts)
+    return _text(value, key)
+
+
 def _text(value: object, key: str) -> str:
     """Return a content as text, without the white space around it; parts of the type text are joined."""
     if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
@@ -157,7 +167,7 @@ def _text(value: object, key: str) -> str:
             raise RecordError(
                 f"{key} has parts of the type {', '.join(sorted({*kinds} - {'text'}))}; only text is read"
             )
-        value = "".join(str(one.get("text", "")) for one in value)
+        value = "".join(str(one["text"]) for one in value if one.get("text") is not None)
     found = scalar(value)
     if found is None and value is not None:
         raise RecordError(f"{key} is {shown(value)}, and must be a text")
