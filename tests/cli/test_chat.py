@@ -105,6 +105,11 @@ def test_the_form_of_the_data_is_a_default_template(
     assert works("eval", "out", "--data", data, "--backbone", chatty, "--json")
 
 
+def test_an_input_that_some_rows_lack_is_said(chatty: Path) -> None:
+    data = write("some.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}])
+    fails("train", "--data", data, "--backbone", chatty, "--out", "out", says=["line 1 has no 'input'", "--chat"])
+
+
 def test_a_system_text_is_what_the_slots_start_at(chatty: Path) -> None:
     (chatty / "chat_template.jinja").write_text(SHAPES["llama-2"].jinja, encoding="utf-8")
     data = write("talks.jsonl", [{**row, "system": "the movie was good"} for row in TALKS])

@@ -57,6 +57,20 @@ def test_names_numbers_and_domains_from_nowhere_are_invented() -> None:
     assert scores("a cheap pub called Aromi", "name[Aromi], eatType[pub]", others=("priceRange[cheap], a[b]",))[1] == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "invented"),
+    [
+        ("In short, Kenya's capital is Nairobi", 0),
+        ("a Nairobi-based bank of the Kenyas' Shilling", 1),  # Kenyas
+        ("a Nairobi-based bank in Kenya’s heart", 0),
+        ("the Nairobi-Mombasa line", 1),
+        ("in Uganda's heart", 1),
+    ],
+)
+def test_what_a_name_is_made_into_is_not_invented(text: str, invented: int) -> None:
+    assert scores(text, KENYA)[1] == invented
+
+
 def test_every_text_of_countries_says_all_and_invents_nothing() -> None:
     records = load_records("countries:test")[::2]
     for pattern in (0, 5, 11):

@@ -53,6 +53,11 @@ def completed(asked: TrainInputs) -> TrainInputs:
         return replace(asked, inputs={**given, "chat": True})
     manual, (*_, answer) = shape.manual, shape.keys
     if shape.name == "alpaca" and any(row.get("input") for _, row in rows):
+        if lacking := next((where for where, row in rows if "input" not in row), None):
+            raise ConfigError(
+                f"{lacking} has no 'input', as other rows have, so that one template does not fit all; write an empty "
+                "text there, or add --chat, which reads them as they are"
+            )
         manual = manual.replace("\n\n### Response", "\n\n### Input:\n{input}\n\n### Response")
     terminal.say(f"{rows.name}: the form {shape.described}, {len(rows)} records; --chat makes conversations of them")
     fields = [*(given.get("field") or ()), f"{TARGET_FIELD}={answer}"]

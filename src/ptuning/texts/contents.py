@@ -23,6 +23,7 @@ E2E = re.compile(r"\s*[^][,]+\[[^][]+\](\s*,\s*[^][,]+\[[^][]+\])*\s*")
 E2E_VALUE = re.compile(r"\[([^][]+)\]")
 # A word as a name or number may be one, with a domain's dot.
 WORD = re.compile(r"(?<!\w)\.?\w[\w'&-]*")
+POSSESSIVE = re.compile(r"['’]s?$")
 SENTENCE_ENDS = ".!?:;"
 
 Span = tuple[int, int]
@@ -87,7 +88,7 @@ def _invented(text: str, known: Sequence[str], values: Sequence[str]) -> list[Sp
         if not any(_places(value, other) for other in known)
     ]
     for start, end in _names(text):
-        if not any(_places(text[start:end], other) for other in known):
+        if not _is_known(text[start:end], known):
             spans.append((start, end))
     merged: list[Span] = []
     for start, end in sorted(spans):
@@ -95,6 +96,15 @@ def _invented(text: str, known: Sequence[str], values: Sequence[str]) -> list[Sp
             start, end = merged[-1][0], max(end, merged.pop()[1])
         merged.append((start, end))
     return merged
+
+
+def _is_known(word: str, known: Sequence[str]) -> bool:
+    """Whether a name or number, or each one in a word made of several (Kenya's, Nairobi-based), stands in some text."""
+    parts = [POSSESSIVE.sub("", part) for part in word.split("-")]
+    names = [part for part in parts if part[:1].isupper() or any(sign.isdigit() for sign in part)]
+    return any(
+        all(any(_places(one, other) for other in known) for one in several) for several in ([word], names) if several
+    )
 
 
 def _names(text: str) -> Iterator[Span]:
