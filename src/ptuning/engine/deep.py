@@ -91,12 +91,12 @@ def check_deep(deep: Deep, bound: BoundTemplate, backbone: Backbone) -> None:
         )
     if deep.block is not None:
         layers, _, heads, _, width = deep.block.shape
-        own, read = BlockShape(layers, heads, width), backbone.block_shape
-        if own != read:
-            none = f"reads none there; they are of {own}"
+        theirs, read = BlockShape(layers, heads, width), backbone.block_shape
+        if theirs != read:
+            none = f"reads none there; they are of {theirs}"
             raise PromptError(
                 f"the prompt's deep slots are keys and values in front of rows, and '{backbone.name}' "
-                + (none if read is None else f"has {read}, where theirs are of {own}")
+                + (none if read is None else f"has {read}, where theirs are of {theirs}")
             )
     if deep.offsets is not None and tuple(deep.offsets.shape[1:]) != (backbone.deep.layers - 1, backbone.deep.width):
         raise PromptError(

@@ -18,7 +18,7 @@ from ptuning.engine import objective
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, score_choices
+from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, noticed, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import stream_answer, write_answers
@@ -237,7 +237,8 @@ class PromptModel:
 
         for bound, indices in groups:
             own, left = Questions((questions[index] for index in indices), name=questions.name), iter(indices)
-            for part in item_parts(bound, own, answers[indices[0]], labelled=False):
+            parts = item_parts(bound, own, answers[indices[0]], labelled=False)
+            for part in noticed(parts, own.name, bound.max_length):
                 items.update({index: item for item, index in zip(part, left, strict=False)})
                 del part  # while the next one is made
                 if sum(len(item.choices) for item in items.values()) >= objective.TEXTS_AT_ONCE // 2:

@@ -8,7 +8,7 @@ from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import Evaluation, evaluate_parts
-from ptuning.engine.objective import item_parts
+from ptuning.engine.objective import item_parts, noticed
 from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values
@@ -116,7 +116,7 @@ def score_prompt(
     require_targets(questions.records)
     model = model.for_prompt(prompt)
     bound = prompt.bind(model.backbone, force=model.force)
-    parts = item_parts(bound, questions, answers)
+    parts = noticed(item_parts(bound, questions, answers), questions.name, bound.max_length)
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     records, said = questions.records, guessed(prompt, questions, found)

@@ -11,7 +11,7 @@ from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import evaluate_parts
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import item_parts
+from ptuning.engine.objective import item_parts, noticed
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import RecordError
@@ -84,7 +84,8 @@ def score_written(
     check_written(prompt, questions, names)
     records = questions.records
     model = model.for_prompt(prompt)
-    parts = item_parts(prompt.bind(model.backbone, force=model.force), questions, prompt.answer_space, cut=True)
+    bound = prompt.bind(model.backbone, force=model.force)
+    parts = noticed(item_parts(bound, questions, prompt.answer_space, cut=True), questions.name, bound.max_length)
     learned, total = prompt.learned(model.backbone), len(questions)
     found = evaluate_parts(model.backbone, parts, learned, total=total, report=report, note=questions.name)
     written = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import random
@@ -19,7 +18,7 @@ from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, cut_target, question_items
+from ptuning.engine.objective import Item, cut_target, question_items, say_shortened, shortened
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.engine.processes import processes
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
@@ -128,10 +127,7 @@ def prepare(spec: TrainSpec, backbone: Backbone) -> Prepared:
     if not answers.is_closed and backbone.kind not in FILLS_MASKS:
         items["train"] = _with_cut_targets(items["train"], parts["train"].name, config)
     for name, made in items.items():
-        cut = ((one.shortened and not one.turns_left_out for one in item.inputs) for item in made)
-        shortened = sum(map(any, cut))
-        _say_shortened(shortened, len(made), parts[name].name, bound.max_length)
-        _say_turns_left_out([example.turns_left_out for item in made for example in item.inputs], parts[name].name)
+        say_shortened([shortened(item) for item in made], parts[name].name, bound.max_length)
     left_out = spec.checked.left_out if spec.checked is not None else ()
     merge, method = merges(spec.merge), spec.method or method_name(template, config.tune)
     return Prepared(
@@ -362,22 +358,6 @@ def _with_cut_targets(items: Sequence[Item], name: str, config: TrainConfig) -> 
         longer, len(items), name, most, how,
     )  # fmt: skip
     return [cut_target(item, most) for item in items]
-
-
-@functools.lru_cache(maxsize=1024)
-def _say_shortened(shortened: int, rows: int, name: str, most: int) -> None:
-    """Warn once per part of the data about text that the model will not see."""
-    if shortened:
-        text = "%d of %d rows of %s are longer than %d tokens (max_length, or what the model reads); fields were cut"
-        logger.warning(text, shortened, rows, name, most)
-
-
-def _say_turns_left_out(left_out: Sequence[int], name: str) -> None:
-    """Warn about turns of conversations that the model will not see."""
-    rows = sum(map(bool, left_out))
-    if rows:
-        text = "too much is said in front of %d answers of %s: the oldest turns are left out, %d in all"
-        logger.warning(text, rows, name, sum(left_out))
 
 
 def _set_aside(

@@ -15,6 +15,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.reading import load_records
+from ptuning.engine import objective
 from ptuning.files import Json
 from ptuning.prompt import answer, written
 from ptuning.prompt.predict import PromptModel
@@ -102,9 +103,21 @@ def test_a_run_that_was_killed_goes_on_behind_the_finished_lines(llama: str, mon
     assert "4 of 7 texts are there already" in done.err
     assert Path("texts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert "finished already" in call(*args, "--out", "texts.jsonl", "--resume").err
-    args = tuple(one if one != "rows.jsonl" else "fewer.jsonl" for one in args)
     Path("fewer.jsonl").write_text(Path("rows.jsonl").read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
-    fails(*args, "--out", "texts.jsonl", "--resume", says=["its records are not those of fewer.jsonl"])
+    fewer = [one if one != "rows.jsonl" else "fewer.jsonl" for one in args]
+    fails(*fewer, "--out", "texts.jsonl", "--resume", says=["its records are not those of fewer.jsonl"])
+
+
+def test_what_is_cut_is_said_wherever_a_prompt_is_used(llama: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(Path("long.jsonl"), [{"x": "the movie was great and " * 20, "y": "good"}, {"x": "a", "y": "good"}])
+    args = ("--data", "long.jsonl", "--backbone", llama)
+    works("generate", "manual:{x} is cut [Y]", *args, "--out", "cut.jsonl", "--max-new-tokens", "5")
+    assert "longer than the 64 tokens of a row allow beside an answer of 5" in caplog.text
+    for more in ((), ("--labels", "good=good;bad=bad"), ("--metrics", "exact")):
+        caplog.clear()
+        objective._say_shortened.cache_clear()
+        works("eval", "manual:{x} is cut [Y]", *args, *more)
+        assert "1 of 2 rows of long.jsonl are longer than 64 tokens" in caplog.text
 
 
 def test_a_run_is_not_gone_on_with_as_another_one(llama: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,11 +19,13 @@ from ptuning.engine.writing.continuation import Continuation
 from ptuning.engine.writing.ending import Draft, Ending, Growing, OpenRow, Written, alike, different
 from ptuning.engine.writing.masks import fill_masks
 from ptuning.engine.writing.writer import Line, Writer
-from ptuning.errors import ConfigError, TemplateError
+from ptuning.errors import ConfigError, TemplateError, in_a_line
 from ptuning.records import Record
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.segments import FILLS_MASKS
+
+logger = logging.getLogger(__name__)
 
 
 def write_answers(
@@ -147,8 +151,20 @@ def contexts(rows: Sequence[OpenRow]) -> list[Example]:
     found: dict[int, Example] = {}
     for (bound, room), indices in alike(rows):
         filled = _with_room(bound, [rows[index].record for index in indices], room=room)
+        if any(one.shortened for one in filled):
+            _say_shortened(str(bound.template), bound.max_length, room)
         found |= dict(zip(indices, filled, strict=True))
     return [found[index] for index in range(len(rows))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_shortened(template: str, most: int, room: int) -> None:
+    """Warn once for each template."""
+    text = (
+        "records are longer than the %d tokens of a row allow beside an answer of %d (max_new_tokens): fields are cut, "
+        "or the oldest turns left out, for '%s'"
+    )
+    logger.warning(text, most, room, in_a_line(template))
 
 
 def _with_room(bound: BoundTemplate, records: Sequence[Record], *, room: int) -> list[Example]:
