@@ -37,7 +37,7 @@ NAMES: Mapping[str, str] = {
 SEEDLESS, LEAST_SEEDS = ("majority", "manual"), 3
 # Tables of mean scores over the tasks on which all of some methods ran: name on the page -> methods.
 PARTS: Mapping[str, Sequence[str]] = {
-    "frozen": ("majority", "manual", "in-context", LEARNED),
+    "frozen": ("majority", "manual", "in-context", "context-tuning", LEARNED),
     "trained": tuple(name for name in NAMES if name != "manual+fine-tuning"),
     "every": tuple(NAMES),
 }

@@ -248,6 +248,10 @@ def test_a_family_that_needs_code_is_refused_with_what_to_take_instead(own_code:
         ):
             load(str(folder))
     assert not trace.exists()
+    bare = {name: one for name, one in config.items() if name != "auto_map"}  # code that is not there helps nobody
+    (folder / "config.json").write_text(json.dumps({**bare, "model_type": "chatglm"}))
+    with pytest.raises(BackboneError, match="'chatglm' needs code"):
+        load_backbone(str(folder), trust_remote_code=True)
 
 
 def test_the_default_is_to_trust_nothing() -> None:

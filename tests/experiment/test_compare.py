@@ -171,6 +171,7 @@ def test_texts_are_scored_by_metrics_with_all_references(causal: Backbone, tmp_p
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "bleu: nrefs:2" in report
     assert f" {own['bleu'].value:.1f} " in report  # of 100, so no percentage
+    assert "Differences in percentage points (of bleu in points), with" in report
     again = run_compare(causal, tmp_path, **WRITTEN, methods="majority,manual", gather=True)
     assert again.to_json() == found.to_json()
     assert merged([tmp_path]).tasks == found.tasks

@@ -317,7 +317,7 @@ def check_folder(folder: Path, name: str, options: LoadOptions) -> None:
         asked = read_json(folder / "config.json")
         options.check_attention(asked)
         model_type = str(asked.get("model_type"))
-        if model_type in CONVERTED and not options.trust_remote_code:
+        if model_type in CONVERTED and not (options.trust_remote_code and asked.get("auto_map")):
             raise BackboneError(
                 f"its model type '{model_type}' needs code from its folder, which is not run; take one of the "
                 f"converted checkpoints, such as {CONVERTED[model_type]}"

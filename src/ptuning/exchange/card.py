@@ -5,6 +5,7 @@ from __future__ import annotations
 from ptuning.exchange.form import Exported, Form
 from ptuning.exchange.rows import Comparison, Source, template_text
 from ptuning.names import CARD_FILE, PAGE_MARKS
+from ptuning.prompt.storage import in_cell
 from ptuning.provenance import VERSION
 
 # Probability that another program may give to rows without a token before the card mentions it.
@@ -16,8 +17,8 @@ def card_of(kind: str, form: Form, source: Source, written: Exported, found: Com
     backbone, prompt = source.backbone, source.prompt
     rows = [
         ("form", f"{kind}: {form.about}"),
-        ("template", _code(str(prompt.template))),
-        ("backbone", f"{_code(backbone.name)}, fingerprint `{backbone.fingerprint}`"),
+        ("template", in_cell(str(prompt.template))),
+        ("backbone", f"{in_cell(backbone.name)}, fingerprint `{backbone.fingerprint}`"),
         ("slots", str(prompt.every_slot)),
         (
             "largest difference of a log-probability",
@@ -25,7 +26,7 @@ def card_of(kind: str, form: Form, source: Source, written: Exported, found: Com
         ),
     ]
     if written.tokens.ids:
-        names = ["no text" if text is None else _code(text) for text in written.tokens.texts]
+        names = ["no text" if text is None else in_cell(text) for text in written.tokens.texts]
         listed = ", ".join(f"{index} ({name})" for index, name in zip(written.tokens.ids, names, strict=True))
         rows.append(("token ids of the slots", listed))
     asks = any("MODEL" in line for line in written.usage)
@@ -75,7 +76,3 @@ def _about_rows(found: Comparison) -> list[str]:
         f"of the model's own; among those that are, the difference is {found.within:.2g} per token of a target.",
         "",
     ]
-
-
-def _code(text: str) -> str:
-    return f"`{text.replace('|', chr(92) + '|')}`"

@@ -342,13 +342,22 @@ def _slots(manifest: Mapping[str, Json]) -> str:
     return vectors if deep is None else f"{vectors}, {deep['slots']} deep slots with vectors in {deep['layers']} layers"
 
 
+def in_cell(text: str) -> str:
+    r"""Return code for a cell of a table in Markdown, which takes one line.
+
+    >>> in_cell("a|b\nc")
+    '`a\\|b↵c`'
+    """
+    return f"`{text.replace('|', chr(92) + '|').replace(chr(10), '↵')}`"
+
+
 def _card(manifest: Mapping[str, Json], weights: TrainedWeights | None, size_bytes: int) -> str:
     backbone = cast("Mapping[str, Json] | None", manifest["backbone"])
     words = cast("Mapping[str, list[str]] | None", manifest["label_words"])
     task = cast("Mapping[str, Json] | None", manifest["task"])
     owner = f"`{backbone['name']}`, fingerprint `{backbone['fingerprint']}`" if backbone else "`any`"
     rows = [
-        ("template", f"`{str(manifest['template']).replace('|', chr(92) + '|')}`"),
+        ("template", in_cell(str(manifest["template"]))),
         ("slots", f"{_slots(manifest)}, {size_bytes / 1000:.1f} KB"),
         ("backbone", owner),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from ptuning.errors import cut
 from ptuning.files import Json, sha256
-from ptuning.metrics import TASK_SCORE, Answer, best_of, called, in_order
+from ptuning.metrics import TASK_SCORE, Answer, best_of, called, in_order, most_of
 from ptuning.names import PREDICTIONS_FILE, RANDOM_WEIGHTS
 from ptuning.report.blocks import (
     Block,
@@ -265,9 +265,11 @@ def differences(results: Results) -> list[Block]:
         first = found.get(shown[0])
         columns = (difference(found.get(name), of=name) for name in shown)
         rows.append([Entry(pair), *columns, Entry(reading(first) if first is not None else "–")])
+    large = [called(name) for name in shown if most_of(name) > 1]
+    points = f" (of {', '.join(large)} in points)" if large else ""
     caption = (
-        "Differences in percentage points, with 95 % intervals of the paired difference (both methods answered the "
-        f"same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
+        f"Differences in percentage points{points}, with 95 % intervals of the paired difference (both methods answered "
+        f"the same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
     )
     return [Table(caption, ["difference", *map(called, shown), "interval"], rows)]
 

@@ -79,7 +79,8 @@ def import_prompt(
     *,
     backbone: options.AskedBackbone,
 ) -> None:
-    """Make a prompt of virtual tokens that PEFT trained (prompt tuning, p-tuning). Its model is the default backbone.
+    """Make a prompt of virtual tokens that PEFT trained (prompt tuning, p-tuning, prefix tuning). Its model is
+    the default backbone.
 
     Example: ptuning import peft-folder --template "[P*20]{text} Label: [Y]" --out mine
     """

@@ -258,7 +258,7 @@ def _deep_table(views: Sequence[DeepView]) -> Table:
     """Return the table of deep slots: how far each moved in the layers, and in which the most."""
     table = terminal.table("deep slot", "started at", "stands", "moved (mean over layers)", "most in layer")
     for index, view in enumerate(views):
-        start = "a token of the data" if view.start is None else terminal.quoted(view.start)
+        start = "no words" if view.start is None else terminal.quoted(view.start)
         stands = "in front" if view.where == "front" else "in the row"
         moved, layer = ("-", "-") if view.moved is None else (f"{view.moved:.2f}", str(view.largest))
         table.add_row(str(index), escape(start), stands, moved, layer)

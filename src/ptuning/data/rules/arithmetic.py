@@ -1,4 +1,5 @@
-"""``arithmetic``: sums, differences and products with their steps; divided by operands, so none is in two parts.
+"""``arithmetic``: sums, differences and products with their steps; divided by operation and operands, so that no
+question is in two parts. A pair of numbers may be, once added and once multiplied.
 
 Source: the shapes of Liu and Low (2023), Goat, arXiv:2305.14201, section 3: ``input``, ``output`` with the steps and
 ``answer``; products of several digits are expanded. ``digits`` says how many the operands have.
