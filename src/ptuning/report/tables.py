@@ -268,8 +268,8 @@ def differences(results: Results) -> list[Block]:
     large = [called(name) for name in shown if most_of(name) > 1]
     points = f" (of {', '.join(large)} in points)" if large else ""
     caption = (
-        f"Differences in percentage points{points}, with 95 % intervals of the paired difference (both methods answered "
-        f"the same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
+        f"Differences in percentage points{points}, with 95 % intervals of the paired difference (both methods "
+        f"answered the same {results.unit}). The last column compares the interval of {called(shown[0])} with zero."
     )
     return [Table(caption, ["difference", *map(called, shown), "interval"], rows)]
 
