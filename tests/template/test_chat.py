@@ -238,6 +238,16 @@ def test_a_conversation_loses_its_oldest_turns_where_it_is_too_long() -> None:
         bound("chatml", max_length=20).examples([record_of(turns)])
 
 
+def test_what_is_shown_of_a_cut_conversation_is_what_is_learned() -> None:
+    record = record_of([Turn(USER, "so " * 99), Turn(ASSISTANT, "no")])
+    for most in range(100, 110):  # with and without room for the answer's end
+        filled = bound("chatml", max_length=most)
+        (example,) = filled.examples([record], with_stop=True)
+        shown = [token for part, token in filled.describe(record) if part != "slot"]
+        read = [token for at, token in enumerate(example.token_ids) if at not in example.slot_positions]
+        assert shown == [*read, example.target_ids[-1]]  # the last one is never read
+
+
 def test_a_text_alone_is_what_the_user_says() -> None:
     filled = bound("zephyr")
     one, other = filled.contexts([{"messages": "Is it far?"}, {"messages": write_turns([Turn(USER, "Is it far?")])}])

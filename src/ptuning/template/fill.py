@@ -225,7 +225,7 @@ class BoundTemplate:
         is its start's, None if it starts at random. Errors as for :meth:`examples`.
         """
         target = record.get(TARGET_FIELD, "")
-        row = _Row(record, target if target.strip() else None)
+        row = _Row(record, target if target.strip() else None, with_stop=bool(self._end.markup))
         limit = self._limit([row]) if self._build([[row]])[0].shortened else None
         parts = self._parts(row, limit=limit, named=True)
         starts = iter(self.layout.every_start_id)
