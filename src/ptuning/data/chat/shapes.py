@@ -155,7 +155,8 @@ def _answer(value: object, key: str) -> str:
         texts = [_text(one, key) for one in value]
         if "" in texts:
             raise RecordError(f"{key}[{texts.index('')}] is empty")
-        return References(texts)
+        different = list(dict.fromkeys(texts))
+        return References(different) if len(different) > 1 else different[0]
     return _text(value, key)
 
 
