@@ -102,7 +102,8 @@ def tables(runs: Mapping[str, Any]) -> dict[str, str]:
         "differences": (("relations",), differences),
         "spread": (("draws",), spread),
         "seconds": (("time", "draws"), time_to_enough),
-        "digits": (("arithmetic", "arithmetic-tuned"), digits),
+        "digits": (("arithmetic",), digits),
+        "digits_tuned": (("arithmetic-tuned",), digits),
         "encoders": (("words", "random"), encoders),
     }
     made["goals"] = of_goals(goals(runs))
@@ -368,12 +369,11 @@ def gap(left: Mapping[str, Sequence[float]], right: Mapping[str, Sequence[float]
     return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def digits(*runs: Mapping[str, Any]) -> str:
-    """Return the share of right results by the digits of the numbers, of the methods of all runs."""
-    by_value = {value: {name: one for run in runs for name, one in run["by"][value].items()} for value in runs[0]["by"]}
-    methods = list(next(iter(by_value.values())))
+def digits(run: Mapping[str, Any]) -> str:
+    """Return the share of right results by the digits of the numbers."""
+    methods = list(next(iter(run["by"].values())))
     rows = [f"| digits | n | {' | '.join(f'`{name}`' for name in methods)} |", "|---" * (2 + len(methods)) + "|"]
-    for value, found in by_value.items():
+    for value, found in run["by"].items():
         scores = [found[name]["last-number"] for name in methods]
         shown = [with_interval(one, "last-number") for one in scores]
         rows.append(f"| {value} | {scores[0]['n']} | {' | '.join(shown)} |")
