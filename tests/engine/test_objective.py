@@ -120,6 +120,15 @@ def test_the_beginning_of_a_target_that_does_not_fit(backbone: Backbone) -> None
     assert len(example.target_ids) == cut.choices[0].own_tokens
     with pytest.raises(TooLongError, match="record 6 does not fit"):
         target_items(own, records, with_stop=True)
+    with pytest.raises(TemplateError, match="no field 'x' in record 2"):
+        target_items(own, Records([RECORDS[0], {"y": long}]), with_stop=True, cut=True)
+
+
+def test_a_target_that_fits_without_its_end_alone(causal: Backbone) -> None:
+    own, word = bound(causal, TEMPLATE), "yes "
+    for count in range(40, 70):  # one of these leaves no room for the end
+        (item,) = target_items(own, Records([{"x": "a", "y": (word * count).strip()}]), with_stop=True, cut=True)
+        assert item.inputs[0].length <= own.max_length
 
 
 def test_log_probs_of_targets_equal_a_loop(backbone: Backbone) -> None:

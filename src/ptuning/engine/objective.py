@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ptuning.data.answer_space import AnswerSpace
 from ptuning.data.questions import Question, Questions
+from ptuning.errors import RecordError, TemplateError
 from ptuning.records import TARGET_FIELD, Record, Records
 from ptuning.template.example import Example
 from ptuning.template.fill import BoundTemplate, TooLongError
@@ -124,7 +125,7 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool, cut
     know, and raises a RecordError if there are hardly any others. Of a target that does not fit, the beginning is taken
     if asked for (``cut``), without an end; with a warning.
     """
-    shorter = _shorter(bound, records) if cut else {}
+    shorter = _shorter(bound, records, with_stop=with_stop) if cut else {}
     rows = [shorter.get(index, record) for index, record in enumerate(records)]
     examples = bound.examples(rows, with_stop=with_stop, source=f"{records.name}, record")
     items = [Item((example,), (_choice(example),)) for example in examples]
@@ -134,7 +135,7 @@ def target_items(bound: BoundTemplate, records: Records, *, with_stop: bool, cut
     return items
 
 
-def _shorter(bound: BoundTemplate, records: Records) -> dict[int, Record]:
+def _shorter(bound: BoundTemplate, records: Records, *, with_stop: bool) -> dict[int, Record]:
     """Return index -> record with the beginning of its target, of those whose target does not fit beside the rest, even
     with fields that are cut: as much of it as half of what the model reads.
     """
@@ -145,11 +146,13 @@ def _shorter(bound: BoundTemplate, records: Records) -> dict[int, Record]:
         if len(ids) <= most:
             continue
         try:
-            bound.examples([records[index]])
+            bound.examples([records[index]], with_stop=with_stop)
         except TooLongError:
             target = records[index][TARGET_FIELD]
             end = bisect_right(range(len(target)), most, key=lambda at: len(encode([target[: at + 1]])[0]))
             found[index] = {**records[index], TARGET_FIELD: target[: max(1, end)]}
+        except (TemplateError, RecordError):
+            continue  # it is said with its place when all records are filled in
     if found:
         logger.warning(
             "%d of %d targets of %s do not fit into the %d tokens that the model reads: of these only the beginning is "
