@@ -18,8 +18,9 @@ from ptuning.engine import objective
 from ptuning.engine.batch import Side, batches
 from ptuning.engine.candidates import candidate_log_probs
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, noticed, score_choices
+from ptuning.engine.objective import Item, class_scores, inputs_of, item_parts, score_choices
 from ptuning.engine.passes import prefix_tokens, target_logits
+from ptuning.engine.shortened import noticed
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import stream_answer, write_answers
 from ptuning.errors import BackboneError, ConfigError, PromptError, RecordError, shown

@@ -8,7 +8,8 @@ from typing import cast
 
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import Evaluation, evaluate_parts
-from ptuning.engine.objective import item_parts, noticed
+from ptuning.engine.objective import item_parts
+from ptuning.engine.shortened import noticed
 from ptuning.errors import RecordError
 from ptuning.files import Json
 from ptuning.metrics import ACCURACY, Answer, Confusion, score_values

@@ -11,7 +11,8 @@ from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.engine.evaluate import evaluate_parts
 from ptuning.engine.learned import Learned
-from ptuning.engine.objective import item_parts, noticed
+from ptuning.engine.objective import item_parts
+from ptuning.engine.shortened import noticed
 from ptuning.engine.writing.ending import OpenRow
 from ptuning.engine.writing.generate import write_answers
 from ptuning.errors import RecordError

@@ -18,9 +18,10 @@ from ptuning.data.labelling import merges, require_rows
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.splits import split_questions
 from ptuning.data.task_files import TaskFile
-from ptuning.engine.objective import Item, cut_target, question_items, say_shortened, shortened
+from ptuning.engine.objective import Item, cut_target, question_items
 from ptuning.engine.prefix_cache import MIN_PREFIX_TOKENS, cacheable_ids
 from ptuning.engine.processes import processes
+from ptuning.engine.shortened import say_shortened, shortened
 from ptuning.errors import ConfigError, RecordError, TemplateError, closest
 from ptuning.names import ALONG, LEARNED, MANUAL
 from ptuning.prompt.prompt import as_template

@@ -15,7 +15,7 @@ from ptuning.backbone.backbone import Backbone
 from ptuning.config import GenerationSettings
 from ptuning.data.questions import Questions, as_questions
 from ptuning.data.reading import load_records
-from ptuning.engine import objective
+from ptuning.engine import shortened
 from ptuning.files import Json
 from ptuning.prompt import answer, written
 from ptuning.prompt.predict import PromptModel
@@ -115,7 +115,7 @@ def test_what_is_cut_is_said_wherever_a_prompt_is_used(llama: str, caplog: pytes
     assert "longer than the 64 tokens of a row allow beside an answer of 5" in caplog.text
     for more in ((), ("--labels", "good=good;bad=bad"), ("--metrics", "exact")):
         caplog.clear()
-        objective._say_shortened.cache_clear()
+        shortened._say_shortened.cache_clear()
         works("eval", "manual:{x} is cut [Y]", *args, *more)
         assert "1 of 2 rows of long.jsonl are longer than 64 tokens" in caplog.text
 
