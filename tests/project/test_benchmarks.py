@@ -88,7 +88,8 @@ def test_a_smoke_run_answers_what_it_can_and_gives_reasons(smoke: Path) -> None:
             excused = (WITHOUT_PEER, WITHOUT_RAY, "torchao is not installed")
             random = ("late-sentences", "time-to-peft-score")
             assert name in random or any(text in found["note"] for text in excused), found["note"]
-        elif name == "int8-score":  # a random model answers nothing right
+        elif name in ("int8-score", "serve-1000-prompts"):
+            # A random model answers nothing right, and its prompts may find room in memory that is free already.
             assert found["measured"] >= 0
         else:
             assert 0 < found["low"] <= found["measured"] <= found["high"]
