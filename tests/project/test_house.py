@@ -21,7 +21,6 @@ from ptuning import errors
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"
 FILES = sorted((SOURCE / "ptuning").rglob("*.py"))
-MAX_LINES = 500
 Finder = Callable[[ast.AST], bool]
 
 
@@ -174,12 +173,6 @@ def test_every_error_has_a_stage_that_raises_it() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
     assert kinds.keys() - made == set()
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_modules_stay_short(path: Path) -> None:
-    """A module is read in one sitting."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
 
 
 def test_examples_in_docstrings_run() -> None:
