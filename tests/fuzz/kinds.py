@@ -17,7 +17,6 @@ from decimal import Decimal
 from importlib import resources
 from typing import Any
 
-import httpx2
 import numpy
 import pandas
 import pyarrow
@@ -57,7 +56,6 @@ from ptuning.serve.engine.engine import Engine
 from ptuning.serve.http.app import create_app
 from ptuning.serve.http.keys import Keys
 from ptuning.serve.http.service import Settings
-from ptuning.serve.vllm.remote import Read, VllmServer
 from ptuning.template.chat import chat_template
 from ptuning.template.fill import BoundTemplate
 from ptuning.template.labels import LabelWords
@@ -601,34 +599,6 @@ def requests(draw: Draw) -> None:
     assert '"internal_error"' not in found.text, (found.text, data[:500])
 
 
-TOLD = {
-    "tokens": ["token_id:7"], "token_logprobs": [-0.5], "top_logprobs": [{"token_id:7": -0.5, "token_id:3": -1.0}]
-}  # fmt: skip
-
-
-def remote_answers(draw: Draw) -> None:
-    """What a vLLM server behind the service answers: an answer, a stream and an echo; and its address."""
-    body = as_json(draw(changed_json({"choices": [{"logprobs": TOLD, "text": "a"}], "model": "tiny"})))
-    status = draw(st.sampled_from((200,) * 6 + (302, 400, 429, 500, 503)))
-    listed = {"data": [{"id": "tiny", "max_model_len": 64}]}
-    models = as_json(draw(changed_json(listed) | st.just(listed)))
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        if request.url.path.endswith("/models"):
-            return httpx2.Response(200, text=models)
-        stream = b'"stream":true' in request.content.replace(b" ", b"")
-        return httpx2.Response(status, text=f"data: {body}\n\ndata: [DONE]\n" if stream else body)
-
-    url = draw(st.just("http://stand-in:8000/v1") | changed_text("http://stand-in:8000/v1"))
-    server = tried(VllmServer, url, transport=httpx2.MockTransport(answer))
-    if server is not None:
-        read = Read(ids=(5, 6))
-        tried(server.log_probs, read, [3, 7])
-        tried(lambda: list(server.write(read, GenerationSettings(), most=2, alternatives=1)))
-        tried(server.echo, (5, 6), alternatives=1)
-        server.close()
-
-
 CONTENT, TEXT = "name#Kenya*capital#Nairobi*domain#.ke", "Kenya has Nairobi, 1,234.5 and .ke as its capital. It is 7."
 
 
@@ -718,7 +688,7 @@ KINDS: Mapping[str, Callable[[Draw], None]] = {
     for one in (
         templates, labels, labelled_rows, conversations, data_files, parquet_files, inputs_to_answer, task_rows,
         task_files, fleet_files, prompt_folders, peft_folders, reports, runs, relation_folders, odd_texts, requests,
-        servers, remote_answers, written_texts, kept_texts, divisions, settings, tables, model_folders, gguf_files,
+        servers, written_texts, kept_texts, divisions, settings, tables, model_folders, gguf_files,
         chat_templates, loading_options,
     )
 }  # fmt: skip

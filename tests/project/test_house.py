@@ -87,8 +87,6 @@ RULES: list[tuple[Finder, list[str]]] = [
         ["if 'gpt' in config.model_type: pass", "model_type == 'bert'", "config.model_type.lower().startswith('opt')"],
     ),
 ]
-# vLLM takes embeddings in no other format; this is written, and never read.
-WRITTEN = ("ptuning/serve/vllm/remote.py", "torch.save")
 by_rule = pytest.mark.parametrize(("rule", "breaches"), RULES, ids=[rule.__name__ for rule, _ in RULES])
 
 
@@ -99,7 +97,7 @@ def broken() -> dict[Finder, list[str]]:
     for path in FILES:
         for node in nodes(path.read_text(encoding="utf-8")):
             for rule, places in found.items():
-                if rule(node) and (path.relative_to(SOURCE).as_posix(), ast.unparse(node)) != WRITTEN:
+                if rule(node):
                     places.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
     return found
 

@@ -16,12 +16,10 @@ import pytest
 
 from ptuning import PromptModel, load_backbone
 from ptuning.cli.commands import serve
-from ptuning.data.questions import Question
-from ptuning.serve.engine.job import PromptRow
+from ptuning.serve.engine.engine import Engine
 from tests.cli.test_app import fails
 from tests.conftest import learned
 from tests.processes import COMMAND_LINE, forked
-from tests.serve.vllm.stand_in import serving
 
 
 @pytest.mark.parametrize(
@@ -36,9 +34,6 @@ from tests.serve.vllm.stand_in import serving
         (("--prompts", ".", "--api-key-file", "empty"), "holds no key"),
         (("--prompts", ".", "--port", "70000"), "'--port'"),
         (("--prompts", ".", "--cache-memory", "2"), "'--cache-memory'"),
-        (("--prompts", ".", "--engine", "vllm"), "--engine vllm goes with --engine-url URL"),
-        (("--prompts", ".", "--engine-url", "http://localhost:1"), "--engine vllm goes with --engine-url URL"),
-        (("--prompts", ".", "--engine", "sglang"), "'--engine'"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_loaded(args: tuple[str, ...], told: str) -> None:
@@ -51,26 +46,11 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     fails("serve", "--prompts", ".", says=["serving needs not_installed; ", "pip install 'ptuning[serve]'"])
 
 
-def test_an_engine_of_vllm(llama: str, tmp_path: Path) -> None:
-    """`--engine vllm` answers what the model here answers, and sends the server's key."""
-    backbone, key = load_backbone(llama, dtype="float32", device="cpu"), tmp_path / "key"
-    key.write_text("sk-vllm\n", encoding="utf-8")
-    prompt, question = learned(backbone, "{x} is [P*2] [Y]"), Question({"x": "Kenya"})
-    with serving(backbone) as server:
-        gateway = serve._engine(backbone, server.url + "/v1", key, queue_rows=8, cache_memory=0)
-        gateway.start()
-        (outcome,) = gateway.ask([PromptRow(prompt, question)])
-        gateway.stop()
-        assert server.keys == {"Bearer sk-vllm"}
-    assert outcome.prediction is not None
-    assert outcome.prediction.text == PromptModel(backbone).predict([question.record], prompt)[0].text
-
-
 def test_a_prompt_is_loaded_while_a_pass_runs(llama: str) -> None:
     """Loading waits for no pass of the model; it is read and checked in the operator's own thread."""
     backbone = load_backbone(llama, dtype="float32", device="cpu")
     learned(backbone, "{x} is [P*2] [Y]").save("prompts/first")
-    engine = serve._engine(backbone, None, None, queue_rows=8, cache_memory=0)
+    engine = Engine(PromptModel(backbone), queue_rows=8, cache_memory=0)
     engine.start()
     held, let_go = threading.Event(), threading.Event()
 

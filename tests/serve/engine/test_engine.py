@@ -21,7 +21,8 @@ from ptuning.errors import ConfigError, PromptError, PTuningError, RecordError
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prediction import Prediction
 from ptuning.prompt.prompt import Prompt
-from ptuning.serve.engine import base, beginnings, scheduler
+from ptuning.serve.engine import beginnings, scheduler
+from ptuning.serve.engine import engine as engine_module
 from ptuning.serve.engine.engine import Engine
 from ptuning.serve.engine.job import (
     Answering,
@@ -431,9 +432,9 @@ def test_a_thread_that_hangs_is_not_alive(
 ) -> None:
     """Abuse case 14: rows wait and nothing happens; without rows nothing need happen, and who goes on lives again."""
     engine, clock = serve(causal), [0.0]
-    monkeypatch.setattr(base, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     engine.call(int)
-    clock[0] += 2 * base.HUNG_SECONDS
+    clock[0] += 2 * engine_module.HUNG_SECONDS
     assert engine.is_alive
     held, let_go = threading.Event(), threading.Event()
 
@@ -446,7 +447,7 @@ def test_a_thread_that_hangs_is_not_alive(
     assert held.wait(60)
     engine.submit(Job([PromptRow(prompts_of(causal)[1], Question(RECORDS[0]))], heard := Heard(1)))
     assert engine.is_alive
-    clock[0] += 1.1 * base.HUNG_SECONDS
+    clock[0] += 1.1 * engine_module.HUNG_SECONDS
     is_alive = engine.is_alive
     let_go.set()
     thread.join()

@@ -15,8 +15,7 @@ from ptuning.data.questions import Question
 from ptuning.prompt.predict import PromptModel
 from ptuning.prompt.prompt import Prompt
 from ptuning.serve.engine import scheduler
-from ptuning.serve.engine.base import Collected
-from ptuning.serve.engine.engine import Engine
+from ptuning.serve.engine.engine import Collected, Engine
 from ptuning.serve.engine.job import Answering, CancelledError, Job, Outcome, PromptRow, Token
 from ptuning.serve.engine.writing import Writing
 from tests.conftest import learned

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ptuning.serve.engine import waiting
-from ptuning.serve.engine.base import Collected
+from ptuning.serve.engine.engine import Collected
 from ptuning.serve.engine.job import CallRow, Job, TextRow
 from ptuning.serve.engine.waiting import Queue, Tally
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from ptuning.errors import FileError
 from ptuning.prompt.prediction import Candidate, Prediction
-from ptuning.serve.engine.base import EngineStatus
+from ptuning.serve.engine.engine import EngineStatus
 from ptuning.serve.engine.job import Job, Outcome, QueueFullError, Usage
 from ptuning.serve.http import watch as watching
 from ptuning.serve.http.app import create_app

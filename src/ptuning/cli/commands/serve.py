@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,21 +15,13 @@ from ptuning.cli.inputs import load
 from ptuning.errors import ConfigError, FileError, PTuningError
 
 if TYPE_CHECKING:
-    from ptuning.backbone.backbone import Backbone
     from ptuning.prompt.prompt import Prompt
-    from ptuning.serve.engine.base import BaseEngine
+    from ptuning.serve.engine.engine import Engine
     from ptuning.serve.http.service import Settings
     from ptuning.serve.registry import Registry
 
 
-class Engines(str, Enum):
-    """What computes the answers."""
-
-    EMBEDDED = "embedded"
-    VLLM = "vllm"
-
-
-EXTRA = ("fastapi", "httpx2", "prometheus_client", "pydantic", "uvicorn")
+EXTRA = ("fastapi", "prometheus_client", "uvicorn")
 SHOWN_FAILURES = 10
 
 
@@ -58,11 +49,6 @@ def serve(
     cache_memory: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the free memory, for texts that come again.", min=0, max=1)
     ] = 0.2,
-    engine: Annotated[
-        Engines, typer.Option(metavar="E", help="What computes: embedded (the model here), or vllm.")
-    ] = Engines.EMBEDDED,
-    engine_url: Annotated[str | None, typer.Option(metavar="URL", help="Address of the vLLM server.")] = None,
-    engine_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key, if it asks for one.")] = None,
     access_log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A line of JSON a request; without it, on the error stream.")
     ] = None,
@@ -76,10 +62,11 @@ def serve(
     Example: ptuning serve --prompts runs
     """
     _check_extra()
-    _check_engine(engine, engine_url)
     folders = options.named_values(named or (), expected="NAME=FOLDER, such as capitals=runs/capitals")
     if prompts is None and not folders:
         raise ConfigError("there is nothing to serve; give --prompts DIR, or prompts as NAME=FOLDER")
+    from ptuning.prompt.predict import PromptModel
+    from ptuning.serve.engine.engine import Engine
     from ptuning.serve.http.app import create_app
     from ptuning.serve.http.watch import Monitor
     from ptuning.serve.http.watch import access_log as requests_log
@@ -90,7 +77,7 @@ def serve(
     with listening(host, port) as listener:  # an error about it comes before the backbone is loaded
         with starting(listener, settings):
             loaded = load(backbone, prompt=_first(prompts, [Path(one) for one in folders.values()]))
-            running = _engine(loaded, engine_url, engine_key_file, queue_rows=queue_rows, cache_memory=cache_memory)
+            running = Engine(PromptModel(loaded), queue_rows=queue_rows, cache_memory=cache_memory)
             running.start()
             registry = _registry(prompts, folders, running)
         app = create_app(running, registry, settings, watch=Monitor(registry, status=lambda: running.status, log=log))
@@ -99,7 +86,7 @@ def serve(
         run(app, running, registry, listener, drain=drain, on_ready=lambda _: typer.echo(said), on_hangup=again)
 
 
-def _registry(prompts: Path | None, named: Mapping[str, str], engine: BaseEngine) -> Registry:
+def _registry(prompts: Path | None, named: Mapping[str, str], engine: Engine) -> Registry:
     """Return the prompts in service, each checked against the backbone; those that are left out are told."""
     from ptuning.serve.registry import Registry, base_name_of
 
@@ -112,30 +99,6 @@ def _registry(prompts: Path | None, named: Mapping[str, str], engine: BaseEngine
     )
     _show_failures(registry.reload().failed)
     return registry
-
-
-def _check_engine(engine: Engines, url: str | None) -> None:
-    if (engine is Engines.VLLM) != (url is not None):
-        raise ConfigError("--engine vllm goes with --engine-url URL, the address of the vLLM server; give both")
-
-
-def _engine(
-    loaded: Backbone, url: str | None, key_file: Path | None, *, queue_rows: int, cache_memory: float
-) -> BaseEngine:
-    """Return what computes: the model here, or a vLLM server at a URL."""
-    from ptuning.prompt.predict import PromptModel
-
-    model = PromptModel(loaded)
-    if url is None:
-        from ptuning.serve.engine.engine import Engine
-
-        return Engine(model, queue_rows=queue_rows, cache_memory=cache_memory)
-    from ptuning.files import read_text
-    from ptuning.serve.vllm.gateway import Gateway
-    from ptuning.serve.vllm.remote import VllmServer
-
-    key = read_text(key_file).strip() if key_file is not None else None
-    return Gateway(model, VllmServer(url, key=key), queue_rows=queue_rows)
 
 
 def _check_extra() -> None:

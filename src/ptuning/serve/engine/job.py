@@ -30,10 +30,6 @@ class StoppedError(PTuningError):
     """The engine takes no more jobs: it is about to end, or has failed."""
 
 
-class RemoteError(PTuningError):
-    """The server that computes for the engine cannot be reached, or does not answer as it should."""
-
-
 class CancelledError(PTuningError):
     """The job was cancelled before this row was answered."""
 

@@ -22,7 +22,7 @@ from ptuning.errors import (
     TemplateError,
     cut,
 )
-from ptuning.serve.engine.job import CancelledError, QueueFullError, RemoteError, StoppedError
+from ptuning.serve.engine.job import CancelledError, QueueFullError, StoppedError
 from ptuning.serve.registry import ConflictError, RefusedNameError, UnknownPromptError
 from ptuning.template.fill import TooLongError
 
@@ -42,7 +42,6 @@ CODES: tuple[tuple[type[Exception], int, str], ...] = (
     (RefusedNameError, 400, "name_not_allowed"),
     (StoppedError, 503, "not_serving"),
     (CancelledError, 503, "cancelled"),
-    (RemoteError, 502, "engine_unreachable"),
     (TooLongError, 400, "context_length_exceeded"),
     (PromptError, 400, "prompt_unfit"),
     (RecordError, 400, "invalid_record"),
