@@ -20,7 +20,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pydantic
 
 from ptuning.errors import FileError, PTuningError, closest, cut
 
@@ -170,6 +172,66 @@ class Unchecked:
 
     def _part(self, value: object, path: str) -> Unchecked:
         return Unchecked(value, self.where, self.error, self.advice, path)
+
+
+class FileModel(pydantic.BaseModel):
+    """Base of the models of files: unchangeable. Unknown keys are ignored; with ``class Name(FileModel,
+    extra="forbid")`` they are errors.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+# Whole numbers in files: larger ones overflow where they become float.
+WholeNumber = Annotated[int, pydantic.Field(ge=-(2**63) + 1, le=2**63 - 1)]
+
+
+def validate(
+    model: type[T], value: object, where: str = "", *, error: type[PTuningError] = FileError, advice: str = ""
+) -> T:
+    """Check a value from JSON or TOML against a pydantic model, or any type that pydantic knows, and return it as such.
+
+    Types are checked strictly, as those of JSON: a list fits a tuple, a whole number a float, and the text "3" no
+    number. The first mistake is an ``error`` with file (``where``), key and value. A PTuningError that a validator
+    raises is passed on.
+
+    >>> validate(dict[str, list[int]], {"rte": [1, "x"]}, "seeds.toml")
+    Traceback (most recent call last):
+    ptuning.errors.FileError: seeds.toml: 'rte #2' must be a valid integer, and is "x"
+    """
+    try:
+        text = json.dumps(value, default=lambda _: {})  # a date, as TOML has it, becomes no text
+        return pydantic.TypeAdapter(model).validate_json(text, strict=True)
+    except pydantic.ValidationError as wrong:
+        message = _mistake(model, value, wrong.errors(include_url=False)[0])
+        chained: Exception = wrong
+    except (ValueError, RecursionError) as wrong:
+        message, chained = f"it cannot be read ({wrong})", wrong
+    raise error(f"{f'{where}: ' if where else ''}{message}{f'; {advice}' if advice else ''}") from chained
+
+
+def _mistake(model: type, value: object, mistake: Mapping[str, Any]) -> str:
+    """Return a mistake that pydantic reports as a message with key and value."""
+    keys = ""
+    for part in mistake["loc"]:
+        if isinstance(value, Mapping) and isinstance(part, str) and (part in value or mistake["type"] == "missing"):
+            keys, value = f"{keys}.{part}" if keys else part, value.get(part)
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            keys, value = f"{keys} #{part + 1}".strip(), value[part]
+        # What else is in a location is the name of a member of a union.
+    if mistake["type"] == "missing":
+        return f"the key '{keys}' is missing"
+    if mistake["type"] == "extra_forbidden":
+        fields: Mapping[str, Any] = getattr(model, "model_fields", {}) if len(mistake["loc"]) == 1 else {}
+        known = [item.alias or name for name, item in fields.items()]
+        listed = f" Known: {', '.join(known)}" if known else ""
+        return f"unknown key '{keys}'.{closest(keys, known)}{listed}"
+    text = mistake["msg"].removeprefix("Value error, ")
+    name = repr(keys) if keys else "it"
+    if not text.startswith("Input should be "):
+        return f"{name}: {text}" if keys else text
+    shown = cut(json.dumps(value, ensure_ascii=False, default=str))
+    return f"{name} must be {text.removeprefix('Input should be ')}, and is {shown}"
 
 
 @functools.cache

@@ -6,11 +6,12 @@ import datetime
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from ptuning import files
 from ptuning.errors import ConfigError, FileError
@@ -313,3 +314,37 @@ def test_temporary_files_of_another_machine_are_spared_while_they_are_young(
     os.utime(other, (0, 0))
     sweep(tmp_path, RUN)
     assert list(tmp_path.iterdir()) == []
+
+
+class _Seeds(files.FileModel, extra="forbid"):
+    count: files.WholeNumber
+    names: tuple[str, ...] = ()
+    labels: str | dict[str, tuple[str, ...]] = ""
+    shares: dict[str, float] = Field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("value", "facts"),
+    [
+        ({}, ("'count'", "missing")),
+        ({"count": "1"}, ("'count'", '"1"')),
+        ({"count": True}, ("'count'", "true")),
+        ({"count": 2**64}, ("'count'",)),
+        ({"count": 1, "names": ["a", 2]}, ("'names #2'", "2")),
+        ({"count": 1, "labels": {"good": [3]}}, ("'labels", "3")),
+        ({"count": 1, "shares": {"a": float("nan")}}, ("'shares.a'",)),
+        ({"count": 1, "name": ["a"]}, ("'name'", "Did you mean 'names'", "Known: count")),
+        ([], ("[]",)),
+    ],
+)
+def test_a_model_names_file_key_and_value_of_a_mistake(value: object, facts: Sequence[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        files.validate(_Seeds, value, "seeds.toml", error=ConfigError, advice="write it again")
+
+    assert all(fact in str(caught.value) for fact in ("seeds.toml: ", *facts, "; write it again"))
+
+
+def test_a_model_reads_lists_as_tuples_and_whole_numbers_as_float() -> None:
+    seeds = files.validate(_Seeds, {"count": 1, "names": ["a"], "shares": {"a": 1}})
+
+    assert (seeds.names, seeds.shares) == (("a",), {"a": 1.0})
